@@ -1,0 +1,225 @@
+"""Where every tensor of a checkpoint lies: headers are parsed and checked, the data is not opened.
+
+Source of the format: the safetensors README, "Format": 8 bytes little-endian header length, a JSON header of
+name -> dtype, shape, data_offsets (relative to the end of the header), then the data without holes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import CheckpointError, listed
+
+WeightsLocation = str | os.PathLike[str]
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+# The format's own bound; a longer one is a damaged length, not a header worth the memory.
+_MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a checkpoint: `nbytes` contiguous bytes at `offset` of `file`."""
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All tensors of a checkpoint by name, in the order of their files and offsets."""
+
+    location: Path
+    tensors: dict[str, StoredTensor]
+
+    @property
+    def dominant_dtype(self) -> torch.dtype:
+        """The floating dtype that most of the checkpoint's bytes are in; float32 where there is none."""
+        count: Counter[torch.dtype] = Counter()
+        for tensor in self.tensors.values():
+            if tensor.dtype in (torch.float32, torch.float16, torch.bfloat16):
+                count[tensor.dtype] += tensor.nbytes
+        return count.most_common(1)[0][0] if count else torch.float32
+
+
+def open_checkpoint(weights_location: WeightsLocation) -> Checkpoint:
+    """Read the headers of a checkpoint.
+
+    Args:
+        weights_location: a .safetensors file, an .index.json file, or a folder with `model.safetensors`,
+            an index, or one .safetensors file of any name, looked for in this order.
+
+    Raises:
+        CheckpointError: nothing there, not a checkpoint, or a file that contradicts itself.
+    """
+    location = Path(weights_location).expanduser()
+    if location.is_dir():
+        location = _find_in_folder(location)
+    elif not location.exists():
+        raise CheckpointError(
+            f"no such file or folder: '{location}'; weights_location must be a .safetensors file, an .index.json "
+            "file, or a folder with one of them"
+        )
+    if location.name.endswith(".json"):
+        return Checkpoint(location, _read_index(location))
+    if location.suffix == ".safetensors":
+        return Checkpoint(location, read_header(location))
+    raise CheckpointError(
+        f"'{location}' is neither a .safetensors nor an .index.json file; convert a pickled checkpoint with "
+        "safetensors.torch.save_file"
+    )
+
+
+def _find_in_folder(folder: Path) -> Path:
+    for name in ("model.safetensors", "model.safetensors.index.json"):
+        if (folder / name).is_file():
+            return folder / name
+    for pattern in ("*.safetensors.index.json", "*.index.json", "*.safetensors"):
+        found = sorted(folder.glob(pattern))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = listed(path.name for path in found)
+            raise CheckpointError(f"folder '{folder}' holds several {pattern} files, {names}: name the one to load")
+    held = sorted(path.name for path in folder.iterdir())
+    raise CheckpointError(
+        f"folder '{folder}' has no weights: expected model.safetensors, an .index.json or one .safetensors file, "
+        f"found {listed(held) if held else 'nothing'}"
+    )
+
+
+def _read_index(path: Path) -> dict[str, StoredTensor]:
+    index = _parse_json(path.read_bytes(), path)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"'{path}' is not an index: expected a JSON object with a 'weight_map' of tensor -> file")
+    shards = {shard: path.parent / shard for shard in dict.fromkeys(weight_map.values())}
+    outside = [shard for shard in shards if Path(shard).is_absolute() or ".." in Path(shard).parts]
+    if outside:
+        raise CheckpointError(f"index '{path}' names {listed(outside)}, outside its own folder")
+    absent = [shard for shard, file in shards.items() if not file.is_file()]
+    if absent:
+        raise CheckpointError(
+            f"index '{path}' names {len(absent)} of {len(shards)} shards that are not in its folder: {listed(absent)}; "
+            "download the checkpoint again"
+        )
+    headers = {shard: read_header(file) for shard, file in sorted(shards.items())}
+    lost = [name for name, shard in weight_map.items() if name not in headers[shard]]
+    if lost:
+        raise CheckpointError(
+            f"index '{path}' places {listed(lost)} in shards that do not hold them ('{weight_map[lost[0]]}' for the "
+            "first); the index and the shards are of different checkpoints",
+            missing_keys=lost,
+        )
+    return {
+        name: tensor
+        for shard, header in headers.items()
+        for name, tensor in header.items()
+        if weight_map.get(name) == shard
+    }
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Read one .safetensors header and check every number in it against the file.
+
+    Returns:
+        The tensors by name, in the order of their offsets.
+
+    Raises:
+        CheckpointError: the file is truncated, its header is damaged, or its tensors overlap or leave holes.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length_field = file.read(8)
+        length = int.from_bytes(length_field, "little")
+        if len(length_field) < 8 or length > size - 8 or length > _MAX_HEADER_BYTES:
+            raise CheckpointError(
+                f"'{path}' is truncated or no safetensors file: its header claims {length} bytes, the file has {size}"
+            )
+        header = _parse_json(file.read(length), path)
+    if not isinstance(header, dict):
+        raise CheckpointError(f"the header of '{path}' is a JSON {type(header).__name__}, expected an object")
+    start = 8 + length
+    tensors = [_parse_entry(path, start, name, entry) for name, entry in header.items() if name != "__metadata__"]
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
+    end = start
+    for tensor in tensors:
+        if tensor.offset != end:
+            raise CheckpointError(
+                f"'{tensor.name}' begins at byte {tensor.offset} of '{path}', where its neighbour ends at {end}: "
+                "the header is damaged"
+            )
+        end += tensor.nbytes
+    if end != size:
+        found = "truncated" if size < end else "longer than its header says"
+        raise CheckpointError(f"'{path}' is {found}: the header describes {end} bytes, the file has {size}")
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def _parse_entry(path: Path, start: int, name: str, entry: Any) -> StoredTensor:
+    def damaged(what: str) -> CheckpointError:
+        return CheckpointError(f"the header of '{path}' is damaged at '{name}': {what}")
+
+    if not isinstance(entry, dict):
+        raise damaged(f"expected an object with dtype, shape and data_offsets, found {entry!r}")
+    dtype: Any = entry.get("dtype")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise damaged(f"dtype {dtype!r} is none of {', '.join(_DTYPES)}")
+    if not _are_sizes(shape):
+        raise damaged(f"shape {shape!r} is not a list of sizes")
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise damaged(f"data_offsets {offsets!r} are not [begin, end]")
+    nbytes = math.prod(shape) * _DTYPES[dtype].itemsize
+    if offsets[1] - offsets[0] != nbytes:
+        raise damaged(f"{dtype} of shape {shape} takes {nbytes} bytes, its data_offsets span {offsets[1] - offsets[0]}")
+    return StoredTensor(name, path, _DTYPES[dtype], tuple(shape), start + offsets[0], nbytes)
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value)
+
+
+def _parse_json(raw: bytes, path: Path) -> Any:
+    try:
+        return json.loads(raw, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"'{path}' does not hold the JSON it should: {error}") from error
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = dict(pairs)
+    if len(names) != len(pairs):
+        twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+        raise ValueError(f"the name {listed(twice)} stands twice")
+    return names

@@ -1,0 +1,95 @@
+"""The command line: `bigload demo` and `bigload load`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .config import MODES
+from .errors import BigloadError, CheckpointError, ConfigError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        The exit status: 0 done, 1 a `BigloadError`, which is printed without a traceback, 130 interrupted.
+    """
+    options = _parser().parse_args(arguments)
+    # bitsandbytes warns at each cast of an int8 layer's input and of kernels that it can do without.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        options.run(options)
+    except BigloadError as error:
+        print(f"bigload: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("bigload: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bigload", description="Load PyTorch models larger than your GPU, quantized as the weights stream in."
+    )
+    parser.add_argument("--version", action="version", version=f"bigload {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    demo = commands.add_parser("demo", help="load a real sentence encoder in three modes and compare what it finds")
+    demo.set_defaults(run=_demo)
+    load = commands.add_parser("load", help="load a model from a folder in transformers' format")
+    load.add_argument("path", type=Path, help="folder with config.json and safetensors")
+    load.add_argument("--quant", default="nf4", choices=MODES, help="how to quantize (default: %(default)s)")
+    load.add_argument("--device-map", default="auto", help="'auto', a device such as 'cpu' or '0', or a JSON object")
+    load.add_argument("--prompt", help="generate a continuation of this text")
+    load.add_argument("--max-new-tokens", type=int, default=40, help="how much to generate (default: %(default)s)")
+    load.set_defaults(run=_load)
+    return parser
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from .demo import run_demo
+
+    run_demo()
+
+
+def _load(options: argparse.Namespace) -> None:
+    from .hf import empty_model
+    from .loading import load_and_quantize_model
+
+    if not (options.path / "config.json").is_file():
+        raise CheckpointError(f"'{options.path}' is not a folder with a config.json; `load` builds the model from it")
+    model = empty_model(options.path)
+    model = load_and_quantize_model(model, options.quant, options.path, device_map=_device_map(options.device_map))
+    print(model.load_report)
+    if options.prompt is not None:
+        print(_generate(model.eval(), options))
+
+
+def _device_map(text: str) -> Any:
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"--device-map is not a JSON object: {error}") from error
+
+
+def _generate(model: Any, options: argparse.Namespace) -> str:
+    from .hf import import_transformers
+
+    if not model.can_generate():
+        raise ConfigError(f"{type(model).__name__} does not generate text; leave --prompt out")
+    try:
+        tokenizer = import_transformers().AutoTokenizer.from_pretrained(options.path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"'{options.path}' holds no tokenizer that transformers can load: {error}") from error
+    tokens = tokenizer(options.prompt, return_tensors="pt").to(model.device)
+    made = model.generate(**tokens, max_new_tokens=options.max_new_tokens, do_sample=False)
+    return str(tokenizer.decode(made[0], skip_special_tokens=True))

@@ -1,0 +1,296 @@
+"""The quantization config: accelerate's fields, four more, and the other spellings of the same thing."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .errors import ConfigError, listed
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+_STORAGES = {
+    "uint8": torch.uint8,
+    "int8": torch.int8,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+_MODES: dict[str, dict[str, Any]] = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "nf4-dq": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "fp4-dq": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True},
+    "int8": {"load_in_8bit": True},
+    "int8-training": {"load_in_8bit": True, "llm_int8_has_fp16_weight": True},
+}
+MODES = tuple(_MODES)
+
+# What transformers calls the same field, where the names differ.
+_TRANSFORMERS_NAMES = {"skip_modules": "llm_int8_skip_modules"}
+# Fields of a transformers dict that say nothing which `load_in_*` does not.
+_TRANSFORMERS_EXTRAS = {"quant_method", "_load_in_4bit", "_load_in_8bit"}
+
+
+@dataclass
+class BnbQuantizationConfig:
+    """How a model is quantized.
+
+    The first nine fields have the names, order, defaults and checks of accelerate's class; the others are
+    transformers' (and the blocksize bitsandbytes').
+
+    Args:
+        load_in_8bit: quantize to int8 rows (LLM.int8(), arXiv 2208.07339).
+        llm_int8_threshold: activations above it are multiplied in 16 bit.
+        load_in_4bit: quantize to 4-bit blocks (QLoRA, arXiv 2305.14314).
+        bnb_4bit_quant_type: "nf4" or "fp4".
+        bnb_4bit_use_double_quant: quantize the blocks' scales again.
+        bnb_4bit_compute_dtype: what 4-bit layers multiply in: a dtype, "fp32", "fp16", "bf16", or "auto" for
+            `torch_dtype`.
+        torch_dtype: dtype that weights are cast to before they are quantized, and that the others keep; "auto" is
+            the checkpoint's own dominant floating dtype; None means fp16 for int8, the compute dtype for 4-bit.
+        skip_modules: layers not to quantize, replacing the default (the output head). "h.1" matches `h.1` and
+            `model.h.1.attn`, never `h.10`; a star is any run of characters, so ["*"] quantizes nothing.
+        keep_in_fp32_modules: modules kept in fp32, never quantized.
+        llm_int8_enable_fp32_cpu_offload: blocks placed on the CPU beside a GPU are fp32 and computed there.
+        llm_int8_has_fp16_weight: keep trainable 16-bit main weights, quantized to int8 at each forward.
+        bnb_4bit_quant_storage: dtype that the packed 4-bit weights are stored in.
+        bnb_4bit_blocksize: weights that share one scale.
+
+    Raises:
+        ConfigError: a field has the wrong type or an unknown value, or both or neither of the modes are chosen.
+    """
+
+    load_in_8bit: bool = False
+    llm_int8_threshold: float = 6.0
+    load_in_4bit: bool = False
+    bnb_4bit_quant_type: str = "fp4"
+    bnb_4bit_use_double_quant: bool = False
+    bnb_4bit_compute_dtype: torch.dtype | str = "fp16"
+    torch_dtype: torch.dtype | str | None = None
+    skip_modules: list[str] | None = None
+    keep_in_fp32_modules: list[str] | None = None
+    llm_int8_enable_fp32_cpu_offload: bool = False
+    llm_int8_has_fp16_weight: bool = False
+    bnb_4bit_quant_storage: torch.dtype | str = torch.uint8
+    bnb_4bit_blocksize: int = 64
+
+    def __post_init__(self) -> None:
+        for name in (
+            "load_in_8bit",
+            "load_in_4bit",
+            "bnb_4bit_use_double_quant",
+            "llm_int8_enable_fp32_cpu_offload",
+            "llm_int8_has_fp16_weight",
+        ):
+            _require(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
+        self._check_mode()
+        threshold = self.llm_int8_threshold
+        _require(
+            isinstance(threshold, (int, float)) and not isinstance(threshold, bool) and threshold >= 0,
+            "llm_int8_threshold",
+            "a number, 0 or more",
+            threshold,
+        )
+        _require(
+            self.bnb_4bit_quant_type in ("nf4", "fp4"),
+            "bnb_4bit_quant_type",
+            "'nf4' or 'fp4'",
+            self.bnb_4bit_quant_type,
+        )
+        _require(
+            self.bnb_4bit_blocksize in _BLOCKSIZES and not isinstance(self.bnb_4bit_blocksize, bool),
+            "bnb_4bit_blocksize",
+            f"one of {_BLOCKSIZES}",
+            self.bnb_4bit_blocksize,
+        )
+        for name in ("skip_modules", "keep_in_fp32_modules"):
+            names = getattr(self, name)
+            is_list = isinstance(names, list) and all(isinstance(item, str) for item in names)
+            _require(names is None or is_list, name, "a list of strings or None", names)
+        self.bnb_4bit_compute_dtype = _dtype("bnb_4bit_compute_dtype", self.bnb_4bit_compute_dtype)
+        if self.torch_dtype is None:
+            self.torch_dtype = torch.float16 if self.load_in_8bit else self.bnb_4bit_compute_dtype
+        self.torch_dtype = _dtype("torch_dtype", self.torch_dtype)
+        storage = self.bnb_4bit_quant_storage
+        known = _STORAGES.get(storage) if isinstance(storage, str) else storage
+        _require(known in _STORAGES.values(), "bnb_4bit_quant_storage", f"one of {tuple(_STORAGES)}", storage)
+        self.bnb_4bit_quant_storage = known  # type: ignore[assignment]
+
+    def _check_mode(self) -> None:
+        if self.load_in_4bit == self.load_in_8bit:
+            found = "both are True" if self.load_in_4bit else "neither is True"
+            raise ConfigError(f"exactly one of load_in_4bit and load_in_8bit must be True, but {found}")
+        if self.llm_int8_has_fp16_weight and not self.load_in_8bit:
+            raise ConfigError(
+                "llm_int8_has_fp16_weight=True needs load_in_8bit=True: 4-bit has no main weights to train"
+            )
+
+    @property
+    def mode(self) -> str:
+        """The mode's short name, as `from_mode` takes it."""
+        if self.load_in_8bit:
+            return "int8-training" if self.llm_int8_has_fp16_weight else "int8"
+        return self.bnb_4bit_quant_type + ("-dq" if self.bnb_4bit_use_double_quant else "")
+
+    def resolved(self, checkpoint_dtype: torch.dtype) -> BnbQuantizationConfig:
+        """Copy the config with each "auto" replaced, `torch_dtype` by the checkpoint's dominant dtype."""
+        torch_dtype = checkpoint_dtype if self.torch_dtype == "auto" else self.torch_dtype
+        compute_dtype = torch_dtype if self.bnb_4bit_compute_dtype == "auto" else self.bnb_4bit_compute_dtype
+        return dataclasses.replace(self, torch_dtype=torch_dtype, bnb_4bit_compute_dtype=compute_dtype)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_mode(cls, mode: str, **fields: Any) -> BnbQuantizationConfig:
+        """Make the config of a mode by its name; dtypes are the checkpoint's unless given.
+
+        Args:
+            mode: "nf4", "nf4-dq", "fp4", "fp4-dq", "int8" or "int8-training".
+            **fields: any other field of the class.
+
+        Raises:
+            ConfigError: no such mode, or no such field.
+        """
+        if mode not in _MODES:
+            raise ConfigError(f"unknown quantization mode {mode!r}; choose one of {', '.join(MODES)}")
+        return cls._build({"torch_dtype": "auto", "bnb_4bit_compute_dtype": "auto", **_MODES[mode], **fields})
+
+    @classmethod
+    def from_accelerate(cls, config: Any) -> BnbQuantizationConfig:
+        """Copy accelerate's `BnbQuantizationConfig`."""
+        return cls._build({name: getattr(config, name) for name in _ACCELERATE_FIELDS})
+
+    @classmethod
+    def from_transformers(cls, config: Any, torch_dtype: torch.dtype | str = "auto") -> BnbQuantizationConfig:
+        """Copy transformers' `BitsAndBytesConfig`, which says nothing of the dtype of the other weights.
+
+        Args:
+            config: the `BitsAndBytesConfig`, or its dict.
+            torch_dtype: what `from_pretrained` calls `dtype`; "auto" is the checkpoint's own.
+        """
+        given = dict(config) if isinstance(config, Mapping) else config.to_dict()
+        ours = {name: given.pop(_TRANSFORMERS_NAMES.get(name, name), _UNSET) for name in _FIELDS}
+        unknown = [name for name in given if name not in _TRANSFORMERS_EXTRAS]
+        if unknown:
+            logger.warning("fields of the transformers config that have no effect: %s", listed(unknown))
+        ours = {name: value for name, value in ours.items() if value is not _UNSET}
+        if ours.get("bnb_4bit_compute_dtype") is None:
+            ours["bnb_4bit_compute_dtype"] = torch.float32  # transformers' default, where accelerate has fp16
+        if ours.get("bnb_4bit_quant_storage") is None:
+            ours["bnb_4bit_quant_storage"] = torch.uint8
+        return cls._build({**ours, "torch_dtype": torch_dtype})
+
+    def to_transformers(self) -> Any:
+        """Make the `BitsAndBytesConfig` with the same meaning; what transformers has no field for is left out.
+
+        Raises:
+            MissingDependencyError: transformers is not installed.
+        """
+        from .hf import import_transformers
+
+        fields = self.to_dict()
+        compute_dtype = fields["bnb_4bit_compute_dtype"]
+        return import_transformers().BitsAndBytesConfig(
+            load_in_8bit=self.load_in_8bit,
+            load_in_4bit=self.load_in_4bit,
+            llm_int8_threshold=float(self.llm_int8_threshold),
+            llm_int8_skip_modules=fields["skip_modules"],
+            llm_int8_enable_fp32_cpu_offload=self.llm_int8_enable_fp32_cpu_offload,
+            llm_int8_has_fp16_weight=self.llm_int8_has_fp16_weight,
+            bnb_4bit_compute_dtype=None if compute_dtype == "auto" else compute_dtype,
+            bnb_4bit_quant_type=self.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=self.bnb_4bit_use_double_quant,
+            bnb_4bit_quant_storage=fields["bnb_4bit_quant_storage"],
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the fields as values that JSON holds; dtypes by their torch names."""
+        fields = dataclasses.asdict(self)
+        return {
+            name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+            for name, value in fields.items()
+        }
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> BnbQuantizationConfig:
+        """Make a config from a dict of ours, accelerate's or transformers' fields.
+
+        Raises:
+            ConfigError: a field that none of the three has.
+        """
+        if _TRANSFORMERS_EXTRAS & fields.keys() or "llm_int8_skip_modules" in fields:
+            return cls.from_transformers(fields)
+        return cls._build({name: value for name, value in fields.items() if name != "target_dtype"})
+
+    @classmethod
+    def _build(cls, fields: Mapping[str, Any]) -> BnbQuantizationConfig:
+        unknown = [name for name in fields if name not in _FIELDS]
+        if unknown:
+            raise ConfigError(f"unknown config field {listed(unknown)}; the fields are {', '.join(_FIELDS)}")
+        # The lists are copied: what the caller does to theirs later must not change ours, nor the reverse.
+        copied: dict[str, Any] = {name: list(v) if isinstance(v, list) else v for name, v in fields.items()}
+        return cls(**copied)
+
+
+_UNSET = object()
+_FIELDS = tuple(field.name for field in dataclasses.fields(BnbQuantizationConfig))
+_ACCELERATE_FIELDS = _FIELDS[:9]
+
+
+def as_config(given: Any) -> BnbQuantizationConfig:
+    """Take a config in any spelling; always a checked copy, so the caller's is never changed.
+
+    Args:
+        given: our config, accelerate's, transformers' `BitsAndBytesConfig`, a dict of any of them, or a mode's name.
+
+    Raises:
+        ConfigError: none of these, or one with a bad field.
+    """
+    if isinstance(given, BnbQuantizationConfig):
+        return BnbQuantizationConfig._build({name: getattr(given, name) for name in _FIELDS})
+    if isinstance(given, str):
+        return BnbQuantizationConfig.from_mode(given)
+    if isinstance(given, Mapping):
+        return BnbQuantizationConfig.from_dict(given)
+    # By name: neither library is imported to ask whether an object is its.
+    if type(given).__name__ == "BitsAndBytesConfig":
+        return BnbQuantizationConfig.from_transformers(given)
+    if type(given).__name__ == "BnbQuantizationConfig" and all(hasattr(given, name) for name in _ACCELERATE_FIELDS):
+        return BnbQuantizationConfig.from_accelerate(given)
+    if given is None:
+        raise ConfigError(
+            "bnb_quantization_config is None, which means a checkpoint that is already quantized; "
+            f"this version quantizes while it loads: give a config or one of {', '.join(MODES)}"
+        )
+    raise ConfigError(
+        f"bnb_quantization_config is a {type(given).__name__}; expected a BnbQuantizationConfig (bigload's or "
+        f"accelerate's), a BitsAndBytesConfig, a dict, or one of {', '.join(MODES)}"
+    )
+
+
+def _require(good: bool, name: str, expected: str, found: Any) -> None:
+    if not good:
+        raise ConfigError(f"{name} must be {expected}, but it is {found!r}")
+
+
+def _dtype(name: str, given: Any) -> torch.dtype | str:
+    if given == "auto":
+        return "auto"
+    dtype = _DTYPES.get(given, given) if isinstance(given, str) else given
+    _require(dtype in _DTYPES.values(), name, "a 16 or 32 bit floating dtype, 'fp32', 'fp16', 'bf16' or 'auto'", given)
+    return dtype

@@ -1,0 +1,87 @@
+"""The formats a weight can be held in, as facts: its parts and their exact bytes. Pure; imports no kernel."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+Shape = tuple[int, ...]
+
+# Scales of one double-quantized block, bitsandbytes' own constant.
+NESTED_BLOCKSIZE = 256
+
+
+class Part(NamedTuple):
+    """One tensor of a weight as it lies in memory."""
+
+    dtype: torch.dtype
+    shape: Shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the part, without the allocator's rounding."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Not quantized."""
+
+    dtype: torch.dtype
+
+    def parts(self, shape: Shape) -> dict[str, Part]:
+        """Give the tensors that hold a weight of this shape, by name."""
+        return {"weight": Part(self.dtype, shape)}
+
+
+@dataclass(frozen=True)
+class Int8:
+    """LLM.int8() rows: weight = CB * SCB / 127, one scale a row (arXiv 2208.07339, section 2)."""
+
+    def parts(self, shape: Shape) -> dict[str, Part]:
+        """Give the tensors that hold a weight of (out_features, in_features), by name."""
+        return {"weight": Part(torch.int8, shape), "SCB": Part(torch.float32, shape[:1])}
+
+
+@dataclass(frozen=True)
+class FourBit:
+    """QLoRA blocks, two weights a byte, one scale a block (arXiv 2305.14314, section 3).
+
+    The code table (16 floats; 256 more for nested scales) is shared by all weights of a device and not counted.
+    """
+
+    quant_type: str
+    blocksize: int
+    double_quant: bool
+    quant_storage: torch.dtype
+
+    def parts(self, shape: Shape) -> dict[str, Part]:
+        """Give the tensors that hold a weight of this shape, by name.
+
+        Raises:
+            ValueError: the packed bytes do not fill whole elements of `quant_storage`.
+        """
+        numel = math.prod(shape)
+        packed, blocks = (numel + 1) // 2, -(-numel // self.blocksize)
+        if packed % self.quant_storage.itemsize:
+            raise ValueError(f"{packed} packed bytes do not divide into elements of {self.quant_storage}")
+        weight = Part(self.quant_storage, (packed // self.quant_storage.itemsize, 1))
+        if not self.double_quant:
+            return {"weight": weight, "absmax": Part(torch.float32, (blocks,))}
+        return {
+            "weight": weight,
+            "absmax": Part(torch.uint8, (blocks,)),
+            "nested_absmax": Part(torch.float32, (-(-blocks // NESTED_BLOCKSIZE),)),
+            "nested_offset": Part(torch.float32, ()),
+        }
+
+
+Format = Plain | Int8 | FourBit
+
+
+def nbytes(fmt: Format, shape: Shape) -> int:
+    """Count the bytes of a weight of this shape in this format."""
+    return sum(part.nbytes for part in fmt.parts(shape).values())

@@ -1,0 +1,158 @@
+"""`load_and_quantize_model`: the way from a checkpoint to a model that is ready to run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from . import bnb, hf, interop
+from .checkpoint import Checkpoint, WeightsLocation, open_checkpoint
+from .commit import commit
+from .config import as_config
+from .errors import BigloadError, CheckpointError, OffloadError, listed
+from .keys import KeyMapping, Source, sources_in_checkpoint
+from .memory import check_budgets, show
+from .modules import ModelTensor, layers_to_quantize, tensors_of
+from .pipeline import execute
+from .placement import Device, DeviceMap, Plan, make_plan, resolve_budgets, resolve_device_map
+from .report import LoadReport
+
+logger = logging.getLogger(__name__)
+
+
+def load_and_quantize_model(
+    model: nn.Module,
+    bnb_quantization_config: Any,
+    weights_location: WeightsLocation | None = None,
+    device_map: DeviceMap = None,
+    no_split_module_classes: Sequence[str] | None = None,
+    max_memory: Mapping[Device, int | str] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    offload_state_dict: bool = False,
+    *,
+    offload: Any = None,
+    key_mapping: KeyMapping | None = None,
+    tied_parameters: Sequence[tuple[str, str]] | None = None,
+    strict: bool = False,
+    progress: bool | None = None,
+) -> nn.Module:
+    """Load a checkpoint into a model, quantizing each Linear with bitsandbytes as it lands on its device.
+
+    The first eight parameters are accelerate's. If anything fails, the model is as it was and a second try works.
+
+    Args:
+        model: on meta, or real: a real one without `weights_location` is quantized from its own weights.
+        bnb_quantization_config: a `BnbQuantizationConfig` (ours or accelerate's), transformers'
+            `BitsAndBytesConfig`, a dict of any of them, or a mode such as "nf4-dq". Never changed.
+        weights_location: a .safetensors file, an .index.json, or a folder with one of them.
+        device_map: None (the current GPU, or the CPU where there is none), a device, "auto", or
+            {block path: device}. This version computes the whole model on one device.
+        no_split_module_classes: blocks that one device must hold whole; one device always does.
+        max_memory: {device: bytes or "10GiB"}; a model that needs more is refused before anything is read.
+        offload_folder: where "disk" blocks would lie; this version has none.
+        offload_state_dict: accepted and without effect: nothing needs it.
+        offload: must be None in this version.
+        key_mapping: renames checkpoint keys: {regex: replacement} applied in turn, or a function.
+        tied_parameters: pairs of parameters that are one weight, where neither the model's own sharing nor its
+            transformers class says so.
+        strict: make checkpoint tensors without a place in the model an error instead of a warning.
+        progress: show a bar in bytes; by default where standard error is a terminal.
+
+    Returns:
+        The same model, with `load_report`, `hf_device_map`, `is_loaded_in_4bit` and `is_loaded_in_8bit` set.
+        (A model that is itself one Linear is replaced, so use what is returned.)
+
+    Raises:
+        ConfigError: the config or an argument cannot mean anything.
+        CheckpointError: the checkpoint is damaged, or does not fit the model.
+        PlacementError: the device map or the budgets cannot be met.
+        QuantizationError: a weight has values that the format cannot hold.
+        OffloadError: `offload` was given.
+    """
+    config = as_config(bnb_quantization_config)
+    origin = "the model's own weights" if weights_location is None else f"'{os.fspath(weights_location)}'"
+    with _named(f"loading {origin} as {config.mode} with device_map={device_map!r}"):
+        if offload is not None:
+            raise OffloadError("offload is given, but this version does not offload: leave it out")
+        bnb.library()  # its import takes seconds, which are not the load's
+        started = time.perf_counter()
+        # Tensors made under inference_mode could never be trained through.
+        with torch.inference_mode(False), torch.no_grad():
+            tensors = tensors_of(model, tied_parameters or ())
+            devices = resolve_device_map(device_map, tensors, {path for path, _ in model.named_modules()})
+            budgets = resolve_budgets(max_memory)
+            if weights_location is None:
+                sources, dtype = _own_weights(tensors)
+            else:
+                checkpoint = open_checkpoint(weights_location)
+                dtype = checkpoint.dominant_dtype
+                sources = _checkpoint_sources(model, tensors, checkpoint, key_mapping, strict)
+            config = config.resolved(dtype)
+            layers = layers_to_quantize(model, config, tensors)
+            plan = make_plan(model, config, tensors, layers, sources, devices)
+            check_budgets(plan.device_bytes, budgets)
+            for device, nbytes in plan.device_bytes.items():
+                logger.info("plan: %s on %s, %d layers as %s", show(nbytes), device, len(layers), config.mode)
+            with _progress_bar(plan, progress) as bar:
+                landed = execute(plan, on_bytes=bar.update)
+            marks = interop.attributes(config, devices, quantized=bool(layers))
+            report = LoadReport(config.mode, plan.source_bytes, time.perf_counter() - started, plan.device_bytes)
+            model = commit(model, plan, landed, {**marks, "load_report": report})
+    logger.info("%s", report)
+    return model
+
+
+def _checkpoint_sources(
+    model: nn.Module,
+    tensors: Sequence[ModelTensor],
+    checkpoint: Checkpoint,
+    key_mapping: KeyMapping | None,
+    strict: bool,
+) -> dict[str, Source]:
+    return sources_in_checkpoint(
+        tensors,
+        checkpoint,
+        key_mapping=key_mapping,
+        ignores_key=lambda key: hf.ignores_key(model, key),
+        strict=strict,
+    )
+
+
+def _own_weights(tensors: Sequence[ModelTensor]) -> tuple[dict[str, Source], torch.dtype]:
+    empty = [tensor.name for tensor in tensors if tensor.value.is_meta]
+    if empty:
+        raise CheckpointError(
+            f"weights_location is None, but {len(empty)} tensors of the model are on meta: {listed(empty)}; say where "
+            "the weights are",
+            missing_keys=empty,
+        )
+    nbytes: dict[torch.dtype, int] = {}
+    for tensor in tensors:
+        if tensor.is_parameter and tensor.value.is_floating_point():
+            nbytes[tensor.value.dtype] = nbytes.get(tensor.value.dtype, 0) + tensor.value.nbytes
+    dtype = max(nbytes, key=nbytes.__getitem__, default=torch.float32)
+    return {tensor.name: Source(tensor.value) for tensor in tensors if tensor.is_parameter}, dtype
+
+
+def _progress_bar(plan: Plan, progress: bool | None) -> tqdm[Any]:
+    shown = sys.stderr.isatty() if progress is None else progress
+    return tqdm(total=plan.source_bytes, unit="B", unit_scale=True, desc="loading", disable=not shown, leave=False)
+
+
+@contextmanager
+def _named(context: str) -> Iterator[None]:
+    """Say in every error what was being loaded, how and where to."""
+    try:
+        yield
+    except BigloadError as error:
+        error.context = context
+        raise

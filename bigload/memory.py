@@ -1,0 +1,57 @@
+"""Budgets: what the caller allows each device, in bytes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+
+from .errors import PlacementError
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_size(size: int | str) -> int:
+    """Read a size in bytes: an int, or a string such as "10GiB", "500MB" or "1.5 GiB".
+
+    Raises:
+        PlacementError: not a size, or a negative one.
+    """
+    if isinstance(size, int) and not isinstance(size, bool):
+        parsed = float(size)
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-zA-Z]*)\s*", size) if isinstance(size, str) else None
+        if match is None or match[2].upper() not in _UNITS:
+            raise PlacementError(f"max_memory holds {size!r}; expected bytes as an int, or a string such as '10GiB'")
+        parsed = float(match[1]) * _UNITS[match[2].upper()]
+    if parsed < 0:
+        raise PlacementError(f"max_memory holds {size!r}; a size cannot be negative")
+    return int(parsed)
+
+
+def check_budgets(device_bytes: Mapping[torch.device, int], budgets: Mapping[torch.device, int]) -> None:
+    """Refuse a plan that needs more of a device than it may have.
+
+    Raises:
+        PlacementError: names the device, what the plan needs there, and what it may have.
+    """
+    for device, needed in device_bytes.items():
+        allowed = budgets.get(device)
+        if allowed is not None and needed > allowed:
+            raise PlacementError(
+                f"the model needs {show(needed)} on {device}, max_memory allows {show(allowed)}, "
+                f"{show(needed - allowed)} too little; choose a smaller mode (int8, nf4, nf4-dq) or a larger budget "
+                "(this version puts the whole model on one device)"
+            )
+
+
+def show(nbytes: int) -> str:
+    """Write bytes for a person, in binary units."""
+    amount = float(nbytes)
+    for unit in ("B", "KiB", "MiB"):
+        if amount < 1024:
+            return f"{amount:.0f} B" if unit == "B" else f"{amount:.2f} {unit}"
+        amount /= 1024
+    return f"{amount:.2f} GiB"

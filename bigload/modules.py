@@ -1,0 +1,165 @@
+"""What the model is: its tensors under all their names, its ties, and which of its layers are quantized."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import hf
+from .config import BnbQuantizationConfig
+from .errors import ConfigError, listed
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class ModelTensor:
+    """A parameter or buffer of the model.
+
+    Attributes:
+        names: every path that leads to it, in the order of the modules; more than one where it is tied.
+        value: the model's own tensor, on meta or not.
+        is_parameter: a parameter, not a buffer.
+        persistent: part of the state_dict.
+    """
+
+    names: tuple[str, ...]
+    value: torch.Tensor
+    is_parameter: bool
+    persistent: bool
+
+    @property
+    def name(self) -> str:
+        """The first of its names."""
+        return self.names[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape in the model."""
+        return tuple(self.value.shape)
+
+
+def tensors_of(model: nn.Module, tied_parameters: Sequence[tuple[str, str]] = ()) -> list[ModelTensor]:
+    """List the parameters and buffers of a model, tied ones once.
+
+    Ties are objects under several names, pairs that the transformers class declares, and `tied_parameters`.
+
+    Raises:
+        ConfigError: `tied_parameters` names no parameter, or ties two of different shapes.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    declared = [pair for pair in hf.tied_pairs(model) if all(name in parameters for name in pair)]
+    _check_ties(tied_parameters, parameters)
+    groups = _group_names(parameters, [*declared, *tied_parameters])
+    tensors = [ModelTensor(names, parameters[names[0]], True, True) for names in groups]
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    for names in _group_names(buffers, ()):
+        persistent = any(_owner(model, name)[1] not in _transient_buffers(model, name) for name in names)
+        tensors.append(ModelTensor(names, buffers[names[0]], False, persistent))
+    return tensors
+
+
+def _check_ties(pairs: Sequence[tuple[str, str]], parameters: dict[str, nn.Parameter]) -> None:
+    for pair in pairs:
+        if len(pair) != 2 or isinstance(pair, str):
+            raise ConfigError(f"tied_parameters must hold pairs of parameter names, but it holds {pair!r}")
+        absent = [name for name in pair if name not in parameters]
+        if absent:
+            raise ConfigError(f"tied_parameters names {listed(absent)}, which the model does not have")
+        first, second = (tuple(parameters[name].shape) for name in pair)
+        if first != second:
+            raise ConfigError(f"tied_parameters ties '{pair[0]}' {first} to '{pair[1]}' {second}: shapes differ")
+
+
+def _group_names(tensors: dict[str, Any], pairs: Iterable[tuple[str, str]]) -> list[tuple[str, ...]]:
+    """Group names whose tensors are one object or are declared tied; groups and names keep their order."""
+    group_of: dict[str, list[str]] = {}
+    by_object: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        group = by_object.setdefault(id(tensor), [])
+        group.append(name)
+        group_of[name] = group
+    for first, second in pairs:
+        kept, merged = group_of[first], group_of[second]
+        if kept is not merged:
+            kept.extend(merged)
+            group_of.update(dict.fromkeys(merged, kept))
+    rank = {name: position for position, name in enumerate(tensors)}
+    groups = {id(group): tuple(sorted(group, key=rank.__getitem__)) for group in group_of.values()}
+    return sorted(groups.values(), key=lambda names: rank[names[0]])
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def _transient_buffers(model: nn.Module, name: str) -> set[str]:
+    return _owner(model, name)[0]._non_persistent_buffers_set
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Ask whether a run of whole components of a dotted name is one of the patterns; a star is any characters."""
+    return any(_compiled(pattern).search(name) for pattern in patterns)
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    body = ".*".join(re.escape(piece) for piece in pattern.split("*"))
+    return re.compile(rf"(?:^|\.){body}(?:\.|$)")  # re keeps its own cache of compiled patterns
+
+
+def layers_to_quantize(
+    model: nn.Module, config: BnbQuantizationConfig, tensors: Sequence[ModelTensor]
+) -> dict[str, nn.Module]:
+    """Choose the layers to quantize, by path: exactly nn.Linear and GPT-2's Conv1D, less those that are skipped.
+
+    Skipped are tied weights, modules kept in fp32 by the config or the transformers class, and `skip_modules` or,
+    where that is None, the output head.
+    """
+    tied = {name for tensor in tensors for name in tensor.names if _has_several_owners(model, tensor)}
+    always = [*(config.keep_in_fp32_modules or ()), *hf.unquantizable_patterns(model)]
+    head = _default_head(model) if config.skip_modules is None else None
+    skip = config.skip_modules or []
+    layers = {}
+    for path, module in model.named_modules():
+        weight = f"{path}.weight".lstrip(".")
+        if module is head or weight in tied or not _is_quantizable(module):
+            continue
+        if not matches(weight, [*always, *skip]):
+            layers[path] = module
+    everything = [name for tensor in tensors for name in tensor.names]
+    unused = [pattern for pattern in skip if not any(matches(name, [pattern]) for name in everything)]
+    if unused:
+        logger.warning("skip_modules names %s, which nothing in the model matches", listed(unused))
+    return layers
+
+
+def _has_several_owners(model: nn.Module, tensor: ModelTensor) -> bool:
+    return len(tensor.names) > 1 and len({id(_owner(model, name)[0]) for name in tensor.names}) > 1
+
+
+def _default_head(model: nn.Module) -> nn.Module | None:
+    """The head that the model names, else its last direct child when that is itself a Linear."""
+    head = hf.output_head(model)
+    if head is None:
+        last = list(model.children())[-1:]
+        head = last[0] if last and isinstance(last[0], nn.Linear) else None
+    return head
+
+
+def _is_quantizable(module: nn.Module) -> bool:
+    """Ask whether a module is a Linear in all it does: its class, its own forward, and two plain parameters."""
+    return (
+        (type(module) is nn.Linear or hf.is_conv1d(module))
+        and "forward" not in module.__dict__
+        and module._parameters.keys() == {"weight", "bias"}
+        and module._parameters["weight"] is not None
+        and module._parameters["weight"].numel() > 0
+        and module._parameters["weight"].is_floating_point()
+    )

@@ -1,0 +1,25 @@
+"""Fixtures that every room's tests share."""
+
+import logging
+
+import pytest
+import torch
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request):
+    """Each test that asks for it runs on the CPU, and on a GPU where there is one."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device(request.param, 0) if request.param == "cuda" else torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quiet_bitsandbytes():
+    """It warns at every int8 forward of another dtype than float16."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

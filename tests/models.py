@@ -1,0 +1,169 @@
+"""Models built in the tests, their checkpoints, and references made with bitsandbytes' own calls."""
+
+import copy
+import json
+from pathlib import Path
+
+import bitsandbytes.functional as kernels
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+
+class Attention(nn.Module):
+    """Causal self-attention as minGPT writes it, with its mask as a persistent buffer."""
+
+    def __init__(self, width: int, heads: int, block_size: int) -> None:
+        super().__init__()
+        self.c_attn = nn.Linear(width, 3 * width)
+        self.c_proj = nn.Linear(width, width)
+        self.register_buffer("bias", torch.tril(torch.ones(block_size, block_size)).view(1, 1, block_size, block_size))
+        self.heads = heads
+
+    def forward(self, x):
+        batch, time, width = x.shape
+        q, k, v = (
+            part.view(batch, time, self.heads, -1).transpose(1, 2) for part in self.c_attn(x).split(width, dim=2)
+        )
+        scores = (q @ k.transpose(-2, -1)) * k.shape[-1] ** -0.5
+        scores = scores.masked_fill(self.bias[:, :, :time, :time] == 0, float("-inf"))
+        mixed = scores.softmax(dim=-1) @ v
+        return self.c_proj(mixed.transpose(1, 2).reshape(batch, time, width))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int, block_size: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads, block_size)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp["c_proj"](nn.functional.gelu(self.mlp["c_fc"](self.ln_2(x))))
+
+
+class GPT(nn.Module):
+    """A plain module in minGPT's shape and names."""
+
+    def __init__(self, vocab=96, width=64, heads=2, layers=2, block_size=16, tied=False) -> None:
+        super().__init__()
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(vocab, width),
+                "wpe": nn.Embedding(block_size, width),
+                "h": nn.ModuleList(Block(width, heads, block_size) for _ in range(layers)),
+                "ln_f": nn.LayerNorm(width),
+            }
+        )
+        self.lm_head = nn.Linear(width, vocab, bias=False)
+        if tied:
+            self.lm_head.weight = self.transformer["wte"].weight
+
+    def forward(self, tokens):
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.transformer["wte"](tokens) + self.transformer["wpe"](positions)
+        for block in self.transformer["h"]:
+            x = block(x)
+        return self.lm_head(self.transformer["ln_f"](x))
+
+
+class Attended(nn.Module):
+    """Holds nn.MultiheadAttention, whose out_proj is a subclass of Linear that it reads past its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(64, 64)
+        self.attention = nn.MultiheadAttention(64, 2, batch_first=True)
+        self.leave = nn.Linear(64, 64)
+        self.head = nn.Linear(64, 8)
+
+    def forward(self, x):
+        x = self.enter(x)
+        mixed, _ = self.attention(x, x, x, need_weights=False)
+        return self.head(self.leave(mixed))
+
+
+def llama(tied: bool, **sizes):
+    """A Llama of transformers, random, without weights from anywhere."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    options = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    options |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    return LlamaForCausalLM(LlamaConfig(tie_word_embeddings=tied, **(options | sizes)))
+
+
+def save_checkpoint(model: nn.Module, folder: Path, shards: int = 1, dtype: torch.dtype | None = None) -> Path:
+    """Write a model's weights as safetensors, each shared tensor under its first name only, in `shards` files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state, seen = {}, set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            kept = tensor.detach().contiguous().clone()
+            state[name] = kept.to(dtype) if dtype and kept.is_floating_point() else kept
+    if shards == 1:
+        save_file(state, folder / "model.safetensors")
+        return folder
+    weight_map = {name: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, name in enumerate(state)}
+    for shard in set(weight_map.values()):
+        save_file({name: state[name] for name in state if weight_map[name] == shard}, folder / shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+FOUR_BIT = ("nf4", "nf4-dq", "fp4", "fp4-dq")
+
+
+def quantize_as_bitsandbytes(weight: torch.Tensor, mode: str, blocksize: int = 64, storage=torch.uint8):
+    """bitsandbytes' own call. Returns its tensors by name."""
+    if mode == "int8":
+        rows, row_scales, _ = kernels.int8_vectorwise_quant(weight.half().contiguous())
+        return {"weight": rows, "SCB": row_scales}
+    data, state = kernels.quantize_4bit(
+        weight.contiguous(),
+        blocksize=blocksize,
+        quant_type=mode[:3],
+        compress_statistics=mode.endswith("-dq"),
+        quant_storage=storage,
+    )
+    parts = {"weight": data, "absmax": state.absmax, "code": state.code}
+    if state.nested:
+        parts |= {"offset": state.offset, "nested_absmax": state.state2.absmax, "nested_code": state.state2.code}
+    return parts
+
+
+def dequantize_by_hand(parts, shape, blocksize: int = 64) -> torch.Tensor:
+    """Undo `quantize_as_bitsandbytes` from the formats' definition alone, in float32."""
+    if "SCB" in parts:
+        return parts["weight"].float() * parts["SCB"].unsqueeze(1) / 127
+    packed = parts["weight"].view(torch.uint8).view(-1).long()
+    indices = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)
+    scales = parts["absmax"]
+    if "offset" in parts:
+        nested = parts["nested_absmax"].repeat_interleave(256)[: len(scales)]
+        scales = parts["nested_code"][scales.long()] * nested + parts["offset"]
+    count = shape[0] * shape[1]
+    values = parts["code"][indices[:count]] * scales.repeat_interleave(blocksize)[:count]
+    return values.view(shape)
+
+
+def dequantized_reference(model: nn.Module, mode: str, skip: set[str], dtype: torch.dtype, blocksize: int = 64):
+    """The full model, cast to dtype, with each Linear's weight put through bitsandbytes' quantization and back.
+
+    Args:
+        model: real weights; not changed.
+        skip: paths of the Linears that stay as they are.
+    """
+    reference = copy.deepcopy(model).to(dtype)
+    for path, module in reference.named_modules():
+        if type(module) is nn.Linear and path not in skip:
+            parts = quantize_as_bitsandbytes(module.weight.detach(), mode, blocksize)
+            module.weight = nn.Parameter(dequantize_by_hand(parts, module.weight.shape, blocksize).to(dtype))
+    return reference.float()
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    found, expected = found.detach().float().cpu(), expected.detach().float().cpu()
+    return ((found - expected).norm() / expected.norm()).item()
