@@ -8,7 +8,8 @@ dequantizes and multiplies. What was found in version 0.50.2, by comparing with 
   when in_features is a multiple of 16 (scales are taken per row, where they run through the whole weight).
 * 4-bit, AVX512-BF16: the first eval forward repacks the weight in place for its kernel, which needs out_features to
   be a multiple of 32, has no backward, and rounds the scales for good.
-* int8, one input feature: torch._int_mm returns noise. int8 main weights: backward fails on inputs of three dimensions.
+* int8, one input feature: torch._int_mm returns noise.
+* int8 main weights: there is no kernel in eval mode, and backward fails on inputs of three dimensions.
 """
 
 from __future__ import annotations
@@ -198,7 +199,7 @@ def _adapt_to_cpu(layer: Any, shape: tuple[int, ...], config: BnbQuantizationCon
             layer.register_state_dict_pre_hook(_unpack_before_saving)
             layer._apply = functools.partial(_apply_unpacked, layer)
     elif config.llm_int8_has_fp16_weight:
-        _set_forward(layer, _forward_flat)
+        _set_forward(layer, _forward_main_weights)
     elif in_features == 1:
         _set_forward(layer, _forward_int8)
 
@@ -244,10 +245,15 @@ def _forward_int8(layer: Any, x: torch.Tensor) -> torch.Tensor:
     return functional.linear(x, weight.to(x.dtype), bias)
 
 
-def _forward_flat(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """Run bitsandbytes' own forward on a matrix. x: (..., in_features)."""
-    out: torch.Tensor = type(layer).forward(layer, x.reshape(-1, x.shape[-1]))
-    return out.view(*x.shape[:-1], out.shape[-1])
+def _forward_main_weights(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """Multiply a matrix in bitsandbytes' training mode, the one it has on the CPU. x: (..., in_features)."""
+    if x.device.type != "cpu":
+        return type(layer).forward(layer, x)  # type: ignore[no-any-return]
+    layer.state.is_training = True
+    layer.state.CB = None  # quantize the weight as it is now, whatever became of it since
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    out = library().matmul(x.reshape(-1, x.shape[-1]), layer.weight, bias=bias, state=layer.state)
+    return out.view(*x.shape[:-1], out.shape[-1])  # type: ignore[no-any-return]
 
 
 def _forward_packed(layer: Any, x: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,8 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -40,6 +42,7 @@ _DTYPES = {
 }
 # The format's own bound; a longer one is a damaged length, not a header worth the memory.
 _MAX_HEADER_BYTES = 100_000_000
+_CONVERT = "this version reads no pickled checkpoints: convert them with safetensors.torch.save_file"
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,18 @@ def open_checkpoint(weights_location: WeightsLocation) -> Checkpoint:
     Raises:
         CheckpointError: nothing there, not a checkpoint, or a file that contradicts itself.
     """
-    location = Path(weights_location).expanduser()
-    if location.is_dir():
+    try:
+        location = Path(weights_location).expanduser()
+    except (TypeError, RuntimeError) as error:  # RuntimeError: the home of a user who does not exist
+        raise CheckpointError(f"weights_location {weights_location!r} is not a path: {error}") from error
+    try:
+        return _open(location)
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        raise CheckpointError(f"'{location}' cannot be read: {error}") from error
+
+
+def _open(location: Path) -> Checkpoint:
+    if location.is_dir() and location != Path():
         location = _find_in_folder(location)
     elif not location.exists():
         raise CheckpointError(
@@ -93,10 +106,7 @@ def open_checkpoint(weights_location: WeightsLocation) -> Checkpoint:
         return Checkpoint(location, _read_index(location))
     if location.suffix == ".safetensors":
         return Checkpoint(location, read_header(location))
-    raise CheckpointError(
-        f"'{location}' is neither a .safetensors nor an .index.json file; convert a pickled checkpoint with "
-        "safetensors.torch.save_file"
-    )
+    raise CheckpointError(f"'{location}' is neither a .safetensors nor an .index.json file; {_CONVERT}")
 
 
 def _find_in_folder(folder: Path) -> Path:
@@ -113,7 +123,7 @@ def _find_in_folder(folder: Path) -> Path:
     held = sorted(path.name for path in folder.iterdir())
     raise CheckpointError(
         f"folder '{folder}' has no weights: expected model.safetensors, an .index.json or one .safetensors file, "
-        f"found {listed(held) if held else 'nothing'}"
+        f"found {listed(held) if held else 'nothing'}; {_CONVERT}"
     )
 
 
@@ -126,6 +136,9 @@ def _read_index(path: Path) -> dict[str, StoredTensor]:
     outside = [shard for shard in shards if Path(shard).is_absolute() or ".." in Path(shard).parts]
     if outside:
         raise CheckpointError(f"index '{path}' names {listed(outside)}, outside its own folder")
+    pickled = [shard for shard in shards if not shard.endswith(".safetensors")]
+    if pickled:
+        raise CheckpointError(f"index '{path}' names {listed(pickled)}, which are not safetensors; {_CONVERT}")
     absent = [shard for shard, file in shards.items() if not file.is_file()]
     if absent:
         raise CheckpointError(

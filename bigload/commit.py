@@ -44,6 +44,7 @@ def commit(model: nn.Module, plan: Plan, landed: Mapping[str, Landed], attribute
                 edits.append((slots, leaf, values[planned.tensor.name]))
     for module in model.modules():
         edits += [(module._modules, key, new_layers[child]) for key, child in _children(module) if child in new_layers]
+        edits += _without_fused_path(module, new_layers)
     root = new_layers.get(model, model)
     edits += [(root.__dict__, name, value) for name, value in attributes.items()]
     _apply(edits)
@@ -61,6 +62,14 @@ def _value(tensor: ModelTensor, device: torch.device, value: Landed | None) -> t
         return value
     unchanged = value.data_ptr() == old.data_ptr() and value.dtype == old.dtype and not old.is_meta
     return old if unchanged else like_parameter(old, value)  # type: ignore[arg-type]
+
+
+def _without_fused_path(module: nn.Module, new_layers: Mapping[nn.Module, nn.Module]) -> list[Edit]:
+    """Turn off the fused path of torch's own encoder layer, which reads its Linears' weights past their forward."""
+    replaced = any(child in new_layers for _, child in _children(module))
+    if isinstance(module, nn.TransformerEncoderLayer) and replaced:
+        return [(module.__dict__, "activation_relu_or_gelu", 0)]  # what it sets itself for any other activation
+    return []
 
 
 def _make_layers(

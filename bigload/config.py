@@ -115,7 +115,7 @@ class BnbQuantizationConfig:
             self.bnb_4bit_quant_type,
         )
         _require(
-            self.bnb_4bit_blocksize in _BLOCKSIZES and not isinstance(self.bnb_4bit_blocksize, bool),
+            self.bnb_4bit_blocksize in _BLOCKSIZES and isinstance(self.bnb_4bit_blocksize, int),
             "bnb_4bit_blocksize",
             f"one of {_BLOCKSIZES}",
             self.bnb_4bit_blocksize,
@@ -155,6 +155,12 @@ class BnbQuantizationConfig:
         compute_dtype = torch_dtype if self.bnb_4bit_compute_dtype == "auto" else self.bnb_4bit_compute_dtype
         return dataclasses.replace(self, torch_dtype=torch_dtype, bnb_4bit_compute_dtype=compute_dtype)  # type: ignore[arg-type]
 
+    @property
+    def landing_dtype(self) -> torch.dtype:
+        """`torch_dtype` of a config that is resolved: what weights are cast to as they land."""
+        assert isinstance(self.torch_dtype, torch.dtype), "resolved() was not called"
+        return self.torch_dtype
+
     @classmethod
     def from_mode(cls, mode: str, **fields: Any) -> BnbQuantizationConfig:
         """Make the config of a mode by its name; dtypes are the checkpoint's unless given.
@@ -166,7 +172,7 @@ class BnbQuantizationConfig:
         Raises:
             ConfigError: no such mode, or no such field.
         """
-        if mode not in _MODES:
+        if not isinstance(mode, str) or mode not in _MODES:
             raise ConfigError(f"unknown quantization mode {mode!r}; choose one of {', '.join(MODES)}")
         return cls._build({"torch_dtype": "auto", "bnb_4bit_compute_dtype": "auto", **_MODES[mode], **fields})
 
@@ -184,6 +190,8 @@ class BnbQuantizationConfig:
             torch_dtype: what `from_pretrained` calls `dtype`; "auto" is the checkpoint's own.
         """
         given = dict(config) if isinstance(config, Mapping) else config.to_dict()
+        for name in ("load_in_4bit", "load_in_8bit"):  # properties of the class, so not in its vars()
+            given.setdefault(name, given.get(f"_{name}", False))
         ours = {name: given.pop(_TRANSFORMERS_NAMES.get(name, name), _UNSET) for name in _FIELDS}
         unknown = [name for name in given if name not in _TRANSFORMERS_EXTRAS]
         if unknown:
@@ -196,7 +204,10 @@ class BnbQuantizationConfig:
         return cls._build({**ours, "torch_dtype": torch_dtype})
 
     def to_transformers(self) -> Any:
-        """Make the `BitsAndBytesConfig` with the same meaning; what transformers has no field for is left out.
+        """Make the `BitsAndBytesConfig` with the same meaning.
+
+        What transformers has no field for (torch_dtype, keep_in_fp32_modules, blocksize) is left out, and a compute
+        dtype of "auto", which it has no word for, is its default, float32.
 
         Raises:
             MissingDependencyError: transformers is not installed.
@@ -268,9 +279,10 @@ def as_config(given: Any) -> BnbQuantizationConfig:
     if isinstance(given, Mapping):
         return BnbQuantizationConfig.from_dict(given)
     # By name: neither library is imported to ask whether an object is its.
-    if type(given).__name__ == "BitsAndBytesConfig":
+    classes = {cls.__name__ for cls in type(given).__mro__}
+    if "BitsAndBytesConfig" in classes:
         return BnbQuantizationConfig.from_transformers(given)
-    if type(given).__name__ == "BnbQuantizationConfig" and all(hasattr(given, name) for name in _ACCELERATE_FIELDS):
+    if "BnbQuantizationConfig" in classes and all(hasattr(given, name) for name in _ACCELERATE_FIELDS):
         return BnbQuantizationConfig.from_accelerate(given)
     if given is None:
         raise ConfigError(

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import nn
@@ -77,20 +75,11 @@ def fp32_patterns(model: nn.Module, torch_dtype: torch.dtype) -> list[str]:
     `_keep_in_fp32_modules` counts under float16 only, `_keep_in_fp32_modules_strict` under both 16-bit dtypes.
     """
     names: set[str] = set()
-    for module in _pretrained_modules(model):
+    for module in model.modules():
         if torch_dtype == torch.float16:
-            names.update(module._keep_in_fp32_modules or ())
+            names.update(getattr(module, "_keep_in_fp32_modules", None) or ())
         if torch_dtype in (torch.float16, torch.bfloat16):
             names.update(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
-    return sorted(names)
-
-
-def unquantizable_patterns(model: nn.Module) -> list[str]:
-    """Give the names of modules that must not be quantized in any dtype: quantizing T5's `wo` ruins the model."""
-    names: set[str] = set()
-    for module in _pretrained_modules(model):
-        names.update(module._keep_in_fp32_modules or ())
-        names.update(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
     return sorted(names)
 
 
@@ -98,7 +87,3 @@ def ignores_key(model: nn.Module, key: str) -> bool:
     """Ask whether the model's class says that this checkpoint key may be left over."""
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     return any(re.search(pattern, key) for pattern in patterns)
-
-
-def _pretrained_modules(model: nn.Module) -> Iterator[Any]:
-    return (module for module in model.modules() if hasattr(module, "_keep_in_fp32_modules"))

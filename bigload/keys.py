@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
@@ -93,16 +94,20 @@ def _renamed(checkpoint: Checkpoint, key_mapping: KeyMapping | None) -> dict[str
 def _as_function(key_mapping: KeyMapping | None) -> Callable[[str], str]:
     if key_mapping is None:
         return lambda key: key
-    if not isinstance(key_mapping, Mapping):
+    if callable(key_mapping):
         return key_mapping
-    try:
-        rules = [(re.compile(pattern), replacement) for pattern, replacement in key_mapping.items()]
-    except re.error as error:
-        raise ConfigError(f"key_mapping holds {error.pattern!r}, which is not a regular expression: {error}") from error
+    if not isinstance(key_mapping, Mapping):
+        raise ConfigError(f"key_mapping must be {{regex: replacement}} or a function, but it is {key_mapping!r}")
+    rules = key_mapping.items()
 
     def rename(key: str) -> str:
         for pattern, replacement in rules:
-            key = pattern.sub(replacement, key)
+            try:
+                key = re.sub(pattern, replacement, key)
+            except (re.error, IndexError, TypeError) as error:
+                raise ConfigError(
+                    f"key_mapping holds {pattern!r}: {replacement!r}, which re.sub does not take: {error}"
+                ) from error
         return key
 
     return rename
@@ -114,10 +119,10 @@ def _require_sources(
     missing = [t for t in tensors if t.persistent and found[t.name] is None and (t.is_parameter or t.value.is_meta)]
     if missing:
         names = [tensor.name for tensor in missing]
-        hints = [hint for tensor in missing for hint in _likely_ties(tensor, tensors, found)]
+        hints = islice(_likely_ties(missing, tensors, found), 3)
         raise CheckpointError(
             f"{len(names)} tensors of the model have no source in '{checkpoint.location}': {listed(names, limit=100)}"
-            + "".join(f"; {hint}" for hint in hints[:3]),
+            + "".join(f"; {hint}" for hint in hints),
             missing_keys=names,
         )
     empty = [t.name for t in tensors if not t.persistent and t.value.is_meta]
@@ -130,17 +135,21 @@ def _require_sources(
 
 
 def _likely_ties(
-    missing: ModelTensor, tensors: Sequence[ModelTensor], found: Mapping[str, StoredTensor | None]
-) -> Iterable[str]:
-    """Name matrices that the missing one is probably tied to: same shape, an embedding and a head."""
-    if not missing.is_parameter or len(missing.shape) != 2 or missing.shape[0] == missing.shape[1]:
-        return
-    same = [t for t in tensors if t.is_parameter and t.shape == missing.shape and found.get(t.name) is not None]
-    if len(same) == 1:
-        yield (
-            f"'{missing.name}' has the shape of '{same[0].name}': if they are one weight, pass "
-            f"tied_parameters=[('{same[0].name}', '{missing.name}')]"
-        )
+    missing: Sequence[ModelTensor], tensors: Sequence[ModelTensor], found: Mapping[str, StoredTensor | None]
+) -> Iterator[str]:
+    """Name matrices that missing ones are probably tied to: the only other of that shape, as embedding and head are."""
+    by_shape: dict[tuple[int, ...], list[str]] = {}
+    for tensor in tensors:
+        if tensor.is_parameter and found.get(tensor.name) is not None:
+            by_shape.setdefault(tensor.shape, []).append(tensor.name)
+    for tensor in missing:
+        same = by_shape.get(tensor.shape, ())
+        is_matrix = tensor.is_parameter and len(tensor.shape) == 2 and tensor.shape[0] != tensor.shape[1]
+        if is_matrix and len(same) == 1:
+            yield (
+                f"'{tensor.name}' has the shape of '{same[0]}': if they are one weight, pass "
+                f"tied_parameters=[('{same[0]}', '{tensor.name}')]"
+            )
 
 
 def _require_fit(tensors: Sequence[ModelTensor], found: Mapping[str, StoredTensor | None]) -> None:
@@ -156,9 +165,11 @@ def _require_fit(tensors: Sequence[ModelTensor], found: Mapping[str, StoredTenso
             f"{shown}: build the model from this checkpoint's config",
             mismatched_shapes={name: (stored, expected) for name, (stored, expected, _) in wrong.items()},
         )
-    for tensor, source in pairs:
-        if source is not None and tensor.value.is_floating_point() and source.dtype not in _FLOATS:
-            raise CheckpointError(
-                f"'{source.name}' is stored as {source.dtype} in '{source.file.name}', the model expects a floating "
-                "dtype: checkpoints that are already quantized are not read by this version; give the original one"
-            )
+    packed = [s for t, s in pairs if s is not None and t.value.is_floating_point() and s.dtype not in _FLOATS]
+    if packed:
+        verb = "is" if len(packed) == 1 else "are"
+        raise CheckpointError(
+            f"{listed(source.name for source in packed)} {verb} stored as {packed[0].dtype} in '{packed[0].file.name}', "
+            "the model expects a 16 to 64 bit floating dtype: checkpoints that are already quantized are not read by "
+            "this version; give the original one"
+        )

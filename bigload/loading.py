@@ -79,7 +79,7 @@ def load_and_quantize_model(
         OffloadError: `offload` was given.
     """
     config = as_config(bnb_quantization_config)
-    origin = "the model's own weights" if weights_location is None else f"'{os.fspath(weights_location)}'"
+    origin = "the model's own weights" if weights_location is None else f"'{weights_location}'"
     with _named(f"loading {origin} as {config.mode} with device_map={device_map!r}"):
         if offload is not None:
             raise OffloadError("offload is given, but this version does not offload: leave it out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from fractions import Fraction
 
 import torch
 
@@ -20,14 +21,15 @@ def parse_size(size: int | str) -> int:
         PlacementError: not a size, or a negative one.
     """
     if isinstance(size, int) and not isinstance(size, bool):
-        parsed = float(size)
+        parsed = Fraction(size)
     else:
         match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-zA-Z]*)\s*", size) if isinstance(size, str) else None
-        if match is None or match[2].upper() not in _UNITS:
+        # "Gb" is bits to accelerate and a slip to most: neither guess is safe.
+        if match is None or match[2].upper() not in _UNITS or re.fullmatch("[kKmMgGtT]b", match[2]):
             raise PlacementError(f"max_memory holds {size!r}; expected bytes as an int, or a string such as '10GiB'")
-        parsed = float(match[1]) * _UNITS[match[2].upper()]
-    if parsed < 0:
-        raise PlacementError(f"max_memory holds {size!r}; a size cannot be negative")
+        parsed = Fraction(match[1].rstrip(".")) * _UNITS[match[2].upper()]
+    if not 0 <= parsed < 2**63:
+        raise PlacementError(f"max_memory holds {size!r}; a size cannot be negative or above 2**63 bytes")
     return int(parsed)
 
 

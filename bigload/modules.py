@@ -54,7 +54,11 @@ def tensors_of(model: nn.Module, tied_parameters: Sequence[tuple[str, str]] = ()
         ConfigError: `tied_parameters` names no parameter, or ties two of different shapes.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    declared = [pair for pair in hf.tied_pairs(model) if all(name in parameters for name in pair)]
+    declared = [
+        (first, second)
+        for first, second in hf.tied_pairs(model)
+        if first in parameters and second in parameters and parameters[first].shape == parameters[second].shape
+    ]
     _check_ties(tied_parameters, parameters)
     groups = _group_names(parameters, [*declared, *tied_parameters])
     tensors = [ModelTensor(names, parameters[names[0]], True, True) for names in groups]
@@ -67,7 +71,7 @@ def tensors_of(model: nn.Module, tied_parameters: Sequence[tuple[str, str]] = ()
 
 def _check_ties(pairs: Sequence[tuple[str, str]], parameters: dict[str, nn.Parameter]) -> None:
     for pair in pairs:
-        if len(pair) != 2 or isinstance(pair, str):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise ConfigError(f"tied_parameters must hold pairs of parameter names, but it holds {pair!r}")
         absent = [name for name in pair if name not in parameters]
         if absent:
@@ -123,15 +127,18 @@ def layers_to_quantize(
     where that is None, the output head.
     """
     tied = {name for tensor in tensors for name in tensor.names if _has_several_owners(model, tensor)}
-    always = [*(config.keep_in_fp32_modules or ()), *hf.unquantizable_patterns(model)]
+    # What the class keeps in fp32 in any 16-bit dtype must not be quantized in any: it ruins T5's `wo`.
+    always = [*(config.keep_in_fp32_modules or ()), *hf.fp32_patterns(model, torch.float16)]
     head = _default_head(model) if config.skip_modules is None else None
     skip = config.skip_modules or []
+    paths: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(module, []).append(f"{path}.weight".lstrip("."))
     layers = {}
     for path, module in model.named_modules():
-        weight = f"{path}.weight".lstrip(".")
-        if module is head or weight in tied or not _is_quantizable(module):
+        if module is head or not _is_quantizable(module):
             continue
-        if not matches(weight, [*always, *skip]):
+        if not any(weight in tied or matches(weight, [*always, *skip]) for weight in paths[module]):
             layers[path] = module
     everything = [name for tensor in tensors for name in tensor.names]
     unused = [pattern for pattern in skip if not any(matches(name, [pattern]) for name in everything)]

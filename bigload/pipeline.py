@@ -37,8 +37,7 @@ def execute(plan: Plan, *, on_bytes: Callable[[int], object] = lambda count: Non
         PlacementError: a device ran out of memory.
         QuantizationError: a weight has values that its format cannot hold.
     """
-    assert isinstance(plan.config.torch_dtype, torch.dtype)
-    waiting = [_Landing(planned, plan.config.torch_dtype) for planned in plan.tensors if planned.sources]
+    waiting = [_Landing(planned, plan.config.landing_dtype) for planned in plan.tensors if planned.sources]
     arrivals = [(source, landing) for landing in waiting for source in landing.planned.sources]
     order = {file: rank for rank, file in enumerate(_files(arrivals))}
     arrivals.sort(key=lambda arrival: _position(arrival[0], order))

@@ -98,8 +98,7 @@ def make_plan(
     Raises:
         ConfigError: a weight cannot be held in the format asked for.
     """
-    assert isinstance(config.torch_dtype, torch.dtype)
-    fp32 = [*(config.keep_in_fp32_modules or ()), *hf.fp32_patterns(model, config.torch_dtype)]
+    fp32 = [*(config.keep_in_fp32_modules or ()), *hf.fp32_patterns(model, config.landing_dtype)]
     weights = {f"{path}.weight".lstrip("."): layer for path, layer in layers.items()}
     planned = []
     for tensor in tensors:
@@ -107,7 +106,7 @@ def make_plan(
         device = device_of(tensor.name, device_map)
         layer = next((weights[name] for name in tensor.names if name in weights), None)
         if layer is None:
-            fmt: Format = Plain(_kept_dtype(tensor, source, config.torch_dtype, fp32))
+            fmt: Format = Plain(_kept_dtype(tensor, source, config.landing_dtype, fp32))
             shape = tensor.shape
         else:
             fmt, shape = _quantized_format(config), tensor.shape
@@ -129,8 +128,7 @@ def _kept_dtype(
 
 def _quantized_format(config: BnbQuantizationConfig) -> Format:
     if config.mode == "int8-training":
-        assert isinstance(config.torch_dtype, torch.dtype)
-        return Plain(config.torch_dtype if config.torch_dtype.itemsize == 2 else torch.float16)
+        return Plain(config.landing_dtype if config.landing_dtype.itemsize == 2 else torch.float16)
     if config.load_in_8bit:
         return Int8()
     assert isinstance(config.bnb_4bit_quant_storage, torch.dtype)

@@ -105,7 +105,7 @@ def test_race_a_callers_own_busy_stream_does_not_change_the_bits(tmp_path):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     device = torch.device("cuda", 0)
-    full, quiet = load(tmp_path, device, torch.bfloat16, "nf4")
+    _, quiet = load(tmp_path, device, torch.bfloat16, "nf4")
     for _ in range(10):
         with torch.cuda.stream(torch.cuda.Stream()):
             torch.cuda._sleep(20_000_000)

@@ -1,0 +1,133 @@
+"""Whatever stops a load in the middle leaves the model as it came, and nothing open or running behind."""
+
+import gc
+import os
+import threading
+from pathlib import Path
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from models import GPT, save_checkpoint
+
+from bigload import CheckpointError, PlacementError, init_empty_weights, load_and_quantize_model
+from bigload.transfer import Reader
+
+
+def resources():
+    return len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_checkpoint(GPT(), tmp_path, shards=3)
+
+
+@pytest.fixture
+def model():
+    with init_empty_weights():
+        return GPT()
+
+
+def fail_at(monkeypatch, owner, name, call, error):
+    """Make the n-th call of a function raise."""
+    original, count = getattr(owner, name), [0]
+
+    def failing(*args, **kwargs):
+        count[0] += 1
+        if count[0] == call:
+            raise error
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+def check_untouched_then_loads(model, folder, expected, monkeypatch):
+    before = [(name, id(p)) for name, p in model.named_parameters()], [id(m) for m in model.modules()]
+    attributes = set(model.__dict__)
+    used = resources()
+    with pytest.raises(expected):
+        load_and_quantize_model(model, "nf4", folder, device_map="cpu")
+    assert resources() == used
+    assert ([(name, id(p)) for name, p in model.named_parameters()], [id(m) for m in model.modules()]) == before
+    assert set(model.__dict__) == attributes
+    monkeypatch.undo()
+    model = load_and_quantize_model(model, "nf4", folder, device_map="cpu")
+    assert isinstance(model.transformer["h"][0].attn.c_attn, bnb.nn.Linear4bit)
+    model(torch.zeros(1, 4, dtype=torch.long))
+    assert resources() == used
+
+
+@pytest.mark.parametrize("call", [1, 7, 20])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, "Input/output error")], ids=["ctrl-c", "disk"])
+def test_interrupted_while_reading(model, folder, monkeypatch, call, error):
+    load_and_quantize_model(GPT(), "nf4", folder, device_map="cpu")  # what is made once per process is made now
+    if isinstance(error, OSError):
+        fail_at(monkeypatch, Reader, "_open", call, error)
+        check_untouched_then_loads(model, folder, CheckpointError, monkeypatch)
+    else:
+        fail_at(monkeypatch, Reader, "_fill", call, error)
+        check_untouched_then_loads(model, folder, KeyboardInterrupt, monkeypatch)
+
+
+def test_interrupted_while_quantizing(model, folder, monkeypatch):
+    fail_at(monkeypatch, bnb.functional, "quantize_4bit", 3, KeyboardInterrupt())
+    check_untouched_then_loads(model, folder, KeyboardInterrupt, monkeypatch)
+
+
+def test_out_of_memory_names_device_and_tensor(model, folder, monkeypatch):
+    fail_at(monkeypatch, bnb.functional, "quantize_4bit", 3, torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(PlacementError, match=r"cpu ran out of memory at 'transformer\.h\.0"):
+        load_and_quantize_model(model, "nf4", folder, device_map="cpu")
+
+
+@pytest.mark.parametrize("call", [1, 3, 40])
+def test_interrupted_while_the_model_is_changed(model, folder, monkeypatch, call):
+    """The exchange itself is undone: the edits go through a dict that raises at the n-th of them."""
+
+    import bigload.commit as room
+
+    apply = room._apply
+
+    def interrupted(edits):
+        class Raising(dict):
+            def __setitem__(self, key, value):
+                raise KeyboardInterrupt
+
+        apply([*edits[:call], (Raising(), "key", None), *edits[call:]])
+
+    monkeypatch.setattr(room, "_apply", interrupted)
+    check_untouched_then_loads(model, folder, KeyboardInterrupt, monkeypatch)
+
+
+def test_file_that_is_cut_while_it_is_read(model, folder, monkeypatch):
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    whole = shard.read_bytes()
+    opened = Reader._open
+
+    def cutting(self, path):
+        if path == shard:
+            os.truncate(shard, len(whole) // 2)
+        return opened(self, path)
+
+    monkeypatch.setattr(Reader, "_open", cutting)
+    with pytest.raises(CheckpointError, match="cut meanwhile"):
+        load_and_quantize_model(model, "nf4", folder, device_map="cpu")
+    monkeypatch.undo()
+    shard.write_bytes(whole)
+    load_and_quantize_model(model, "nf4", folder, device_map="cpu")
+
+
+@pytest.mark.cuda
+def test_failed_load_gives_the_gpu_its_memory_back(model, folder, monkeypatch):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    load_and_quantize_model(GPT(), "nf4", folder, device_map=0)
+    gc.collect()  # bitsandbytes' layers and their weights refer to each other
+    before = torch.cuda.memory_allocated()
+    fail_at(monkeypatch, bnb.functional, "quantize_4bit", 3, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        load_and_quantize_model(model, "nf4", folder, device_map=0)
+    monkeypatch.undo()  # lets go of the exception, whose traceback holds what had landed
+    gc.collect()
+    assert torch.cuda.memory_allocated() == before

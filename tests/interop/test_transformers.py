@@ -1,0 +1,128 @@
+"""transformers' own classes: the same bits as its own loader makes, and the facts its classes state."""
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from models import dequantized_reference, llama, relative_error, save_checkpoint
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from bigload import BnbQuantizationConfig, init_empty_weights, load_and_quantize_model
+from bigload.hf import empty_model
+
+MODES = ("nf4", "nf4-dq", "fp4", "int8")
+
+
+def empty(build, *arguments):
+    with init_empty_weights():
+        return build(*arguments).eval()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_llama_computes_what_its_dequantized_reference_computes(tmp_path, device, mode, tied, shards):
+    full = llama(tied).eval()
+    save_checkpoint(full, tmp_path, shards)
+    model = load_and_quantize_model(empty(llama, tied), mode, tmp_path, device_map=device)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    tokens = torch.randint(0, 128, (2, 12))
+    reference = dequantized_reference(full, mode, {"lm_head"}, torch.float32)(tokens).logits
+    with torch.no_grad():
+        # As in test_loading: bfloat16 multiplication or int8 activations, a few layers deep.
+        assert relative_error(model(tokens.to(device)).logits, reference) < 0.01
+    if mode != "int8":
+        assert relative_error(full(tokens).logits, reference) > 0.03
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_llama_state_equals_that_of_transformers_own_loader(tmp_path, device, mode, tied):
+    llama(tied).to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="100KB")
+    # transformers has no "auto" compute dtype, so it is said.
+    config = BnbQuantizationConfig.from_mode(mode, skip_modules=["lm_head"], bnb_4bit_compute_dtype="bf16")
+    expected = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=config.to_transformers(), device_map={"": device}, dtype=torch.bfloat16
+    )
+    model = load_and_quantize_model(empty_model(tmp_path), config, tmp_path, device_map=device)
+    ours, theirs = model.state_dict(), expected.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert ours[name].dtype == theirs[name].dtype, name
+        assert torch.equal(ours[name].view(-1).view(torch.uint8), theirs[name].view(-1).view(torch.uint8)), name
+    tokens = torch.randint(0, 128, (1, 8), device=device)
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, expected(tokens).logits)
+
+
+def test_untied_by_accelerates_own_init_is_tied_by_the_class(tmp_path):
+    import accelerate
+
+    save_checkpoint(llama(True), tmp_path)
+    with accelerate.init_empty_weights():
+        model = llama(True)
+    model = load_and_quantize_model(model, "nf4", tmp_path, device_map="cpu")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
+def test_gpt2_conv1d_layers_are_quantized_as_linears(tmp_path, device, mode):
+    config = GPT2Config(vocab_size=96, n_positions=32, n_embd=64, n_layer=2, n_head=2)
+    full = GPT2LMHeadModel(config).eval()
+    save_checkpoint(full, tmp_path)
+    model = load_and_quantize_model(empty(GPT2LMHeadModel, config), mode, tmp_path, device_map=device)
+    layer = model.transformer.h[0].attn.c_attn
+    assert isinstance(layer, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
+    assert (layer.in_features, layer.out_features) == (64, 192)
+    tokens = torch.randint(0, 96, (1, 9))
+    with torch.no_grad():
+        found, expected = model(tokens.to(device)).logits, full(tokens).logits
+    # Random weights lose this much to 4 bit; a weight read the wrong way round would lose everything.
+    assert relative_error(found, expected) < (0.25 if mode == "nf4" else 0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_t5_wo_is_never_quantized_and_keeps_the_librarys_dtype(tmp_path, dtype):
+    config = T5Config(vocab_size=96, d_model=64, d_ff=128, d_kv=32, num_layers=2, num_heads=2)
+    save_checkpoint(T5ForConditionalGeneration(config), tmp_path)
+    model = load_and_quantize_model(
+        empty(T5ForConditionalGeneration, config),
+        BnbQuantizationConfig.from_mode("nf4", torch_dtype=dtype),
+        tmp_path,
+        device_map="cpu",
+    )
+    feed_forward = model.encoder.block[0].layer[1].DenseReluDense
+    assert type(feed_forward.wo) is nn.Linear
+    assert feed_forward.wo.weight.dtype == (torch.float32 if dtype == torch.float16 else dtype)
+    assert isinstance(feed_forward.wi, bnb.nn.Linear4bit)
+
+
+def test_empty_model_has_no_weights_but_its_buffers(tmp_path):
+    llama(True).save_pretrained(tmp_path)
+    model = empty_model(tmp_path)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not any(buffer.is_meta for buffer in model.buffers())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert AutoConfig.from_pretrained(tmp_path).vocab_size == model.config.vocab_size
+
+
+def test_generation_of_a_loaded_llama_equals_that_of_transformers_own(tmp_path, device):
+    llama(False).save_pretrained(tmp_path)
+    skip = ["lm_head"]
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=skip)
+    expected = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=quantization, device_map={"": device}, dtype=torch.float32
+    )
+    model = load_and_quantize_model(empty_model(tmp_path), quantization, tmp_path, device_map=device)
+    tokens = torch.randint(0, 128, (1, 5), device=device)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(model.generate(tokens, **options), expected.generate(tokens, **options))

@@ -1,0 +1,168 @@
+"""On the CPU every layer computes what its weight says, whatever its shape, and says the same after it ran."""
+
+import copy
+import io
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from models import FOUR_BIT, dequantize_by_hand, quantize_as_bitsandbytes, relative_error
+from torch import nn
+
+from bigload import BnbQuantizationConfig, load_and_quantize_model
+from bigload.bnb import dequantize_4bit, unpack_
+
+# (out_features, in_features): whole and broken rows of 32, whole and broken blocks, multiples of 16 that
+# bitsandbytes' own kernel gets wrong without a word, odd sizes, single features.
+SHAPES = [(64, 128), (2, 64), (33, 65), (64, 96), (32, 160), (64, 100), (7, 3), (1, 1), (5, 1), (64, 63), (32, 130)]
+
+
+def quantized(shape, mode, bias=True, **fields):
+    model = nn.Sequential(nn.Linear(shape[1], shape[0], bias=bias), nn.Identity())
+    plain = copy.deepcopy(model[0])
+    fields = {"torch_dtype": "fp32", "bnb_4bit_compute_dtype": "fp32", **fields}
+    model = load_and_quantize_model(model, BnbQuantizationConfig.from_mode(mode, **fields), device_map="cpu")
+    return plain, model[0]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("blocksize", [64, 128])
+@pytest.mark.parametrize("mode", FOUR_BIT)
+def test_4bit_layer_of_any_shape_computes_with_its_own_weight(shape, mode, blocksize):
+    plain, layer = quantized(shape, mode, bnb_4bit_blocksize=blocksize)
+    assert isinstance(layer, bnb.nn.Linear4bit)
+    parts = quantize_as_bitsandbytes(plain.weight.detach(), mode, blocksize)
+    expected_weight = dequantize_by_hand(parts, shape, blocksize)
+    assert torch.equal(dequantize_4bit(layer.weight.data, layer.weight.quant_state, torch.float32), expected_weight)
+    for x in (torch.randn(3, shape[1]), torch.randn(2, 3, shape[1]), torch.randn(1, shape[1])):
+        expected = nn.functional.linear(x, expected_weight, plain.bias)
+        # Training mode multiplies in float32; eval mode may in bfloat16, which has 8 bits.
+        assert relative_error(layer.train()(x), expected) < 1e-5
+        with torch.no_grad():
+            assert relative_error(layer.eval()(x), expected) < 2e-2
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_int8_layer_of_any_shape_computes_with_its_own_weight(shape):
+    plain, layer = quantized(shape, "int8")
+    assert isinstance(layer, bnb.nn.Linear8bitLt)
+    expected_weight = dequantize_by_hand(quantize_as_bitsandbytes(plain.weight.detach(), "int8"), shape)
+    for x in (torch.randn(3, shape[1]), torch.randn(2, 3, shape[1])):
+        expected = nn.functional.linear(x, expected_weight, plain.bias)
+        with torch.no_grad():
+            # Activations are rounded to int8, one scale a row: 1/127 of the largest at most.
+            assert relative_error(layer.eval()(x), expected) < 2e-2
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (64, 96), (33, 65)], ids=str)
+@pytest.mark.parametrize("mode", FOUR_BIT)
+def test_gradients_after_an_eval_forward_equal_those_of_a_layer_that_never_ran(shape, mode):
+    _, layer = quantized(shape, mode)
+    _, fresh = quantized(shape, mode)
+    fresh.load_state_dict({"bias": layer.bias}, strict=False)
+    fresh.weight, fresh.quant_state = copy.deepcopy(layer.weight), None
+    fresh.quant_state = fresh.weight.quant_state
+    x = torch.randn(4, shape[1])
+    with torch.no_grad():
+        layer.eval()(x)
+    gradients = []
+    for each in (layer.eval(), layer.train(), fresh.train()):
+        entry = x.clone().requires_grad_()
+        each(entry).square().sum().backward()
+        gradients.append(entry.grad)
+    assert gradients[0].abs().sum() > 0
+    assert torch.equal(gradients[0], gradients[2])
+    assert torch.equal(gradients[1], gradients[2])
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (64, 96)], ids=str)
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", FOUR_BIT)
+def test_state_dict_is_the_same_before_and_after_an_eval_forward(shape, mode, storage):
+    _, layer = quantized(shape, mode, bnb_4bit_quant_storage=storage)
+
+    def bits():
+        return {name: tensor.clone().view(-1).view(torch.uint8) for name, tensor in layer.state_dict().items()}
+
+    before = bits()
+    for _ in range(2):
+        with torch.no_grad():
+            layer.eval()(torch.randn(3, shape[1]))
+        after = bits()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("mode", ["nf4", "nf4-dq"])
+def test_weight_after_a_move_and_an_eval_forward_is_the_one_that_was_loaded(mode):
+    plain, layer = quantized((64, 128), mode)
+    expected = quantize_as_bitsandbytes(plain.weight.detach(), mode)
+    with torch.no_grad():
+        layer.eval()(torch.randn(3, 128))
+    layer.to("cpu")
+    assert torch.equal(layer.weight.data, expected["weight"])
+    assert torch.equal(layer.weight.quant_state.absmax, expected["absmax"])
+    assert layer.weight.quant_state.nested == mode.endswith("-dq")
+
+
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
+def test_a_copy_and_a_pickle_of_a_layer_that_ran_compute_the_same(mode):
+    for shape in [(64, 128), (64, 96), (5, 1)]:
+        _, layer = quantized(shape, mode)
+        x = torch.randn(3, shape[1])
+        with torch.no_grad():
+            expected = layer.eval()(x)
+            file = io.BytesIO()
+            torch.save(layer, file)
+            file.seek(0)
+            for twin in (copy.deepcopy(layer), torch.load(file, weights_only=False)):
+                assert torch.equal(twin(x), expected)
+                layer_parameters = {id(parameter) for parameter in layer.parameters()}
+                assert not layer_parameters & {id(parameter) for parameter in twin.parameters()}
+
+
+def test_unpacking_what_is_not_packed_changes_nothing():
+    _, layer = quantized((64, 128), "nf4")
+    data, absmax = layer.weight.data, layer.weight.quant_state.absmax
+    unpack_(layer)
+    assert layer.weight.data.data_ptr() == data.data_ptr()
+    assert layer.weight.quant_state.absmax is absmax
+
+
+def test_int8_training_layer_takes_inputs_of_any_dimensions():
+    _, layer = quantized((32, 64), "int8-training")
+    for shape in [(64,), (3, 64), (2, 3, 64), (2, 2, 3, 64)]:
+        x = torch.randn(shape, requires_grad=True)
+        out = layer.train()(x)
+        assert out.shape == (*shape[:-1], 32)
+        out.sum().backward()
+        assert x.grad.shape == x.shape
+        assert layer.weight.grad.shape == (32, 64)
+
+
+def test_int8_training_layer_evaluates_with_the_weights_of_the_last_step():
+    _, layer = quantized((32, 64), "int8-training")
+    x = torch.randn(2, 3, 64)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+    for _ in range(2):
+        layer.train()(x).square().sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            expected = nn.functional.linear(x, layer.weight.float(), layer.bias.float())
+            assert relative_error(layer.eval()(x), expected) < 0.02  # the weight's own int8 rounding
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("mode", FOUR_BIT)
+def test_layer_that_ran_on_the_cpu_moves_to_a_gpu_with_its_exact_weight(mode):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    for shape in [(64, 128), (64, 96)]:
+        plain, layer = quantized(shape, mode)
+        x = torch.randn(3, shape[1])
+        expected_weight = dequantize_by_hand(quantize_as_bitsandbytes(plain.weight.detach(), mode), shape)
+        expected = nn.functional.linear(x, expected_weight, plain.bias)
+        with torch.no_grad():
+            layer.eval()(x)
+            moved = layer.to("cuda")
+            assert relative_error(moved(x.cuda()), expected) < 1e-2

@@ -1,0 +1,350 @@
+"""Plain modules, end to end: what is loaded computes what a dequantized reference computes."""
+
+import copy
+import logging
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from models import GPT, Attended, dequantized_reference, relative_error, save_checkpoint
+from torch import nn
+
+from bigload import BnbQuantizationConfig, CheckpointError, ConfigError, init_empty_weights, load_and_quantize_model
+
+# 4-bit layers may multiply in bfloat16 (CPUs with AVX512-BF16), int8 ones round the activations to int8: 0.1 to 0.3%
+# of the output in these models. Quantizing the weights changes it by 3% and more in 4 bit.
+TOLERANCE = 0.008
+
+MODES = ("nf4", "nf4-dq", "fp4", "int8")
+
+
+def empty(build, **options):
+    with init_empty_weights():
+        return build(**options).eval()
+
+
+def check_forward(full, model, mode, skip, x, torch_dtype=torch.float32):
+    reference = dequantized_reference(full, mode, skip, torch_dtype)
+    with torch.no_grad():
+        error = relative_error(model(x.to(next(model.parameters()).device)), reference(x))
+    assert error < TOLERANCE
+    if mode != "int8":
+        assert relative_error(full(x), reference(x)) > 3 * TOLERANCE, "a layer left unquantized would not show"
+    quantized = {type(m).__name__ for m in model.modules()} & {"Linear4bit", "Linear8bitLt"}
+    assert quantized == {"Linear8bitLt" if mode == "int8" else "Linear4bit"}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_plain_gpt_computes_what_its_dequantized_reference_computes(tmp_path, device, mode, tied, shards):
+    full = GPT(tied=tied).eval()
+    folder = save_checkpoint(full, tmp_path, shards)
+    model = load_and_quantize_model(empty(GPT, tied=tied), mode, folder, device_map=device)
+    check_forward(full, model, mode, {"lm_head"}, torch.randint(0, 96, (2, 12)))
+    assert (model.lm_head.weight is model.transformer["wte"].weight) == tied
+    assert type(model.lm_head) is nn.Linear
+
+
+@pytest.mark.parametrize("kept", ["lm_head.weight", "transformer.wte.weight"])
+def test_tied_head_loads_from_whichever_name_the_checkpoint_holds(tmp_path, kept):
+    from safetensors.torch import save_file
+
+    full = GPT(tied=True)
+    state = full.state_dict()
+    weight = state.pop("lm_head.weight")
+    state.pop("transformer.wte.weight")
+    save_file({**state, kept: weight}, tmp_path / "model.safetensors")
+    model = load_and_quantize_model(empty(GPT, tied=True), "nf4", tmp_path, device_map="cpu")
+    assert torch.equal(model.lm_head.weight, weight)
+    assert model.lm_head.weight is model.transformer["wte"].weight
+
+
+def test_tied_parameters_ties_what_the_empty_model_has_untied(tmp_path):
+    full = GPT(tied=True)
+    save_checkpoint(full, tmp_path)
+    pair = ("transformer.wte.weight", "lm_head.weight")
+    model = load_and_quantize_model(empty(GPT), "nf4", tmp_path, device_map="cpu", tied_parameters=[pair])
+    assert model.lm_head.weight is model.transformer["wte"].weight
+    with pytest.raises(CheckpointError, match="tied_parameters=") as caught:
+        load_and_quantize_model(empty(GPT), "nf4", tmp_path, device_map="cpu")
+    assert caught.value.missing_keys == ["lm_head.weight"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_multihead_attention_keeps_its_projection_and_runs(tmp_path, device, mode):
+    full = Attended().eval()
+    folder = save_checkpoint(full, tmp_path)
+    model = load_and_quantize_model(empty(Attended), mode, folder, device_map=device)
+    assert isinstance(model.enter, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
+    assert type(model.attention.out_proj) is type(full.attention.out_proj)
+    check_forward(full, model, mode, {"head"}, torch.randn(2, 5, 64))
+
+
+@pytest.mark.parametrize("mode", ["nf4", "int8", "int8-training"])
+def test_torchs_encoder_runs_without_the_fused_path_that_reads_its_weights(device, mode):
+    layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, dropout=0.0)
+    full = nn.TransformerEncoder(layer, 2).eval()
+    x = torch.randn(2, 5, 64)
+    with torch.no_grad():
+        expected = full(x)
+        config = BnbQuantizationConfig.from_mode(mode, torch_dtype="fp32")
+        model = load_and_quantize_model(full, config, device_map=device)
+        assert isinstance(model.layers[0].linear1, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
+        # Its random weights lose some percent to 4 bit; int8 less than one.
+        assert relative_error(model(x.to(device)), expected) < (0.1 if mode == "nf4" else 0.01)
+
+
+def test_every_config_spelling_gives_the_same_model(tmp_path):
+    from accelerate.utils import BnbQuantizationConfig as AccelerateConfig
+    from transformers import BitsAndBytesConfig
+
+    save_checkpoint(GPT(), tmp_path)
+    accelerate_config = AccelerateConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="fp32")
+    transformers_config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    ours = BnbQuantizationConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="fp32")
+    configs = ["nf4", ours, ours.to_dict(), accelerate_config, vars(accelerate_config).copy()]
+    configs += [transformers_config, transformers_config.to_dict()]
+    models = [load_and_quantize_model(empty(GPT), config, tmp_path, device_map="cpu") for config in configs]
+    first = models[0].state_dict()
+    for model in models[1:]:
+        state = model.state_dict()
+        assert state.keys() == first.keys()
+        assert all(torch.equal(state[name], first[name]) for name in first)
+        assert model.transformer["h"][0].attn.c_attn.compute_dtype == torch.float32
+
+
+def test_the_callers_config_map_and_lists_are_not_changed(tmp_path):
+    save_checkpoint(GPT(), tmp_path)
+    config = BnbQuantizationConfig.from_mode("nf4", skip_modules=["wpe"], keep_in_fp32_modules=["ln_f"])
+    device_map, max_memory = {"": "cpu"}, {"cpu": "1GiB"}
+    before = copy.deepcopy((config, device_map, max_memory))
+    load_and_quantize_model(empty(GPT), config, tmp_path, device_map=device_map, max_memory=max_memory)
+    assert (config, device_map, max_memory) == before
+
+
+def test_dtypes_follow_the_config_and_fp32_modules_stay_fp32(tmp_path):
+    save_checkpoint(GPT(), tmp_path, dtype=torch.float16)
+    config = BnbQuantizationConfig.from_mode("nf4", torch_dtype="bf16", keep_in_fp32_modules=["ln_f", "h.1.mlp"])
+    model = load_and_quantize_model(empty(GPT), config, tmp_path, device_map="cpu")
+    assert model.transformer["wte"].weight.dtype == torch.bfloat16
+    assert model.transformer["h"][0].ln_1.weight.dtype == torch.bfloat16
+    assert model.transformer["ln_f"].weight.dtype == torch.float32
+    kept = model.transformer["h"][1].mlp["c_fc"]
+    assert type(kept) is nn.Linear
+    assert kept.weight.dtype == kept.bias.dtype == torch.float32
+    by_mode = load_and_quantize_model(empty(GPT), "nf4", tmp_path, device_map="cpu")
+    assert by_mode.lm_head.weight.dtype == torch.float16  # the checkpoint's own
+    assert by_mode.transformer["h"][0].attn.c_attn.compute_dtype == torch.float16
+    by_accelerates_rule = load_and_quantize_model(
+        empty(GPT), BnbQuantizationConfig(load_in_4bit=True, bnb_4bit_compute_dtype="bf16"), tmp_path, device_map="cpu"
+    )
+    assert by_accelerates_rule.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_skip_everything_is_the_unquantized_load(tmp_path):
+    full = GPT()
+    save_checkpoint(full, tmp_path)
+    config = BnbQuantizationConfig.from_mode("int8", skip_modules=["*"])
+    model = load_and_quantize_model(empty(GPT), config, tmp_path, device_map="cpu")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), full.parameters(), strict=True))
+    assert not model.is_loaded_in_8bit
+    assert not model.is_loaded_in_4bit
+
+
+def test_mode_hooks_and_attributes_of_a_replaced_layer_stay(tmp_path):
+    save_checkpoint(GPT(), tmp_path)
+    model = empty(GPT)
+    calls = []
+    layer = model.transformer["h"][0].attn.c_proj
+    handle = layer.register_forward_hook(lambda module, args, out: calls.append(type(module).__name__))
+    layer.tag = "kept"
+    model = load_and_quantize_model(model, "nf4", tmp_path, device_map="cpu")
+    new = model.transformer["h"][0].attn.c_proj
+    assert new.tag == "kept"
+    assert not any(module.training for module in model.modules())
+    model(torch.zeros(1, 3, dtype=torch.long))
+    handle.remove()
+    model(torch.zeros(1, 3, dtype=torch.long))
+    assert calls == ["Linear4bit"]
+
+
+def test_requires_grad_stays_for_kept_weights_and_is_off_for_quantized_layers(tmp_path):
+    save_checkpoint(GPT(), tmp_path)
+    model = empty(GPT)
+    model.transformer["wpe"].weight.requires_grad_(False)
+    model = load_and_quantize_model(model, "nf4", tmp_path, device_map="cpu")
+    assert model.transformer["wte"].weight.requires_grad
+    assert not model.transformer["wpe"].weight.requires_grad
+    layer = model.transformer["h"][0].attn.c_attn
+    assert not layer.weight.requires_grad
+    assert not layer.bias.requires_grad
+
+
+def test_a_shared_layer_stays_one_layer(tmp_path):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(64, 64)
+            self.second = self.first
+            self.norm = nn.LayerNorm(64)
+
+    save_checkpoint(Twice(), tmp_path)
+    model = load_and_quantize_model(empty(Twice), "nf4", tmp_path, device_map="cpu")
+    assert isinstance(model.first, bnb.nn.Linear4bit)
+    assert model.first is model.second
+
+
+def test_a_model_that_is_one_linear_is_returned_as_its_quantized_layer(tmp_path):
+    full = nn.Linear(64, 32)
+    save_checkpoint(full, tmp_path)
+    with init_empty_weights():
+        model = nn.Linear(64, 32)
+    loaded = load_and_quantize_model(model, "int8", tmp_path, device_map="cpu")
+    assert isinstance(loaded, bnb.nn.Linear8bitLt)
+    assert loaded.is_loaded_in_8bit
+
+
+def test_buffers_come_from_the_checkpoint_or_stay(tmp_path):
+    class Buffered(nn.Module):
+        def __init__(self, scale=0.0):
+            super().__init__()
+            self.body = nn.Linear(64, 64)
+            self.norm = nn.LayerNorm(64)
+            self.register_buffer("stored", torch.full((3,), scale))
+            self.register_buffer("count", torch.tensor(7))
+            self.register_buffer("table", torch.arange(4.0), persistent=False)
+
+    full = Buffered(scale=2.0)
+    save_checkpoint(full, tmp_path)
+    config = BnbQuantizationConfig.from_mode("nf4", torch_dtype="bf16")
+    model = load_and_quantize_model(empty(Buffered), config, tmp_path, device_map="cpu")
+    assert torch.equal(model.stored, torch.full((3,), 2.0, dtype=torch.bfloat16))
+    assert torch.equal(model.count, torch.tensor(7))
+    assert torch.equal(model.table, torch.arange(4.0))  # computed by the model, in the dtype it chose
+
+
+def test_int8_training_trains_its_16_bit_main_weights(tmp_path, device):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(64, 32)
+            self.head = nn.Linear(32, 4)
+
+        def forward(self, x):
+            return self.head(self.body(x).relu())
+
+    save_checkpoint(Net(), tmp_path, dtype=torch.float16)
+    config = BnbQuantizationConfig.from_mode("int8-training", llm_int8_threshold=0.0)
+    model = load_and_quantize_model(empty(Net), config, tmp_path, device_map=device).train()
+    assert isinstance(model.body, bnb.nn.Linear8bitLt)
+    assert model.body.state.has_fp16_weights
+    assert model.body.weight.dtype == torch.float16
+    assert model.body.weight.requires_grad
+    before = model.body.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, wanted = torch.randn(2, 8, 64, device=device).half(), torch.randn(2, 8, 4, device=device).half()
+    losses = []
+    for _ in range(8):
+        loss = nn.functional.mse_loss(model(x).float(), wanted.float())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert not torch.equal(model.body.weight, before)
+
+
+def test_int8_training_main_weights_of_a_float32_checkpoint_are_16_bit(tmp_path):
+    save_checkpoint(GPT(), tmp_path)
+    model = load_and_quantize_model(empty(GPT), "int8-training", tmp_path, device_map="cpu")
+    assert model.transformer["h"][0].attn.c_attn.weight.dtype == torch.float16
+
+
+def test_load_inside_inference_mode_gives_a_model_that_can_be_trained_through(tmp_path):
+    save_checkpoint(GPT(), tmp_path)
+    with torch.inference_mode():
+        model = load_and_quantize_model(empty(GPT), "nf4-dq", tmp_path, device_map="cpu")
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+    model.train()(torch.zeros(1, 3, dtype=torch.long)).sum().backward()
+    assert model.transformer["wte"].weight.grad is not None
+
+
+def test_logs_one_line_for_the_plan_and_one_for_the_load(tmp_path, caplog):
+    save_checkpoint(GPT(), tmp_path)
+    with caplog.at_level(logging.INFO, logger="bigload"):
+        model = load_and_quantize_model(empty(GPT), "nf4", tmp_path, device_map="cpu")
+    lines = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
+    assert len(lines) == 2
+    assert lines[1] == str(model.load_report)
+    size = sum(tensor.nbytes for tensor in GPT().state_dict().values())
+    assert model.load_report.bytes_read == size
+
+
+def test_progress_bar_counts_all_bytes(tmp_path, capsys):
+    save_checkpoint(GPT(), tmp_path)
+    load_and_quantize_model(empty(GPT), "nf4", tmp_path, device_map="cpu", progress=True)
+    assert "loading" in capsys.readouterr().err
+    load_and_quantize_model(empty(GPT), "nf4", tmp_path, device_map="cpu", progress=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_device_map_spellings_put_the_model_on_one_device(tmp_path, device):
+    save_checkpoint(GPT(), tmp_path)
+    place = 0 if device.type == "cuda" else "cpu"
+    blocks = {"transformer.wte": place, "transformer.wpe": place, "transformer.h": place, "transformer.ln_f": place}
+    maps = [place, str(device), device, {"": place}, {"": device}, {**blocks, "lm_head": str(device)}]
+    for device_map in maps:
+        model = load_and_quantize_model(empty(GPT), "nf4", tmp_path, device_map=device_map)
+        assert {tensor.device for tensor in [*model.parameters(), *model.buffers()]} == {device}
+        assert set(model.hf_device_map.values()) == {place}
+    assert model.hf_device_map == dict.fromkeys([*blocks, "lm_head"], place)
+
+
+@pytest.mark.parametrize("device_map", [None, "auto", "balanced", "balanced_low_0", "sequential"])
+def test_default_place_is_the_gpu_or_where_there_is_none_the_cpu(tmp_path, device_map):
+    save_checkpoint(GPT(), tmp_path)
+    model = load_and_quantize_model(empty(GPT), "nf4", tmp_path, device_map=device_map)
+    expected = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    assert model.hf_device_map == {"": expected}
+
+
+def test_planned_bytes_are_the_bytes_in_memory(tmp_path):
+    save_checkpoint(GPT(tied=True), tmp_path)
+    for mode in MODES:
+        model = load_and_quantize_model(empty(GPT, tied=True), mode, tmp_path, device_map="cpu")
+        held = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}
+        for module in model.modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, bnb.nn.Int8Params):
+                held[weight.SCB.data_ptr()] = weight.SCB
+            if isinstance(weight, bnb.nn.Params4bit):
+                state = weight.quant_state
+                scales = [state.absmax, *([state.offset, state.state2.absmax] if state.nested else [])]
+                held |= {scale.data_ptr(): scale for scale in scales}
+        assert model.load_report.nbytes == sum(tensor.nbytes for tensor in held.values())
+
+
+def test_offload_argument_is_refused_until_there_is_offloading(tmp_path):
+    from bigload import OffloadError
+
+    save_checkpoint(GPT(), tmp_path)
+    with pytest.raises(OffloadError, match="offload"):
+        load_and_quantize_model(empty(GPT), "nf4", tmp_path, offload=object())
+
+
+def test_error_says_what_was_loaded_how_and_where_to(tmp_path):
+    save_checkpoint(GPT(width=128), tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        load_and_quantize_model(empty(GPT), "nf4-dq", tmp_path, device_map="cpu")
+    assert str(tmp_path) in str(caught.value)
+    assert "nf4-dq" in str(caught.value)
+    assert "device_map='cpu'" in str(caught.value)
+
+
+def test_bad_tied_parameters_are_refused(tmp_path):
+    save_checkpoint(GPT(), tmp_path)
+    with pytest.raises(ConfigError, match=r"lm_haed\.weight"):
+        load_and_quantize_model(
+            empty(GPT), "nf4", tmp_path, tied_parameters=[("transformer.wte.weight", "lm_haed.weight")]
+        )

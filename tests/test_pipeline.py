@@ -1,0 +1,114 @@
+"""A Plan is executed as written: several sources to one parameter, transposes, each byte once and in file order."""
+
+import itertools
+
+import pytest
+import torch
+from models import GPT, quantize_as_bitsandbytes, save_checkpoint
+from safetensors.torch import save_file
+from torch import nn
+
+from bigload import BnbQuantizationConfig, init_empty_weights, load_and_quantize_model
+from bigload.checkpoint import open_checkpoint
+from bigload.formats import FourBit, Plain
+from bigload.keys import Source
+from bigload.modules import ModelTensor
+from bigload.pipeline import execute
+from bigload.placement import Plan, PlannedTensor
+from bigload.transfer import Reader
+
+CONFIG = BnbQuantizationConfig.from_mode("nf4").resolved(torch.float32)
+
+
+def plan_of(shape, sources, fmt, device):
+    tensor = ModelTensor(("made",), torch.empty(shape, device="meta"), True, True)
+    return Plan((PlannedTensor(tensor, shape, tuple(sources), fmt, device),), {}, {"": device}, CONFIG)
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """Three matrices in two files."""
+    tensors = {"a": torch.randn(4, 6), "b": torch.randn(4, 6), "c": torch.randn(6, 4)}
+    save_file({"a": tensors["a"], "c": tensors["c"]}, tmp_path / "one.safetensors")
+    save_file({"b": tensors["b"]}, tmp_path / "two.safetensors")
+    entries = {}
+    for name in ("one", "two"):
+        entries |= open_checkpoint(tmp_path / f"{name}.safetensors").tensors
+    return tensors, entries
+
+
+@pytest.mark.parametrize("buffer_bytes", [8, 40, 2**20])
+def test_several_sources_fill_the_regions_of_one_parameter(stored, device, monkeypatch, buffer_bytes):
+    monkeypatch.setattr("bigload.transfer.BUFFER_BYTES", buffer_bytes)
+    tensors, entries = stored
+    sources = [
+        Source(entries["b"], region=(1, slice(0, 4))),
+        Source(entries["a"], region=(0, slice(0, 4))),
+        Source(entries["c"], region=(1, slice(4, 8)), transposed=True),
+        Source(tensors["a"] + 1, region=(0, slice(4, 8))),
+    ]
+    made = execute(plan_of((2, 8, 6), sources, Plain(torch.float16), device))["made"]
+    expected = torch.stack([torch.cat([tensors["a"], tensors["a"] + 1]), torch.cat([tensors["b"], tensors["c"].T])])
+    assert torch.equal(made.cpu(), expected.half())
+
+
+def test_regions_that_are_columns_are_filled_too(stored, device):
+    tensors, entries = stored
+    sources = [
+        Source(entries["a"], region=(slice(None), slice(0, 6))),
+        Source(entries["b"], region=(..., slice(6, 12))),
+    ]
+    made = execute(plan_of((4, 12), sources, Plain(torch.float32), device))["made"]
+    assert torch.equal(made.cpu(), torch.cat([tensors["a"], tensors["b"]], dim=1))
+
+
+def test_transposed_weight_is_quantized_as_its_transpose(tmp_path, device):
+    weight = torch.randn(128, 64)
+    save_file({"w": weight}, tmp_path / "w.safetensors")
+    entry = open_checkpoint(tmp_path / "w.safetensors").tensors["w"]
+    fmt = FourBit("nf4", 64, False, torch.uint8)
+    made = execute(plan_of((64, 128), [Source(entry, transposed=True)], fmt, device))["made"]
+    expected = quantize_as_bitsandbytes(weight.T.contiguous().to(device), "nf4")
+    assert torch.equal(made.data, expected["weight"])
+    assert torch.equal(made.quant_state.absmax, expected["absmax"])
+
+
+def test_empty_and_zero_dimensional_tensors_arrive(tmp_path, device):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scalar = nn.Parameter(torch.tensor(3.5))
+            self.empty = nn.Parameter(torch.empty(0, 4))
+            self.register_buffer("count", torch.tensor(9))
+
+    save_checkpoint(Odd(), tmp_path)
+    with init_empty_weights():
+        model = Odd()
+    model.count.zero_()
+    model = load_and_quantize_model(model, "nf4", tmp_path, device_map=device)
+    assert model.scalar.item() == 3.5
+    assert model.empty.shape == (0, 4)
+    assert model.count.item() == 9
+    assert not model.empty.is_meta
+
+
+def test_each_byte_is_read_once_and_in_file_order(tmp_path, monkeypatch):
+    reads = []
+    fill = Reader._fill
+
+    def watched(self, tensor, offset, count):
+        reads.append((tensor.file, offset, count))
+        fill(self, tensor, offset, count)
+
+    monkeypatch.setattr(Reader, "_fill", watched)
+    monkeypatch.setattr("bigload.transfer.BUFFER_BYTES", 4096)
+    save_checkpoint(GPT(), tmp_path, shards=3)
+    with init_empty_weights():
+        model = GPT()
+    seen = []
+    monkeypatch.setattr("tqdm.tqdm.update", lambda self, count=1: seen.append(count))
+    load_and_quantize_model(model, "nf4", tmp_path, device_map="cpu")
+    assert reads == sorted(reads)
+    assert all(a[:2] != b[:2] and (a[0] != b[0] or a[1] + a[2] <= b[1]) for a, b in itertools.pairwise(reads))
+    total = sum(tensor.nbytes for tensor in open_checkpoint(tmp_path).tensors.values())
+    assert sum(count for *_, count in reads) == total == sum(seen)

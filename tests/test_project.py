@@ -1,0 +1,50 @@
+"""What the README and the packaging promise."""
+
+import re
+from importlib.metadata import metadata, requires
+from pathlib import Path
+
+import bigload
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_readme_gives_the_two_commands_and_ci_runs_the_readmes():
+    readme = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```sh\n(.*?)\n```", readme, re.DOTALL)
+    assert "pip install '.[demo]' && bigload demo" in blocks
+    assert "pip install '.[test]' && pytest" in blocks
+    assert re.search(r"grep .*pip install .*pytest.* README\.md", (ROOT / ".ci" / "run").read_text())
+
+
+def test_links_in_the_documents_lead_somewhere():
+    documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    assert len(documents) >= 3
+    for document in documents:
+        for target in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_public_names_are_the_ones_in_all_and_have_docstrings():
+    for name in bigload.__all__:
+        assert getattr(bigload, name).__doc__, name
+
+
+def test_package_is_typed_and_versioned():
+    assert (Path(bigload.__file__).parent / "py.typed").exists()
+    assert metadata("bigload")["Version"] == bigload.__version__
+    needed = {
+        re.split(r"[>=;\[ ]", requirement)[0] for requirement in requires("bigload") if "extra" not in requirement
+    }
+    assert needed == {"torch", "bitsandbytes", "accelerate", "safetensors", "psutil", "tqdm"}
+
+
+def test_python_blocks_of_the_readme_run(tmp_path):
+    """Word for word, with the names that the example leaves to the reader filled in."""
+    from models import GPT, save_checkpoint
+
+    save_checkpoint(GPT(), tmp_path / "checkpoint")
+    (code,) = re.findall(r"```python\n(.*?)\n```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names = {"GPT": lambda config: GPT(**config), "config": {}}
+    exec(code.replace("checkpoint/", f"{tmp_path}/checkpoint/"), names)
+    assert type(names["model"].transformer["h"][0].attn.c_attn).__name__ == "Linear4bit"
