@@ -169,7 +169,7 @@ def _require_fit(tensors: Sequence[ModelTensor], found: Mapping[str, StoredTenso
     if packed:
         verb = "is" if len(packed) == 1 else "are"
         raise CheckpointError(
-            f"{listed(source.name for source in packed)} {verb} stored as {packed[0].dtype} in '{packed[0].file.name}', "
-            "the model expects a 16 to 64 bit floating dtype: checkpoints that are already quantized are not read by "
-            "this version; give the original one"
+            f"{listed(s.name for s in packed)} {verb} stored as {packed[0].dtype} in '{packed[0].file.name}', the "
+            "model expects a 16 to 64 bit floating dtype: this version does not read quantized checkpoints; "
+            "give the original one"
         )
