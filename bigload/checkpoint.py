@@ -1,7 +1,9 @@
-"""Where every tensor of a checkpoint lies: headers are parsed and checked, the data is not opened.
+"""Where every tensor of a checkpoint lies: headers are parsed and checked, the data is not read.
 
 Source of the format: the safetensors README, "Format": 8 bytes little-endian header length, a JSON header of
 name -> dtype, shape, data_offsets (relative to the end of the header), then the data without holes.
+
+Pickled checkpoints go through torch's own reader, which runs none of their code (weights_only) and maps the file.
 """
 
 from __future__ import annotations
@@ -9,8 +11,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
+import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +48,23 @@ _DTYPES = {
 }
 # The format's own bound; a longer one is a damaged length, not a header worth the memory.
 _MAX_HEADER_BYTES = 100_000_000
-_CONVERT = "this version reads no pickled checkpoints: convert them with safetensors.torch.save_file"
+
+_PICKLES = (".bin", ".pt", ".pth")
+# What training leaves beside the weights, pickled too.
+_NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*|trainer_state)\.(bin|pt|pth)")
+# In the order they are looked for in a folder: safetensors before pickles, the usual name before any other.
+_IN_FOLDERS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "*.safetensors.index.json",
+    "*.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "*.index.json",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +77,17 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+
+
+@dataclass(frozen=True)
+class LazyTensor(StoredTensor):
+    """A tensor whose bytes do not lie in a file as they are: pickled, or computed from others. Offset is its rank.
+
+    Attributes:
+        load: gives the values, on the CPU; they may be mapped, so they are copied and not kept.
+    """
+
+    load: Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -78,8 +111,8 @@ def open_checkpoint(weights_location: WeightsLocation) -> Checkpoint:
     """Read the headers of a checkpoint.
 
     Args:
-        weights_location: a .safetensors file, an .index.json file, or a folder with `model.safetensors`,
-            an index, or one .safetensors file of any name, looked for in this order.
+        weights_location: a .safetensors, .bin, .pt or .pth file, an .index.json file, or a folder with one of them:
+            safetensors are taken before pickles, `model.safetensors` or an index before a file of another name.
 
     Raises:
         CheckpointError: nothing there, not a checkpoint, or a file that contradicts itself.
@@ -99,22 +132,17 @@ def _open(location: Path) -> Checkpoint:
         location = _find_in_folder(location)
     elif not location.exists():
         raise CheckpointError(
-            f"no such file or folder: '{location}'; weights_location must be a .safetensors file, an .index.json "
-            "file, or a folder with one of them"
+            f"no such file or folder: '{location}'; weights_location must be a .safetensors, .bin, .pt or .pth file, "
+            "an .index.json file, or a folder with one of them"
         )
     if location.name.endswith(".json"):
         return Checkpoint(location, _read_index(location))
-    if location.suffix == ".safetensors":
-        return Checkpoint(location, read_header(location))
-    raise CheckpointError(f"'{location}' is neither a .safetensors nor an .index.json file; {_CONVERT}")
+    return Checkpoint(location, _read_file(location))
 
 
 def _find_in_folder(folder: Path) -> Path:
-    for name in ("model.safetensors", "model.safetensors.index.json"):
-        if (folder / name).is_file():
-            return folder / name
-    for pattern in ("*.safetensors.index.json", "*.index.json", "*.safetensors"):
-        found = sorted(folder.glob(pattern))
+    for pattern in _IN_FOLDERS:
+        found = sorted(path for path in folder.glob(pattern) if not _NOT_WEIGHTS.fullmatch(path.name))
         if len(found) == 1:
             return found[0]
         if found:
@@ -122,8 +150,8 @@ def _find_in_folder(folder: Path) -> Path:
             raise CheckpointError(f"folder '{folder}' holds several {pattern} files, {names}: name the one to load")
     held = sorted(path.name for path in folder.iterdir())
     raise CheckpointError(
-        f"folder '{folder}' has no weights: expected model.safetensors, an .index.json or one .safetensors file, "
-        f"found {listed(held) if held else 'nothing'}; {_CONVERT}"
+        f"folder '{folder}' has no weights: expected model.safetensors, an .index.json or one .safetensors, .bin, .pt "
+        f"or .pth file, found {listed(held) if held else 'nothing'}"
     )
 
 
@@ -136,16 +164,13 @@ def _read_index(path: Path) -> dict[str, StoredTensor]:
     outside = [shard for shard in shards if Path(shard).is_absolute() or ".." in Path(shard).parts]
     if outside:
         raise CheckpointError(f"index '{path}' names {listed(outside)}, outside its own folder")
-    pickled = [shard for shard in shards if not shard.endswith(".safetensors")]
-    if pickled:
-        raise CheckpointError(f"index '{path}' names {listed(pickled)}, which are not safetensors; {_CONVERT}")
     absent = [shard for shard, file in shards.items() if not file.is_file()]
     if absent:
         raise CheckpointError(
             f"index '{path}' names {len(absent)} of {len(shards)} shards that are not in its folder: {listed(absent)}; "
             "download the checkpoint again"
         )
-    headers = {shard: read_header(file) for shard, file in sorted(shards.items())}
+    headers = {shard: _read_file(file) for shard, file in sorted(shards.items())}
     lost = [name for name, shard in weight_map.items() if name not in headers[shard]]
     if lost:
         raise CheckpointError(
@@ -159,6 +184,58 @@ def _read_index(path: Path) -> dict[str, StoredTensor]:
         for name, tensor in header.items()
         if weight_map.get(name) == shard
     }
+
+
+def read_whole(tensor: StoredTensor) -> torch.Tensor:
+    """Read one tensor into memory, all at once."""
+    if isinstance(tensor, LazyTensor):
+        return tensor.load()
+    with tensor.file.open("rb") as file:
+        file.seek(tensor.offset)
+        raw = bytearray(file.read(tensor.nbytes))
+    if len(raw) < tensor.nbytes:
+        raise CheckpointError(f"'{tensor.file}' ended while '{tensor.name}' was read: it was cut meanwhile")
+    return torch.frombuffer(raw, dtype=tensor.dtype).view(tensor.shape) if raw else torch.empty(tensor.shape)
+
+
+def _read_file(path: Path) -> dict[str, StoredTensor]:
+    if path.suffix == ".safetensors":
+        return read_header(path)
+    if path.suffix in _PICKLES:
+        return _read_pickle(path)
+    raise CheckpointError(f"'{path}' is no checkpoint: expected a .safetensors, .bin, .pt, .pth or .index.json file")
+
+
+def _read_pickle(path: Path) -> dict[str, StoredTensor]:
+    try:
+        state = _load_mapped(path)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"'{path}' holds more than tensors, or is damaged: {str(error).splitlines()[0]} Nothing of it was run; if "
+            "you trust it, save its state_dict alone, best as safetensors"
+        ) from error
+    except (RuntimeError, EOFError, KeyError) as error:  # what torch raises for a file that is cut, by version
+        raise CheckpointError(f"'{path}' is damaged or not a checkpoint of torch: {error}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"'{path}' holds a {type(state).__name__}, expected a state_dict of tensors by name")
+    strangers = [str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)]
+    if strangers:
+        raise CheckpointError(
+            f"'{path}' holds {listed(strangers)}, which are no tensors; expected a state_dict: save that part alone"
+        )
+    return {
+        name: LazyTensor(name, path, value.dtype, tuple(value.shape), rank, value.nbytes, partial(_itself, value))
+        for rank, (name, value) in enumerate(state.items())
+    }
+
+
+def _itself(value: torch.Tensor) -> torch.Tensor:
+    return value
+
+
+def _load_mapped(path: Path) -> Any:
+    is_zip = path.open("rb").read(2) == b"PK"  # files from before torch 1.6 cannot be mapped
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
@@ -81,6 +83,75 @@ def fp32_patterns(model: nn.Module, torch_dtype: torch.dtype) -> list[str]:
         if torch_dtype in (torch.float16, torch.bfloat16):
             names.update(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
     return sorted(names)
+
+
+class KeyConversion:
+    """What transformers' own loader would call each checkpoint key for this model, and how it would combine them.
+
+    The library's own rules and operations are run, so that each of its models loads as it would there: prefixes of base
+    models, legacy names, experts merged into one tensor.
+    """
+
+    def __init__(self, model: Any) -> None:
+        core = importlib.import_module("transformers.core_model_loading")
+        mapping = importlib.import_module("transformers.conversion_mapping")
+        transforms = mapping.get_model_conversion_mapping(model)
+        self._renamings = [t for t in transforms if isinstance(t, core.WeightRenaming)]
+        self._converters = [t for t in transforms if isinstance(t, core.WeightConverter)]
+        self._rename = core.rename_source_key
+        self._model = model
+        self._known = model.state_dict()
+
+    def target(self, key: str) -> tuple[str, str | None]:
+        """Name the model's tensor that a key goes to.
+
+        Returns:
+            The tensor's name, and the pattern of the conversion that must be run on it, if there is one.
+        """
+        prefix = self._model.base_model_prefix
+        name, pattern = self._rename(key, self._renamings, self._converters, prefix, self._known)
+        if name not in self._known and key in self._known:
+            name, pattern = self._rename(key, [], [], prefix, self._known)
+        return name, pattern
+
+    def convert(self, target: str, collected: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+        """Run the operations that make tensors of the model from those of the checkpoint.
+
+        Args:
+            target: the first tensor of the model that they make.
+            collected: what goes in, by the pattern that each key matched, in the order of their numbers.
+
+        Returns:
+            Tensors by their names in the model.
+        """
+        converter = next(c for c in self._converters if set(collected) <= set(c.source_patterns))
+        made: dict[str, Any] = {pattern: list(tensors) for pattern, tensors in collected.items()}
+        for operation in converter.operations:
+            made = operation.convert(
+                made,
+                source_patterns=converter.source_patterns,
+                target_patterns=converter.target_patterns,
+                full_layer_name=target,
+                model=self._model,
+                config=self._model.config,
+                missing_keys=None,
+            )
+        pattern = next((pattern for pattern in made if pattern in target), "")
+        before, _, after = target.partition(pattern)
+        return {
+            before + name + after if pattern else name: tensor[0] if isinstance(tensor, list) else tensor
+            for name, tensor in made.items()
+        }
+
+
+def key_conversion(model: nn.Module) -> KeyConversion | None:
+    """Give the library's key rules for a model of its own; None for any other."""
+    return KeyConversion(model) if is_pretrained(model) else None
+
+
+def is_pretrained(model: nn.Module) -> bool:
+    """Ask whether a model is of one of transformers' classes."""
+    return any(cls.__module__ == "transformers.modeling_utils" for cls in type(model).__mro__)
 
 
 def ignores_key(model: nn.Module, key: str) -> bool:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 
 import torch
 
-from .checkpoint import Checkpoint, StoredTensor
+from .checkpoint import Checkpoint, LazyTensor, StoredTensor, read_whole
 from .errors import CheckpointError, ConfigError, listed
+from .hf import KeyConversion
 from .modules import ModelTensor
+from .rearrange import NotTraceable, Traced
 
 logger = logging.getLogger(__name__)
 
@@ -34,33 +37,48 @@ class Source:
     region: tuple[slice | int, ...] = ()
     transposed: bool = False
 
+    def mirrored(self) -> Source:
+        """The same, where the parameter itself is transposed."""
+        return replace(self, region=(*self.region[:-2], *self.region[:-3:-1]), transposed=not self.transposed)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """All that the checkpoint has for one name of the model."""
+
+    sources: tuple[Source, ...]
+    shape: tuple[int, ...]
+    first: StoredTensor
+
 
 def sources_in_checkpoint(
     tensors: Sequence[ModelTensor],
     checkpoint: Checkpoint,
     *,
     key_mapping: KeyMapping | None = None,
+    conversion: KeyConversion | None = None,
     ignores_key: Callable[[str], bool] = lambda key: False,
     strict: bool = False,
-) -> dict[str, Source]:
-    """Find the source of every tensor of the model, under any of its names.
+) -> dict[str, tuple[Source, ...]]:
+    """Find the sources of every tensor of the model, under any of its names.
 
     Args:
         tensors: what the model needs.
         checkpoint: what there is.
         key_mapping: renames checkpoint keys: {regex: replacement}, each applied in turn, or a function.
+        conversion: transformers' own rules, applied after `key_mapping`.
         ignores_key: keys that may be left over without a word.
         strict: make any other leftover key an error instead of a warning.
 
     Returns:
-        Source by the tensor's first name; real buffers without one are left out.
+        Sources by the tensor's first name; real buffers without any are left out.
 
     Raises:
         CheckpointError: parameters or meta buffers without a source, wrong shapes, stored integers where floats
             belong, or leftover keys under `strict`; each kind lists all of its cases.
         ConfigError: two checkpoint keys are renamed to one, or a pattern is not a regular expression.
     """
-    stored = _renamed(checkpoint, key_mapping)
+    stored = _by_model_name(_renamed(checkpoint, key_mapping), conversion)
     found = {
         tensor.name: next((stored[name] for name in tensor.names if name in stored), None)
         for tensor in tensors
@@ -77,7 +95,7 @@ def sources_in_checkpoint(
         if strict:
             raise CheckpointError(f"{message}; strict=True allows none", unexpected_keys=unexpected)
         logger.warning("%s", message)
-    return {name: Source(tensor) for name, tensor in found.items() if tensor is not None}
+    return {name: each.sources for name, each in found.items() if each is not None}
 
 
 def _renamed(checkpoint: Checkpoint, key_mapping: KeyMapping | None) -> dict[str, StoredTensor]:
@@ -89,6 +107,74 @@ def _renamed(checkpoint: Checkpoint, key_mapping: KeyMapping | None) -> dict[str
             raise ConfigError(f"key_mapping renames both {stored[name].name!r} and {key!r} to {name!r}")
         stored[name] = tensor
     return stored
+
+
+def _by_model_name(stored: Mapping[str, StoredTensor], conversion: KeyConversion | None) -> dict[str, _Found]:
+    found: dict[str, _Found] = {}
+    groups: dict[str, dict[str, list[StoredTensor]]] = {}
+    # In the order of their numbers, as layers.10 after layers.9: merged tensors are stacked in it.
+    for key in sorted(stored, key=_natural_order) if conversion else stored:
+        name, pattern = conversion.target(key) if conversion else (key, None)
+        if pattern is None:
+            found.setdefault(name, _Found((Source(stored[key]),), stored[key].shape, stored[key]))
+        else:
+            groups.setdefault(name, {}).setdefault(pattern, []).append(stored[key])
+    for name, group in groups.items():
+        assert conversion is not None
+        found.update(_combined(name, group, conversion))
+    return found
+
+
+def _natural_order(key: str) -> list[tuple[int, int, str]]:
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in key.split(".")]
+
+
+def _combined(target: str, group: Mapping[str, Sequence[StoredTensor]], conversion: KeyConversion) -> dict[str, _Found]:
+    """Where the library combines tensors: their regions, if it only rearranges them, else what it computes."""
+    stored = {tensor.name: tensor for tensors in group.values() for tensor in tensors}
+    first = next(iter(stored.values()))
+    stand_ins = {pattern: [Traced.whole(t.name, t.shape) for t in tensors] for pattern, tensors in group.items()}
+    try:
+        made = conversion.convert(target, stand_ins)
+    except NotTraceable:
+        return _computed(target, group, conversion)
+    return {
+        name: _Found(
+            tuple(Source(stored[piece.name], piece.region, piece.transposed) for piece in traced.pieces),
+            tuple(traced.shape),
+            first,
+        )
+        for name, traced in made.items()
+    }
+
+
+def _computed(target: str, group: Mapping[str, Sequence[StoredTensor]], conversion: KeyConversion) -> dict[str, _Found]:
+    first = next(iter(group.values()))[0]
+    empty = {
+        pattern: [torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for tensor in tensors]
+        for pattern, tensors in group.items()
+    }
+    shapes = conversion.convert(target, empty)
+
+    def load(name: str) -> torch.Tensor:
+        values = {pattern: [read_whole(tensor) for tensor in tensors] for pattern, tensors in group.items()}
+        result: torch.Tensor = conversion.convert(target, values)[name]
+        return result
+
+    return {
+        name: _Found(
+            (
+                Source(
+                    LazyTensor(
+                        name, first.file, made.dtype, tuple(made.shape), first.offset, made.nbytes, partial(load, name)
+                    )
+                ),
+            ),
+            tuple(made.shape),
+            first,
+        )
+        for name, made in shapes.items()
+    }
 
 
 def _as_function(key_mapping: KeyMapping | None) -> Callable[[str], str]:
@@ -114,7 +200,7 @@ def _as_function(key_mapping: KeyMapping | None) -> Callable[[str], str]:
 
 
 def _require_sources(
-    tensors: Sequence[ModelTensor], found: Mapping[str, StoredTensor | None], checkpoint: Checkpoint
+    tensors: Sequence[ModelTensor], found: Mapping[str, _Found | None], checkpoint: Checkpoint
 ) -> None:
     missing = [t for t in tensors if t.persistent and found[t.name] is None and (t.is_parameter or t.value.is_meta)]
     if missing:
@@ -135,7 +221,7 @@ def _require_sources(
 
 
 def _likely_ties(
-    missing: Sequence[ModelTensor], tensors: Sequence[ModelTensor], found: Mapping[str, StoredTensor | None]
+    missing: Sequence[ModelTensor], tensors: Sequence[ModelTensor], found: Mapping[str, _Found | None]
 ) -> Iterator[str]:
     """Name matrices that missing ones are probably tied to: the only other of that shape, as embedding and head are."""
     by_shape: dict[tuple[int, ...], list[str]] = {}
@@ -152,9 +238,9 @@ def _likely_ties(
             )
 
 
-def _require_fit(tensors: Sequence[ModelTensor], found: Mapping[str, StoredTensor | None]) -> None:
-    pairs = [(tensor, found.get(tensor.name)) for tensor in tensors]
-    wrong = {t.name: (s.shape, t.shape, s) for t, s in pairs if s is not None and s.shape != t.shape}
+def _require_fit(tensors: Sequence[ModelTensor], found: Mapping[str, _Found | None]) -> None:
+    pairs = [(tensor, each) for tensor in tensors if (each := found.get(tensor.name)) is not None]
+    wrong = {t.name: (each.shape, t.shape, each.first) for t, each in pairs if each.shape != t.shape}
     if wrong:
         cases = [
             f"'{name}' has shape {stored} in '{tensor.file.name}', the model expects {expected}"
@@ -165,7 +251,7 @@ def _require_fit(tensors: Sequence[ModelTensor], found: Mapping[str, StoredTenso
             f"{shown}: build the model from this checkpoint's config",
             mismatched_shapes={name: (stored, expected) for name, (stored, expected, _) in wrong.items()},
         )
-    packed = [s for t, s in pairs if s is not None and t.value.is_floating_point() and s.dtype not in _FLOATS]
+    packed = [each.first for t, each in pairs if t.value.is_floating_point() and each.first.dtype not in _FLOATS]
     if packed:
         verb = "is" if len(packed) == 1 else "are"
         raise CheckpointError(

@@ -117,17 +117,18 @@ def _checkpoint_sources(
     checkpoint: Checkpoint,
     key_mapping: KeyMapping | None,
     strict: bool,
-) -> dict[str, Source]:
+) -> dict[str, tuple[Source, ...]]:
     return sources_in_checkpoint(
         tensors,
         checkpoint,
         key_mapping=key_mapping,
+        conversion=hf.key_conversion(model),
         ignores_key=lambda key: hf.ignores_key(model, key),
         strict=strict,
     )
 
 
-def _own_weights(tensors: Sequence[ModelTensor]) -> tuple[dict[str, Source], torch.dtype]:
+def _own_weights(tensors: Sequence[ModelTensor]) -> tuple[dict[str, tuple[Source, ...]], torch.dtype]:
     empty = [tensor.name for tensor in tensors if tensor.value.is_meta]
     if empty:
         raise CheckpointError(
@@ -140,7 +141,7 @@ def _own_weights(tensors: Sequence[ModelTensor]) -> tuple[dict[str, Source], tor
         if tensor.is_parameter and tensor.value.is_floating_point():
             nbytes[tensor.value.dtype] = nbytes.get(tensor.value.dtype, 0) + tensor.value.nbytes
     dtype = max(nbytes, key=nbytes.__getitem__, default=torch.float32)
-    return {tensor.name: Source(tensor.value) for tensor in tensors if tensor.is_parameter}, dtype
+    return {tensor.name: (Source(tensor.value),) for tensor in tensors if tensor.is_parameter}, dtype
 
 
 def _progress_bar(plan: Plan, progress: bool | None) -> tqdm[Any]:

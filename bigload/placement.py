@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -82,7 +82,7 @@ def make_plan(
     config: BnbQuantizationConfig,
     tensors: Sequence[ModelTensor],
     layers: Mapping[str, nn.Module],
-    sources: Mapping[str, Source],
+    sources: Mapping[str, tuple[Source, ...]],
     device_map: Mapping[str, torch.device],
 ) -> Plan:
     """Give every tensor of the model its format and home.
@@ -102,26 +102,24 @@ def make_plan(
     weights = {f"{path}.weight".lstrip("."): layer for path, layer in layers.items()}
     planned = []
     for tensor in tensors:
-        source = sources.get(tensor.name)
+        pieces = sources.get(tensor.name, ())
         device = device_of(tensor.name, device_map)
         layer = next((weights[name] for name in tensor.names if name in weights), None)
         if layer is None:
-            fmt: Format = Plain(_kept_dtype(tensor, source, config.landing_dtype, fp32))
+            fmt: Format = Plain(_kept_dtype(tensor, bool(pieces), config.landing_dtype, fp32))
             shape = tensor.shape
         else:
             fmt, shape = _quantized_format(config), tensor.shape
             if hf.is_conv1d(layer):
                 shape = shape[::-1]
-                source = replace(source, transposed=True) if source else None
+                pieces = tuple(source.mirrored() for source in pieces)
             _require_divisible(fmt, shape, tensor.name)
-        planned.append(PlannedTensor(tensor, shape, (source,) if source else (), fmt, device))
+        planned.append(PlannedTensor(tensor, shape, pieces, fmt, device))
     return Plan(tuple(planned), layers, device_map, config)
 
 
-def _kept_dtype(
-    tensor: ModelTensor, source: Source | None, torch_dtype: torch.dtype, fp32: Collection[str]
-) -> torch.dtype:
-    if not tensor.value.is_floating_point() or source is None:
+def _kept_dtype(tensor: ModelTensor, has_sources: bool, torch_dtype: torch.dtype, fp32: Collection[str]) -> torch.dtype:
+    if not tensor.value.is_floating_point() or not has_sources:
         return tensor.value.dtype  # integers, and buffers that the model computed itself
     return torch.float32 if any(matches(name, fp32) for name in tensor.names) else torch_dtype
 

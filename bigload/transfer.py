@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import torch
 
-from .checkpoint import StoredTensor
+from .checkpoint import LazyTensor, StoredTensor
 from .errors import CheckpointError
 
 BUFFER_BYTES = 16 * 2**20
@@ -36,6 +36,9 @@ class Reader(AbstractContextManager["Reader"]):
         Raises:
             CheckpointError: the file cannot be read, or ended before the tensor did.
         """
+        if isinstance(tensor, LazyTensor):
+            yield from self._pieces_in_memory(tensor, device)
+            return
         if device not in self._device_buffers:
             self._device_buffers[device] = torch.empty_like(self._buffer, device=device, pin_memory=False)
         room = len(self._buffer)
@@ -46,6 +49,11 @@ class Reader(AbstractContextManager["Reader"]):
             if landed.device.type != "cpu":
                 landed.copy_(self._buffer[:count])  # blocks, so the host buffer may be filled again
             yield landed.view(tensor.dtype)
+
+    def _pieces_in_memory(self, tensor: LazyTensor, device: torch.device) -> Iterator[torch.Tensor]:
+        values = tensor.load().detach().contiguous().view(-1)
+        room = max(1, len(self._buffer) // tensor.dtype.itemsize)
+        yield from (values[begin : begin + room].to(device) for begin in range(0, len(values), room))
 
     def _fill(self, tensor: StoredTensor, offset: int, count: int) -> None:
         view = memoryview(self._buffer.numpy())[:count]  # type: ignore[arg-type]

@@ -1,0 +1,117 @@
+"""Follows tensors through stack, cat, chunk and transpose, to tell where each ends up, without moving a byte.
+
+transformers merges weights with operations of its own (experts into one tensor, for instance). Run on stand-ins they
+tell which region of which parameter each stored tensor fills; the pipeline then puts it there as it lands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+
+class NotTraceable(Exception):  # noqa: N818 - a question answered with no, not an error
+    """An operation that does more than rearrange whole tensors."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One stored tensor, whole, in a region of a larger one.
+
+    Attributes:
+        name: of the stored tensor.
+        region: an index for each dimension of the larger tensor; integers are dimensions that stacking made.
+        transposed: its last two dimensions are swapped there.
+    """
+
+    name: str
+    region: tuple[slice | int, ...]
+    transposed: bool = False
+
+
+class Traced:
+    """A tensor that knows only its shape and what it is made of."""
+
+    def __init__(self, shape: Sequence[int], pieces: Sequence[Piece], dtype: torch.dtype = torch.float32) -> None:
+        self.shape = torch.Size(shape)
+        self.pieces = tuple(pieces)
+        self.dtype = dtype
+
+    @classmethod
+    def whole(cls, name: str, shape: Sequence[int]) -> Traced:
+        """Stand in for one stored tensor."""
+        return cls(shape, [Piece(name, tuple(slice(0, size) for size in shape))])
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Answer the torch functions that only rearrange.
+
+        Raises:
+            NotTraceable: any other function.
+        """
+        handlers: dict[Any, Callable[..., Any]] = {torch.stack: _stack, torch.cat: _cat, torch.transpose: _transpose}
+        if func not in handlers:
+            raise NotTraceable(getattr(func, "__name__", str(func)))
+        return handlers[func](*args, **(kwargs or {}))
+
+    def contiguous(self) -> Traced:
+        """Give itself: it has no layout."""
+        return self
+
+    def transpose(self, dim0: int, dim1: int) -> Traced:
+        """Swap two dimensions."""
+        return _transpose(self, dim0, dim1)
+
+    def __getattr__(self, name: str) -> Any:
+        raise NotTraceable(name)
+
+
+def _stack(tensors: Sequence[Traced], dim: int = 0) -> Traced:
+    first = tensors[0].shape
+    if any(tensor.shape != first for tensor in tensors):
+        raise NotTraceable("stack of different shapes")
+    dim %= len(first) + 1
+    pieces = [
+        replace(piece, region=(*piece.region[:dim], position, *piece.region[dim:]))
+        for position, tensor in enumerate(tensors)
+        for piece in tensor.pieces
+    ]
+    if any(piece.transposed for piece in pieces) and dim > len(first) - 2:
+        raise NotTraceable("stack between transposed dimensions")
+    return Traced((*first[:dim], len(tensors), *first[dim:]), pieces)
+
+
+def _cat(tensors: Sequence[Traced], dim: int = 0) -> Traced:
+    first = tensors[0].shape
+    dim %= len(first)
+    if any((*t.shape[:dim], *t.shape[dim + 1 :]) != (*first[:dim], *first[dim + 1 :]) for t in tensors):
+        raise NotTraceable("cat of different shapes")
+    pieces, offset = [], 0
+    for tensor in tensors:
+        pieces += [replace(piece, region=_shifted(piece.region, dim, offset)) for piece in tensor.pieces]
+        offset += tensor.shape[dim]
+    return Traced((*first[:dim], offset, *first[dim + 1 :]), pieces)
+
+
+def _shifted(region: tuple[slice | int, ...], dim: int, offset: int) -> tuple[slice | int, ...]:
+    index = region[dim]
+    moved = index + offset if isinstance(index, int) else slice(index.start + offset, index.stop + offset)
+    return (*region[:dim], moved, *region[dim + 1 :])
+
+
+def _transpose(tensor: Traced, dim0: int, dim1: int) -> Traced:
+    last = len(tensor.shape) - 1
+    if {dim0 % (last + 1), dim1 % (last + 1)} != {last - 1, last}:
+        raise NotTraceable("transpose of other than the last two dimensions")
+    if any(isinstance(index, int) for piece in tensor.pieces for index in piece.region[-2:]):
+        raise NotTraceable("transpose of a stacked dimension")
+    pieces = [
+        replace(piece, region=(*piece.region[:-2], *piece.region[:-3:-1]), transposed=not piece.transposed)
+        for piece in tensor.pieces
+    ]
+    return Traced((*tensor.shape[:-2], tensor.shape[-1], tensor.shape[-2]), pieces)
