@@ -22,7 +22,9 @@ from typing import Any
 
 import torch
 
+from . import formats
 from .errors import CheckpointError, listed
+from .hub import hub_folder, is_hub_id
 
 WeightsLocation = str | os.PathLike[str]
 
@@ -100,11 +102,7 @@ class Checkpoint:
     @property
     def dominant_dtype(self) -> torch.dtype:
         """The floating dtype that most of the checkpoint's bytes are in; float32 where there is none."""
-        count: Counter[torch.dtype] = Counter()
-        for tensor in self.tensors.values():
-            if tensor.dtype in (torch.float32, torch.float16, torch.bfloat16):
-                count[tensor.dtype] += tensor.nbytes
-        return count.most_common(1)[0][0] if count else torch.float32
+        return formats.dominant_dtype((tensor.dtype, tensor.nbytes) for tensor in self.tensors.values())
 
 
 def open_checkpoint(weights_location: WeightsLocation) -> Checkpoint:
@@ -113,22 +111,27 @@ def open_checkpoint(weights_location: WeightsLocation) -> Checkpoint:
     Args:
         weights_location: a .safetensors, .bin, .pt or .pth file, an .index.json file, or a folder with one of them:
             safetensors are taken before pickles, `model.safetensors` or an index before a file of another name.
+            Or, where there is no such path, a repository of the Hugging Face hub: "org/name" or "org/name@revision".
 
     Raises:
         CheckpointError: nothing there, not a checkpoint, or a file that contradicts itself.
     """
+    if not weights_location:
+        raise CheckpointError(f"weights_location is {weights_location!r}: say where the weights are")
     try:
         location = Path(weights_location).expanduser()
     except (TypeError, RuntimeError) as error:  # RuntimeError: the home of a user who does not exist
         raise CheckpointError(f"weights_location {weights_location!r} is not a path: {error}") from error
     try:
+        if isinstance(weights_location, str) and not location.exists() and is_hub_id(weights_location):
+            location = hub_folder(weights_location)
         return _open(location)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise CheckpointError(f"'{location}' cannot be read: {error}") from error
 
 
 def _open(location: Path) -> Checkpoint:
-    if location.is_dir() and location != Path():
+    if location.is_dir():
         location = _find_in_folder(location)
     elif not location.exists():
         raise CheckpointError(
@@ -210,11 +213,12 @@ def _read_pickle(path: Path) -> dict[str, StoredTensor]:
     try:
         state = _load_mapped(path)
     except pickle.UnpicklingError as error:
+        strange = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"names '{strange[1]}', code that no state_dict needs" if strange else "is damaged or not a pickle"
         raise CheckpointError(
-            f"'{path}' holds more than tensors, or is damaged: {str(error).splitlines()[0]} Nothing of it was run; if "
-            "you trust it, save its state_dict alone, best as safetensors"
+            f"'{path}' {what}; nothing of it was run. If you trust it, save its state_dict alone, best as safetensors"
         ) from error
-    except (RuntimeError, EOFError, KeyError) as error:  # what torch raises for a file that is cut, by version
+    except Exception as error:  # a file that is cut fails in as many ways as there are places to cut it
         raise CheckpointError(f"'{path}' is damaged or not a checkpoint of torch: {error}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"'{path}' holds a {type(state).__name__}, expected a state_dict of tensors by name")
@@ -250,10 +254,13 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length_field = file.read(8)
+        if length_field == b"version ":
+            raise CheckpointError(f"'{path}' is a Git LFS pointer, not the weights: fetch them with: git lfs pull")
         length = int.from_bytes(length_field, "little")
         if len(length_field) < 8 or length > size - 8 or length > _MAX_HEADER_BYTES:
             raise CheckpointError(
-                f"'{path}' is truncated or no safetensors file: its header claims {length} bytes, the file has {size}"
+                f"'{path}' is truncated or no safetensors file: its header claims {length} bytes, the file has {size}; "
+                "download it again"
             )
         header = _parse_json(file.read(length), path)
     if not isinstance(header, dict):
@@ -271,7 +278,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         end += tensor.nbytes
     if end != size:
         found = "truncated" if size < end else "longer than its header says"
-        raise CheckpointError(f"'{path}' is {found}: the header describes {end} bytes, the file has {size}")
+        raise CheckpointError(
+            f"'{path}' is {found}: the header describes {end} bytes, the file has {size}; download it again"
+        )
     return {tensor.name: tensor for tensor in tensors}
 
 

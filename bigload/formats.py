@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -80,6 +82,19 @@ class FourBit:
 
 
 Format = Plain | Int8 | FourBit
+
+
+def dominant_dtype(tensors: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:
+    """Give the 16 or 32 bit floating dtype that most bytes are in; float32 where there is none.
+
+    Args:
+        tensors: dtype and bytes of each.
+    """
+    count: Counter[torch.dtype] = Counter()
+    for dtype, size in tensors:
+        if dtype in (torch.float32, torch.float16, torch.bfloat16):
+            count[dtype] += size
+    return count.most_common(1)[0][0] if count else torch.float32
 
 
 def nbytes(fmt: Format, shape: Shape) -> int:

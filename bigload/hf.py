@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from .empty import init_empty_weights
-from .errors import CheckpointError, MissingDependencyError
+from .errors import CheckpointError
+from .optional import import_optional
 
 
 def import_transformers() -> ModuleType:
@@ -22,10 +23,7 @@ def import_transformers() -> ModuleType:
     Raises:
         MissingDependencyError: it is not installed.
     """
-    try:
-        return importlib.import_module("transformers")
-    except ImportError as error:
-        raise MissingDependencyError("this needs transformers: pip install 'bigload[demo]'") from error
+    return import_optional("transformers", "pip install transformers")
 
 
 def empty_model(folder: Path) -> nn.Module:
@@ -42,10 +40,12 @@ def empty_model(folder: Path) -> nn.Module:
         model_class = getattr(transformers, names[0], None)
         with init_empty_weights():
             model: nn.Module = model_class(config) if model_class else transformers.AutoModel.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"transformers cannot build a model from '{folder / 'config.json'}': {error}") from error
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # whatever a class of another library makes of a config that is not its own
+        raise CheckpointError(
+            f"transformers cannot build a model from the configs in '{folder}': {type(error).__name__}: {error}"
+        ) from error
     return model.eval()
 
 
@@ -147,6 +147,24 @@ class KeyConversion:
 def key_conversion(model: nn.Module) -> KeyConversion | None:
     """Give the library's key rules for a model of its own; None for any other."""
     return KeyConversion(model) if is_pretrained(model) else None
+
+
+def pretrained_modules(model: nn.Module) -> list[Any]:
+    """List the parts of a model, itself included, that are of transformers' classes."""
+    return [module for module in model.modules() if is_pretrained(module)]
+
+
+def rebuilt_buffers(model: Any) -> dict[str, torch.Tensor]:
+    """Build a model of transformers again, empty, for the buffers that are in no checkpoint and were lost to meta.
+
+    Returns:
+        Its non-persistent buffers by name; none for other models, whose class does not tell how to build them.
+    """
+    if not is_pretrained(model):
+        return {}
+    with torch.device("cpu"), init_empty_weights():
+        twin = type(model)(model.config)
+    return {name: buffer for name, buffer in twin.named_buffers() if not buffer.is_meta}
 
 
 def is_pretrained(model: nn.Module) -> bool:

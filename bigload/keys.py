@@ -7,12 +7,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 
 from .checkpoint import Checkpoint, LazyTensor, StoredTensor, read_whole
-from .errors import CheckpointError, ConfigError, listed
+from .errors import CheckpointError, ConfigError, counted, listed
 from .hf import KeyConversion
 from .modules import ModelTensor
 from .rearrange import NotTraceable, Traced
@@ -58,6 +58,7 @@ def sources_in_checkpoint(
     key_mapping: KeyMapping | None = None,
     conversion: KeyConversion | None = None,
     ignores_key: Callable[[str], bool] = lambda key: False,
+    rebuilt_buffers: Callable[[], Mapping[str, torch.Tensor]] = dict,
     strict: bool = False,
 ) -> dict[str, tuple[Source, ...]]:
     """Find the sources of every tensor of the model, under any of its names.
@@ -68,6 +69,8 @@ def sources_in_checkpoint(
         key_mapping: renames checkpoint keys: {regex: replacement}, each applied in turn, or a function.
         conversion: transformers' own rules, applied after `key_mapping`.
         ignores_key: keys that may be left over without a word.
+        rebuilt_buffers: gives, where the model can be built again, the buffers that are in no checkpoint; called only
+            when some are on meta.
         strict: make any other leftover key an error instead of a warning.
 
     Returns:
@@ -84,18 +87,22 @@ def sources_in_checkpoint(
         for tensor in tensors
         if tensor.persistent
     }
-    _require_sources(tensors, found, checkpoint)
+    _require_unquantized(stored, checkpoint)
+    _require_sources(tensors, found, stored, checkpoint)
     _require_fit(tensors, found)
+    _warn_of_split_ties(tensors, stored)
+    buffers = _buffers_made_again(tensors, rebuilt_buffers)
     places = {name for tensor in tensors for name in tensor.names}
     unexpected = [key for key in stored if key not in places and not ignores_key(key)]
     if unexpected:
         message = (
-            f"{len(unexpected)} tensors of '{checkpoint.location}' have no place in the model: {listed(unexpected)}"
+            f"{counted(len(unexpected), 'tensor')} of '{checkpoint.location}' without a place in the model: "
+            f"{listed(unexpected)}"
         )
         if strict:
             raise CheckpointError(f"{message}; strict=True allows none", unexpected_keys=unexpected)
         logger.warning("%s", message)
-    return {name: each.sources for name, each in found.items() if each is not None}
+    return {**{name: each.sources for name, each in found.items() if each is not None}, **buffers}
 
 
 def _renamed(checkpoint: Checkpoint, key_mapping: KeyMapping | None) -> dict[str, StoredTensor]:
@@ -199,25 +206,87 @@ def _as_function(key_mapping: KeyMapping | None) -> Callable[[str], str]:
     return rename
 
 
+def _require_unquantized(stored: Mapping[str, _Found], checkpoint: Checkpoint) -> None:
+    packed = [key for key in stored if ".quant_state.bitsandbytes__" in key or key.endswith(".SCB")]
+    if packed:
+        raise CheckpointError(
+            f"'{checkpoint.location}' is quantized by bitsandbytes already: it holds {listed(packed, limit=2)}; this "
+            "version quantizes while it loads: give the original checkpoint"
+        )
+
+
+def _warn_of_split_ties(tensors: Sequence[ModelTensor], stored: Mapping[str, _Found]) -> None:
+    """Say when a tied weight is stored under several names with different values, of which one is taken."""
+    for tensor in tensors:
+        twins = [stored[name].first for name in tensor.names if name in stored]
+        if len(twins) > 1 and any(_differ(twin, twins[0]) for twin in twins[1:]):
+            logger.warning(
+                "%s are one weight in the model, but stored with different values; '%s' is taken: build the model "
+                "without the tie if they are two",
+                listed(tensor.names),
+                twins[0].name,
+            )
+
+
+def _differ(one: StoredTensor, other: StoredTensor) -> bool:
+    same_place = (one.file, one.offset) == (other.file, other.offset)
+    return not same_place and _beginning(one) != _beginning(other)
+
+
+def _beginning(tensor: StoredTensor, nbytes: int = 65536) -> bytes:
+    if isinstance(tensor, LazyTensor):
+        values = tensor.load().detach().reshape(-1)[: nbytes // tensor.dtype.itemsize]
+        return values.contiguous().view(torch.uint8).numpy().tobytes()
+    with tensor.file.open("rb") as file:
+        file.seek(tensor.offset)
+        return file.read(min(nbytes, tensor.nbytes))
+
+
+def _buffers_made_again(
+    tensors: Sequence[ModelTensor], rebuilt_buffers: Callable[[], Mapping[str, torch.Tensor]]
+) -> dict[str, tuple[Source, ...]]:
+    empty = [tensor for tensor in tensors if not tensor.persistent and tensor.value.is_meta]
+    if not empty:
+        return {}
+    made = rebuilt_buffers()
+    lost = [tensor.name for tensor in empty if tensor.name not in made]
+    if lost:
+        raise CheckpointError(
+            f"non-persistent buffers are on meta and in no checkpoint: {listed(lost)}; build the model under "
+            "bigload.init_empty_weights(), which leaves buffers real",
+            missing_keys=lost,
+        )
+    return {tensor.name: (Source(made[tensor.name]),) for tensor in empty}
+
+
 def _require_sources(
-    tensors: Sequence[ModelTensor], found: Mapping[str, _Found | None], checkpoint: Checkpoint
+    tensors: Sequence[ModelTensor],
+    found: Mapping[str, _Found | None],
+    stored: Mapping[str, _Found],
+    checkpoint: Checkpoint,
 ) -> None:
     missing = [t for t in tensors if t.persistent and found[t.name] is None and (t.is_parameter or t.value.is_meta)]
     if missing:
         names = [tensor.name for tensor in missing]
-        hints = islice(_likely_ties(missing, tensors, found), 3)
+        hints = list(islice(chain(_prefix_hint(names, stored), _likely_ties(missing, tensors, found)), 3))
         raise CheckpointError(
-            f"{len(names)} tensors of the model have no source in '{checkpoint.location}': {listed(names, limit=100)}"
-            + "".join(f"; {hint}" for hint in hints),
+            f"{counted(len(names), 'tensor')} of the model without a source in '{checkpoint.location}': "
+            + "; ".join([listed(names, limit=100), *(hints or ["is it the checkpoint of this model?"])]),
             missing_keys=names,
         )
-    empty = [t.name for t in tensors if not t.persistent and t.value.is_meta]
-    if empty:
-        raise CheckpointError(
-            f"non-persistent buffers are on meta and in no checkpoint: {listed(empty)}; build the model under "
-            "bigload.init_empty_weights(), which leaves buffers real",
-            missing_keys=empty,
-        )
+
+
+def _prefix_hint(missing: Sequence[str], stored: Mapping[str, _Found]) -> Iterator[str]:
+    """Tell the prefix that the checkpoint's names have and the model's lack, or the reverse."""
+    name = missing[0]
+    longer = next((key for key in stored if key.endswith(f".{name}")), None)
+    if longer is not None:
+        prefix = longer.removesuffix(name)
+        yield f"the checkpoint has '{longer}': try key_mapping={{{'^' + re.escape(prefix)!r}: ''}}"
+    shorter = next((key for key in stored if name.endswith(f".{key}") and "." in key), None)
+    if shorter is not None:
+        prefix = name.removesuffix(shorter)
+        yield f"the checkpoint has '{shorter}': try key_mapping={{'^': {prefix!r}}}"
 
 
 def _likely_ties(

@@ -14,11 +14,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from . import bnb, hf, interop
-from .checkpoint import Checkpoint, WeightsLocation, open_checkpoint
+from . import bnb, hf
+from .checkpoint import WeightsLocation, open_checkpoint
 from .commit import commit
 from .config import as_config
 from .errors import BigloadError, CheckpointError, OffloadError, listed
+from .formats import dominant_dtype
 from .keys import KeyMapping, Source, sources_in_checkpoint
 from .memory import check_budgets, show
 from .modules import ModelTensor, layers_to_quantize, tensors_of
@@ -42,6 +43,7 @@ def load_and_quantize_model(
     offload: Any = None,
     key_mapping: KeyMapping | None = None,
     tied_parameters: Sequence[tuple[str, str]] | None = None,
+    quantizable: Sequence[type[nn.Linear]] = (),
     strict: bool = False,
     progress: bool | None = None,
 ) -> nn.Module:
@@ -53,7 +55,8 @@ def load_and_quantize_model(
         model: on meta, or real: a real one without `weights_location` is quantized from its own weights.
         bnb_quantization_config: a `BnbQuantizationConfig` (ours or accelerate's), transformers'
             `BitsAndBytesConfig`, a dict of any of them, or a mode such as "nf4-dq". Never changed.
-        weights_location: a .safetensors file, an .index.json, or a folder with one of them.
+        weights_location: a .safetensors, .bin, .pt or .pth file, an .index.json, a folder with one of them, or a
+            repository of the Hugging Face hub, "org/name" or "org/name@revision".
         device_map: None (the current GPU, or the CPU where there is none), a device, "auto", or
             {block path: device}. This version computes the whole model on one device.
         no_split_module_classes: blocks that one device must hold whole; one device always does.
@@ -64,11 +67,13 @@ def load_and_quantize_model(
         key_mapping: renames checkpoint keys: {regex: replacement} applied in turn, or a function.
         tied_parameters: pairs of parameters that are one weight, where neither the model's own sharing nor its
             transformers class says so.
+        quantizable: subclasses of nn.Linear to quantize too, whose forward must be its own.
         strict: make checkpoint tensors without a place in the model an error instead of a warning.
         progress: show a bar in bytes; by default where standard error is a terminal.
 
     Returns:
-        The same model, with `load_report`, `hf_device_map`, `is_loaded_in_4bit` and `is_loaded_in_8bit` set.
+        The same model, with `load_report`, `hf_device_map`, `is_loaded_in_4bit` and `is_loaded_in_8bit` set, and for a
+        model of transformers what its own loader sets.
         (A model that is itself one Linear is replaced, so use what is returned.)
 
     Raises:
@@ -78,9 +83,11 @@ def load_and_quantize_model(
         QuantizationError: a weight has values that the format cannot hold.
         OffloadError: `offload` was given.
     """
-    config = as_config(bnb_quantization_config)
-    origin = "the model's own weights" if weights_location is None else f"'{weights_location}'"
-    with _named(f"loading {origin} as {config.mode} with device_map={device_map!r}"):
+    origin = "the model's own weights" if weights_location is None else f"{weights_location!r}"
+    context = f"loading {origin} with device_map={device_map!r}"
+    with _named(context):
+        config = as_config(bnb_quantization_config)
+    with _named(f"{context} as {config.mode}"):
         if offload is not None:
             raise OffloadError("offload is given, but this version does not offload: leave it out")
         bnb.library()  # its import takes seconds, which are not the load's
@@ -95,37 +102,28 @@ def load_and_quantize_model(
             else:
                 checkpoint = open_checkpoint(weights_location)
                 dtype = checkpoint.dominant_dtype
-                sources = _checkpoint_sources(model, tensors, checkpoint, key_mapping, strict)
+                sources = sources_in_checkpoint(
+                    tensors,
+                    checkpoint,
+                    key_mapping=key_mapping,
+                    conversion=hf.key_conversion(model),
+                    ignores_key=lambda key: hf.ignores_key(model, key),
+                    rebuilt_buffers=lambda: hf.rebuilt_buffers(model),
+                    strict=strict,
+                )
             config = config.resolved(dtype)
-            layers = layers_to_quantize(model, config, tensors)
+            layers = layers_to_quantize(model, config, tensors, quantizable)
             plan = make_plan(model, config, tensors, layers, sources, devices)
             check_budgets(plan.device_bytes, budgets)
             for device, nbytes in plan.device_bytes.items():
                 logger.info("plan: %s on %s, %d layers as %s", show(nbytes), device, len(layers), config.mode)
             with _progress_bar(plan, progress) as bar:
                 landed = execute(plan, on_bytes=bar.update)
-            marks = interop.attributes(config, devices, quantized=bool(layers))
-            report = LoadReport(config.mode, plan.source_bytes, time.perf_counter() - started, plan.device_bytes)
-            model = commit(model, plan, landed, {**marks, "load_report": report})
+            model = commit(model, plan, landed)
+    report = LoadReport(config.mode, plan.source_bytes, time.perf_counter() - started, plan.device_bytes)
+    model.load_report = report  # type: ignore[assignment]
     logger.info("%s", report)
     return model
-
-
-def _checkpoint_sources(
-    model: nn.Module,
-    tensors: Sequence[ModelTensor],
-    checkpoint: Checkpoint,
-    key_mapping: KeyMapping | None,
-    strict: bool,
-) -> dict[str, tuple[Source, ...]]:
-    return sources_in_checkpoint(
-        tensors,
-        checkpoint,
-        key_mapping=key_mapping,
-        conversion=hf.key_conversion(model),
-        ignores_key=lambda key: hf.ignores_key(model, key),
-        strict=strict,
-    )
 
 
 def _own_weights(tensors: Sequence[ModelTensor]) -> tuple[dict[str, tuple[Source, ...]], torch.dtype]:
@@ -136,12 +134,10 @@ def _own_weights(tensors: Sequence[ModelTensor]) -> tuple[dict[str, tuple[Source
             "the weights are",
             missing_keys=empty,
         )
-    nbytes: dict[torch.dtype, int] = {}
-    for tensor in tensors:
-        if tensor.is_parameter and tensor.value.is_floating_point():
-            nbytes[tensor.value.dtype] = nbytes.get(tensor.value.dtype, 0) + tensor.value.nbytes
-    dtype = max(nbytes, key=nbytes.__getitem__, default=torch.float32)
-    return {tensor.name: (Source(tensor.value),) for tensor in tensors if tensor.is_parameter}, dtype
+    # Persistent floating buffers are cast with the weights, as those of a checkpoint are.
+    own = [t for t in tensors if t.is_parameter or (t.persistent and t.value.is_floating_point())]
+    dtype = dominant_dtype((t.value.dtype, t.value.nbytes) for t in own if t.is_parameter)
+    return {tensor.name: (Source(tensor.value),) for tensor in own}, dtype
 
 
 def _progress_bar(plan: Plan, progress: bool | None) -> tqdm[Any]:

@@ -44,7 +44,7 @@ def check_budgets(device_bytes: Mapping[torch.device, int], budgets: Mapping[tor
         if allowed is not None and needed > allowed:
             raise PlacementError(
                 f"the model needs {show(needed)} on {device}, max_memory allows {show(allowed)}, "
-                f"{show(needed - allowed)} too little; choose a smaller mode (int8, nf4, nf4-dq) or a larger budget "
+                f"{show(needed - allowed)} too little; choose a smaller mode or a larger budget "
                 "(this version puts the whole model on one device)"
             )
 

@@ -14,6 +14,7 @@ from torch import nn
 from . import hf
 from .config import BnbQuantizationConfig
 from .errors import ConfigError, listed
+from .owners import weights_read
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +52,10 @@ def tensors_of(model: nn.Module, tied_parameters: Sequence[tuple[str, str]] = ()
     Ties are objects under several names, pairs that the transformers class declares, and `tied_parameters`.
 
     Raises:
-        ConfigError: `tied_parameters` names no parameter, or ties two of different shapes.
+        ConfigError: the model is no module or is quantized already, or `tied_parameters` names no parameter or ties two
+            of different shapes.
     """
+    _require_plain(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     declared = [
         (first, second)
@@ -69,9 +72,23 @@ def tensors_of(model: nn.Module, tied_parameters: Sequence[tuple[str, str]] = ()
     return tensors
 
 
+def _require_plain(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        found = f"the class {model.__name__}: call it" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise ConfigError(f"model must be an nn.Module, but it is {found}")
+    for name, parameter in model.named_parameters():
+        if type(parameter).__name__ in ("Params4bit", "Int8Params"):
+            raise ConfigError(
+                f"'{name}' is quantized by bitsandbytes already (a {type(parameter).__name__}); build the model anew "
+                "to load or quantize it again"
+            )
+        if isinstance(parameter, nn.UninitializedParameter):
+            raise ConfigError(f"'{name}' has no shape yet: run the lazy modules once before the model is loaded")
+
+
 def _check_ties(pairs: Sequence[tuple[str, str]], parameters: dict[str, nn.Parameter]) -> None:
     for pair in pairs:
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(name, str) for name in pair):
             raise ConfigError(f"tied_parameters must hold pairs of parameter names, but it holds {pair!r}")
         absent = [name for name in pair if name not in parameters]
         if absent:
@@ -119,13 +136,27 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def layers_to_quantize(
-    model: nn.Module, config: BnbQuantizationConfig, tensors: Sequence[ModelTensor]
+    model: nn.Module,
+    config: BnbQuantizationConfig,
+    tensors: Sequence[ModelTensor],
+    quantizable: Sequence[type[nn.Linear]] = (),
 ) -> dict[str, nn.Module]:
     """Choose the layers to quantize, by path: exactly nn.Linear and GPT-2's Conv1D, less those that are skipped.
 
-    Skipped are tied weights, modules kept in fp32 by the config or the transformers class, and `skip_modules` or,
-    where that is None, the output head.
+    Skipped are tied weights, layers whose owner reads their weight past their forward, modules kept in fp32 by the
+    config or the transformers class, and `skip_modules` or, where that is None, the output head.
+
+    Args:
+        model: read only.
+        config: what it skips.
+        tensors: of the model, from `tensors_of`.
+        quantizable: subclasses of nn.Linear to quantize too.
+
+    Raises:
+        ConfigError: a class in `quantizable` does not do what nn.Linear does.
     """
+    for cls in quantizable:
+        _require_linear_forward(cls)
     tied = {name for tensor in tensors for name in tensor.names if _has_several_owners(model, tensor)}
     # What the class keeps in fp32 in any 16-bit dtype must not be quantized in any: it ruins T5's `wo`.
     always = [*(config.keep_in_fp32_modules or ()), *hf.fp32_patterns(model, torch.float16)]
@@ -134,17 +165,42 @@ def layers_to_quantize(
     paths: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(module, []).append(f"{path}.weight".lstrip("."))
+    read = {owner._modules[name] for owner in model.modules() for name in weights_read(owner)}
     layers = {}
-    for path, module in model.named_modules():
-        if module is head or not _is_quantizable(module):
+    for path, module in plain_linears(model, quantizable).items():
+        if module is head or module in read:
             continue
         if not any(weight in tied or matches(weight, [*always, *skip]) for weight in paths[module]):
             layers[path] = module
     everything = [name for tensor in tensors for name in tensor.names]
-    unused = [pattern for pattern in skip if not any(matches(name, [pattern]) for name in everything)]
-    if unused:
-        logger.warning("skip_modules names %s, which nothing in the model matches", listed(unused))
+    for field, patterns in (("skip_modules", skip), ("keep_in_fp32_modules", config.keep_in_fp32_modules or [])):
+        unused = [pattern for pattern in patterns if not any(matches(name, [pattern]) for name in everything)]
+        if unused:
+            logger.warning("%s names %s, which nothing in the model matches", field, listed(unused))
     return layers
+
+
+def plain_linears(model: nn.Module, quantizable: Sequence[type[nn.Linear]] = ()) -> dict[str, nn.Module]:
+    """List the layers that could be quantized, by path."""
+    return {path: module for path, module in model.named_modules() if _is_quantizable(module, quantizable)}
+
+
+def _require_linear_forward(cls: Any) -> None:
+    """Run a small layer of a subclass against nn.Linear's own computation."""
+    if not (isinstance(cls, type) and issubclass(cls, nn.Linear)):
+        raise ConfigError(f"quantizable must hold subclasses of nn.Linear, but it holds {cls!r}")
+    x = torch.linspace(-1, 1, 12).view(2, 6)
+    try:
+        layer = cls(6, 4)
+        same = torch.allclose(layer(x), nn.functional.linear(x, layer.weight, layer.bias), atol=1e-6)
+    except Exception as error:
+        raise ConfigError(
+            f"quantizable holds {cls.__name__}, which cannot be tried as {cls.__name__}(6, 4): {error}"
+        ) from error
+    if not same:
+        raise ConfigError(
+            f"quantizable holds {cls.__name__}, whose forward is not nn.Linear's: quantizing would change it"
+        )
 
 
 def _has_several_owners(model: nn.Module, tensor: ModelTensor) -> bool:
@@ -160,10 +216,10 @@ def _default_head(model: nn.Module) -> nn.Module | None:
     return head
 
 
-def _is_quantizable(module: nn.Module) -> bool:
+def _is_quantizable(module: nn.Module, quantizable: Sequence[type[nn.Linear]]) -> bool:
     """Ask whether a module is a Linear in all it does: its class, its own forward, and two plain parameters."""
     return (
-        (type(module) is nn.Linear or hf.is_conv1d(module))
+        (type(module) is nn.Linear or type(module) in quantizable or hf.is_conv1d(module))
         and "forward" not in module.__dict__
         and module._parameters.keys() == {"weight", "bias"}
         and module._parameters["weight"] is not None

@@ -11,7 +11,7 @@ import torch
 from . import bnb
 from .bnb import QuantizedWeight
 from .checkpoint import StoredTensor
-from .errors import PlacementError, QuantizationError
+from .errors import PlacementError, QuantizationError, listed
 from .formats import Plain
 from .keys import Source
 from .memory import show
@@ -134,15 +134,23 @@ class _Landing:
 
 
 def _require_finite(landed: dict[str, Landed], plan: Plan) -> None:
-    """Refuse scales that are not finite: such a row or block would be zeros or noise. One sync for all weights."""
-    scales = {name: weight.scales for name, weight in landed.items() if isinstance(weight, QuantizedWeight)}
-    if not scales:
+    """Refuse weights that the format turned to infinity: their rows would be zeros or noise. One sync for all."""
+    main_weights = (
+        {f"{path}.weight".lstrip(".") for path in plan.layers} if plan.config.llm_int8_has_fp16_weight else set()
+    )
+    checked: dict[str, torch.Tensor] = {}
+    for name, value in landed.items():
+        if isinstance(value, QuantizedWeight):
+            checked[name] = value.scales
+        elif name in main_weights:
+            checked[name] = value
+    if not checked:
         return
-    good = torch.stack([torch.isfinite(scale).all() for scale in scales.values()]).tolist()
-    bad = [name for name, is_good in zip(scales, good, strict=True) if not is_good]
+    good = torch.stack([torch.isfinite(values).all() for values in checked.values()]).tolist()
+    bad = [name for name, is_good in zip(checked, good, strict=True) if not is_good]
     if bad:
+        through = "float16, whose largest value is 65504" if plan.config.load_in_8bit else f"{plan.config.torch_dtype}"
         raise QuantizationError(
-            f"{len(bad)} weights hold values that are not finite in {plan.config.mode}, the first is '{bad[0]}': int8 "
-            f"goes through float16, whose largest value is 65504, and torch_dtype is {plan.config.torch_dtype}; add "
-            "them to skip_modules or choose a wider torch_dtype"
+            f"{listed(bad)}: values that are not finite as {plan.config.mode} (they go through {through}); if the "
+            "checkpoint's own are finite, add these to skip_modules or choose another mode or torch_dtype"
         )

@@ -11,7 +11,7 @@ from torch import nn
 
 from . import formats, hf
 from .config import BnbQuantizationConfig
-from .errors import ConfigError, PlacementError, listed
+from .errors import ConfigError, PlacementError, counted, listed
 from .formats import Format, FourBit, Int8, Plain
 from .keys import Source
 from .memory import parse_size
@@ -119,7 +119,7 @@ def make_plan(
 
 
 def _kept_dtype(tensor: ModelTensor, has_sources: bool, torch_dtype: torch.dtype, fp32: Collection[str]) -> torch.dtype:
-    if not tensor.value.is_floating_point() or not has_sources:
+    if not tensor.value.is_floating_point() or not has_sources or not tensor.persistent:
         return tensor.value.dtype  # integers, and buffers that the model computed itself
     return torch.float32 if any(matches(name, fp32) for name in tensor.names) else torch_dtype
 
@@ -157,7 +157,10 @@ def as_device(device: Device) -> torch.device:
     try:
         parsed = torch.device(f"cuda:{device}" if isinstance(device, int) or str(device).isdigit() else device)
     except (RuntimeError, TypeError) as error:
-        raise PlacementError(f"{device!r} is not a device; expected 'cpu', a GPU's number, or 'cuda:N'") from error
+        raise PlacementError(
+            f"{device!r} is not a device; expected 'cpu', a GPU's number, or 'cuda:N' (or, as a whole "
+            "device_map, 'auto' or a dict of block path: device)"
+        ) from error
     if parsed.type == "cpu":
         return torch.device("cpu")
     if parsed.type != "cuda":
@@ -206,7 +209,8 @@ def resolve_device_map(
     homeless = [tensor.name for tensor in tensors if _longest_match(tensor.name, devices) is None]
     if homeless:
         raise PlacementError(
-            f"device_map leaves out {len(homeless)} tensors: {listed(homeless)}; add their blocks, or '' for the rest"
+            f"device_map leaves out {counted(len(homeless), 'tensor')}: {listed(homeless)}; add their blocks, or '' "
+            "for the rest"
         )
     used = set(devices.values())
     if len(used) > 1 and torch.device("cpu") in used:
@@ -248,5 +252,10 @@ def resolve_budgets(max_memory: Mapping[Device, int | str] | None) -> dict[torch
     Raises:
         PlacementError: no such device, or not a size.
     """
+    if max_memory is not None and not isinstance(max_memory, Mapping):
+        raise PlacementError(f"max_memory must be {{device: bytes or '10GiB'}}, but it is {max_memory!r}")
     budgets = {device: parse_size(size) for device, size in (max_memory or {}).items()}
-    return {as_device(device): size for device, size in budgets.items() if device != "disk"}
+    try:
+        return {as_device(device): size for device, size in budgets.items() if device != "disk"}
+    except PlacementError as error:
+        raise PlacementError(f"max_memory: {error}") from error

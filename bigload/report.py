@@ -15,7 +15,7 @@ class LoadReport:
 
     Attributes:
         mode: the quantization mode's short name.
-        bytes_read: bytes of the checkpoint.
+        bytes_read: bytes of the weights that went in: the checkpoint's, or the model's own.
         elapsed_s: seconds of the call, without the import of bitsandbytes.
         device_bytes: bytes of the loaded model on each device.
     """

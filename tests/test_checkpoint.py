@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import re
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from bigload.checkpoint import Checkpoint, StoredTensor, open_checkpoint, read_header
+from bigload.checkpoint import Checkpoint, StoredTensor, open_checkpoint, read_header, read_whole
 from bigload.errors import CheckpointError
 
 DTYPES = [
@@ -244,8 +245,8 @@ def test_empty_folder_is_an_error_that_names_it(tmp_path):
 
 def test_folder_without_weights_is_an_error_that_says_what_it_holds(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "pytorch_model.bin").write_bytes(b"pickled")
-    with pytest.raises(CheckpointError, match=r"'config\.json', 'pytorch_model\.bin'") as caught:
+    torch.save({"a": torch.ones(1)}, tmp_path / "optimizer.pt")  # pickled, and no weights
+    with pytest.raises(CheckpointError, match=r"'config\.json', 'optimizer\.pt'") as caught:
         open_checkpoint(tmp_path)
     assert tmp_path.name in str(caught.value)
 
@@ -258,20 +259,105 @@ def test_folder_with_several_files_and_no_index_is_an_error_that_names_them(tmp_
     assert tmp_path.name in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model"])
-def test_pickled_file_is_refused_unread_with_the_remedy(tmp_path, name):
-    torch.save({"a": torch.ones(1)}, tmp_path / name)
-    with pytest.raises(CheckpointError, match=r"safetensors\.torch\.save_file") as caught:
-        open_checkpoint(tmp_path / name)
-    assert name in str(caught.value)
+STATE = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.int64), "c": torch.zeros(0, 3)}
 
 
-def test_pickled_shards_of_an_index_are_refused_with_the_remedy(tmp_path):
-    torch.save({"a": torch.ones(1)}, tmp_path / "pytorch_model-1.bin")
-    save_sharded(tmp_path, {}, {"a": "pytorch_model-1.bin"}, name="pytorch_model.bin.index.json")
-    with pytest.raises(CheckpointError, match=r"safetensors\.torch\.save_file") as caught:
+def values_of(checkpoint):
+    return {name: read_whole(tensor) for name, tensor in checkpoint.tensors.items()}
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth"])
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_pickled_file_is_described_and_read_exactly(tmp_path, name, zipped):
+    state = {**STATE, "strided": STATE["a"].T, "shared": STATE["a"]}
+    torch.save(state, tmp_path / name, _use_new_zipfile_serialization=zipped)
+    for location in (tmp_path, tmp_path / name):
+        checkpoint = open_checkpoint(location)
+        assert {n: (t.dtype, t.shape) for n, t in checkpoint.tensors.items()} == {
+            n: (t.dtype, tuple(t.shape)) for n, t in state.items()
+        }
+        assert all(torch.equal(value, state[name]) for name, value in values_of(checkpoint).items())
+
+
+def test_pickled_shards_of_an_index_are_read(tmp_path):
+    torch.save({"a": STATE["a"]}, tmp_path / "pytorch_model-1.bin")
+    torch.save({"b": STATE["b"]}, tmp_path / "pytorch_model-2.bin")
+    weight_map = {"a": "pytorch_model-1.bin", "b": "pytorch_model-2.bin"}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    values = values_of(open_checkpoint(tmp_path))
+    assert torch.equal(values["a"], STATE["a"])
+    assert torch.equal(values["b"], STATE["b"])
+
+
+def test_safetensors_are_preferred_where_both_kinds_of_index_lie(tmp_path):
+    torch.save({"pickled": STATE["a"]}, tmp_path / "pytorch_model-1.bin")
+    (tmp_path / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"weight_map": {"pickled": "pytorch_model-1.bin"}})
+    )
+    save_sharded(tmp_path, {"1.safetensors": {"safe": torch.ones(1)}})
+    assert open_checkpoint(tmp_path).tensors.keys() == {"safe"}
+
+
+class Mischief:
+    """Unpickled, it would make a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_pickle_with_code_in_it_is_refused_and_runs_nothing(tmp_path, zipped):
+    made = tmp_path / "made_by_the_pickle"
+    torch.save({"a": STATE["a"], "b": Mischief(made)}, tmp_path / "m.bin", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=r"m\.bin.*mkdir.*nothing of it was run"):
         open_checkpoint(tmp_path)
-    assert "pytorch_model-1.bin" in str(caught.value)
+    assert not made.exists()
+
+
+@pytest.mark.parametrize(
+    ("held", "word"),
+    [
+        ([STATE["a"]], "list"),
+        ({"state_dict": STATE, "epoch": 3}, "'state_dict', 'epoch'"),
+    ],
+)
+def test_pickle_that_is_no_state_dict_is_refused_and_says_what_it_holds(tmp_path, held, word):
+    torch.save(held, tmp_path / "m.pt")
+    with pytest.raises(CheckpointError, match=word):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [1, 10, 100, 600])
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_pickle_that_is_cut_is_an_error_that_names_it(tmp_path, kept, zipped):
+    path = tmp_path / "m.bin"
+    torch.save(STATE, path, _use_new_zipfile_serialization=zipped)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(CheckpointError, match=r"m\.bin"):
+        open_checkpoint(path)
+
+
+def test_file_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=r"model\.gguf.*expected a \.safetensors"):
+        open_checkpoint(tmp_path / "model.gguf")
+
+
+def test_git_lfs_pointer_is_told_from_a_damaged_file(tmp_path):
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(CheckpointError, match="git lfs pull"):
+        open_checkpoint(tmp_path)
+
+
+def test_the_current_folder_is_a_folder(tmp_path, monkeypatch):
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    assert open_checkpoint(".").tensors.keys() == {"a"}
+    with pytest.raises(CheckpointError, match="say where"):
+        open_checkpoint("")
 
 
 def test_folder_is_searched_for_model_safetensors_then_an_index_then_any_single_file(tmp_path):

@@ -10,7 +10,7 @@ from models import FOUR_BIT, dequantize_by_hand, quantize_as_bitsandbytes, relat
 from torch import nn
 
 from bigload import BnbQuantizationConfig, load_and_quantize_model
-from bigload.bnb import dequantize_4bit, unpack_
+from bigload.bnb import dequantize_4bit
 
 # (out_features, in_features): whole and broken rows of 32, whole and broken blocks, multiples of 16 that
 # bitsandbytes' own kernel gets wrong without a word, odd sizes, single features.
@@ -121,12 +121,58 @@ def test_a_copy_and_a_pickle_of_a_layer_that_ran_compute_the_same(mode):
                 assert not layer_parameters & {id(parameter) for parameter in twin.parameters()}
 
 
-def test_unpacking_what_is_not_packed_changes_nothing():
+@pytest.mark.parametrize("mode", FOUR_BIT)
+def test_no_rows_give_no_rows(mode):
+    for shape in SHAPES:
+        _, layer = quantized(shape, mode)
+        with torch.no_grad():
+            assert layer.eval()(torch.empty(0, shape[1])).shape == (0, shape[0])
+            assert layer(torch.empty(2, 0, shape[1])).shape == (2, 0, shape[0])
+
+
+@pytest.mark.parametrize("mode", FOUR_BIT)
+def test_what_others_read_of_a_weight_after_an_eval_forward_is_what_was_loaded(mode):
+    """PEFT's merge and transformers' dequantize read the weight and its state, not through us."""
+    plain, layer = quantized((64, 128), mode)
+    with torch.no_grad():
+        layer.eval()(torch.randn(3, 128))
+    found = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    expected = dequantize_by_hand(quantize_as_bitsandbytes(plain.weight.detach(), mode), (64, 128))
+    assert torch.equal(found, expected)
+
+
+def test_a_weight_that_is_exchanged_is_packed_anew():
     _, layer = quantized((64, 128), "nf4")
-    data, absmax = layer.weight.data, layer.weight.quant_state.absmax
-    unpack_(layer)
-    assert layer.weight.data.data_ptr() == data.data_ptr()
-    assert layer.weight.quant_state.absmax is absmax
+    other_plain, other = quantized((64, 128), "nf4")
+    x = torch.randn(3, 128)
+    with torch.no_grad():
+        layer.eval()(x)
+        layer.weight, layer.bias = other.weight, other.bias
+        assert torch.equal(layer(x), other.eval()(x))
+        assert relative_error(layer(x), other_plain(x)) < 0.2
+
+
+def test_threads_that_run_a_layer_first_at_once_all_get_its_output():
+    import sys
+    from concurrent.futures import ThreadPoolExecutor
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            for _ in range(20):
+                _, layer = quantized((64, 128), "nf4-dq")
+                x = torch.randn(3, 128)
+                layer.eval()
+
+                def run(layer=layer, x=x):
+                    with torch.no_grad():
+                        return layer(x)
+
+                outputs = [task.result() for task in [pool.submit(run) for _ in range(8)]]
+                assert all(torch.equal(output, outputs[0]) for output in outputs)
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_int8_training_layer_takes_inputs_of_any_dimensions():

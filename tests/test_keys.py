@@ -35,7 +35,7 @@ def parameter(name, shape=(2, 3), dtype=torch.float32):
 
 
 def stored_names(sources):
-    return {name: source.tensor.name for name, source in sources.items()}
+    return {name: source.tensor.name for name, (source,) in sources.items()}
 
 
 class TwoLayers(nn.Module):
@@ -67,7 +67,7 @@ def test_each_tensor_is_filled_whole_and_untransposed_from_its_namesake():
     model = TwoLayers()
     sources = sources_in_checkpoint(tensors_of(model), checkpoint_for(model))
     assert stored_names(sources) == {name: name for name in ("a.weight", "a.bias", "b.weight", "b.bias")}
-    assert all(source.region == () and not source.transposed for source in sources.values())
+    assert all(source.region == () and not source.transposed for (source,) in sources.values())
 
 
 def test_all_missing_parameters_stand_in_one_error():

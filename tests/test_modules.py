@@ -3,6 +3,7 @@
 import logging
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -469,9 +470,26 @@ def test_exception_inside_restores_everything(include_buffers):
     assert all(not tensor.is_meta for tensor in nn.BatchNorm1d(3).state_dict().values())
 
 
-def test_no_hook_is_left_after():
-    before = dict(torch_module._global_parameter_registration_hooks)
+def test_hooks_do_not_pile_up_and_the_one_that_stays_does_nothing_after():
     with init_empty_weights():
-        assert len(torch_module._global_parameter_registration_hooks) == len(before) + 1
-    assert dict(torch_module._global_parameter_registration_hooks) == before
-    assert not nn.Linear(4, 4).weight.is_meta
+        once = dict(torch_module._global_parameter_registration_hooks)
+    with init_empty_weights():
+        assert dict(torch_module._global_parameter_registration_hooks) == once
+    parameter = nn.Parameter(torch.ones(4))
+    module = nn.Module()
+    module.weight = parameter
+    assert module.weight is parameter
+
+
+def test_threads_that_enter_and_leave_at_once_do_not_disturb_each_other():
+    def build(_):
+        for _ in range(30):
+            with init_empty_weights():
+                empty = nn.Linear(4, 4)
+            real = nn.Linear(4, 4)
+            assert empty.weight.is_meta
+            assert not real.weight.is_meta
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(build, range(16)))

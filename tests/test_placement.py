@@ -57,7 +57,7 @@ def resolve(model, device_map):
 
 def plan_for(model, config, device_map=None, without=("positions", "scale")):
     tensors = tensors_of(model)
-    sources = {tensor.name: Source(tensor.value) for tensor in tensors if tensor.name not in without}
+    sources = {tensor.name: (Source(tensor.value),) for tensor in tensors if tensor.name not in without}
     layers = layers_to_quantize(model, config, tensors)
     return make_plan(model, config, tensors, layers, sources, device_map or {"": CPU})
 

@@ -1,0 +1,1 @@
+"""What loading costs, measured against the peers: `python -m benchmarks --help`."""
