@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from .checkpoints import SIZES, make_checkpoint
-from .load import PEERS, compare, measure
+from .load import PEERS, compare, measure, table
 
 
 def main() -> None:
@@ -25,6 +25,8 @@ def main() -> None:
     load.add_argument("--modes", nargs="+", default=["nf4", "int8"])
     load.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     load.add_argument("--out", type=Path, help="where the result goes, as JSON")
+    report = commands.add_parser("report", help="a result file as a Markdown table")
+    report.add_argument("file", type=Path)
     one = commands.add_parser("one", help="one load, in this process; what `load` calls")
     for name in ("folder", "peer", "mode", "device"):
         one.add_argument(name, type=Path if name == "folder" else str)
@@ -33,6 +35,8 @@ def main() -> None:
         print(make_checkpoint(options.size, options.folder))
     elif options.command == "one":
         print(json.dumps(measure(options.folder, options.peer, options.mode, options.device)))
+    elif options.command == "report":
+        print(table(json.loads(options.file.read_text())))
     else:
         result = compare(options.folder, options.peers, options.modes, options.device)
         if options.out:

@@ -39,6 +39,20 @@ def compare(folder: Path, peers: list[str], modes: list[str], device: str) -> di
     return {"benchmark": "load", "checkpoint_bytes": checkpoint_bytes, **_machine(device), "rows": rows}
 
 
+def table(result: dict[str, Any]) -> str:
+    """Write a result as a Markdown table: seconds of the second load in a process, and memory over the model."""
+    lines = [
+        f"| {result['checkpoint_bytes'] / 1e9:.2f} GB onto {result['device']} | " + " | ".join(PEERS) + " |",
+        "|---" * (len(PEERS) + 1) + "|",
+    ]
+    for mode in dict.fromkeys(row["mode"] for row in result["rows"]):
+        rows = {row["peer"]: row for row in result["rows"] if row["mode"] == mode}
+        for name, key, unit in (("", "second_s", "s"), (", GPU memory over the model", "peak_over_final_gib", "GiB")):
+            cells = [f"{rows[peer][key]:.2f} {unit}" if key in rows.get(peer, {}) else "-" for peer in PEERS]
+            lines.append(f"| {mode}{name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def _machine(device: str) -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {

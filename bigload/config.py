@@ -201,6 +201,8 @@ class BnbQuantizationConfig:
         if unknown:
             logger.warning("fields of the transformers config that have no effect: %s", listed(unknown))
         ours = {name: value for name, value in ours.items() if value is not _UNSET}
+        if isinstance(ours.get("skip_modules"), list):
+            ours["skip_modules"] = [_unanchored(name) for name in ours["skip_modules"]]
         if ours.get("bnb_4bit_compute_dtype") is None:
             ours["bnb_4bit_compute_dtype"] = torch.float32  # transformers' default, where accelerate has fp16
         if ours.get("bnb_4bit_quant_storage") is None:
@@ -295,6 +297,12 @@ def as_config(given: Any) -> BnbQuantizationConfig:
         f"bnb_quantization_config is a {type(given).__name__}; expected a BnbQuantizationConfig (bigload's or "
         f"accelerate's), a BitsAndBytesConfig, a dict, or one of {', '.join(MODES)}"
     )
+
+
+def _unanchored(name: Any) -> Any:
+    """Take a skip entry that was anchored for transformers, `^model\\.proj$`, as the path it stands for."""
+    is_anchored = isinstance(name, str) and name.startswith("^") and name.endswith("$")
+    return name[1:-1].replace("\\", "") if is_anchored else name
 
 
 def _require(good: bool, name: str, expected: str, found: Any) -> None:

@@ -9,13 +9,14 @@ from .errors import CheckpointError
 from .optional import import_optional
 
 _HUB_ID = re.compile(r"(?P<id>[\w][\w.-]*/[\w][\w.-]*)(@(?P<revision>[^@\s]+))?")
+_FILES = (".safetensors", ".bin", ".pt", ".pth", ".json")
 _SAFETENSORS = ["*.safetensors", "*.json"]
 _PICKLES = ["*.bin", "*.json"]
 
 
 def is_hub_id(location: str) -> bool:
     """Ask whether a string has the form "org/name" or "org/name@revision"."""
-    return _HUB_ID.fullmatch(location) is not None
+    return _HUB_ID.fullmatch(location) is not None and not location.endswith(_FILES)
 
 
 def hub_folder(location: str) -> Path:
@@ -35,7 +36,7 @@ def hub_folder(location: str) -> Path:
         folder = Path(hub.snapshot_download(repo, revision=revision, allow_patterns=_SAFETENSORS))
         if not any(folder.glob("*.safetensors")):
             folder = Path(hub.snapshot_download(repo, revision=revision, allow_patterns=_PICKLES))
-    except (OSError, ValueError) as error:  # what all of the hub's own errors are too
+    except Exception as error:  # the hub's own errors, and whatever the network beneath it raises
         what = f"revision '{revision}' of '{repo}'" if revision else f"'{repo}'"
         raise CheckpointError(
             f"no file or folder '{location}' here, and {what} is neither in the hub's cache nor to be downloaded: "

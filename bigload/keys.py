@@ -81,13 +81,14 @@ def sources_in_checkpoint(
             belong, or leftover keys under `strict`; each kind lists all of its cases.
         ConfigError: two checkpoint keys are renamed to one, or a pattern is not a regular expression.
     """
-    stored = _by_model_name(_renamed(checkpoint, key_mapping), conversion)
+    renamed = _renamed(checkpoint, key_mapping)
+    _require_unquantized(renamed, checkpoint)
+    stored = _by_model_name(renamed, conversion)
     found = {
         tensor.name: next((stored[name] for name in tensor.names if name in stored), None)
         for tensor in tensors
         if tensor.persistent
     }
-    _require_unquantized(stored, checkpoint)
     _require_sources(tensors, found, stored, checkpoint)
     _require_fit(tensors, found)
     _warn_of_split_ties(tensors, stored)
@@ -161,7 +162,14 @@ def _computed(target: str, group: Mapping[str, Sequence[StoredTensor]], conversi
         pattern: [torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for tensor in tensors]
         for pattern, tensors in group.items()
     }
-    shapes = conversion.convert(target, empty)
+    try:
+        shapes = conversion.convert(target, empty)
+    except Exception as error:  # whatever torch or the library makes of tensors that do not fit together
+        names = [tensor.name for tensors in group.values() for tensor in tensors]
+        raise CheckpointError(
+            f"{listed(names)} cannot be combined into '{target}' as transformers does: {error}; the checkpoint lacks a "
+            "part, or is of another model"
+        ) from error
 
     def load(name: str) -> torch.Tensor:
         values = {pattern: [read_whole(tensor) for tensor in tensors] for pattern, tensors in group.items()}
@@ -206,7 +214,7 @@ def _as_function(key_mapping: KeyMapping | None) -> Callable[[str], str]:
     return rename
 
 
-def _require_unquantized(stored: Mapping[str, _Found], checkpoint: Checkpoint) -> None:
+def _require_unquantized(stored: Mapping[str, StoredTensor], checkpoint: Checkpoint) -> None:
     packed = [key for key in stored if ".quant_state.bitsandbytes__" in key or key.endswith(".SCB")]
     if packed:
         raise CheckpointError(
@@ -230,16 +238,20 @@ def _warn_of_split_ties(tensors: Sequence[ModelTensor], stored: Mapping[str, _Fo
 
 def _differ(one: StoredTensor, other: StoredTensor) -> bool:
     same_place = (one.file, one.offset) == (other.file, other.offset)
-    return not same_place and _beginning(one) != _beginning(other)
+    return not same_place and one.dtype == other.dtype and _ends(one) != _ends(other)
 
 
-def _beginning(tensor: StoredTensor, nbytes: int = 65536) -> bytes:
+def _ends(tensor: StoredTensor, nbytes: int = 65536) -> tuple[bytes, bytes]:
+    """Read a little of a tensor at both ends, which tells two weights apart as well as all of them would."""
     if isinstance(tensor, LazyTensor):
-        values = tensor.load().detach().reshape(-1)[: nbytes // tensor.dtype.itemsize]
-        return values.contiguous().view(torch.uint8).numpy().tobytes()
+        raw = tensor.load().detach().contiguous().view(-1).view(torch.uint8)
+        return raw[:nbytes].numpy().tobytes(), raw[-nbytes:].numpy().tobytes()
+    count = min(nbytes, tensor.nbytes)
     with tensor.file.open("rb") as file:
         file.seek(tensor.offset)
-        return file.read(min(nbytes, tensor.nbytes))
+        first = file.read(count)
+        file.seek(tensor.offset + tensor.nbytes - count)
+        return first, file.read(count)
 
 
 def _buffers_made_again(
@@ -268,7 +280,9 @@ def _require_sources(
     missing = [t for t in tensors if t.persistent and found[t.name] is None and (t.is_parameter or t.value.is_meta)]
     if missing:
         names = [tensor.name for tensor in missing]
-        hints = list(islice(chain(_prefix_hint(names, stored), _likely_ties(missing, tensors, found)), 3))
+        places = {name for tensor in tensors for name in tensor.names}
+        spare = [key for key in stored if key not in places]
+        hints = list(islice(chain(_prefix_hint(names, spare), _likely_ties(missing, tensors, found)), 3))
         raise CheckpointError(
             f"{counted(len(names), 'tensor')} of the model without a source in '{checkpoint.location}': "
             + "; ".join([listed(names, limit=100), *(hints or ["is it the checkpoint of this model?"])]),
@@ -276,14 +290,14 @@ def _require_sources(
         )
 
 
-def _prefix_hint(missing: Sequence[str], stored: Mapping[str, _Found]) -> Iterator[str]:
-    """Tell the prefix that the checkpoint's names have and the model's lack, or the reverse."""
+def _prefix_hint(missing: Sequence[str], spare: Sequence[str]) -> Iterator[str]:
+    """Tell the prefix that the checkpoint's spare names have and the model's missing ones lack, or the reverse."""
     name = missing[0]
-    longer = next((key for key in stored if key.endswith(f".{name}")), None)
+    longer = next((key for key in spare if key.endswith(f".{name}")), None)
     if longer is not None:
         prefix = longer.removesuffix(name)
         yield f"the checkpoint has '{longer}': try key_mapping={{{'^' + re.escape(prefix)!r}: ''}}"
-    shorter = next((key for key in stored if name.endswith(f".{key}") and "." in key), None)
+    shorter = next((key for key in spare if name.endswith(f".{key}") and "." in key), None)
     if shorter is not None:
         prefix = name.removesuffix(shorter)
         yield f"the checkpoint has '{shorter}': try key_mapping={{'^': {prefix!r}}}"

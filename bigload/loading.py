@@ -94,7 +94,7 @@ def load_and_quantize_model(
         started = time.perf_counter()
         # Tensors made under inference_mode could never be trained through.
         with torch.inference_mode(False), torch.no_grad():
-            tensors = tensors_of(model, tied_parameters or ())
+            tensors = tensors_of(model, () if tied_parameters is None else tied_parameters)
             devices = resolve_device_map(device_map, tensors, {path for path, _ in model.named_modules()})
             budgets = resolve_budgets(max_memory)
             if weights_location is None:

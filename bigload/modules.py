@@ -82,11 +82,14 @@ def _require_plain(model: Any) -> None:
                 f"'{name}' is quantized by bitsandbytes already (a {type(parameter).__name__}); build the model anew "
                 "to load or quantize it again"
             )
-        if isinstance(parameter, nn.UninitializedParameter):
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             raise ConfigError(f"'{name}' has no shape yet: run the lazy modules once before the model is loaded")
 
 
 def _check_ties(pairs: Sequence[tuple[str, str]], parameters: dict[str, nn.Parameter]) -> None:
+    if not isinstance(pairs, (tuple, list)):
+        raise ConfigError(f"tied_parameters must be a list of pairs of parameter names, but it is {pairs!r}")
     for pair in pairs:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(name, str) for name in pair):
             raise ConfigError(f"tied_parameters must hold pairs of parameter names, but it holds {pair!r}")
@@ -191,7 +194,8 @@ def _require_linear_forward(cls: Any) -> None:
         raise ConfigError(f"quantizable must hold subclasses of nn.Linear, but it holds {cls!r}")
     x = torch.linspace(-1, 1, 12).view(2, 6)
     try:
-        layer = cls(6, 4)
+        with torch.random.fork_rng(devices=[]):
+            layer = cls(6, 4)
         same = torch.allclose(layer(x), nn.functional.linear(x, layer.weight, layer.bias), atol=1e-6)
     except Exception as error:
         raise ConfigError(

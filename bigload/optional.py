@@ -16,5 +16,5 @@ def import_optional(name: str, remedy: str) -> ModuleType:
     """
     try:
         return importlib.import_module(name)
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: its native library does not load
         raise MissingDependencyError(f"this needs {name}, which cannot be imported ({error}): {remedy}") from error

@@ -9,15 +9,18 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
 
 # Methods that run before there are weights, or move them about.
-_BEFORE_LOADING = ("__init__", "_init_weights", "init_weights", "reset_parameters", "_reset_parameters", "tie_weights")
+_BEFORE_LOADING = re.compile(r"__init__|_*init_.*|_*reset_parameters|_*tie_.*")
+# torch's encoder layer reads weights in its fused path alone, which loading turns off.
+_NOT_READING = (nn.Module, nn.TransformerEncoderLayer)
 # What may be asked of a weight without reading its values.
 _FACTS = {"dtype", "device", "shape", "size", "dim", "ndim", "is_meta", "requires_grad", "requires_grad_", "numel"}
 
@@ -28,15 +31,15 @@ def weights_read(owner: nn.Module) -> set[str]:
     Reads under an `if` that this instance makes false are left out. Where a method's source is not to be had, every
     child that it names counts, if it names `weight` at all.
     """
-    if isinstance(owner, nn.TransformerEncoderLayer):
-        return set()  # only its fused path does, which loading turns off
     return {
         child
         for cls in type(owner).__mro__
-        if issubclass(cls, nn.Module) and cls is not nn.Module
-        for function in vars(cls).values()
-        if isinstance(function, FunctionType) and function.__name__ not in _BEFORE_LOADING
-        for child in _read_by(function, owner)
+        if issubclass(cls, nn.Module) and cls not in _NOT_READING
+        for name, member in vars(cls).items()
+        if not _BEFORE_LOADING.fullmatch(name)
+        for function in [member.fget if isinstance(member, property) else member]
+        if isinstance(function, FunctionType)
+        for child in _read_by(inspect.unwrap(function), owner)
     }
 
 
@@ -49,7 +52,15 @@ def _read_by(function: FunctionType, owner: nn.Module) -> Iterator[str]:
     if tree is None:
         yield from children
     else:
-        yield from (child for child in _reads(tree, owner) if child in children)
+        aliases = dict(_aliases(tree))
+        yield from (child for child in _reads(tree, owner, aliases) if child in children)
+
+
+def _aliases(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    """Find `name = self.child`, the local names of children."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Attribute) and _is_self(node.value.value):
+            yield from ((target.id, node.value.attr) for target in node.targets if isinstance(target, ast.Name))
 
 
 @functools.cache
@@ -66,25 +77,31 @@ def _parsed(function: FunctionType) -> ast.AST | None:
         return None
 
 
-def _reads(node: ast.AST, owner: nn.Module) -> Iterator[str]:
+def _reads(node: ast.AST, owner: nn.Module, aliases: Mapping[str, str]) -> Iterator[str]:
     """Walk the code for `self.child.weight` where it is a value, not asked for a fact and not assigned to."""
-    if isinstance(node, ast.Attribute) and node.attr in _FACTS and _weight_of(node.value):
+    if isinstance(node, ast.Attribute) and node.attr in _FACTS and _weight_of(node.value, aliases):
         return
-    child = _weight_of(node)
+    child = _weight_of(node, aliases)
     if child is not None and isinstance(getattr(node, "ctx", None), ast.Load):
         yield child
         return
     skipped = node.body if isinstance(node, ast.If) and _is_false(node.test, owner) else []
     for inner in ast.iter_child_nodes(node):
         if not any(inner is statement for statement in skipped):
-            yield from _reads(inner, owner)
+            yield from _reads(inner, owner, aliases)
 
 
-def _weight_of(node: ast.AST) -> str | None:
-    is_weight = isinstance(node, ast.Attribute) and node.attr == "weight"
-    if is_weight and isinstance(node.value, ast.Attribute) and isinstance(node.value.value, ast.Name):  # type: ignore[attr-defined]
-        return node.value.attr if node.value.value.id == "self" else None  # type: ignore[attr-defined]
-    return None
+def _weight_of(node: ast.AST, aliases: Mapping[str, str]) -> str | None:
+    if not (isinstance(node, ast.Attribute) and node.attr == "weight"):
+        return None
+    child = node.value
+    if isinstance(child, ast.Attribute) and _is_self(child.value):
+        return child.attr
+    return aliases.get(child.id) if isinstance(child, ast.Name) else None
+
+
+def _is_self(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and node.id == "self"
 
 
 _PLAIN = (ast.Expression, ast.Compare, ast.BoolOp, ast.UnaryOp, ast.Attribute, ast.Name, ast.Constant)
@@ -96,6 +113,8 @@ def _is_false(test: ast.expr, owner: nn.Module) -> bool:
     nodes: list[Any] = list(ast.walk(test))
     if not all(isinstance(node, _PLAIN + _PLAIN_PARTS) for node in nodes):
         return False
+    if any(isinstance(node, ast.Attribute) and node.attr == "training" for node in nodes):
+        return False  # train() and eval() change it
     try:
         return not eval(compile(ast.Expression(test), "<condition>", "eval"), {"__builtins__": {}, "self": owner})
     except Exception:  # an attribute that is not there yet, a name of the method's own

@@ -55,7 +55,8 @@ class Traced:
             NotTraceable: any other function.
         """
         handlers: dict[Any, Callable[..., Any]] = {torch.stack: _stack, torch.cat: _cat, torch.transpose: _transpose}
-        if func not in handlers:
+        mixed = args and isinstance(args[0], (list, tuple)) and not all(isinstance(each, Traced) for each in args[0])
+        if func not in handlers or mixed:
             raise NotTraceable(getattr(func, "__name__", str(func)))
         return handlers[func](*args, **(kwargs or {}))
 
@@ -69,6 +70,12 @@ class Traced:
 
     def __getattr__(self, name: str) -> Any:
         raise NotTraceable(name)
+
+    def _refuse(self, *others: Any) -> Any:
+        raise NotTraceable("an operator")
+
+    __getitem__ = __len__ = __iter__ = __neg__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __matmul__ = _refuse
 
 
 def _stack(tensors: Sequence[Traced], dim: int = 0) -> Traced:

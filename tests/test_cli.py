@@ -6,6 +6,8 @@ import sys
 
 import pytest
 from models import llama
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from bigload.cli import main
 from bigload.demo import SENTENCES
@@ -15,6 +17,34 @@ from bigload.demo import SENTENCES
 def folder(tmp_path):
     llama(False, eos_token_id=None).save_pretrained(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def never_loaded(monkeypatch):
+    """Fail where the weights would be loaded."""
+
+    def load(*args, **kwargs):
+        raise AssertionError("the weights were loaded")
+
+    monkeypatch.setattr("bigload.loading.load_and_quantize_model", load)
+
+
+def save_tokenizer(folder):
+    words = {f"w{i}": i for i in range(127)} | {"<unk>": 127}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+
+
+def message_of(arguments, capsys):
+    """Run the command line, which must fail with one message and status 1."""
+    capsys.readouterr()  # what saving the model wrote
+    assert main([str(argument) for argument in arguments]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("bigload: ")
+    assert "Traceback" not in captured.err
+    return captured.err
 
 
 def test_demo_prints_each_mode_close_to_fp32(capsys):
@@ -47,13 +77,7 @@ def test_load_takes_a_map_as_json(folder, capsys):
 
 
 def test_load_generates_a_continuation(folder, capsys):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {f"w{i}": i for i in range(127)} | {"<unk>": 127}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    save_tokenizer(folder)
     arguments = ["load", str(folder), "--device-map", "cpu", "--prompt", "w3 w4 w5", "--max-new-tokens", "6"]
     assert main(arguments) == 0
     last = capsys.readouterr().out.splitlines()[-1]
@@ -80,6 +104,83 @@ def test_unreadable_config_is_one_message(folder, capsys):
     (folder / "config.json").write_text("{")
     assert main(["load", str(folder)]) == 1
     assert "config.json" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("never_loaded")
+@pytest.mark.parametrize("count", ["0", "-3", "x", "1.5", "", "\u00b2"])
+def test_count_of_new_tokens_that_is_none_is_refused_by_the_parser(folder, capsys, count):
+    with pytest.raises(SystemExit) as caught:
+        main(["load", str(folder), "--prompt", "w1", f"--max-new-tokens={count}"])
+    assert caught.value.code == 2
+    assert "--max-new-tokens" in capsys.readouterr().err
+
+
+def test_guard_of_these_tests_does_fail_where_the_weights_are_loaded(folder, never_loaded):
+    save_tokenizer(folder)
+    with pytest.raises(AssertionError, match="the weights were loaded"):
+        main(["load", str(folder), "--prompt", "w1"])
+
+
+@pytest.mark.usefixtures("never_loaded")
+@pytest.mark.parametrize("prompt", ["", "  "])
+def test_prompt_without_tokens_is_refused_before_the_load(folder, capsys, prompt):
+    save_tokenizer(folder)
+    assert "--prompt" in message_of(["load", folder, "--prompt", prompt], capsys)
+
+
+@pytest.mark.usefixtures("never_loaded")
+def test_prompt_without_a_tokenizer_is_refused_before_the_load(folder, capsys):
+    assert "tokenizer" in message_of(["load", folder, "--prompt", "w1"], capsys)
+
+
+@pytest.mark.usefixtures("never_loaded")
+def test_prompt_for_a_model_that_cannot_generate_is_refused_before_the_load(tmp_path, capsys):
+    sizes = {"vocab_size": 128, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    BertModel(BertConfig(**sizes, num_attention_heads=2)).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    message = message_of(["load", tmp_path, "--prompt", "w1"], capsys)
+    assert "BertModel" in message
+    assert "--prompt" in message
+
+
+@pytest.mark.usefixtures("never_loaded")
+@pytest.mark.parametrize("device_map", ["{", '{"model": }', " {model: 0}", "{'model': 'cpu'}"])
+def test_device_map_that_is_no_json_is_refused_before_the_load(folder, capsys, device_map):
+    assert "--device-map" in message_of(["load", folder, "--device-map", device_map], capsys)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3", '{"max_new_tokens": "many"}'])
+@pytest.mark.usefixtures("never_loaded")
+def test_broken_generation_config_is_one_message(folder, capsys, text):
+    (folder / "generation_config.json").write_text(text)
+    assert str(folder) in message_of(["load", folder], capsys)
+
+
+@pytest.mark.usefixtures("never_loaded")
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"hidden_size": "64"},
+        {"num_hidden_layers": None},
+        {"vocab_size": -1},
+        {"num_attention_heads": 0},
+        {"model_type": "no_such_model"},
+        {"rope_parameters": "fast"},
+        {"architectures": 3},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_config_with_a_wrong_value_is_one_message(folder, capsys, fields):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    assert str(folder) in message_of(["load", folder], capsys)
+
+
+@pytest.mark.usefixtures("never_loaded")
+@pytest.mark.parametrize("text", ["[]", "3", "null", ""])
+def test_config_that_is_no_object_is_one_message(folder, capsys, text):
+    (folder / "config.json").write_text(text)
+    assert str(folder) in message_of(["load", folder], capsys)
 
 
 def test_interrupt_is_status_130(folder, capsys, monkeypatch):

@@ -6,7 +6,7 @@ import torch
 from models import GPT, dequantized_reference, quantize_as_bitsandbytes, relative_error, save_checkpoint
 from torch import nn
 
-from bigload import BnbQuantizationConfig, QuantizationError, load_and_quantize_model
+from bigload import BnbQuantizationConfig, ConfigError, QuantizationError, load_and_quantize_model
 
 
 @pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "int8"])
@@ -46,6 +46,38 @@ def test_a_real_model_takes_the_weights_of_the_checkpoint_it_is_given(tmp_path):
     save_checkpoint(saved, tmp_path)
     model = load_and_quantize_model(GPT(), "nf4", tmp_path, device_map="cpu")
     assert torch.equal(model.transformer["wte"].weight, saved.transformer["wte"].weight)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_buffers_are_cast_with_the_weights_so_that_batch_norm_runs(dtype):
+    model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Linear(64, 8)).eval()
+    model[1].running_mean.normal_()
+    x = torch.randn(4, 64)
+    expected = model(x)
+    config = BnbQuantizationConfig.from_mode("int8", torch_dtype=dtype)
+    model = load_and_quantize_model(model, config, device_map="cpu")
+    assert model[1].running_mean.dtype == model[1].weight.dtype == config.torch_dtype
+    assert model[1].num_batches_tracked.dtype == torch.int64
+    with torch.no_grad():
+        assert relative_error(model(x.to(config.torch_dtype)), expected) < 0.02  # int8 and 16-bit rounding
+
+
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
+def test_a_float64_model_becomes_a_float32_one_as_a_float64_checkpoint_does(mode):
+    model = load_and_quantize_model(GPT().double(), mode, device_map="cpu")
+    assert model.lm_head.weight.dtype == torch.float32
+
+
+def test_loading_a_second_time_is_refused_and_changes_nothing(tmp_path):
+    save_checkpoint(GPT(), tmp_path)
+    for first in ("nf4", "int8", "int8-training"):
+        model = load_and_quantize_model(GPT(), first, device_map="cpu")
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        for second, location in (("nf4", None), ("int8", tmp_path)):
+            with pytest.raises(ConfigError, match=r"c_attn\.weight.*already"):
+                load_and_quantize_model(model, second, location, device_map="cpu")
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        assert model.is_loaded_in_4bit == (first == "nf4")
 
 
 def test_a_failure_leaves_the_real_model_as_it_was():

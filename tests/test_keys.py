@@ -1,16 +1,25 @@
 """From the checkpoint's names to the model's tensors: what is found, what is refused, and what is only said."""
 
+import ast
 import logging
 import math
+import re
 from pathlib import Path
 
+import bitsandbytes.functional as kernels
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import llama
+from safetensors.torch import save_file
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from bigload import init_empty_weights
-from bigload.checkpoint import Checkpoint, StoredTensor
+from bigload.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from bigload.errors import CheckpointError, ConfigError
+from bigload.hf import KeyConversion, rebuilt_buffers
 from bigload.keys import sources_in_checkpoint
 from bigload.modules import ModelTensor, tensors_of
 
@@ -281,3 +290,227 @@ def test_five_thousand_missing_and_unexpected_tensors_are_all_on_the_errors():
     with pytest.raises(CheckpointError) as caught:
         sources_in_checkpoint([], checkpoint, strict=True)
     assert caught.value.unexpected_keys == list(checkpoint.tensors)
+
+
+def suggested_mapping(error):
+    """Read the key_mapping that a message suggests, as its reader would type it."""
+    (literal,) = re.findall(r"try key_mapping=(\{[^}]*\})", str(error))
+    return ast.literal_eval(literal)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "a+b.", "base_model.model."])
+def test_prefix_that_only_the_checkpoint_has_comes_with_the_mapping_that_works(prefix):
+    model = TwoLayers()
+    checkpoint = checkpoint_of({f"{prefix}{name}": tuple(t.shape) for name, t in model.state_dict().items()})
+    with pytest.raises(CheckpointError, match="without a source") as caught:
+        sources_in_checkpoint(tensors_of(model), checkpoint)
+    sources = sources_in_checkpoint(
+        tensors_of(model), checkpoint, key_mapping=suggested_mapping(caught.value), strict=True
+    )
+    assert stored_names(sources) == {name: f"{prefix}{name}" for name in model.state_dict()}
+
+
+@pytest.mark.parametrize("prefix", ["model.", "base_model.model."])
+def test_prefix_that_only_the_model_has_comes_with_the_mapping_that_works(prefix):
+    names = ("a.weight", "a.bias", "b.weight")
+    tensors = [parameter(prefix + name) for name in names]
+    checkpoint = checkpoint_of(dict.fromkeys(names, (2, 3)))
+    with pytest.raises(CheckpointError, match="without a source") as caught:
+        sources_in_checkpoint(tensors, checkpoint)
+    sources = sources_in_checkpoint(tensors, checkpoint, key_mapping=suggested_mapping(caught.value), strict=True)
+    assert stored_names(sources) == {prefix + name: name for name in names}
+
+
+def test_names_that_differ_by_more_than_a_prefix_come_without_a_mapping():
+    with pytest.raises(CheckpointError) as caught:
+        sources_in_checkpoint([parameter("a.weight")], checkpoint_of({"aa.weight": (2, 3), "x.b.weight": (2, 3)}))
+    assert "key_mapping" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("present", "missing"), [("encoder.norm.w", "norm.w"), ("norm.w", "encoder.norm.w")])
+def test_key_that_has_a_place_of_its_own_is_no_hint_of_a_prefix(present, missing):
+    tensors = [parameter(present), parameter(missing)]
+    with pytest.raises(CheckpointError) as caught:
+        sources_in_checkpoint(tensors, checkpoint_of({present: (2, 3)}))
+    assert caught.value.missing_keys == [missing]
+    assert "key_mapping" not in str(caught.value)
+
+
+def save_tied(folder, embed, head):
+    """Write both names of a tied weight, in safetensors and as a pickle."""
+    state = {"embed.weight": embed, "inner.weight": torch.zeros(4, 4), "head.weight": head}
+    save_file({name: tensor.clone() for name, tensor in state.items()}, folder / "model.safetensors")
+    torch.save(state, folder / "weights.bin")
+
+
+FILES = pytest.mark.parametrize("file", ["model.safetensors", "weights.bin"])
+
+
+@FILES
+def test_tied_weight_stored_with_two_values_is_a_warning_that_says_which_is_taken(tmp_path, caplog, file):
+    save_tied(tmp_path, torch.zeros(7, 4), torch.ones(7, 4))
+    with caplog.at_level(logging.WARNING, "bigload"):
+        sources = sources_in_checkpoint(tensors_of(EmbeddingAndHead(True)), open_checkpoint(tmp_path / file))
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert message.startswith("'embed.weight', 'head.weight' are one weight")
+    assert "'embed.weight' is taken" in message
+    assert stored_names(sources)["embed.weight"] == "embed.weight"
+
+
+@FILES
+@pytest.mark.parametrize("shared", [False, True])
+def test_tied_weight_stored_twice_with_one_value_is_silent(tmp_path, caplog, file, shared):
+    embed = torch.rand(7, 4)
+    save_tied(tmp_path, embed, embed if shared else embed.clone())
+    with caplog.at_level(logging.WARNING, "bigload"):
+        sources_in_checkpoint(tensors_of(EmbeddingAndHead(True)), open_checkpoint(tmp_path / file), strict=True)
+    assert not caplog.records
+
+
+@FILES
+def test_untied_weights_with_two_values_are_silent(tmp_path, caplog, file):
+    save_tied(tmp_path, torch.zeros(7, 4), torch.ones(7, 4))
+    with caplog.at_level(logging.WARNING, "bigload"):
+        sources_in_checkpoint(tensors_of(EmbeddingAndHead()), open_checkpoint(tmp_path / file), strict=True)
+    assert not caplog.records
+
+
+def test_tied_weight_that_differs_only_at_its_end_is_a_warning(tmp_path, caplog):
+    model = EmbeddingAndHead()
+    model.embed = nn.Embedding(5000, 4)
+    model.head = nn.Linear(4, 5000, bias=False)
+    model.head.weight = model.embed.weight
+    embed = torch.zeros(5000, 4)
+    head = embed.clone()
+    head[-1] = 1
+    save_tied(tmp_path, embed, head)
+    with caplog.at_level(logging.WARNING, "bigload"):
+        sources_in_checkpoint(tensors_of(model), open_checkpoint(tmp_path / "model.safetensors"))
+    assert "different values" in caplog.text
+
+
+def quantized_by_bitsandbytes(name, weight, mode):
+    """Name the tensors of one quantized layer as bitsandbytes saves them."""
+    if mode == "int8":
+        rows, row_scales, _ = kernels.int8_vectorwise_quant(weight.half())
+        return {name: rows, name.replace("weight", "SCB"): row_scales}
+    packed, state = kernels.quantize_4bit(weight, quant_type=mode[:3], compress_statistics=mode.endswith("-dq"))
+    return {name: packed, **{f"{name}.{part}": tensor for part, tensor in state.as_dict(packed=True).items()}}
+
+
+PACKED = pytest.mark.parametrize("mode", ["int8", "nf4", "nf4-dq", "fp4"])
+
+
+def refused_as_quantized(state, tensors, folder, **options):
+    save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"is quantized by bitsandbytes already.*give the original") as caught:
+        sources_in_checkpoint(tensors, open_checkpoint(folder), **options)
+    assert not caught.value.mismatched_shapes
+    assert not caught.value.missing_keys
+
+
+@PACKED
+def test_quantized_checkpoint_is_named_as_such_before_any_shape_is_judged(tmp_path, mode):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 3))
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    state |= quantized_by_bitsandbytes("0.weight", state["0.weight"], mode)
+    state["1.weight"] = torch.zeros(9, 9)
+    refused_as_quantized(state, tensors_of(model), tmp_path)
+
+
+@PACKED
+def test_quantized_checkpoint_of_a_llama_is_named_as_such(tmp_path, mode):
+    model = llama(False)
+    state = {}
+    for name, tensor in model.state_dict().items():
+        state |= quantized_by_bitsandbytes(name, tensor, mode) if "proj" in name else {name: tensor}
+    refused_as_quantized(state, tensors_of(model), tmp_path, conversion=KeyConversion(model))
+
+
+@PACKED
+def test_quantized_checkpoint_whose_experts_would_be_merged_is_named_as_such(tmp_path, mode):
+    sizes = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    with init_empty_weights():
+        model = MixtralForCausalLM(MixtralConfig(**sizes, **heads, num_local_experts=2))
+    state = {}
+    for expert in (0, 1):
+        for part in ("w1", "w2", "w3"):
+            name = f"model.layers.0.block_sparse_moe.experts.{expert}.{part}.weight"
+            # Weights of different sizes: the length of their packed quant_state differs too.
+            state |= quantized_by_bitsandbytes(name, torch.rand(64, 64) * 10.0 ** (-3 * expert), mode)
+    refused_as_quantized(state, tensors_of(model), tmp_path, conversion=KeyConversion(model))
+
+
+def test_non_persistent_buffer_on_meta_is_taken_from_what_was_built_again():
+    with init_empty_weights(include_buffers=True):
+        model = Buffers()
+    again = Buffers()
+    sources = sources_in_checkpoint(
+        tensors_of(model),
+        checkpoint_of({"weight": (2,), "kept": (3,)}),
+        rebuilt_buffers=lambda: dict(again.named_buffers()),
+        strict=True,
+    )
+    assert sources.keys() == {"weight", "kept", "transient"}
+    (transient,), (kept,) = sources["transient"], sources["kept"]
+    assert transient.tensor is again.transient
+    assert kept.tensor.name == "kept"
+
+
+def test_nothing_is_built_again_where_no_buffer_is_lost():
+    def never():
+        raise AssertionError("built again")
+
+    sources = sources_in_checkpoint(tensors_of(Buffers()), checkpoint_of({"weight": (2,)}), rebuilt_buffers=never)
+    assert sources.keys() == {"weight"}
+
+
+def test_buffer_that_is_not_among_those_built_again_is_an_error():
+    with init_empty_weights(include_buffers=True):
+        model = Buffers()
+    checkpoint = checkpoint_of({"weight": (2,), "kept": (3,)})
+    with pytest.raises(CheckpointError) as caught:
+        sources_in_checkpoint(tensors_of(model), checkpoint, rebuilt_buffers=lambda: {"other": torch.ones(4)})
+    assert caught.value.missing_keys == ["transient"]
+
+
+def test_llama_built_on_meta_gets_its_rotary_buffers_again(tmp_path):
+    model = llama(False)
+    model.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+    assert all(buffer.is_meta for buffer in empty.buffers())
+    sources = sources_in_checkpoint(
+        tensors_of(empty),
+        open_checkpoint(tmp_path),
+        conversion=KeyConversion(empty),
+        rebuilt_buffers=lambda: rebuilt_buffers(empty),
+    )
+    lost = dict(model.named_buffers())
+    assert lost
+    assert all(torch.equal(sources[name][0].tensor, buffer) for name, buffer in lost.items())
+
+
+COMPONENT = st.sampled_from(["a", "b", "layers", "0", "1", "10", "a_b", "weight", "a+b", "(x)"])
+TREE = st.lists(st.lists(COMPONENT, min_size=1, max_size=4).map(".".join), min_size=1, max_size=8, unique=True)
+PART = st.text("XYZ_+*()[]|^$", min_size=1, max_size=4)
+
+
+@given(names=TREE, data=st.data())
+def test_random_renaming_undone_by_key_mapping_finds_every_tensor(names, data):
+    shapes = {name: (index + 1, 2) for index, name in enumerate(names)}
+    size = len(names)
+    renamed = data.draw(st.lists(st.lists(PART, min_size=1, max_size=3).map(".".join), min_size=size, max_size=size,
+                                 unique=True))  # fmt: skip
+    original = dict(zip(renamed, names, strict=True))
+    rules = {f"^{re.escape(new)}$": old for new, old in original.items()}
+    mapping = data.draw(st.sampled_from([original.__getitem__, rules]))
+    stored = data.draw(st.permutations(renamed))
+    sources = sources_in_checkpoint(
+        [parameter(name, shape) for name, shape in shapes.items()],
+        checkpoint_of({new: shapes[original[new]] for new in stored}),
+        key_mapping=mapping,
+        strict=True,
+    )
+    assert stored_names(sources) == {old: new for new, old in original.items()}

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import bitsandbytes as bnb
 import pytest
@@ -9,13 +10,20 @@ import torch
 from models import GPT, Attended, dequantized_reference, relative_error, save_checkpoint
 from torch import nn
 
-from bigload import BnbQuantizationConfig, CheckpointError, ConfigError, init_empty_weights, load_and_quantize_model
+from bigload import (
+    BnbQuantizationConfig,
+    CheckpointError,
+    ConfigError,
+    QuantizationError,
+    init_empty_weights,
+    load_and_quantize_model,
+)
 
 # 4-bit layers may multiply in bfloat16 (CPUs with AVX512-BF16), int8 ones round the activations to int8: 0.1 to 0.3%
 # of the output in these models. Quantizing the weights changes it by 3% and more in 4 bit.
 TOLERANCE = 0.008
 
-MODES = ("nf4", "nf4-dq", "fp4", "int8")
+MODES = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8")
 
 
 def empty(build, **options):
@@ -58,6 +66,7 @@ def test_tied_head_loads_from_whichever_name_the_checkpoint_holds(tmp_path, kept
     model = load_and_quantize_model(empty(GPT, tied=True), "nf4", tmp_path, device_map="cpu")
     assert torch.equal(model.lm_head.weight, weight)
     assert model.lm_head.weight is model.transformer["wte"].weight
+    check_forward(full.eval(), model, "nf4", {"lm_head"}, torch.randint(0, 96, (2, 12)))
 
 
 def test_tied_parameters_ties_what_the_empty_model_has_untied(tmp_path):
@@ -72,9 +81,10 @@ def test_tied_parameters_ties_what_the_empty_model_has_untied(tmp_path):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_multihead_attention_keeps_its_projection_and_runs(tmp_path, device, mode):
+@pytest.mark.parametrize("shards", [1, 3])
+def test_multihead_attention_keeps_its_projection_and_runs(tmp_path, device, mode, shards):
     full = Attended().eval()
-    folder = save_checkpoint(full, tmp_path)
+    folder = save_checkpoint(full, tmp_path, shards)
     model = load_and_quantize_model(empty(Attended), mode, folder, device_map=device)
     assert isinstance(model.enter, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
     assert type(model.attention.out_proj) is type(full.attention.out_proj)
@@ -169,6 +179,19 @@ def test_mode_hooks_and_attributes_of_a_replaced_layer_stay(tmp_path):
     assert calls == ["Linear4bit"]
 
 
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
+def test_load_state_dict_hooks_of_a_replaced_layer_get_the_new_layer(tmp_path, mode):
+    save_checkpoint(GPT(), tmp_path)
+    model = empty(GPT)
+    seen = []
+    layer = model.transformer["h"][0].attn.c_proj
+    layer.register_load_state_dict_pre_hook(lambda module, *args: seen.append(module))
+    del layer
+    model = load_and_quantize_model(model, mode, tmp_path, device_map="cpu")
+    model.load_state_dict({}, strict=False)
+    assert seen == [model.transformer["h"][0].attn.c_proj]
+
+
 def test_requires_grad_stays_for_kept_weights_and_is_off_for_quantized_layers(tmp_path):
     save_checkpoint(GPT(), tmp_path)
     model = empty(GPT)
@@ -255,6 +278,28 @@ def test_int8_training_trains_its_16_bit_main_weights(tmp_path, device):
     assert not torch.equal(model.body.weight, before)
 
 
+def test_int8_training_refuses_weights_that_float16_cannot_hold(tmp_path):
+    full = GPT()
+    with torch.no_grad():
+        full.transformer["h"][0].attn.c_attn.weight[0, 0] = 1e5
+    save_checkpoint(full, tmp_path)
+    with pytest.raises(QuantizationError, match=r"h\.0\.attn\.c_attn\.weight.*float16"):
+        load_and_quantize_model(empty(GPT), "int8-training", tmp_path, device_map="cpu")
+
+
+def test_two_loads_at_once_in_threads_are_both_right(tmp_path, device):
+    full = GPT()
+    save_checkpoint(full, tmp_path)
+    expected = load_and_quantize_model(empty(GPT), "nf4", tmp_path, device_map=device).state_dict()
+    with ThreadPoolExecutor(4) as pool:
+        loads = [
+            pool.submit(lambda: load_and_quantize_model(empty(GPT), "nf4", tmp_path, device_map=device))
+            for _ in range(8)
+        ]
+        states = [load.result().state_dict() for load in loads]
+    assert all(torch.equal(state[name], expected[name]) for state in states for name in expected)
+
+
 def test_int8_training_main_weights_of_a_float32_checkpoint_are_16_bit(tmp_path):
     save_checkpoint(GPT(), tmp_path)
     model = load_and_quantize_model(empty(GPT), "int8-training", tmp_path, device_map="cpu")
@@ -292,20 +337,21 @@ def test_progress_bar_counts_all_bytes(tmp_path, capsys):
 def test_device_map_spellings_put_the_model_on_one_device(tmp_path, device):
     save_checkpoint(GPT(), tmp_path)
     place = 0 if device.type == "cuda" else "cpu"
+    expected = 0 if device.type == "cuda" else torch.device("cpu")
     blocks = {"transformer.wte": place, "transformer.wpe": place, "transformer.h": place, "transformer.ln_f": place}
     maps = [place, str(device), device, {"": place}, {"": device}, {**blocks, "lm_head": str(device)}]
     for device_map in maps:
         model = load_and_quantize_model(empty(GPT), "nf4", tmp_path, device_map=device_map)
         assert {tensor.device for tensor in [*model.parameters(), *model.buffers()]} == {device}
-        assert set(model.hf_device_map.values()) == {place}
-    assert model.hf_device_map == dict.fromkeys([*blocks, "lm_head"], place)
+        assert set(model.hf_device_map.values()) == {expected}
+    assert model.hf_device_map == dict.fromkeys([*blocks, "lm_head"], expected)
 
 
 @pytest.mark.parametrize("device_map", [None, "auto", "balanced", "balanced_low_0", "sequential"])
 def test_default_place_is_the_gpu_or_where_there_is_none_the_cpu(tmp_path, device_map):
     save_checkpoint(GPT(), tmp_path)
     model = load_and_quantize_model(empty(GPT), "nf4", tmp_path, device_map=device_map)
-    expected = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    expected = torch.cuda.current_device() if torch.cuda.is_available() else torch.device("cpu")
     assert model.hf_device_map == {"": expected}
 
 
@@ -344,6 +390,9 @@ def test_error_says_what_was_loaded_how_and_where_to(tmp_path):
 
 def test_bad_tied_parameters_are_refused(tmp_path):
     save_checkpoint(GPT(), tmp_path)
+    for bad in (5, "lm_head.weight", [5], [([], 2)], [("lm_head.weight",)]):
+        with pytest.raises(ConfigError, match="tied_parameters"):
+            load_and_quantize_model(empty(GPT), "nf4", tmp_path, tied_parameters=bad)
     with pytest.raises(ConfigError, match=r"lm_haed\.weight"):
         load_and_quantize_model(
             empty(GPT), "nf4", tmp_path, tied_parameters=[("transformer.wte.weight", "lm_haed.weight")]

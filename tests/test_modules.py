@@ -1,19 +1,17 @@
-"""What the model is: names matched whole, ties found, layers chosen, and models built without weights."""
+"""What the model is: names matched whole, ties found, layers chosen, and what is refused."""
 
 import logging
-import threading
-import weakref
-from concurrent.futures import ThreadPoolExecutor
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from models import relative_error
 from torch import nn
-from torch.nn.modules import module as torch_module
 from transformers.pytorch_utils import Conv1D
 
-from bigload import BnbQuantizationConfig, init_empty_weights
+from bigload import BnbQuantizationConfig, load_and_quantize_model
 from bigload.errors import ConfigError
 from bigload.modules import layers_to_quantize, matches, tensors_of
 
@@ -321,175 +319,134 @@ def test_shared_buffer_is_one_tensor_and_persistent_when_any_of_its_names_is():
     ]
 
 
-def test_parameters_go_to_meta_and_buffers_stay_real():
-    with init_empty_weights():
-        model = nn.BatchNorm1d(3)
-    assert model.weight.is_meta
-    assert model.weight.shape == (3,)
-    assert torch.equal(model.running_mean, torch.zeros(3))
-    assert torch.equal(model.running_var, torch.ones(3))
-    assert model.num_batches_tracked.item() == 0
+class OtherForward(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 2
 
 
-def test_modules_that_register_in_their_own_ways_are_empty_too():
-    with init_empty_weights():
-        model = Net(rnn=nn.LSTM(3, 4), attn=nn.MultiheadAttention(4, 2), rows=nn.ParameterList([torch.ones(2)]))
-        model.table = nn.ParameterDict({"a": torch.ones(3)})
-    parameters = dict(model.named_parameters())
-    assert len(parameters) == 4 + 4 + 1 + 1
-    assert all(parameter.is_meta for parameter in parameters.values())
+class OtherArguments(nn.Linear):
+    def __init__(self, features, *, scale):
+        super().__init__(features, features)
 
 
-def test_buffers_go_to_meta_when_asked():
-    with init_empty_weights(include_buffers=True):
-        model = nn.BatchNorm1d(3)
-    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
-    assert not torch.ones(1).is_meta
+def quantized_too(model, *classes):
+    config = BnbQuantizationConfig(load_in_8bit=True)
+    return set(layers_to_quantize(model, config, tensors_of(model), classes))
 
 
-@pytest.mark.parametrize("include_buffers", [False, True])
-def test_weight_assigned_from_another_layer_stays_tied(include_buffers):
-    with init_empty_weights(include_buffers):
-        model = Net(a=nn.Linear(4, 4), b=nn.Linear(4, 4))
-        model.a.weight = model.b.weight
-    assert model.a.weight is model.b.weight
-    assert model.a.weight.is_meta
-
-
-def test_parameter_registered_twice_stays_one():
-    with init_empty_weights():
-        model = Net(a=nn.Module(), b=nn.Module())
-        parameter = nn.Parameter(torch.ones(2))
-        model.a.weight = parameter
-        model.b.register_parameter("weight", parameter)
-        model.b.other = nn.Parameter(torch.ones(2))
-    assert model.a.weight is model.b.weight
-    assert model.b.other is not model.a.weight
-    assert parameter.device.type == "cpu"
-
-
-def test_parameter_keeps_dtype_shape_strides_and_requires_grad():
-    with init_empty_weights():
-        model = nn.Module()
-        model.frozen = nn.Parameter(torch.ones(2, 3, dtype=torch.bfloat16), requires_grad=False)
-        model.trained = nn.Parameter(torch.ones(2, 3).t())
-        model.integers = nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False)
-    assert (model.frozen.dtype, model.frozen.shape, model.frozen.requires_grad) == (torch.bfloat16, (2, 3), False)
-    assert (model.trained.shape, model.trained.stride(), model.trained.requires_grad) == ((3, 2), (1, 3), True)
-    assert (model.integers.dtype, model.integers.is_meta) == (torch.int8, True)
-
-
-def test_parameter_keeps_its_class_and_attributes():
-    class Sharded(nn.Parameter):
+def test_subclass_that_is_named_quantizable_is_quantized_and_its_own_subclasses_are_not():
+    class Grandchild(LinearSubclass):
         pass
 
-    with init_empty_weights():
-        model = nn.Module()
-        parameter = Sharded(torch.ones(2))
-        parameter.axis = 1
-        model.weight = parameter
-    assert type(model.weight) is Sharded
-    assert model.weight.axis == 1
-    assert model.weight.is_meta
+    model = Net(plain=nn.Linear(4, 4), sub=LinearSubclass(4, 4), grand=Grandchild(4, 4), norm=nn.LayerNorm(4))
+    assert quantized_too(model, LinearSubclass) == {"plain", "sub"}
+    assert quantized_too(model, LinearSubclass, Grandchild) == {"plain", "sub", "grand"}
 
 
-def test_parameter_slot_without_a_parameter_stays_empty():
-    with init_empty_weights():
-        model = nn.Linear(4, 4, bias=False)
-    assert model.bias is None
+def test_quantizable_linear_itself_changes_nothing():
+    model = Net(plain=nn.Linear(4, 4), sub=LinearSubclass(4, 4), norm=nn.LayerNorm(4))
+    assert quantized_too(model, nn.Linear) == {"plain"}
 
 
-def test_memory_of_a_weight_is_free_as_soon_as_it_is_registered():
-    with init_empty_weights():
-        parameter = nn.Parameter(torch.ones(2))
-        alive = weakref.ref(parameter)
-        model = nn.Module()
-        model.weight = parameter
-        del parameter
-        assert alive() is None
-    assert model.weight.is_meta
+def test_quantizable_subclass_is_skipped_for_the_same_reasons_as_a_linear():
+    model = Net(a=LinearSubclass(4, 4), b=LinearSubclass(4, 4), c=LinearSubclass(4, 4), norm=nn.LayerNorm(4))
+    model.b.weight = model.a.weight
+    model.c.forward = lambda x: x
+    assert quantized_too(model, LinearSubclass) == set()
 
 
-def test_lazy_modules_stay_lazy():
-    with init_empty_weights():
-        model = nn.LazyLinear(4)
-    model(torch.ones(2, 3))
-    assert model.weight.shape == (4, 3)
+@pytest.mark.parametrize(
+    ("cls", "message"),
+    [
+        (OtherForward, "OtherForward, whose forward is not"),
+        (OtherArguments, r"OtherArguments\(6, 4\)"),
+        (nn.Conv1d, "subclasses of nn.Linear"),
+        (nn.Bilinear, "subclasses of nn.Linear"),
+        (LinearSubclass(4, 4), "subclasses of nn.Linear"),
+        ("Linear", "'Linear'"),
+        (None, "None"),
+    ],
+    ids=["forward", "arguments", "conv", "bilinear", "instance", "name", "none"],
+)
+def test_quantizable_class_that_is_no_linear_in_all_it_does_is_refused(cls, message):
+    with pytest.raises(ConfigError, match=message):
+        quantized_too(Net(a=nn.Linear(4, 4), norm=nn.LayerNorm(4)), cls)
 
 
-def test_module_built_meanwhile_in_another_thread_is_real():
-    built = []
-    with init_empty_weights():
-        thread = threading.Thread(target=lambda: built.append(nn.Linear(4, 4)))
-        thread.start()
-        thread.join()
-        mine = nn.Linear(4, 4)
-    assert built[0].weight.device.type == "cpu"
-    assert mine.weight.is_meta
+def test_trying_a_quantizable_class_leaves_the_random_numbers_as_they_were():
+    model = Net(a=LinearSubclass(4, 4))
+    state = torch.get_rng_state()
+    quantized_too(model, LinearSubclass)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_two_threads_inside_at_once_each_build_empty_models():
-    inside = threading.Barrier(2, timeout=30)
-    built = []
-
-    def build():
-        with init_empty_weights():
-            inside.wait()
-            built.append(nn.Linear(4, 4))
-            inside.wait()
-
-    threads = [threading.Thread(target=build) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [model.weight.is_meta for model in built] == [True, True]
+def test_quantizable_subclass_is_loaded_as_a_layer_of_bitsandbytes_with_its_values():
+    model = Net(sub=LinearSubclass(64, 64), norm=nn.LayerNorm(64))
+    x = torch.randn(3, 64)
+    expected = model.norm(model.sub(x))
+    load_and_quantize_model(model, "int8", device_map="cpu", quantizable=[LinearSubclass])
+    assert isinstance(model.sub, bnb.nn.Linear8bitLt)
+    # Rows and activations are rounded to 1 in 127 of their largest.
+    assert relative_error(model.norm(model.sub(x)), expected) < 0.02
 
 
-def test_leaving_an_inner_use_does_not_end_the_outer_one():
-    with init_empty_weights():
-        shared = nn.Parameter(torch.ones(4))
-        outer = nn.Module()
-        outer.weight = shared
-        with init_empty_weights():
-            inner = nn.Module()
-            inner.weight = shared
-        after = nn.Linear(4, 4)
-    assert inner.weight is outer.weight
-    assert inner.weight.is_meta
-    assert after.weight.is_meta
-    assert not nn.Linear(4, 4).weight.is_meta
+@pytest.mark.parametrize(
+    "layer",
+    [bnb.nn.Linear4bit(64, 64), bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)],
+    ids=["Params4bit", "Int8Params"],
+)
+def test_model_that_is_quantized_already_is_refused_and_names_the_layer(layer):
+    with pytest.raises(ConfigError, match=rf"'fc\.weight' is quantized.*{type(layer.weight).__name__}"):
+        tensors_of(Net(fc=layer))
 
 
-@pytest.mark.parametrize("include_buffers", [False, True])
-def test_exception_inside_restores_everything(include_buffers):
-    before = dict(torch_module._global_parameter_registration_hooks)
-    with pytest.raises(ZeroDivisionError), init_empty_weights(include_buffers):
-        raise ZeroDivisionError
-    assert dict(torch_module._global_parameter_registration_hooks) == before
-    assert all(not tensor.is_meta for tensor in nn.BatchNorm1d(3).state_dict().values())
+@pytest.mark.parametrize("mode", ["int8", "int8-training", "nf4"])
+def test_loaded_model_is_refused_a_second_time_and_still_computes(mode):
+    model = load_and_quantize_model(Net(fc=nn.Linear(64, 64), norm=nn.LayerNorm(64)), mode, device_map="cpu").eval()
+    x = torch.randn(3, 64)
+    expected = model.fc(x)
+    with pytest.raises(ConfigError, match=r"'fc\.weight' is quantized"):
+        load_and_quantize_model(model, mode, device_map="cpu")
+    assert torch.equal(model.fc(x), expected)
 
 
-def test_hooks_do_not_pile_up_and_the_one_that_stays_does_nothing_after():
-    with init_empty_weights():
-        once = dict(torch_module._global_parameter_registration_hooks)
-    with init_empty_weights():
-        assert dict(torch_module._global_parameter_registration_hooks) == once
-    parameter = nn.Parameter(torch.ones(4))
-    module = nn.Module()
-    module.weight = parameter
-    assert module.weight is parameter
+@pytest.mark.parametrize(
+    "lazy",
+    [nn.LazyLinear(4), nn.LazyBatchNorm1d(), nn.LazyBatchNorm1d(affine=False)],
+    ids=["linear", "norm", "buffers"],
+)
+def test_lazy_model_is_refused_with_the_remedy(lazy):
+    with pytest.raises(ConfigError, match=r"'lazy\.\w+' has no shape yet.*run"):
+        tensors_of(Net(lazy=lazy))
 
 
-def test_threads_that_enter_and_leave_at_once_do_not_disturb_each_other():
-    def build(_):
-        for _ in range(30):
-            with init_empty_weights():
-                empty = nn.Linear(4, 4)
-            real = nn.Linear(4, 4)
-            assert empty.weight.is_meta
-            assert not real.weight.is_meta
-        return True
+def test_class_in_place_of_a_model_is_refused_with_the_remedy():
+    with pytest.raises(ConfigError, match="the class Net: call it"):
+        tensors_of(Net)
 
-    with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(build, range(16)))
+
+@pytest.mark.parametrize(
+    "model", ["gpt2", None, {"weight": torch.ones(1)}, torch.ones(1)], ids=lambda m: type(m).__name__
+)
+def test_what_is_no_model_is_refused_by_its_type(model):
+    with pytest.raises(ConfigError, match=f"a {type(model).__name__}"):
+        tensors_of(model)
+
+
+def test_fp32_pattern_that_matches_nothing_is_a_warning_that_names_it(caplog):
+    model = Net(a=nn.Linear(4, 4), norm=nn.LayerNorm(4))
+    with caplog.at_level(logging.WARNING, "bigload"):
+        quantized(model, keep_in_fp32_modules=["norm", "nrom", "b.*"])
+    assert len(caplog.records) == 1
+    assert "keep_in_fp32_modules" in caplog.text
+    assert "'nrom', 'b.*'" in caplog.text
+    assert "'norm'" not in caplog.text
+
+
+def test_pattern_of_either_kind_that_matches_nothing_is_blamed_on_its_own_field(caplog):
+    model = Net(a=nn.Linear(4, 4), norm=nn.LayerNorm(4))
+    with caplog.at_level(logging.WARNING, "bigload"):
+        quantized(model, keep_in_fp32_modules=["x"], skip_modules=["y"])
+    first, second = sorted(record.getMessage() for record in caplog.records)
+    assert first.startswith("keep_in_fp32_modules names 'x'")
+    assert second.startswith("skip_modules names 'y'")

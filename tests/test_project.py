@@ -1,6 +1,9 @@
 """What the README and the packaging promise."""
 
+import json
 import re
+import subprocess
+import sys
 from importlib.metadata import metadata, requires
 from pathlib import Path
 
@@ -23,6 +26,28 @@ def test_links_in_the_documents_lead_somewhere():
     for document in documents:
         for target in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_figures_of_the_readme_are_those_of_the_result_file(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.load import table
+
+    readme = (ROOT / "README.md").read_text()
+    (name,) = re.findall(r"<!-- made by: python -m benchmarks report (\S+) -->", readme)
+    assert table(json.loads((ROOT / name).read_text())) in readme
+
+
+def test_benchmarks_make_a_checkpoint_and_measure_a_load(tmp_path):
+    command = [sys.executable, "-m", "benchmarks"]
+    subprocess.run([*command, "make", "tiny", str(tmp_path / "tiny")], cwd=ROOT, check=True, capture_output=True)
+    load = [*command, "load", str(tmp_path / "tiny"), "--peers", "bigload", "--modes", "int8", "--device", "cpu"]
+    subprocess.run([*load, "--out", str(tmp_path / "out.json")], cwd=ROOT, check=True, capture_output=True)
+    result = json.loads((tmp_path / "out.json").read_text())
+    (row,) = result["rows"]
+    assert row["peer"] == "bigload"
+    assert row["first_s"] > 0
+    assert row["second_s"] > 0
+    assert result["checkpoint_bytes"] > 10**6
 
 
 def test_public_names_are_the_ones_in_all_and_have_docstrings():

@@ -110,6 +110,10 @@ BAD_ARGUMENTS = {
     "a block on disk": ({"device_map": {"": "cpu", "lm_head": "disk"}}, PlacementError, ["lm_head", "disk"]),
     "budget too small": ({"max_memory": {"cpu": "10KB"}}, PlacementError, ["cpu", "9.77 KiB"]),
     "budget without meaning": ({"max_memory": {"cpu": "much"}}, PlacementError, ["much"]),
+    "budget that is no dict": ({"max_memory": 5}, PlacementError, ["max_memory", "5"]),
+    "budget for no device": ({"max_memory": {"gpu": 5}}, PlacementError, ["max_memory", "gpu"]),
+    "empty path": ({"weights_location": ""}, CheckpointError, ["weights_location"]),
+    "path that is none": ({"weights_location": 7}, CheckpointError, ["7"]),
     "negative budget": ({"max_memory": {"cpu": -1}}, PlacementError, ["-1"]),
 }
 

@@ -1,4 +1,9 @@
-"""Small models of many transformers families, made from configs alone."""
+"""Small models of many transformers families, made from configs alone.
+
+Run as a program it writes the table of default skip sets in docs/architectures.md.
+"""
+
+from pathlib import Path
 
 import torch
 import transformers as tf
@@ -84,7 +89,7 @@ def build(name: str):
     return model_class(config_class(**fields)).eval()
 
 
-def inputs(name: str, model) -> dict[str, torch.Tensor]:
+def inputs(name: str) -> dict[str, torch.Tensor]:
     """Something the model can be run on."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(3, 90, (2, 10), generator=generator)
@@ -95,3 +100,56 @@ def inputs(name: str, model) -> dict[str, torch.Tensor]:
     if name in ("t5", "bart"):
         return {"input_ids": tokens, "decoder_input_ids": tokens}
     return {"input_ids": tokens}
+
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "architectures.md"
+_INTRODUCTION = """# What is quantized by default, family by family
+
+Given the same explicit list of modules to skip, bigload and transformers' own loader make the same bits for each of
+these families (`tests/interop/test_architectures.py`). Without a list each follows its own rules, and this is where
+they differ; "the rest" is quantized by both. This table is made by `python tests/interop/architectures.py`.
+
+| family | model | quantized by bigload only | by transformers only |
+|---|---|---|---|
+"""
+
+
+def document() -> str:
+    """The page that compares the two libraries' default skip sets, as text."""
+    rows = []
+    for name, (model_class, config_class, fields, _) in ARCHITECTURES.items():
+        ours, theirs = _ours(model_class, config_class(**fields)), _theirs(model_class, config_class(**fields))
+        cells = [
+            ", ".join(f"`{path}`" for path in sorted(_shortened(only))) or "-"
+            for only in (ours - theirs, theirs - ours)
+        ]
+        rows.append(f"| {name} | {model_class.__name__} | {cells[0]} | {cells[1]} |\n")
+    return _INTRODUCTION + "".join(rows)
+
+
+def _shortened(paths: set[str]) -> set[str]:
+    return {".".join("N" if part.isdigit() else part for part in path.split(".")) for path in paths}
+
+
+def _ours(model_class, config) -> set[str]:
+    from bigload import BnbQuantizationConfig, init_empty_weights
+    from bigload.modules import layers_to_quantize, tensors_of
+
+    with init_empty_weights():
+        model = model_class(config)
+    quantization = BnbQuantizationConfig.from_mode("nf4").resolved(torch.bfloat16)
+    return set(layers_to_quantize(model, quantization, tensors_of(model)))
+
+
+def _theirs(model_class, config) -> set[str]:
+    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+    with torch.device("meta"):
+        model = model_class(config)
+    quantizer = Bnb4BitHfQuantizer(tf.BitsAndBytesConfig(load_in_4bit=True), pre_quantized=False)
+    quantizer.preprocess_model(model=model, dtype=torch.bfloat16, device_map={"": "cpu"})
+    return {path for path, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(document())

@@ -1,0 +1,91 @@
+"""Twenty-two families of transformers: the same bits and logits as its own loader's, from shards of 200 KB."""
+
+import architectures
+import pytest
+import torch
+
+from bigload import BnbQuantizationConfig, load_and_quantize_model
+from bigload.hf import empty_model
+
+
+def state_bits(model):
+    return {
+        name: (tensor.dtype, tuple(tensor.shape), tensor.reshape(-1).view(torch.uint8).clone())
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def output(model, inputs):
+    with torch.no_grad():
+        found = model(**{name: tensor.to(model.device) for name, tensor in inputs.items()})
+    return found.logits if hasattr(found, "logits") else found.last_hidden_state
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """One checkpoint of each family, written when it is first asked for."""
+    folders = {}
+
+    def folder_of(name):
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp(name)
+            torch.manual_seed(0)
+            architectures.build(name).save_pretrained(folders[name], max_shard_size="200KB")
+        return folders[name]
+
+    return folder_of
+
+
+@pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "int8"])
+@pytest.mark.parametrize("name", architectures.ARCHITECTURES)
+def test_state_and_output_equal_those_of_transformers_own_loader(saved, device, name, mode):
+    model_class, _, _, skip = architectures.ARCHITECTURES[name]
+    folder = saved(name)
+    config = BnbQuantizationConfig.from_mode(mode, skip_modules=skip, bnb_4bit_compute_dtype="fp32")
+    ours = load_and_quantize_model(empty_model(folder), config, folder, device_map=device)
+    theirs = model_class.from_pretrained(
+        folder, quantization_config=config.to_transformers(), device_map={"": device}, dtype=torch.float32
+    )
+    found, expected = state_bits(ours), state_bits(theirs)
+    assert found.keys() == expected.keys()
+    for key in found:
+        assert found[key][:2] == expected[key][:2], key
+        assert torch.equal(found[key][2], expected[key][2]), key
+    assert {name: b.dtype for name, b in ours.named_buffers()} == {n: b.dtype for n, b in theirs.named_buffers()}
+    inputs = architectures.inputs(name)
+    assert torch.equal(output(ours, inputs), output(theirs, inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", architectures.ARCHITECTURES)
+def test_dtypes_of_a_16_bit_load_are_those_of_transformers_own_loader(saved, name, dtype):
+    model_class, _, _, skip = architectures.ARCHITECTURES[name]
+    folder = saved(name)
+    config = BnbQuantizationConfig.from_mode("int8", skip_modules=skip, torch_dtype=dtype)
+    ours = load_and_quantize_model(empty_model(folder), config, folder, device_map="cpu")
+    theirs = model_class.from_pretrained(
+        folder, quantization_config=config.to_transformers(), device_map={"": "cpu"}, dtype=dtype
+    )
+    found, expected = state_bits(ours), state_bits(theirs)
+    assert found.keys() == expected.keys()
+    different = {key: (found[key][0], expected[key][0]) for key in found if found[key][0] != expected[key][0]}
+    assert not different
+    assert all(torch.equal(found[key][2], expected[key][2]) for key in found)
+
+
+@pytest.mark.parametrize("name", architectures.ARCHITECTURES)
+def test_model_built_on_meta_gets_its_buffers_back(saved, name):
+    model_class, config_class, fields, _ = architectures.ARCHITECTURES[name]
+    folder = saved(name)
+    with torch.device("meta"):
+        model = model_class(config_class(**fields)).eval()
+    model = load_and_quantize_model(model, "int8", folder, device_map="cpu")
+    usual = load_and_quantize_model(empty_model(folder), "int8", folder, device_map="cpu")
+    assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+    inputs = architectures.inputs(name)
+    assert torch.equal(output(model, inputs), output(usual, inputs))
+
+
+def test_table_of_the_default_skip_sets_in_the_docs_is_the_one_made_here():
+    path = architectures.DOCUMENT
+    assert path.read_text() == architectures.document(), "run: python tests/interop/architectures.py"

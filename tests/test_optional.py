@@ -1,0 +1,75 @@
+"""A library that is not there is named, with what to install, by every call that needs it and by no other."""
+
+import sys
+
+import pytest
+from models import llama, save_checkpoint
+from torch import nn
+
+from bigload import bnb, load_and_quantize_model
+from bigload.checkpoint import open_checkpoint
+from bigload.cli import main
+from bigload.errors import MissingDependencyError
+from bigload.optional import import_optional
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """Make a library look as if it were not installed."""
+
+    def hide(name):
+        bnb.library.cache_clear()
+        monkeypatch.setitem(sys.modules, name, None)
+
+    yield hide
+    bnb.library.cache_clear()
+
+
+def test_library_that_is_there_is_given():
+    assert import_optional("json.decoder", "").__name__ == "json.decoder"
+
+
+def test_library_that_is_not_there_is_named_with_the_remedy_and_the_cause():
+    with pytest.raises(MissingDependencyError, match=r"no_such_library.*: pip install no-such-library$") as caught:
+        import_optional("no_such_library", "pip install no-such-library")
+    assert isinstance(caught.value, ImportError)
+    assert isinstance(caught.value.__cause__, ModuleNotFoundError)
+
+
+def test_library_that_is_there_but_broken_says_what_it_said(tmp_path, monkeypatch):
+    (tmp_path / "broken_library.py").write_text("raise ImportError('libnative.so: undefined symbol')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(MissingDependencyError, match=r"broken_library.*libnative\.so: undefined symbol"):
+        import_optional("broken_library", "pip install broken-library")
+
+
+def test_load_without_bitsandbytes_says_what_to_install_and_leaves_the_model(without, tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4))
+    save_checkpoint(model, tmp_path)
+    before = model[0].weight
+    without("bitsandbytes")
+    with pytest.raises(MissingDependencyError, match="pip install bitsandbytes"):
+        load_and_quantize_model(model, "nf4", tmp_path, device_map="cpu")
+    assert model[0].weight is before
+
+
+def test_hub_id_without_huggingface_hub_says_what_to_install(without, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    without("huggingface_hub")
+    with pytest.raises(MissingDependencyError, match="pip install huggingface_hub"):
+        open_checkpoint("org/name")
+
+
+def test_local_checkpoint_needs_neither_huggingface_hub_nor_transformers(without, tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    save_checkpoint(model, tmp_path)
+    for name in ("huggingface_hub", "transformers"):
+        without(name)
+    assert load_and_quantize_model(model, "nf4", tmp_path, device_map="cpu").is_loaded_in_4bit
+
+
+def test_command_line_without_transformers_is_one_message_and_status_1(without, tmp_path, capsys):
+    llama(False).save_pretrained(tmp_path)
+    without("transformers")
+    assert main(["load", str(tmp_path), "--device-map", "cpu"]) == 1
+    assert "pip install transformers" in capsys.readouterr().err
