@@ -12,6 +12,7 @@ from .errors import (
     QuantizationError,
 )
 from .loading import load_and_quantize_model
+from .transfer import release_buffers
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,7 @@ __all__ = [
     "load_and_quantize_model",
     "BnbQuantizationConfig",
     "init_empty_weights",
+    "release_buffers",
     "BigloadError",
     "ConfigError",
     "CheckpointError",

@@ -42,7 +42,8 @@ def execute(plan: Plan, *, on_bytes: Callable[[int], object] = lambda count: Non
     order = {file: rank for rank, file in enumerate(_files(arrivals))}
     arrivals.sort(key=lambda arrival: _position(arrival[0], order))
     landed: dict[str, Landed] = {}
-    with Reader(pinned=any(planned.device.type == "cuda" for planned in plan.tensors)) as reader:
+    stored = [source.tensor for source, _ in arrivals if isinstance(source.tensor, StoredTensor)]
+    with Reader(stored, pinned=any(planned.device.type == "cuda" for planned in plan.tensors)) as reader:
         for source, landing in arrivals:
             planned = landing.planned
             with default_stream(planned.device), _out_of_memory_named(planned):
@@ -113,7 +114,9 @@ class _Landing:
         flat = whole.view(-1)
         begin = 0
         for piece in reader.pieces(tensor, self.planned.device):
-            flat[begin : begin + len(piece)].copy_(piece)
+            if piece.dtype != flat.dtype:  # cast on the device: a copy that converts is many times slower
+                piece = piece.to(self.planned.device, non_blocking=True)
+            flat[begin : begin + len(piece)].copy_(piece, non_blocking=True)
             begin += len(piece)
             on_bytes(piece.nbytes)
         if whole is not target:

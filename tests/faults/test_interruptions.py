@@ -63,7 +63,7 @@ def check_untouched_then_loads(model, folder, expected, monkeypatch):
 def test_interrupted_while_reading(model, folder, monkeypatch, call, error):
     load_and_quantize_model(GPT(), "nf4", folder, device_map="cpu")  # what is made once per process is made now
     if isinstance(error, OSError):
-        fail_at(monkeypatch, Reader, "_open", call, error)
+        fail_at(monkeypatch, os, "preadv", call, error)
         check_untouched_then_loads(model, folder, CheckpointError, monkeypatch)
     else:
         fail_at(monkeypatch, Reader, "_fill", call, error)
@@ -103,14 +103,14 @@ def test_interrupted_while_the_model_is_changed(model, folder, monkeypatch, call
 def test_file_that_is_cut_while_it_is_read(model, folder, monkeypatch):
     shard = sorted(folder.glob("*.safetensors"))[1]
     whole = shard.read_bytes()
-    opened = Reader._open
+    opened = Reader._descriptor
 
     def cutting(self, path):
         if path == shard:
             os.truncate(shard, len(whole) // 2)
         return opened(self, path)
 
-    monkeypatch.setattr(Reader, "_open", cutting)
+    monkeypatch.setattr(Reader, "_descriptor", cutting)
     with pytest.raises(CheckpointError, match="cut meanwhile"):
         load_and_quantize_model(model, "nf4", folder, device_map="cpu")
     monkeypatch.undo()

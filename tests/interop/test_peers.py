@@ -268,7 +268,7 @@ def test_device_is_taken_in_every_spelling(weights_location, device):
     for spelling in spellings:
         for device_map in (spelling, {"": spelling}, {"transformer": spelling, "lm_head": spelling}):
             model = load_and_quantize_model(emptied(GPT), "nf4", weights_location, device_map=device_map)
-            assert {tensor.device for tensor in model.state_dict().values()} == {device}
+            assert {tensor.device for tensor in [*model.parameters(), *model.buffers()]} == {device}
 
 
 def test_ties_survive_an_empty_build(tmp_path):
