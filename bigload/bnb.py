@@ -237,7 +237,9 @@ def dequantize_4bit(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> tor
     """
     absmax = state.absmax
     if state.nested:
-        absmax = library().functional.dequantize_blockwise(absmax, state.state2) + state.offset
+        inner = state.state2
+        blockwise = torch.ops.bitsandbytes.dequantize_blockwise.default
+        absmax = blockwise(absmax, inner.absmax, inner.code, inner.blocksize, inner.dtype) + state.offset
     packed = packed.view(torch.uint8).view(-1, 1)
     flat = torch.ops.bitsandbytes.dequantize_4bit.default(
         packed, absmax, state.blocksize, state.quant_type, [1, 2 * packed.numel()], dtype
@@ -272,6 +274,8 @@ def _forward_packed(layer: Any, x: torch.Tensor) -> torch.Tensor:
     It has no backward and crashes on no rows: training and empty inputs take bitsandbytes' other path.
     """
     needs_grad = torch.is_grad_enabled() and x.requires_grad
+    if torch.compiler.is_compiling():
+        return type(layer).forward(layer, x)  # type: ignore[no-any-return]
     if x.device.type != "cpu" or layer.training or needs_grad or x.numel() == 0:
         return type(layer).forward(layer, x)  # type: ignore[no-any-return]
     dtype = layer.compute_dtype or x.dtype
@@ -283,14 +287,20 @@ def _forward_packed(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 # The packed twin of each weight that ran, beside it and not, as bitsandbytes would, instead of it: packing rounds the
 # scales, and whoever reads the weight (PEFT's merge, a state_dict) must find what was loaded.
-_packed_twins: WeakKeyDictionary[nn.Module, tuple[tuple[int, Any], torch.Tensor, Any]] = WeakKeyDictionary()
+_packed_twins: WeakKeyDictionary[nn.Module, tuple[tuple[int, int, int], Any, torch.Tensor, Any]] = WeakKeyDictionary()
 
 
 def _packed(layer: Any) -> tuple[torch.Tensor, Any]:
     data, state = layer.weight.data, layer.weight.quant_state
+    versions = (data.data_ptr(), _version(layer.weight), _version(state.absmax))
     twin = _packed_twins.get(layer)
-    if twin is None or twin[0][0] != data.data_ptr() or twin[0][1] is not state:
-        pack = library().functional._convert_weight_packed_for_cpu
-        twin = ((data.data_ptr(), state), *pack(data, copy.copy(state)))
+    if twin is None or twin[0] != versions or twin[1] is not state:
+        packed = library().functional._convert_weight_packed_for_cpu(data, copy.copy(state))
+        twin = (versions, state, *packed)
         _packed_twins[layer] = twin
-    return twin[1], twin[2]
+    return twin[2], twin[3]
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """Count the writes to a tensor that torch knows of; inference tensors have no count."""
+    return 0 if tensor.is_inference() else tensor._version

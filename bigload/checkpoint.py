@@ -53,7 +53,9 @@ _MAX_HEADER_BYTES = 100_000_000
 
 _PICKLES = (".bin", ".pt", ".pth")
 # What training leaves beside the weights, pickled too.
-_NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*|trainer_state)\.(bin|pt|pth)")
+_NOT_WEIGHTS = re.compile(
+    r"((training_args|optimizer|scheduler|scaler|rng_state.*|trainer_state)\.(bin|pt|pth))|adapter_model\..*"
+)
 # In the order they are looked for in a folder: safetensors before pickles, the usual name before any other.
 _IN_FOLDERS = (
     "model.safetensors",
@@ -222,15 +224,20 @@ def _read_pickle(path: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"'{path}' is damaged or not a checkpoint of torch: {error}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"'{path}' holds a {type(state).__name__}, expected a state_dict of tensors by name")
-    strangers = [str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)]
+    strangers = [str(name) for name, value in state.items() if not (isinstance(name, str) and _is_plain(value))]
     if strangers:
         raise CheckpointError(
-            f"'{path}' holds {listed(strangers)}, which are no tensors; expected a state_dict: save that part alone"
+            f"'{path}' holds {listed(strangers)}, which are no plain tensors by name; expected a state_dict: save that "
+            "part alone"
         )
     return {
         name: LazyTensor(name, path, value.dtype, tuple(value.shape), rank, value.nbytes, partial(_itself, value))
         for rank, (name, value) in enumerate(state.items())
     }
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
 
 
 def _itself(value: torch.Tensor) -> torch.Tensor:

@@ -66,6 +66,8 @@ def _without_fused_path(module: nn.Module, new_layers: Mapping[nn.Module, nn.Mod
     replaced = any(child in new_layers for _, child in _children(module))
     if isinstance(module, nn.TransformerEncoderLayer) and replaced:
         return [(module.__dict__, "activation_relu_or_gelu", 0)]  # what it sets itself for any other activation
+    if isinstance(module, nn.TransformerEncoder):
+        return [(module.__dict__, "use_nested_tensor", False)]  # which only the fused path takes
     return []
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -154,17 +156,46 @@ def pretrained_modules(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if is_pretrained(module)]
 
 
-def rebuilt_buffers(model: Any) -> dict[str, torch.Tensor]:
-    """Build a model of transformers again, empty, for the buffers that are in no checkpoint and were lost to meta.
+_building_in = threading.Lock()
 
-    Returns:
-        Its non-persistent buffers by name; none for other models, whose class does not tell how to build them.
+
+def class_dtypes(model: Any, torch_dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Give the dtype that each floating tensor of a transformers model has when its class builds it in `torch_dtype`.
+
+    Its own loader builds every model so, and keeps what the class makes in a dtype of its own choice: one `A_log` in
+    fp32, a table of positions in bf16. Empty for other models, which are built in one dtype.
     """
     if not is_pretrained(model):
         return {}
-    with torch.device("cpu"), init_empty_weights():
+    with _default_dtype(torch_dtype), torch.device("meta"):
+        twin = type(model)(model.config)
+    tensors = [*twin.named_parameters(remove_duplicate=False), *twin.named_buffers(remove_duplicate=False)]
+    return {name: tensor.dtype for name, tensor in tensors if tensor.is_floating_point()}
+
+
+def rebuilt_buffers(model: Any, torch_dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Build a model of transformers again, empty, for the buffers that are in no checkpoint.
+
+    Returns:
+        Its buffers by name; none for other models, whose class does not tell how to build them.
+    """
+    if not is_pretrained(model):
+        return {}
+    with _default_dtype(torch_dtype), torch.device("cpu"), init_empty_weights():
         twin = type(model)(model.config)
     return {name: buffer for name, buffer in twin.named_buffers() if not buffer.is_meta}
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Build in a dtype, as the library does: torch has one default for all threads, so one builds at a time."""
+    with _building_in:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
 
 def is_pretrained(model: nn.Module) -> bool:

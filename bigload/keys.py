@@ -15,7 +15,7 @@ from .checkpoint import Checkpoint, LazyTensor, StoredTensor, read_whole
 from .errors import CheckpointError, ConfigError, counted, listed
 from .hf import KeyConversion
 from .modules import ModelTensor
-from .rearrange import NotTraceable, Traced
+from .rearrange import Traced
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ def sources_in_checkpoint(
     key_mapping: KeyMapping | None = None,
     conversion: KeyConversion | None = None,
     ignores_key: Callable[[str], bool] = lambda key: False,
+    class_dtypes: Mapping[str, torch.dtype] | None = None,
     rebuilt_buffers: Callable[[], Mapping[str, torch.Tensor]] = dict,
     strict: bool = False,
 ) -> dict[str, tuple[Source, ...]]:
@@ -69,8 +70,9 @@ def sources_in_checkpoint(
         key_mapping: renames checkpoint keys: {regex: replacement}, each applied in turn, or a function.
         conversion: transformers' own rules, applied after `key_mapping`.
         ignores_key: keys that may be left over without a word.
+        class_dtypes: the dtype that each tensor's class builds it in, where the class says.
         rebuilt_buffers: gives, where the model can be built again, the buffers that are in no checkpoint; called only
-            when some are on meta.
+            when some are on meta or of another dtype than their class makes.
         strict: make any other leftover key an error instead of a warning.
 
     Returns:
@@ -92,7 +94,7 @@ def sources_in_checkpoint(
     _require_sources(tensors, found, stored, checkpoint)
     _require_fit(tensors, found)
     _warn_of_split_ties(tensors, stored)
-    buffers = _buffers_made_again(tensors, rebuilt_buffers)
+    buffers = _buffers_made_again(tensors, class_dtypes or {}, rebuilt_buffers)
     places = {name for tensor in tensors for name in tensor.names}
     unexpected = [key for key in stored if key not in places and not ignores_key(key)]
     if unexpected:
@@ -144,7 +146,7 @@ def _combined(target: str, group: Mapping[str, Sequence[StoredTensor]], conversi
     stand_ins = {pattern: [Traced.whole(t.name, t.shape) for t in tensors] for pattern, tensors in group.items()}
     try:
         made = conversion.convert(target, stand_ins)
-    except NotTraceable:
+    except Exception:  # not only NotTraceable: what fails on stand-ins may do on tensors, or is named there
         return _computed(target, group, conversion)
     return {
         name: _Found(
@@ -196,7 +198,7 @@ def _as_function(key_mapping: KeyMapping | None) -> Callable[[str], str]:
     if key_mapping is None:
         return lambda key: key
     if callable(key_mapping):
-        return key_mapping
+        return partial(_renamed_by, key_mapping)
     if not isinstance(key_mapping, Mapping):
         raise ConfigError(f"key_mapping must be {{regex: replacement}} or a function, but it is {key_mapping!r}")
     rules = key_mapping.items()
@@ -212,6 +214,13 @@ def _as_function(key_mapping: KeyMapping | None) -> Callable[[str], str]:
         return key
 
     return rename
+
+
+def _renamed_by(function: Callable[[str], str], key: str) -> str:
+    name = function(key)
+    if not isinstance(name, str):
+        raise ConfigError(f"key_mapping must give a name for every key, but it gives {name!r} for {key!r}")
+    return name
 
 
 def _require_unquantized(stored: Mapping[str, StoredTensor], checkpoint: Checkpoint) -> None:
@@ -255,20 +264,23 @@ def _ends(tensor: StoredTensor, nbytes: int = 65536) -> tuple[bytes, bytes]:
 
 
 def _buffers_made_again(
-    tensors: Sequence[ModelTensor], rebuilt_buffers: Callable[[], Mapping[str, torch.Tensor]]
+    tensors: Sequence[ModelTensor],
+    class_dtypes: Mapping[str, torch.dtype],
+    rebuilt_buffers: Callable[[], Mapping[str, torch.Tensor]],
 ) -> dict[str, tuple[Source, ...]]:
-    empty = [tensor for tensor in tensors if not tensor.persistent and tensor.value.is_meta]
-    if not empty:
+    transient = [tensor for tensor in tensors if not tensor.persistent]
+    wanted = [t for t in transient if t.value.is_meta or class_dtypes.get(t.name, t.value.dtype) != t.value.dtype]
+    if not wanted:
         return {}
     made = rebuilt_buffers()
-    lost = [tensor.name for tensor in empty if tensor.name not in made]
+    lost = [tensor.name for tensor in wanted if tensor.name not in made]
     if lost:
         raise CheckpointError(
             f"non-persistent buffers are on meta and in no checkpoint: {listed(lost)}; build the model under "
             "bigload.init_empty_weights(), which leaves buffers real",
             missing_keys=lost,
         )
-    return {tensor.name: (Source(made[tensor.name]),) for tensor in empty}
+    return {tensor.name: (Source(made[tensor.name]),) for tensor in wanted}
 
 
 def _require_sources(
@@ -334,6 +346,9 @@ def _require_fit(tensors: Sequence[ModelTensor], found: Mapping[str, _Found | No
             f"{shown}: build the model from this checkpoint's config",
             mismatched_shapes={name: (stored, expected) for name, (stored, expected, _) in wrong.items()},
         )
+    rounded = [t.name for t, each in pairs if not t.value.is_floating_point() and each.first.dtype.is_floating_point]
+    if rounded:
+        raise CheckpointError(f"{listed(rounded)}: stored as floating numbers, where the model has integers")
     packed = [each.first for t, each in pairs if t.value.is_floating_point() and each.first.dtype not in _FLOATS]
     if packed:
         verb = "is" if len(packed) == 1 else "are"

@@ -99,21 +99,23 @@ def load_and_quantize_model(
             budgets = resolve_budgets(max_memory)
             if weights_location is None:
                 sources, dtype = _own_weights(tensors)
+                config, class_dtypes = config.resolved(dtype), None  # a real model has the dtypes it was given
             else:
                 checkpoint = open_checkpoint(weights_location)
-                dtype = checkpoint.dominant_dtype
+                config = config.resolved(checkpoint.dominant_dtype)
+                class_dtypes = hf.class_dtypes(model, config.landing_dtype)
                 sources = sources_in_checkpoint(
                     tensors,
                     checkpoint,
                     key_mapping=key_mapping,
                     conversion=hf.key_conversion(model),
                     ignores_key=lambda key: hf.ignores_key(model, key),
-                    rebuilt_buffers=lambda: hf.rebuilt_buffers(model),
+                    class_dtypes=class_dtypes,
+                    rebuilt_buffers=lambda: hf.rebuilt_buffers(model, config.landing_dtype),
                     strict=strict,
                 )
-            config = config.resolved(dtype)
             layers = layers_to_quantize(model, config, tensors, quantizable)
-            plan = make_plan(model, config, tensors, layers, sources, devices)
+            plan = make_plan(model, config, tensors, layers, sources, devices, class_dtypes)
             check_budgets(plan.device_bytes, budgets)
             for device, nbytes in plan.device_bytes.items():
                 logger.info("plan: %s on %s, %d layers as %s", show(nbytes), device, len(layers), config.mode)

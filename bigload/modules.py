@@ -158,6 +158,8 @@ def layers_to_quantize(
     Raises:
         ConfigError: a class in `quantizable` does not do what nn.Linear does.
     """
+    if not isinstance(quantizable, (tuple, list)):
+        raise ConfigError(f"quantizable must be a list of subclasses of nn.Linear, but it is {quantizable!r}")
     for cls in quantizable:
         _require_linear_forward(cls)
     tied = {name for tensor in tensors for name in tensor.names if _has_several_owners(model, tensor)}
@@ -168,10 +170,10 @@ def layers_to_quantize(
     paths: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(module, []).append(f"{path}.weight".lstrip("."))
-    read = {owner._modules[name] for owner in model.modules() for name in weights_read(owner)}
+    read = {owner.get_submodule(path) for owner in model.modules() for path in weights_read(owner)}
     layers = {}
     for path, module in plain_linears(model, quantizable).items():
-        if module is head or module in read:
+        if module is head or module in read or module.get_parameter("weight").numel() == 0:
             continue
         if not any(weight in tied or matches(weight, [*always, *skip]) for weight in paths[module]):
             layers[path] = module
@@ -192,7 +194,7 @@ def _require_linear_forward(cls: Any) -> None:
     """Run a small layer of a subclass against nn.Linear's own computation."""
     if not (isinstance(cls, type) and issubclass(cls, nn.Linear)):
         raise ConfigError(f"quantizable must hold subclasses of nn.Linear, but it holds {cls!r}")
-    x = torch.linspace(-1, 1, 12).view(2, 6)
+    x = torch.linspace(-1, 1, 180).view(5, 6, 6)
     try:
         with torch.random.fork_rng(devices=[]):
             layer = cls(6, 4)
@@ -227,6 +229,5 @@ def _is_quantizable(module: nn.Module, quantizable: Sequence[type[nn.Linear]]) -
         and "forward" not in module.__dict__
         and module._parameters.keys() == {"weight", "bias"}
         and module._parameters["weight"] is not None
-        and module._parameters["weight"].numel() > 0
         and module._parameters["weight"].is_floating_point()
     )

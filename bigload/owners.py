@@ -1,7 +1,9 @@
 """Modules that read a child's weight past the child's forward: such a child must stay as it is.
 
 Mamba's mixer multiplies by `self.dt_proj.weight` itself, for instance; of a quantized layer that would be packed bytes.
-Which children an owner reads stands in the code of its methods.
+Which children an owner reads stands in the code of its methods, as `self.child.weight` in some spelling: by a local
+name, in a loop over a list of children, of a child's own child. What is read through other calls (getattr, a helper
+that is given the child) is not seen.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import functools
 import inspect
 import re
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -20,13 +22,13 @@ from torch import nn
 # Methods that run before there are weights, or move them about.
 _BEFORE_LOADING = re.compile(r"__init__|_*init_.*|_*reset_parameters|_*tie_.*")
 # torch's encoder layer reads weights in its fused path alone, which loading turns off.
-_NOT_READING = (nn.Module, nn.TransformerEncoderLayer)
+_NOT_READING = (nn.Module, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 # What may be asked of a weight without reading its values.
 _FACTS = {"dtype", "device", "shape", "size", "dim", "ndim", "is_meta", "requires_grad", "requires_grad_", "numel"}
 
 
 def weights_read(owner: nn.Module) -> set[str]:
-    """Name the direct children whose weight the owner's own methods read.
+    """Give the paths, from the owner, of the modules whose weight the owner's own methods read.
 
     Reads under an `if` that this instance makes false are left out. Where a method's source is not to be had, every
     child that it names counts, if it names `weight` at all.
@@ -45,6 +47,7 @@ def weights_read(owner: nn.Module) -> set[str]:
 
 def _read_by(function: FunctionType, owner: nn.Module) -> Iterator[str]:
     names = _names(function.__code__)
+    me = function.__code__.co_varnames[0] if function.__code__.co_argcount else ""
     children = [name for name, _ in owner.named_children() if name in names]
     if "weight" not in names or not children:
         return  # nearly all methods, at the cost of a look at their names
@@ -52,15 +55,7 @@ def _read_by(function: FunctionType, owner: nn.Module) -> Iterator[str]:
     if tree is None:
         yield from children
     else:
-        aliases = dict(_aliases(tree))
-        yield from (child for child in _reads(tree, owner, aliases) if child in children)
-
-
-def _aliases(tree: ast.AST) -> Iterator[tuple[str, str]]:
-    """Find `name = self.child`, the local names of children."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Attribute) and _is_self(node.value.value):
-            yield from ((target.id, node.value.attr) for target in node.targets if isinstance(target, ast.Name))
+        yield from _Reads(owner, me, tree).under(tree)
 
 
 @functools.cache
@@ -77,31 +72,73 @@ def _parsed(function: FunctionType) -> ast.AST | None:
         return None
 
 
-def _reads(node: ast.AST, owner: nn.Module, aliases: Mapping[str, str]) -> Iterator[str]:
-    """Walk the code for `self.child.weight` where it is a value, not asked for a fact and not assigned to."""
-    if isinstance(node, ast.Attribute) and node.attr in _FACTS and _weight_of(node.value, aliases):
-        return
-    child = _weight_of(node, aliases)
-    if child is not None and isinstance(getattr(node, "ctx", None), ast.Load):
-        yield child
-        return
-    skipped = node.body if isinstance(node, ast.If) and _is_false(node.test, owner) else []
-    for inner in ast.iter_child_nodes(node):
-        if not any(inner is statement for statement in skipped):
-            yield from _reads(inner, owner, aliases)
+_EACH = "*"  # in a path: every child of a list of modules
 
 
-def _weight_of(node: ast.AST, aliases: Mapping[str, str]) -> str | None:
-    if not (isinstance(node, ast.Attribute) and node.attr == "weight"):
-        return None
-    child = node.value
-    if isinstance(child, ast.Attribute) and _is_self(child.value):
-        return child.attr
-    return aliases.get(child.id) if isinstance(child, ast.Name) else None
+class _Reads:
+    """The reads of children's weights in one method: `self.child.weight`, or the same by a local name of the child."""
+
+    def __init__(self, owner: nn.Module, me: str, tree: ast.AST) -> None:
+        self._owner, self._me = owner, me
+        self._aliases: dict[str, set[tuple[str, ...]]] = {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Assign):
+                for target in node.targets:
+                    self._learn(target, node.value)
+            elif isinstance(node, (ast.For, ast.comprehension)):
+                several = node.iter.elts if isinstance(node.iter, (ast.Tuple, ast.List)) else []
+                for each in several or [ast.Subscript(node.iter, ast.Constant(0), ast.Load())]:
+                    self._learn(node.target, each)
+
+    def _learn(self, target: ast.expr, value: ast.expr) -> None:
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+            for inner_target, inner_value in zip(target.elts, value.elts, strict=False):
+                self._learn(inner_target, inner_value)
+        elif isinstance(target, ast.Name):
+            self._aliases.setdefault(target.id, set()).update(self._paths(value))
+
+    def under(self, node: ast.AST) -> Iterator[str]:
+        """Walk the code for weights that are values, not asked for a fact and not assigned to.
+
+        Yields:
+            Paths from the owner to the modules whose weight is read.
+        """
+        if isinstance(node, ast.Attribute) and node.attr in _FACTS and self._read(node.value):
+            return
+        read = self._read(node)
+        if read and isinstance(getattr(node, "ctx", None), ast.Load):
+            for path in read:
+                yield from _resolved(self._owner, path)
+            return
+        skipped = node.body if isinstance(node, ast.If) and _is_false(node.test, self._owner) else []
+        for inner in ast.iter_child_nodes(node):
+            if not any(inner is statement for statement in skipped):
+                yield from self.under(inner)
+
+    def _read(self, node: ast.AST) -> set[tuple[str, ...]]:
+        return self._paths(node.value) if isinstance(node, ast.Attribute) and node.attr == "weight" else set()
+
+    def _paths(self, node: ast.AST) -> set[tuple[str, ...]]:
+        """Follow `self.child`, `self.child.inner`, `self.children[0]` and local names of them from the owner."""
+        if isinstance(node, ast.Name):
+            return {()} if node.id == self._me else self._aliases.get(node.id, set())
+        if isinstance(node, ast.Attribute):
+            return {(*path, node.attr) for path in self._paths(node.value)}
+        if isinstance(node, ast.Subscript):
+            return {(*path, _EACH) for path in self._paths(node.value)}
+        return set()
 
 
-def _is_self(node: ast.AST) -> bool:
-    return isinstance(node, ast.Name) and node.id == "self"
+def _resolved(owner: nn.Module, path: tuple[str, ...]) -> Iterator[str]:
+    found = [("", owner)]
+    for part in path:
+        found = [
+            (f"{at}.{name}".lstrip("."), child)
+            for at, module in found
+            for name, child in module.named_children()
+            if part in (name, _EACH)
+        ]
+    yield from (at for at, _ in found if at)
 
 
 _PLAIN = (ast.Expression, ast.Compare, ast.BoolOp, ast.UnaryOp, ast.Attribute, ast.Name, ast.Constant)

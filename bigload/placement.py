@@ -84,6 +84,7 @@ def make_plan(
     layers: Mapping[str, nn.Module],
     sources: Mapping[str, tuple[Source, ...]],
     device_map: Mapping[str, torch.device],
+    class_dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> Plan:
     """Give every tensor of the model its format and home.
 
@@ -94,6 +95,7 @@ def make_plan(
         layers: the layers to quantize, by path.
         sources: where each tensor comes from, by its first name.
         device_map: checked, from `resolve_device_map`.
+        class_dtypes: the dtype that each tensor's class builds it in, where the class says.
 
     Raises:
         ConfigError: a weight cannot be held in the format asked for.
@@ -106,7 +108,8 @@ def make_plan(
         device = device_of(tensor.name, device_map)
         layer = next((weights[name] for name in tensor.names if name in weights), None)
         if layer is None:
-            fmt: Format = Plain(_kept_dtype(tensor, bool(pieces), config.landing_dtype, fp32))
+            usual = (class_dtypes or {}).get(tensor.name, config.landing_dtype)
+            fmt: Format = Plain(_kept_dtype(tensor, pieces, usual, fp32))
             shape = tensor.shape
         else:
             fmt, shape = _quantized_format(config), tensor.shape
@@ -118,10 +121,14 @@ def make_plan(
     return Plan(tuple(planned), layers, device_map, config)
 
 
-def _kept_dtype(tensor: ModelTensor, has_sources: bool, torch_dtype: torch.dtype, fp32: Collection[str]) -> torch.dtype:
-    if not tensor.value.is_floating_point() or not has_sources or not tensor.persistent:
+def _kept_dtype(
+    tensor: ModelTensor, sources: Sequence[Source], usual: torch.dtype, fp32: Collection[str]
+) -> torch.dtype:
+    if not tensor.persistent and sources:
+        return sources[0].tensor.dtype  # made again by its class, in the dtype that it chose
+    if not tensor.value.is_floating_point() or not sources:
         return tensor.value.dtype  # integers, and buffers that the model computed itself
-    return torch.float32 if any(matches(name, fp32) for name in tensor.names) else torch_dtype
+    return torch.float32 if any(matches(name, fp32) for name in tensor.names) else usual
 
 
 def _quantized_format(config: BnbQuantizationConfig) -> Format:

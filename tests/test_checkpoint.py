@@ -322,6 +322,9 @@ def test_pickle_with_code_in_it_is_refused_and_runs_nothing(tmp_path, zipped):
     [
         ([STATE["a"]], "list"),
         ({"state_dict": STATE, "epoch": 3}, "'state_dict', 'epoch'"),
+        ({0: STATE["a"]}, "'0'"),
+        ({"s": torch.eye(3).to_sparse()}, "'s'"),
+        ({"m": torch.empty(3, device="meta")}, "'m'"),
     ],
 )
 def test_pickle_that_is_no_state_dict_is_refused_and_says_what_it_holds(tmp_path, held, word):
@@ -338,6 +341,12 @@ def test_pickle_that_is_cut_is_an_error_that_names_it(tmp_path, kept, zipped):
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(CheckpointError, match=r"m\.bin"):
         open_checkpoint(path)
+
+
+def test_adapter_beside_the_base_weights_is_not_taken_for_them(tmp_path):
+    save_file({"lora": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
+    torch.save({"base": torch.ones(1)}, tmp_path / "pytorch_model.bin")
+    assert open_checkpoint(tmp_path).tensors.keys() == {"base"}
 
 
 def test_file_of_another_kind_is_refused(tmp_path):

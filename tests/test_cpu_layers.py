@@ -152,6 +152,29 @@ def test_a_weight_that_is_exchanged_is_packed_anew():
         assert relative_error(layer(x), other_plain(x)) < 0.2
 
 
+def test_weights_written_in_place_are_packed_anew():
+    _, layer = quantized((64, 128), "nf4")
+    _, other = quantized((64, 128), "nf4")
+    x = torch.randn(3, 128)
+    with torch.no_grad():
+        layer.eval()(x)
+        layer.weight.copy_(other.weight)
+        layer.weight.quant_state.absmax.copy_(other.weight.quant_state.absmax)
+        layer.bias.copy_(other.bias)
+        assert torch.equal(layer(x), other.eval()(x))
+
+
+@pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "int8"])
+def test_compiled_layers_compute_the_same(mode):
+    for shape in [(64, 128), (64, 96)]:
+        _, layer = quantized(shape, mode)
+        x = torch.randn(3, shape[1])
+        with torch.no_grad():
+            expected = layer.eval()(x)
+            # Compiled, the packed kernel is not used: its bfloat16 rounding is the difference.
+            assert relative_error(torch.compile(layer, backend="eager")(x), expected) < 2e-2
+
+
 def test_threads_that_run_a_layer_first_at_once_all_get_its_output():
     import sys
     from concurrent.futures import ThreadPoolExecutor

@@ -485,7 +485,7 @@ def test_llama_built_on_meta_gets_its_rotary_buffers_again(tmp_path):
         tensors_of(empty),
         open_checkpoint(tmp_path),
         conversion=KeyConversion(empty),
-        rebuilt_buffers=lambda: rebuilt_buffers(empty),
+        rebuilt_buffers=lambda: rebuilt_buffers(empty, torch.float32),
     )
     lost = dict(model.named_buffers())
     assert lost
@@ -514,3 +514,15 @@ def test_random_renaming_undone_by_key_mapping_finds_every_tensor(names, data):
         strict=True,
     )
     assert stored_names(sources) == {old: new for new, old in original.items()}
+
+
+def test_key_mapping_that_gives_no_name_is_refused():
+    with pytest.raises(ConfigError, match=r"gives None for 'a\.weight'"):
+        sources_in_checkpoint(tensors_of(TwoLayers()), checkpoint_for(TwoLayers()), key_mapping=lambda key: None)
+
+
+def test_floating_numbers_where_the_model_has_integers_are_refused():
+    with pytest.raises(CheckpointError, match="'count'"):
+        sources_in_checkpoint(
+            [ModelTensor(("count",), torch.tensor(0), False, True)], checkpoint_of({"count": (torch.float32, ())})
+        )

@@ -102,7 +102,13 @@ def test_torchs_encoder_runs_without_the_fused_path_that_reads_its_weights(devic
         model = load_and_quantize_model(full, config, device_map=device)
         assert isinstance(model.layers[0].linear1, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
         # Its random weights lose some percent to 4 bit; int8 less than one.
-        assert relative_error(model(x.to(device)), expected) < (0.1 if mode == "nf4" else 0.01)
+        tolerance = 0.1 if mode == "nf4" else 0.01
+        assert relative_error(model(x.to(device)), expected) < tolerance
+        padded = torch.zeros(2, 5, dtype=torch.bool, device=device)
+        padded[1, 3:] = True
+        found = model(x.to(device), src_key_padding_mask=padded)
+        assert relative_error(found[0], expected[0]) < tolerance
+        assert found[1, :3].isfinite().all()
 
 
 def test_every_config_spelling_gives_the_same_model(tmp_path):

@@ -373,6 +373,11 @@ def test_quantizable_class_that_is_no_linear_in_all_it_does_is_refused(cls, mess
         quantized_too(Net(a=nn.Linear(4, 4), norm=nn.LayerNorm(4)), cls)
 
 
+def test_quantizable_that_is_no_list_is_refused():
+    with pytest.raises(ConfigError, match="quantizable must be a list"):
+        load_and_quantize_model(Net(a=nn.Linear(4, 4)), "int8", device_map="cpu", quantizable=LinearSubclass)
+
+
 def test_trying_a_quantizable_class_leaves_the_random_numbers_as_they_were():
     model = Net(a=LinearSubclass(4, 4))
     state = torch.get_rng_state()

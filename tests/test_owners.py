@@ -339,3 +339,34 @@ def test_layer_that_its_owner_reads_is_kept_under_every_name_it_has():
     model.alias = model.owner.proj
     config = BnbQuantizationConfig(load_in_8bit=True, skip_modules=[])
     assert set(layers_to_quantize(model, config, tensors_of(model))) == {"enter", "owner.other", "leave"}
+
+
+class Spellings(nn.Module):
+    """Reads a weight in each way that is recognised; `spare` is read in none."""
+
+    def __init__(self):
+        super().__init__()
+        self.several = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.inner = nn.ModuleDict({"proj": nn.Linear(4, 4), "spare": nn.Linear(4, 4)})
+        self.first, self.second, self.third, self.spare = (nn.Linear(4, 4) for _ in range(4))
+
+    def loop(me, x):  # noqa: N805 - any first name will do
+        return [x @ layer.weight for layer in me.several]
+
+    def grandchild(self, x):
+        return x @ self.inner.proj.weight
+
+    def pair(self, x):
+        a, b = self.first, self.second
+        return x @ a.weight @ b.weight
+
+    def listed(self, x):
+        return [x @ layer.weight for layer in (self.third,)], self.spare(x)
+
+
+def test_each_recognised_spelling_names_the_very_layers_that_are_read():
+    expected = {"several.0", "several.1", "inner.proj", "first", "second", "third"}
+    assert weights_read(Spellings()) == expected
+    model = nn.ModuleDict({"body": Spellings(), "norm": nn.LayerNorm(4)})
+    config = BnbQuantizationConfig.from_mode("nf4").resolved(torch.float32)
+    assert set(layers_to_quantize(model, config, tensors_of(model))) == {"body.inner.spare", "body.spare"}

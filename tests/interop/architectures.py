@@ -74,6 +74,8 @@ ARCHITECTURES = {
     "vit": (tf.ViTForImageClassification, tf.ViTConfig, _VISION | {"num_labels": 3}, ["classifier"]),
     "clip_vision": (tf.CLIPVisionModel, tf.CLIPVisionConfig, _VISION, ["nothing_here"]),
     "whisper": (tf.WhisperForConditionalGeneration, tf.WhisperConfig, _WHISPER, ["proj_out"]),
+    # Makes a table of positions in the dtype it is built in.
+    "m2m_100": (tf.M2M100ForConditionalGeneration, tf.M2M100Config, _BART, ["lm_head"]),
     "mamba": (
         tf.MambaForCausalLM,
         tf.MambaConfig,
@@ -97,7 +99,7 @@ def inputs(name: str) -> dict[str, torch.Tensor]:
         return {"pixel_values": torch.randn(2, 3, 32, 32, generator=generator)}
     if name == "whisper":
         return {"input_features": torch.randn(2, 8, 32, generator=generator), "decoder_input_ids": tokens}
-    if name in ("t5", "bart"):
+    if name in ("t5", "bart", "m2m_100"):
         return {"input_ids": tokens, "decoder_input_ids": tokens}
     return {"input_ids": tokens}
 

@@ -1,4 +1,4 @@
-"""Twenty-two families of transformers: the same bits and logits as its own loader's, from shards of 200 KB."""
+"""Twenty-three families of transformers: the same bits and logits as its own loader's, from shards of 200 KB."""
 
 import architectures
 import pytest
@@ -71,6 +71,16 @@ def test_dtypes_of_a_16_bit_load_are_those_of_transformers_own_loader(saved, nam
     different = {key: (found[key][0], expected[key][0]) for key in found if found[key][0] != expected[key][0]}
     assert not different
     assert all(torch.equal(found[key][2], expected[key][2]) for key in found)
+    buffers = dict(theirs.named_buffers())
+    for key, buffer in ours.named_buffers():
+        assert buffer.dtype == buffers[key].dtype, key
+        assert torch.equal(buffer, buffers[key]), key
+    # The dtypes fit together: inputs in the model's own, as a user gives them.
+    inputs = {
+        key: value.to(dtype) if value.is_floating_point() else value
+        for key, value in architectures.inputs(name).items()
+    }
+    assert output(ours, inputs).isfinite().all()
 
 
 @pytest.mark.parametrize("name", architectures.ARCHITECTURES)

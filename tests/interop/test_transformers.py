@@ -9,6 +9,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    DebertaConfig,
+    DebertaModel,
     GPT2Config,
     GPT2LMHeadModel,
     T5Config,
@@ -103,6 +105,22 @@ def test_t5_wo_is_never_quantized_and_keeps_the_librarys_dtype(tmp_path, dtype):
     assert type(feed_forward.wo) is nn.Linear
     assert feed_forward.wo.weight.dtype == (torch.float32 if dtype == torch.float16 else dtype)
     assert isinstance(feed_forward.wi, bnb.nn.Linear4bit)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_what_a_class_makes_in_fp32_stays_so_as_in_transformers_own_loader(tmp_path, dtype):
+    """DeBERTa's relative positions have biases in fp32 whatever it is built in."""
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    config = DebertaConfig(num_attention_heads=4, relative_attention=True, pos_att_type=["c2p"], **sizes)
+    DebertaModel(config).save_pretrained(tmp_path)
+    quantization = BnbQuantizationConfig.from_mode("int8", skip_modules=["in_proj"], torch_dtype=dtype)
+    model = load_and_quantize_model(empty_model(tmp_path), quantization, tmp_path, device_map="cpu")
+    expected = DebertaModel.from_pretrained(
+        tmp_path, quantization_config=quantization.to_transformers(), device_map={"": "cpu"}, dtype=dtype
+    )
+    found = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    assert found == {name: tensor.dtype for name, tensor in expected.state_dict().items()}
+    assert {torch.float32, dtype} < set(found.values())
 
 
 def test_empty_model_has_no_weights_but_its_buffers(tmp_path):
