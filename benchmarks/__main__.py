@@ -38,9 +38,7 @@ def main() -> None:
     elif options.command == "report":
         print(table(json.loads(options.file.read_text())))
     else:
-        result = compare(options.folder, options.peers, options.modes, options.device)
-        if options.out:
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
+        compare(options.folder, options.peers, options.modes, options.device, options.out)
 
 
 if __name__ == "__main__":

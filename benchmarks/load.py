@@ -20,13 +20,22 @@ PEERS = ("bigload", "transformers", "accelerate")
 PACKAGES = ("torch", "bitsandbytes", "transformers", "accelerate", "safetensors")
 
 
-def compare(folder: Path, peers: list[str], modes: list[str], device: str) -> dict[str, Any]:
+def compare(folder: Path, peers: list[str], modes: list[str], device: str, out: Path | None = None) -> dict[str, Any]:
     """Run every peer in every mode.
+
+    Args:
+        folder: the checkpoint.
+        peers: names in `PEERS`.
+        modes: as `BnbQuantizationConfig.from_mode` takes them.
+        device: "cpu" or "cuda:N".
+        out: where the result goes, written after each row so that a run that is cut keeps what it has.
 
     Returns:
         The machine, versions and date, and a row for each run; what a peer cannot do has its error as the row.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
+    checkpoint_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    result = {"benchmark": "load", "checkpoint_bytes": checkpoint_bytes, **_machine(device), "rows": rows}
     for mode in modes:
         for peer in peers:
             command = [sys.executable, "-m", "benchmarks", "one", str(folder), peer, mode, device]
@@ -35,8 +44,9 @@ def compare(folder: Path, peers: list[str], modes: list[str], device: str) -> di
             row = json.loads(last) if done.returncode == 0 else {"error": last}
             rows.append({"peer": peer, "mode": mode, **row})
             print(json.dumps(rows[-1]), flush=True)
-    checkpoint_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return {"benchmark": "load", "checkpoint_bytes": checkpoint_bytes, **_machine(device), "rows": rows}
+            if out is not None:
+                out.write_text(json.dumps(result, indent=1) + "\n")
+    return result
 
 
 def table(result: dict[str, Any]) -> str:
