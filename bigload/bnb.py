@@ -29,6 +29,7 @@ from torch import nn
 from torch.nn import functional
 
 from .config import BnbQuantizationConfig
+from .empty import default_dtype
 from .formats import FourBit, Int8
 from .optional import import_optional
 
@@ -84,17 +85,19 @@ def quantize(weight: torch.Tensor, fmt: FourBit | Int8) -> QuantizedWeight:
     Source: LLM.int8(), arXiv 2208.07339; QLoRA, section 3, arXiv 2305.14314.
     """
     kernels = library().functional
-    if isinstance(fmt, Int8):
-        # Contiguous: a transposed weight would be misread without a word.
-        rows, row_scales, _ = kernels.int8_vectorwise_quant(weight.to(torch.float16).contiguous())
-        return QuantizedWeight(rows, row_scales=row_scales)
-    data, state = kernels.quantize_4bit(
-        weight.contiguous(),
-        blocksize=fmt.blocksize,
-        compress_statistics=fmt.double_quant,
-        quant_type=fmt.quant_type,
-        quant_storage=fmt.quant_storage,
-    )
+    # bitsandbytes makes its code tables in torch's default dtype, which must be the one they are meant in.
+    with default_dtype(torch.float32):
+        if isinstance(fmt, Int8):
+            # Contiguous: a transposed weight would be misread without a word.
+            rows, row_scales, _ = kernels.int8_vectorwise_quant(weight.to(torch.float16).contiguous())
+            return QuantizedWeight(rows, row_scales=row_scales)
+        data, state = kernels.quantize_4bit(
+            weight.contiguous(),
+            blocksize=fmt.blocksize,
+            compress_statistics=fmt.double_quant,
+            quant_type=fmt.quant_type,
+            quant_storage=fmt.quant_storage,
+        )
     return QuantizedWeight(data, quant_state=state)
 
 

@@ -1,4 +1,4 @@
-"""Models without weights: parameters on the meta device, which has shapes and no memory."""
+"""Models without weights: parameters on the meta device, shapes without memory; and the dtype they are built in."""
 
 from __future__ import annotations
 
@@ -62,6 +62,21 @@ def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn
     if parameter not in empty:
         empty[parameter] = like_parameter(parameter, torch.empty_like(parameter.data, device="meta"))
     return empty[parameter]  # type: ignore[no-any-return]
+
+
+_default = threading.RLock()
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make tensors in a dtype where none is named. torch has one default for all threads, so ours take turns."""
+    with _default:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
 
 def like_parameter(parameter: nn.Parameter, data: torch.Tensor) -> nn.Parameter:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .empty import init_empty_weights
+from .empty import default_dtype, init_empty_weights
 from .errors import CheckpointError
 from .optional import import_optional
 
@@ -156,9 +154,6 @@ def pretrained_modules(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if is_pretrained(module)]
 
 
-_building_in = threading.Lock()
-
-
 def class_dtypes(model: Any, torch_dtype: torch.dtype) -> dict[str, torch.dtype]:
     """Give the dtype that each floating tensor of a transformers model has when its class builds it in `torch_dtype`.
 
@@ -167,7 +162,7 @@ def class_dtypes(model: Any, torch_dtype: torch.dtype) -> dict[str, torch.dtype]
     """
     if not is_pretrained(model):
         return {}
-    with _default_dtype(torch_dtype), torch.device("meta"):
+    with default_dtype(torch_dtype), torch.device("meta"):
         twin = type(model)(model.config)
     tensors = [*twin.named_parameters(remove_duplicate=False), *twin.named_buffers(remove_duplicate=False)]
     return {name: tensor.dtype for name, tensor in tensors if tensor.is_floating_point()}
@@ -181,21 +176,9 @@ def rebuilt_buffers(model: Any, torch_dtype: torch.dtype) -> dict[str, torch.Ten
     """
     if not is_pretrained(model):
         return {}
-    with _default_dtype(torch_dtype), torch.device("cpu"), init_empty_weights():
+    with default_dtype(torch_dtype), torch.device("cpu"), init_empty_weights():
         twin = type(model)(model.config)
     return {name: buffer for name, buffer in twin.named_buffers() if not buffer.is_meta}
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Build in a dtype, as the library does: torch has one default for all threads, so one builds at a time."""
-    with _building_in:
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(before)
 
 
 def is_pretrained(model: nn.Module) -> bool:

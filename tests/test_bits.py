@@ -100,6 +100,24 @@ def test_bits_do_not_depend_on_how_the_weight_was_cut_while_it_was_read(tmp_path
     assert equal(cut.even.bias.data, whole.even.bias.data)
 
 
+@pytest.mark.parametrize("mode", FOUR_BIT)
+def test_bits_do_not_depend_on_torchs_default_dtype(tmp_path, device, mode):
+    _, usual = load(tmp_path, device, torch.float32, mode)
+    with init_empty_weights():
+        model = TwoLayers()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = load_and_quantize_model(model, mode, tmp_path, device_map=device)
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name in ("even", "odd"):
+        found, expected = getattr(model, name).weight, getattr(usual, name).weight
+        assert equal(found.data, expected.data)
+        assert equal(found.quant_state.absmax, expected.quant_state.absmax)
+        assert equal(found.quant_state.code, expected.quant_state.code)
+
+
 @pytest.mark.cuda
 def test_race_a_callers_own_busy_stream_does_not_change_the_bits(tmp_path):
     if not torch.cuda.is_available():

@@ -1,5 +1,7 @@
 """transformers' own classes: the same bits as its own loader makes, and the facts its classes state."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import bitsandbytes as bnb
 import pytest
 import torch
@@ -121,6 +123,24 @@ def test_what_a_class_makes_in_fp32_stays_so_as_in_transformers_own_loader(tmp_p
     found = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     assert found == {name: tensor.dtype for name, tensor in expected.state_dict().items()}
     assert {torch.float32, dtype} < set(found.values())
+
+
+def test_loads_of_other_dtypes_at_once_in_threads_do_not_change_each_others_bits(tmp_path):
+    """Telling a class's dtypes takes torch's default dtype, which all threads share."""
+    llama(False).save_pretrained(tmp_path)
+
+    def load(dtype):
+        config = BnbQuantizationConfig.from_mode("nf4", torch_dtype=dtype)
+        return load_and_quantize_model(empty(llama, False), config, tmp_path, device_map="cpu").state_dict()
+
+    dtypes = [torch.bfloat16, torch.float32, torch.float16] * 4
+    expected = {dtype: load(dtype) for dtype in set(dtypes)}
+    with ThreadPoolExecutor(4) as pool:
+        states = list(pool.map(load, dtypes))
+    for dtype, state in zip(dtypes, states, strict=True):
+        for name, tensor in state.items():
+            assert tensor.dtype == expected[dtype][name].dtype, name
+            assert torch.equal(tensor, expected[dtype][name]), name
 
 
 def test_empty_model_has_no_weights_but_its_buffers(tmp_path):
