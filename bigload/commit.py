@@ -63,12 +63,13 @@ def _value(tensor: ModelTensor, device: torch.device, value: Landed | None) -> t
 
 def _without_fused_path(module: nn.Module, new_layers: Mapping[nn.Module, nn.Module]) -> list[Edit]:
     """Turn off the fused path of torch's own encoder layer, which reads its Linears' weights past their forward."""
-    replaced = any(child in new_layers for _, child in _children(module))
-    if isinstance(module, nn.TransformerEncoderLayer) and replaced:
-        return [(module.__dict__, "activation_relu_or_gelu", 0)]  # what it sets itself for any other activation
+    if not isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
+        return []
+    if not any(inner in new_layers for inner in module.modules()):
+        return []
     if isinstance(module, nn.TransformerEncoder):
         return [(module.__dict__, "use_nested_tensor", False)]  # which only the fused path takes
-    return []
+    return [(module.__dict__, "activation_relu_or_gelu", 0)]  # what it sets itself for any other activation
 
 
 def _make_layers(

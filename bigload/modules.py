@@ -67,7 +67,8 @@ def tensors_of(model: nn.Module, tied_parameters: Sequence[tuple[str, str]] = ()
     tensors = [ModelTensor(names, parameters[names[0]], True, True) for names in groups]
     buffers = dict(model.named_buffers(remove_duplicate=False))
     for names in _group_names(buffers, ()):
-        persistent = any(_owner(model, name)[1] not in _transient_buffers(model, name) for name in names)
+        owners = [_owner(model, name) for name in names]
+        persistent = any(leaf not in owner._non_persistent_buffers_set for owner, leaf in owners)
         tensors.append(ModelTensor(names, buffers[names[0]], False, persistent))
     return tensors
 
@@ -122,10 +123,6 @@ def _group_names(tensors: dict[str, Any], pairs: Iterable[tuple[str, str]]) -> l
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, leaf = name.rpartition(".")
     return model.get_submodule(path), leaf
-
-
-def _transient_buffers(model: nn.Module, name: str) -> set[str]:
-    return _owner(model, name)[0]._non_persistent_buffers_set
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

@@ -111,6 +111,14 @@ def test_torchs_encoder_runs_without_the_fused_path_that_reads_its_weights(devic
         assert found[1, :3].isfinite().all()
 
 
+def test_torchs_encoder_of_which_nothing_is_quantized_keeps_its_fused_path():
+    full = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), 2).eval()
+    config = BnbQuantizationConfig.from_mode("int8", skip_modules=["*"])
+    model = load_and_quantize_model(full, config, device_map="cpu")
+    assert model.use_nested_tensor
+    assert model.layers[0].activation_relu_or_gelu == 1
+
+
 def test_every_config_spelling_gives_the_same_model(tmp_path):
     from accelerate.utils import BnbQuantizationConfig as AccelerateConfig
     from transformers import BitsAndBytesConfig
