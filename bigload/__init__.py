@@ -12,7 +12,7 @@ from .errors import (
     QuantizationError,
 )
 from .loading import load_and_quantize_model
-from .transfer import release_buffers
+from .ring import release_buffers
 
 __version__ = "0.1.0"
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import bnb, interop
+from . import interop
 from .empty import like_parameter
 from .interop import Edit
+from .layers import make_layer
 from .modules import ModelTensor
 from .pipeline import Landed
 from .placement import Plan
@@ -84,7 +85,7 @@ def _make_layers(
         bias: Any = values.get(f"{prefix}bias")
         if bias is not None and not trains and not _is_shared(planned[f"{prefix}bias"].tensor):
             bias = nn.Parameter(bias.data, requires_grad=False)  # frozen with its weight, as the peers have it
-        layers[layer] = bnb.make_layer(layer, landed[weight.tensor.name], bias, weight.shape, plan.config)
+        layers[layer] = make_layer(layer, landed[weight.tensor.name], bias, weight.shape, plan.config)
     return layers
 
 

@@ -26,6 +26,7 @@ from .modules import ModelTensor, layers_to_quantize, tensors_of
 from .pipeline import execute
 from .placement import Device, DeviceMap, Plan, make_plan, resolve_budgets, resolve_device_map
 from .report import LoadReport
+from .ring import pin_ahead
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ def load_and_quantize_model(
             tensors = tensors_of(model, () if tied_parameters is None else tied_parameters)
             devices = resolve_device_map(device_map, tensors, {path for path, _ in model.named_modules()})
             budgets = resolve_budgets(max_memory)
+            _begin_to_pin(devices, weights_location)
             if weights_location is None:
                 sources, dtype = _own_weights(tensors)
                 config, class_dtypes = config.resolved(dtype), None  # a real model has the dtypes it was given
@@ -126,6 +128,12 @@ def load_and_quantize_model(
     model.load_report = report  # type: ignore[assignment]
     logger.info("%s", report)
     return model
+
+
+def _begin_to_pin(devices: Mapping[str, torch.device], weights_location: WeightsLocation | None) -> None:
+    gpus = [device for device in devices.values() if device.type == "cuda"]
+    if gpus and weights_location is not None:
+        pin_ahead(gpus[0])  # while the plan is made
 
 
 def _own_weights(tensors: Sequence[ModelTensor]) -> tuple[dict[str, tuple[Source, ...]], torch.dtype]:

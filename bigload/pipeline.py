@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from . import bnb
 from .bnb import QuantizedWeight
-from .checkpoint import StoredTensor
+from .checkpoint import LazyTensor, StoredTensor
 from .errors import PlacementError, QuantizationError, listed
+from .extents import Delivery
 from .formats import Plain
 from .keys import Source
 from .memory import show
 from .placement import Plan, PlannedTensor
+from .quantize import Quantizer, quantize
+from .ring import slot_bytes
 from .stores import DeviceStore
-from .transfer import Reader, default_stream
+from .transfer import default_stream, deliver
 
 Landed = torch.Tensor | QuantizedWeight
 
@@ -37,21 +41,96 @@ def execute(plan: Plan, *, on_bytes: Callable[[int], object] = lambda count: Non
         PlacementError: a device ran out of memory.
         QuantizationError: a weight has values that its format cannot hold.
     """
-    waiting = [_Landing(planned, plan.config.landing_dtype) for planned in plan.tensors if planned.sources]
-    arrivals = [(source, landing) for landing in waiting for source in landing.planned.sources]
-    order = {file: rank for rank, file in enumerate(_files(arrivals))}
-    arrivals.sort(key=lambda arrival: _position(arrival[0], order))
     landed: dict[str, Landed] = {}
-    stored = [source.tensor for source, _ in arrivals if isinstance(source.tensor, StoredTensor)]
-    with Reader(stored, pinned=any(planned.device.type == "cuda" for planned in plan.tensors)) as reader:
-        for source, landing in arrivals:
-            planned = landing.planned
-            with default_stream(planned.device), _out_of_memory_named(planned):
-                landing.receive(source, reader, on_bytes)
-                if landing.is_complete:
-                    landed[planned.tensor.name] = landing.finish()
-    _require_finite(landed, plan)
+    with ExitStack() as streams:
+        for device in {planned.device for planned in plan.tensors}:
+            streams.enter_context(default_stream(device))
+        ways = [way for planned in plan.tensors if planned.sources for way in _ways(planned, plan, landed)]
+        deliver(_in_file_order([way for way in ways if _is_stored(way.source)]), on_bytes=on_bytes)
+        for way in ways:
+            if not _is_stored(way.source):
+                way.walk()
+                on_bytes(way.source.tensor.nbytes)
+        _require_finite(landed, plan)
     return landed
+
+
+def _is_stored(source: Source) -> bool:
+    return isinstance(source.tensor, StoredTensor) and not isinstance(source.tensor, LazyTensor)
+
+
+def _in_file_order(ways: list[_Way]) -> list[Delivery]:
+    deliveries = [way.delivery() for way in ways]
+    files: dict[Path, int] = {file: rank for rank, file in enumerate(sorted({d.tensor.file for d in deliveries}))}
+    return sorted(deliveries, key=lambda delivery: (files[delivery.tensor.file], delivery.tensor.offset))
+
+
+@dataclass(frozen=True, eq=False)
+class _Way:
+    """How the values of one source go in: see `Delivery`."""
+
+    source: Source
+    device: torch.device
+    take: Callable[[torch.Tensor, int], None]
+    arrived: Callable[[int], None]
+    home: torch.Tensor | None = None
+    granule: int = 1
+
+    def delivery(self) -> Delivery:
+        """The same, to be read from a file."""
+        assert isinstance(self.source.tensor, StoredTensor)
+        return Delivery(self.source.tensor, self.device, self.take, self.home, self.granule, self.arrived)
+
+    def walk(self) -> None:
+        """Take the values from memory: the model's own, or what a LazyTensor loads."""
+        tensor = self.source.tensor
+        assert isinstance(tensor, (LazyTensor, torch.Tensor))
+        loaded = tensor.load() if isinstance(tensor, LazyTensor) else tensor
+        values = loaded.detach().contiguous().view(-1)
+        step = max(1, slot_bytes() // tensor.dtype.itemsize // self.granule) * self.granule
+        for begin in range(0, len(values), step):
+            self.take(values[begin : begin + step].to(self.device), begin)
+        self.arrived(len(values))
+
+
+def _ways(planned: PlannedTensor, plan: Plan, landed: dict[str, Landed]) -> list[_Way]:
+    """Make ready for one tensor: memory where it needs some from the start, and a way in for each source."""
+    name = planned.tensor.name
+    own = planned.sources[0]
+    if isinstance(planned.format, Plain) and isinstance(own.tensor, torch.Tensor) and not own.region:
+        with _out_of_memory_named(planned):
+            # Itself, where nothing about it changes.
+            tensor = own.tensor.detach().mT if own.transposed else own.tensor.detach()
+            landed[name] = tensor.to(planned.device).to(planned.format.dtype)
+        return []
+    with _out_of_memory_named(planned):
+        sinks, finish = _sinks(planned, plan.config.landing_dtype)
+    pending = sum(_numel(source) for source in planned.sources)
+
+    def arrived(count: int) -> None:
+        nonlocal pending
+        pending -= count
+        if not pending:
+            with _out_of_memory_named(planned):
+                landed[name] = finish()
+
+    if not pending:
+        arrived(0)
+        return []
+
+    def named(take: Callable[[torch.Tensor, int], None], values: torch.Tensor, begin: int) -> None:
+        with _out_of_memory_named(planned):
+            take(values, begin)
+
+    return [
+        _Way(source, planned.device, functools.partial(named, sink.take), arrived, sink.home, sink.granule)
+        for source, sink in zip(planned.sources, sinks, strict=True)
+        if _numel(source)
+    ]
+
+
+def _numel(source: Source) -> int:
+    return source.tensor.nbytes // source.tensor.dtype.itemsize
 
 
 @contextmanager
@@ -65,75 +144,79 @@ def _out_of_memory_named(planned: PlannedTensor) -> Iterator[None]:
         ) from error
 
 
-def _files(arrivals: list[tuple[Source, _Landing]]) -> list[Path]:
-    return sorted({source.tensor.file for source, _ in arrivals if isinstance(source.tensor, StoredTensor)})
+@dataclass(frozen=True, eq=False)
+class _Sink:
+    """Where the values of one source end: see `Delivery`."""
+
+    take: Callable[[torch.Tensor, int], None]
+    home: torch.Tensor | None = None
+    granule: int = 1
 
 
-def _position(source: Source, order: dict[Path, int]) -> tuple[int, int]:
-    if isinstance(source.tensor, StoredTensor):
-        return order[source.tensor.file], source.tensor.offset
-    return -1, 0  # already in memory
+def _sinks(planned: PlannedTensor, torch_dtype: torch.dtype) -> tuple[list[_Sink], Callable[[], Landed]]:
+    """Give a sink for each source, and what makes the tensor when all have been filled."""
+    if isinstance(planned.format, Plain):
+        values = _room(planned, planned.format.dtype)
+        return [_filling(values, source) for source in planned.sources], lambda: values
+    quantizer = Quantizer(planned.shape, planned.format, torch_dtype, planned.device)
+    begins = [_flat_begin(source, planned.shape, quantizer.granule) for source in planned.sources]
+    room = slot_bytes()
+    streams = all(begin is not None for begin in begins) and all(
+        quantizer.granule * source.tensor.dtype.itemsize <= room for source in planned.sources
+    )
+    if not streams:  # the pieces are not runs of the weight: it is put together first
+        fmt, values = planned.format, _room(planned, torch_dtype)
+        return [_filling(values, source) for source in planned.sources], lambda: quantize(values, fmt)
+
+    def sink(base: int) -> _Sink:
+        def take(piece: torch.Tensor, begin: int) -> None:
+            quantizer.add(piece.to(torch_dtype), base + begin)
+
+        return _Sink(take, granule=quantizer.granule)
+
+    return [sink(begin or 0) for begin in begins], quantizer.finish
 
 
-class _Landing:
-    """One tensor on its way: where its pieces land, and what is left to come."""
+def _room(planned: PlannedTensor, dtype: torch.dtype) -> torch.Tensor:
+    return DeviceStore(planned.device).allocate(planned.shape, dtype)
 
-    def __init__(self, planned: PlannedTensor, torch_dtype: torch.dtype) -> None:
-        self.planned = planned
-        # What the values are cast to as they land; a weight to be quantized is cast first.
-        self._dtype = planned.format.dtype if isinstance(planned.format, Plain) else torch_dtype
-        self._pending = len(planned.sources)
-        self._values: torch.Tensor | None = None
 
-    @property
-    def is_complete(self) -> bool:
-        return self._pending == 0
+def _flat_begin(source: Source, shape: tuple[int, ...], granule: int) -> int | None:
+    """Give the index in the flattened tensor where a source's values begin, if they follow each other from there."""
+    if source.transposed:
+        return None
+    whole = torch.empty(shape, device="meta")
+    part = whole[source.region] if source.region else whole
+    begin = int(part.storage_offset())
+    # A granule may not be shared with the next source.
+    is_run = part.is_contiguous() and begin % granule == 0
+    is_last = begin + part.numel() == whole.numel()
+    return begin if is_run and (is_last or part.numel() % granule == 0) else None
 
-    def receive(self, source: Source, reader: Reader, on_bytes: Callable[[int], object]) -> None:
-        """Take in one source, whole."""
-        if isinstance(source.tensor, torch.Tensor):
-            self._take(source.tensor, source)
-            on_bytes(source.tensor.nbytes)
-        else:
-            self._read(source.tensor, source, reader, on_bytes)
-        self._pending -= 1
 
-    def _take(self, tensor: torch.Tensor, source: Source) -> None:
-        """Use a tensor that the model holds already, itself where nothing about it changes."""
-        tensor = tensor.detach()
-        if len(self.planned.sources) == 1 and not source.region:
-            tensor = tensor.mT if source.transposed else tensor
-            self._values = tensor.to(self.planned.device).to(self._dtype)
-        else:
-            self._target(source).copy_(tensor)
+def _filling(values: torch.Tensor, source: Source) -> _Sink:
+    """Fill a source's region of a tensor."""
+    target = values[source.region] if source.region else values
+    target = target.mT if source.transposed else target
+    if target.is_contiguous():
+        flat = target.view(-1)
 
-    def _read(self, tensor: StoredTensor, source: Source, reader: Reader, on_bytes: Callable[[int], object]) -> None:
-        target = self._target(source)
-        # A target that is not contiguous is filled at once, from a copy that is.
-        whole = target if target.is_contiguous() else torch.empty(target.shape, dtype=self._dtype, device=target.device)
-        flat = whole.view(-1)
-        begin = 0
-        for piece in reader.pieces(tensor, self.planned.device):
-            if piece.dtype != flat.dtype:  # cast on the device: a copy that converts is many times slower
-                piece = piece.to(self.planned.device, non_blocking=True)
-            flat[begin : begin + len(piece)].copy_(piece, non_blocking=True)
-            begin += len(piece)
-            on_bytes(piece.nbytes)
-        if whole is not target:
-            target.copy_(whole)
+        def copy(piece: torch.Tensor, begin: int) -> None:
+            flat[begin : begin + len(piece)].copy_(piece)
 
-    def _target(self, source: Source) -> torch.Tensor:
-        if self._values is None:
-            self._values = DeviceStore(self.planned.device).allocate(self.planned.shape, self._dtype)
-        target = self._values[source.region] if source.region else self._values
-        return target.mT if source.transposed else target
+        return _Sink(copy, home=flat if source.tensor.dtype == flat.dtype else None)
+    gathered: list[torch.Tensor] = []
 
-    def finish(self) -> Landed:
-        values, self._values = self._values, None
-        assert values is not None
-        if isinstance(self.planned.format, Plain):
-            return values
-        return bnb.quantize(values, self.planned.format)
+    def gather(piece: torch.Tensor, begin: int) -> None:
+        # Columns or a transpose: from a copy that is whole and contiguous, which lives until then.
+        if not gathered:
+            gathered.append(torch.empty(target.shape, dtype=piece.dtype, device=piece.device))
+        whole = gathered[0].view(-1)
+        whole[begin : begin + len(piece)].copy_(piece)
+        if begin + len(piece) == len(whole):
+            target.copy_(gathered.pop())
+
+    return _Sink(gather)
 
 
 def _require_finite(landed: dict[str, Landed], plan: Plan) -> None:
@@ -141,7 +224,7 @@ def _require_finite(landed: dict[str, Landed], plan: Plan) -> None:
     main_weights = (
         {f"{path}.weight".lstrip(".") for path in plan.layers} if plan.config.llm_int8_has_fp16_weight else set()
     )
-    checked: dict[str, torch.Tensor] = {}
+    checked = {}
     for name, value in landed.items():
         if isinstance(value, QuantizedWeight):
             checked[name] = value.scales

@@ -91,7 +91,7 @@ def test_weight_is_cast_to_torch_dtype_before_it_is_quantized(tmp_path, device):
 @pytest.mark.parametrize("mode", [*FOUR_BIT, "int8"])
 def test_bits_do_not_depend_on_how_the_weight_was_cut_while_it_was_read(tmp_path, device, mode, monkeypatch):
     _, whole = load(tmp_path, device, torch.bfloat16, mode)
-    monkeypatch.setattr("bigload.transfer.SLOT_BYTES", 1016)  # 508 elements: neither rows nor blocks
+    monkeypatch.setenv("BIGLOAD_RING_BYTES", "1KiB")  # slots of 256 elements: less than two rows
     with init_empty_weights():
         model = TwoLayers()
     cut = load_and_quantize_model(model, mode, tmp_path, device_map=device)

@@ -11,6 +11,7 @@ import torch
 from models import GPT, save_checkpoint
 
 from bigload import CheckpointError, PlacementError, init_empty_weights, load_and_quantize_model
+from bigload.quantize import Quantizer
 from bigload.transfer import Reader
 
 
@@ -62,6 +63,7 @@ def check_untouched_then_loads(model, folder, expected, monkeypatch):
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, "Input/output error")], ids=["ctrl-c", "disk"])
 def test_interrupted_while_reading(model, folder, monkeypatch, call, error):
     load_and_quantize_model(GPT(), "nf4", folder, device_map="cpu")  # what is made once per process is made now
+    monkeypatch.setenv("BIGLOAD_RING_BYTES", "4KiB")  # many reads
     if isinstance(error, OSError):
         fail_at(monkeypatch, os, "preadv", call, error)
         check_untouched_then_loads(model, folder, CheckpointError, monkeypatch)
@@ -71,12 +73,12 @@ def test_interrupted_while_reading(model, folder, monkeypatch, call, error):
 
 
 def test_interrupted_while_quantizing(model, folder, monkeypatch):
-    fail_at(monkeypatch, bnb.functional, "quantize_4bit", 3, KeyboardInterrupt())
+    fail_at(monkeypatch, Quantizer, "add", 3, KeyboardInterrupt())
     check_untouched_then_loads(model, folder, KeyboardInterrupt, monkeypatch)
 
 
 def test_out_of_memory_names_device_and_tensor(model, folder, monkeypatch):
-    fail_at(monkeypatch, bnb.functional, "quantize_4bit", 3, torch.OutOfMemoryError("CUDA out of memory"))
+    fail_at(monkeypatch, Quantizer, "add", 3, torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(PlacementError, match=r"cpu ran out of memory at 'transformer\.h\.0"):
         load_and_quantize_model(model, "nf4", folder, device_map="cpu")
 
@@ -125,7 +127,7 @@ def test_failed_load_gives_the_gpu_its_memory_back(model, folder, monkeypatch):
     load_and_quantize_model(GPT(), "nf4", folder, device_map=0)
     gc.collect()  # bitsandbytes' layers and their weights refer to each other
     before = torch.cuda.memory_allocated()
-    fail_at(monkeypatch, bnb.functional, "quantize_4bit", 3, KeyboardInterrupt())
+    fail_at(monkeypatch, Quantizer, "add", 3, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         load_and_quantize_model(model, "nf4", folder, device_map=0)
     monkeypatch.undo()  # lets go of the exception, whose traceback holds what had landed

@@ -1,0 +1,234 @@
+"""The layers of bitsandbytes around weights that are quantized already.
+
+The layers are bitsandbytes' own classes, as PEFT and transformers expect. On the CPU some of its kernels fail or,
+worse, are silently wrong for some shapes; those layers get a forward of ours, as an attribute of the instance, which
+dequantizes and multiplies. What was found in version 0.50.2, by comparing with a dequantization written by hand:
+
+* 4-bit, in_features no multiple of the blocksize: the AVX512-BF16 path raises, the other one is wrong by 20% and more
+  when in_features is a multiple of 16 (scales are taken per row, where they run through the whole weight).
+* 4-bit, AVX512-BF16: the first eval forward repacks the weight in place for its kernel, which needs out_features to
+  be a multiple of 32, has no backward, crashes the process on no rows, and rounds the scales for good.
+* int8, one input feature: torch._int_mm returns noise.
+* int8 main weights: there is no kernel in eval mode, and backward fails on inputs of three dimensions.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from .bnb import QuantizedWeight, dequantize_4bit, library
+from .config import BnbQuantizationConfig
+
+# Rows that bitsandbytes' packed CPU kernel takes at once.
+_PACKED_ROWS = 32
+
+
+def make_layer(
+    layer: nn.Module,
+    weight: QuantizedWeight | torch.Tensor,
+    bias: nn.Parameter | None,
+    shape: tuple[int, ...],
+    config: BnbQuantizationConfig,
+) -> nn.Module:
+    """Make the bitsandbytes layer that takes the place of a plain one, around a weight without copying it.
+
+    Args:
+        layer: the nn.Linear or Conv1D; its mode, hooks and extra attributes go over to the new one. Not changed.
+        weight: quantized, or the 16-bit main weight of int8-training, (out_features, in_features).
+        bias: (out_features,), or None.
+        shape: (out_features, in_features).
+        config: how it was quantized.
+    """
+    make = _make_int8 if config.load_in_8bit else _make_4bit
+    new = make(layer, weight, bias is not None, shape, config)
+    new._parameters["bias"] = bias
+    if weight.data.device.type == "cpu":
+        _adapt_to_cpu(new, shape, config)
+    _inherit(new, layer)
+    return new
+
+
+def _make_4bit(
+    layer: nn.Module, weight: Any, has_bias: bool, shape: tuple[int, ...], config: BnbQuantizationConfig
+) -> nn.Module:
+    options = {
+        "compress_statistics": config.bnb_4bit_use_double_quant,
+        "quant_type": config.bnb_4bit_quant_type,
+        "quant_storage": config.bnb_4bit_quant_storage,
+    }
+    new: nn.Module = _made("Linear4bit", shape, has_bias, compute_dtype=config.bnb_4bit_compute_dtype, **options)
+    new._parameters["weight"] = library().nn.Params4bit(
+        weight.data,
+        requires_grad=False,
+        quant_state=weight.quant_state,
+        blocksize=config.bnb_4bit_blocksize,
+        module=new,
+        bnb_quantized=True,
+        **options,
+    )
+    new.quant_state = weight.quant_state
+    return new
+
+
+def _make_int8(
+    layer: nn.Module, weight: Any, has_bias: bool, shape: tuple[int, ...], config: BnbQuantizationConfig
+) -> nn.Module:
+    trains = config.llm_int8_has_fp16_weight
+    new: nn.Module = _made(
+        "Linear8bitLt", shape, has_bias, has_fp16_weights=trains, threshold=float(config.llm_int8_threshold)
+    )
+    make = functools.partial(library().nn.Int8Params, has_fp16_weights=trains)
+    if trains:
+        new._parameters["weight"] = make(weight, requires_grad=layer.get_parameter("weight").requires_grad)
+    else:
+        # CB must be given: without it the first forward would quantize the int8 rows again.
+        new._parameters["weight"] = make(weight.data, requires_grad=False, CB=weight.data, SCB=weight.row_scales)
+    return new
+
+
+def _made(class_name: str, shape: tuple[int, ...], has_bias: bool, **options: Any) -> Any:
+    """Make a layer without a weight, as its constructor would, but for the half a millisecond of that.
+
+    The constructor runs once for layers that are alike; the others are copies of what it made, with containers and
+    state of their own.
+    """
+    prototype = _prototype(class_name, shape, has_bias, **options)
+    new = object.__new__(type(prototype))
+    is_own = (dict, set, library().MatmulLtState)
+    new.__dict__.update(
+        {key: copy.copy(value) if isinstance(value, is_own) else value for key, value in vars(prototype).items()}
+    )
+    return new
+
+
+@functools.lru_cache(maxsize=64)
+def _prototype(class_name: str, shape: tuple[int, ...], has_bias: bool, **options: Any) -> nn.Module:
+    made: nn.Module = getattr(library().nn, class_name)(shape[1], shape[0], has_bias, device="meta", **options)
+    return made
+
+
+def _inherit(new: nn.Module, old: nn.Module) -> None:
+    """Carry over what is not the weight: train or eval mode, hooks, and attributes that the model set itself."""
+    new.train(old.training)
+    for name, value in old.__dict__.items():
+        is_hooks = re.search("_hook(s|$)", name) and name in new.__dict__
+        if name == "_load_state_dict_pre_hooks":
+            rewrapped = [(key, type(hook)(hook.hook, new if hook.with_module else None)) for key, hook in value.items()]
+            new.__dict__[name] = OrderedDict([*new.__dict__[name].items(), *rewrapped])
+        elif is_hooks or name not in new.__dict__:
+            # The very dict of hooks, so that the handles the caller holds still remove them.
+            new.__dict__[name] = value
+
+
+def _adapt_to_cpu(layer: Any, shape: tuple[int, ...], config: BnbQuantizationConfig) -> None:
+    """Give a layer on the CPU a forward that is right for its shape, where bitsandbytes' own is not."""
+    out_features, in_features = shape
+    if config.load_in_4bit:
+        has_packed_kernel = getattr(layer, "support_avx512bf16_for_cpu", False)
+        layer.support_avx512bf16_for_cpu = False  # bitsandbytes would pack the weight itself, for good
+        if in_features % config.bnb_4bit_blocksize:
+            _set_forward(layer, _forward_4bit)
+        elif has_packed_kernel and out_features % _PACKED_ROWS == 0:
+            _set_forward(layer, _forward_packed)
+    elif config.llm_int8_has_fp16_weight:
+        _set_forward(layer, _forward_main_weights)
+    elif in_features == 1:
+        _set_forward(layer, _forward_int8)
+
+
+def _set_forward(layer: Any, forward: Callable[[Any, torch.Tensor], torch.Tensor]) -> None:
+    # A partial of a module-level function: copies and pickles with the layer.
+    layer.forward = functools.partial(forward, layer)
+
+
+def _forward_4bit(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """Multiply by the dequantized weight, which is right for every shape. x: (..., in_features)."""
+    if x.device.type != "cpu":
+        return type(layer).forward(layer, x)  # type: ignore[no-any-return]
+    dtype = layer.compute_dtype or x.dtype
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    out: torch.Tensor = _DequantizedMatmul.apply(x.to(dtype), layer.weight)  # type: ignore[no-untyped-call]
+    return (out if bias is None else out + bias).to(x.dtype)
+
+
+class _DequantizedMatmul(torch.autograd.Function):
+    """x @ weight.T for a frozen 4-bit weight, dequantized in each direction rather than kept between them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: Any) -> torch.Tensor:
+        ctx.weight = weight
+        return functional.linear(x, dequantize_4bit(weight.data, weight.quant_state, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (grad,) = grads
+        return grad @ dequantize_4bit(ctx.weight.data, ctx.weight.quant_state, grad.dtype), None
+
+
+def _forward_int8(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """Multiply by the dequantized rows. x: (..., in_features)."""
+    if x.device.type != "cpu":
+        return type(layer).forward(layer, x)  # type: ignore[no-any-return]
+    scales = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
+    weight = layer.weight.data * (scales / 127).unsqueeze(1)
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return functional.linear(x, weight.to(x.dtype), bias)
+
+
+def _forward_main_weights(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """Multiply a matrix in bitsandbytes' training mode, the one it has on the CPU. x: (..., in_features)."""
+    if x.device.type != "cpu":
+        return type(layer).forward(layer, x)  # type: ignore[no-any-return]
+    layer.state.is_training = True
+    layer.state.CB = None  # quantize the weight as it is now, whatever became of it since
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    out = library().matmul(x.reshape(-1, x.shape[-1]), layer.weight, bias=bias, state=layer.state)
+    return out.view(*x.shape[:-1], out.shape[-1])  # type: ignore[no-any-return]
+
+
+def _forward_packed(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """Multiply with the packed kernel of AVX512-BF16 CPUs, 31 times faster for one token. x: (..., in_features).
+
+    It has no backward and crashes on no rows: training and empty inputs take bitsandbytes' other path.
+    """
+    needs_grad = torch.is_grad_enabled() and x.requires_grad
+    if torch.compiler.is_compiling():
+        return type(layer).forward(layer, x)  # type: ignore[no-any-return]
+    if x.device.type != "cpu" or layer.training or needs_grad or x.numel() == 0:
+        return type(layer).forward(layer, x)  # type: ignore[no-any-return]
+    dtype = layer.compute_dtype or x.dtype
+    data, state = _packed(layer)
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    out = library().matmul_4bit(x.to(dtype), data, bias=bias, quant_state=state)
+    return out.to(x.dtype)  # type: ignore[no-any-return]
+
+
+# The packed twin of each weight that ran, beside it and not, as bitsandbytes would, instead of it: packing rounds the
+# scales, and whoever reads the weight (PEFT's merge, a state_dict) must find what was loaded.
+_packed_twins: WeakKeyDictionary[nn.Module, tuple[tuple[int, int, int], Any, torch.Tensor, Any]] = WeakKeyDictionary()
+
+
+def _packed(layer: Any) -> tuple[torch.Tensor, Any]:
+    data, state = layer.weight.data, layer.weight.quant_state
+    versions = (data.data_ptr(), _version(layer.weight), _version(state.absmax))
+    twin = _packed_twins.get(layer)
+    if twin is None or twin[0] != versions or twin[1] is not state:
+        packed = library().functional._convert_weight_packed_for_cpu(data, copy.copy(state))
+        twin = (versions, state, *packed)
+        _packed_twins[layer] = twin
+    return twin[2], twin[3]
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """Count the writes to a tensor that torch knows of; inference tensors have no count."""
+    return 0 if tensor.is_inference() else tensor._version
