@@ -1,1 +1,1 @@
-"""What loading costs, measured against the peers: `python -m benchmarks --help`."""
+"""What loading costs, measured against the peers and the machine's limits: docs/benchmarks.md."""

@@ -1,44 +1,162 @@
-"""The command line of the benchmarks."""
+"""The command line of the benchmarks; docs/benchmarks.md says what each command measures."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+from .peers import MODES, PEERS, QUANTIZING
 
-from .checkpoints import SIZES, make_checkpoint
-from .load import PEERS, compare, measure, table
+# What imports torch is imported by the command that needs it: `one` measures how long its imports take.
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command."""
+    options = _parser().parse_args(arguments)
+    options.run(options)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    commands = parser.add_subparsers(required=True, dest="command")
-    make = commands.add_parser("make", help="write a synthetic Llama checkpoint")
-    make.add_argument("size", choices=SIZES)
-    make.add_argument("folder", type=Path)
-    load = commands.add_parser("load", help="time loads of a checkpoint, peer by peer")
-    load.add_argument("folder", type=Path)
-    load.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
-    load.add_argument("--modes", nargs="+", default=["nf4", "int8"])
-    load.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
-    load.add_argument("--out", type=Path, help="where the result goes, as JSON")
-    report = commands.add_parser("report", help="a result file as a Markdown table")
-    report.add_argument("file", type=Path)
-    one = commands.add_parser("one", help="one load, in this process; what `load` calls")
-    for name in ("folder", "peer", "mode", "device"):
-        one.add_argument(name, type=Path if name == "folder" else str)
-    options = parser.parse_args()
-    if options.command == "make":
-        print(make_checkpoint(options.size, options.folder))
-    elif options.command == "one":
-        print(json.dumps(measure(options.folder, options.peer, options.mode, options.device)))
-    elif options.command == "report":
-        print(table(json.loads(options.file.read_text())))
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_limits(commands.add_parser("limits", help="measure what the machine can do"))
+    _add_make(commands.add_parser("make", help="write a synthetic checkpoint"))
+    _add_load(commands.add_parser("load", help="time loads of a checkpoint, peer by peer, against the limits"))
+    _add_report(commands.add_parser("report", help="turn result files into Markdown tables and charts"))
+    _add_one(commands.add_parser("one"))  # without a help, so that it is not listed
+    return parser
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, nargs="?", help="a checkpoint; without it no reading is measured")
+    parser.add_argument("--device", help="'cpu' or 'cuda:N' (default: the first GPU, the CPU where there is none)")
+    parser.add_argument("--cold", action="store_true", help="drop the files from the page cache and time the disk too")
+    parser.add_argument("--out", type=Path, help="where the result goes, as JSON (default: standard output)")
+    parser.add_argument("--commit", help="bigload's, where git cannot tell")
+    parser.set_defaults(run=_limits)
+
+
+def _limits(options: argparse.Namespace) -> None:
+    from .limits import describe_machine, measure_limits
+
+    device = _device(options.device)
+    result = {
+        "benchmark": "limits",
+        "checkpoint": options.folder and options.folder.name,
+        **describe_machine(device, options.commit),
+        "limits": measure_limits(options.folder, device, cold=options.cold),
+    }
+    text = json.dumps(result, indent=1) + "\n"
+    if options.out:
+        options.out.write_text(text)
     else:
-        compare(options.folder, options.peers, options.modes, options.device, options.out)
+        print(text, end="")
+
+
+def _add_make(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("size", help="tiny, 1b, 8b, 30b (Llamas) or many-N: N tensors of 4 KB, as in many-20k")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--shards", type=int, default=4, help="number of files (default: %(default)s)")
+    parser.add_argument("--quant", choices=QUANTIZING, help="write it quantized already, from a checkpoint in 16 bit")
+    parser.add_argument(
+        "--source", type=Path, help="that checkpoint (default: the folder SIZE beside FOLDER, which is made if need be)"
+    )
+    parser.set_defaults(run=_make)
+
+
+def _make(options: argparse.Namespace) -> None:
+    from .checkpoints import make_checkpoint, make_quantized
+
+    if not options.quant:
+        print(make_checkpoint(options.size, options.folder, options.shards))
+        return
+    source = options.source or options.folder.parent / options.size
+    if source.absolute() == options.folder.absolute():
+        raise SystemExit(f"'{source}' is where the checkpoint in 16 bit is: name another folder, or a --source")
+    if options.source is None:
+        make_checkpoint(options.size, source, options.shards)
+    print(make_quantized(source, options.folder, options.quant, options.shards))
+
+
+def _add_load(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="the checkpoint")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument(
+        "--modes", nargs="+", choices=MODES, help="default: nf4 int8, or stored for a checkpoint that is quantized"
+    )
+    parser.add_argument("--device", help="'cpu' or 'cuda:N' (default: the first GPU, the CPU where there is none)")
+    parser.add_argument("--cold", action="store_true", help="load once, from the disk instead of the page cache")
+    parser.add_argument(
+        "--limits", action=argparse.BooleanOptionalAction, default=True, help="measure the machine's limits first"
+    )
+    parser.add_argument("--out", type=Path, help="where the result goes, as JSON")
+    parser.add_argument("--append", action="store_true", help="add rows to the result that --out names")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds a row may take (default: %(default)s)")
+    parser.add_argument("--commit", help="bigload's, where git cannot tell")
+    parser.set_defaults(run=_load)
+
+
+def _load(options: argparse.Namespace) -> None:
+    from .load import Job, compare
+
+    compare(
+        Job(
+            options.folder,
+            _device(options.device),
+            tuple(options.peers),
+            options.modes and tuple(options.modes),
+            options.cold,
+            options.limits,
+            options.out,
+            options.append,
+            options.timeout,
+            options.commit,
+        )
+    )
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="results of `load` or `limits`")
+    parser.add_argument("--charts", type=Path, metavar="DIR", help="draw charts into this folder too; needs matplotlib")
+    parser.set_defaults(run=_report)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from .report import draw, markdown
+
+    results = [(file.stem, json.loads(file.read_text())) for file in options.files]
+    print("\n\n".join(markdown(name, result) for name, result in results))
+    if options.charts:
+        for name, result in results:
+            for path in draw(name, result, options.charts):
+                print(path, file=sys.stderr)
+
+
+def _add_one(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("peer", choices=PEERS)
+    parser.add_argument("mode", choices=MODES)
+    parser.add_argument("device")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--cold", action="store_true")
+    parser.set_defaults(run=_one)
+
+
+def _one(options: argparse.Namespace) -> None:
+    from .one import measure
+
+    row = measure(options.folder, PEERS[options.peer], options.mode, options.device, cold=options.cold)
+    options.out.write_text(json.dumps(row))
+
+
+def _device(given: str | None) -> str:
+    import torch
+
+    device = given or ("cuda:0" if torch.cuda.is_available() else "cpu")
+    return "cuda:0" if device == "cuda" else device
 
 
 if __name__ == "__main__":

@@ -1,74 +1,198 @@
-"""Synthetic Llama checkpoints of a named size: random bfloat16 weights, sharded, with a config.json."""
+"""Synthetic checkpoints of a named size, quantized or not, and the empty model that belongs to each."""
 
 from __future__ import annotations
 
 import json
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import nn
 
-from bigload import init_empty_weights
+import bigload
+from bigload import BnbQuantizationConfig, init_empty_weights
 
-# Hidden size, intermediate size, layers, heads, key-value heads, vocabulary. 1b and 8b are Llama 3's shapes.
-SIZES = {
-    "tiny": (256, 688, 4, 4, 2, 4096),
-    "1b": (2048, 8192, 16, 32, 8, 128256),
-    "8b": (4096, 14336, 32, 32, 8, 128256),
+from .files import config_of
+
+INDEX = "model.safetensors.index.json"
+
+
+class Sizes(NamedTuple):
+    """The shape of a Llama."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+
+
+# 1b and 8b are Llama 3's shapes, 30b the first Llama's.
+LLAMAS = {
+    "tiny": Sizes(256, 688, 4, 4, 2, 4096),
+    "1b": Sizes(2048, 8192, 16, 32, 8, 128256),
+    "8b": Sizes(4096, 14336, 32, 32, 8, 128256),
+    "30b": Sizes(6656, 17920, 60, 52, 52, 32000),
 }
 
 
+class Many(nn.Module):
+    """As many tensors as asked for, each 4 KB in 16 bit: blocks of ten small Linears. It computes nothing."""
+
+    def __init__(self, tensors: int) -> None:
+        super().__init__()
+        starts = range(0, tensors, 10)
+        self.blocks = nn.ModuleList(_block(min(10, tensors - start)) for start in starts)
+
+
+def _block(linears: int) -> nn.ModuleList:
+    return nn.ModuleList(nn.Linear(64, 32, bias=False) for _ in range(linears))
+
+
+def _many(size: str) -> int:
+    """Count the tensors of "many-N" ("many-20k"), 0 for any other name."""
+    found = re.fullmatch(r"many-([1-9]\d*)(k?)", size)
+    return int(found[1]) * (1000 if found[2] else 1) if found else 0
+
+
+def build(folder: Path) -> nn.Module:
+    """Build the empty model that a folder's config.json describes."""
+    config = config_of(folder)
+    if "many" in config:
+        with init_empty_weights():
+            return Many(config["many"])
+    from bigload.hf import empty_model
+
+    return empty_model(folder)
+
+
 def make_checkpoint(size: str, folder: Path, shards: int = 4) -> Path:
-    """Write a checkpoint, or leave one that is there.
+    """Write a checkpoint of random bfloat16 weights, or leave one that is there.
 
     Args:
-        size: a name in `SIZES`.
+        size: a name in `LLAMAS`, or "many-N".
         folder: where to; made if need be.
         shards: number of files, filled in the order of the model's layers.
+
+    Raises:
+        SystemExit: no such size.
     """
-    if (folder / "model.safetensors.index.json").exists():
+    if size not in LLAMAS and not _many(size):
+        raise SystemExit(f"no size is called '{size}'; there are {', '.join(LLAMAS)} and many-N, as in many-20k")
+    if (folder / INDEX).exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    hidden, intermediate, layers, heads, kv_heads, vocabulary = SIZES[size]
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=vocabulary,
-        tie_word_embeddings=False,
-        architectures=["LlamaForCausalLM"],
-        dtype="bfloat16",
-    )
-    config.save_pretrained(folder)
-    with init_empty_weights():
-        model = LlamaForCausalLM(config)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    _write_shards(folder, shapes, shards)
+    _write_config(size, folder)
+    shapes = {name: tuple(tensor.shape) for name, tensor in build(folder).state_dict().items()}
+    # 16 million numbers, repeated: drawing billions takes minutes.
+    noise = memoryview(torch.randn(2**24).mul_(0.02).bfloat16().view(torch.uint8).numpy())  # type: ignore[arg-type]
+    groups = list(_grouped({name: 2 * prod(shape) for name, shape in shapes.items()}, shards))
+    paths = [folder / _shard_name(number, len(groups)) for number in range(1, len(groups) + 1)]
+    with ThreadPoolExecutor(len(groups)) as pool:  # a file a thread: a file takes one writer at a time
+        writing = [
+            pool.submit(_write_noise, path, {name: shapes[name] for name in group}, noise)
+            for path, group in zip(paths, groups, strict=True)
+        ]
+        for done in writing:
+            done.result()
+    _write_index(folder, groups)
     return folder
 
 
-def _write_shards(folder: Path, shapes: dict[str, Any], shards: int) -> None:
-    weight_map: dict[str, str] = {}
-    bound = sum(shape.numel() for shape in shapes.values()) / shards
-    shard: dict[str, torch.Tensor] = {}
-    noise = torch.randn(2**24).mul_(0.02).bfloat16()  # repeated: drawing eight billion numbers takes minutes
-    written = 0
+def _write_config(size: str, folder: Path) -> None:
+    if _many(size):
+        (folder / "config.json").write_text(json.dumps({"many": _many(size)}))
+        return
+    from transformers import LlamaConfig
 
-    def flush() -> None:
-        nonlocal written
-        written += 1
-        name = f"model-{written:05}-of-{shards:05}.safetensors"
-        save_file(shard, folder / name, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(shard, name))
-        shard.clear()
+    sizes = LLAMAS[size]
+    LlamaConfig(
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.intermediate,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.kv_heads,
+        vocab_size=sizes.vocabulary,
+        tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    ).save_pretrained(folder)
 
+
+def _grouped(nbytes: Mapping[str, int], shards: int) -> Iterator[list[str]]:
+    """Divide tensors, in their order, into at most `shards` groups of about as many bytes."""
+    bound, group, filled, count = sum(nbytes.values()) / shards, [], 0, 1
+    for name, size in nbytes.items():
+        group.append(name)
+        filled += size
+        if filled >= bound * count and count < shards:
+            yield group
+            group, count = [], count + 1
+    if group:
+        yield group
+
+
+def _shard_name(number: int, count: int) -> str:
+    return f"model-{number:05}-of-{count:05}.safetensors"
+
+
+def _write_noise(path: Path, shapes: Mapping[str, tuple[int, ...]], noise: memoryview) -> None:
+    """Write one safetensors file whose values are the noise over and over, without a copy of it in memory."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, shape in shapes.items():
-        shard[name] = noise.repeat(-(-shape.numel() // len(noise)))[: shape.numel()].view(shape).clone()
-        if sum(tensor.numel() for tensor in shard.values()) >= bound and written < shards - 1:
-            flush()
-    flush()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        begin, end = end, end + 2 * prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for at in range(0, end, len(noise)):
+            file.write(noise[: end - at])
+
+
+def _write_index(folder: Path, groups: list[list[str]]) -> None:
+    """Write the index, last of all: a folder that has one is whole."""
+    names = {name: _shard_name(number, len(groups)) for number, group in enumerate(groups, 1) for name in group}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
+
+
+def make_quantized(source: Path, folder: Path, mode: str, shards: int = 4) -> Path:
+    """Write a checkpoint again as bitsandbytes' layers save themselves, or leave one that is there.
+
+    Args:
+        source: the checkpoint in 16 bit.
+        folder: where to; made if need be.
+        mode: as `BnbQuantizationConfig.from_mode` takes it.
+        shards: number of files.
+    """
+    from safetensors.torch import save_file
+
+    if (folder / INDEX).exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    model = bigload.load_and_quantize_model(build(source), mode, source, device_map=device, progress=False)
+    state = model.state_dict()
+    groups = list(_grouped({name: tensor.nbytes for name, tensor in state.items()}, shards))
+    for number, group in enumerate(groups, 1):
+        # Copied: layers share bitsandbytes' code tables, and safetensors refuses shared storage.
+        shard = {name: state[name].detach().to("cpu", copy=True).contiguous() for name in group}
+        save_file(shard, folder / _shard_name(number, len(groups)), metadata={"format": "pt"})
+    config = config_of(source) | {"quantization_config": _quantization_config(model, mode)}
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    _write_index(folder, groups)
+    return folder
+
+
+def _quantization_config(model: nn.Module, mode: str) -> dict[str, Any]:
+    """Say in transformers' words how a model was quantized, and which of its layers were not."""
+    kept = [path for path, module in model.named_modules() if type(module) is nn.Linear]
+    config = BnbQuantizationConfig.from_mode(mode, skip_modules=kept, bnb_4bit_compute_dtype="bf16")
+    return dict(config.to_transformers().to_dict())

@@ -1,147 +1,158 @@
-"""Seconds and memory of a load, each peer and mode in a process of its own, which loads twice."""
+"""Times loads of a checkpoint, peer by peer and mode by mode, against what the machine can do."""
 
 from __future__ import annotations
 
-import gc
 import json
 import os
-import platform
 import subprocess
 import sys
-import time
-from datetime import datetime, timezone
-from importlib.metadata import version
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from .files import config_of, shards, tensor_count, total_bytes, warm
+from .limits import describe_machine, floor
+from .peers import PEERS, can_load
 
-PEERS = ("bigload", "transformers", "accelerate")
-PACKAGES = ("torch", "bitsandbytes", "transformers", "accelerate", "safetensors")
+ROOT = Path(__file__).absolute().parent.parent
+# What two runs must have in common to stand in one result.
+SAME = ("benchmark", "checkpoint", "checkpoint_bytes", "cold", "device", "cores", "versions", "python", "commit")
 
 
-def compare(folder: Path, peers: list[str], modes: list[str], device: str, out: Path | None = None) -> dict[str, Any]:
-    """Run every peer in every mode.
+@dataclass(frozen=True)
+class Job:
+    """What to measure.
 
-    Args:
+    Attributes:
         folder: the checkpoint.
-        peers: names in `PEERS`.
-        modes: as `BnbQuantizationConfig.from_mode` takes them.
         device: "cpu" or "cuda:N".
-        out: where the result goes, written after each row so that a run that is cut keeps what it has.
-
-    Returns:
-        The machine, versions and date, and a row for each run; what a peer cannot do has its error as the row.
+        peers: names in `PEERS`.
+        modes: of `peers.MODES`; None is nf4 and int8, or "stored" for a checkpoint that is quantized.
+        cold: drop the files from the page cache before each load.
+        limits: measure the machine's limits first.
+        out: where the result goes, as JSON.
+        append: add to the result that is there.
+        timeout_s: what a row may take.
+        commit: bigload's; by default what git says.
     """
-    rows: list[dict[str, Any]] = []
-    checkpoint_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    result = {"benchmark": "load", "checkpoint_bytes": checkpoint_bytes, **_machine(device), "rows": rows}
-    for mode in modes:
-        for peer in peers:
-            command = [sys.executable, "-m", "benchmarks", "one", str(folder), peer, mode, device]
-            done = subprocess.run(command, capture_output=True, text=True)
-            last = (done.stdout.strip() or done.stderr.strip() or "no output").splitlines()[-1]
-            row = json.loads(last) if done.returncode == 0 else {"error": last}
-            rows.append({"peer": peer, "mode": mode, **row})
-            print(json.dumps(rows[-1]), flush=True)
-            if out is not None:
-                out.write_text(json.dumps(result, indent=1) + "\n")
+
+    folder: Path
+    device: str
+    peers: tuple[str, ...] = tuple(PEERS)
+    modes: tuple[str, ...] | None = None
+    cold: bool = False
+    limits: bool = True
+    out: Path | None = None
+    append: bool = False
+    timeout_s: float = 300.0
+    commit: str | None = None
+
+
+def compare(job: Job) -> dict[str, Any]:
+    """Measure every peer in every mode that it can do, each in a process of its own.
+
+    The result is written after each row, so that a run that is cut keeps what it has.
+
+    Raises:
+        SystemExit: no peer can do what is asked, or the result to add to is of something else.
+    """
+    config = config_of(job.folder)
+    modes = job.modes or (("stored",) if "quantization_config" in config else ("nf4", "int8"))
+    pairs = [(peer, mode) for mode in modes for peer in job.peers if can_load(peer, mode, config, job.device)]
+    if not pairs:
+        raise SystemExit(
+            f"none of {', '.join(job.peers)} can do {', '.join(modes)} for this checkpoint on {job.device}"
+        )
+    result = _begun(job)
+    if job.limits and not result["limits"]:
+        result["limits"] = _limits(job)
+    for peer, mode in pairs:
+        row = {"peer": peer, "mode": mode, **_row(job, peer, mode)}
+        _hold_against_the_floor(row, result)
+        result["rows"] = [old for old in result["rows"] if (old["peer"], old["mode"]) != (peer, mode)] + [row]
+        print(json.dumps(row), flush=True)
+        _write(result, job.out)
     return result
 
 
-def table(result: dict[str, Any]) -> str:
-    """Write a result as a Markdown table: seconds of the second load in a process, and memory over the model."""
-    lines = [
-        f"| {result['checkpoint_bytes'] / 1e9:.2f} GB onto {result['device']} | " + " | ".join(PEERS) + " |",
-        "|---" * (len(PEERS) + 1) + "|",
-    ]
-    for mode in dict.fromkeys(row["mode"] for row in result["rows"]):
-        rows = {row["peer"]: row for row in result["rows"] if row["mode"] == mode}
-        for name, key, unit in (("", "second_s", "s"), (", GPU memory over the model", "peak_over_final_gib", "GiB")):
-            cells = [f"{rows[peer][key]:.2f} {unit}" if key in rows.get(peer, {}) else "-" for peer in PEERS]
-            lines.append(f"| {mode}{name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _machine(device: str) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return {
-        "device": torch.cuda.get_device_name(0) if device != "cpu" else platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "versions": {name: version(name) for name in PACKAGES},
-        "python": platform.python_version(),
-        "commit": commit,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+def _begun(job: Job) -> dict[str, Any]:
+    """Begin a result, or go on with the one that is there."""
+    result = {
+        "benchmark": "load",
+        "checkpoint": job.folder.name,
+        "checkpoint_bytes": total_bytes(shards(job.folder)),
+        "tensors": tensor_count(job.folder),
+        "cold": job.cold,
+        **describe_machine(job.device, job.commit),
+        "limits": {},
+        "rows": [],
     }
+    if not job.append or job.out is None or not job.out.exists():
+        return result
+    old: dict[str, Any] = json.loads(job.out.read_text())
+    other = [name for name in SAME if old.get(name) != result[name]]
+    if other:
+        raise SystemExit(f"'{job.out}' cannot be added to: of another {', '.join(other)}")
+    return old
 
 
-def measure(folder: Path, peer: str, mode: str, device: str) -> dict[str, float]:
-    """Load twice in this process; the import of the libraries and the CUDA context are not counted.
-
-    Returns:
-        first_s, second_s: seconds of the loads. peak_over_final_gib: GPU memory above the loaded model (0 on the CPU).
-    """
-    import bitsandbytes  # noqa: F401
-
-    import bigload  # noqa: F401
-
-    load = {"bigload": _bigload, "transformers": _transformers, "accelerate": _accelerate}[peer]
-    if device != "cpu":
-        torch.zeros(1, device=device)
-    seconds, over = [], 0.0
-    for _ in range(2):
-        gc.collect()
-        if device != "cpu":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        started = time.perf_counter()
-        model = load(folder, mode, device)
-        if device != "cpu":
-            torch.cuda.synchronize()
-            over = (torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()) / 2**30
-        seconds.append(time.perf_counter() - started)
-        del model
-    return {"first_s": seconds[0], "second_s": seconds[1], "peak_over_final_gib": over}
+def _write(result: Mapping[str, Any], out: Path | None) -> None:
+    if out is not None:
+        out.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def _bigload(folder: Path, mode: str, device: str) -> Any:
-    import bigload
-    from bigload.hf import empty_model
-
-    return bigload.load_and_quantize_model(empty_model(folder), mode, folder, device_map=device, progress=False)
-
-
-def _transformers(folder: Path, mode: str, device: str) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    from bigload import BnbQuantizationConfig
-
-    config = BnbQuantizationConfig.from_mode(mode, bnb_4bit_compute_dtype="bf16").to_transformers()
-    return AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=config, device_map={"": device}, dtype=torch.bfloat16
-    )
+def _limits(job: Job) -> dict[str, Any]:
+    """Measure the limits in a process of its own, so that what it pins and allocates is gone before the loads."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "limits.json"
+        arguments = ["limits", str(job.folder.absolute()), "--device", job.device, "--out", str(out)]
+        failed = _run([*arguments, *(["--cold"] if job.cold else [])], job)
+        if failed:
+            raise SystemExit(f"the limits could not be measured: {failed}; --no-limits leaves them out")
+        return dict(json.loads(out.read_text())["limits"])
 
 
-def _accelerate(folder: Path, mode: str, device: str) -> Any:
-    from accelerate import init_empty_weights
-    from accelerate.utils import BnbQuantizationConfig, load_and_quantize_model
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _row(job: Job, peer: str, mode: str) -> dict[str, Any]:
+    missing = PEERS[peer].missing
+    if missing:
+        return {"skipped": f"{missing} is not installed"}
+    if not job.cold:
+        warm(shards(job.folder))  # the row before may have pushed files out of the page cache
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "row.json"
+        arguments = ["one", str(job.folder.absolute()), peer, mode, job.device, str(out)]
+        failed = _run([*arguments, *(["--cold"] if job.cold else [])], job)
+        # A row that was written counts, whatever became of the process as it ended.
+        return dict(json.loads(out.read_text())) if out.exists() else {"error": failed}
 
-    quant = (
-        {"load_in_8bit": True, "torch_dtype": torch.bfloat16}
-        if mode == "int8"
-        else {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": mode[:3],
-            "bnb_4bit_use_double_quant": mode.endswith("-dq"),
-            "bnb_4bit_compute_dtype": "bf16",
-        }
-    )
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    return load_and_quantize_model(
-        model,
-        BnbQuantizationConfig(**quant),
-        weights_location=folder,
-        device_map={"": 0 if device != "cpu" else device},
-    )
+
+def _run(arguments: list[str], job: Job) -> str | None:
+    """Run a command of the benchmarks in a new process. Returns what went wrong, if anything did."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}  # nothing here is on the hub, and asking takes seconds
+    if not job.cold:
+        environment["FASTSAFETENSORS_ODIRECT"] = "0"  # else it reads past the page cache
+    command = [sys.executable, "-m", "benchmarks", *arguments]
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=job.timeout_s)
+    except subprocess.TimeoutExpired:
+        return f"took longer than {job.timeout_s:g} s"
+    if done.returncode == 0:
+        return None
+    if done.returncode < 0:
+        return f"ended by signal {-done.returncode}"
+    # Of a traceback the line that names the exception; those that are indented say where, and more of what.
+    named = [line for line in done.stderr.splitlines() if line and not line.startswith(" ")]
+    return named[-1][:300] if named else f"ended with status {done.returncode}"
+
+
+def _hold_against_the_floor(row: dict[str, Any], result: Mapping[str, Any]) -> None:
+    if "first_s" not in row:
+        return
+    nbytes = result["checkpoint_bytes"]
+    best = floor(nbytes, result["limits"], row["mode"], cold=result["cold"])
+    row["gb_per_s"] = round(nbytes / 1e9 / (row["second_s"] or row["first_s"]), 4)
+    row["floor_s"] = best and round(best, 4)
+    row["ratio_first"] = best and round(row["first_s"] / best, 3)
+    row["ratio_second"] = best and row["second_s"] and round(row["second_s"] / best, 3)

@@ -19,34 +19,58 @@ from .placement import Plan
 _ABSENT = object()
 
 
-def commit(model: nn.Module, plan: Plan, landed: Mapping[str, Landed]) -> nn.Module:
-    """Put the weights into the model and its quantized layers into their places.
+class Assembly:
+    """The new parts of a model: made as the weights land, put into it in one step when all have."""
 
-    Args:
-        model: unchanged until all of its new parts are made, restored if the exchange is interrupted.
-        plan: the plan that was executed.
-        landed: from `pipeline.execute`.
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        """Prepare for a plan's weights. The model is not touched before `commit`."""
+        self._model, self._plan = model, plan
+        self._weights = {f"{path}.weight".lstrip("."): layer for path, layer in plan.layers.items()}
+        self._planned = {planned.tensor.name: planned for planned in plan.tensors}
+        self._landed: dict[str, Landed] = {}
+        self._new_layers: dict[nn.Module, nn.Module] = {}
 
-    Returns:
-        The model; where the model itself is the one layer to quantize, the layer that replaces it.
-    """
-    values = {p.tensor.name: _value(p.tensor, p.device, landed.get(p.tensor.name)) for p in plan.tensors}
-    by_any_name = {name: values[p.tensor.name] for p in plan.tensors for name in p.tensor.names}
-    new_layers = _make_layers(plan, landed, by_any_name)
-    edits: list[Edit] = []
-    for planned in plan.tensors:
-        for name in planned.tensor.names:
-            path, _, leaf = name.rpartition(".")
-            owner = model.get_submodule(path)
-            if owner not in new_layers:
-                slots = owner._parameters if planned.tensor.is_parameter else owner._buffers
-                edits.append((slots, leaf, values[planned.tensor.name]))
-    for module in model.modules():
-        edits += [(module._modules, key, new_layers[child]) for key, child in _children(module) if child in new_layers]
-        edits += _without_fused_path(module, new_layers)
-    root = new_layers.get(model, model)
-    _apply(edits + interop.attributes(root, plan))
-    return root
+    def add(self, name: str, value: Landed) -> None:
+        """Take a tensor of the plan, by its first name, and make the layer that it is the weight of."""
+        self._landed[name] = value
+        layer = next((self._weights[n] for n in self._planned[name].tensor.names if n in self._weights), None)
+        if layer is not None:
+            self._new_layers[layer] = make_layer(layer, value, self._planned[name].shape, self._plan.config)
+
+    def commit(self) -> nn.Module:
+        """Put the weights into the model and its quantized layers into their places.
+
+        Until all of its new parts are made the model is unchanged; it is restored if the exchange is interrupted.
+
+        Returns:
+            The model; where the model itself is the one layer to quantize, the layer that replaces it.
+        """
+        model, new_layers = self._model, self._new_layers
+        edits: list[Edit] = []
+        for planned in self._plan.tensors:
+            value = _value(planned.tensor, planned.device, self._landed.get(planned.tensor.name))
+            for name in planned.tensor.names:
+                path, _, leaf = name.rpartition(".")
+                owner = model.get_submodule(path)
+                if owner not in new_layers:
+                    slots = owner._parameters if planned.tensor.is_parameter else owner._buffers
+                    edits.append((slots, leaf, value))
+                elif leaf == "bias":
+                    new_layers[owner]._parameters["bias"] = self._bias(planned.tensor, value)
+        for module in model.modules():
+            edits += [
+                (module._modules, key, new_layers[child]) for key, child in _children(module) if child in new_layers
+            ]
+            edits += _without_fused_path(module, new_layers)
+        root = new_layers.get(model, model)
+        _apply(edits + interop.attributes(root, self._plan))
+        return root
+
+    def _bias(self, tensor: ModelTensor, value: Any) -> nn.Parameter:
+        """Freeze a layer's bias with its weight, as the peers have it, unless others share it."""
+        if self._plan.config.llm_int8_has_fp16_weight or len(tensor.names) > 1:
+            return value  # type: ignore[no-any-return]
+        return nn.Parameter(value.data, requires_grad=False)
 
 
 def _value(tensor: ModelTensor, device: torch.device, value: Landed | None) -> torch.Tensor | None:
@@ -71,26 +95,6 @@ def _without_fused_path(module: nn.Module, new_layers: Mapping[nn.Module, nn.Mod
     if isinstance(module, nn.TransformerEncoder):
         return [(module.__dict__, "use_nested_tensor", False)]  # which only the fused path takes
     return [(module.__dict__, "activation_relu_or_gelu", 0)]  # what it sets itself for any other activation
-
-
-def _make_layers(
-    plan: Plan, landed: Mapping[str, Landed], values: Mapping[str, torch.Tensor | None]
-) -> dict[nn.Module, nn.Module]:
-    planned = {name: p for p in plan.tensors for name in p.tensor.names}
-    trains = plan.config.llm_int8_has_fp16_weight
-    layers = {}
-    for path, layer in plan.layers.items():
-        prefix = f"{path}." if path else ""
-        weight = planned[f"{prefix}weight"]
-        bias: Any = values.get(f"{prefix}bias")
-        if bias is not None and not trains and not _is_shared(planned[f"{prefix}bias"].tensor):
-            bias = nn.Parameter(bias.data, requires_grad=False)  # frozen with its weight, as the peers have it
-        layers[layer] = make_layer(layer, landed[weight.tensor.name], bias, weight.shape, plan.config)
-    return layers
-
-
-def _is_shared(tensor: ModelTensor) -> bool:
-    return len(tensor.names) > 1
 
 
 def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -76,7 +76,7 @@ class Extent:
         file: the file.
         offset: its first byte there.
         device: where its values go.
-        rank: its number among those that pass through a slot; None if it is read straight into the parts' homes.
+        is_direct: it is read straight into its parts' homes, past the slots.
         parts: pieces of tensors, which fill it without gaps.
         nbytes: its length.
     """
@@ -84,7 +84,7 @@ class Extent:
     file: Path
     offset: int
     device: torch.device
-    rank: int | None
+    is_direct: bool
     parts: list[Part] = field(default_factory=list)
     nbytes: int = 0
 
@@ -94,10 +94,10 @@ class Extent:
             self.file == delivery.tensor.file
             and self.offset + self.nbytes == offset
             and self.device == delivery.device
-            and (self.rank is None) == _is_direct(delivery)
+            and self.is_direct == _is_direct(delivery)
             and len(self.parts) < _MOST_PARTS
             # What lies in a slot is seen in its dtype, which must be aligned.
-            and (self.rank is None or self.nbytes % delivery.tensor.dtype.itemsize == 0)
+            and (self.is_direct or self.nbytes % delivery.tensor.dtype.itemsize == 0)
         )
 
     def append(self, delivery: Delivery, begin: int, room: int) -> int:
@@ -126,15 +126,13 @@ def cut(deliveries: Sequence[Delivery], room: int) -> list[Extent]:
     """
     extents: list[Extent] = []
     extent: Extent | None = None
-    ranks = 0
     for delivery in deliveries:
         itemsize, offset = delivery.tensor.dtype.itemsize, delivery.tensor.offset
         begin, total = 0, delivery.tensor.nbytes // itemsize
         while begin < total:
             if extent is None or not extent.continues_with(delivery, offset + begin * itemsize):
-                direct = _is_direct(delivery)
-                rank, ranks = (None, ranks) if direct else (ranks, ranks + 1)
-                extent = Extent(delivery.tensor.file, offset + begin * itemsize, delivery.device, rank)
+                file, device = delivery.tensor.file, delivery.device
+                extent = Extent(file, offset + begin * itemsize, device, _is_direct(delivery))
                 extents.append(extent)
             count = extent.append(delivery, begin, room)
             begin += count

@@ -36,22 +36,21 @@ _PACKED_ROWS = 32
 def make_layer(
     layer: nn.Module,
     weight: QuantizedWeight | torch.Tensor,
-    bias: nn.Parameter | None,
     shape: tuple[int, ...],
     config: BnbQuantizationConfig,
 ) -> nn.Module:
     """Make the bitsandbytes layer that takes the place of a plain one, around a weight without copying it.
 
+    Its bias is on meta still, if it has one.
+
     Args:
         layer: the nn.Linear or Conv1D; its mode, hooks and extra attributes go over to the new one. Not changed.
         weight: quantized, or the 16-bit main weight of int8-training, (out_features, in_features).
-        bias: (out_features,), or None.
         shape: (out_features, in_features).
         config: how it was quantized.
     """
     make = _make_int8 if config.load_in_8bit else _make_4bit
-    new = make(layer, weight, bias is not None, shape, config)
-    new._parameters["bias"] = bias
+    new = make(layer, weight, layer._parameters["bias"] is not None, shape, config)
     if weight.data.device.type == "cpu":
         _adapt_to_cpu(new, shape, config)
     _inherit(new, layer)
@@ -121,7 +120,7 @@ def _inherit(new: nn.Module, old: nn.Module) -> None:
     """Carry over what is not the weight: train or eval mode, hooks, and attributes that the model set itself."""
     new.train(old.training)
     for name, value in old.__dict__.items():
-        is_hooks = re.search("_hook(s|$)", name) and name in new.__dict__
+        is_hooks = "_hook" in name and re.search("_hook(s|$)", name) and name in new.__dict__
         if name == "_load_state_dict_pre_hooks":
             rewrapped = [(key, type(hook)(hook.hook, new if hook.with_module else None)) for key, hook in value.items()]
             new.__dict__[name] = OrderedDict([*new.__dict__[name].items(), *rewrapped])

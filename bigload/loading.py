@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from . import bnb, hf
 from .checkpoint import WeightsLocation, open_checkpoint
-from .commit import commit
+from .commit import Assembly
 from .config import as_config
 from .errors import BigloadError, CheckpointError, OffloadError, listed
 from .formats import dominant_dtype
@@ -122,8 +122,9 @@ def load_and_quantize_model(
             for device, nbytes in plan.device_bytes.items():
                 logger.info("plan: %s on %s, %d layers as %s", show(nbytes), device, len(layers), config.mode)
             with _progress_bar(plan, progress) as bar:
-                landed = execute(plan, on_bytes=bar.update)
-            model = commit(model, plan, landed)
+                assembly = Assembly(model, plan)
+                execute(plan, on_bytes=bar.update, on_landed=assembly.add)
+            model = assembly.commit()
     report = LoadReport(config.mode, plan.source_bytes, time.perf_counter() - started, plan.device_bytes)
     model.load_report = report  # type: ignore[assignment]
     logger.info("%s", report)

@@ -33,24 +33,31 @@ def weights_read(owner: nn.Module) -> set[str]:
     Reads under an `if` that this instance makes false are left out. Where a method's source is not to be had, every
     child that it names counts, if it names `weight` at all.
     """
-    return {
-        child
-        for cls in type(owner).__mro__
-        if issubclass(cls, nn.Module) and cls not in _NOT_READING
+    methods = (method for cls in type(owner).__mro__ for method in _methods_naming_weights(cls))
+    return {child for method in methods for child in _read_by(method, owner)}
+
+
+@functools.cache
+def _methods_naming_weights(cls: type) -> tuple[FunctionType, ...]:
+    if not issubclass(cls, nn.Module) or cls in _NOT_READING:
+        return ()
+    members = [
+        inspect.unwrap(function)
         for name, member in vars(cls).items()
         if not _BEFORE_LOADING.fullmatch(name)
         for function in [member.fget if isinstance(member, property) else member]
         if isinstance(function, FunctionType)
-        for child in _read_by(inspect.unwrap(function), owner)
-    }
+    ]
+    # Nearly no method does, which is seen at the cost of a look at its names.
+    return tuple(m for m in members if isinstance(m, FunctionType) and "weight" in _names(m.__code__))
 
 
 def _read_by(function: FunctionType, owner: nn.Module) -> Iterator[str]:
     names = _names(function.__code__)
     me = function.__code__.co_varnames[0] if function.__code__.co_argcount else ""
     children = [name for name, _ in owner.named_children() if name in names]
-    if "weight" not in names or not children:
-        return  # nearly all methods, at the cost of a look at their names
+    if not children:
+        return
     tree = _parsed(function)
     if tree is None:
         yield from children

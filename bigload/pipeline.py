@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,18 +21,24 @@ from .memory import show
 from .placement import Plan, PlannedTensor
 from .quantize import Quantizer, quantize
 from .ring import slot_bytes
-from .stores import DeviceStore
+from .stores import DeviceStore, reserve
 from .transfer import default_stream, deliver
 
 Landed = torch.Tensor | QuantizedWeight
 
 
-def execute(plan: Plan, *, on_bytes: Callable[[int], object] = lambda count: None) -> dict[str, Landed]:
+def execute(
+    plan: Plan,
+    *,
+    on_bytes: Callable[[int], object] = lambda count: None,
+    on_landed: Callable[[str, Landed], object] = lambda name, value: None,
+) -> dict[str, Landed]:
     """Bring every tensor of a plan into its home. The model is not touched.
 
     Args:
         plan: what to do.
         on_bytes: called with the count of checkpoint bytes that have landed since the last call.
+        on_landed: called with each tensor, by its first name, as soon as it is whole; others are still being read.
 
     Returns:
         By the tensor's first name: the weight, plain or quantized. Tensors without sources are left out.
@@ -42,10 +49,17 @@ def execute(plan: Plan, *, on_bytes: Callable[[int], object] = lambda count: Non
         QuantizationError: a weight has values that its format cannot hold.
     """
     landed: dict[str, Landed] = {}
+
+    def keep(name: str, value: Landed) -> None:
+        landed[name] = value
+        on_landed(name, value)
+
     with ExitStack() as streams:
         for device in {planned.device for planned in plan.tensors}:
             streams.enter_context(default_stream(device))
-        ways = [way for planned in plan.tensors if planned.sources for way in _ways(planned, plan, landed)]
+        for device, nbytes in plan.device_bytes.items():
+            reserve(device, nbytes)
+        ways = [way for planned in plan.tensors if planned.sources for way in _ways(planned, plan, keep)]
         deliver(_in_file_order([way for way in ways if _is_stored(way.source)]), on_bytes=on_bytes)
         for way in ways:
             if not _is_stored(way.source):
@@ -93,7 +107,7 @@ class _Way:
         self.arrived(len(values))
 
 
-def _ways(planned: PlannedTensor, plan: Plan, landed: dict[str, Landed]) -> list[_Way]:
+def _ways(planned: PlannedTensor, plan: Plan, keep: Callable[[str, Landed], None]) -> list[_Way]:
     """Make ready for one tensor: memory where it needs some from the start, and a way in for each source."""
     name = planned.tensor.name
     own = planned.sources[0]
@@ -101,7 +115,7 @@ def _ways(planned: PlannedTensor, plan: Plan, landed: dict[str, Landed]) -> list
         with _out_of_memory_named(planned):
             # Itself, where nothing about it changes.
             tensor = own.tensor.detach().mT if own.transposed else own.tensor.detach()
-            landed[name] = tensor.to(planned.device).to(planned.format.dtype)
+            keep(name, tensor.to(planned.device).to(planned.format.dtype))
         return []
     with _out_of_memory_named(planned):
         sinks, finish = _sinks(planned, plan.config.landing_dtype)
@@ -112,7 +126,8 @@ def _ways(planned: PlannedTensor, plan: Plan, landed: dict[str, Landed]) -> list
         pending -= count
         if not pending:
             with _out_of_memory_named(planned):
-                landed[name] = finish()
+                value = finish()
+            keep(name, value)
 
     if not pending:
         arrived(0)
@@ -229,11 +244,11 @@ def _require_finite(landed: dict[str, Landed], plan: Plan) -> None:
         if isinstance(value, QuantizedWeight):
             checked[name] = value.scales
         elif name in main_weights:
-            checked[name] = value
+            checked[name] = value.abs()
     if not checked:
         return
-    good = torch.stack([torch.isfinite(values).all() for values in checked.values()]).tolist()
-    bad = [name for name, is_good in zip(checked, good, strict=True) if not is_good]
+    largest = torch.stack([values.amax().float() for values in checked.values()]).tolist()
+    bad = [name for name, value in zip(checked, largest, strict=True) if not math.isfinite(value)]
     if bad:
         through = "float16, whose largest value is 65504" if plan.config.load_in_8bit else f"{plan.config.torch_dtype}"
         raise QuantizationError(

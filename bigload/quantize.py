@@ -32,7 +32,7 @@ class Quantizer:
             device: where the values are, and the weight will be.
         """
         self._shape, self._format, self._dtype, self._device = shape, fmt, dtype, device
-        self._data = self._scales = torch.empty(0)
+        self._data = self._bytes = self._scales = torch.empty(0)
 
     @property
     def granule(self) -> int:
@@ -46,6 +46,9 @@ class Quantizer:
             values: (n,), contiguous, on the device; read before the next work on the default stream, and not kept.
             begin: the index of the first of them in the flattened weight.
         """
+        if len(values) == math.prod(self._shape) and self._device.type == "cuda":
+            self._data, self._scales = self._quantized(values)
+            return
         if not self._scales.numel():
             self._allocate()
         if isinstance(self._format, Int8):
@@ -56,8 +59,19 @@ class Quantizer:
     def _allocate(self) -> None:
         weight = self._format.parts(self._shape)["weight"]
         self._data = torch.empty(weight.shape, dtype=weight.dtype, device=self._device)
+        self._bytes = self._data.view(torch.uint8).view(-1)
         scales = self._shape[0] if isinstance(self._format, Int8) else -(-math.prod(self._shape) // self.granule)
         self._scales = torch.empty(scales, dtype=torch.float32, device=self._device)
+
+    def _quantized(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give bitsandbytes' own result for the whole weight, where there is nothing to put together."""
+        if isinstance(self._format, Int8):
+            data, scales, _ = library().functional.int8_vectorwise_quant(values.view(self._shape).to(torch.float16))
+            return data, scales
+        fmt = self._format
+        kernel = torch.ops.bitsandbytes.quantize_4bit.default
+        data, scales = kernel(values, fmt.blocksize, fmt.quant_type, fmt.quant_storage)
+        return data, scales
 
     def _add_rows(self, rows: torch.Tensor, begin: int) -> None:
         # On the CPU the kernel is 8 times faster on what fits the cache.
@@ -69,7 +83,7 @@ class Quantizer:
             begin += len(piece)
 
     def _add_blocks(self, values: torch.Tensor, begin: int, fmt: FourBit) -> None:
-        packed, scales = self._data.view(torch.uint8).view(-1)[begin // 2 :], self._scales[begin // fmt.blocksize :]
+        packed, scales = self._bytes[begin // 2 :], self._scales[begin // fmt.blocksize :]
         if values.device.type == "cpu":
             whole = len(values) - len(values) % fmt.blocksize
             table = _table(fmt.quant_type, self._device)
@@ -88,7 +102,7 @@ class Quantizer:
         if not self._scales.numel():
             self._allocate()
         data, scales = self._data, self._scales
-        self._data = self._scales = torch.empty(0)
+        self._data = self._bytes = self._scales = torch.empty(0)
         if isinstance(self._format, Int8):
             return QuantizedWeight(data, row_scales=scales)
         return QuantizedWeight(data, quant_state=self._state(scales, self._format))

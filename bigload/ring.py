@@ -15,8 +15,8 @@ from .memory import parse_size, show
 
 logger = logging.getLogger(__name__)
 
-SLOT_BYTES = 16 * 2**20
-RING_BYTES = 16 * SLOT_BYTES
+SLOT_BYTES = int(os.environ.get("X_SLOT", 32)) * 2**20
+RING_BYTES = 256 * 2**20
 
 
 def reader_threads() -> int:
@@ -69,13 +69,16 @@ class Ring:
         self.asked = (nbytes, pinned)
         self.slot_bytes = slot_bytes()
         if not pinned:  # what is touched costs time: no more slots than the threads keep busy
-            nbytes = min(nbytes, self.slot_bytes * (reader_threads() + 2))
-        self.memory = _pinned(nbytes, self.slot_bytes) if pinned else torch.empty(nbytes, dtype=torch.uint8)
-        self.count = len(self.memory) // self.slot_bytes
+            nbytes = min(nbytes, 3 * self.slot_bytes)
+        memory = _pinned(nbytes, self.slot_bytes) if pinned else torch.empty(nbytes, dtype=torch.uint8)
+        self.count = len(memory) // self.slot_bytes
+        self.slots = list(memory[: self.count * self.slot_bytes].view(self.count, self.slot_bytes))
+        self.buffers = [as_bytes(slot) for slot in self.slots]
 
-    def slot(self, index: int) -> torch.Tensor:
-        """Give one slot: (slot_bytes,), uint8."""
-        return self.memory[index * self.slot_bytes : (index + 1) * self.slot_bytes]
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """Give a contiguous tensor's memory, to read into."""
+    return memoryview(tensor.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _pinned(nbytes: int, slot_bytes: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import mmap
@@ -30,6 +31,18 @@ class DeviceStore:
         if self.device.type == "cpu" and made.nbytes >= _WORTH_HUGE_PAGES:
             _advise_huge_pages(made)
         return made
+
+
+def reserve(device: torch.device, nbytes: int) -> None:
+    """Let torch's allocator get memory that is about to be asked for, piece by piece, from a GPU in one piece.
+
+    A piece of its own takes 0.1 ms each, all of it 0.4 ms. What is not to be had at once may be in pieces.
+    """
+    if device.type == "cuda":
+        lacking = nbytes - (torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+        if lacking > 0:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                torch.empty(lacking, dtype=torch.uint8, device=device)
 
 
 def _advise_huge_pages(tensor: torch.Tensor) -> None:

@@ -13,17 +13,22 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
 
 import torch
 
 from .errors import CheckpointError
-from .extents import Delivery, Extent, cut
-from .ring import Ring, reader_threads, take_ring
+from .extents import Delivery, Extent, Part, cut
+from .ring import Ring, as_bytes, reader_threads, take_ring
 
-# Extents that may lie on a GPU while its default stream works on them.
-_WINDOW = 4
+# Places on a GPU for what its default stream has yet to work on, and their size.
+_WINDOW = 2
+_PLACE_BYTES = 64 * 2**20
+# Bytes that one thread reads at once.
+BLOCK_BYTES = int(os.environ.get("X_BLOCK", 4)) * 2**20
 
 
 def deliver(deliveries: Sequence[Delivery], *, on_bytes: Callable[[int], object] = lambda count: None) -> None:
@@ -44,29 +49,35 @@ def deliver(deliveries: Sequence[Delivery], *, on_bytes: Callable[[int], object]
     devices = {delivery.device for delivery in deliveries}
     with take_ring(pinned=any(device.type == "cuda" for device in devices)) as ring, ExitStack() as lanes:
         reader = Reader(cut(deliveries, ring.slot_bytes), ring)
-        ways = {device: _way(device, ring.slot_bytes) for device in devices}
+        ways = {device: _way(device) for device in devices}
         for way in ways.values():
             lanes.enter_context(way)
         with reader:
-            for extent, slot in reader:
-                copied = ways[extent.device].land(extent, slot)
-                reader.release(extent, copied)
+            for extent, slot, filled in reader:
+                reader.release(slot, ways[extent.device].land(extent, filled))
                 on_bytes(extent.nbytes)
 
 
 class Reader(AbstractContextManager["Reader"]):
-    """Fills extents ahead of their use; nothing of it outlives the `with` block."""
+    """Fills extents ahead of their use; nothing of it outlives the `with` block.
+
+    Several threads fill one extent, block by block. They and the caller meet in two queues, of free slots and of filled
+    extents, each of which wakes one who waits: a dozen threads that wake to look at a shared condition would take the
+    interpreter's lock from the one that has work to do.
+    """
 
     def __init__(self, extents: Sequence[Extent], ring: Ring) -> None:
         """Take the extents in the order in which they will be asked for."""
         self._extents, self._ring = extents, ring
-        self._copied: list[torch.cuda.Event | None] = [None] * ring.count
-        self._begun = self._released = 0
-        self._outcome: dict[int, BaseException | None] = {}
-        self._changed = threading.Condition()
+        self._blocks = self._in_order()
+        self._claiming, self._finishing = threading.Lock(), threading.Lock()
+        self._free: SimpleQueue[tuple[int, torch.cuda.Event | None] | None] = SimpleQueue()
+        self._filled: SimpleQueue[_Filling] = SimpleQueue()
+        self._descriptors: dict[Path, int] = {}
         self._stopped = False
-        self._files: dict[Path, int] = {}
-        count = min(reader_threads(), len(extents))
+        for slot in range(ring.count):
+            self._free.put((slot, None))
+        count = min(reader_threads(), sum(-(-extent.nbytes // BLOCK_BYTES) for extent in extents))
         self._threads = [threading.Thread(target=self._read_ahead, daemon=True) for _ in range(count)]
 
     def __enter__(self) -> Reader:
@@ -74,68 +85,67 @@ class Reader(AbstractContextManager["Reader"]):
             thread.start()
         return self
 
-    def __iter__(self) -> Iterator[tuple[Extent, torch.Tensor]]:
-        """Give the extents in their order, each when it is filled, with its slot (empty where there is none)."""
-        nothing = torch.empty(0, dtype=torch.uint8)
+    def __iter__(self) -> Iterator[tuple[Extent, int | None, torch.Tensor | None]]:
+        """Give the extents in their order, each when it is filled, with its slot's number and bytes if it has one."""
+        early: dict[int, _Filling] = {}
         for index, extent in enumerate(self._extents):
-            with self._changed:
-                self._changed.wait_for(lambda index=index: index in self._outcome)  # type: ignore[misc]
-                error = self._outcome.pop(index)
-            if error is not None:
-                raise error
-            yield extent, nothing if extent.rank is None else self._slot(extent.rank)[: extent.nbytes]
+            while index not in early:
+                filling = self._filled.get()
+                if filling.error is not None:
+                    raise filling.error
+                early[filling.index] = filling
+            slot = early.pop(index).slot
+            yield extent, slot, None if slot is None else self._ring.slots[slot][: extent.nbytes]
 
-    def _slot(self, rank: int) -> torch.Tensor:
-        return self._ring.slot(rank % self._ring.count)
+    def release(self, slot: int | None, copied: torch.cuda.Event | None) -> None:
+        """Let a slot be filled again, when the event has happened."""
+        if slot is not None:
+            self._free.put((slot, copied))
 
-    def release(self, extent: Extent, copied: torch.cuda.Event | None) -> None:
-        """Let the extent's slot be filled again, when the event has happened."""
-        if extent.rank is None:
-            return
-        with self._changed:
-            self._copied[extent.rank % self._ring.count] = copied
-            self._released += 1
-            self._changed.notify_all()
+    def _in_order(self) -> Iterator[tuple[_Filling, int, list[memoryview]]]:
+        """Cut the extents into blocks, each extent when there is a slot for it.
+
+        Yields:
+            The extent, the block's offset in it, and the memory to fill.
+        """
+        for index, extent in enumerate(self._extents):
+            if extent.is_direct:
+                homes = [as_bytes(part.home) for part in extent.parts if part.home is not None]
+                slot, memory = None, homes[0]
+                if len(homes) > 1:
+                    yield _Filling(index, None, 1), 0, homes
+                    continue
+            else:
+                freed = self._free.get()
+                if freed is None:
+                    return
+                slot, copied = freed
+                if copied is not None:
+                    copied.synchronize()
+                memory = self._ring.buffers[slot]
+            filling = _Filling(index, slot, -(-extent.nbytes // BLOCK_BYTES))
+            for begin in range(0, extent.nbytes, BLOCK_BYTES):
+                yield filling, begin, [memory[begin : min(begin + BLOCK_BYTES, extent.nbytes)]]
 
     def _read_ahead(self) -> None:
-        while (index := self._claim()) is not None:
-            error: BaseException | None = None
-            try:
-                self._read(self._extents[index])
-            except BaseException as caught:  # raised where the extent is asked for
-                error = caught
-            with self._changed:
-                self._outcome[index] = error
-                self._changed.notify_all()
+        try:
+            while (block := self._claim()) is not None:
+                filling, begin, memory = block
+                self._fill(self._extents[filling.index], begin, memory)
+                with self._finishing:
+                    filling.blocks -= 1
+                    is_full = not filling.blocks
+                if is_full:
+                    self._filled.put(filling)
+        except BaseException as error:  # raised where extents are asked for
+            self._filled.put(_Filling(-1, None, 0, error))
 
-    def _claim(self) -> int | None:
-        """Take the next extent, when there is a slot for it; None when there are no more."""
+    def _claim(self) -> tuple[_Filling, int, list[memoryview]] | None:
+        with self._claiming:  # where one waits for a slot, the others wait for it
+            return None if self._stopped else next(self._blocks, None)
 
-        def is_free() -> bool:
-            if self._stopped or self._begun == len(self._extents):
-                return True
-            rank = self._extents[self._begun].rank
-            return rank is None or rank < self._released + self._ring.count
-
-        with self._changed:
-            self._changed.wait_for(is_free)
-            if self._stopped or self._begun == len(self._extents):
-                return None
-            self._begun += 1
-            return self._begun - 1
-
-    def _read(self, extent: Extent) -> None:
-        if extent.rank is not None:
-            slot = self._slot(extent.rank)
-            event = self._copied[extent.rank % self._ring.count]
-            if event is not None:
-                event.synchronize()
-            self._fill(extent, [_bytes(slot[: extent.nbytes])])
-        else:
-            self._fill(extent, [_bytes(part.home) for part in extent.parts if part.home is not None])
-
-    def _fill(self, extent: Extent, buffers: list[memoryview]) -> None:
-        offset, file = extent.offset, extent.file
+    def _fill(self, extent: Extent, begin: int, buffers: list[memoryview]) -> None:
+        offset, file = extent.offset + begin, extent.file
         try:
             descriptor = self._descriptor(file)
             while buffers:
@@ -150,28 +160,36 @@ class Reader(AbstractContextManager["Reader"]):
             raise CheckpointError(f"reading '{name}' from '{file}' failed: {error}") from error
 
     def _descriptor(self, path: Path) -> int:
-        with self._changed:
-            if path not in self._files:
-                self._files[path] = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-            return self._files[path]
+        if path not in self._descriptors:
+            with self._finishing:
+                if path not in self._descriptors:
+                    self._descriptors[path] = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        return self._descriptors[path]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._changed:
-            self._stopped = True
-            self._changed.notify_all()
+        self._stopped = True
+        self._free.put(None)
         for thread in self._threads:
-            thread.join()
-        for event in self._copied:
-            if event is not None:
-                event.synchronize()  # the copy still reads the slot
-        for descriptor in self._files.values():
+            if thread.ident is not None:
+                thread.join()
+        while not self._free.empty():
+            freed = self._free.get()
+            if freed is not None and freed[1] is not None:
+                freed[1].synchronize()  # the copy still reads the slot
+        for descriptor in self._descriptors.values():
             os.close(descriptor)
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.view(torch.uint8).numpy())  # type: ignore[arg-type]
+@dataclass(eq=False)
+class _Filling:
+    """An extent, by its index, while threads fill it; or what stopped one of them."""
+
+    index: int
+    slot: int | None
+    blocks: int
+    error: BaseException | None = None
 
 
 def _without(buffers: list[memoryview], count: int) -> list[memoryview]:
@@ -186,7 +204,7 @@ def _without(buffers: list[memoryview], count: int) -> list[memoryview]:
 class _Way(AbstractContextManager["_Way"]):
     """The way of extents to one device."""
 
-    def land(self, extent: Extent, slot: torch.Tensor) -> torch.cuda.Event | None:
+    def land(self, extent: Extent, slot: torch.Tensor | None) -> torch.cuda.Event | None:
         """Bring an extent there and hand it over.
 
         Returns:
@@ -201,56 +219,86 @@ class _Way(AbstractContextManager["_Way"]):
 class _Here(_Way):
     """The way to the CPU: what was read is there."""
 
-    def land(self, extent: Extent, slot: torch.Tensor) -> None:
-        _hand_over(extent, None if extent.rank is None else slot)
+    def land(self, extent: Extent, slot: torch.Tensor | None) -> None:
+        for part in extent.parts:
+            if slot is not None:
+                part.delivery.take(part.values(slot), part.begin)
+            part.delivery.arrived(part.count)
 
 
 class _Lane(_Way):
-    """The way onto one GPU.
+    """The way onto one GPU: copies on a stream of their own, into homes or into a window on the device.
 
-    Events order all of it: a place in the window is written after the default stream has worked on what was there, and
-    worked on after it has been written.
+    A place of the window gathers a tensor, or as much of it as it holds, before the default stream takes it: few large
+    steps instead of many. Events order it all: a place is written after the default stream has worked on what was
+    there, and worked on after it has been written.
     """
 
-    def __init__(self, device: torch.device, slot_bytes: int) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._default = torch.cuda.default_stream(device)
         self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._window = [torch.empty(slot_bytes, dtype=torch.uint8, device=device) for _ in range(_WINDOW)]
+        self._window: list[torch.Tensor] = []
         self._worked = [_event() for _ in range(_WINDOW)]
-        self._next = 0
+        self._place = self._gathered = 0
 
     def __enter__(self) -> _Lane:
+        self._window = [torch.empty(_PLACE_BYTES, dtype=torch.uint8, device=self._device) for _ in range(_WINDOW)]
         # Homes and window may have been another tensor's, which the default stream has yet to finish with.
         self._copies.wait_stream(self._default)
         return self
 
-    def land(self, extent: Extent, slot: torch.Tensor) -> torch.cuda.Event:
-        home = extent.parts[0].home if len(extent.parts) == 1 else None
-        if home is not None:
-            copied = self._copy(slot, home.view(torch.uint8))
-            _hand_over(extent, None)
-            return copied
-        place = self._next = (self._next + 1) % _WINDOW
-        landed = self._window[place][: extent.nbytes]
-        self._copies.wait_event(self._worked[place])
-        copied = self._copy(slot, landed)
-        with torch.cuda.stream(self._default):
-            self._default.wait_event(copied)
-            _hand_over(extent, landed)
-            self._worked[place].record()
+    def land(self, extent: Extent, slot: torch.Tensor | None) -> torch.cuda.Event:
+        assert slot is not None
+        torch.cuda.set_stream(self._copies)  # a context would take ten times as long
+        for part in extent.parts:
+            home = part.home
+            if home is None:
+                self._gather(part, part.values(slot))
+            else:
+                home.copy_(part.values(slot), non_blocking=True)
+        copied = _recorded(self._copies)
+        torch.cuda.set_stream(self._default)  # for what is done with tensors that are whole
+        for part in extent.parts:
+            if part.home is not None:
+                part.delivery.arrived(part.count)
         return copied
 
-    def _copy(self, slot: torch.Tensor, target: torch.Tensor) -> torch.cuda.Event:
-        with torch.cuda.stream(self._copies):
-            target.copy_(slot, non_blocking=True)
-            copied = _event()
-            copied.record(self._copies)
-            return copied
+    def _gather(self, part: Part, values: torch.Tensor) -> None:
+        delivery = part.delivery
+        itemsize = values.dtype.itemsize
+        room = _PLACE_BYTES // itemsize // delivery.granule * delivery.granule
+        total, begin = delivery.tensor.nbytes // itemsize, part.begin
+        while len(values):
+            if not self._gathered:
+                self._copies.wait_event(self._worked[self._place])
+            place = self._window[self._place][: room * itemsize].view(values.dtype)
+            count = min(len(values), room - self._gathered)
+            place[self._gathered : self._gathered + count].copy_(values[:count], non_blocking=True)
+            self._gathered, begin, values = self._gathered + count, begin + count, values[count:]
+            if self._gathered == room or begin == total:
+                self._hand_over(delivery, place[: self._gathered], begin - self._gathered)
+
+    def _hand_over(self, delivery: Delivery, values: torch.Tensor, begin: int) -> None:
+        self._default.wait_event(_recorded(self._copies))
+        torch.cuda.set_stream(self._default)
+        delivery.take(values, begin)
+        delivery.arrived(len(values))
+        self._worked[self._place].record(self._default)
+        torch.cuda.set_stream(self._copies)
+        self._place, self._gathered = (self._place + 1) % _WINDOW, 0
 
     def __exit__(self, kind: object = None, *raised: object) -> None:
+        torch.cuda.set_stream(self._default)  # an error may have come between
         self._default.wait_stream(self._copies)
         if kind is not None:
             self._copies.synchronize()  # it still reads slots, and writes what is freed now
+
+
+def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    event = _event()
+    event.record(stream)
+    return event
 
 
 def _event() -> torch.cuda.Event:
@@ -258,15 +306,8 @@ def _event() -> torch.cuda.Event:
     return torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
 
 
-def _hand_over(extent: Extent, landed: torch.Tensor | None) -> None:
-    for part in extent.parts:
-        if landed is not None:
-            part.delivery.take(part.values(landed), part.begin)
-        part.delivery.arrived(part.count)
-
-
-def _way(device: torch.device, slot_bytes: int) -> _Way:
-    return _Lane(device, slot_bytes) if device.type == "cuda" else _Here()
+def _way(device: torch.device) -> _Way:
+    return _Lane(device) if device.type == "cuda" else _Here()
 
 
 @contextmanager

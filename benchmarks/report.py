@@ -1,0 +1,237 @@
+"""Result files as Markdown tables, which are all that documents may quote, and as charts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .peers import PEERS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Result = Mapping[str, Any]
+Row = Mapping[str, Any]
+
+# A checkpoint whose tensors are smaller on average is one that is measured for their number.
+SMALL_TENSOR_BYTES = 2**16
+# One for each peer; bigload's stands out.
+COLOURS = {
+    "bigload": "#0b6e4f",
+    "transformers": "#e0a458",
+    "accelerate": "#c8553d",
+    "safetensors": "#8d99ae",
+    "fastsafetensors": "#588b8b",
+}
+
+
+def markdown(name: str, result: Result) -> str:
+    """Write all that a result says.
+
+    Args:
+        name: the heading, usually the file's name.
+        result: of `load` or `limits`.
+    """
+    parts = [f"### {name}"]
+    if result["benchmark"] == "load":
+        parts += [table(result), *notes(result)]
+    if result.get("limits"):
+        parts.append(limits_table(result["limits"]))
+    return "\n\n".join([*parts, _machine(result)])
+
+
+def table(result: Result) -> str:
+    """Write the rows of a `load`: by mode the seconds, how many times the floor they are, and the memory.
+
+    The seconds are those of the second load in a process, from a cold disk of the first.
+    """
+    peers = [peer for peer in PEERS if any(row["peer"] == peer for row in result["rows"])]
+    cold = ", from a cold disk" if result.get("cold") else ""
+    lines = [
+        f"| {result['checkpoint_bytes'] / 1e9:.2f} GB onto {result['device']}{cold} | " + " | ".join(peers) + " |",
+        "|---" * (len(peers) + 1) + "|",
+    ]
+    for mode in dict.fromkeys(row["mode"] for row in result["rows"]):
+        rows = {row["peer"]: row for row in result["rows"] if row["mode"] == mode}
+        lines += chain.from_iterable(_line(mode, label, cell, peers, rows) for label, cell in _cells(result, rows))
+    return "\n".join(lines)
+
+
+def seconds(row: Row) -> float | None:
+    """Give the seconds that a row stands for; None if nothing was measured."""
+    found: float | None = row.get("second_s") or row.get("first_s")
+    return found
+
+
+def _cells(result: Result, rows: Mapping[str, Row]) -> list[tuple[str, Callable[[Row], str | None]]]:
+    """Give the lines of a mode: what is added to its name, and what stands in a cell."""
+    floor_s = next((row["floor_s"] for row in rows.values() if row.get("floor_s")), 0.0)
+    lines: list[tuple[str, Callable[[Row], str | None]]] = [("", lambda row: _seconds_text(seconds(row)))]
+    if result.get("tensors") and result["checkpoint_bytes"] < SMALL_TENSOR_BYTES * result["tensors"]:
+        count = result["tensors"]
+        label = f", for each of {count} tensors"
+        lines.append((label, lambda row: _figure(seconds(row), "{:.0f} us", 1e6 / count)))
+    else:
+        label = f", times the floor of {_seconds_text(floor_s)}"
+        lines.append((label, lambda row: _figure(row.get("ratio_second") or row.get("ratio_first"), "{:.1f}")))
+    lines.append((", GPU memory over the model", lambda row: _figure(_gpu_peak(row), "{:.2f} GiB")))
+    lines.append((", host memory over the start", lambda row: _figure(row.get("host_over_start_gib"), "{:.2f} GiB")))
+    return lines
+
+
+def _gpu_peak(row: Row) -> float | None:
+    # The second name is that of results from before November 2026.
+    found: float | None = row.get("gpu_peak_over_final_gib", row.get("peak_over_final_gib"))
+    return found
+
+
+def _seconds_text(value: float | None) -> str | None:
+    return None if value is None else f"{value:.2f} s" if value >= 0.1 else f"{value:.2g} s"
+
+
+def _figure(value: float | None, form: str, factor: float = 1.0) -> str | None:
+    return None if value is None else form.format(value * factor)
+
+
+def _line(
+    mode: str, label: str, cell: Callable[[Row], str | None], peers: Sequence[str], rows: Mapping[str, Row]
+) -> list[str]:
+    """Write a line of a mode, or none where no peer has a figure for it."""
+    cells = [cell(rows.get(peer, {})) for peer in peers]
+    if not any(cells):
+        return []
+    return [f"| {mode}{label} | " + " | ".join(text or "-" for text in cells) + " |"]
+
+
+def notes(result: Result) -> list[str]:
+    """Say what the table cannot: why cells are empty, and what its figures hide."""
+    rows = result["rows"]
+    lines = [
+        f"{row['peer']}, {row['mode']}: {outcome}: {row[outcome]}"
+        for row in rows
+        for outcome in ("skipped", "error")
+        if outcome in row
+    ]
+    mapped = [f"{row['peer']} ({row['mode']})" for row in rows if _is_mapped(row, result)]
+    if mapped:
+        lines.append(f"mapped and not read, which is left to the model's first run: {', '.join(mapped)}")
+    built = {row["peer"]: row["build_s"] for row in rows if row.get("build_s") is not None}
+    if built:
+        values = ", ".join(f"{peer} {_seconds_text(value)}" for peer, value in built.items())
+        lines.append(f"building the empty model is not in the seconds, but for transformers: {values}")
+    return ["\n".join(f"- {line}" for line in lines)] if lines else []
+
+
+def _is_mapped(row: Row, result: Result) -> bool:
+    """Ask whether a load onto the CPU left its bytes in the files: it keeps less than half of them in memory."""
+    kept = row.get("host_kept_gib")
+    on_cpu = row.get("gpu_final_gib") is None
+    return (
+        on_cpu and kept is not None and row["mode"] in ("none", "stored") and kept * 2**31 < result["checkpoint_bytes"]
+    )
+
+
+def limits_table(limits: Mapping[str, Any]) -> str:
+    """Write what a machine can do."""
+    lines = ["| limit | |", "|---|---|"]
+    names = {
+        "link_gb_per_s": "pinned host memory to GPU",
+        "memory_gb_per_s": "page cache to memory of the checkpoint's size",
+        "cold_disk_gb_per_s": "disk",
+    }
+    lines += [f"| {text} | {limits[key]:.1f} GB/s |" for key, text in names.items() if key in limits]
+    if "page_cache_gb_per_s" in limits:
+        speeds = limits["page_cache_gb_per_s"]
+        values = " / ".join(f"{speed:.1f}" for speed in speeds.values())
+        lines.append(f"| page cache to reused buffers, {' / '.join(speeds)} threads | {values} GB/s |")
+    if "pinning_s_per_gib" in limits:
+        lines.append(f"| pinning | {limits['pinning_s_per_gib']:.2f} s a GiB |")
+    for mode, speeds in limits.get("quantize_gb_per_s", {}).items():
+        values = ", ".join(f"{who} {speed:.3g}" for who, speed in speeds.items())
+        lines.append(f"| quantizing to {mode}, of 16-bit input | {values} GB/s |")
+    return "\n".join(lines)
+
+
+def _machine(result: Result) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items() if number)
+    return (
+        f"{result['device']}, {result['cores']} cores; Python {result['python']}, {versions}; "
+        f"commit {result['commit']}, {result['date'][:10]}"
+    )
+
+
+def draw(name: str, result: Result, folder: Path) -> list[Path]:
+    """Draw the charts of a result.
+
+    Args:
+        name: how the files' names begin.
+        result: of `load` or `limits`.
+        folder: where they go; made if need be.
+
+    Returns:
+        The files written: NAME-seconds.png, of a `load`, and NAME-page-cache.png, where the limits were measured.
+
+    Raises:
+        SystemExit: matplotlib is not installed.
+    """
+    charts: dict[str, Callable[[Axes, Result], None]] = {}
+    if any(seconds(row) for row in result.get("rows", ())):
+        charts["seconds"] = _draw_seconds
+    if result.get("limits", {}).get("page_cache_gb_per_s"):
+        charts["page-cache"] = _draw_page_cache
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise SystemExit(f"charts need matplotlib ({error}): pip install '.[plot]'") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for kind, chart in charts.items():
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.subplots()
+        axes.spines[["top", "right"]].set_visible(False)
+        chart(axes, result)
+        paths.append(folder / f"{name}-{kind}.png")
+        figure.savefig(paths[-1], dpi=150)
+    return paths
+
+
+def _draw_seconds(axes: Axes, result: Result) -> None:
+    """Draw a group of bars for each mode, a bar for each peer that was measured, and the floor across them."""
+    modes = list(dict.fromkeys(row["mode"] for row in result["rows"] if seconds(row)))
+    for at, mode in enumerate(modes):
+        rows = {row["peer"]: row for row in result["rows"] if row["mode"] == mode and seconds(row)}
+        peers = [peer for peer in PEERS if peer in rows]
+        width = 0.8 / len(peers)
+        for place, peer in enumerate(peers):
+            x = at - 0.4 + (place + 0.5) * width
+            bar = axes.bar(x, seconds(rows[peer]) or 0.0, 0.9 * width, color=COLOURS[peer], label=peer)
+            axes.bar_label(bar, fmt="%.2f", fontsize=8)
+        floor_s = next((row["floor_s"] for row in rows.values() if row.get("floor_s")), None)
+        if floor_s:
+            axes.hlines(floor_s, at - 0.45, at + 0.45, colors="black", linestyles="dashed", label="floor")
+    axes.set_xticks(range(len(modes)), modes)
+    axes.set_ylabel("seconds")
+    axes.set_title(f"{result['checkpoint_bytes'] / 1e9:.2f} GB onto {result['device']}", fontsize=10)
+    handles, labels = axes.get_legend_handles_labels()
+    named = dict(zip(labels, handles, strict=True))  # each name once
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.08), "ncols": len(named)}
+    small = {"fontsize": 8, "columnspacing": 1.2, "handlelength": 1.5}
+    axes.legend(named.values(), named.keys(), frameon=False, **below, **small)
+
+
+def _draw_page_cache(axes: Axes, result: Result) -> None:
+    """Draw the speed of reading by the count of threads, with the link to the GPU as a line."""
+    speeds = result["limits"]["page_cache_gb_per_s"]
+    counts = [int(count) for count in speeds]
+    axes.plot(counts, list(speeds.values()), marker="o", color=COLOURS["bigload"], label="page cache")
+    link = result["limits"].get("link_gb_per_s")
+    if link:
+        axes.axhline(link, color="black", linestyle="dashed", label="link to the GPU")
+    axes.set_xticks(counts)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("threads")
+    axes.set_ylabel("GB/s")
+    axes.set_title(f"Page cache to reused buffers, {result['device']}", fontsize=10)
+    axes.legend(frameon=False)

@@ -1,0 +1,376 @@
+"""The benchmark suite: small checkpoints on the CPU, and results made by hand."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True, scope="module")
+def importable():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT)
+        yield
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, importable):
+    return made("tiny", tmp_path_factory.mktemp("checkpoints") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory, importable):
+    return made("many-50", tmp_path_factory.mktemp("checkpoints") / "many")
+
+
+def made(size, folder, *options):
+    run("make", size, folder, *options)
+    return folder
+
+
+def run(*arguments):
+    from benchmarks.__main__ import main
+
+    main([str(argument) for argument in arguments])
+
+
+def stored(folder):
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def job(folder, **options):
+    from benchmarks.load import Job
+
+    return Job(folder, "cpu", **{"limits": False, "commit": "abc", **options})
+
+
+# make
+
+
+@pytest.mark.parametrize("name", ["tiny", "many"])
+def test_checkpoint_fits_the_empty_model_that_its_folder_builds(name, request):
+    from benchmarks.checkpoints import build
+
+    folder = request.getfixturevalue(name)
+    model = build(folder)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    expected = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    found = stored(folder)
+    assert {key: tensor.shape for key, tensor in found.items()} == expected
+    assert all(tensor.dtype == torch.bfloat16 and tensor.float().std() > 0.01 for tensor in found.values())
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    assert index.keys() == expected.keys()
+    for file in sorted(set(index.values())):
+        with safe_open(folder / file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+            assert set(opened.keys()) == {key for key in index if index[key] == file}
+
+
+def test_many_is_that_many_tensors_of_four_kilobytes(many):
+    assert [tensor.nbytes for tensor in stored(many).values()] == [4096] * 50
+
+
+def test_shards_are_as_many_as_asked_and_of_like_size(tmp_path):
+    folder = made("many-50", tmp_path / "many", "--shards", 3)
+    sizes = [file.stat().st_size for file in folder.glob("*.safetensors")]
+    assert len(sizes) == 3
+    assert max(sizes) < 1.2 * min(sizes)
+
+
+def test_unknown_size_is_named(tmp_path):
+    with pytest.raises(SystemExit, match="no size is called 'many-x'; there are tiny, 1b, 8b, 30b and many-N"):
+        run("make", "many-x", tmp_path / "x")
+
+
+def test_quantized_checkpoint_has_bitsandbytes_names_and_says_what_was_kept(tiny, tmp_path):
+    folder = made("tiny", tmp_path / "nf4", "--quant", "nf4-dq", "--source", tiny)
+    found = stored(folder)
+    layer = "model.layers.0.mlp.up_proj.weight"
+    assert {name.removeprefix(layer) for name in found if name.startswith(layer)} == {
+        "",
+        ".absmax",
+        ".quant_map",
+        ".nested_absmax",
+        ".nested_quant_map",
+        ".quant_state.bitsandbytes__nf4",
+    }
+    assert found["lm_head.weight"].dtype == torch.bfloat16
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == "llama"
+    assert config["quantization_config"]["llm_int8_skip_modules"] == ["lm_head"]
+    assert config["quantization_config"]["bnb_4bit_use_double_quant"] is True
+
+
+def test_quantized_checkpoint_makes_its_source_beside_it_and_never_over_it(tmp_path):
+    folder = made("many-10", tmp_path / "int8", "--quant", "int8")
+    assert len(stored(tmp_path / "many-10")) == 10
+    assert {name.rpartition(".")[2] for name in stored(folder)} == {"weight", "SCB", "weight_format"}
+    with pytest.raises(SystemExit, match="name another folder"):
+        run("make", "many-10", tmp_path / "many-10", "--quant", "int8")
+
+
+# limits
+
+
+def test_limits_of_a_cpu(many, tmp_path):
+    run("limits", many, "--device", "cpu", "--cold", "--out", tmp_path / "limits.json")
+    result = json.loads((tmp_path / "limits.json").read_text())
+    limits = result["limits"]
+    assert result["cores"] > 0
+    assert result["versions"]["torch"] == torch.__version__
+    assert list(limits["page_cache_gb_per_s"])[:2] == ["1", "2"]
+    assert all(0 < speed < 1000 for speed in limits["page_cache_gb_per_s"].values())
+    assert 0 < limits["memory_gb_per_s"] < 1000
+    assert 0 < limits["cold_disk_gb_per_s"] < 1000
+    assert limits["quantize_gb_per_s"].keys() == {"nf4", "fp4", "int8"}
+    assert all(speed > 0 for by in limits["quantize_gb_per_s"].values() for speed in by.values())
+    assert "link_gb_per_s" not in limits
+
+
+GPU = {"link_gb_per_s": 50.0, "page_cache_gb_per_s": {"1": 5.0, "16": 40.0}, "cold_disk_gb_per_s": 4.0}
+CPU = {"page_cache_gb_per_s": {"1": 5.0, "2": 8.0}, "memory_gb_per_s": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("limits", "mode", "cold", "seconds"),
+    [
+        (GPU, "nf4", False, 1.0),  # the page cache is the slowest
+        (GPU, "none", False, 1.0),
+        (GPU | {"link_gb_per_s": 20.0}, "nf4", False, 2.0),
+        (GPU, "nf4", True, 10.0),
+        (CPU, "int8", False, 5.0),
+        (CPU, "none", False, 20.0),
+        (CPU, "stored", False, 20.0),
+        (CPU, "int8", True, None),  # not measured
+        ({}, "int8", False, None),
+    ],
+)
+def test_floor_is_the_slowest_stage(limits, mode, cold, seconds):
+    from benchmarks.limits import floor
+
+    assert floor(40 * 10**9, limits, mode, cold=cold) == seconds
+
+
+def test_every_byte_is_read_once_whatever_the_threads(tiny):
+    from benchmarks.files import opened, read, shards, total_bytes
+
+    whole = b"".join(file.read_bytes() for file in shards(tiny))
+    for threads in (1, 3):
+        buffer = memoryview(bytearray(total_bytes(shards(tiny))))
+        with opened(shards(tiny)) as pieces:
+            read(pieces, threads, lambda piece, thread, turn, buffer=buffer: buffer[piece.position :])
+        assert buffer == whole
+
+
+def test_host_memory_is_what_the_block_took_at_most():
+    from benchmarks.host import watched_host
+
+    with watched_host(on_gpu=False) as host:
+        filled = torch.ones(2**26)  # 256 MiB
+        torch.ones(2**10)[: len(filled[:1])].sum()
+        del filled
+    if host.over_start_gib is None:
+        pytest.skip("the system does not tell a process's memory")
+    assert host.over_start_gib > 0.2
+    assert host.kept_gib < 0.1
+
+
+# load
+
+
+def test_load_measures_each_peer_in_each_mode_and_appends(tiny, tmp_path):
+    out = tmp_path / "out.json"
+    options = ("--device", "cpu", "--out", out, "--commit", "abc")
+    run("load", tiny, *options, "--peers", "bigload", "safetensors", "--modes", "none", "int8")
+    result = json.loads(out.read_text())
+    assert [(row["peer"], row["mode"]) for row in result["rows"]] == [
+        ("bigload", "none"),
+        ("safetensors", "none"),
+        ("bigload", "int8"),  # safetensors cannot quantize
+    ]
+    for row in result["rows"]:
+        assert row["first_s"] > 0
+        assert row["second_s"] > 0
+        assert row["imports_s"] > 0.1
+        assert row["ratio_first"] == pytest.approx(row["first_s"] / row["floor_s"], rel=0.1)
+        assert row["ratio_second"] == pytest.approx(row["second_s"] / row["floor_s"], rel=0.1)
+        assert row["gb_per_s"] == pytest.approx(result["checkpoint_bytes"] / 1e9 / row["second_s"], rel=0.1)
+        assert row["gpu_peak_over_final_gib"] is None
+        assert (row["build_s"] is None) == (row["peer"] == "safetensors")
+    assert result["checkpoint_bytes"] > 10**6
+    assert result["checkpoint"] == "tiny"
+
+    run("load", tiny, *options, "--peers", "safetensors", "--modes", "none", "--append")
+    again = json.loads(out.read_text())
+    assert again["limits"] == result["limits"]  # not measured a second time
+    assert again["rows"][:2] == [result["rows"][0], result["rows"][2]]
+    assert again["rows"][2]["peer"] == "safetensors"
+
+
+def test_cold_load_is_one(many):
+    from benchmarks.load import compare
+
+    result = compare(job(many, peers=("safetensors",), modes=("none",), cold=True))
+    (row,) = result["rows"]
+    assert row["second_s"] is None
+    assert row["gb_per_s"] == pytest.approx(result["checkpoint_bytes"] / 1e9 / row["first_s"], rel=0.1)
+    assert "cached_share_after_drop" in row
+
+
+def test_result_of_another_checkpoint_is_not_added_to(tiny, many, tmp_path):
+    from benchmarks.load import compare
+
+    options = {"peers": ("safetensors",), "modes": ("none",), "out": tmp_path / "out.json", "append": True}
+    compare(job(many, **options))
+    with pytest.raises(SystemExit, match="cannot be added to: of another checkpoint"):
+        compare(job(tiny, **options))
+
+
+def test_absent_peer_is_skipped_with_the_reason(many, monkeypatch):
+    from benchmarks.load import compare
+    from benchmarks.peers import PEERS
+
+    absent = dataclasses.replace(PEERS["fastsafetensors"], modules=("torch", "no_such_package"))
+    monkeypatch.setitem(PEERS, "fastsafetensors", absent)
+    result = compare(job(many, peers=("fastsafetensors",), modes=("none",)))
+    assert result["rows"] == [
+        {"peer": "fastsafetensors", "mode": "none", "skipped": "no_such_package is not installed"}
+    ]
+
+
+def test_row_that_fails_says_why(many, tmp_path):
+    from benchmarks.load import compare
+
+    (row,) = compare(job(many, peers=("safetensors",), modes=("none",), timeout_s=0.01))["rows"]
+    assert row["error"] == "took longer than 0.01 s"
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    header = {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+    text = json.dumps(header).encode()
+    (broken / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    (row,) = compare(job(broken, peers=("safetensors",), modes=("none",)))["rows"]
+    assert "SafetensorError" in row["error"]
+
+
+def test_what_no_peer_can_do_is_said(many):
+    from benchmarks.load import compare
+
+    with pytest.raises(SystemExit, match="none of transformers can do none for this checkpoint on cpu"):
+        compare(job(many, peers=("transformers",), modes=("none",)))
+
+
+@pytest.mark.parametrize(
+    ("peer", "mode", "config", "device", "can"),
+    [
+        ("bigload", "nf4", {}, "cpu", True),
+        ("bigload", "stored", {}, "cpu", False),
+        ("bigload", "stored", {"quantization_config": {}}, "cpu", True),
+        ("bigload", "nf4", {"quantization_config": {}}, "cpu", False),
+        ("transformers", "nf4", {"model_type": "llama"}, "cpu", True),
+        ("transformers", "nf4", {"many": 50}, "cpu", False),
+        ("accelerate", "nf4", {}, "cpu", False),
+        ("accelerate", "none", {}, "cpu", True),
+        ("accelerate", "nf4", {}, "cuda:0", True),
+        ("safetensors", "nf4", {}, "cpu", False),
+        ("fastsafetensors", "stored", {"quantization_config": {}}, "cpu", True),
+    ],
+)
+def test_peers_are_asked_for_what_they_can_do(peer, mode, config, device, can):
+    from benchmarks.peers import can_load
+
+    assert can_load(peer, mode, config, device) is can
+
+
+def test_imports_are_timed_from_a_process_without_torch():
+    code = "import sys, benchmarks.__main__, benchmarks.one; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+# report
+
+
+def result(**fields):
+    rows = [
+        {"peer": "bigload", "mode": "nf4", "first_s": 0.8, "second_s": 0.5, "build_s": 0.1, "floor_s": 0.4}
+        | {"ratio_second": 1.25, "gpu_peak_over_final_gib": 0.1, "gpu_final_gib": 5.0, "host_over_start_gib": 0.25},
+        {"peer": "accelerate", "mode": "nf4", "error": "took longer than 300 s"},
+        {"peer": "safetensors", "mode": "none", "first_s": 0.01, "second_s": 0.0012, "gpu_final_gib": None}
+        | {"floor_s": 0.4, "ratio_second": 0.003, "host_kept_gib": 0.0},
+    ]
+    return {
+        "benchmark": "load",
+        "checkpoint_bytes": 16 * 10**9,
+        "tensors": 291,
+        "cold": False,
+        "device": "GPU",
+        "cores": 16,
+        "versions": {"torch": "2.11.0", "fastsafetensors": None},
+        "python": "3.12.3",
+        "commit": "abc",
+        "date": "2026-11-22T03:36:00+00:00",
+        "limits": GPU | {"pinning_s_per_gib": 0.4, "quantize_gb_per_s": {"nf4": {"bitsandbytes": 150.0}}},
+        "rows": rows,
+        **fields,
+    }
+
+
+def test_table_has_seconds_floor_and_memory_by_mode():
+    from benchmarks.report import table
+
+    assert table(result()).splitlines() == [
+        "| 16.00 GB onto GPU | bigload | accelerate | safetensors |",
+        "|---|---|---|---|",
+        "| nf4 | 0.50 s | - | - |",
+        "| nf4, times the floor of 0.40 s | 1.2 | - | - |",
+        "| nf4, GPU memory over the model | 0.10 GiB | - | - |",
+        "| nf4, host memory over the start | 0.25 GiB | - | - |",
+        "| none | - | - | 0.0012 s |",
+        "| none, times the floor of 0.40 s | - | - | 0.0 |",
+    ]
+
+
+def test_table_of_many_tensors_tells_what_each_costs():
+    from benchmarks.report import table
+
+    rows = [{"peer": "bigload", "mode": "none", "first_s": 1.0, "second_s": 0.5, "floor_s": 0.01, "ratio_second": 50.0}]
+    lines = table(result(checkpoint_bytes=10_000 * 4096, tensors=10_000, rows=rows)).splitlines()
+    assert lines[2:] == ["| none | 0.50 s |", "| none, for each of 10000 tensors | 50 us |"]
+
+
+def test_report_explains_what_the_table_cannot(tmp_path, capsys):
+    (tmp_path / "a.json").write_text(json.dumps(result()))
+    run("report", tmp_path / "a.json", tmp_path / "a.json")
+    text = capsys.readouterr().out
+    assert text.count("### a\n") == 2
+    assert "- accelerate, nf4: error: took longer than 300 s" in text
+    assert "mapped and not read, which is left to the model's first run: safetensors (none)" in text
+    assert "but for transformers: bigload 0.10 s" in text
+    assert "| page cache to reused buffers, 1 / 16 threads | 5.0 / 40.0 GB/s |" in text
+    assert "| quantizing to nf4, of 16-bit input | bitsandbytes 150 GB/s |" in text
+    assert "GPU, 16 cores; Python 3.12.3, torch 2.11.0; commit abc, 2026-11-22" in text
+
+
+def test_charts_are_pictures(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "a.json").write_text(json.dumps(result()))
+    run("report", tmp_path / "a.json", "--charts", tmp_path / "charts")
+    names = ("a-page-cache.png", "a-seconds.png")
+    assert sorted(path.name for path in (tmp_path / "charts").iterdir()) == list(names)
+    for name in names:
+        assert (tmp_path / "charts" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_charts_without_matplotlib_say_what_to_install(tmp_path, monkeypatch):
+    from benchmarks.report import draw
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(SystemExit, match=r"pip install '\.\[plot\]'"):
+        draw("a", result(), tmp_path)
