@@ -14,7 +14,6 @@ import os
 import pickle
 import re
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,8 @@ import torch
 from . import formats
 from .errors import CheckpointError, listed
 from .hub import hub_folder, is_hub_id
+from .prequantized import QuantizedTensor, gathered
+from .stored import LazyTensor, StoredTensor
 
 WeightsLocation = str | os.PathLike[str]
 
@@ -72,34 +73,16 @@ _IN_FOLDERS = (
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """One tensor of a checkpoint: `nbytes` contiguous bytes at `offset` of `file`."""
-
-    name: str
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class LazyTensor(StoredTensor):
-    """A tensor whose bytes do not lie in a file as they are: pickled, or computed from others. Offset is its rank.
-
-    Attributes:
-        load: gives the values, on the CPU; they may be mapped, so they are copied and not kept.
-    """
-
-    load: Callable[[], torch.Tensor]
-
-
-@dataclass(frozen=True)
 class Checkpoint:
-    """All tensors of a checkpoint by name, in the order of their files and offsets."""
+    """All tensors of a checkpoint by name, in the order of their files and offsets; quantized weights as one each."""
 
     location: Path
     tensors: dict[str, StoredTensor]
+
+    @property
+    def is_quantized(self) -> bool:
+        """Ask whether it holds weights that bitsandbytes has quantized."""
+        return any(isinstance(tensor, QuantizedTensor) for tensor in self.tensors.values())
 
     @property
     def dominant_dtype(self) -> torch.dtype:
@@ -141,8 +124,8 @@ def _open(location: Path) -> Checkpoint:
             "an .index.json file, or a folder with one of them"
         )
     if location.name.endswith(".json"):
-        return Checkpoint(location, _read_index(location))
-    return Checkpoint(location, _read_file(location))
+        return Checkpoint(location, gathered(_read_index(location)))
+    return Checkpoint(location, gathered(_read_file(location)))
 
 
 def _find_in_folder(folder: Path) -> Path:
@@ -189,18 +172,6 @@ def _read_index(path: Path) -> dict[str, StoredTensor]:
         for name, tensor in header.items()
         if weight_map.get(name) == shard
     }
-
-
-def read_whole(tensor: StoredTensor) -> torch.Tensor:
-    """Read one tensor into memory, all at once."""
-    if isinstance(tensor, LazyTensor):
-        return tensor.load()
-    with tensor.file.open("rb") as file:
-        file.seek(tensor.offset)
-        raw = bytearray(file.read(tensor.nbytes))
-    if len(raw) < tensor.nbytes:
-        raise CheckpointError(f"'{tensor.file}' ended while '{tensor.name}' was read: it was cut meanwhile")
-    return torch.frombuffer(raw, dtype=tensor.dtype).view(tensor.shape) if raw else torch.empty(tensor.shape)
 
 
 def _read_file(path: Path) -> dict[str, StoredTensor]:

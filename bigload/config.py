@@ -290,8 +290,8 @@ def as_config(given: Any) -> BnbQuantizationConfig:
         return BnbQuantizationConfig.from_accelerate(given)
     if given is None:
         raise ConfigError(
-            "bnb_quantization_config is None, which means a checkpoint that is already quantized; "
-            f"this version quantizes while it loads: give a config or one of {', '.join(MODES)}"
+            "bnb_quantization_config is None, which means a checkpoint that is quantized already, and this one is not: "
+            f"give a config or one of {', '.join(MODES)}"
         )
     raise ConfigError(
         f"bnb_quantization_config is a {type(given).__name__}; expected a BnbQuantizationConfig (bigload's or "

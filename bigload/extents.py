@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import StoredTensor
+from .stored import StoredTensor
 
 # Buffers that one call of preadv fills on every system.
 _MOST_PARTS = 1000

@@ -11,11 +11,13 @@ from itertools import chain, islice
 
 import torch
 
-from .checkpoint import Checkpoint, LazyTensor, StoredTensor, read_whole
+from .checkpoint import Checkpoint
 from .errors import CheckpointError, ConfigError, counted, listed
 from .hf import KeyConversion
 from .modules import ModelTensor
+from .prequantized import QuantizedTensor
 from .rearrange import Traced
+from .stored import LazyTensor, StoredTensor, read_whole
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +86,6 @@ def sources_in_checkpoint(
         ConfigError: two checkpoint keys are renamed to one, or a pattern is not a regular expression.
     """
     renamed = _renamed(checkpoint, key_mapping)
-    _require_unquantized(renamed, checkpoint)
     stored = _by_model_name(renamed, conversion)
     found = {
         tensor.name: next((stored[name] for name in tensor.names if name in stored), None)
@@ -127,6 +128,11 @@ def _by_model_name(stored: Mapping[str, StoredTensor], conversion: KeyConversion
         name, pattern = conversion.target(key) if conversion else (key, None)
         if pattern is None:
             found.setdefault(name, _Found((Source(stored[key]),), stored[key].shape, stored[key]))
+        elif isinstance(stored[key], QuantizedTensor):
+            raise CheckpointError(
+                f"'{key}' is quantized already, and this model holds it combined with others as '{name}', which only "
+                "plain weights can be: give the original checkpoint"
+            )
         else:
             groups.setdefault(name, {}).setdefault(pattern, []).append(stored[key])
     for name, group in groups.items():
@@ -223,15 +229,6 @@ def _renamed_by(function: Callable[[str], str], key: str) -> str:
     return name
 
 
-def _require_unquantized(stored: Mapping[str, StoredTensor], checkpoint: Checkpoint) -> None:
-    packed = [key for key in stored if ".quant_state.bitsandbytes__" in key or key.endswith(".SCB")]
-    if packed:
-        raise CheckpointError(
-            f"'{checkpoint.location}' is quantized by bitsandbytes already: it holds {listed(packed, limit=2)}; this "
-            "version quantizes while it loads: give the original checkpoint"
-        )
-
-
 def _warn_of_split_ties(tensors: Sequence[ModelTensor], stored: Mapping[str, _Found]) -> None:
     """Say when a tied weight is stored under several names with different values, of which one is taken."""
     for tensor in tensors:
@@ -252,6 +249,8 @@ def _differ(one: StoredTensor, other: StoredTensor) -> bool:
 
 def _ends(tensor: StoredTensor, nbytes: int = 65536) -> tuple[bytes, bytes]:
     """Read a little of a tensor at both ends, which tells two weights apart as well as all of them would."""
+    if isinstance(tensor, QuantizedTensor):
+        return _ends(tensor.parts["weight"], nbytes)
     if isinstance(tensor, LazyTensor):
         raw = tensor.load().detach().contiguous().view(-1).view(torch.uint8)
         return raw[:nbytes].numpy().tobytes(), raw[-nbytes:].numpy().tobytes()
@@ -335,7 +334,11 @@ def _likely_ties(
 
 def _require_fit(tensors: Sequence[ModelTensor], found: Mapping[str, _Found | None]) -> None:
     pairs = [(tensor, each) for tensor in tensors if (each := found.get(tensor.name)) is not None]
-    wrong = {t.name: (each.shape, t.shape, each.first) for t, each in pairs if each.shape != t.shape}
+    # A Conv1D weight, (in, out) in the model, is quantized and stored as (out, in); which of both it is shows later.
+    fits = {t.name for t, each in pairs if isinstance(each.first, QuantizedTensor) and each.shape == t.shape[::-1]}
+    wrong = {
+        t.name: (each.shape, t.shape, each.first) for t, each in pairs if each.shape != t.shape and t.name not in fits
+    }
     if wrong:
         cases = [
             f"'{name}' has shape {stored} in '{tensor.file.name}', the model expects {expected}"
@@ -349,11 +352,17 @@ def _require_fit(tensors: Sequence[ModelTensor], found: Mapping[str, _Found | No
     rounded = [t.name for t, each in pairs if not t.value.is_floating_point() and each.first.dtype.is_floating_point]
     if rounded:
         raise CheckpointError(f"{listed(rounded)}: stored as floating numbers, where the model has integers")
-    packed = [each.first for t, each in pairs if t.value.is_floating_point() and each.first.dtype not in _FLOATS]
+    packed = [
+        each.first
+        for t, each in pairs
+        if t.value.is_floating_point()
+        and each.first.dtype not in _FLOATS
+        and not isinstance(each.first, QuantizedTensor)
+    ]
     if packed:
         verb = "is" if len(packed) == 1 else "are"
         raise CheckpointError(
             f"{listed(s.name for s in packed)} {verb} stored as {packed[0].dtype} in '{packed[0].file.name}', the "
-            "model expects a 16 to 64 bit floating dtype: this version does not read quantized checkpoints; "
-            "give the original one"
+            "model expects a 16 to 64 bit floating dtype, or what bitsandbytes writes with its scales beside it; give "
+            "the original checkpoint"
         )

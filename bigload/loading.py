@@ -15,16 +15,17 @@ from torch import nn
 from tqdm import tqdm
 
 from . import bnb, hf
-from .checkpoint import WeightsLocation, open_checkpoint
+from .checkpoint import Checkpoint, WeightsLocation, open_checkpoint
 from .commit import Assembly
-from .config import as_config
+from .config import BnbQuantizationConfig, as_config
 from .errors import BigloadError, CheckpointError, OffloadError, listed
 from .formats import dominant_dtype
 from .keys import KeyMapping, Source, sources_in_checkpoint
 from .memory import check_budgets, show
-from .modules import ModelTensor, layers_to_quantize, tensors_of
+from .modules import ModelTensor, layers_stored_quantized, layers_to_quantize, tensors_of
 from .pipeline import execute
 from .placement import Device, DeviceMap, Plan, make_plan, resolve_budgets, resolve_device_map
+from .prequantized import QuantizedTensor, config_of
 from .report import LoadReport
 from .ring import pin_ahead
 
@@ -55,7 +56,8 @@ def load_and_quantize_model(
     Args:
         model: on meta, or real: a real one without `weights_location` is quantized from its own weights.
         bnb_quantization_config: a `BnbQuantizationConfig` (ours or accelerate's), transformers'
-            `BitsAndBytesConfig`, a dict of any of them, or a mode such as "nf4-dq". Never changed.
+            `BitsAndBytesConfig`, a dict of any of them, or a mode such as "nf4-dq". Never changed. None means that of
+            a checkpoint which is quantized already; with one, a config may only choose how it computes.
         weights_location: a .safetensors, .bin, .pt or .pth file, an .index.json, a folder with one of them, or a
             repository of the Hugging Face hub, "org/name" or "org/name@revision".
         device_map: None (the current GPU, or the CPU where there is none), a device, "auto", or
@@ -87,53 +89,67 @@ def load_and_quantize_model(
     origin = "the model's own weights" if weights_location is None else f"{weights_location!r}"
     context = f"loading {origin} with device_map={device_map!r}"
     with _named(context):
-        config = as_config(bnb_quantization_config)
-    with _named(f"{context} as {config.mode}"):
+        given = None if bnb_quantization_config is None else as_config(bnb_quantization_config)
         if offload is not None:
             raise OffloadError("offload is given, but this version does not offload: leave it out")
         bnb.library()  # its import takes seconds, which are not the load's
         started = time.perf_counter()
-        # Tensors made under inference_mode could never be trained through.
-        with torch.inference_mode(False), torch.no_grad():
-            tensors = tensors_of(model, () if tied_parameters is None else tied_parameters)
-            devices = resolve_device_map(device_map, tensors, {path for path, _ in model.named_modules()})
-            budgets = resolve_budgets(max_memory)
-            _begin_to_pin(devices, weights_location)
-            if weights_location is None:
-                sources, dtype = _own_weights(tensors)
-                config, class_dtypes = config.resolved(dtype), None  # a real model has the dtypes it was given
-            else:
-                checkpoint = open_checkpoint(weights_location)
-                config = config.resolved(checkpoint.dominant_dtype)
-                class_dtypes = hf.class_dtypes(model, config.landing_dtype)
-                sources = sources_in_checkpoint(
-                    tensors,
-                    checkpoint,
-                    key_mapping=key_mapping,
-                    conversion=hf.key_conversion(model),
-                    ignores_key=lambda key: hf.ignores_key(model, key),
-                    class_dtypes=class_dtypes,
-                    rebuilt_buffers=lambda: hf.rebuilt_buffers(model, config.landing_dtype),
-                    strict=strict,
-                )
+        checkpoint = None if weights_location is None else open_checkpoint(weights_location)
+        config = _config(given, checkpoint)
+    # Tensors made under inference_mode could never be trained through.
+    with _named(f"{context} as {config.mode}"), torch.inference_mode(False), torch.no_grad():
+        tensors = tensors_of(model, () if tied_parameters is None else tied_parameters)
+        devices = resolve_device_map(device_map, tensors, {path for path, _ in model.named_modules()})
+        budgets = resolve_budgets(max_memory)
+        if checkpoint is None:
+            sources, dtype = _own_weights(tensors)
+            config, class_dtypes = config.resolved(dtype), None  # a real model has the dtypes it was given
+        else:
+            _begin_to_pin(devices)
+            config = config.resolved(checkpoint.dominant_dtype)
+            class_dtypes = hf.class_dtypes(model, config.landing_dtype)
+            sources = sources_in_checkpoint(
+                tensors,
+                checkpoint,
+                key_mapping=key_mapping,
+                conversion=hf.key_conversion(model),
+                ignores_key=lambda key: hf.ignores_key(model, key),
+                class_dtypes=class_dtypes,
+                rebuilt_buffers=lambda: hf.rebuilt_buffers(model, config.landing_dtype),
+                strict=strict,
+            )
+        if checkpoint is not None and checkpoint.is_quantized:
+            layers = layers_stored_quantized(model, _stored_quantized(sources), quantizable)
+        else:
             layers = layers_to_quantize(model, config, tensors, quantizable)
-            plan = make_plan(model, config, tensors, layers, sources, devices, class_dtypes)
-            check_budgets(plan.device_bytes, budgets)
-            for device, nbytes in plan.device_bytes.items():
-                logger.info("plan: %s on %s, %d layers as %s", show(nbytes), device, len(layers), config.mode)
-            with _progress_bar(plan, progress) as bar:
-                assembly = Assembly(model, plan)
-                execute(plan, on_bytes=bar.update, on_landed=assembly.add)
-            model = assembly.commit()
+        plan = make_plan(model, config, tensors, layers, sources, devices, class_dtypes)
+        check_budgets(plan.device_bytes, budgets)
+        for device, nbytes in plan.device_bytes.items():
+            logger.info("plan: %s on %s, %d layers as %s", show(nbytes), device, len(layers), config.mode)
+        with _progress_bar(plan, progress) as bar:
+            assembly = Assembly(model, plan)
+            execute(plan, on_bytes=bar.update, on_landed=assembly.add)
+        model = assembly.commit()
     report = LoadReport(config.mode, plan.source_bytes, time.perf_counter() - started, plan.device_bytes)
     model.load_report = report  # type: ignore[assignment]
     logger.info("%s", report)
     return model
 
 
-def _begin_to_pin(devices: Mapping[str, torch.device], weights_location: WeightsLocation | None) -> None:
+def _config(given: BnbQuantizationConfig | None, checkpoint: Checkpoint | None) -> BnbQuantizationConfig:
+    """Give the caller's config or, where None is given, that of a checkpoint which is quantized already."""
+    if checkpoint is not None and checkpoint.is_quantized:
+        return config_of(checkpoint, given)
+    return as_config(given)
+
+
+def _stored_quantized(sources: Mapping[str, tuple[Source, ...]]) -> list[str]:
+    return [name for name, pieces in sources.items() if isinstance(pieces[0].tensor, QuantizedTensor)]
+
+
+def _begin_to_pin(devices: Mapping[str, torch.device]) -> None:
     gpus = [device for device in devices.values() if device.type == "cuda"]
-    if gpus and weights_location is not None:
+    if gpus:
         pin_ahead(gpus[0])  # while the plan is made
 
 

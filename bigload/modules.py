@@ -13,7 +13,7 @@ from torch import nn
 
 from . import hf
 from .config import BnbQuantizationConfig
-from .errors import ConfigError, listed
+from .errors import CheckpointError, ConfigError, listed
 from .owners import weights_read
 
 logger = logging.getLogger(__name__)
@@ -180,6 +180,30 @@ def layers_to_quantize(
         if unused:
             logger.warning("%s names %s, which nothing in the model matches", field, listed(unused))
     return layers
+
+
+def layers_stored_quantized(
+    model: nn.Module, stored: Iterable[str], quantizable: Sequence[type[nn.Linear]] = ()
+) -> dict[str, nn.Module]:
+    """Find the layers whose weights a checkpoint holds quantized already, by path.
+
+    Args:
+        model: read only.
+        stored: the names of those weights in the model.
+        quantizable: subclasses of nn.Linear that may be quantized too.
+
+    Raises:
+        CheckpointError: one is no weight of a layer that can be quantized.
+    """
+    could_be = {f"{path}.weight".lstrip("."): path for path in plain_linears(model, quantizable)}
+    names = list(stored)
+    strange = [name for name in names if name not in could_be]
+    if strange:
+        raise CheckpointError(
+            f"{listed(strange)}: stored quantized, but in the model no weight of an nn.Linear: build the model from "
+            "this checkpoint's config, or name its class in quantizable"
+        )
+    return {could_be[name]: model.get_submodule(could_be[name]) for name in names}
 
 
 def plain_linears(model: nn.Module, quantizable: Sequence[type[nn.Linear]] = ()) -> dict[str, nn.Module]:

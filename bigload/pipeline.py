@@ -12,15 +12,16 @@ from pathlib import Path
 import torch
 
 from .bnb import QuantizedWeight
-from .checkpoint import LazyTensor, StoredTensor
 from .errors import PlacementError, QuantizationError, listed
 from .extents import Delivery
-from .formats import Plain
+from .formats import FourBit, Int8, Plain
 from .keys import Source
 from .memory import show
 from .placement import Plan, PlannedTensor
-from .quantize import Quantizer, quantize
+from .prequantized import QuantizedTensor
+from .quantize import Quantizer, from_parts, quantize
 from .ring import slot_bytes
+from .stored import LazyTensor, StoredTensor
 from .stores import DeviceStore, reserve
 from .transfer import default_stream, deliver
 
@@ -111,15 +112,14 @@ def _ways(planned: PlannedTensor, plan: Plan, keep: Callable[[str, Landed], None
     """Make ready for one tensor: memory where it needs some from the start, and a way in for each source."""
     name = planned.tensor.name
     own = planned.sources[0]
-    if isinstance(planned.format, Plain) and isinstance(own.tensor, torch.Tensor) and not own.region:
-        with _out_of_memory_named(planned):
+    with _out_of_memory_named(planned):
+        if isinstance(planned.format, Plain) and isinstance(own.tensor, torch.Tensor) and not own.region:
             # Itself, where nothing about it changes.
             tensor = own.tensor.detach().mT if own.transposed else own.tensor.detach()
             keep(name, tensor.to(planned.device).to(planned.format.dtype))
-        return []
-    with _out_of_memory_named(planned):
+            return []
         sinks, finish = _sinks(planned, plan.config.landing_dtype)
-    pending = sum(_numel(source) for source in planned.sources)
+    pending = sum(_numel(sink.source) for sink in sinks)
 
     def arrived(count: int) -> None:
         nonlocal pending
@@ -138,9 +138,9 @@ def _ways(planned: PlannedTensor, plan: Plan, keep: Callable[[str, Landed], None
             take(values, begin)
 
     return [
-        _Way(source, planned.device, functools.partial(named, sink.take), arrived, sink.home, sink.granule)
-        for source, sink in zip(planned.sources, sinks, strict=True)
-        if _numel(source)
+        _Way(sink.source, planned.device, functools.partial(named, sink.take), arrived, sink.home, sink.granule)
+        for sink in sinks
+        if _numel(sink.source)
     ]
 
 
@@ -163,6 +163,7 @@ def _out_of_memory_named(planned: PlannedTensor) -> Iterator[None]:
 class _Sink:
     """Where the values of one source end: see `Delivery`."""
 
+    source: Source
     take: Callable[[torch.Tensor, int], None]
     home: torch.Tensor | None = None
     granule: int = 1
@@ -170,30 +171,42 @@ class _Sink:
 
 def _sinks(planned: PlannedTensor, torch_dtype: torch.dtype) -> tuple[list[_Sink], Callable[[], Landed]]:
     """Give a sink for each source, and what makes the tensor when all have been filled."""
+    stored = planned.sources[0].tensor
+    if isinstance(stored, QuantizedTensor):
+        return _prequantized_sinks(stored, DeviceStore(planned.device))
     if isinstance(planned.format, Plain):
-        values = _room(planned, planned.format.dtype)
+        values = DeviceStore(planned.device).allocate(planned.shape, planned.format.dtype)
         return [_filling(values, source) for source in planned.sources], lambda: values
-    quantizer = Quantizer(planned.shape, planned.format, torch_dtype, planned.device)
+    return _quantizing_sinks(planned, planned.format, torch_dtype)
+
+
+def _prequantized_sinks(stored: QuantizedTensor, store: DeviceStore) -> tuple[list[_Sink], Callable[[], Landed]]:
+    parts = {name: store.allocate(part.shape, part.dtype) for name, part in stored.parts.items()}
+    sinks = [_filling(parts[name], Source(part)) for name, part in stored.parts.items()]
+    return sinks, lambda: from_parts(stored, parts)
+
+
+def _quantizing_sinks(
+    planned: PlannedTensor, fmt: FourBit | Int8, torch_dtype: torch.dtype
+) -> tuple[list[_Sink], Callable[[], Landed]]:
+    quantizer = Quantizer(planned.shape, fmt, torch_dtype, planned.device)
     begins = [_flat_begin(source, planned.shape, quantizer.granule) for source in planned.sources]
     room = slot_bytes()
     streams = all(begin is not None for begin in begins) and all(
         quantizer.granule * source.tensor.dtype.itemsize <= room for source in planned.sources
     )
     if not streams:  # the pieces are not runs of the weight: it is put together first
-        fmt, values = planned.format, _room(planned, torch_dtype)
+        values = DeviceStore(planned.device).allocate(planned.shape, torch_dtype)
         return [_filling(values, source) for source in planned.sources], lambda: quantize(values, fmt)
 
-    def sink(base: int) -> _Sink:
+    def sink(source: Source, base: int) -> _Sink:
         def take(piece: torch.Tensor, begin: int) -> None:
             quantizer.add(piece.to(torch_dtype), base + begin)
 
-        return _Sink(take, granule=quantizer.granule)
+        return _Sink(source, take, granule=quantizer.granule)
 
-    return [sink(begin or 0) for begin in begins], quantizer.finish
-
-
-def _room(planned: PlannedTensor, dtype: torch.dtype) -> torch.Tensor:
-    return DeviceStore(planned.device).allocate(planned.shape, dtype)
+    sinks = [sink(source, begin or 0) for source, begin in zip(planned.sources, begins, strict=True)]
+    return sinks, quantizer.finish
 
 
 def _flat_begin(source: Source, shape: tuple[int, ...], granule: int) -> int | None:
@@ -219,7 +232,7 @@ def _filling(values: torch.Tensor, source: Source) -> _Sink:
         def copy(piece: torch.Tensor, begin: int) -> None:
             flat[begin : begin + len(piece)].copy_(piece)
 
-        return _Sink(copy, home=flat if source.tensor.dtype == flat.dtype else None)
+        return _Sink(source, copy, home=flat if source.tensor.dtype == flat.dtype else None)
     gathered: list[torch.Tensor] = []
 
     def gather(piece: torch.Tensor, begin: int) -> None:
@@ -231,7 +244,7 @@ def _filling(values: torch.Tensor, source: Source) -> _Sink:
         if begin + len(piece) == len(whole):
             target.copy_(gathered.pop())
 
-    return _Sink(gather)
+    return _Sink(source, gather)
 
 
 def _require_finite(landed: dict[str, Landed], plan: Plan) -> None:

@@ -11,11 +11,12 @@ from torch import nn
 
 from . import formats, hf
 from .config import BnbQuantizationConfig
-from .errors import ConfigError, PlacementError, counted, listed
+from .errors import CheckpointError, ConfigError, PlacementError, counted, listed
 from .formats import Format, FourBit, Int8, Plain
 from .keys import Source
 from .memory import parse_size
 from .modules import ModelTensor, matches
+from .prequantized import QuantizedTensor
 
 Device = int | str | torch.device
 DeviceMap = Device | Mapping[str, Device] | None
@@ -98,6 +99,7 @@ def make_plan(
         class_dtypes: the dtype that each tensor's class builds it in, where the class says.
 
     Raises:
+        CheckpointError: a weight that is stored quantized has another shape than the layer's.
         ConfigError: a weight cannot be held in the format asked for.
     """
     fp32 = [*(config.keep_in_fp32_modules or ()), *hf.fp32_patterns(model, config.landing_dtype)]
@@ -112,11 +114,15 @@ def make_plan(
             fmt: Format = Plain(_kept_dtype(tensor, pieces, usual, fp32))
             shape = tensor.shape
         else:
-            fmt, shape = _quantized_format(config), tensor.shape
-            if hf.is_conv1d(layer):
-                shape = shape[::-1]
-                pieces = tuple(source.mirrored() for source in pieces)
-            _require_divisible(fmt, shape, tensor.name)
+            shape = tensor.shape[::-1] if hf.is_conv1d(layer) else tensor.shape
+            stored = pieces[0].tensor
+            if isinstance(stored, QuantizedTensor):
+                fmt = stored.format
+                _require_shape(stored, shape)
+            else:
+                fmt = _quantized_format(config)
+                pieces = tuple(source.mirrored() for source in pieces) if hf.is_conv1d(layer) else pieces
+                _require_divisible(fmt, shape, tensor.name)
         planned.append(PlannedTensor(tensor, shape, pieces, fmt, device))
     return Plan(tuple(planned), layers, device_map, config)
 
@@ -143,6 +149,15 @@ def _quantized_format(config: BnbQuantizationConfig) -> Format:
         config.bnb_4bit_use_double_quant,
         config.bnb_4bit_quant_storage,
     )
+
+
+def _require_shape(stored: QuantizedTensor, shape: tuple[int, ...]) -> None:
+    if stored.shape != shape:
+        raise CheckpointError(
+            f"'{stored.name}' has shape {stored.shape} in '{stored.file.name}', the model expects {shape}: build the "
+            "model from this checkpoint's config",
+            mismatched_shapes={stored.name: (stored.shape, shape)},
+        )
 
 
 def _require_divisible(fmt: Format, shape: tuple[int, ...], name: str) -> None:

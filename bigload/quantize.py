@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 
 import torch
 
@@ -11,6 +12,7 @@ from .blocks import quantize_blocks
 from .bnb import QuantizedWeight, library
 from .empty import default_dtype
 from .formats import NESTED_BLOCKSIZE, FourBit, Int8
+from .prequantized import QuantizedTensor
 
 # Values that bitsandbytes' CPU kernel takes at once before they fall out of the cache.
 _CPU_PIECE = 2**18
@@ -139,6 +141,38 @@ def quantize(weight: torch.Tensor, fmt: FourBit | Int8) -> QuantizedWeight:
     if weight.numel():
         quantizer.add(weight.contiguous().view(-1), 0)
     return quantizer.finish()
+
+
+def from_parts(stored: QuantizedTensor, parts: Mapping[str, torch.Tensor]) -> QuantizedWeight:
+    """Make a weight of parts that were stored quantized.
+
+    Args:
+        stored: how.
+        parts: by the same names, on the weight's device; kept.
+    """
+    fmt = stored.format
+    if isinstance(fmt, Int8):
+        return QuantizedWeight(parts["weight"], row_scales=parts["SCB"])
+    make = library().functional.QuantState
+    state = functools.partial(
+        make,
+        absmax=parts["absmax"],
+        shape=torch.Size(stored.shape),
+        code=parts["quant_map"],
+        blocksize=fmt.blocksize,
+        quant_type=fmt.quant_type,
+        dtype=stored.dtype,
+    )
+    if not fmt.double_quant:
+        return QuantizedWeight(parts["weight"], quant_state=state())
+    nested = make(
+        absmax=parts["nested_absmax"],
+        code=parts["nested_quant_map"],
+        blocksize=NESTED_BLOCKSIZE,
+        dtype=torch.float32,
+    )
+    offset = torch.tensor(stored.nested_offset, dtype=torch.float32, device=parts["weight"].device)
+    return QuantizedWeight(parts["weight"], quant_state=state(offset=offset, state2=nested))
 
 
 @functools.cache

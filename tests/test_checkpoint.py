@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from bigload.checkpoint import Checkpoint, StoredTensor, open_checkpoint, read_header, read_whole
+from bigload.checkpoint import Checkpoint, open_checkpoint, read_header
 from bigload.errors import CheckpointError
+from bigload.stored import StoredTensor, read_whole
 
 DTYPES = [
     torch.float64,

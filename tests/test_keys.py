@@ -17,11 +17,12 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from bigload import init_empty_weights
-from bigload.checkpoint import Checkpoint, StoredTensor, open_checkpoint
+from bigload.checkpoint import Checkpoint, open_checkpoint
 from bigload.errors import CheckpointError, ConfigError
 from bigload.hf import KeyConversion, rebuilt_buffers
 from bigload.keys import sources_in_checkpoint
 from bigload.modules import ModelTensor, tensors_of
+from bigload.stored import StoredTensor
 
 
 def checkpoint_of(shapes, dtype=torch.float32):

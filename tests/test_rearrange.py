@@ -11,12 +11,13 @@ from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen
 from transformers.core_model_loading import Chunk, PermuteForRope, Transpose, WeightConverter
 
 from bigload import init_empty_weights, load_and_quantize_model
-from bigload.checkpoint import LazyTensor, open_checkpoint, read_whole
+from bigload.checkpoint import open_checkpoint
 from bigload.errors import CheckpointError
 from bigload.hf import KeyConversion
 from bigload.keys import sources_in_checkpoint
 from bigload.modules import tensors_of
 from bigload.rearrange import NotTraceable, Traced
+from bigload.stored import LazyTensor, read_whole
 
 SIZES = st.integers(1, 3)
 
