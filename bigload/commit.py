@@ -46,12 +46,13 @@ class Assembly:
             The model; where the model itself is the one layer to quantize, the layer that replaces it.
         """
         model, new_layers = self._model, self._new_layers
+        modules = dict(model.named_modules(remove_duplicate=False))
         edits: list[Edit] = []
         for planned in self._plan.tensors:
             value = _value(planned.tensor, planned.device, self._landed.get(planned.tensor.name))
             for name in planned.tensor.names:
                 path, _, leaf = name.rpartition(".")
-                owner = model.get_submodule(path)
+                owner = modules[path]
                 if owner not in new_layers:
                     slots = owner._parameters if planned.tensor.is_parameter else owner._buffers
                     edits.append((slots, leaf, value))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 from collections.abc import Mapping, Sequence
@@ -77,13 +78,14 @@ def fp32_patterns(model: nn.Module, torch_dtype: torch.dtype) -> list[str]:
 
     `_keep_in_fp32_modules` counts under float16 only, `_keep_in_fp32_modules_strict` under both 16-bit dtypes.
     """
-    names: set[str] = set()
-    for module in model.modules():
-        if torch_dtype == torch.float16:
-            names.update(getattr(module, "_keep_in_fp32_modules", None) or ())
-        if torch_dtype in (torch.float16, torch.bfloat16):
-            names.update(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
-    return sorted(names)
+    if torch_dtype not in (torch.float16, torch.bfloat16):
+        return []
+    fields = ["_keep_in_fp32_modules_strict"]
+    if torch_dtype == torch.float16:
+        fields.append("_keep_in_fp32_modules")
+    # Not getattr of the module, which looks among its parameters, too, before it fails: there are thousands.
+    kept = [vars(module).get(f, getattr(type(module), f, None)) for module in model.modules() for f in fields]
+    return sorted({name for names in kept for name in names or ()})
 
 
 class KeyConversion:
@@ -167,7 +169,10 @@ class _NoInitialization(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def class_dtypes(model: Any, torch_dtype: torch.dtype) -> dict[str, torch.dtype]:
+_class_dtypes: dict[tuple[type, str, torch.dtype], Mapping[str, torch.dtype]] = {}
+
+
+def class_dtypes(model: Any, torch_dtype: torch.dtype) -> Mapping[str, torch.dtype]:
     """Give the dtype that each floating tensor of a transformers model has when its class builds it in `torch_dtype`.
 
     Its own loader builds every model so, and keeps what the class makes in a dtype of its own choice: one `A_log` in
@@ -175,10 +180,14 @@ def class_dtypes(model: Any, torch_dtype: torch.dtype) -> dict[str, torch.dtype]
     """
     if not is_pretrained(model):
         return {}
-    with default_dtype(torch_dtype), torch.device("meta"), _NoInitialization():
-        twin = type(model)(model.config)
-    tensors = [*twin.named_parameters(remove_duplicate=False), *twin.named_buffers(remove_duplicate=False)]
-    return {name: tensor.dtype for name, tensor in tensors if tensor.is_floating_point()}
+    key = (type(model), model.config.to_json_string(use_diff=False), torch_dtype)
+    if key not in _class_dtypes:
+        with default_dtype(torch_dtype), torch.device("meta"), _NoInitialization():
+            twin = type(model)(model.config)
+        tensors = [*twin.named_parameters(remove_duplicate=False), *twin.named_buffers(remove_duplicate=False)]
+        _class_dtypes.clear()  # one is worth keeping: that of a model which is loaded again
+        _class_dtypes[key] = {name: tensor.dtype for name, tensor in tensors if tensor.is_floating_point()}
+    return _class_dtypes[key]
 
 
 def rebuilt_buffers(model: Any, torch_dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -196,7 +205,12 @@ def rebuilt_buffers(model: Any, torch_dtype: torch.dtype) -> dict[str, torch.Ten
 
 def is_pretrained(model: nn.Module) -> bool:
     """Ask whether a model is of one of transformers' classes."""
-    return any(cls.__module__ == "transformers.modeling_utils" for cls in type(model).__mro__)
+    return _is_pretrained_class(type(model))  # type: ignore[arg-type]
+
+
+@functools.cache
+def _is_pretrained_class(cls: type) -> bool:
+    return any(base.__module__ == "transformers.modeling_utils" for base in cls.__mro__)
 
 
 def ignores_key(model: nn.Module, key: str) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,8 +56,10 @@ def tensors_of(model: nn.Module, tied_parameters: Sequence[tuple[str, str]] = ()
         ConfigError: the model is no module or is quantized already, or `tied_parameters` names no parameter or ties two
             of different shapes.
     """
-    _require_plain(model)
+    _require_module(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    _require_plain(parameters, buffers)
     declared = [
         (first, second)
         for first, second in hf.tied_pairs(model)
@@ -65,25 +68,28 @@ def tensors_of(model: nn.Module, tied_parameters: Sequence[tuple[str, str]] = ()
     _check_ties(tied_parameters, parameters)
     groups = _group_names(parameters, [*declared, *tied_parameters])
     tensors = [ModelTensor(names, parameters[names[0]], True, True) for names in groups]
-    buffers = dict(model.named_buffers(remove_duplicate=False))
+    modules = dict(model.named_modules(remove_duplicate=False))
     for names in _group_names(buffers, ()):
-        owners = [_owner(model, name) for name in names]
+        owners = [_owner(modules, name) for name in names]
         persistent = any(leaf not in owner._non_persistent_buffers_set for owner, leaf in owners)
         tensors.append(ModelTensor(names, buffers[names[0]], False, persistent))
     return tensors
 
 
-def _require_plain(model: Any) -> None:
+def _require_module(model: Any) -> None:
     if not isinstance(model, nn.Module):
         found = f"the class {model.__name__}: call it" if isinstance(model, type) else f"a {type(model).__name__}"
         raise ConfigError(f"model must be an nn.Module, but it is {found}")
-    for name, parameter in model.named_parameters():
+
+
+def _require_plain(parameters: Mapping[str, nn.Parameter], buffers: Mapping[str, torch.Tensor]) -> None:
+    for name, parameter in parameters.items():
         if type(parameter).__name__ in ("Params4bit", "Int8Params"):
             raise ConfigError(
                 f"'{name}' is quantized by bitsandbytes already (a {type(parameter).__name__}); build the model anew "
                 "to load or quantize it again"
             )
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    for name, tensor in [*parameters.items(), *buffers.items()]:
         if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             raise ConfigError(f"'{name}' has no shape yet: run the lazy modules once before the model is loaded")
 
@@ -120,9 +126,9 @@ def _group_names(tensors: dict[str, Any], pairs: Iterable[tuple[str, str]]) -> l
     return sorted(groups.values(), key=lambda names: rank[names[0]])
 
 
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+def _owner(modules: Mapping[str, nn.Module], name: str) -> tuple[nn.Module, str]:
     path, _, leaf = name.rpartition(".")
-    return model.get_submodule(path), leaf
+    return modules[path], leaf
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -130,9 +136,10 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(_compiled(pattern).search(name) for pattern in patterns)
 
 
+@functools.cache
 def _compiled(pattern: str) -> re.Pattern[str]:
     body = ".*".join(re.escape(piece) for piece in pattern.split("*"))
-    return re.compile(rf"(?:^|\.){body}(?:\.|$)")  # re keeps its own cache of compiled patterns
+    return re.compile(rf"(?:^|\.){body}(?:\.|$)")
 
 
 def layers_to_quantize(
@@ -159,13 +166,14 @@ def layers_to_quantize(
         raise ConfigError(f"quantizable must be a list of subclasses of nn.Linear, but it is {quantizable!r}")
     for cls in quantizable:
         _require_linear_forward(cls)
-    tied = {name for tensor in tensors for name in tensor.names if _has_several_owners(model, tensor)}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    tied = {name for tensor in tensors if _has_several_owners(modules, tensor) for name in tensor.names}
     # What the class keeps in fp32 in any 16-bit dtype must not be quantized in any: it ruins T5's `wo`.
     always = [*(config.keep_in_fp32_modules or ()), *hf.fp32_patterns(model, torch.float16)]
     head = _default_head(model) if config.skip_modules is None else None
     skip = config.skip_modules or []
     paths: dict[nn.Module, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in modules.items():
         paths.setdefault(module, []).append(f"{path}.weight".lstrip("."))
     read = {owner.get_submodule(path) for owner in model.modules() for path in weights_read(owner)}
     layers = {}
@@ -230,8 +238,8 @@ def _require_linear_forward(cls: Any) -> None:
         )
 
 
-def _has_several_owners(model: nn.Module, tensor: ModelTensor) -> bool:
-    return len(tensor.names) > 1 and len({id(_owner(model, name)[0]) for name in tensor.names}) > 1
+def _has_several_owners(modules: Mapping[str, nn.Module], tensor: ModelTensor) -> bool:
+    return len(tensor.names) > 1 and len({id(_owner(modules, name)[0]) for name in tensor.names}) > 1
 
 
 def _default_head(model: nn.Module) -> nn.Module | None:

@@ -33,6 +33,8 @@ def weights_read(owner: nn.Module) -> set[str]:
     Reads under an `if` that this instance makes false are left out. Where a method's source is not to be had, every
     child that it names counts, if it names `weight` at all.
     """
+    if not owner._modules:
+        return set()
     methods = (method for cls in type(owner).__mro__ for method in _methods_naming_weights(cls))
     return {child for method in methods for child in _read_by(method, owner)}
 

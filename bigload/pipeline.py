@@ -67,6 +67,9 @@ def execute(
                 way.walk()
                 on_bytes(way.source.tensor.nbytes)
         _require_finite(landed, plan)
+    for device in plan.device_bytes:
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # what is given back is there, and errors are ours
     return landed
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -64,12 +65,12 @@ class Plan:
     device_map: Mapping[str, torch.device]
     config: BnbQuantizationConfig
 
-    @property
+    @cached_property
     def source_bytes(self) -> int:
         """Bytes that will be read, each once."""
         return sum(source.tensor.nbytes for planned in self.tensors for source in planned.sources)
 
-    @property
+    @cached_property
     def device_bytes(self) -> dict[torch.device, int]:
         """Bytes of the loaded model on each device, before the allocator's rounding."""
         total: dict[torch.device, int] = defaultdict(int)

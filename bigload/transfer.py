@@ -28,7 +28,7 @@ from .ring import Ring, as_bytes, reader_threads, take_ring
 _WINDOW = 2
 _PLACE_BYTES = 64 * 2**20
 # Bytes that one thread reads at once.
-BLOCK_BYTES = int(os.environ.get("X_BLOCK", 4)) * 2**20
+BLOCK_BYTES = 4 * 2**20
 
 
 def deliver(deliveries: Sequence[Delivery], *, on_bytes: Callable[[int], object] = lambda count: None) -> None:
