@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-PIECE_BYTES = 16 * 2**20
+PIECE_BYTES = 4 * 2**20
 
 # Which buffer a piece is read into, from the thread's number and the count of pieces it has read.
 Destination = Callable[["Piece", int, int], memoryview]

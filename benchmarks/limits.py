@@ -23,7 +23,8 @@ PACKAGES = ("torch", "bitsandbytes", "transformers", "accelerate", "safetensors"
 THREADS = (1, 2, 4, 8, 12, 16)
 # The buffers that all threads have together, as much as bigload's ring: what is read into more falls out of the CPU's
 # caches, and into less it hardly leaves them.
-RING_BYTES = 256 * 2**20
+RING_BYTES = 128 * 2**20
+COPIED_BYTES = 16 * 2**20  # at once: the link is slower with less
 MOST_BYTES = 8 * 10**9  # read for one figure, so that a large checkpoint takes no longer
 FORMATS: dict[str, FourBit | Int8] = {
     "nf4": FourBit("nf4", 64, False, torch.uint8),
@@ -127,13 +128,13 @@ def measure_limits(folder: Path | None, device: str, *, cold: bool = False) -> d
         torch.cuda.set_device(device)
         torch.zeros(1, device=device)  # the context, which is no part of what pinning takes
     started = time.perf_counter()
-    slots = _slots(pinned=device != "cpu")
+    ring = _ring(pinned=device != "cpu")
     if device != "cpu":
         limits["pinning_s_per_gib"] = (time.perf_counter() - started) * 2**30 / RING_BYTES
-        limits["link_gb_per_s"] = _link(slots, device)
+        limits["link_gb_per_s"] = _link(ring.split(COPIED_BYTES), device)
     if folder is not None:
-        limits |= _reading(shards(folder), slots, with_memory=device == "cpu", cold=cold)
-    del slots
+        limits |= _reading(shards(folder), ring.split(PIECE_BYTES), with_memory=device == "cpu", cold=cold)
+    del ring
     limits["quantize_gb_per_s"] = {name: _quantizing(name, device) for name in FORMATS}
     return {name: _rounded(figure) for name, figure in limits.items()}
 
@@ -144,13 +145,10 @@ def _rounded(figure: Any) -> Any:
     return figure if figure is None else float(f"{figure:.4g}")
 
 
-def _slots(*, pinned: bool) -> list[torch.Tensor]:
-    count = RING_BYTES // PIECE_BYTES
-    slots = [torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=pinned) for _ in range(count)]
-    if not pinned:
-        for slot in slots:
-            slot.fill_(1)  # memory that was never touched is not there yet; what is pinned is
-    return slots
+def _ring(*, pinned: bool) -> torch.Tensor:
+    ring = torch.empty(RING_BYTES, dtype=torch.uint8, pin_memory=pinned)
+    # Memory that was never touched is not there yet; what is pinned is.
+    return ring if pinned else ring.fill_(1)
 
 
 def _link(slots: Sequence[torch.Tensor], device: str) -> float:

@@ -145,7 +145,7 @@ def take_ring(*, pinned: bool) -> Iterator[Ring]:
 
 
 def release_buffers() -> None:
-    """Free the pinned host memory (256 MiB, unless set otherwise) that is kept from one load for the next."""
+    """Free the pinned host memory (128 MiB, unless set otherwise) that is kept from one load for the next."""
     with _store.lock:
         thread, _store.pinning = _store.pinning, None
     if thread is not None:
