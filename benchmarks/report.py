@@ -59,6 +59,24 @@ def table(result: Result) -> str:
     return "\n".join(lines)
 
 
+def summary(result: Result) -> str:
+    """Write a `load` in a line a mode: the floor and each peer's seconds, and the most memory in any of the modes."""
+    rows = result["rows"]
+    peers = [peer for peer in PEERS if any(row["peer"] == peer for row in rows)]
+    title = f"{result['checkpoint_bytes'] / 1e9:.2f} GB onto {result['device']}"
+    lines = ["| " + " | ".join([title, "floor", *peers]) + " |", "|---" * (len(peers) + 2) + "|"]
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        by_peer = {row["peer"]: row for row in rows if row["mode"] == mode}
+        floor_s = next((row["floor_s"] for row in by_peer.values() if row.get("floor_s")), None)
+        found = [floor_s, *(seconds(by_peer.get(peer, {})) for peer in peers)]
+        lines.append("| " + " | ".join([mode, *(_seconds_text(value) or "-" for value in found)]) + " |")
+    for label, name in (("GPU", "gpu_peak_over_final_gib"), ("host", "host_over_start_gib")):
+        most = [max((row.get(name) or 0.0 for row in rows if row["peer"] == peer), default=0.0) for peer in peers]
+        over = "the model" if label == "GPU" else "the start"
+        lines.append(f"| {label} memory over {over}, at most | | " + " | ".join(f"{m:.2f} GiB" for m in most) + " |")
+    return "\n".join(lines)
+
+
 def seconds(row: Row) -> float | None:
     """Give the seconds that a row stands for; None if nothing was measured."""
     found: float | None = row.get("second_s") or row.get("first_s")

@@ -37,6 +37,7 @@ def quantize_blocks(
     codes = order.numpy().astype(np.uint8)
     packed_bytes, scales = packed.numpy(), absmax.numpy()
 
+    @np.errstate(all="ignore")  # what is not finite shows in its scale
     def quantize(begin: int) -> None:
         end = begin + _PIECE  # whole blocks: the largest blocksize divides it
         indices = _indices(_as_float32(values[begin:end]), blocksize, bounds, scales[begin // blocksize :])

@@ -15,6 +15,7 @@ from .layers import make_layer
 from .modules import ModelTensor
 from .pipeline import Landed
 from .placement import Plan
+from .tree import modules_by_path
 
 _ABSENT = object()
 
@@ -46,7 +47,7 @@ class Assembly:
             The model; where the model itself is the one layer to quantize, the layer that replaces it.
         """
         model, new_layers = self._model, self._new_layers
-        modules = dict(model.named_modules(remove_duplicate=False))
+        modules = modules_by_path(model)
         edits: list[Edit] = []
         for planned in self._plan.tensors:
             value = _value(planned.tensor, planned.device, self._landed.get(planned.tensor.name))
@@ -58,7 +59,7 @@ class Assembly:
                     edits.append((slots, leaf, value))
                 elif leaf == "bias":
                     new_layers[owner]._parameters["bias"] = self._bias(planned.tensor, value)
-        for module in model.modules():
+        for module in dict.fromkeys(modules.values()):
             edits += [
                 (module._modules, key, new_layers[child]) for key, child in _children(module) if child in new_layers
             ]

@@ -23,7 +23,7 @@ class Delivery:
         device: where its values go.
         take: is given its values piece by piece, in order, each on the device and in the stored dtype, and the index
             of the first of them; not called for what arrives in `home` by itself.
-        home: where its values lie in the end, flat, where they can be copied there byte by byte.
+        home: the bytes where its values lie in the end, flat, uint8, where they can be copied there as they are.
         granule: values that must stay together in one piece, except at the end.
         arrived: is told how many values have arrived, whichever way.
     """
@@ -59,13 +59,18 @@ class Part:
 
     @property
     def home(self) -> torch.Tensor | None:
-        """The piece's place in its final memory, if bytes can be copied there as they are."""
+        """The piece's bytes in their final memory, if they can be copied there as they are."""
         home = self.delivery.home
-        return None if home is None else home[self.begin : self.begin + self.count]
+        begin = self.begin * self.delivery.tensor.dtype.itemsize
+        return None if home is None else home[begin : begin + self.nbytes]
 
-    def values(self, landed: torch.Tensor) -> torch.Tensor:
+    def bytes_in(self, slot: torch.Tensor) -> torch.Tensor:
+        """Cut the piece out of an extent's bytes."""
+        return slot[self.at : self.at + self.nbytes]
+
+    def values_in(self, slot: torch.Tensor) -> torch.Tensor:
         """Cut the piece out of an extent's bytes, in the stored dtype."""
-        return landed[self.at : self.at + self.nbytes].view(self.delivery.tensor.dtype)
+        return self.bytes_in(slot).view(self.delivery.tensor.dtype)
 
 
 @dataclass(eq=False)

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from .empty import default_dtype, init_empty_weights
 from .errors import CheckpointError
 from .optional import import_optional
+from .tree import modules_by_path
 
 
 def import_transformers() -> ModuleType:
@@ -84,7 +85,11 @@ def fp32_patterns(model: nn.Module, torch_dtype: torch.dtype) -> list[str]:
     if torch_dtype == torch.float16:
         fields.append("_keep_in_fp32_modules")
     # Not getattr of the module, which looks among its parameters, too, before it fails: there are thousands.
-    kept = [vars(module).get(f, getattr(type(module), f, None)) for module in model.modules() for f in fields]
+    kept = [
+        vars(module).get(f, getattr(type(module), f, None))
+        for module in modules_by_path(model).values()
+        for f in fields
+    ]
     return sorted({name for names in kept for name in names or ()})
 
 
@@ -154,7 +159,7 @@ def key_conversion(model: nn.Module) -> KeyConversion | None:
 
 def pretrained_modules(model: nn.Module) -> list[Any]:
     """List the parts of a model, itself included, that are of transformers' classes."""
-    return [module for module in model.modules() if is_pretrained(module)]
+    return [module for module in dict.fromkeys(modules_by_path(model).values()) if is_pretrained(module)]
 
 
 class _NoInitialization(TorchFunctionMode):

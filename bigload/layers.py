@@ -103,10 +103,12 @@ def _made(class_name: str, shape: tuple[int, ...], has_bias: bool, **options: An
     """
     prototype = _prototype(class_name, shape, has_bias, **options)
     new = object.__new__(type(prototype))
-    is_own = (dict, set, library().MatmulLtState)
-    new.__dict__.update(
-        {key: copy.copy(value) if isinstance(value, is_own) else value for key, value in vars(prototype).items()}
-    )
+    for key, value in vars(prototype).items():
+        if isinstance(value, (dict, set)):
+            value = value.copy()  # several times faster than copy.copy, and there are fifteen of them
+        elif isinstance(value, library().MatmulLtState):
+            value = copy.copy(value)
+        new.__dict__[key] = value
     return new
 
 
@@ -118,7 +120,7 @@ def _prototype(class_name: str, shape: tuple[int, ...], has_bias: bool, **option
 
 def _inherit(new: nn.Module, old: nn.Module) -> None:
     """Carry over what is not the weight: train or eval mode, hooks, and attributes that the model set itself."""
-    new.train(old.training)
+    new.training = old.training
     for name, value in old.__dict__.items():
         is_hooks = "_hook" in name and re.search("_hook(s|$)", name) and name in new.__dict__
         if name == "_load_state_dict_pre_hooks":

@@ -29,6 +29,7 @@ from .placement import Device, DeviceMap, Plan, make_plan, resolve_budgets, reso
 from .prequantized import QuantizedTensor, config_of
 from .report import LoadReport, PeakMemory
 from .ring import pin_ahead
+from .tree import modules_by_path
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ def load_and_quantize_model(
     """
     origin = "the model's own weights" if weights_location is None else f"{weights_location!r}"
     context = f"loading {origin} with device_map={device_map!r}"
-    with _named(context):
+    with _named(context), _without_collections():
         given = None if bnb_quantization_config is None else as_config(bnb_quantization_config)
         if offload is not None:
             raise OffloadError("offload is given, but this version does not offload: leave it out")
@@ -100,8 +101,7 @@ def load_and_quantize_model(
     # Tensors made under inference_mode could never be trained through.
     with _named(f"{context} as {config.mode}"), torch.inference_mode(False), torch.no_grad(), _without_collections():
         tensors = tensors_of(model, () if tied_parameters is None else tied_parameters)
-        blocks = {path for path, _ in model.named_modules()} if isinstance(device_map, Mapping) else ()
-        devices = resolve_device_map(device_map, tensors, blocks)
+        devices = resolve_device_map(device_map, tensors, modules_by_path(model))
         budgets = resolve_budgets(max_memory)
         if checkpoint is None:
             sources, dtype = _own_weights(tensors)

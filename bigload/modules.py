@@ -16,6 +16,7 @@ from . import hf
 from .config import BnbQuantizationConfig
 from .errors import CheckpointError, ConfigError, listed
 from .owners import weights_read
+from .tree import leaves, modules_by_path
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +58,8 @@ def tensors_of(model: nn.Module, tied_parameters: Sequence[tuple[str, str]] = ()
             of different shapes.
     """
     _require_module(model)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    buffers = dict(model.named_buffers(remove_duplicate=False))
+    modules = modules_by_path(model)
+    parameters, buffers = leaves(modules, "_parameters"), leaves(modules, "_buffers")
     _require_plain(parameters, buffers)
     declared = [
         (first, second)
@@ -68,7 +69,6 @@ def tensors_of(model: nn.Module, tied_parameters: Sequence[tuple[str, str]] = ()
     _check_ties(tied_parameters, parameters)
     groups = _group_names(parameters, [*declared, *tied_parameters])
     tensors = [ModelTensor(names, parameters[names[0]], True, True) for names in groups]
-    modules = dict(model.named_modules(remove_duplicate=False))
     for names in _group_names(buffers, ()):
         owners = [_owner(modules, name) for name in names]
         persistent = any(leaf not in owner._non_persistent_buffers_set for owner, leaf in owners)
@@ -166,7 +166,7 @@ def layers_to_quantize(
         raise ConfigError(f"quantizable must be a list of subclasses of nn.Linear, but it is {quantizable!r}")
     for cls in quantizable:
         _require_linear_forward(cls)
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = modules_by_path(model)
     tied = {name for tensor in tensors if _has_several_owners(modules, tensor) for name in tensor.names}
     # What the class keeps in fp32 in any 16-bit dtype must not be quantized in any: it ruins T5's `wo`.
     always = [*(config.keep_in_fp32_modules or ()), *hf.fp32_patterns(model, torch.float16)]
@@ -175,7 +175,7 @@ def layers_to_quantize(
     paths: dict[nn.Module, list[str]] = {}
     for path, module in modules.items():
         paths.setdefault(module, []).append(f"{path}.weight".lstrip("."))
-    read = {owner.get_submodule(path) for owner in model.modules() for path in weights_read(owner)}
+    read = {owner.get_submodule(path) for owner in modules.values() for path in weights_read(owner)}
     layers = {}
     for path, module in plain_linears(model, quantizable).items():
         if module is head or module in read or module.get_parameter("weight").numel() == 0:

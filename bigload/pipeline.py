@@ -235,7 +235,7 @@ def _filling(values: torch.Tensor, source: Source) -> _Sink:
         def copy(piece: torch.Tensor, begin: int) -> None:
             flat[begin : begin + len(piece)].copy_(piece)
 
-        return _Sink(source, copy, home=flat if source.tensor.dtype == flat.dtype else None)
+        return _Sink(source, copy, home=flat.view(torch.uint8) if source.tensor.dtype == flat.dtype else None)
     gathered: list[torch.Tensor] = []
 
     def gather(piece: torch.Tensor, begin: int) -> None:

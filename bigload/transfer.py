@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from .ring import Ring, as_bytes, reader_threads, take_ring
 
 # Places on a GPU for what its default stream has yet to work on, and their size.
 _WINDOW = 2
-_PLACE_BYTES = 64 * 2**20
+PLACE_BYTES = 64 * 2**20
 # Bytes that one thread reads at once.
 BLOCK_BYTES = 4 * 2**20
 
@@ -54,7 +55,7 @@ def deliver(deliveries: Sequence[Delivery], *, on_bytes: Callable[[int], object]
             lanes.enter_context(way)
         with reader:
             for extent, slot, filled in reader:
-                reader.release(slot, ways[extent.device].land(extent, filled))
+                reader.release(slot, ways[extent.device].land(extent, slot, filled))
                 on_bytes(extent.nbytes)
 
 
@@ -204,8 +205,13 @@ def _without(buffers: list[memoryview], count: int) -> list[memoryview]:
 class _Way(AbstractContextManager["_Way"]):
     """The way of extents to one device."""
 
-    def land(self, extent: Extent, slot: torch.Tensor | None) -> torch.cuda.Event | None:
+    def land(self, extent: Extent, slot: int | None, filled: torch.Tensor | None) -> torch.cuda.Event | None:
         """Bring an extent there and hand it over.
+
+        Args:
+            extent: what was read.
+            slot: the number of the slot that it was read into, None where it was read into its homes.
+            filled: its bytes there.
 
         Returns:
             The event after which the slot may be filled again; None if it may at once.
@@ -219,10 +225,10 @@ class _Way(AbstractContextManager["_Way"]):
 class _Here(_Way):
     """The way to the CPU: what was read is there."""
 
-    def land(self, extent: Extent, slot: torch.Tensor | None) -> None:
+    def land(self, extent: Extent, slot: int | None, filled: torch.Tensor | None) -> None:
         for part in extent.parts:
-            if slot is not None:
-                part.delivery.take(part.values(slot), part.begin)
+            if filled is not None:
+                part.delivery.take(part.values_in(filled), part.begin)
             part.delivery.arrived(part.count)
 
 
@@ -238,55 +244,63 @@ class _Lane(_Way):
         self._device = device
         self._default = torch.cuda.default_stream(device)
         self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._window: list[torch.Tensor] = []
-        self._worked = [_event() for _ in range(_WINDOW)]
-        self._place = self._gathered = 0
+        self._places: list[_Place] = []
+        self._copied: defaultdict[int, torch.cuda.Event] = defaultdict(_event)  # by slot
+        self._turn = 0
 
     def __enter__(self) -> _Lane:
-        self._window = [torch.empty(_PLACE_BYTES, dtype=torch.uint8, device=self._device) for _ in range(_WINDOW)]
+        self._places = [_Place(self._device) for _ in range(_WINDOW)]
         # Homes and window may have been another tensor's, which the default stream has yet to finish with.
         self._copies.wait_stream(self._default)
         return self
 
-    def land(self, extent: Extent, slot: torch.Tensor | None) -> torch.cuda.Event:
+    def land(self, extent: Extent, slot: int | None, filled: torch.Tensor | None) -> torch.cuda.Event:
         assert slot is not None
+        assert filled is not None
+        copied = self._copied[slot]
         torch.cuda.set_stream(self._copies)  # a context would take ten times as long
         for part in extent.parts:
             home = part.home
             if home is None:
-                self._gather(part, part.values(slot))
+                self._gather(part, part.bytes_in(filled))
             else:
-                home.copy_(part.values(slot), non_blocking=True)
-        copied = _recorded(self._copies)
+                home.copy_(part.bytes_in(filled), non_blocking=True)
+        copied.record(self._copies)
         torch.cuda.set_stream(self._default)  # for what is done with tensors that are whole
         for part in extent.parts:
-            if part.home is not None:
+            if part.delivery.home is not None:
                 part.delivery.arrived(part.count)
         return copied
 
     def _gather(self, part: Part, values: torch.Tensor) -> None:
+        """Copy a piece's bytes into the place of its tensor, and what does not fit there into the next."""
         delivery = part.delivery
-        itemsize = values.dtype.itemsize
-        room = _PLACE_BYTES // itemsize // delivery.granule * delivery.granule
-        total, begin = delivery.tensor.nbytes // itemsize, part.begin
-        while len(values):
-            if not self._gathered:
-                self._copies.wait_event(self._worked[self._place])
-            place = self._window[self._place][: room * itemsize].view(values.dtype)
-            count = min(len(values), room - self._gathered)
-            place[self._gathered : self._gathered + count].copy_(values[:count], non_blocking=True)
-            self._gathered, begin, values = self._gathered + count, begin + count, values[count:]
-            if self._gathered == room or begin == total:
-                self._hand_over(delivery, place[: self._gathered], begin - self._gathered)
+        itemsize = delivery.tensor.dtype.itemsize
+        room = PLACE_BYTES // itemsize // delivery.granule * delivery.granule * itemsize
+        begin, copied = part.begin * itemsize, 0
+        while copied < part.nbytes:
+            place = self._places[self._turn]
+            if not place.gathered:
+                self._copies.wait_event(place.worked)
+            count = min(part.nbytes - copied, room - place.gathered)
+            target = place.memory[place.gathered : place.gathered + count]
+            target.copy_(values[copied : copied + count], non_blocking=True)
+            place.gathered += count
+            copied += count
+            if place.gathered == room or begin + copied == delivery.tensor.nbytes:
+                self._hand_over(delivery, place, (begin + copied - place.gathered) // itemsize)
 
-    def _hand_over(self, delivery: Delivery, values: torch.Tensor, begin: int) -> None:
-        self._default.wait_event(_recorded(self._copies))
+    def _hand_over(self, delivery: Delivery, place: _Place, begin: int) -> None:
+        place.copied.record(self._copies)
+        self._default.wait_event(place.copied)
         torch.cuda.set_stream(self._default)
+        values = place.memory[: place.gathered].view(delivery.tensor.dtype)
         delivery.take(values, begin)
         delivery.arrived(len(values))
-        self._worked[self._place].record(self._default)
+        place.worked.record(self._default)
         torch.cuda.set_stream(self._copies)
-        self._place, self._gathered = (self._place + 1) % _WINDOW, 0
+        place.gathered = 0
+        self._turn = (self._turn + 1) % _WINDOW
 
     def __exit__(self, kind: object = None, *raised: object) -> None:
         torch.cuda.set_stream(self._default)  # an error may have come between
@@ -295,10 +309,13 @@ class _Lane(_Way):
             self._copies.synchronize()  # it still reads slots, and writes what is freed now
 
 
-def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    event = _event()
-    event.record(stream)
-    return event
+class _Place:
+    """Memory on a GPU where a tensor is gathered."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.memory = torch.empty(PLACE_BYTES, dtype=torch.uint8, device=device)
+        self.gathered = 0
+        self.copied, self.worked = _event(), _event()
 
 
 def _event() -> torch.cuda.Event:

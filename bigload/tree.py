@@ -1,0 +1,35 @@
+"""Walks over a model: torch's own pass each module through a generator for every level above it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
+    """List a model's modules under all their paths, itself as "", as `named_modules(remove_duplicate=False)` does."""
+    found: dict[str, nn.Module] = {}
+    waiting: list[tuple[str, nn.Module]] = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        found[path] = module
+        prefix = f"{path}." if path else ""
+        children = [(prefix + name, child) for name, child in module._modules.items() if child is not None]
+        waiting.extend(reversed(children))
+    return found
+
+
+def leaves(modules: dict[str, nn.Module], kind: str) -> dict[str, Any]:
+    """List parameters or buffers under all their names.
+
+    Args:
+        modules: from `modules_by_path`.
+        kind: "_parameters" or "_buffers".
+    """
+    return {
+        f"{path}.{name}" if path else name: tensor
+        for path, module in modules.items()
+        for name, tensor in getattr(module, kind).items()
+        if tensor is not None
+    }
