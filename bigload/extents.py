@@ -105,6 +105,11 @@ class Extent:
             and (self.is_direct or self.nbytes % delivery.tensor.dtype.itemsize == 0)
         )
 
+    def name_at(self, offset: int) -> str:
+        """Name the tensor that a byte of the file belongs to."""
+        ends = ((part.at + part.nbytes, part.delivery.tensor.name) for part in self.parts)
+        return next(name for end, name in ends if offset - self.offset < end)
+
     def append(self, delivery: Delivery, begin: int, room: int) -> int:
         """Take on values of a tensor, as many as there is room for.
 

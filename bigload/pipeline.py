@@ -23,7 +23,7 @@ from .quantize import Quantizer, from_parts, quantize
 from .ring import slot_bytes
 from .stored import LazyTensor, StoredTensor
 from .stores import DeviceStore, reserve
-from .transfer import default_stream, deliver
+from .transfer import WINDOW_BYTES, default_stream, deliver
 
 Landed = torch.Tensor | QuantizedWeight
 
@@ -61,7 +61,8 @@ def execute(
         for device, nbytes in plan.device_bytes.items():
             reserve(device, nbytes)
         ways = [way for planned in plan.tensors if planned.sources for way in _ways(planned, plan, keep)]
-        deliver(_in_file_order([way for way in ways if _is_stored(way.source)]), on_bytes=on_bytes)
+        with _window_named(plan):
+            deliver(_in_file_order([way for way in ways if _is_stored(way.source)]), on_bytes=on_bytes)
         for way in ways:
             if not _is_stored(way.source):
                 way.walk()
@@ -149,6 +150,17 @@ def _ways(planned: PlannedTensor, plan: Plan, keep: Callable[[str, Landed], None
 
 def _numel(source: Source) -> int:
     return source.tensor.nbytes // source.tensor.dtype.itemsize
+
+
+@contextmanager
+def _window_named(plan: Plan) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise PlacementError(
+            f"{listed(map(str, plan.device_bytes))} ran out of memory for what is on its way there "
+            f"({show(WINDOW_BYTES)} beside the model); choose a smaller mode or free memory there"
+        ) from error
 
 
 @contextmanager

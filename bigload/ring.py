@@ -57,9 +57,10 @@ def ring_bytes() -> int:
     return size
 
 
-def slot_bytes() -> int:
+def slot_bytes(ring: int | None = None) -> int:
     """Bytes of one slot, the most that is read at once: 32 MiB, or less that a small ring has two."""
-    return int(min(SLOT_BYTES, 2 ** ((ring_bytes() // 2).bit_length() - 1)))
+    nbytes = ring_bytes() if ring is None else ring
+    return int(min(SLOT_BYTES, 2 ** ((nbytes // 2).bit_length() - 1)))
 
 
 class Ring:
@@ -68,7 +69,7 @@ class Ring:
     def __init__(self, nbytes: int, *, pinned: bool) -> None:
         """Allocate the slots, two at least."""
         self.asked = (nbytes, pinned)
-        self.slot_bytes = slot_bytes()
+        self.slot_bytes = slot_bytes(nbytes)
         if not pinned:  # what is touched costs time: no more slots than the threads keep busy
             nbytes = min(nbytes, 3 * self.slot_bytes)
         memory = _pinned(nbytes, self.slot_bytes) if pinned else torch.empty(nbytes, dtype=torch.uint8)

@@ -28,6 +28,7 @@ from .ring import Ring, as_bytes, reader_threads, take_ring
 # Places on a GPU for what its default stream has yet to work on, and their size.
 _WINDOW = 2
 PLACE_BYTES = 64 * 2**20
+WINDOW_BYTES = _WINDOW * PLACE_BYTES
 # Bytes that one thread reads at once.
 BLOCK_BYTES = 4 * 2**20
 
@@ -82,8 +83,12 @@ class Reader(AbstractContextManager["Reader"]):
         self._threads = [threading.Thread(target=self._read_ahead, daemon=True) for _ in range(count)]
 
     def __enter__(self) -> Reader:
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except BaseException as error:  # no more threads are to be had, or Ctrl-C: those that run must not stay
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
         return self
 
     def __iter__(self) -> Iterator[tuple[Extent, int | None, torch.Tensor | None]]:
@@ -152,12 +157,12 @@ class Reader(AbstractContextManager["Reader"]):
             while buffers:
                 received = os.preadv(descriptor, buffers, offset)
                 if not received:
-                    name = extent.parts[0].delivery.tensor.name
+                    name = extent.name_at(offset)
                     raise CheckpointError(f"'{file}' ended while '{name}' was read: it was cut meanwhile")
                 offset += received
                 buffers = _without(buffers, received)
         except OSError as error:
-            name = extent.parts[0].delivery.tensor.name
+            name = extent.name_at(offset)
             raise CheckpointError(f"reading '{name}' from '{file}' failed: {error}") from error
 
     def _descriptor(self, path: Path) -> int:
@@ -266,10 +271,12 @@ class _Lane(_Way):
             else:
                 home.copy_(part.bytes_in(filled), non_blocking=True)
         copied.record(self._copies)
-        torch.cuda.set_stream(self._default)  # for what is done with tensors that are whole
-        for part in extent.parts:
-            if part.delivery.home is not None:
-                part.delivery.arrived(part.count)
+        torch.cuda.set_stream(self._default)
+        at_home = [part for part in extent.parts if part.delivery.home is not None]
+        if at_home:
+            self._default.wait_event(copied)  # what is done with a tensor that is whole is done there
+        for part in at_home:
+            part.delivery.arrived(part.count)
         return copied
 
     def _gather(self, part: Part, values: torch.Tensor) -> None:
