@@ -43,11 +43,13 @@ class QuantizedWeight:
     row_scales: torch.Tensor | None = None
 
     @property
-    def scales(self) -> torch.Tensor:
-        """The scales that are not finite if any weight was not: SCB, absmax, or the mean of double-quantized ones."""
+    def scales(self) -> list[torch.Tensor]:
+        """What is not finite if any weight was not: SCB, absmax, or offset and scales of double-quantized absmax."""
         if self.row_scales is not None:
-            return self.row_scales
-        return self.quant_state.offset if self.quant_state.nested else self.quant_state.absmax  # type: ignore[no-any-return]
+            return [self.row_scales]
+        if self.quant_state.nested:
+            return [self.quant_state.offset, self.quant_state.state2.absmax]
+        return [self.quant_state.absmax]
 
 
 def dequantize_4bit(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:

@@ -87,7 +87,9 @@ class Checkpoint:
     @property
     def dominant_dtype(self) -> torch.dtype:
         """The floating dtype that most of the checkpoint's bytes are in; float32 where there is none."""
-        return formats.dominant_dtype((tensor.dtype, tensor.nbytes) for tensor in self.tensors.values())
+        return formats.dominant_dtype(
+            (tensor.dtype, math.prod(tensor.shape) * tensor.dtype.itemsize) for tensor in self.tensors.values()
+        )
 
 
 def open_checkpoint(weights_location: WeightsLocation) -> Checkpoint:

@@ -121,7 +121,7 @@ def load_and_quantize_model(
                 strict=strict,
             )
         if checkpoint is not None and checkpoint.is_quantized:
-            layers = layers_stored_quantized(model, _stored_quantized(sources), quantizable)
+            layers = layers_stored_quantized(model, config, tensors, _stored_quantized(sources), quantizable)
         else:
             layers = layers_to_quantize(model, config, tensors, quantizable)
         plan = make_plan(model, config, tensors, layers, sources, devices, class_dtypes)

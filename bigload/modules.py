@@ -162,10 +162,7 @@ def layers_to_quantize(
     Raises:
         ConfigError: a class in `quantizable` does not do what nn.Linear does.
     """
-    if not isinstance(quantizable, (tuple, list)):
-        raise ConfigError(f"quantizable must be a list of subclasses of nn.Linear, but it is {quantizable!r}")
-    for cls in quantizable:
-        _require_linear_forward(cls)
+    _check_quantizable(quantizable)
     modules = modules_by_path(model)
     tied = {name for tensor in tensors if _has_several_owners(modules, tensor) for name in tensor.names}
     # What the class keeps in fp32 in any 16-bit dtype must not be quantized in any: it ruins T5's `wo`.
@@ -191,32 +188,61 @@ def layers_to_quantize(
 
 
 def layers_stored_quantized(
-    model: nn.Module, stored: Iterable[str], quantizable: Sequence[type[nn.Linear]] = ()
+    model: nn.Module,
+    config: BnbQuantizationConfig,
+    tensors: Sequence[ModelTensor],
+    stored: Iterable[str],
+    quantizable: Sequence[type[nn.Linear]] = (),
 ) -> dict[str, nn.Module]:
     """Find the layers whose weights a checkpoint holds quantized already, by path.
 
     Args:
         model: read only.
+        config: the caller's, or that of the checkpoint.
+        tensors: of the model, from `tensors_of`.
         stored: the names of those weights in the model.
         quantizable: subclasses of nn.Linear that may be quantized too.
 
     Raises:
-        CheckpointError: one is no weight of a layer that can be quantized.
+        CheckpointError: one is no weight of a layer that can be quantized, or tied to another module's.
+        ConfigError: one is to be kept plain, or a class in `quantizable` does not do what nn.Linear does.
     """
+    _check_quantizable(quantizable)
     could_be = {f"{path}.weight".lstrip("."): path for path in plain_linears(model, quantizable)}
     names = list(stored)
+    modules = modules_by_path(model)
+    shared = [t.name for t in tensors if t.name in set(names) and _has_several_owners(modules, t)]
+    if shared:
+        raise CheckpointError(
+            f"{listed(shared)}: stored quantized, but in the model tied to other modules' weights: build the model "
+            "without the tie, or give the original checkpoint"
+        )
     strange = [name for name in names if name not in could_be]
     if strange:
         raise CheckpointError(
             f"{listed(strange)}: stored quantized, but in the model no weight of an nn.Linear: build the model from "
             "this checkpoint's config, or name its class in quantizable"
         )
+    for field in ("skip_modules", "keep_in_fp32_modules"):
+        plain = [could_be[name] for name in names if matches(name, getattr(config, field) or ())]
+        if plain:
+            raise ConfigError(
+                f"the checkpoint is quantized already, and so are {listed(plain)}, which {field} keeps plain: leave "
+                "them out, or give the original checkpoint"
+            )
     return {could_be[name]: model.get_submodule(could_be[name]) for name in names}
 
 
 def plain_linears(model: nn.Module, quantizable: Sequence[type[nn.Linear]] = ()) -> dict[str, nn.Module]:
     """List the layers that could be quantized, by path."""
     return {path: module for path, module in model.named_modules() if _is_quantizable(module, quantizable)}
+
+
+def _check_quantizable(quantizable: Any) -> None:
+    if not isinstance(quantizable, (tuple, list)):
+        raise ConfigError(f"quantizable must be a list of subclasses of nn.Linear, but it is {quantizable!r}")
+    for cls in quantizable:
+        _require_linear_forward(cls)
 
 
 def _require_linear_forward(cls: Any) -> None:

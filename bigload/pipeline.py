@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from .bnb import QuantizedWeight
-from .errors import PlacementError, QuantizationError, listed
+from .errors import CheckpointError, PlacementError, QuantizationError, listed
 from .extents import Delivery
 from .formats import FourBit, Int8, Plain
 from .keys import Source
@@ -267,16 +267,23 @@ def _require_finite(landed: dict[str, Landed], plan: Plan) -> None:
     main_weights = (
         {f"{path}.weight".lstrip(".") for path in plan.layers} if plan.config.llm_int8_has_fp16_weight else set()
     )
-    checked = {}
+    stored = {p.tensor.name for p in plan.tensors if p.sources and isinstance(p.sources[0].tensor, QuantizedTensor)}
+    checked: list[tuple[str, torch.Tensor]] = []
     for name, value in landed.items():
         if isinstance(value, QuantizedWeight):
-            checked[name] = value.scales
+            checked += [(name, scales) for scales in value.scales if scales.numel()]
         elif name in main_weights:
-            checked[name] = value.abs()
+            checked.append((name, value))
     if not checked:
         return
-    largest = torch.stack([values.amax().float() for values in checked.values()]).tolist()
-    bad = [name for name, value in zip(checked, largest, strict=True) if not math.isfinite(value)]
+    # The largest of each, in one kernel, which passes NaN on.
+    largest = torch.stack([torch.linalg.vector_norm(values, math.inf).float() for _, values in checked]).tolist()
+    bad = list(
+        dict.fromkeys(name for (name, _), value in zip(checked, largest, strict=True) if not math.isfinite(value))
+    )
+    damaged = [name for name in bad if name in stored]
+    if damaged:
+        raise CheckpointError(f"{listed(damaged)}: stored with scales that are not finite: the file is damaged")
     if bad:
         through = "float16, whose largest value is 65504" if plan.config.load_in_8bit else f"{plan.config.torch_dtype}"
         raise QuantizationError(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_STORAGES = (torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(nf4|fp4)")
 _FOUR_BIT_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _TABLES = {"quant_map": 16, "nested_quant_map": 256}
@@ -53,9 +54,8 @@ def gathered(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
         CheckpointError: a part is missing, or its size, dtype or description contradicts the others.
     """
     states = {match[1]: match for name in tensors if ".quant_state." in name and (match := _STATE.fullmatch(name))}
-    rows = [name for name in tensors if name.endswith(".SCB") or name == "SCB"]
-    if not states and not rows:
-        return dict(tensors)
+    # By the weight's dtype: a plain model may have a buffer of that name.
+    rows = [name for name in tensors if (name.endswith(".SCB") or name == "SCB") and _is_int8(name, tensors)]
     made: dict[str, StoredTensor] = {}
     taken: set[str] = set()
     for name, match in states.items():
@@ -65,7 +65,8 @@ def gathered(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
         weight = f"{name.removesuffix('SCB')}weight"
         made[weight], used = _int8(weight, tensors)
         taken.update(used)
-    orphans = [name for name in tensors if name not in taken and _looks_like_a_part(name)]
+    # What lies under a tensor's own name is a part of it; a buffer's name lies under a module's.
+    orphans = [name for name in tensors if name not in taken and _weight_of(name) in tensors]
     if orphans:
         raise CheckpointError(f"{listed(orphans)}: parts of quantized weights whose quant_state is missing")
     # Each in the place of its weight, so that the order stays that of the file.
@@ -113,17 +114,30 @@ def _said_beside(location: Path) -> dict[str, Any]:
     """Give what a config.json beside the weights says of how they compute, which the weights do not."""
     said: dict[str, Any] = {"torch_dtype": "auto", "bnb_4bit_compute_dtype": "auto"}
     try:
-        config = json.loads((location.parent / "config.json").read_text())["quantization_config"]
-        said["llm_int8_threshold"] = float(config["llm_int8_threshold"])
-        if config.get("bnb_4bit_compute_dtype") in _DTYPES:
-            said["bnb_4bit_compute_dtype"] = config["bnb_4bit_compute_dtype"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # no such file, or of another model's
+        model = json.loads((location.parent / "config.json").read_text())
+        config = model["quantization_config"]
+        threshold, compute_dtype = config.get("llm_int8_threshold"), config.get("bnb_4bit_compute_dtype")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return said  # no such file, or of another model's
+    # Where a model of transformers is kept in float32 in part, most bytes may be float32.
+    dtype = model.get("dtype", model.get("torch_dtype"))
+    if isinstance(dtype, str) and dtype in _DTYPES:
+        said["torch_dtype"] = dtype
+    if isinstance(compute_dtype, str) and compute_dtype in _DTYPES:
+        said["bnb_4bit_compute_dtype"] = compute_dtype
+    if isinstance(threshold, (int, float)) and not isinstance(threshold, bool) and threshold >= 0:
+        said["llm_int8_threshold"] = float(threshold)
     return said
 
 
-def _looks_like_a_part(name: str) -> bool:
-    return name.endswith(tuple(f".{part}" for part in _FOUR_BIT_PARTS)) or ".quant_state." in name
+def _weight_of(name: str) -> str | None:
+    weight, _, part = name.partition(".quant_state.") if ".quant_state." in name else name.rpartition(".")
+    return weight if part in _FOUR_BIT_PARTS or ".quant_state." in name else None
+
+
+def _is_int8(scales: str, tensors: Mapping[str, StoredTensor]) -> bool:
+    weight = tensors.get(f"{scales.removesuffix('SCB')}weight")
+    return weight is not None and weight.dtype == torch.int8
 
 
 def _four_bit(
@@ -139,6 +153,10 @@ def _four_bit(
         )
     parts = {"weight": tensors[name], **{part: tensors[f"{name}.{part}"] for part in wanted}}
     storage = parts["weight"].dtype
+    if storage not in _STORAGES:
+        raise CheckpointError(
+            f"'{name}' is stored as {match[2]}, but its packed bytes are {storage}: the file is damaged"
+        )
     fmt = FourBit(match[2], described["blocksize"], nested, storage)
     _require_sizes(name, fmt, described["shape"], parts)
     quantized = QuantizedTensor(
@@ -165,24 +183,24 @@ def _described(name: str, match: re.Match[str], blob: StoredTensor) -> dict[str,
         raise wrong(f"it is stored as {blob.dtype}, not as bytes")
     try:
         state = json.loads(bytes(read_whole(blob).numpy()))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise wrong(f"it is not JSON: {error}") from error
     if not isinstance(state, dict):
         raise wrong(f"expected an object, found {state!r}")
     blocksize, shape, dtype = state.get("blocksize"), state.get("shape"), state.get("dtype")
     if state.get("quant_type") != match[2]:
         raise wrong(f"quant_type is {state.get('quant_type')!r}, its name says '{match[2]}'")
-    if blocksize not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
+    if type(blocksize) is not int or blocksize not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
         raise wrong(f"blocksize is {blocksize!r}")
     if not isinstance(shape, list) or not all(isinstance(size, int) and size >= 0 for size in shape):
         raise wrong(f"shape is {shape!r}")
-    if dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise wrong(f"dtype is {dtype!r}, none of {', '.join(_DTYPES)}")
     nested = "nested_blocksize" in state
-    offset = state.get("nested_offset", 0.0)
+    offset = state.get("nested_offset") if nested else 0.0
     if nested and (state["nested_blocksize"] != NESTED_BLOCKSIZE or state.get("nested_dtype") != "float32"):
         raise wrong(f"nested scales are in blocks of {state['nested_blocksize']!r} as {state.get('nested_dtype')!r}")
-    if not isinstance(offset, (int, float)):
+    if not isinstance(offset, (int, float)) or not abs(offset) <= torch.finfo(torch.float32).max:
         raise wrong(f"nested_offset is {offset!r}")
     return {
         "blocksize": blocksize,

@@ -69,6 +69,21 @@ class GPT(nn.Module):
         return self.lm_head(self.transformer["ln_f"](x))
 
 
+class Layers(nn.Module):
+    """Sizes that fill blocks and that do not, an odd number of values, and a name that ends in another's."""
+
+    def __init__(self):
+        super().__init__()
+        self.c_proj = nn.Linear(160, 128)  # 320 blocks: their nested scales take more than one
+        self.norm = nn.LayerNorm(128)
+        self.proj = nn.Linear(128, 35, bias=False)
+        self.odd = nn.Linear(35, 5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.odd(torch.relu(self.proj(self.norm(self.c_proj(x))))))
+
+
 class Attended(nn.Module):
     """Holds nn.MultiheadAttention, whose out_proj is a subclass of Linear that it reads past its forward."""
 
@@ -134,6 +149,34 @@ def quantize_as_bitsandbytes(weight: torch.Tensor, mode: str, blocksize: int = 6
     return parts
 
 
+def stored_by_bitsandbytes(name: str, weight: torch.Tensor, mode: str, blocksize: int = 64, storage=torch.uint8):
+    """bitsandbytes' own call. Returns the tensors by the names that it gives them in a state_dict."""
+    if mode == "int8":
+        rows, row_scales, _ = kernels.int8_vectorwise_quant(weight.half().contiguous())
+        prefix = name.removesuffix("weight")
+        return {name: rows, f"{prefix}SCB": row_scales, f"{prefix}weight_format": torch.tensor(0, dtype=torch.uint8)}
+    packed, state = kernels.quantize_4bit(
+        weight.contiguous(),
+        blocksize=blocksize,
+        quant_type=mode[:3],
+        compress_statistics=mode.endswith("-dq"),
+        quant_storage=storage,
+    )
+    return {name: packed, **{f"{name}.{part}": tensor for part, tensor in state.as_dict(packed=True).items()}}
+
+
+def quantized_state(full, mode, device, blocksize=64, storage=torch.uint8, skip=("head",)):
+    """The state_dict of a model whose Linears bitsandbytes has quantized on a device, those in `skip` left out."""
+    modules = full.named_modules(remove_duplicate=False)
+    linears = {path for path, module in modules if isinstance(module, nn.Linear) and path not in skip}
+    state = {}
+    for name, tensor in full.state_dict().items():
+        is_quantized = name.endswith("weight") and name.removesuffix("weight").removesuffix(".") in linears
+        made = stored_by_bitsandbytes(name, tensor.to(device), mode, blocksize, storage) if is_quantized else {}
+        state |= made or {name: tensor}
+    return {name: tensor.cpu().clone() for name, tensor in state.items()}
+
+
 def dequantize_by_hand(parts, shape, blocksize: int = 64) -> torch.Tensor:
     """Undo `quantize_as_bitsandbytes` from the formats' definition alone, in float32."""
     if "SCB" in parts:
@@ -162,6 +205,22 @@ def dequantized_reference(model: nn.Module, mode: str, skip: set[str], dtype: to
             parts = quantize_as_bitsandbytes(module.weight.detach(), mode, blocksize)
             module.weight = nn.Parameter(dequantize_by_hand(parts, module.weight.shape, blocksize).to(dtype))
     return reference.float()
+
+
+def equal(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Bits, not values: a bfloat16 storage holds patterns that are NaN."""
+    return (
+        found.dtype == expected.dtype
+        and found.shape == expected.shape
+        and torch.equal(found.detach().reshape(-1).view(torch.uint8), expected.reshape(-1).view(torch.uint8))
+    )
+
+
+def assert_same_bits(found, expected):
+    """Compare two state dicts; bitsandbytes' own writes all that it knows of a quantized weight."""
+    assert found.keys() == expected.keys()
+    different = [name for name in expected if not equal(found[name].cpu(), expected[name].cpu())]
+    assert not different
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from models import FOUR_BIT, quantize_as_bitsandbytes
+from models import FOUR_BIT, equal, quantize_as_bitsandbytes
 from safetensors.torch import save_file
 from torch import nn
 
@@ -29,15 +29,6 @@ def load(tmp_path, device, checkpoint_dtype, config):
     with init_empty_weights():
         model = TwoLayers()
     return full, load_and_quantize_model(model, config, tmp_path, device_map=device)
-
-
-def equal(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Bits, not values: a bfloat16 storage holds patterns that are NaN."""
-    return (
-        found.dtype == expected.dtype
-        and found.shape == expected.shape
-        and torch.equal(found.detach().reshape(-1).view(torch.uint8), expected.reshape(-1).view(torch.uint8))
-    )
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)

@@ -6,12 +6,11 @@ import math
 import re
 from pathlib import Path
 
-import bitsandbytes.functional as kernels
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import llama
+from models import llama, stored_by_bitsandbytes
 from safetensors.torch import save_file
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -390,46 +389,8 @@ def test_tied_weight_that_differs_only_at_its_end_is_a_warning(tmp_path, caplog)
     assert "different values" in caplog.text
 
 
-def quantized_by_bitsandbytes(name, weight, mode):
-    """Name the tensors of one quantized layer as bitsandbytes saves them."""
-    if mode == "int8":
-        rows, row_scales, _ = kernels.int8_vectorwise_quant(weight.half())
-        return {name: rows, name.replace("weight", "SCB"): row_scales}
-    packed, state = kernels.quantize_4bit(weight, quant_type=mode[:3], compress_statistics=mode.endswith("-dq"))
-    return {name: packed, **{f"{name}.{part}": tensor for part, tensor in state.as_dict(packed=True).items()}}
-
-
-PACKED = pytest.mark.parametrize("mode", ["int8", "nf4", "nf4-dq", "fp4"])
-
-
-def refused_as_quantized(state, tensors, folder, **options):
-    save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"is quantized by bitsandbytes already.*give the original") as caught:
-        sources_in_checkpoint(tensors, open_checkpoint(folder), **options)
-    assert not caught.value.mismatched_shapes
-    assert not caught.value.missing_keys
-
-
-@PACKED
-def test_quantized_checkpoint_is_named_as_such_before_any_shape_is_judged(tmp_path, mode):
-    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 3))
-    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    state |= quantized_by_bitsandbytes("0.weight", state["0.weight"], mode)
-    state["1.weight"] = torch.zeros(9, 9)
-    refused_as_quantized(state, tensors_of(model), tmp_path)
-
-
-@PACKED
-def test_quantized_checkpoint_of_a_llama_is_named_as_such(tmp_path, mode):
-    model = llama(False)
-    state = {}
-    for name, tensor in model.state_dict().items():
-        state |= quantized_by_bitsandbytes(name, tensor, mode) if "proj" in name else {name: tensor}
-    refused_as_quantized(state, tensors_of(model), tmp_path, conversion=KeyConversion(model))
-
-
-@PACKED
-def test_quantized_checkpoint_whose_experts_would_be_merged_is_named_as_such(tmp_path, mode):
+@pytest.mark.parametrize("mode", ["int8", "nf4", "nf4-dq", "fp4"])
+def test_quantized_experts_that_the_model_holds_merged_are_refused_by_both_names(tmp_path, mode):
     sizes = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
     with init_empty_weights():
@@ -439,8 +400,13 @@ def test_quantized_checkpoint_whose_experts_would_be_merged_is_named_as_such(tmp
         for part in ("w1", "w2", "w3"):
             name = f"model.layers.0.block_sparse_moe.experts.{expert}.{part}.weight"
             # Weights of different sizes: the length of their packed quant_state differs too.
-            state |= quantized_by_bitsandbytes(name, torch.rand(64, 64) * 10.0 ** (-3 * expert), mode)
-    refused_as_quantized(state, tensors_of(model), tmp_path, conversion=KeyConversion(model))
+            state |= stored_by_bitsandbytes(name, torch.rand(64, 64) * 10.0 ** (-3 * expert), mode)
+    save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, tmp_path / "model.safetensors")
+    stored = r"'model\.layers\.0\.block_sparse_moe\.experts\.0\.w\d\.weight'"
+    merged = r"'model\.layers\.0\.mlp\.experts\.\w+'"
+    message = rf"^{stored} is quantized already.*combined with others as {merged}.*give the original checkpoint"
+    with pytest.raises(CheckpointError, match=message):
+        sources_in_checkpoint(tensors_of(model), open_checkpoint(tmp_path), conversion=KeyConversion(model))
 
 
 def test_non_persistent_buffer_on_meta_is_taken_from_what_was_built_again():
