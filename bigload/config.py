@@ -290,7 +290,7 @@ def as_config(given: Any) -> BnbQuantizationConfig:
         return BnbQuantizationConfig.from_accelerate(given)
     if given is None:
         raise ConfigError(
-            "bnb_quantization_config is None, which means a checkpoint that is quantized already, and this one is not: "
+            "bnb_quantization_config is None, which means a checkpoint that is quantized already, and there is none: "
             f"give a config or one of {', '.join(MODES)}"
         )
     raise ConfigError(

@@ -294,6 +294,27 @@ def test_imports_are_timed_from_a_process_without_torch():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
+def test_checkpoint_that_is_quantized_already_is_loaded_as_it_is(many, tmp_path, mode):
+    from benchmarks.load import compare
+
+    folder = made("many-50", tmp_path / mode, "--quant", mode, "--source", many)
+    rows = compare(job(folder, peers=("bigload", "safetensors")))["rows"]
+    assert [(row["peer"], row["mode"]) for row in rows] == [("bigload", "stored"), ("safetensors", "stored")]
+    assert all(row["second_s"] > 0 for row in rows)
+
+
+def test_summary_has_a_line_for_each_mode_with_the_floor_first():
+    from benchmarks.report import summary
+
+    lines = summary(result()).splitlines()
+    modes = list(dict.fromkeys(row["mode"] for row in result()["rows"]))
+    assert [line.split("|")[1].strip() for line in lines[2 : 2 + len(modes)]] == modes
+    assert lines[0].split("|")[2].strip() == "floor"
+    assert "GPU memory" in lines[-2]
+    assert "host memory" in lines[-1]
+
+
 # report
 
 
