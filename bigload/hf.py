@@ -174,7 +174,8 @@ class _NoInitialization(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-_class_dtypes: dict[tuple[type, str, torch.dtype], Mapping[str, torch.dtype]] = {}
+# Those of the last model, which is likely to be loaded again: in one step, since threads load at once.
+_known_dtypes: dict[str, tuple[tuple[type, str, torch.dtype], Mapping[str, torch.dtype]]] = {}
 
 
 def class_dtypes(model: Any, torch_dtype: torch.dtype) -> Mapping[str, torch.dtype]:
@@ -185,14 +186,20 @@ def class_dtypes(model: Any, torch_dtype: torch.dtype) -> Mapping[str, torch.dty
     """
     if not is_pretrained(model):
         return {}
-    key = (type(model), model.config.to_json_string(use_diff=False), torch_dtype)
-    if key not in _class_dtypes:
-        with default_dtype(torch_dtype), torch.device("meta"), _NoInitialization():
-            twin = type(model)(model.config)
-        tensors = [*twin.named_parameters(remove_duplicate=False), *twin.named_buffers(remove_duplicate=False)]
-        _class_dtypes.clear()  # one is worth keeping: that of a model which is loaded again
-        _class_dtypes[key] = {name: tensor.dtype for name, tensor in tensors if tensor.is_floating_point()}
-    return _class_dtypes[key]
+    try:
+        key = (type(model), model.config.to_json_string(use_diff=False), torch_dtype)
+    except Exception:  # a config may hold what JSON does not
+        key = None
+    known = _known_dtypes.get("last")
+    if key is not None and known is not None and known[0] == key:
+        return known[1]
+    with default_dtype(torch_dtype), torch.device("meta"), _NoInitialization():
+        twin = type(model)(model.config)
+    tensors = [*twin.named_parameters(remove_duplicate=False), *twin.named_buffers(remove_duplicate=False)]
+    dtypes = {name: tensor.dtype for name, tensor in tensors if tensor.is_floating_point()}
+    if key is not None:
+        _known_dtypes["last"] = key, dtypes
+    return dtypes
 
 
 def rebuilt_buffers(model: Any, torch_dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -57,7 +57,7 @@ def _methods_naming_weights(cls: type) -> tuple[FunctionType, ...]:
 def _read_by(function: FunctionType, owner: nn.Module) -> Iterator[str]:
     names = _names(function.__code__)
     me = function.__code__.co_varnames[0] if function.__code__.co_argcount else ""
-    children = [name for name, _ in owner.named_children() if name in names]
+    children = [name for name, child in owner._modules.items() if child is not None and name in names]
     if not children:
         return
     tree = _parsed(function)
@@ -144,7 +144,8 @@ def _resolved(owner: nn.Module, path: tuple[str, ...]) -> Iterator[str]:
         found = [
             (f"{at}.{name}".lstrip("."), child)
             for at, module in found
-            for name, child in module.named_children()
+            for name, child in module._modules.items()
+            if child is not None
             if part in (name, _EACH)
         ]
     yield from (at for at, _ in found if at)

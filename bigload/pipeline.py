@@ -210,9 +210,8 @@ def _quantizing_sinks(
     streams = all(begin is not None for begin in begins) and all(
         quantizer.granule * source.tensor.dtype.itemsize <= room for source in planned.sources
     )
-    if not streams:  # the pieces are not runs of the weight: it is put together first
-        values = DeviceStore(planned.device).allocate(planned.shape, torch_dtype)
-        return [_filling(values, source) for source in planned.sources], lambda: quantize(values, fmt)
+    if not streams:
+        return _sinks_put_together(planned, fmt, torch_dtype)
 
     def sink(source: Source, base: int) -> _Sink:
         def take(piece: torch.Tensor, begin: int) -> None:
@@ -222,6 +221,32 @@ def _quantizing_sinks(
 
     sinks = [sink(source, begin or 0) for source, begin in zip(planned.sources, begins, strict=True)]
     return sinks, quantizer.finish
+
+
+def _sinks_put_together(
+    planned: PlannedTensor, fmt: FourBit | Int8, torch_dtype: torch.dtype
+) -> tuple[list[_Sink], Callable[[], Landed]]:
+    """Put a weight together before it is quantized, since its pieces are not runs of it: transposed, or too long.
+
+    Memory for it is taken when the first piece is there and let go of when it is quantized: one such weight at a time.
+    """
+    held: list[torch.Tensor] = []
+
+    def sink(source: Source) -> _Sink:
+        filling: list[_Sink] = []
+
+        def take(piece: torch.Tensor, begin: int) -> None:
+            if not held:
+                held.append(DeviceStore(planned.device).allocate(planned.shape, torch_dtype))
+            if not filling:
+                filling.append(_filling(held[0], source))
+            filling[0].take(piece, begin)
+            if begin + len(piece) == _numel(source):
+                filling.clear()
+
+        return _Sink(source, take)
+
+    return [sink(source) for source in planned.sources], lambda: quantize(held.pop(), fmt)
 
 
 def _flat_begin(source: Source, shape: tuple[int, ...], granule: int) -> int | None:

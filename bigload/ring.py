@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -69,6 +70,7 @@ class Ring:
     def __init__(self, nbytes: int, *, pinned: bool) -> None:
         """Allocate the slots, two at least."""
         self.asked = (nbytes, pinned)
+        self.is_quiet = True  # nothing reads or writes it
         self.slot_bytes = slot_bytes(nbytes)
         if not pinned:  # what is touched costs time: no more slots than the threads keep busy
             nbytes = min(nbytes, 3 * self.slot_bytes)
@@ -111,8 +113,12 @@ def pin_ahead(device: torch.device) -> None:
     """Begin to pin a ring for a load that is about to come onto a GPU, in a thread, unless there is one."""
 
     def pin() -> None:
-        with torch.cuda.device(device):  # no other GPU is to be woken up for it
-            ring = Ring(nbytes, pinned=True)
+        try:
+            with torch.cuda.device(device):  # no other GPU is to be woken up for it
+                ring = Ring(nbytes, pinned=True)
+        except Exception as error:  # the load will meet it again, where it can be told
+            logger.debug("pinning ahead failed: %s", error)
+            return
         with _store.lock:
             _store.kept = _store.kept or ring
 
@@ -120,8 +126,11 @@ def pin_ahead(device: torch.device) -> None:
     with _store.lock:
         if _store.pinning is None and (_store.kept is None or _store.kept.asked != (nbytes, True)):
             _store.kept = None
-            _store.pinning = threading.Thread(target=pin, daemon=True)
-            _store.pinning.start()
+            # No daemon: a program that ends must wait for it, or torch would abort it.
+            thread = threading.Thread(target=pin)
+            with contextlib.suppress(RuntimeError):  # no more threads are to be had: the load pins by itself
+                thread.start()
+                _store.pinning = thread
 
 
 @contextmanager
@@ -140,7 +149,7 @@ def take_ring(*, pinned: bool) -> Iterator[Ring]:
     try:
         yield ring
     finally:
-        if pinned:
+        if pinned and ring.is_quiet:
             with _store.lock:
                 _store.kept = ring
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import gc
 import mmap
+import os
 import sys
 from collections.abc import Callable
 
@@ -38,11 +40,21 @@ def reserve(device: torch.device, nbytes: int) -> None:
 
     A piece of its own takes 0.1 ms each, all of it 0.4 ms. What is not to be had at once may be in pieces.
     """
-    if device.type == "cuda":
-        lacking = nbytes - (torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
-        if lacking > 0:
-            with contextlib.suppress(torch.OutOfMemoryError):
-                torch.empty(lacking, dtype=torch.uint8, device=device)
+    if device.type != "cuda" or "max_split_size_mb" in _allocator_options():  # one piece could not be divided
+        return
+    lacking = nbytes - (torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    if lacking <= 0:
+        return
+    try:
+        torch.empty(lacking, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError:
+        gc.collect()  # a model that was let go of may be there still: bitsandbytes' layers refer to themselves
+        with contextlib.suppress(torch.OutOfMemoryError):
+            torch.empty(lacking, dtype=torch.uint8, device=device)
+
+
+def _allocator_options() -> str:
+    return os.environ.get("PYTORCH_ALLOC_CONF", "") + os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
 
 
 def _advise_huge_pages(tensor: torch.Tensor) -> None:

@@ -49,15 +49,20 @@ def deliver(deliveries: Sequence[Delivery], *, on_bytes: Callable[[int], object]
     if not deliveries:
         return
     devices = {delivery.device for delivery in deliveries}
-    with take_ring(pinned=any(device.type == "cuda" for device in devices)) as ring, ExitStack() as lanes:
+    with take_ring(pinned=any(device.type == "cuda" for device in devices)) as ring:
         reader = Reader(cut(deliveries, ring.slot_bytes), ring)
         ways = {device: _way(device) for device in devices}
-        for way in ways.values():
-            lanes.enter_context(way)
-        with reader:
-            for extent, slot, filled in reader:
-                reader.release(slot, ways[extent.device].land(extent, slot, filled))
-                on_bytes(extent.nbytes)
+        try:
+            with ExitStack() as entered:
+                for way in ways.values():
+                    entered.enter_context(way)
+                with reader:
+                    for extent, slot, filled in reader:
+                        reader.release(slot, ways[extent.device].land(extent, slot, filled))
+                        on_bytes(extent.nbytes)
+        finally:
+            # A second Ctrl-C stops the waiting for threads and copies: then the ring is theirs, and not kept.
+            ring.is_quiet = reader.is_done and all(way.is_done for way in ways.values())
 
 
 class Reader(AbstractContextManager["Reader"]):
@@ -77,6 +82,7 @@ class Reader(AbstractContextManager["Reader"]):
         self._filled: SimpleQueue[_Filling] = SimpleQueue()
         self._descriptors: dict[Path, int] = {}
         self._stopped = False
+        self.is_done = False
         for slot in range(ring.count):
             self._free.put((slot, None))
         count = min(reader_threads(), sum(-(-extent.nbytes // BLOCK_BYTES) for extent in extents))
@@ -186,6 +192,7 @@ class Reader(AbstractContextManager["Reader"]):
                 freed[1].synchronize()  # the copy still reads the slot
         for descriptor in self._descriptors.values():
             os.close(descriptor)
+        self.is_done = True
 
 
 @dataclass(eq=False)
@@ -208,7 +215,13 @@ def _without(buffers: list[memoryview], count: int) -> list[memoryview]:
 
 
 class _Way(AbstractContextManager["_Way"]):
-    """The way of extents to one device."""
+    """The way of extents to one device.
+
+    Attributes:
+        is_done: nothing is under way any more.
+    """
+
+    is_done = True
 
     def land(self, extent: Extent, slot: int | None, filled: torch.Tensor | None) -> torch.cuda.Event | None:
         """Bring an extent there and hand it over.
@@ -254,6 +267,7 @@ class _Lane(_Way):
         self._turn = 0
 
     def __enter__(self) -> _Lane:
+        self.is_done = False
         self._places = [_Place(self._device) for _ in range(_WINDOW)]
         # Homes and window may have been another tensor's, which the default stream has yet to finish with.
         self._copies.wait_stream(self._default)
@@ -314,6 +328,7 @@ class _Lane(_Way):
         self._default.wait_stream(self._copies)
         if kind is not None:
             self._copies.synchronize()  # it still reads slots, and writes what is freed now
+        self.is_done = True
 
 
 class _Place:

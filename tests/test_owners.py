@@ -370,3 +370,16 @@ def test_each_recognised_spelling_names_the_very_layers_that_are_read():
     model = nn.ModuleDict({"body": Spellings(), "norm": nn.LayerNorm(4)})
     config = BnbQuantizationConfig.from_mode("nf4").resolved(torch.float32)
     assert set(layers_to_quantize(model, config, tensors_of(model))) == {"body.inner.spare", "body.spare"}
+
+
+def test_child_under_two_names_is_read_under_either():
+    class Alias(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(64, 64)
+            self.second = self.first
+
+        def forward(self, x):
+            return x @ self.second.weight
+
+    assert weights_read(Alias()) == {"second"}

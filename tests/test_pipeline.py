@@ -1,6 +1,7 @@
 """A Plan is executed as written: several sources to one parameter, transposes, each byte once and in file order."""
 
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from bigload.keys import Source
 from bigload.modules import ModelTensor
 from bigload.pipeline import execute
 from bigload.placement import Plan, PlannedTensor
+from bigload.stores import DeviceStore
 from bigload.transfer import Reader
 
 CONFIG = BnbQuantizationConfig.from_mode("nf4").resolved(torch.float32)
@@ -72,6 +74,36 @@ def test_transposed_weight_is_quantized_as_its_transpose(tmp_path, device):
     expected = quantize_as_bitsandbytes(weight.T.contiguous().to(device), "nf4")
     assert torch.equal(made.data, expected["weight"])
     assert torch.equal(made.quant_state.absmax, expected["absmax"])
+
+
+def test_weights_that_are_put_together_are_held_one_at_a_time(tmp_path, monkeypatch):
+    names = [f"w{i}" for i in range(4)]
+    save_file({name: torch.randn(128, 64) for name in names}, tmp_path / "w.safetensors")
+    entries = open_checkpoint(tmp_path / "w.safetensors").tensors
+    fmt = FourBit("nf4", 64, False, torch.uint8)
+    held, most = weakref.WeakSet(), []
+    allocate = DeviceStore.allocate
+
+    def watched(self, shape, dtype):
+        made = allocate(self, shape, dtype)
+        held.add(made)
+        most.append(len(held))
+        return made
+
+    monkeypatch.setattr(DeviceStore, "allocate", watched)
+    planned = [
+        PlannedTensor(
+            ModelTensor((name,), torch.empty(64, 128, device="meta"), True, True),
+            (64, 128),
+            (Source(entries[name], transposed=True),),
+            fmt,
+            torch.device("cpu"),
+        )
+        for name in names
+    ]
+    made = execute(Plan(tuple(planned), {}, {"": torch.device("cpu")}, CONFIG))
+    assert made.keys() == set(names)
+    assert max(most) == 1
 
 
 def test_empty_and_zero_dimensional_tensors_arrive(tmp_path, device):

@@ -484,3 +484,46 @@ def test_load_with_memory_that_cannot_be_pinned_is_right(gpu, tmp_path, monkeypa
             found = load_and_quantize_model(empty_model(), "nf4", tmp_path, device_map=0).state_dict()
             assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert [record.levelname for record in caplog.records if "pinned" in record.message] == ["WARNING"]
+
+
+def test_ring_that_is_still_written_to_is_not_kept_for_the_next_load(tmp_path, monkeypatch):
+    """A second Ctrl-C ends the wait for threads that hang on a slow disk: what they write must reach no other load."""
+    from safetensors.torch import save_file
+
+    from bigload import transfer
+    from bigload.checkpoint import open_checkpoint
+    from bigload.extents import Delivery
+
+    save_file({"w": torch.randn(1000)}, tmp_path / "w.safetensors")
+    entry = open_checkpoint(tmp_path / "w.safetensors").tensors["w"]
+    rings = []
+    leave = transfer.Reader.__exit__
+
+    def interrupted_again(self, *raised):
+        rings.append(self._ring)
+        leave(self, *raised)
+        self.is_done = False  # as if the wait had been cut short
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(transfer.Reader, "__exit__", interrupted_again)
+    with pytest.raises(KeyboardInterrupt):
+        transfer.deliver([Delivery(entry, torch.device("cpu"), lambda values, begin: None)])
+    assert not rings[0].is_quiet
+    monkeypatch.setattr(room._store, "kept", None)
+    monkeypatch.setattr(room, "Ring", lambda nbytes, pinned: rings[0])
+    with take_ring(pinned=True):
+        pass
+    assert room._store.kept is None
+
+
+def test_pinning_ahead_that_cannot_start_a_thread_leaves_the_load_as_it_was(monkeypatch):
+    def no_more(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(room._store, "kept", None)
+    monkeypatch.setattr(room._store, "pinning", None)
+    monkeypatch.setattr(threading.Thread, "start", no_more)
+    pin_ahead(torch.device("cuda", 0))
+    assert room._store.pinning is None
+    with take_ring(pinned=False) as lent:
+        assert lent.count >= 2

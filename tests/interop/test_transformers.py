@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from bigload import BnbQuantizationConfig, init_empty_weights, load_and_quantize_model
-from bigload.hf import empty_model
+from bigload.hf import class_dtypes, empty_model
 
 MODES = ("nf4", "nf4-dq", "fp4", "int8")
 
@@ -164,3 +164,22 @@ def test_generation_of_a_loaded_llama_equals_that_of_transformers_own(tmp_path, 
     tokens = torch.randint(0, 128, (1, 5), device=device)
     options = {"max_new_tokens": 12, "do_sample": False}
     assert torch.equal(model.generate(tokens, **options), expected.generate(tokens, **options))
+
+
+def test_config_that_json_cannot_hold_does_not_matter(tmp_path):
+    full = llama(False)
+    save_checkpoint(full, tmp_path)
+    with init_empty_weights():
+        model = llama(False)
+    model.config.note = object()
+    load_and_quantize_model(model, "nf4", tmp_path, device_map="cpu")
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+
+
+def test_dtypes_of_a_class_are_asked_again_when_its_config_has_changed():
+    model = llama(False)
+    before = class_dtypes(model, torch.bfloat16)
+    assert class_dtypes(model, torch.bfloat16) == before
+    assert set(class_dtypes(model, torch.float32).values()) == {torch.float32}
+    model.config.num_hidden_layers = 1
+    assert len(class_dtypes(model, torch.bfloat16)) < len(before)
