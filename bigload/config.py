@@ -24,7 +24,7 @@ _DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-_STORAGES = {
+STORAGES = {
     "uint8": torch.uint8,
     "int8": torch.int8,
     "float16": torch.float16,
@@ -32,7 +32,7 @@ _STORAGES = {
     "float32": torch.float32,
     "float64": torch.float64,
 }
-_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 _MODES: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
@@ -117,9 +117,9 @@ class BnbQuantizationConfig:
             self.bnb_4bit_quant_type,
         )
         _require(
-            self.bnb_4bit_blocksize in _BLOCKSIZES and isinstance(self.bnb_4bit_blocksize, int),
+            self.bnb_4bit_blocksize in BLOCKSIZES and isinstance(self.bnb_4bit_blocksize, int),
             "bnb_4bit_blocksize",
-            f"one of {_BLOCKSIZES}",
+            f"one of {BLOCKSIZES}",
             self.bnb_4bit_blocksize,
         )
         for name in ("skip_modules", "keep_in_fp32_modules"):
@@ -131,8 +131,8 @@ class BnbQuantizationConfig:
             self.torch_dtype = torch.float16 if self.load_in_8bit else self.bnb_4bit_compute_dtype
         self.torch_dtype = _dtype("torch_dtype", self.torch_dtype)
         storage = self.bnb_4bit_quant_storage
-        known = _STORAGES.get(storage) if isinstance(storage, str) else storage
-        _require(known in _STORAGES.values(), "bnb_4bit_quant_storage", f"one of {tuple(_STORAGES)}", storage)
+        known = STORAGES.get(storage) if isinstance(storage, str) else storage
+        _require(known in STORAGES.values(), "bnb_4bit_quant_storage", f"one of {tuple(STORAGES)}", storage)
         self.bnb_4bit_quant_storage = known  # type: ignore[assignment]
 
     def _check_mode(self) -> None:

@@ -34,6 +34,22 @@ from .tree import modules_by_path
 logger = logging.getLogger(__name__)
 
 
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Pause Python's collector of cycles: of a load's many new objects none is garbage, and it would go over all.
+
+    With 10,000 tensors that is half of the time.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@_without_collections()
 def load_and_quantize_model(
     model: nn.Module,
     bnb_quantization_config: Any,
@@ -90,7 +106,7 @@ def load_and_quantize_model(
     """
     origin = "the model's own weights" if weights_location is None else f"{weights_location!r}"
     context = f"loading {origin} with device_map={device_map!r}"
-    with _named(context), _without_collections():
+    with _named(context):
         given = None if bnb_quantization_config is None else as_config(bnb_quantization_config)
         if offload is not None:
             raise OffloadError("offload is given, but this version does not offload: leave it out")
@@ -99,7 +115,7 @@ def load_and_quantize_model(
         checkpoint = None if weights_location is None else open_checkpoint(weights_location)
         config = _config(given, checkpoint)
     # Tensors made under inference_mode could never be trained through.
-    with _named(f"{context} as {config.mode}"), torch.inference_mode(False), torch.no_grad(), _without_collections():
+    with _named(f"{context} as {config.mode}"), torch.inference_mode(False), torch.no_grad():
         tensors = tensors_of(model, () if tied_parameters is None else tied_parameters)
         devices = resolve_device_map(device_map, tensors, modules_by_path(model))
         budgets = resolve_budgets(max_memory)
@@ -174,21 +190,6 @@ def _own_weights(tensors: Sequence[ModelTensor]) -> tuple[dict[str, tuple[Source
 def _progress_bar(plan: Plan, progress: bool | None) -> tqdm[Any]:
     shown = sys.stderr.isatty() if progress is None else progress
     return tqdm(total=plan.source_bytes, unit="B", unit_scale=True, desc="loading", disable=not shown, leave=False)
-
-
-@contextmanager
-def _without_collections() -> Iterator[None]:
-    """Pause Python's collector of cycles: of a load's many new objects none is garbage, and it would go over all.
-
-    With 10,000 tensors that is half of the time.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def execute(
         for device, nbytes in plan.device_bytes.items():
             reserve(device, nbytes)
         ways = [way for planned in plan.tensors if planned.sources for way in _ways(planned, plan, keep)]
-        with _window_named(plan):
+        with _out_of_memory_named(functools.partial(_on_the_way, plan)):
             deliver(_in_file_order([way for way in ways if _is_stored(way.source)]), on_bytes=on_bytes)
         for way in ways:
             if not _is_stored(way.source):
@@ -114,9 +114,9 @@ class _Way:
 
 def _ways(planned: PlannedTensor, plan: Plan, keep: Callable[[str, Landed], None]) -> list[_Way]:
     """Make ready for one tensor: memory where it needs some from the start, and a way in for each source."""
-    name = planned.tensor.name
+    name, where = planned.tensor.name, functools.partial(_at, planned)
     own = planned.sources[0]
-    with _out_of_memory_named(planned):
+    with _out_of_memory_named(where):
         if isinstance(planned.format, Plain) and isinstance(own.tensor, torch.Tensor) and not own.region:
             # Itself, where nothing about it changes.
             tensor = own.tensor.detach().mT if own.transposed else own.tensor.detach()
@@ -129,7 +129,7 @@ def _ways(planned: PlannedTensor, plan: Plan, keep: Callable[[str, Landed], None
         nonlocal pending
         pending -= count
         if not pending:
-            with _out_of_memory_named(planned):
+            with _out_of_memory_named(where):
                 value = finish()
             keep(name, value)
 
@@ -138,7 +138,7 @@ def _ways(planned: PlannedTensor, plan: Plan, keep: Callable[[str, Landed], None
         return []
 
     def named(take: Callable[[torch.Tensor, int], None], values: torch.Tensor, begin: int) -> None:
-        with _out_of_memory_named(planned):
+        with _out_of_memory_named(where):
             take(values, begin)
 
     return [
@@ -153,25 +153,20 @@ def _numel(source: Source) -> int:
 
 
 @contextmanager
-def _window_named(plan: Plan) -> Iterator[None]:
+def _out_of_memory_named(where: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise PlacementError(
-            f"{listed(map(str, plan.device_bytes))} ran out of memory for what is on its way there "
-            f"({show(WINDOW_BYTES)} beside the model); choose a smaller mode or free memory there"
-        ) from error
+        raise PlacementError(f"{where()}; choose a smaller mode or free memory there") from error
 
 
-@contextmanager
-def _out_of_memory_named(planned: PlannedTensor) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise PlacementError(
-            f"{planned.device} ran out of memory at '{planned.tensor.name}' ({show(planned.nbytes)}); choose a smaller "
-            "mode or free memory there"
-        ) from error
+def _at(planned: PlannedTensor) -> str:
+    return f"{planned.device} ran out of memory at '{planned.tensor.name}' ({show(planned.nbytes)})"
+
+
+def _on_the_way(plan: Plan) -> str:
+    devices = listed(map(str, plan.device_bytes))
+    return f"{devices} ran out of memory for what is on its way there ({show(WINDOW_BYTES)} beside the model)"
 
 
 @dataclass(frozen=True, eq=False)

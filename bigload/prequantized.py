@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .config import BnbQuantizationConfig
+from .config import BLOCKSIZES, STORAGES, BnbQuantizationConfig
 from .errors import CheckpointError, ConfigError, listed
 from .formats import NESTED_BLOCKSIZE, FourBit, Int8
 from .stored import StoredTensor, read_whole
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_STORAGES = (torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(nf4|fp4)")
 _FOUR_BIT_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _TABLES = {"quant_map": 16, "nested_quant_map": 256}
@@ -153,7 +152,7 @@ def _four_bit(
         )
     parts = {"weight": tensors[name], **{part: tensors[f"{name}.{part}"] for part in wanted}}
     storage = parts["weight"].dtype
-    if storage not in _STORAGES:
+    if storage not in STORAGES.values():
         raise CheckpointError(
             f"'{name}' is stored as {match[2]}, but its packed bytes are {storage}: the file is damaged"
         )
@@ -190,7 +189,7 @@ def _described(name: str, match: re.Match[str], blob: StoredTensor) -> dict[str,
     blocksize, shape, dtype = state.get("blocksize"), state.get("shape"), state.get("dtype")
     if state.get("quant_type") != match[2]:
         raise wrong(f"quant_type is {state.get('quant_type')!r}, its name says '{match[2]}'")
-    if type(blocksize) is not int or blocksize not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
+    if type(blocksize) is not int or blocksize not in BLOCKSIZES:
         raise wrong(f"blocksize is {blocksize!r}")
     if not isinstance(shape, list) or not all(isinstance(size, int) and size >= 0 for size in shape):
         raise wrong(f"shape is {shape!r}")

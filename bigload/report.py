@@ -54,8 +54,8 @@ class PeakMemory:
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
         """Begin to watch GPUs, and the CPU in any case."""
-        self._gpus = [device for device in dict.fromkeys(devices) if device.type == "cuda"]
-        self._before = {device: _used_and_highest(device) for device in (*self._gpus, torch.device("cpu"))}
+        watched = dict.fromkeys([*devices, torch.device("cpu")])
+        self._before = {device: _used_and_highest(device) for device in watched}
 
     def since(self) -> dict[torch.device, int]:
         """Give the bytes that each device held at most since, above what it held; only where that was a new record."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -128,19 +127,23 @@ def pin_ahead(device: torch.device) -> None:
             _store.kept = None
             # No daemon: a program that ends must wait for it, or torch would abort it.
             thread = threading.Thread(target=pin)
-            with contextlib.suppress(RuntimeError):  # no more threads are to be had: the load pins by itself
+            with suppress(RuntimeError):  # no more threads are to be had: the load pins by itself
                 thread.start()
                 _store.pinning = thread
+
+
+def _wait_for_pinning() -> None:
+    with _store.lock:
+        thread, _store.pinning = _store.pinning, None
+    if thread is not None:
+        thread.join()
 
 
 @contextmanager
 def take_ring(*, pinned: bool) -> Iterator[Ring]:
     """Lend a ring: the kept one, or where that is lent already or of another size, a new one."""
     nbytes = ring_bytes()
-    with _store.lock:
-        thread, _store.pinning = _store.pinning, None
-    if thread is not None:
-        thread.join()
+    _wait_for_pinning()
     with _store.lock:
         ring = None
         if _store.kept is not None and _store.kept.asked == (nbytes, pinned):
@@ -156,10 +159,7 @@ def take_ring(*, pinned: bool) -> Iterator[Ring]:
 
 def release_buffers() -> None:
     """Free the pinned host memory (128 MiB, unless set otherwise) that is kept from one load for the next."""
-    with _store.lock:
-        thread, _store.pinning = _store.pinning, None
-    if thread is not None:
-        thread.join()
+    _wait_for_pinning()
     with _store.lock:
         _store.kept = None
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]

@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from bigload import init_empty_weights, load_and_quantize_model
+
 
 class Attention(nn.Module):
     """Causal self-attention as minGPT writes it, with its mask as a persistent buffer."""
@@ -226,3 +228,21 @@ def assert_same_bits(found, expected):
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     found, expected = found.detach().float().cpu(), expected.detach().float().cpu()
     return ((found - expected).norm() / expected.norm()).item()
+
+
+def save(state, folder):
+    """Write tensors as a checkpoint of one file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / "model.safetensors")
+    return folder
+
+
+def empty(build=Layers):
+    """Build a model without weights."""
+    with init_empty_weights():
+        return build()
+
+
+def loaded(folder, device, config=None, build=Layers, **options):
+    """Load a checkpoint into an empty model, with nothing left over."""
+    return load_and_quantize_model(empty(build), config, folder, device_map=device, strict=True, **options)

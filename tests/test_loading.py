@@ -1,6 +1,8 @@
 """Plain modules, end to end: what is loaded computes what a dequantized reference computes."""
 
+import contextlib
 import copy
+import gc
 import logging
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,6 +20,8 @@ from bigload import (
     init_empty_weights,
     load_and_quantize_model,
 )
+from bigload.report import LoadReport, PeakMemory
+from bigload.stores import reserve
 
 # 4-bit layers may multiply in bfloat16 (CPUs with AVX512-BF16), int8 ones round the activations to int8: 0.1 to 0.3%
 # of the output in these models. Quantizing the weights changes it by 3% and more in 4 bit.
@@ -411,3 +415,60 @@ def test_bad_tied_parameters_are_refused(tmp_path):
         load_and_quantize_model(
             empty(GPT), "nf4", tmp_path, tied_parameters=[("transformer.wte.weight", "lm_haed.weight")]
         )
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_collector_of_cycles_rests_while_a_model_is_loaded_and_is_as_it_was_afterwards(tmp_path, enabled, fails):
+    save_checkpoint(GPT(), tmp_path)
+    seen = []
+
+    def rename(key):
+        seen.append(gc.isenabled())
+        return f"other.{key}" if fails else key
+
+    with init_empty_weights():
+        model = GPT()
+    before = gc.isenabled()
+    try:
+        gc.enable() if enabled else gc.disable()
+        with pytest.raises(CheckpointError) if fails else contextlib.nullcontext():
+            load_and_quantize_model(model, "nf4", tmp_path, device_map="cpu", key_mapping=rename)
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable() if before else gc.disable()
+    assert seen
+    assert not any(seen)
+
+
+def test_report_gives_a_peak_only_where_the_load_set_a_new_one(monkeypatch):
+    used = {"cpu": [(100, 500), (300, 900)], "cuda:0": [(40, 700), (90, 700)]}
+    monkeypatch.setattr("bigload.report._used_and_highest", lambda device: used[str(device)].pop(0))
+    peaks = PeakMemory([torch.device("cuda", 0)])
+    found = peaks.since()
+    assert found == {torch.device("cpu"): 800}
+    text = str(LoadReport("nf4", 10**9, 1.0, {torch.device("cpu"): 2**20}, {torch.device("cpu"): 2**21}))
+    assert text.endswith("as nf4, at most 2.00 MiB on cpu on the way")
+
+
+def test_gpu_is_asked_once_for_what_it_lacks_and_again_when_rubbish_is_collected(monkeypatch):
+    asked, collected = [], []
+
+    def empty(size, **options):
+        asked.append(size)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(gc, "collect", lambda: collected.append(len(asked)))
+    gpu = torch.device("cuda", 0)
+    reserve(gpu, 200)
+    assert asked == []
+    reserve(gpu, 1000)
+    assert asked == [800, 800]
+    assert collected == [1]
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:128")
+    reserve(gpu, 1000)
+    reserve(torch.device("cpu"), 1000)
+    assert asked == [800, 800]

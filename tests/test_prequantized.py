@@ -12,15 +12,18 @@ from models import (
     Layers,
     assert_same_bits,
     dequantize_by_hand,
+    empty,
     equal,
+    loaded,
     quantized_state,
     relative_error,
+    save,
     stored_by_bitsandbytes,
 )
 from safetensors.torch import save_file
 from torch import nn
 
-from bigload import BnbQuantizationConfig, init_empty_weights, load_and_quantize_model
+from bigload import BnbQuantizationConfig, load_and_quantize_model
 from bigload.errors import CheckpointError, ConfigError
 
 MODES = (*FOUR_BIT, "int8")
@@ -28,21 +31,6 @@ FORMATS = [
     *[(mode, size, storage) for mode in FOUR_BIT for size in (64, 128) for storage in (torch.uint8, torch.bfloat16)],
     ("int8", 64, torch.uint8),
 ]
-
-
-def save(state, folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / "model.safetensors")
-    return folder
-
-
-def empty(build=Layers):
-    with init_empty_weights():
-        return build()
-
-
-def loaded(folder, device, config=None, build=Layers, **options):
-    return load_and_quantize_model(empty(build), config, folder, device_map=device, strict=True, **options)
 
 
 def inputs(device, dtype):

@@ -4,29 +4,23 @@ import json
 
 import pytest
 import torch
-from models import FOUR_BIT, Layers, assert_same_bits, equal, quantized_state, stored_by_bitsandbytes
-from safetensors.torch import save_file
+from models import (
+    FOUR_BIT,
+    Layers,
+    assert_same_bits,
+    empty,
+    equal,
+    loaded,
+    quantized_state,
+    save,
+    stored_by_bitsandbytes,
+)
 from torch import nn
 
-from bigload import BnbQuantizationConfig, init_empty_weights, load_and_quantize_model
+from bigload import BnbQuantizationConfig, load_and_quantize_model
 from bigload.errors import CheckpointError, ConfigError
 
 MODES = (*FOUR_BIT, "int8")
-
-
-def save(state, folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / "model.safetensors")
-    return folder
-
-
-def empty(build=Layers):
-    with init_empty_weights():
-        return build()
-
-
-def loaded(folder, device, config=None, build=Layers, **options):
-    return load_and_quantize_model(empty(build), config, folder, device_map=device, strict=True, **options)
 
 
 def config_json(folder, **fields):

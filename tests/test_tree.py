@@ -1,0 +1,32 @@
+"""The walk over a model gives what torch's own does."""
+
+import torch
+from models import GPT, Attended, llama
+from torch import nn
+
+from bigload.tree import leaves, modules_by_path
+
+
+class Shared(nn.Module):
+    """One module under two names, one parameter under two, a child and a buffer that are None."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+        self.second = self.first
+        self.tied = nn.Linear(2, 3)
+        self.tied.weight = self.first[0].weight
+        self.nothing = None
+        self.register_module("absent", None)
+        self.register_buffer("no_buffer", None)
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+def test_modules_parameters_and_buffers_are_torchs_own_in_its_order():
+    for model in (Shared(), GPT(tied=True), Attended(), llama(True), nn.Linear(2, 3)):
+        modules = modules_by_path(model)
+        assert list(modules.items()) == list(model.named_modules(remove_duplicate=False))
+        for kind, expected in (("_parameters", model.named_parameters), ("_buffers", model.named_buffers)):
+            found, named = leaves(modules, kind), dict(expected(remove_duplicate=False))
+            assert list(found) == list(named)
+            assert all(found[name] is named[name] for name in named)
