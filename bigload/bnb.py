@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +53,74 @@ class QuantizedWeight:
         if self.quant_state.nested:
             return [self.quant_state.offset, self.quant_state.state2.absmax]
         return [self.quant_state.absmax]
+
+
+def quantize_4bit_into(
+    values: torch.Tensor, blocksize: int, quant_type: str, packed: torch.Tensor, absmax: torch.Tensor
+) -> None:
+    """Quantize to 4 bit into memory that is there.
+
+    Args:
+        values: (n,), floating point, contiguous; n < 2**31.
+        blocksize: values that share a scale.
+        quant_type: "nf4" or "fp4".
+        packed: ((n + 1) // 2,), uint8; filled.
+        absmax: (ceil(n / blocksize),), fp32; filled.
+    """
+    kernel = _own_kernel("cquantize_blockwise_{}_" + quant_type, values, _FOUR_BIT_ARGUMENTS)
+    if kernel is not None:
+        kernel(None, values.data_ptr(), absmax.data_ptr(), packed.data_ptr(), blocksize, len(values))
+        return
+    quantized, scales = torch.ops.bitsandbytes.quantize_4bit.default(values, blocksize, quant_type, torch.uint8)
+    packed.copy_(quantized.view(-1))
+    absmax.copy_(scales)
+
+
+def quantize_int8_into(rows: torch.Tensor, data: torch.Tensor, scales: torch.Tensor) -> None:
+    """Quantize rows to int8 into memory that is there.
+
+    Args:
+        rows: (n, in_features), floating point, contiguous.
+        data: (n, in_features), int8; filled.
+        scales: (n,), fp32; filled.
+    """
+    rows = rows.to(torch.float16)
+    kernel = _own_kernel("cint8_vector_quant", rows, _INT8_ARGUMENTS)
+    if kernel is not None:
+        stream = torch.cuda.current_stream(rows.device).cuda_stream
+        kernel(rows.data_ptr(), data.data_ptr(), scales.data_ptr(), 0.0, *rows.shape, stream)
+        return
+    quantized, row_scales, _ = library().functional.int8_vectorwise_quant(rows)
+    data.copy_(quantized)
+    scales.copy_(row_scales)
+
+
+# (code, values, absmax, packed, blocksize, n), on the default stream.
+_FOUR_BIT_ARGUMENTS = (*[ctypes.c_void_p] * 4, ctypes.c_int32, ctypes.c_int32)
+# (rows, data, scales, threshold, n, in_features, stream).
+_INT8_ARGUMENTS = (*[ctypes.c_void_p] * 3, ctypes.c_float, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p)
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def _own_kernel(name: str, values: torch.Tensor, arguments: tuple[Any, ...]) -> Callable[..., None] | None:
+    """Give the function of bitsandbytes' own library that its operator calls, on a GPU.
+
+    The operator allocates what it returns, to be copied then; beside threads that copy and read, each of those steps
+    waits for the interpreter's lock: 0.9 ms a call where this takes 0.01.
+    """
+    if values.device.type != "cuda" or values.dtype not in _NAMES:
+        return None
+    return _exported(name.format(_NAMES[values.dtype]), arguments)
+
+
+@functools.cache
+def _exported(name: str, arguments: tuple[Any, ...]) -> Callable[..., None] | None:
+    """Give a function of bitsandbytes' library; None in versions whose functions were not looked at."""
+    if not re.match(r"0\.50\.", library().__version__) or torch.version.hip:
+        return None
+    native = library().cextension.lib
+    # Only a launch: letting go of the interpreter's lock for it would take longer.
+    return ctypes.PYFUNCTYPE(None, *arguments)((name, native._lib)) if native.compiled_with_cuda else None
 
 
 def dequantize_4bit(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:

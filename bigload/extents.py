@@ -14,7 +14,7 @@ from .stored import StoredTensor
 _MOST_PARTS = 1000
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Delivery:
     """One stored tensor on its way.
 
@@ -36,7 +36,7 @@ class Delivery:
     arrived: Callable[[int], None] = lambda count: None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Part:
     """A piece of a tensor within an extent.
 
@@ -45,24 +45,23 @@ class Part:
         begin: index of its first value.
         count: values.
         at: the byte of the extent where it begins.
+        nbytes: bytes of the piece.
     """
 
     delivery: Delivery
     begin: int
     count: int
     at: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the piece."""
-        return self.count * self.delivery.tensor.dtype.itemsize
+    nbytes: int
 
     @property
     def home(self) -> torch.Tensor | None:
         """The piece's bytes in their final memory, if they can be copied there as they are."""
         home = self.delivery.home
+        if home is None or self.nbytes == self.delivery.tensor.nbytes:
+            return home
         begin = self.begin * self.delivery.tensor.dtype.itemsize
-        return None if home is None else home[begin : begin + self.nbytes]
+        return home[begin : begin + self.nbytes]
 
     def bytes_in(self, slot: torch.Tensor) -> torch.Tensor:
         """Cut the piece out of an extent's bytes."""
@@ -122,7 +121,7 @@ class Extent:
         if count < left:
             count -= count % delivery.granule
         if count:
-            self.parts.append(Part(delivery, begin, count, self.nbytes))
+            self.parts.append(Part(delivery, begin, count, self.nbytes, count * itemsize))
             self.nbytes += count * itemsize
         return count
 

@@ -84,12 +84,12 @@ def fp32_patterns(model: nn.Module, torch_dtype: torch.dtype) -> list[str]:
     fields = ["_keep_in_fp32_modules_strict"]
     if torch_dtype == torch.float16:
         fields.append("_keep_in_fp32_modules")
-    # Not getattr of the module, which looks among its parameters, too, before it fails: there are thousands.
-    kept = [
-        vars(module).get(f, getattr(type(module), f, None))
-        for module in modules_by_path(model).values()
-        for f in fields
-    ]
+    modules = modules_by_path(model).values()
+    # Not getattr of each module, which looks among its parameters, too, before it fails: there are thousands.
+    kept: list[Any] = []
+    for field in fields:
+        kept += [vars(module)[field] for module in modules if field in vars(module)]
+        kept += [getattr(cls, field, None) for cls in {type(module) for module in modules if field not in vars(module)}]
     return sorted({name for names in kept for name in names or ()})
 
 

@@ -29,7 +29,7 @@ from .placement import Device, DeviceMap, Plan, make_plan, resolve_budgets, reso
 from .prequantized import QuantizedTensor, config_of
 from .report import LoadReport, PeakMemory
 from .ring import pin_ahead
-from .tree import modules_by_path
+from .tree import modules_by_path, walked_once
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def load_and_quantize_model(
         checkpoint = None if weights_location is None else open_checkpoint(weights_location)
         config = _config(given, checkpoint)
     # Tensors made under inference_mode could never be trained through.
-    with _named(f"{context} as {config.mode}"), torch.inference_mode(False), torch.no_grad():
+    with _named(f"{context} as {config.mode}"), torch.inference_mode(False), torch.no_grad(), walked_once(model):
         tensors = tensors_of(model, () if tied_parameters is None else tied_parameters)
         devices = resolve_device_map(device_map, tensors, modules_by_path(model))
         budgets = resolve_budgets(max_memory)

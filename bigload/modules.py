@@ -16,7 +16,7 @@ from . import hf
 from .config import BnbQuantizationConfig
 from .errors import CheckpointError, ConfigError, listed
 from .owners import weights_read
-from .tree import leaves, modules_by_path
+from .tree import first_paths, leaves, modules_by_path
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ def layers_to_quantize(
     read = {owner.get_submodule(path) for owner in modules.values() for path in weights_read(owner)}
     layers = {}
     for path, module in plain_linears(model, quantizable).items():
-        if module is head or module in read or module.get_parameter("weight").numel() == 0:
+        if module is head or module in read or not _weight(module).numel():
             continue
         if not any(weight in tied or matches(weight, [*always, *skip]) for weight in paths[module]):
             layers[path] = module
@@ -210,8 +210,8 @@ def layers_stored_quantized(
     _check_quantizable(quantizable)
     could_be = {f"{path}.weight".lstrip("."): path for path in plain_linears(model, quantizable)}
     names = list(stored)
-    modules = modules_by_path(model)
-    shared = [t.name for t in tensors if t.name in set(names) and _has_several_owners(modules, t)]
+    modules, among = modules_by_path(model), set(names)
+    shared = [t.name for t in tensors if t.name in among and _has_several_owners(modules, t)]
     if shared:
         raise CheckpointError(
             f"{listed(shared)}: stored quantized, but in the model tied to other modules' weights: build the model "
@@ -230,12 +230,12 @@ def layers_stored_quantized(
                 f"the checkpoint is quantized already, and so are {listed(plain)}, which {field} keeps plain: leave "
                 "them out, or give the original checkpoint"
             )
-    return {could_be[name]: model.get_submodule(could_be[name]) for name in names}
+    return {could_be[name]: modules[could_be[name]] for name in names}
 
 
 def plain_linears(model: nn.Module, quantizable: Sequence[type[nn.Linear]] = ()) -> dict[str, nn.Module]:
     """List the layers that could be quantized, by path."""
-    return {path: module for path, module in model.named_modules() if _is_quantizable(module, quantizable)}
+    return {path: module for module, path in first_paths(model).items() if _is_quantizable(module, quantizable)}
 
 
 def _check_quantizable(quantizable: Any) -> None:
@@ -262,6 +262,12 @@ def _require_linear_forward(cls: Any) -> None:
         raise ConfigError(
             f"quantizable holds {cls.__name__}, whose forward is not nn.Linear's: quantizing would change it"
         )
+
+
+def _weight(layer: nn.Module) -> torch.Tensor:
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    return weight
 
 
 def _has_several_owners(modules: Mapping[str, nn.Module], tensor: ModelTensor) -> bool:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,13 +60,13 @@ def execute(
             streams.enter_context(default_stream(device))
         for device, nbytes in plan.device_bytes.items():
             reserve(device, nbytes)
-        ways = [way for planned in plan.tensors if planned.sources for way in _ways(planned, plan, keep)]
-        with _out_of_memory_named(functools.partial(_on_the_way, plan)):
-            deliver(_in_file_order([way for way in ways if _is_stored(way.source)]), on_bytes=on_bytes)
-        for way in ways:
-            if not _is_stored(way.source):
-                way.walk()
-                on_bytes(way.source.tensor.nbytes)
+        deliveries = [way for planned in plan.tensors if planned.sources for way in _deliveries(planned, plan, keep)]
+        ordered = _in_file_order([way for way in deliveries if not isinstance(way.tensor, LazyTensor)])
+        _named(functools.partial(_on_the_way, plan), functools.partial(deliver, on_bytes=on_bytes))(ordered)
+        for delivery in deliveries:
+            if isinstance(delivery.tensor, LazyTensor):
+                _walk(delivery, delivery.tensor.load())
+                on_bytes(delivery.tensor.nbytes)
         _require_finite(landed, plan)
     for device in plan.device_bytes:
         if device.type == "cuda":
@@ -74,90 +74,69 @@ def execute(
     return landed
 
 
-def _is_stored(source: Source) -> bool:
-    return isinstance(source.tensor, StoredTensor) and not isinstance(source.tensor, LazyTensor)
+def _in_file_order(deliveries: list[Delivery]) -> list[Delivery]:
+    files = {delivery.tensor.file for delivery in deliveries}
+    rank: dict[Path, int] = {file: rank for rank, file in enumerate(sorted(files))}
+    return sorted(deliveries, key=lambda delivery: (rank[delivery.tensor.file], delivery.tensor.offset))
 
 
-def _in_file_order(ways: list[_Way]) -> list[Delivery]:
-    deliveries = [way.delivery() for way in ways]
-    files: dict[Path, int] = {file: rank for rank, file in enumerate(sorted({d.tensor.file for d in deliveries}))}
-    return sorted(deliveries, key=lambda delivery: (files[delivery.tensor.file], delivery.tensor.offset))
+def _walk(delivery: Delivery, tensor: torch.Tensor) -> None:
+    """Take values from memory."""
+    values = tensor.detach().contiguous().view(-1)
+    step = max(1, slot_bytes() // tensor.dtype.itemsize // delivery.granule) * delivery.granule
+    for begin in range(0, len(values), step):
+        delivery.take(values[begin : begin + step].to(delivery.device), begin)
+    delivery.arrived(len(values))
 
 
-@dataclass(frozen=True, eq=False)
-class _Way:
-    """How the values of one source go in: see `Delivery`."""
-
-    source: Source
-    device: torch.device
-    take: Callable[[torch.Tensor, int], None]
-    arrived: Callable[[int], None]
-    home: torch.Tensor | None = None
-    granule: int = 1
-
-    def delivery(self) -> Delivery:
-        """The same, to be read from a file."""
-        assert isinstance(self.source.tensor, StoredTensor)
-        return Delivery(self.source.tensor, self.device, self.take, self.home, self.granule, self.arrived)
-
-    def walk(self) -> None:
-        """Take the values from memory: the model's own, or what a LazyTensor loads."""
-        tensor = self.source.tensor
-        assert isinstance(tensor, (LazyTensor, torch.Tensor))
-        loaded = tensor.load() if isinstance(tensor, LazyTensor) else tensor
-        values = loaded.detach().contiguous().view(-1)
-        step = max(1, slot_bytes() // tensor.dtype.itemsize // self.granule) * self.granule
-        for begin in range(0, len(values), step):
-            self.take(values[begin : begin + step].to(self.device), begin)
-        self.arrived(len(values))
-
-
-def _ways(planned: PlannedTensor, plan: Plan, keep: Callable[[str, Landed], None]) -> list[_Way]:
-    """Make ready for one tensor: memory where it needs some from the start, and a way in for each source."""
+def _deliveries(planned: PlannedTensor, plan: Plan, keep: Callable[[str, Landed], None]) -> list[Delivery]:
+    """Make ready for one tensor: memory where it needs some from the start, and a delivery for each source."""
     name, where = planned.tensor.name, functools.partial(_at, planned)
     own = planned.sources[0]
-    with _out_of_memory_named(where):
-        if isinstance(planned.format, Plain) and isinstance(own.tensor, torch.Tensor) and not own.region:
-            # Itself, where nothing about it changes.
-            tensor = own.tensor.detach().mT if own.transposed else own.tensor.detach()
-            keep(name, tensor.to(planned.device).to(planned.format.dtype))
-            return []
-        sinks, finish = _sinks(planned, plan.config.landing_dtype)
-    pending = sum(_numel(sink.source) for sink in sinks)
+    if isinstance(planned.format, Plain) and isinstance(own.tensor, torch.Tensor) and not own.region:
+        # Itself, where nothing about it changes.
+        tensor = own.tensor.detach().mT if own.transposed else own.tensor.detach()
+        keep(name, _named(where, tensor.to)(planned.device, planned.format.dtype))
+        return []
+    deliveries, finish = _named(where, _prepared)(planned, plan.config.landing_dtype)
+    finish = _named(where, finish)
+    pending = sum(_numel(delivery.tensor) for delivery in deliveries)
 
     def arrived(count: int) -> None:
         nonlocal pending
         pending -= count
         if not pending:
-            with _out_of_memory_named(where):
-                value = finish()
-            keep(name, value)
+            keep(name, finish())
 
     if not pending:
         arrived(0)
         return []
-
-    def named(take: Callable[[torch.Tensor, int], None], values: torch.Tensor, begin: int) -> None:
-        with _out_of_memory_named(where):
-            take(values, begin)
-
-    return [
-        _Way(sink.source, planned.device, functools.partial(named, sink.take), arrived, sink.home, sink.granule)
-        for sink in sinks
-        if _numel(sink.source)
-    ]
+    for delivery in deliveries:
+        delivery.take, delivery.arrived = _named(where, delivery.take), arrived
+    return [delivery for delivery in deliveries if delivery.tensor.nbytes]
 
 
-def _numel(source: Source) -> int:
-    return source.tensor.nbytes // source.tensor.dtype.itemsize
+def _numel(tensor: StoredTensor | torch.Tensor) -> int:
+    return tensor.nbytes // tensor.dtype.itemsize
 
 
-@contextmanager
-def _out_of_memory_named(where: Callable[[], str]) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise PlacementError(f"{where()}; choose a smaller mode or free memory there") from error
+def _stored(tensor: StoredTensor | torch.Tensor) -> StoredTensor:
+    """Give where a source's values are, the model's own as such that need no reading."""
+    if isinstance(tensor, StoredTensor):
+        return tensor
+    return LazyTensor("", Path(), tensor.dtype, tuple(tensor.shape), 0, tensor.nbytes, lambda: tensor)
+
+
+def _named(where: Callable[[], str], call: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a call say where memory ran out, if it does."""
+
+    def named(*args: Any) -> Any:
+        try:
+            return call(*args)
+        except torch.OutOfMemoryError as error:
+            raise PlacementError(f"{where()}; choose a smaller mode or free memory there") from error
+
+    return named
 
 
 def _at(planned: PlannedTensor) -> str:
@@ -169,36 +148,23 @@ def _on_the_way(plan: Plan) -> str:
     return f"{devices} ran out of memory for what is on its way there ({show(WINDOW_BYTES)} beside the model)"
 
 
-@dataclass(frozen=True, eq=False)
-class _Sink:
-    """Where the values of one source end: see `Delivery`."""
-
-    source: Source
-    take: Callable[[torch.Tensor, int], None]
-    home: torch.Tensor | None = None
-    granule: int = 1
+_Prepared = tuple[list[Delivery], Callable[[], Landed]]
 
 
-def _sinks(planned: PlannedTensor, torch_dtype: torch.dtype) -> tuple[list[_Sink], Callable[[], Landed]]:
-    """Give a sink for each source, and what makes the tensor when all have been filled."""
-    stored = planned.sources[0].tensor
+def _prepared(planned: PlannedTensor, torch_dtype: torch.dtype) -> _Prepared:
+    """Give a delivery for each source, and what makes the tensor when all have arrived."""
+    stored, store = planned.sources[0].tensor, DeviceStore(planned.device)
     if isinstance(stored, QuantizedTensor):
-        return _prequantized_sinks(stored, DeviceStore(planned.device))
+        parts = {name: store.allocate(part.shape, part.dtype) for name, part in stored.parts.items()}
+        filling = [_filling(parts[name], Source(part)) for name, part in stored.parts.items()]
+        return filling, lambda: from_parts(stored, parts)
     if isinstance(planned.format, Plain):
-        values = DeviceStore(planned.device).allocate(planned.shape, planned.format.dtype)
+        values = store.allocate(planned.shape, planned.format.dtype)
         return [_filling(values, source) for source in planned.sources], lambda: values
-    return _quantizing_sinks(planned, planned.format, torch_dtype)
+    return _quantizing(planned, planned.format, torch_dtype)
 
 
-def _prequantized_sinks(stored: QuantizedTensor, store: DeviceStore) -> tuple[list[_Sink], Callable[[], Landed]]:
-    parts = {name: store.allocate(part.shape, part.dtype) for name, part in stored.parts.items()}
-    sinks = [_filling(parts[name], Source(part)) for name, part in stored.parts.items()]
-    return sinks, lambda: from_parts(stored, parts)
-
-
-def _quantizing_sinks(
-    planned: PlannedTensor, fmt: FourBit | Int8, torch_dtype: torch.dtype
-) -> tuple[list[_Sink], Callable[[], Landed]]:
+def _quantizing(planned: PlannedTensor, fmt: FourBit | Int8, torch_dtype: torch.dtype) -> _Prepared:
     quantizer = Quantizer(planned.shape, fmt, torch_dtype, planned.device)
     begins = [_flat_begin(source, planned.shape, quantizer.granule) for source in planned.sources]
     room = slot_bytes()
@@ -206,29 +172,27 @@ def _quantizing_sinks(
         quantizer.granule * source.tensor.dtype.itemsize <= room for source in planned.sources
     )
     if not streams:
-        return _sinks_put_together(planned, fmt, torch_dtype)
+        return _put_together(planned, fmt, torch_dtype)
 
-    def sink(source: Source, base: int) -> _Sink:
+    def delivery(source: Source, base: int) -> Delivery:
         def take(piece: torch.Tensor, begin: int) -> None:
             quantizer.add(piece.to(torch_dtype), base + begin)
 
-        return _Sink(source, take, granule=quantizer.granule)
+        return Delivery(_stored(source.tensor), planned.device, take, granule=quantizer.granule)
 
-    sinks = [sink(source, begin or 0) for source, begin in zip(planned.sources, begins, strict=True)]
-    return sinks, quantizer.finish
+    deliveries = [delivery(source, begin or 0) for source, begin in zip(planned.sources, begins, strict=True)]
+    return deliveries, quantizer.finish
 
 
-def _sinks_put_together(
-    planned: PlannedTensor, fmt: FourBit | Int8, torch_dtype: torch.dtype
-) -> tuple[list[_Sink], Callable[[], Landed]]:
+def _put_together(planned: PlannedTensor, fmt: FourBit | Int8, torch_dtype: torch.dtype) -> _Prepared:
     """Put a weight together before it is quantized, since its pieces are not runs of it: transposed, or too long.
 
     Memory for it is taken when the first piece is there and let go of when it is quantized: one such weight at a time.
     """
     held: list[torch.Tensor] = []
 
-    def sink(source: Source) -> _Sink:
-        filling: list[_Sink] = []
+    def delivery(source: Source) -> Delivery:
+        filling: list[Delivery] = []
 
         def take(piece: torch.Tensor, begin: int) -> None:
             if not held:
@@ -236,12 +200,12 @@ def _sinks_put_together(
             if not filling:
                 filling.append(_filling(held[0], source))
             filling[0].take(piece, begin)
-            if begin + len(piece) == _numel(source):
+            if begin + len(piece) == _numel(source.tensor):
                 filling.clear()
 
-        return _Sink(source, take)
+        return Delivery(_stored(source.tensor), planned.device, take)
 
-    return [sink(source) for source in planned.sources], lambda: quantize(held.pop(), fmt)
+    return [delivery(source) for source in planned.sources], lambda: quantize(held.pop(), fmt)
 
 
 def _flat_begin(source: Source, shape: tuple[int, ...], granule: int) -> int | None:
@@ -257,7 +221,7 @@ def _flat_begin(source: Source, shape: tuple[int, ...], granule: int) -> int | N
     return begin if is_run and (is_last or part.numel() % granule == 0) else None
 
 
-def _filling(values: torch.Tensor, source: Source) -> _Sink:
+def _filling(values: torch.Tensor, source: Source) -> Delivery:
     """Fill a source's region of a tensor."""
     target = values[source.region] if source.region else values
     target = target.mT if source.transposed else target
@@ -267,7 +231,8 @@ def _filling(values: torch.Tensor, source: Source) -> _Sink:
         def copy(piece: torch.Tensor, begin: int) -> None:
             flat[begin : begin + len(piece)].copy_(piece)
 
-        return _Sink(source, copy, home=flat.view(torch.uint8) if source.tensor.dtype == flat.dtype else None)
+        home = flat.view(torch.uint8) if source.tensor.dtype == flat.dtype else None
+        return Delivery(_stored(source.tensor), values.device, copy, home)
     gathered: list[torch.Tensor] = []
 
     def gather(piece: torch.Tensor, begin: int) -> None:
@@ -279,7 +244,7 @@ def _filling(values: torch.Tensor, source: Source) -> _Sink:
         if begin + len(piece) == len(whole):
             target.copy_(gathered.pop())
 
-    return _Sink(source, gather)
+    return Delivery(_stored(source.tensor), values.device, gather)
 
 
 def _require_finite(landed: dict[str, Landed], plan: Plan) -> None:

@@ -9,13 +9,15 @@ from collections.abc import Mapping
 import torch
 
 from .blocks import quantize_blocks
-from .bnb import QuantizedWeight, library
+from .bnb import QuantizedWeight, library, quantize_4bit_into, quantize_int8_into
 from .empty import default_dtype
 from .formats import NESTED_BLOCKSIZE, FourBit, Int8
 from .prequantized import QuantizedTensor
 
 # Values that bitsandbytes' CPU kernel takes at once before they fall out of the cache.
 _CPU_PIECE = 2**18
+# Values that its GPU kernel can count; a multiple of every blocksize.
+_MOST_VALUES = 2**30
 
 
 class Quantizer:
@@ -48,9 +50,6 @@ class Quantizer:
             values: (n,), contiguous, on the device; read before the next work on the default stream, and not kept.
             begin: the index of the first of them in the flattened weight.
         """
-        if len(values) == math.prod(self._shape) and self._device.type == "cuda":
-            self._data, self._scales = self._quantized(values)
-            return
         if not self._scales.numel():
             self._allocate()
         if isinstance(self._format, Int8):
@@ -65,24 +64,13 @@ class Quantizer:
         scales = self._shape[0] if isinstance(self._format, Int8) else -(-math.prod(self._shape) // self.granule)
         self._scales = torch.empty(scales, dtype=torch.float32, device=self._device)
 
-    def _quantized(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give bitsandbytes' own result for the whole weight, where there is nothing to put together."""
-        if isinstance(self._format, Int8):
-            data, scales, _ = library().functional.int8_vectorwise_quant(values.view(self._shape).to(torch.float16))
-            return data, scales
-        fmt = self._format
-        kernel = torch.ops.bitsandbytes.quantize_4bit.default
-        data, scales = kernel(values, fmt.blocksize, fmt.quant_type, fmt.quant_storage)
-        return data, scales
-
     def _add_rows(self, rows: torch.Tensor, begin: int) -> None:
         # On the CPU the kernel is 8 times faster on what fits the cache.
         step = max(1, _CPU_PIECE // max(1, rows.shape[1])) if rows.device.type == "cpu" else len(rows)
         for piece in torch.split(rows, step):
-            quantized, scales, _ = library().functional.int8_vectorwise_quant(piece.to(torch.float16))
-            self._data[begin : begin + len(piece)] = quantized
-            self._scales[begin : begin + len(piece)] = scales
-            begin += len(piece)
+            end = begin + len(piece)
+            quantize_int8_into(piece, self._data[begin:end], self._scales[begin:end])
+            begin = end
 
     def _add_blocks(self, values: torch.Tensor, begin: int, fmt: FourBit) -> None:
         packed, scales = self._bytes[begin // 2 :], self._scales[begin // fmt.blocksize :]
@@ -94,10 +82,10 @@ class Quantizer:
             values, packed, scales = values[whole:], packed[whole // 2 :], scales[blocks:]
             if not len(values):
                 return
-        kernel = torch.ops.bitsandbytes.quantize_4bit.default
-        quantized, absmax = kernel(values, fmt.blocksize, fmt.quant_type, torch.uint8)
-        packed[: len(quantized)] = quantized.view(-1)
-        scales[: len(absmax)] = absmax
+        for piece in torch.split(values, _MOST_VALUES):
+            blocks, nbytes = -(-len(piece) // fmt.blocksize), (len(piece) + 1) // 2
+            quantize_4bit_into(piece, fmt.blocksize, fmt.quant_type, packed[:nbytes], scales[:blocks])
+            packed, scales = packed[nbytes:], scales[blocks:]
 
     def finish(self) -> QuantizedWeight:
         """Give the weight, when all of it has been added."""

@@ -15,13 +15,13 @@ from .memory import parse_size, show
 
 logger = logging.getLogger(__name__)
 
-SLOT_BYTES = 32 * 2**20
+SLOT_BYTES = 16 * 2**20
 # Small, so that much of it stays in the CPU's cache on its way from the reads to the copies: 256 MiB were slower.
 RING_BYTES = 128 * 2**20
 
 
 def reader_threads() -> int:
-    """Threads that read: most of the cores, as one is the caller's; more than 12 gained nothing on 16.
+    """Threads that read: the cores, but no more than 16.
 
     The environment variable BIGLOAD_THREADS says otherwise.
 
@@ -31,7 +31,7 @@ def reader_threads() -> int:
     asked = os.environ.get("BIGLOAD_THREADS")
     if asked is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
-        return max(2, min(12, cores))
+        return max(2, min(16, cores))
     if not asked.isdecimal() or int(asked) < 1:
         raise ConfigError(f"BIGLOAD_THREADS is {asked!r}; expected a number of threads, 1 or more")
     return int(asked)
@@ -58,7 +58,7 @@ def ring_bytes() -> int:
 
 
 def slot_bytes(ring: int | None = None) -> int:
-    """Bytes of one slot, the most that is read at once: 32 MiB, or less that a small ring has two."""
+    """Bytes of one slot, the most that is read at once: 16 MiB, or less that a small ring has two."""
     nbytes = ring_bytes() if ring is None else ring
     return int(min(SLOT_BYTES, 2 ** ((nbytes // 2).bit_length() - 1)))
 

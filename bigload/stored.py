@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +39,11 @@ def read_whole(tensor: StoredTensor) -> torch.Tensor:
     """Read one tensor into memory, all at once."""
     if isinstance(tensor, LazyTensor):
         return tensor.load()
-    with tensor.file.open("rb") as file:
-        file.seek(tensor.offset)
-        raw = bytearray(file.read(tensor.nbytes))
+    descriptor = os.open(tensor.file, os.O_RDONLY)  # several times faster than a file object: there are thousands
+    try:
+        raw = bytearray(os.pread(descriptor, tensor.nbytes, tensor.offset))
+    finally:
+        os.close(descriptor)
     if len(raw) < tensor.nbytes:
         raise CheckpointError(f"'{tensor.file}' ended while '{tensor.name}' was read: it was cut meanwhile")
     return (

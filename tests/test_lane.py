@@ -3,6 +3,8 @@
 What the events are for shows only on a GPU (test_races.py); that each stands where it must can be seen anywhere.
 """
 
+import threading
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -40,10 +42,14 @@ class Stream:
         self.log.append(("synchronize", self.name))
 
 
+class Log(list):
+    """What is asked of the streams, in order."""
+
+
 @pytest.fixture
 def log(monkeypatch):
     """Put the CPU in the place of a GPU; gives what is asked of its streams, in order."""
-    log = []
+    log = Log()
     default = Stream("default", log)
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: default)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("copies", log))
@@ -113,7 +119,6 @@ def test_what_is_taken_has_been_copied_and_its_place_is_free_again_only_afterwar
         waits = [entry for entry in log[:at] if entry[:2] == ("wait", "default")]
         copied = waits[-1][2]
         assert log.index(("record", "copies", copied)) < at
-        assert [entry for entry in log[:at] if entry[0] == "set"][-1] == ("set", "default")
         worked = next(entry[2] for entry in log[at:] if entry[:2] == ("record", "default"))
         waited_for.append(worked)
         if number >= transfer._WINDOW:
@@ -122,12 +127,23 @@ def test_what_is_taken_has_been_copied_and_its_place_is_free_again_only_afterwar
             assert ("wait", "copies", earlier) in log[begun:at]
 
 
-def test_what_came_home_is_announced_only_when_the_default_stream_waits_for_its_copy(stored, log):
+def test_what_came_home_is_announced_only_when_the_default_stream_waits_for_its_copy(stored, log, monkeypatch):
+    copy = torch._foreach_copy_
+
+    def copying(*args, **kwargs):
+        log.append(("home",))
+        copy(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", copying)
     delivered(stored, log)
-    for at in [at for at, entry in enumerate(log) if entry[0] == "arrived"]:
-        kinds = [entry for entry in log[:at] if entry[0] in ("record", "wait")]
-        recorded = next(entry for entry in reversed(kinds) if entry[:2] == ("record", "copies"))
-        assert ("wait", "default", recorded[2]) in kinds[kinds.index(recorded) :]
+    homes = [at for at, entry in enumerate(log) if entry == ("home",)]
+    records = [at for at, entry in enumerate(log) if entry[:2] == ("record", "copies")]
+    waits = [at for at, entry in enumerate(log) if entry[:2] == ("wait", "default")]
+    assert len(homes) == len(records) == len(waits) > 4  # of each extent one
+    for home, record, wait in zip(homes, records, waits, strict=True):
+        assert home < record < wait
+        assert log[record][2] is log[wait][2]
+    assert min(at for at, entry in enumerate(log) if entry[0] == "arrived") > waits[0]
 
 
 def test_streams_meet_before_the_first_copy_and_after_the_last(stored, log):
@@ -139,8 +155,9 @@ def test_streams_meet_before_the_first_copy_and_after_the_last(stored, log):
     assert meetings[-1] > max(at for at, entry in enumerate(log) if entry[0] == "record")
 
 
-def test_an_error_leaves_the_default_stream_current_and_waits_for_the_copies(stored, log):
+def test_an_error_waits_for_the_copies(stored, log):
     _, entries = stored
+    before = threading.active_count()
 
     def take(values, begin):
         raise KeyboardInterrupt
@@ -148,4 +165,12 @@ def test_an_error_leaves_the_default_stream_current_and_waits_for_the_copies(sto
     with pytest.raises(KeyboardInterrupt):
         transfer.deliver([Delivery(entries["big"], CPU, take)])
     assert ("synchronize", "copies") in log
-    assert [entry for entry in log if entry[0] == "set"][-1] == ("set", "default")
+    assert threading.active_count() == before
+
+
+def test_copies_are_asked_for_by_a_thread_of_their_own_and_what_came_is_worked_on_by_the_caller(stored, log):
+    threads = {"set": set(), "take": set(), "arrived": set()}
+    log.append = lambda entry: threads.get(entry[0], set()).add(threading.get_ident()) or list.append(log, entry)
+    delivered(stored, log, taken=("big", "half"))
+    assert threads["take"] == threads["arrived"] == {threading.get_ident()}
+    assert threads["set"].isdisjoint(threads["take"])

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import gc
+import inspect
 import itertools
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import bigload.transfer as room
-from bigload import BnbQuantizationConfig, init_empty_weights, load_and_quantize_model, release_buffers
+from bigload import BnbQuantizationConfig, aio, init_empty_weights, load_and_quantize_model, release_buffers
 from bigload.quantize import Quantizer
 
 pytestmark = pytest.mark.cuda
@@ -50,7 +51,7 @@ def narrow(monkeypatch):
     release_buffers()
     monkeypatch.setenv("BIGLOAD_RING_BYTES", "2MiB")
     monkeypatch.setattr(room, "PLACE_BYTES", 3 * 2**20)
-    monkeypatch.setattr(room, "BLOCK_BYTES", 2**18)
+    monkeypatch.setattr(aio, "BLOCK_BYTES", 2**16)
     yield
     torch.cuda.synchronize()
     release_buffers()
@@ -144,20 +145,29 @@ def slowed(monkeypatch, owner, name, stream_of, chance, seed=0, cycles=CYCLES):
     """Keep a stream busy at random before, and after, a method runs."""
     original, rng = getattr(owner, name), random.Random(f"{name} {seed}")
 
+    def sleep(self):
+        if rng.random() < chance:
+            sleep_on(stream_of(self), cycles)
+
     def slow(self, *args, **kwargs):
-        if rng.random() < chance:
-            sleep_on(stream_of(self), cycles)
+        sleep(self)
         returned = original(self, *args, **kwargs)
-        if rng.random() < chance:
-            sleep_on(stream_of(self), cycles)
+        sleep(self)
         return returned
 
-    monkeypatch.setattr(owner, name, slow)
+    def slow_steps(self, *args, **kwargs):
+        sleep(self)
+        for step in original(self, *args, **kwargs):
+            sleep(self)
+            yield step
+        sleep(self)
+
+    monkeypatch.setattr(owner, name, slow_steps if inspect.isgeneratorfunction(original) else slow)
 
 
 def slow_copies(monkeypatch, chance=0.3, **options):
-    for name in ("land", "_gather"):
-        slowed(monkeypatch, room._Lane, name, lambda lane: lane._copies, chance, **options)
+    for name in ("bring", "_gather"):
+        slowed(monkeypatch, room._Lane, name, lambda lane: lane._stream, chance, **options)
 
 
 def slow_work(monkeypatch, chance=0.3, **options):
@@ -325,20 +335,19 @@ def test_weight_that_is_put_together_first_is_whole_when_it_is_quantized(tmp_pat
 @pytest.mark.parametrize("mode", ["nf4", "bf16"])
 def test_load_that_is_stopped_writes_nothing_afterwards(folder, expected, monkeypatch, mode):
     slow_copies(monkeypatch, chance=1.0)
-    land = room._Lane.land
+    bring = room._Lane.bring
     for stopped_at in (1, 2, 5, 12):
         count = itertools.count(1)
 
         def stopping(*args, count=count, stopped_at=stopped_at):
-            copied = land(*args)
+            yield from bring(*args)
             if next(count) == stopped_at:
                 raise KeyboardInterrupt
-            return copied
 
-        monkeypatch.setattr(room._Lane, "land", stopping)
+        monkeypatch.setattr(room._Lane, "bring", stopping)
         with contextlib.suppress(KeyboardInterrupt):
             load(folder, mode)
-        monkeypatch.setattr(room._Lane, "land", land)
+        monkeypatch.setattr(room._Lane, "bring", bring)
         gc.collect()
         stream = torch.cuda.current_stream(GPU)
         assert stream == torch.cuda.default_stream(GPU)

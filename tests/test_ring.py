@@ -490,22 +490,22 @@ def test_ring_that_is_still_written_to_is_not_kept_for_the_next_load(tmp_path, m
     """A second Ctrl-C ends the wait for threads that hang on a slow disk: what they write must reach no other load."""
     from safetensors.torch import save_file
 
-    from bigload import transfer
+    from bigload import reading, transfer
     from bigload.checkpoint import open_checkpoint
     from bigload.extents import Delivery
 
     save_file({"w": torch.randn(1000)}, tmp_path / "w.safetensors")
     entry = open_checkpoint(tmp_path / "w.safetensors").tensors["w"]
     rings = []
-    leave = transfer.Reader.__exit__
+    leave = reading.Reader.__exit__
 
     def interrupted_again(self, *raised):
         rings.append(self._ring)
         leave(self, *raised)
-        self.is_done = False  # as if the wait had been cut short
+        self._reads.is_done = False  # as if the wait had been cut short
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(transfer.Reader, "__exit__", interrupted_again)
+    monkeypatch.setattr(reading.Reader, "__exit__", interrupted_again)
     with pytest.raises(KeyboardInterrupt):
         transfer.deliver([Delivery(entry, torch.device("cpu"), lambda values, begin: None)])
     assert not rings[0].is_quiet

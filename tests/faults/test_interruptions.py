@@ -11,8 +11,8 @@ import torch
 from models import GPT, save_checkpoint
 
 from bigload import CheckpointError, PlacementError, init_empty_weights, load_and_quantize_model
+from bigload.aio import Reads
 from bigload.quantize import Quantizer
-from bigload.transfer import Reader
 
 
 def resources():
@@ -68,7 +68,7 @@ def test_interrupted_while_reading(model, folder, monkeypatch, call, error):
         fail_at(monkeypatch, os, "preadv", call, error)
         check_untouched_then_loads(model, folder, CheckpointError, monkeypatch)
     else:
-        fail_at(monkeypatch, Reader, "_fill", call, error)
+        fail_at(monkeypatch, Reads, "finish", call, error)
         check_untouched_then_loads(model, folder, KeyboardInterrupt, monkeypatch)
 
 
@@ -105,14 +105,14 @@ def test_interrupted_while_the_model_is_changed(model, folder, monkeypatch, call
 def test_file_that_is_cut_while_it_is_read(model, folder, monkeypatch):
     shard = sorted(folder.glob("*.safetensors"))[1]
     whole = shard.read_bytes()
-    opened = Reader._descriptor
+    opened = Reads._descriptors
 
     def cutting(self, path):
         if path == shard:
             os.truncate(shard, len(whole) // 2)
         return opened(self, path)
 
-    monkeypatch.setattr(Reader, "_descriptor", cutting)
+    monkeypatch.setattr(Reads, "_descriptors", cutting)
     with pytest.raises(CheckpointError, match="cut meanwhile"):
         load_and_quantize_model(model, "nf4", folder, device_map="cpu")
     monkeypatch.undo()
