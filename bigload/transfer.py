@@ -29,8 +29,12 @@ WINDOW_BYTES = _WINDOW * PLACE_BYTES
 # Slots that a GPU is copying from: one that it works on, and one that waits so that the link does not rest.
 _COPIED = 2
 
-# What is left to do in the caller's thread.
-_Step = Callable[[], object]
+# Bytes after which the caller's thread is woken up, if nothing waits for it: being woken up costs time, and two threads
+# that are awake wait for each other's lock.
+_BATCH_BYTES = 64 * 2**20
+
+# What is left to do in the caller's thread; None where its end is waited for.
+_Step = Callable[[], object] | None
 
 
 def deliver(deliveries: Sequence[Delivery], *, on_bytes: Callable[[int], object] = lambda count: None) -> None:
@@ -64,7 +68,8 @@ def deliver(deliveries: Sequence[Delivery], *, on_bytes: Callable[[int], object]
                     steps = entered.enter_context(ahead)
                     entered.callback(_stop, reader, ways)
                 for step in steps:
-                    step()
+                    if step is not None:
+                        step()
         finally:
             # A second Ctrl-C stops the waiting for threads and copies: then the ring is theirs, and not kept.
             is_done = reader.is_done and (ahead is None or ahead.is_done)
@@ -73,9 +78,14 @@ def deliver(deliveries: Sequence[Delivery], *, on_bytes: Callable[[int], object]
 
 def _steps(reader: Reader, ways: dict[torch.device, _Way], on_bytes: Callable[[int], object]) -> Iterator[_Step]:
     """Bring extents on their way, one by one, and say what the caller's thread must do for each."""
+    nbytes = 0
     for extent, slot, filled in reader:
         yield from ways[extent.device].bring(extent, slot, filled, reader)
         yield partial(on_bytes, extent.nbytes)
+        nbytes += extent.nbytes
+        if nbytes >= _BATCH_BYTES:
+            nbytes = 0
+            yield None
 
 
 def _stop(reader: Reader, ways: dict[torch.device, _Way]) -> None:
@@ -89,21 +99,26 @@ class _Ahead(AbstractContextManager[Iterator[_Step]]):
 
     def __init__(self, steps: Iterator[_Step]) -> None:
         self._steps = steps
-        self._found: SimpleQueue[_Step | None] = SimpleQueue()
+        self._found: SimpleQueue[list[_Step] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._find, daemon=True)
         self.is_done = True
 
     def __enter__(self) -> Iterator[_Step]:
         self._thread.start()
         self.is_done = False
-        return iter(self._found.get, None)
+        return (step for batch in iter(self._found.get, None) for step in batch)
 
     def _find(self) -> None:
+        batch: list[_Step] = []
         try:
             for step in self._steps:
-                self._found.put(step)
+                batch.append(step)
+                if step is None:
+                    self._found.put(batch)
+                    batch = []
         except BaseException as error:
-            self._found.put(partial(_raise, error))
+            batch.append(partial(_raise, error))
+        self._found.put(batch)
         self._found.put(None)
 
     def __exit__(self, *raised: object) -> None:
@@ -156,6 +171,7 @@ class _Here(_Way):
                 yield partial(_take, part, filled)
             yield partial(part.delivery.arrived, part.count)
         yield partial(reader.release, slot, None)
+        yield None
 
 
 def _take(part: Part, filled: torch.Tensor) -> None:
@@ -230,6 +246,7 @@ class _Lane(_Way):
                 place.copied.record(self._stream)
                 self._place = None
                 yield partial(self._hand_over, delivery, place, (begin + copied - place.gathered) // itemsize)
+                yield None
 
     def _next_place(self) -> _Place | None:
         place = self._free.get()
