@@ -1,5 +1,6 @@
 """What is loaded equals, bit for bit, what bitsandbytes makes of the same tensor cast to torch_dtype."""
 
+import ctypes
 import itertools
 
 import pytest
@@ -8,7 +9,7 @@ from models import FOUR_BIT, equal, quantize_as_bitsandbytes
 from safetensors.torch import save_file
 from torch import nn
 
-from bigload import BnbQuantizationConfig, init_empty_weights, load_and_quantize_model
+from bigload import BnbQuantizationConfig, bnb, init_empty_weights, load_and_quantize_model, quantize
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -89,6 +90,41 @@ def test_bits_do_not_depend_on_how_the_weight_was_cut_while_it_was_read(tmp_path
     assert equal(cut.even.weight.data, whole.even.weight.data)
     assert equal(cut.odd.weight.data, whole.odd.weight.data)
     assert equal(cut.even.bias.data, whole.even.bias.data)
+
+
+@pytest.mark.parametrize(
+    "changed", [(bnb, "_exported", lambda *names: None), (quantize, "_MOST_VALUES", 4096)], ids=["operators", "pieces"]
+)
+@pytest.mark.parametrize("mode", [*FOUR_BIT, "int8"])
+def test_bits_do_not_depend_on_which_of_bitsandbytes_functions_is_called(tmp_path, device, mode, monkeypatch, changed):
+    """Its operators where its library's functions are not known to be the same, and in pieces what is too long."""
+    _, usual = load(tmp_path, device, torch.bfloat16, mode)
+    monkeypatch.setattr(*changed)
+    with init_empty_weights():
+        model = TwoLayers()
+    model = load_and_quantize_model(model, mode, tmp_path, device_map=device)
+    for name in ("even", "odd"):
+        found, expected = getattr(model, name).weight, getattr(usual, name).weight
+        assert equal(found.data, expected.data)
+        if mode == "int8":
+            assert equal(found.SCB, expected.SCB)
+        else:
+            assert equal(found.quant_state.absmax, expected.quant_state.absmax)
+
+
+@pytest.mark.parametrize(("version", "is_called"), [("0.50.7", True), ("0.51.0", False), ("0.5.0", False)])
+def test_functions_of_versions_that_were_not_looked_at_are_not_called(monkeypatch, version, is_called):
+    """They would be given the wrong arguments."""
+
+    class Native:
+        compiled_with_cuda = True
+        _lib = ctypes.CDLL(None)
+
+    bnb._exported.cache_clear()
+    monkeypatch.setattr(bnb.library().cextension, "lib", Native())
+    monkeypatch.setattr(bnb.library(), "__version__", version)
+    assert (bnb._exported("getpid", ()) is not None) == is_called
+    bnb._exported.cache_clear()
 
 
 @pytest.mark.parametrize("mode", FOUR_BIT)

@@ -4,7 +4,7 @@ import torch
 from models import GPT, Attended, llama
 from torch import nn
 
-from bigload.tree import leaves, modules_by_path
+from bigload.tree import first_paths, leaves, modules_by_path, walked_once
 
 
 class Shared(nn.Module):
@@ -25,8 +25,21 @@ class Shared(nn.Module):
 def test_modules_parameters_and_buffers_are_torchs_own_in_its_order():
     for model in (Shared(), GPT(tied=True), Attended(), llama(True), nn.Linear(2, 3)):
         modules = modules_by_path(model)
+        assert [(path, module) for module, path in first_paths(model).items()] == list(model.named_modules())
         assert list(modules.items()) == list(model.named_modules(remove_duplicate=False))
         for kind, expected in (("_parameters", model.named_parameters), ("_buffers", model.named_buffers)):
             found, named = leaves(modules, kind), dict(expected(remove_duplicate=False))
             assert list(found) == list(named)
             assert all(found[name] is named[name] for name in named)
+
+
+def test_walk_is_made_once_within_the_block_and_for_that_model_alone():
+    model, other = Shared(), GPT()
+    with walked_once(model):
+        assert modules_by_path(model) is modules_by_path(model)
+        assert list(modules_by_path(other)) == [path for path, _ in other.named_modules(remove_duplicate=False)]
+        with walked_once(other):
+            assert modules_by_path(other) is modules_by_path(other)
+        assert modules_by_path(model) is modules_by_path(model)
+    model.added = nn.Linear(1, 1)
+    assert "added" in modules_by_path(model)
