@@ -1,6 +1,7 @@
 """bigload: load PyTorch models larger than your GPU, quantized by bitsandbytes as the weights stream in."""
 
 from .config import BnbQuantizationConfig
+from .dequantize import dequantize_model
 from .empty import init_empty_weights
 from .errors import (
     BigloadError,
@@ -13,12 +14,15 @@ from .errors import (
 )
 from .loading import load_and_quantize_model
 from .ring import release_buffers
+from .saving import save_quantized_model
 
 __version__ = "0.1.0"
 
 __all__ = [
     "load_and_quantize_model",
     "BnbQuantizationConfig",
+    "save_quantized_model",
+    "dequantize_model",
     "init_empty_weights",
     "release_buffers",
     "BigloadError",

@@ -105,8 +105,8 @@ _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 def _own_kernel(name: str, values: torch.Tensor, arguments: tuple[Any, ...]) -> Callable[..., None] | None:
     """Give the function of bitsandbytes' own library that its operator calls, on a GPU.
 
-    The operator allocates what it returns, to be copied then; beside a thread that copies and reads, each of those steps
-    waits for the interpreter's lock: 0.9 ms for a piece of 48 MiB, which takes the GPU 0.3.
+    The operator allocates what it returns, to be copied then; beside a thread that copies and reads, each of those
+    steps waits for the interpreter's lock: 0.9 ms for a piece of 48 MiB, which takes the GPU 0.3.
     """
     if values.device.type != "cuda" or values.dtype not in _NAMES:
         return None

@@ -25,11 +25,12 @@ from . import formats
 from .errors import CheckpointError, listed
 from .hub import hub_folder, is_hub_id
 from .prequantized import QuantizedTensor, gathered
+from .record import Record, read_record
 from .stored import LazyTensor, StoredTensor
 
 WeightsLocation = str | os.PathLike[str]
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -74,10 +75,17 @@ _IN_FOLDERS = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All tensors of a checkpoint by name, in the order of their files and offsets; quantized weights as one each."""
+    """All tensors of a checkpoint by name, in the order of their files and offsets; quantized weights as one each.
+
+    Attributes:
+        location: the file of the weights, or their index.
+        tensors: by name.
+        record: what `save_quantized_model` wrote beside them.
+    """
 
     location: Path
     tensors: dict[str, StoredTensor]
+    record: Record | None = None
 
     @property
     def is_quantized(self) -> bool:
@@ -125,9 +133,8 @@ def _open(location: Path) -> Checkpoint:
             f"no such file or folder: '{location}'; weights_location must be a .safetensors, .bin, .pt or .pth file, "
             "an .index.json file, or a folder with one of them"
         )
-    if location.name.endswith(".json"):
-        return Checkpoint(location, gathered(_read_index(location)))
-    return Checkpoint(location, gathered(_read_file(location)))
+    tensors = _read_index(location) if location.name.endswith(".json") else _read_file(location)
+    return Checkpoint(location, gathered(tensors), read_record(location))
 
 
 def _find_in_folder(folder: Path) -> Path:
@@ -273,16 +280,16 @@ def _parse_entry(path: Path, start: int, name: str, entry: Any) -> StoredTensor:
     dtype: Any = entry.get("dtype")
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise damaged(f"dtype {dtype!r} is none of {', '.join(_DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise damaged(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
     if not _are_sizes(shape):
         raise damaged(f"shape {shape!r} is not a list of sizes")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise damaged(f"data_offsets {offsets!r} are not [begin, end]")
-    nbytes = math.prod(shape) * _DTYPES[dtype].itemsize
+    nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != nbytes:
         raise damaged(f"{dtype} of shape {shape} takes {nbytes} bytes, its data_offsets span {offsets[1] - offsets[0]}")
-    return StoredTensor(name, path, _DTYPES[dtype], tuple(shape), start + offsets[0], nbytes)
+    return StoredTensor(name, path, DTYPES[dtype], tuple(shape), start + offsets[0], nbytes)
 
 
 def _are_sizes(value: Any) -> bool:

@@ -10,14 +10,12 @@ from torch import nn
 
 from . import interop
 from .empty import like_parameter
-from .interop import Edit
+from .interop import ABSENT, Edit
 from .layers import make_layer
 from .modules import ModelTensor
 from .pipeline import Landed
 from .placement import Plan
 from .tree import modules_by_path
-
-_ABSENT = object()
 
 
 class Assembly:
@@ -65,7 +63,7 @@ class Assembly:
             ]
             edits += _without_fused_path(module, new_layers)
         root = new_layers.get(model, model)
-        _apply(edits + interop.attributes(root, self._plan))
+        apply_edits(edits + interop.attributes(root, self._plan))
         return root
 
     def _bias(self, tensor: ModelTensor, value: Any) -> nn.Parameter:
@@ -103,16 +101,21 @@ def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(key, child) for key, child in module._modules.items() if child is not None]
 
 
-def _apply(edits: list[Edit]) -> None:
+def apply_edits(edits: list[Edit]) -> None:
+    """Make all of several assignments; if that is interrupted, none."""
     before: list[Edit] = []
     try:
         for slots, key, value in edits:
-            before.append((slots, key, slots.get(key, _ABSENT)))
-            slots[key] = value
+            before.append((slots, key, slots.get(key, ABSENT)))
+            _set(slots, key, value)
     except BaseException:  # Ctrl-C too: half a model is worse than none
         for slots, key, value in reversed(before):
-            if value is _ABSENT:
-                slots.pop(key, None)
-            else:
-                slots[key] = value
+            _set(slots, key, value)
         raise
+
+
+def _set(slots: dict[str, Any], key: str, value: Any) -> None:
+    if value is ABSENT:
+        slots.pop(key, None)
+    else:
+        slots[key] = value

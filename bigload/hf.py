@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import re
@@ -52,9 +53,30 @@ def empty_model(folder: Path) -> nn.Module:
     return model.eval()
 
 
+def save_configs(model: Any, folder: Path, quantization: Any) -> None:
+    """Write the config.json of a model of transformers, and how it generates, as its `save_pretrained` does.
+
+    Args:
+        model: the model; its own config is left as it is.
+        folder: where to.
+        quantization: the `BitsAndBytesConfig` that its weights are to be read by.
+    """
+    config = copy.deepcopy(model.config)
+    config.quantization_config = quantization
+    config.architectures = [type(model).__name__]
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None and model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Ask whether a module is GPT-2's Conv1D: a Linear whose weight is stored (in_features, out_features)."""
-    cls = type(module)
+    return is_conv1d_class(type(module))
+
+
+def is_conv1d_class(cls: type) -> bool:
+    """Ask whether a class is GPT-2's Conv1D."""
     return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
 
 

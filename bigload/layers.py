@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import functools
 import re
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +29,12 @@ from torch.nn import functional
 
 from .bnb import QuantizedWeight, dequantize_4bit, library
 from .config import BnbQuantizationConfig
+from .tree import first_paths
 
+# Attributes of the layers that are made here, which mean nothing on others.
+_OF_OUR_LAYERS = frozenset(
+    ("forward", "state", "index", "quant_state", "quant_storage", "compute_dtype", "compute_type_is_set", "source_cls")
+) | {"support_avx512bf16_for_cpu", "is_training"}
 # Rows that bitsandbytes' packed CPU kernel takes at once.
 _PACKED_ROWS = 32
 
@@ -53,8 +59,37 @@ def make_layer(
     new = make(layer, weight, layer._parameters["bias"] is not None, shape, config)
     if weight.data.device.type == "cpu":
         _adapt_to_cpu(new, shape, config)
-    _inherit(new, layer)
+    carry_over(new, layer)
+    if type(layer) is not nn.Linear:
+        new.source_cls = type(layer)  # type: ignore[assignment]  # as transformers calls it, to make such a layer again
     return new
+
+
+def quantized_layers(model: nn.Module) -> dict[str, Any]:
+    """List a model's layers of bitsandbytes, each by the first of its paths."""
+    if "bitsandbytes" not in sys.modules:
+        return {}
+    kinds = (library().nn.Linear4bit, library().nn.Linear8bitLt)
+    return {path: module for module, path in first_paths(model).items() if isinstance(module, kinds)}
+
+
+def config_of_layer(layer: Any) -> dict[str, Any]:
+    """Give the fields of a config that say how a layer of bitsandbytes is quantized and how it computes."""
+    if isinstance(layer, library().nn.Linear8bitLt):
+        return {
+            "load_in_8bit": True,
+            "llm_int8_threshold": float(layer.state.threshold),
+            "llm_int8_has_fp16_weight": bool(layer.state.has_fp16_weights),
+        }
+    state = layer.weight.quant_state
+    return {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": state.quant_type,
+        "bnb_4bit_blocksize": state.blocksize,
+        "bnb_4bit_use_double_quant": bool(state.nested),
+        "bnb_4bit_quant_storage": layer.weight.dtype,
+        "bnb_4bit_compute_dtype": layer.compute_dtype or state.dtype,
+    }
 
 
 def _make_4bit(
@@ -118,13 +153,20 @@ def _prototype(class_name: str, shape: tuple[int, ...], has_bias: bool, **option
     return made
 
 
-def _inherit(new: nn.Module, old: nn.Module) -> None:
-    """Carry over what is not the weight: train or eval mode, hooks, and attributes that the model set itself."""
+def carry_over(new: nn.Module, old: nn.Module) -> None:
+    """Carry over what is not the weight: train or eval mode, hooks, and attributes that the model set itself.
+
+    What bitsandbytes, or bigload, gave one of its layers stays with that.
+    """
     new.training = old.training
+    own = _OF_OUR_LAYERS if type(old).__module__.startswith("bitsandbytes.") else frozenset()
     for name, value in old.__dict__.items():
         is_hooks = "_hook" in name and re.search("_hook(s|$)", name) and name in new.__dict__
+        if name in own:
+            continue
         if name == "_load_state_dict_pre_hooks":
-            rewrapped = [(key, type(hook)(hook.hook, new if hook.with_module else None)) for key, hook in value.items()]
+            kept = {key: hook for key, hook in value.items() if hook.hook.__module__ != "bitsandbytes.nn.modules"}
+            rewrapped = [(key, type(hook)(hook.hook, new if hook.with_module else None)) for key, hook in kept.items()]
             new.__dict__[name] = OrderedDict([*new.__dict__[name].items(), *rewrapped])
         elif is_hooks or name not in new.__dict__:
             # The very dict of hooks, so that the handles the caller holds still remove them.

@@ -23,13 +23,14 @@ from .errors import BigloadError, CheckpointError, OffloadError, listed
 from .formats import dominant_dtype
 from .keys import KeyMapping, Source, sources_in_checkpoint
 from .memory import check_budgets, show
-from .modules import ModelTensor, layers_stored_quantized, layers_to_quantize, tensors_of
+from .modules import ModelTensor, layers_recorded, layers_stored_quantized, layers_to_quantize, tensors_of
 from .pipeline import execute
 from .placement import Device, DeviceMap, Plan, make_plan, resolve_budgets, resolve_device_map
 from .prequantized import QuantizedTensor, config_of
+from .record import Record
 from .report import LoadReport, PeakMemory
 from .ring import pin_ahead
-from .tree import modules_by_path, walked_once
+from .tree import leaves, modules_by_path, walked_once
 
 logger = logging.getLogger(__name__)
 
@@ -114,9 +115,10 @@ def load_and_quantize_model(
         started = time.perf_counter()
         checkpoint = None if weights_location is None else open_checkpoint(weights_location)
         config = _config(given, checkpoint)
+        record = None if checkpoint is None else checkpoint.record
     # Tensors made under inference_mode could never be trained through.
     with _named(f"{context} as {config.mode}"), torch.inference_mode(False), torch.no_grad(), walked_once(model):
-        tensors = tensors_of(model, () if tied_parameters is None else tied_parameters)
+        tensors = tensors_of(model, _ties(model, record) if tied_parameters is None else tied_parameters)
         devices = resolve_device_map(device_map, tensors, modules_by_path(model))
         budgets = resolve_budgets(max_memory)
         if checkpoint is None:
@@ -136,8 +138,13 @@ def load_and_quantize_model(
                 rebuilt_buffers=lambda: hf.rebuilt_buffers(model, config.landing_dtype),
                 strict=strict,
             )
+        if record is not None:  # what was saved comes back as it was
+            class_dtypes = _stored_dtypes(sources)
+            quantizable = quantizable or _classes(model, record)
         if checkpoint is not None and checkpoint.is_quantized:
             layers = layers_stored_quantized(model, config, tensors, _stored_quantized(sources), quantizable)
+        elif record is not None and given is None:
+            layers = layers_recorded(model, record.layers, quantizable)
         else:
             layers = layers_to_quantize(model, config, tensors, quantizable)
         plan = make_plan(model, config, tensors, layers, sources, devices, class_dtypes)
@@ -160,7 +167,29 @@ def _config(given: BnbQuantizationConfig | None, checkpoint: Checkpoint | None) 
     """Give the caller's config or, where None is given, that of a checkpoint which is quantized already."""
     if checkpoint is not None and checkpoint.is_quantized:
         return config_of(checkpoint, given)
+    if checkpoint is not None and checkpoint.record is not None and given is None:
+        return checkpoint.record.config
     return as_config(given)
+
+
+def _ties(model: nn.Module, record: Record | None) -> list[tuple[str, str]]:
+    """Give the ties that a saved model had, as far as this one has both ends: made on meta it may have lost them."""
+    if record is None or not isinstance(model, nn.Module):
+        return []
+    names = leaves(modules_by_path(model), "_parameters")
+    pairs = [(first, other) for first, *others in record.ties for other in others]
+    return [(a, b) for a, b in pairs if a in names and b in names and names[a].shape == names[b].shape]
+
+
+def _classes(model: nn.Module, record: Record) -> list[type[nn.Linear]]:
+    """Give the subclasses of Linear whose layers were quantized when the model was saved."""
+    modules = modules_by_path(model)
+    classes = {type(modules[path]) for path in record.layers if path in modules}
+    return [cls for cls in classes if issubclass(cls, nn.Linear) and cls is not nn.Linear]
+
+
+def _stored_dtypes(sources: Mapping[str, tuple[Source, ...]]) -> dict[str, torch.dtype]:
+    return {name: pieces[0].tensor.dtype for name, pieces in sources.items() if pieces}
 
 
 def _stored_quantized(sources: Mapping[str, tuple[Source, ...]]) -> list[str]:

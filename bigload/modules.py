@@ -233,6 +233,25 @@ def layers_stored_quantized(
     return {could_be[name]: modules[could_be[name]] for name in names}
 
 
+def layers_recorded(
+    model: nn.Module, paths: Iterable[str], quantizable: Sequence[type[nn.Linear]] = ()
+) -> dict[str, nn.Module]:
+    """Find the layers that a saved model had quantized, where the weights themselves do not say it, by path.
+
+    Raises:
+        CheckpointError: one is no layer that can be quantized.
+    """
+    _check_quantizable(quantizable)
+    could_be = plain_linears(model, quantizable)
+    strange = [path for path in paths if path not in could_be]
+    if strange:
+        raise CheckpointError(
+            f"{listed(strange)}: quantized when it was saved, but in the model no nn.Linear: build the model that was "
+            "saved, or name its class in quantizable"
+        )
+    return {path: could_be[path] for path in paths}
+
+
 def plain_linears(model: nn.Module, quantizable: Sequence[type[nn.Linear]] = ()) -> dict[str, nn.Module]:
     """List the layers that could be quantized, by path."""
     return {path: module for module, path in first_paths(model).items() if _is_quantizable(module, quantizable)}

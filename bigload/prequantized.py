@@ -97,7 +97,7 @@ def config_of(checkpoint: Checkpoint, given: BnbQuantizationConfig | None) -> Bn
         fields["bnb_4bit_blocksize"] = fmt.blocksize
         fields["bnb_4bit_quant_storage"] = fmt.quant_storage
     if given is None:
-        return BnbQuantizationConfig(**fields, **_said_beside(checkpoint.location))
+        return checkpoint.record.config if checkpoint.record else _described_beside(checkpoint.location, fields)
     fields["llm_int8_has_fp16_weight"] = False
     asked = {name: getattr(given, name) for name in fields}
     wrong = [f"{name}={asked[name]}, not {value}" for name, value in fields.items() if asked[name] != value]
@@ -107,6 +107,10 @@ def config_of(checkpoint: Checkpoint, given: BnbQuantizationConfig | None) -> Bn
             "None for the checkpoint's own config, or give the original checkpoint"
         )
     return given
+
+
+def _described_beside(location: Path, fields: Mapping[str, Any]) -> BnbQuantizationConfig:
+    return BnbQuantizationConfig(**fields, **_said_beside(location))
 
 
 def _said_beside(location: Path) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def test_interrupted_while_the_model_is_changed(model, folder, monkeypatch, call
 
     import bigload.commit as room
 
-    apply = room._apply
+    apply = room.apply_edits
 
     def interrupted(edits):
         class Raising(dict):
@@ -98,7 +98,7 @@ def test_interrupted_while_the_model_is_changed(model, folder, monkeypatch, call
 
         apply([*edits[:call], (Raising(), "key", None), *edits[call:]])
 
-    monkeypatch.setattr(room, "_apply", interrupted)
+    monkeypatch.setattr(room, "apply_edits", interrupted)
     check_untouched_then_loads(model, folder, KeyboardInterrupt, monkeypatch)
 
 

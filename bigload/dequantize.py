@@ -1,0 +1,107 @@
+"""A quantized model turned back into plain layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import hf
+from .bnb import dequantize_4bit, library
+from .commit import apply_edits
+from .errors import ConfigError, QuantizationError, listed
+from .formats import dominant_dtype
+from .interop import Edit, forgotten_attributes
+from .layers import carry_over, quantized_layers
+from .tree import first_paths
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Turn the layers of bitsandbytes in a model back into plain ones, with the values that they compute with.
+
+    Hooks, train or eval mode, ties and `requires_grad` stay. It takes the memory of the plain weights beside the
+    quantized ones until all are made; if that fails, the model is as it was.
+
+    Args:
+        model: changed in place.
+        dtype: of the dequantized weights and their biases; None is what each 4-bit weight was quantized from, and for
+            int8, which does not keep that, what most of the model's other weights are in.
+
+    Returns:
+        The same model. (One that is itself a quantized layer is replaced, so use what is returned.)
+
+    Raises:
+        ConfigError: not a floating dtype, or the model has no quantized layer.
+        QuantizationError: layers that hold adapters, or that bitsandbytes has packed for the CPU.
+    """
+    if dtype is not None and dtype not in _FLOATS:
+        raise ConfigError(f"dtype is {dtype!r}; expected torch.float32, float16 or bfloat16, or None")
+    layers = quantized_layers(model)
+    if not layers:
+        raise ConfigError(f"this {type(model).__name__} has no layer that bitsandbytes quantized")
+    _require_plain_layers(model, layers)
+    own = dominant_dtype((p.dtype, p.nbytes) for p in model.parameters() if type(p) is nn.Parameter)
+    plain = {layer: _plain(layer, dtype, own) for layer in layers.values()}
+    edits: list[Edit] = [
+        (module._modules, name, plain[child])
+        for module in first_paths(model)
+        for name, child in module._modules.items()
+        if child in plain
+    ]
+    root = plain.get(model, model)
+    apply_edits(edits + forgotten_attributes(root))
+    return root
+
+
+def _require_plain_layers(model: nn.Module, layers: dict[str, Any]) -> None:
+    modules = first_paths(model)
+    adapted = [path for module, path in modules.items() if type(module).__module__.startswith("peft.tuners.")]
+    if adapted:
+        raise QuantizationError(f"{listed(adapted)}: layers of PEFT; call merge_and_unload() first")
+    dispatched = [path for path, layer in layers.items() if "_hf_hook" in vars(layer)]
+    if dispatched:
+        raise QuantizationError(
+            f"{listed(dispatched)}: moved about by accelerate; call remove_hook_from_submodules(model) first"
+        )
+    packed = [
+        path
+        for path, layer in layers.items()
+        if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False)
+    ]
+    if packed:
+        raise QuantizationError(f"{listed(packed)}: packed by bitsandbytes for this CPU; load the model anew")
+
+
+@torch.no_grad()
+def _plain(layer: Any, dtype: torch.dtype | None, own: torch.dtype) -> nn.Module:
+    """Make the layer that a layer of bitsandbytes stands for."""
+    weight = layer.weight
+    if isinstance(layer, library().nn.Linear4bit):
+        values = dequantize_4bit(weight.data, weight.quant_state, dtype or weight.quant_state.dtype)
+    elif layer.state.has_fp16_weights:
+        values = weight.data.to(dtype or weight.dtype)
+    else:
+        # LLM.int8(), arXiv 2208.07339, section 2: each row by its largest value over 127.
+        scales = weight.SCB if weight.SCB is not None else layer.state.SCB
+        values = (weight.data * (scales / 127).unsqueeze(1)).to(dtype or own)
+    kind = vars(layer).get("source_cls", nn.Linear)
+    new = _empty(kind, values.shape, layer.bias is not None)
+    if hf.is_conv1d_class(kind):
+        values = values.mT.contiguous()
+    new._parameters["weight"] = nn.Parameter(values, requires_grad=weight.requires_grad)
+    if layer.bias is not None:
+        same = dtype is None or layer.bias.dtype == dtype
+        bias = layer.bias if same else nn.Parameter(layer.bias.to(dtype), requires_grad=layer.bias.requires_grad)
+        new._parameters["bias"] = bias
+    carry_over(new, layer)
+    return new
+
+
+def _empty(kind: type[nn.Module], shape: torch.Size, has_bias: bool) -> nn.Module:
+    with torch.device("meta"):
+        if hf.is_conv1d_class(kind):
+            return kind(*shape)
+        return kind(shape[1], shape[0], bias=has_bias)
