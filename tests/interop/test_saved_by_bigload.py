@@ -1,0 +1,154 @@
+"""What `save_quantized_model` writes of a model of transformers is read by its own loader and by ours, bit for bit."""
+
+import copy
+import json
+
+import pytest
+import torch
+import transformers
+from architectures import build, inputs
+from models import assert_same_bits, save_checkpoint
+from torch import nn
+
+from bigload import (
+    BnbQuantizationConfig,
+    dequantize_model,
+    init_empty_weights,
+    load_and_quantize_model,
+    save_quantized_model,
+)
+from bigload.layers import quantized_layers
+
+MODES = ("nf4", "nf4-dq", "fp4", "int8")
+ARCHITECTURES = ("llama", "llama_tied", "gpt2", "t5", "bert", "mixtral")
+
+
+@pytest.fixture(params=MODES)
+def mode(request):
+    return request.param
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def name(request):
+    return request.param
+
+
+def empty_like(model):
+    with init_empty_weights():
+        made = type(model)(copy.deepcopy(model.config))
+    return made.eval()
+
+
+def loaded(name, mode, folder, **fields):
+    torch.manual_seed(0)
+    full = build(name).eval()
+    save_checkpoint(full, folder)
+    return load_and_quantize_model(
+        empty_like(full), BnbQuantizationConfig.from_mode(mode, **fields), folder, device_map="cpu"
+    ).eval(), full
+
+
+def outputs(model, name):
+    with torch.no_grad():
+        found = model(**inputs(name))
+    return found.logits if hasattr(found, "logits") else found.last_hidden_state
+
+
+@pytest.mark.parametrize("ran", [False, True], ids=["fresh", "ran"])
+def test_bigload_and_transformers_both_read_it(tmp_path, name, mode, ran):
+    model, full = loaded(name, mode, tmp_path / "source")
+    if ran:  # on a CPU with AVX512-BF16 bitsandbytes' own layers would be packed now
+        outputs(model, name)
+    save_quantized_model(model, tmp_path / "saved", "50KB")
+    theirs = type(full).from_pretrained(tmp_path / "saved", device_map="cpu").eval()
+    ours = load_and_quantize_model(empty_like(full), None, tmp_path / "saved", device_map="cpu", strict=True).eval()
+    expected = model.state_dict()
+    assert_same_bits(ours.state_dict(), expected)
+    assert_same_bits(theirs.state_dict(), expected)
+    assert quantized_layers(theirs).keys() == quantized_layers(model).keys() == quantized_layers(ours).keys()
+    assert torch.equal(outputs(ours, name), outputs(model, name))
+    assert torch.equal(outputs(theirs, name), outputs(model, name))
+
+
+class Suffixes(nn.Module):
+    """Two layers that are skipped, whose names the names of others begin or end with."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(64, 64)
+        self.sub_proj = nn.Linear(64, 64)
+        self.proj_up = nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.proj_up(self.sub_proj(self.proj(x)))
+
+
+class SuffixesConfig(transformers.PretrainedConfig):
+    model_type = "suffixes"
+
+
+class SuffixesModel(transformers.PreTrainedModel):
+    config_class = SuffixesConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.body = Suffixes()
+        self.post_init()
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def test_skipped_layer_whose_name_is_part_of_others_names(tmp_path, mode):
+    torch.manual_seed(0)
+    full = SuffixesModel(SuffixesConfig()).eval()
+    save_checkpoint(full, tmp_path / "source")
+    config = BnbQuantizationConfig.from_mode(mode, skip_modules=["body.proj"])
+    model = load_and_quantize_model(empty_like(full), config, tmp_path / "source", device_map="cpu").eval()
+    assert quantized_layers(model).keys() == {"body.sub_proj", "body.proj_up"}
+    save_quantized_model(model, tmp_path / "saved")
+    theirs = SuffixesModel.from_pretrained(tmp_path / "saved", device_map="cpu")
+    assert quantized_layers(theirs).keys() == quantized_layers(model).keys()
+    assert_same_bits(theirs.state_dict(), model.state_dict())
+
+
+def test_config_of_the_model_in_memory_is_left_alone(tmp_path):
+    model, _ = loaded("llama", "nf4", tmp_path / "source")
+    before = model.config.to_dict()
+    save_quantized_model(model, tmp_path / "saved")
+    assert model.config.to_dict() == before
+    written = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert written["architectures"] == ["LlamaForCausalLM"]
+    assert written["quantization_config"]["quant_method"] == "bitsandbytes"
+    assert written["quantization_config"]["llm_int8_skip_modules"] == ["lm_head"]
+    assert (tmp_path / "saved" / "generation_config.json").is_file()
+
+
+def test_model_that_transformers_quantized_is_saved_and_comes_back(tmp_path, name, mode):
+    torch.manual_seed(0)
+    full = build(name).eval()
+    full.save_pretrained(tmp_path / "source")
+    config = BnbQuantizationConfig.from_mode(mode, bnb_4bit_compute_dtype="fp32").to_transformers()
+    theirs = type(full).from_pretrained(tmp_path / "source", quantization_config=config, device_map="cpu")
+    save_quantized_model(theirs, tmp_path / "saved")
+    ours = load_and_quantize_model(empty_like(full), None, tmp_path / "saved", device_map="cpu")
+    assert_same_bits(ours.state_dict(), theirs.state_dict())
+
+
+def test_dequantized_model_is_one_of_transformers_again(tmp_path, name, mode):
+    """Its weights are those that the quantized layers compute with; saved by the library, it is loaded by it."""
+    model, full = loaded(name, mode, tmp_path / "source")
+    quantized = outputs(model, name)
+    plain = dequantize_model(model)
+    assert plain is model
+    assert not quantized_layers(plain)
+    assert plain.state_dict().keys() == full.state_dict().keys()
+    assert [tuple(t.shape) for t in plain.state_dict().values()] == [tuple(t.shape) for t in full.state_dict().values()]
+    # int8 multiplies rounded activations too; the 4-bit kernel of CPUs with AVX512-BF16 computes in bfloat16.
+    error = (outputs(plain, name) - quantized).norm() / quantized.norm()
+    assert error < (0.03 if mode == "int8" else 0.01)
+    assert not getattr(plain, "is_quantized", False)
+    assert not hasattr(plain.config, "quantization_config")
+    plain.save_pretrained(tmp_path / "plain")
+    again = type(full).from_pretrained(tmp_path / "plain").eval()
+    assert torch.equal(outputs(again, name), outputs(plain, name))
