@@ -1,4 +1,4 @@
-"""The command line: `bigload demo` and `bigload load`."""
+"""The command line: `bigload demo`, `bigload load` and `bigload show`."""
 
 from __future__ import annotations
 
@@ -54,6 +54,9 @@ def _parser() -> argparse.ArgumentParser:
         "--max-new-tokens", type=_positive, default=40, help="how much to generate (default: %(default)s)"
     )
     load.set_defaults(run=_load)
+    show = commands.add_parser("show", help="say what is in a checkpoint: files, parameters, how it is quantized")
+    show.add_argument("path", help="whatever load_and_quantize_model takes as weights_location")
+    show.set_defaults(run=_show)
     return parser
 
 
@@ -76,6 +79,12 @@ def _load(options: argparse.Namespace) -> None:
     print(model.load_report)
     if prompt is not None:
         print(prompt.continued_by(model.eval()))
+
+
+def _show(options: argparse.Namespace) -> None:
+    from .show import describe_checkpoint
+
+    print(describe_checkpoint(options.path))
 
 
 def _positive(text: str) -> int:
