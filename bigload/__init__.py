@@ -13,6 +13,7 @@ from .errors import (
     QuantizationError,
 )
 from .loading import load_and_quantize_model
+from .offline import quantize_checkpoint
 from .ring import release_buffers
 from .saving import save_quantized_model
 
@@ -22,6 +23,7 @@ __all__ = [
     "load_and_quantize_model",
     "BnbQuantizationConfig",
     "save_quantized_model",
+    "quantize_checkpoint",
     "dequantize_model",
     "init_empty_weights",
     "release_buffers",

@@ -89,6 +89,18 @@ def _library() -> _Library | None:
     return _Library(waiting.lio_listio, waiting.aio_suspend, looking.aio_error, looking.aio_return)
 
 
+# In a process that was forked the C library counts on threads that stayed in its parent: there Python's own read.
+_is_forked = False
+
+
+def _after_fork() -> None:
+    global _is_forked
+    _is_forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
 # Reads whose end was not waited for, as on a second Ctrl-C: the memory that they write must not be another's.
 _abandoned: list[object] = []
 
@@ -104,7 +116,7 @@ class Reads(AbstractContextManager["Reads"]):
         """Divide what is read among so many threads."""
         self._threads = threads
         self._turn = 0
-        self._pool = None if _library() is not None else ThreadPoolExecutor(threads)
+        self._pool = None if _library() is not None and not _is_forked else ThreadPoolExecutor(threads)
         self._opened: dict[Path, list[int]] = {}
         self._going: dict[Read, None] = {}
         self.is_done = True

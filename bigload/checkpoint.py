@@ -25,7 +25,7 @@ from . import formats
 from .errors import CheckpointError, listed
 from .hub import hub_folder, is_hub_id
 from .prequantized import QuantizedTensor, gathered
-from .record import Record, read_record
+from .record import Record, layout_of, read_record
 from .stored import LazyTensor, StoredTensor
 
 WeightsLocation = str | os.PathLike[str]
@@ -134,7 +134,8 @@ def _open(location: Path) -> Checkpoint:
             "an .index.json file, or a folder with one of them"
         )
     tensors = _read_index(location) if location.name.endswith(".json") else _read_file(location)
-    return Checkpoint(location, gathered(tensors), read_record(location))
+    layout = layout_of((tensor.name, tensor.dtype, tensor.shape) for tensor in tensors.values())
+    return Checkpoint(location, gathered(tensors), read_record(location.parent, layout))
 
 
 def _find_in_folder(folder: Path) -> Path:

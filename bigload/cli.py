@@ -1,4 +1,4 @@
-"""The command line: `bigload demo`, `bigload load` and `bigload show`."""
+"""The command line: `bigload demo`, `bigload load`, `bigload quantize` and `bigload show`."""
 
 from __future__ import annotations
 
@@ -54,6 +54,14 @@ def _parser() -> argparse.ArgumentParser:
         "--max-new-tokens", type=_positive, default=40, help="how much to generate (default: %(default)s)"
     )
     load.set_defaults(run=_load)
+    quantize = commands.add_parser("quantize", help="quantize a checkpoint into another, in a stream")
+    quantize.add_argument("src", help="folder with config.json and weights")
+    quantize.add_argument("dst", type=Path, help="folder to make")
+    quantize.add_argument("--quant", default="nf4", choices=MODES, help="how to quantize (default: %(default)s)")
+    quantize.add_argument("--max-shard-size", default="5GB", help="of the tensors in a file (default: %(default)s)")
+    quantize.add_argument("--device", help="that quantizes (default: the first GPU, or the CPU where there is none)")
+    quantize.add_argument("--overwrite", action="store_true", help="replace a folder that is not empty")
+    quantize.set_defaults(run=_quantize)
     show = commands.add_parser("show", help="say what is in a checkpoint: files, parameters, how it is quantized")
     show.add_argument("path", help="whatever load_and_quantize_model takes as weights_location")
     show.set_defaults(run=_show)
@@ -79,6 +87,21 @@ def _load(options: argparse.Namespace) -> None:
     print(model.load_report)
     if prompt is not None:
         print(prompt.continued_by(model.eval()))
+
+
+def _quantize(options: argparse.Namespace) -> None:
+    from .offline import quantize_checkpoint
+    from .show import describe_checkpoint
+
+    quantize_checkpoint(
+        options.src,
+        options.dst,
+        options.quant,
+        max_shard_size=options.max_shard_size,
+        device=options.device,
+        overwrite=options.overwrite,
+    )
+    print(describe_checkpoint(options.dst))
 
 
 def _show(options: argparse.Namespace) -> None:

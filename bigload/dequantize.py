@@ -13,7 +13,7 @@ from .commit import apply_edits
 from .errors import ConfigError, QuantizationError, listed
 from .formats import dominant_dtype
 from .interop import Edit, forgotten_attributes
-from .layers import carry_over, quantized_layers
+from .layers import carry_over, quantized_layers, require_whole_layers
 from .tree import first_paths
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -42,7 +42,8 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     layers = quantized_layers(model)
     if not layers:
         raise ConfigError(f"this {type(model).__name__} has no layer that bitsandbytes quantized")
-    _require_plain_layers(model, layers)
+    require_whole_layers(model, layers)
+    _require_own_forwards(layers)
     own = dominant_dtype((p.dtype, p.nbytes) for p in model.parameters() if type(p) is nn.Parameter)
     plain = {layer: _plain(layer, dtype, own) for layer in layers.values()}
     edits: list[Edit] = [
@@ -56,23 +57,12 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     return root
 
 
-def _require_plain_layers(model: nn.Module, layers: dict[str, Any]) -> None:
-    modules = first_paths(model)
-    adapted = [path for module, path in modules.items() if type(module).__module__.startswith("peft.tuners.")]
-    if adapted:
-        raise QuantizationError(f"{listed(adapted)}: layers of PEFT; call merge_and_unload() first")
+def _require_own_forwards(layers: dict[str, Any]) -> None:
     dispatched = [path for path, layer in layers.items() if "_hf_hook" in vars(layer)]
     if dispatched:
         raise QuantizationError(
             f"{listed(dispatched)}: moved about by accelerate; call remove_hook_from_submodules(model) first"
         )
-    packed = [
-        path
-        for path, layer in layers.items()
-        if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False)
-    ]
-    if packed:
-        raise QuantizationError(f"{listed(packed)}: packed by bitsandbytes for this CPU; load the model anew")
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .empty import default_dtype, init_empty_weights
-from .errors import CheckpointError
+from .errors import CheckpointError, ConfigError
 from .optional import import_optional
 from .tree import modules_by_path
 
@@ -53,21 +53,28 @@ def empty_model(folder: Path) -> nn.Module:
     return model.eval()
 
 
-def save_configs(model: Any, folder: Path, quantization: Any) -> None:
+def save_configs(model: Any, folder: Path, quantization: Any, dtype: torch.dtype) -> None:
     """Write the config.json of a model of transformers, and how it generates, as its `save_pretrained` does.
 
     Args:
         model: the model; its own config is left as it is.
         folder: where to.
         quantization: the `BitsAndBytesConfig` that its weights are to be read by.
+        dtype: what the weights that are not quantized are in.
+
+    Raises:
+        ConfigError: transformers finds something wrong with them.
     """
     config = copy.deepcopy(model.config)
     config.quantization_config = quantization
     config.architectures = [type(model).__name__]
-    config.dtype = str(model.dtype).removeprefix("torch.")
-    config.save_pretrained(folder)
-    if getattr(model, "generation_config", None) is not None and model.can_generate():
-        model.generation_config.save_pretrained(folder)
+    config.dtype = str(dtype).removeprefix("torch.")
+    try:
+        config.save_pretrained(folder)
+        if getattr(model, "generation_config", None) is not None and model.can_generate():
+            model.generation_config.save_pretrained(folder)
+    except (TypeError, ValueError) as error:  # it checks what it writes
+        raise ConfigError(f"transformers does not save the configs of this {type(model).__name__}: {error}") from error
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -55,9 +55,8 @@ def forgotten_attributes(model: nn.Module) -> list[Edit]:
     """Take back what `attributes` gave, of a model that is quantized no more."""
     own: dict[str, Any] = {"is_loaded_in_4bit": False, "is_loaded_in_8bit": False}
     own |= dict.fromkeys(("is_quantized", "quantization_method", "hf_quantizer"), ABSENT)
-    edits: list[Edit] = [(model.__dict__, name, value) for name, value in own.items() if name in model.__dict__]
-    if not hf.is_pretrained(model):
-        return edits
+    marked = dict.fromkeys([model, *hf.pretrained_modules(model)])
+    edits = [(vars(module), name, value) for module in marked for name, value in own.items() if name in vars(module)]
     copies = _copied_configs(model, is_quantized=False)
     for config in copies.values():
         if hasattr(config, "model_type"):

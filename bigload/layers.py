@@ -19,7 +19,7 @@ import functools
 import re
 import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,6 +29,7 @@ from torch.nn import functional
 
 from .bnb import QuantizedWeight, dequantize_4bit, library
 from .config import BnbQuantizationConfig
+from .errors import QuantizationError, listed
 from .tree import first_paths
 
 # Attributes of the layers that are made here, which mean nothing on others.
@@ -71,6 +72,35 @@ def quantized_layers(model: nn.Module) -> dict[str, Any]:
         return {}
     kinds = (library().nn.Linear4bit, library().nn.Linear8bitLt)
     return {path: module for module, path in first_paths(model).items() if isinstance(module, kinds)}
+
+
+def require_whole_layers(model: nn.Module, layers: Mapping[str, Any]) -> None:
+    """Refuse a model whose quantized layers are not all there to be read as such.
+
+    Raises:
+        QuantizationError: layers that were never quantized, that hold adapters, or that bitsandbytes has packed.
+    """
+    adapted = [path for module, path in first_paths(model).items() if type(module).__module__.startswith("peft.")]
+    if adapted:
+        raise QuantizationError(
+            f"{listed(adapted)}: of PEFT; save the adapter by its own save_pretrained, or call merge_and_unload() first"
+        )
+    packed, empty = [], []
+    for path, layer in layers.items():
+        state = getattr(layer.weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            packed.append(path)
+        is_int8 = isinstance(layer, library().nn.Linear8bitLt)
+        has_rows = layer.weight.SCB is not None or layer.state.SCB is not None if is_int8 else state is not None
+        if not has_rows and not (is_int8 and layer.state.has_fp16_weights):
+            empty.append(path)
+    if packed:
+        raise QuantizationError(
+            f"{listed(packed)}: packed by bitsandbytes for this CPU when it ran, which rounds the scales for good; "
+            "load the model anew (with bigload it may run before)"
+        )
+    if empty:
+        raise QuantizationError(f"{listed(empty)}: not quantized yet; move the model to its device first")
 
 
 def config_of_layer(layer: Any) -> dict[str, Any]:

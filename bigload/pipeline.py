@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -60,18 +60,35 @@ def execute(
             streams.enter_context(default_stream(device))
         for device, nbytes in plan.device_bytes.items():
             reserve(device, nbytes)
-        deliveries = [way for planned in plan.tensors if planned.sources for way in _deliveries(planned, plan, keep)]
-        ordered = _in_file_order([way for way in deliveries if not isinstance(way.tensor, LazyTensor)])
-        _named(functools.partial(_on_the_way, plan), functools.partial(deliver, on_bytes=on_bytes))(ordered)
-        for delivery in deliveries:
-            if isinstance(delivery.tensor, LazyTensor):
-                _walk(delivery, delivery.tensor.load())
-                on_bytes(delivery.tensor.nbytes)
+        deliveries: list[Delivery] = []
+        for planned in plan.tensors:
+            if planned.sources:
+                kept = functools.partial(keep, planned.tensor.name)
+                if _is_itself(planned):
+                    kept(_named(functools.partial(_at, planned), _itself)(planned))
+                else:
+                    deliveries += deliveries_for(planned, functools.partial(_prepared, plan.config.landing_dtype), kept)
+        deliver_all(deliveries, plan, on_bytes=on_bytes)
         _require_finite(landed, plan)
     for device in plan.device_bytes:
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()  # what is given back is there, and errors are ours
     return landed
+
+
+def deliver_all(deliveries: Sequence[Delivery], plan: Plan, *, on_bytes: Callable[[int], object]) -> None:
+    """Read what lies in files, in their order, and take the rest from memory.
+
+    Raises:
+        CheckpointError: a file could not be read to its end.
+        PlacementError: a device ran out of memory.
+    """
+    ordered = _in_file_order([way for way in deliveries if not isinstance(way.tensor, LazyTensor)])
+    _named(functools.partial(_on_the_way, plan), functools.partial(deliver, on_bytes=on_bytes))(ordered)
+    for delivery in deliveries:
+        if isinstance(delivery.tensor, LazyTensor):
+            _walk(delivery, delivery.tensor.load())
+            on_bytes(delivery.tensor.nbytes)
 
 
 def _in_file_order(deliveries: list[Delivery]) -> list[Delivery]:
@@ -89,16 +106,21 @@ def _walk(delivery: Delivery, tensor: torch.Tensor) -> None:
     delivery.arrived(len(values))
 
 
-def _deliveries(planned: PlannedTensor, plan: Plan, keep: Callable[[str, Landed], None]) -> list[Delivery]:
-    """Make ready for one tensor: memory where it needs some from the start, and a delivery for each source."""
-    name, where = planned.tensor.name, functools.partial(_at, planned)
-    own = planned.sources[0]
-    if isinstance(planned.format, Plain) and isinstance(own.tensor, torch.Tensor) and not own.region:
-        # Itself, where nothing about it changes.
-        tensor = own.tensor.detach().mT if own.transposed else own.tensor.detach()
-        keep(name, _named(where, tensor.to)(planned.device, planned.format.dtype))
-        return []
-    deliveries, finish = _named(where, _prepared)(planned, plan.config.landing_dtype)
+Finish = Callable[[], Any]
+Prepare = Callable[[PlannedTensor], tuple[list[Delivery], Finish]]
+
+
+def deliveries_for(planned: PlannedTensor, prepare: Prepare, kept: Callable[[Any], object]) -> list[Delivery]:
+    """Make ready for one tensor that is read, or made of several.
+
+    Args:
+        planned: the tensor.
+        prepare: takes the memory that it needs from the start, and gives a delivery for each source and what to do when
+            all have arrived.
+        kept: is given what that returned.
+    """
+    where = functools.partial(_at, planned)
+    deliveries, finish = _named(where, prepare)(planned)
     finish = _named(where, finish)
     pending = sum(_numel(delivery.tensor) for delivery in deliveries)
 
@@ -106,7 +128,7 @@ def _deliveries(planned: PlannedTensor, plan: Plan, keep: Callable[[str, Landed]
         nonlocal pending
         pending -= count
         if not pending:
-            keep(name, finish())
+            kept(finish())
 
     if not pending:
         arrived(0)
@@ -114,6 +136,21 @@ def _deliveries(planned: PlannedTensor, plan: Plan, keep: Callable[[str, Landed]
     for delivery in deliveries:
         delivery.take, delivery.arrived = _named(where, delivery.take), arrived
     return [delivery for delivery in deliveries if delivery.tensor.nbytes]
+
+
+def _is_itself(planned: PlannedTensor) -> bool:
+    """Ask whether it is a tensor of the model's own, and of nothing else."""
+    own = planned.sources[0]
+    return isinstance(planned.format, Plain) and isinstance(own.tensor, torch.Tensor) and not own.region
+
+
+def _itself(planned: PlannedTensor) -> torch.Tensor:
+    """Give the model's own tensor: the very object where nothing about it changes."""
+    own = planned.sources[0]
+    assert isinstance(own.tensor, torch.Tensor)
+    assert isinstance(planned.format, Plain)
+    tensor = own.tensor.detach().mT if own.transposed else own.tensor.detach()
+    return tensor.to(planned.device).to(planned.format.dtype)
 
 
 def _numel(tensor: StoredTensor | torch.Tensor) -> int:
@@ -151,28 +188,28 @@ def _on_the_way(plan: Plan) -> str:
 _Prepared = tuple[list[Delivery], Callable[[], Landed]]
 
 
-def _prepared(planned: PlannedTensor, torch_dtype: torch.dtype) -> _Prepared:
+def _prepared(torch_dtype: torch.dtype, planned: PlannedTensor) -> _Prepared:
     """Give a delivery for each source, and what makes the tensor when all have arrived."""
     stored, store = planned.sources[0].tensor, DeviceStore(planned.device)
     if isinstance(stored, QuantizedTensor):
         parts = {name: store.allocate(part.shape, part.dtype) for name, part in stored.parts.items()}
-        filling = [_filling(parts[name], Source(part)) for name, part in stored.parts.items()]
+        filling = [filling_of(parts[name], Source(part)) for name, part in stored.parts.items()]
         return filling, lambda: from_parts(stored, parts)
     if isinstance(planned.format, Plain):
         values = store.allocate(planned.shape, planned.format.dtype)
-        return [_filling(values, source) for source in planned.sources], lambda: values
+        return [filling_of(values, source) for source in planned.sources], lambda: values
     return _quantizing(planned, planned.format, torch_dtype)
 
 
 def _quantizing(planned: PlannedTensor, fmt: FourBit | Int8, torch_dtype: torch.dtype) -> _Prepared:
     quantizer = Quantizer(planned.shape, fmt, torch_dtype, planned.device)
-    begins = [_flat_begin(source, planned.shape, quantizer.granule) for source in planned.sources]
+    begins = [flat_begin(source, planned.shape, quantizer.granule) for source in planned.sources]
     room = slot_bytes()
     streams = all(begin is not None for begin in begins) and all(
         quantizer.granule * source.tensor.dtype.itemsize <= room for source in planned.sources
     )
     if not streams:
-        return _put_together(planned, fmt, torch_dtype)
+        return put_together(planned, torch_dtype, lambda weight: quantize(weight, fmt))
 
     def delivery(source: Source, base: int) -> Delivery:
         def take(piece: torch.Tensor, begin: int) -> None:
@@ -184,10 +221,12 @@ def _quantizing(planned: PlannedTensor, fmt: FourBit | Int8, torch_dtype: torch.
     return deliveries, quantizer.finish
 
 
-def _put_together(planned: PlannedTensor, fmt: FourBit | Int8, torch_dtype: torch.dtype) -> _Prepared:
-    """Put a weight together before it is quantized, since its pieces are not runs of it: transposed, or too long.
+def put_together(
+    planned: PlannedTensor, torch_dtype: torch.dtype, use: Callable[[torch.Tensor], Any]
+) -> tuple[list[Delivery], Finish]:
+    """Put a tensor together before it is used, since its pieces are not runs of it: transposed, or too long.
 
-    Memory for it is taken when the first piece is there and let go of when it is quantized: one such weight at a time.
+    Memory for it is taken when the first piece is there and let go of when it was used: one such tensor at a time.
     """
     held: list[torch.Tensor] = []
 
@@ -198,17 +237,17 @@ def _put_together(planned: PlannedTensor, fmt: FourBit | Int8, torch_dtype: torc
             if not held:
                 held.append(DeviceStore(planned.device).allocate(planned.shape, torch_dtype))
             if not filling:
-                filling.append(_filling(held[0], source))
+                filling.append(filling_of(held[0], source))
             filling[0].take(piece, begin)
             if begin + len(piece) == _numel(source.tensor):
                 filling.clear()
 
         return Delivery(_stored(source.tensor), planned.device, take)
 
-    return [delivery(source) for source in planned.sources], lambda: quantize(held.pop(), fmt)
+    return [delivery(source) for source in planned.sources], lambda: use(held.pop())
 
 
-def _flat_begin(source: Source, shape: tuple[int, ...], granule: int) -> int | None:
+def flat_begin(source: Source, shape: tuple[int, ...], granule: int) -> int | None:
     """Give the index in the flattened tensor where a source's values begin, if they follow each other from there."""
     if source.transposed:
         return None
@@ -221,7 +260,7 @@ def _flat_begin(source: Source, shape: tuple[int, ...], granule: int) -> int | N
     return begin if is_run and (is_last or part.numel() % granule == 0) else None
 
 
-def _filling(values: torch.Tensor, source: Source) -> Delivery:
+def filling_of(values: torch.Tensor, source: Source) -> Delivery:
     """Fill a source's region of a tensor."""
     target = values[source.region] if source.region else values
     target = target.mT if source.transposed else target

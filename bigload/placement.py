@@ -201,6 +201,18 @@ def default_device() -> torch.device:
     return as_device("cuda") if torch.cuda.is_available() else torch.device("cpu")
 
 
+def named_devices(device_map: DeviceMap) -> list[torch.device]:
+    """List the devices that a device map names, in its order.
+
+    Raises:
+        PlacementError: one of them does not exist.
+    """
+    if device_map is None or device_map in STRATEGIES:
+        return [default_device()]
+    named = list(device_map.values()) if isinstance(device_map, Mapping) else [device_map]
+    return [as_device(device) for device in named if device != "disk"]
+
+
 def resolve_device_map(
     device_map: DeviceMap, tensors: Sequence[ModelTensor], module_names: Collection[str]
 ) -> dict[str, torch.device]:

@@ -97,7 +97,9 @@ def config_of(checkpoint: Checkpoint, given: BnbQuantizationConfig | None) -> Bn
         fields["bnb_4bit_blocksize"] = fmt.blocksize
         fields["bnb_4bit_quant_storage"] = fmt.quant_storage
     if given is None:
-        return checkpoint.record.config if checkpoint.record else _described_beside(checkpoint.location, fields)
+        if checkpoint.record is None:
+            return _described_beside(checkpoint.location, fields)
+        given = checkpoint.record.config
     fields["llm_int8_has_fp16_weight"] = False
     asked = {name: getattr(given, name) for name in fields}
     wrong = [f"{name}={asked[name]}, not {value}" for name, value in fields.items() if asked[name] != value]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -76,7 +77,7 @@ class Quantizer:
         packed, scales = self._bytes[begin // 2 :], self._scales[begin // fmt.blocksize :]
         if values.device.type == "cpu":
             whole = len(values) - len(values) % fmt.blocksize
-            table = _table(fmt.quant_type, self._device)
+            table = code_table(fmt.quant_type, self._device)
             blocks = whole // fmt.blocksize
             quantize_blocks(values[:whole], fmt.blocksize, table, packed[: whole // 2], scales[:blocks])
             values, packed, scales = values[whole:], packed[whole // 2 :], scales[blocks:]
@@ -102,18 +103,33 @@ class Quantizer:
             library().functional.QuantState,
             shape=torch.Size(self._shape),
             # Each weight has tables of its own: tensors that share memory cannot be saved as safetensors.
-            code=_table(fmt.quant_type, self._device).clone(),
+            code=code_table(fmt.quant_type, self._device).clone(),
             blocksize=fmt.blocksize,
             quant_type=fmt.quant_type,
             dtype=self._dtype,
         )
         if not fmt.double_quant:
             return state(absmax=absmax)
-        offset = absmax.mean()
-        quantized, nested = library().functional.quantize_blockwise(
-            absmax - offset, code=_table("dynamic", self._device), blocksize=NESTED_BLOCKSIZE
-        )
+        quantized, offset, nested = quantize_scales(absmax)
         return state(absmax=quantized, offset=offset, state2=nested)
+
+
+def quantize_scales(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """Quantize a weight's scales in their turn.
+
+    Args:
+        absmax: (blocks,), fp32, all of the weight's.
+
+    Returns:
+        The scales, (blocks,) uint8; what was taken from them before, () fp32; and bitsandbytes' state of them.
+
+    Source: QLoRA, arXiv 2305.14314, section 3, "Double Quantization".
+    """
+    offset = absmax.mean()
+    quantized, state = library().functional.quantize_blockwise(
+        absmax - offset, code=code_table("dynamic", absmax.device), blocksize=NESTED_BLOCKSIZE
+    )
+    return quantized, offset, state
 
 
 def quantize(weight: torch.Tensor, fmt: FourBit | Int8) -> QuantizedWeight:
@@ -164,7 +180,7 @@ def from_parts(stored: QuantizedTensor, parts: Mapping[str, torch.Tensor]) -> Qu
 
 
 @functools.cache
-def _table(name: str, device: torch.device) -> torch.Tensor:
+def code_table(name: str, device: torch.device) -> torch.Tensor:
     """Make a code's table on a device once: bitsandbytes builds it from a list of Python's, which makes a GPU wait."""
     kernels = library().functional
     with default_dtype(torch.float32):  # the dtype that the tables are meant in

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .config import BnbQuantizationConfig
 from .errors import CheckpointError, ConfigError
+
+logger = logging.getLogger(__name__)
 
 RECORD_NAME = "bigload.json"
 FORMAT_VERSION = 1
@@ -20,14 +26,14 @@ class Record:
     """What `save_quantized_model` writes beside the weights.
 
     Attributes:
-        weights: name of the file with the weights, or of their index.
-        config: how the model was quantized, without "auto" and without lists of modules.
+        layout: of the weights that it was written with: see `layout_of`.
+        config: how the model was quantized, without lists of modules.
         layers: paths of the quantized layers.
         kept: paths of the layers that could have been quantized and were not.
         ties: names of the parameters that are one weight, each group once; the first is the one that is stored.
     """
 
-    weights: str
+    layout: str
     config: BnbQuantizationConfig
     layers: tuple[str, ...]
     kept: tuple[str, ...]
@@ -37,21 +43,27 @@ class Record:
         """Give it as values that JSON holds."""
         return {
             "format_version": FORMAT_VERSION,
-            "weights": self.weights,
-            "config": self.config.to_dict(),
+            "layout": self.layout,
+            "config": {name: self.config.to_dict()[name] for name in _fields(self.config)},
             "layers": list(self.layers),
             "kept": list(self.kept),
             "ties": [list(names) for names in self.ties],
         }
 
 
-def read_record(weights: Path) -> Record | None:
-    """Read the record of a file of weights, or of their index; None where there is none for it.
+def layout_of(tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]]) -> str:
+    """Tell one set of tensors from another, by their names, dtypes and shapes: a record says nothing of others."""
+    lines = sorted(f"{name} {dtype} {list(shape)}" for name, dtype, shape in tensors)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def read_record(folder: Path, layout: str) -> Record | None:
+    """Read the record beside weights of this layout; None where there is none, or one of other weights.
 
     Raises:
         CheckpointError: it is damaged, or of a version that this bigload does not know.
     """
-    path = weights.parent / RECORD_NAME
+    path = folder / RECORD_NAME
     if not path.is_file():
         return None
 
@@ -71,7 +83,8 @@ def read_record(weights: Path) -> Record | None:
             f"'{path}' is of format version {said['format_version']}, this bigload knows {FORMAT_VERSION}: install a "
             "newer one"
         )
-    if said.get("weights") != weights.name:
+    if said.get("layout") != layout:
+        logger.warning("'%s' was written with other weights than lie beside it: it is left out", path)
         return None
     try:
         return _parsed(said)
@@ -79,10 +92,16 @@ def read_record(weights: Path) -> Record | None:
         raise wrong(f"{type(error).__name__}: {error}") from error
 
 
+def _fields(config: BnbQuantizationConfig) -> list[str]:
+    """Name the fields that mean something in a config's mode."""
+    modes = ("load_in_8bit", "llm_int8") if config.load_in_8bit else ("load_in_4bit", "bnb_4bit")
+    return [name for name in config.to_dict() if name.startswith((*modes, "torch_dtype"))]
+
+
 def _parsed(said: Mapping[str, Any]) -> Record:
     ties = [_names(names) for names in said["ties"]]
     config = BnbQuantizationConfig.from_dict(dict(said["config"]))
-    return Record(said["weights"], config, _names(said["layers"]), _names(said["kept"]), tuple(ties))
+    return Record(said["layout"], config, _names(said["layers"]), _names(said["kept"]), tuple(ties))
 
 
 def _names(value: Any) -> tuple[str, ...]:

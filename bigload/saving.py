@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,12 @@ from .config import BnbQuantizationConfig
 from .errors import ConfigError, QuantizationError, listed
 from .formats import dominant_dtype
 from .interop import skip_list
-from .layers import config_of_layer, quantized_layers
+from .layers import config_of_layer, quantized_layers, require_whole_layers
 from .memory import parse_size
 from .modules import plain_linears
 from .record import RECORD_NAME, Record
-from .shards import INDEX_NAME, Entry, ShardWriter, new_folder, write_json
-
-# What all layers of a checkpoint must have in common.
-_SAME = (
-    "load_in_4bit",
-    "bnb_4bit_quant_type",
-    "bnb_4bit_blocksize",
-    "bnb_4bit_use_double_quant",
-    "bnb_4bit_quant_storage",
-)
+from .shards import Entry, ShardWriter, new_folder, write_json
+from .tree import modules_by_path
 
 
 def save_quantized_model(
@@ -57,13 +49,16 @@ def save_quantized_model(
         QuantizationError: the model cannot be given back as it is: weights on meta, layers of several formats, weights
             that bitsandbytes has packed for the CPU.
     """
-    most = _shard_bytes(max_shard_size)
+    most = shard_bytes(max_shard_size)
+    model = getattr(model, "_orig_mod", model)  # of torch.compile: what it compiled
     layers = quantized_layers(model)
-    _require_whole(model, layers)
-    state, ties = _stored_once(model)
-    config = _config(layers, state)
+    config = _config(model, layers)
+    state, ties = _stored_once(model, layers)
     kept = [path for path in plain_linears(model) if path not in layers]
     with new_folder(Path(folder), overwrite=overwrite) as made:
+        if hf.is_pretrained(model):
+            own: Any = model
+            hf.save_configs(own, made, as_transformers(config, kept, layers), own.dtype)
         writer = ShardWriter(made, [Entry(n, t.dtype, tuple(t.shape)) for n, t in state.items()], most)
         try:
             for name, tensor in state.items():
@@ -71,15 +66,15 @@ def save_quantized_model(
             writer.finish()
         finally:
             writer.close()
-        weights = INDEX_NAME if (made / INDEX_NAME).exists() else "model.safetensors"
-        if hf.is_pretrained(model):
-            quantization = config.to_transformers()
-            quantization.llm_int8_skip_modules = skip_list(kept, layers)
-            hf.save_configs(model, made, quantization)
-        write_json(made / RECORD_NAME, Record(weights, config, tuple(layers), tuple(kept), tuple(ties)).to_dict())
+        write_json(made / RECORD_NAME, Record(writer.layout, config, tuple(layers), tuple(kept), tuple(ties)).to_dict())
 
 
-def _shard_bytes(size: int | str) -> int:
+def shard_bytes(size: int | str) -> int:
+    """Read a `max_shard_size`.
+
+    Raises:
+        ConfigError: not a size, or none at all.
+    """
     try:
         nbytes = parse_size(size)
     except ValueError as error:
@@ -89,32 +84,34 @@ def _shard_bytes(size: int | str) -> int:
     return nbytes
 
 
-def _require_whole(model: nn.Module, layers: Mapping[str, Any]) -> None:
+def as_transformers(config: BnbQuantizationConfig, kept: Iterable[str], layers: Collection[str]) -> Any:
+    """Make the `BitsAndBytesConfig` by which transformers makes the same layers."""
+    quantization = config.to_transformers()
+    quantization.llm_int8_skip_modules = skip_list(kept, layers)
+    return quantization
+
+
+def _config(model: nn.Module, layers: Mapping[str, Any]) -> BnbQuantizationConfig:
+    """Give the config that makes such layers of plain ones; its `torch_dtype` is what most other weights are in."""
     if not layers:
         raise ConfigError(
             f"this {type(model).__name__} has no layer that bitsandbytes quantized; save it as any other model"
         )
-    packed = [
-        path
-        for path, layer in layers.items()
-        if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False)
-    ]
-    if packed:
-        raise QuantizationError(
-            f"{listed(packed)}: packed by bitsandbytes for this CPU when it ran, which rounds the scales for good; "
-            "load the model anew (with bigload it may run before it is saved)"
-        )
+    require_whole_layers(model, layers)
     empty = [name for name, tensor in _all_tensors(model).items() if tensor.is_meta]
     if empty:
         raise QuantizationError(f"{listed(empty)}: on meta, so there is nothing to save; load the weights first")
-    kinds: dict[tuple[Any, ...], str] = {}
+    ways: dict[tuple[Any, ...], str] = {}
     for path, layer in layers.items():
-        fields = config_of_layer(layer)
-        kinds.setdefault(tuple(fields.get(name) for name in _SAME), path)
-    if len(kinds) > 1:
+        ways.setdefault(tuple(config_of_layer(layer).items()), path)
+    if len(ways) > 1:
         raise QuantizationError(
-            f"{listed(kinds.values())} are quantized each in another way: a checkpoint holds one format"
+            f"{listed(ways.values())} are quantized, or compute, each in another way: a checkpoint has one"
         )
+    quantized = {id(parameter) for layer in layers.values() for parameter in layer.parameters(recurse=False)}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in quantized]
+    floating = [(parameter.dtype, parameter.nbytes) for parameter in others if parameter.is_floating_point()]
+    return BnbQuantizationConfig(**dict(next(iter(ways))), torch_dtype=dominant_dtype(floating) if floating else "auto")
 
 
 def _all_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -124,34 +121,34 @@ def _all_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def _stored_once(model: nn.Module) -> tuple[dict[str, torch.Tensor], list[tuple[str, ...]]]:
+def _stored_once(model: nn.Module, layers: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], list[tuple[str, ...]]]:
     """Give the model's state_dict, of tied parameters only the first, and the names of those that are tied."""
-    state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
+    state: dict[str, torch.Tensor] = model.state_dict()
+    strange = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
+    if strange:
+        raise QuantizationError(f"{listed(strange)}: extra state that is no tensor, which safetensors cannot hold")
     groups: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in state and parameter.numel():
             groups[parameter.data_ptr(), parameter.dtype, parameter.shape, parameter.stride()].append(name)
     ties = [tuple(names) for names in groups.values() if len(names) > 1]
+    untied = [
+        (one, other)
+        for one, other in hf.tied_pairs(model)
+        if one in state and other in state and not any({one, other} <= set(names) for names in ties)
+    ]
+    if untied:
+        raise QuantizationError(
+            f"{listed(untied[0])} are tied in models of this class, and here they are not: set "
+            "config.tie_word_embeddings to False, so that they are not tied again"
+        )
+    quantized = set(layers.values())
+    weights = {f"{path}.weight".lstrip(".") for path, m in modules_by_path(model).items() if m in quantized}
     for _, *others in ties:
         for name in others:
-            del state[name]
+            parts = {name} | ({f"{name.removesuffix('weight')}{part}" for part in ("SCB", "weight_format")})
+            for key in (
+                [key for key in state if key in parts or key.startswith(f"{name}.")] if name in weights else [name]
+            ):
+                del state[key]
     return state, ties
-
-
-def _config(layers: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> BnbQuantizationConfig:
-    """Give the config that makes such layers of plain ones; its `torch_dtype` is what most other weights are in."""
-    quantized = {_weight(path) for path in layers}
-    plain = [tensor for name, tensor in state.items() if not _prefixes(name) & quantized]
-    floating = [(tensor.dtype, tensor.nbytes) for tensor in plain if tensor.is_floating_point()]
-    fields = config_of_layer(next(iter(layers.values())))
-    return BnbQuantizationConfig(**fields, torch_dtype=dominant_dtype(floating) if floating else "auto")
-
-
-def _weight(path: str) -> str:
-    return f"{path}.weight".lstrip(".")
-
-
-def _prefixes(name: str) -> set[str]:
-    """Give a name and all that it lies under: a part of a weight lies under the weight's."""
-    parts = name.split(".")
-    return {".".join(parts[:end]) for end in range(1, len(parts) + 1)}

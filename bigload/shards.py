@@ -11,18 +11,21 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from .checkpoint import DTYPES
-from .errors import CheckpointError
+from .errors import CheckpointError, listed
+from .record import RECORD_NAME, layout_of
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX_NAME = "model.safetensors.index.json"
+# How files of weights, and their indexes, end.
+WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
 
 @dataclass(frozen=True)
@@ -39,63 +42,36 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-@dataclass
-class _Shard:
-    entries: list[Entry] = field(default_factory=list)
-    nbytes: int = 0
-
-
 class ShardWriter:
-    """Writes a checkpoint of safetensors files into a folder. Nothing of it is whole before `finish`."""
+    """Writes a checkpoint of safetensors files into a folder, where each has its name only when it is whole."""
 
     def __init__(self, folder: Path, entries: Iterable[Entry], max_shard_bytes: int) -> None:
-        """Lay out the files and write their headers.
+        """Lay out the files.
 
         Args:
-            folder: exists.
+            folder: exists; files of the same layout that are whole there already are kept.
             entries: what will be written, in the order in which files are filled.
             max_shard_bytes: of the tensors in a file; one that is larger has a file of its own.
 
         Raises:
             CheckpointError: a dtype that safetensors does not have.
-            OSError: the folder cannot be written to.
         """
         self._folder = folder
-        self._entries: dict[str, Entry] = {}
-        self._places: dict[str, tuple[Path, int]] = {}
-        self._unwritten: set[str] = set()
-        self._descriptors: dict[Path, int] = {}
-        shards = _divided(entries, max_shard_bytes)
-        try:
-            for number, shard in enumerate(shards, 1):
-                self._lay_out(folder / _file_name(number, len(shards)), shard.entries)
-        except BaseException:
-            self.close()
-            raise
+        divided = _divided(entries, max_shard_bytes)
+        self._shards = [
+            _Shard(folder / _file_name(number, len(divided)), alike) for number, alike in enumerate(divided, 1)
+        ]
+        self._shard_of = {name: shard for shard in self._shards for name in shard.entries}
 
-    def _lay_out(self, path: Path, entries: list[Entry]) -> None:
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for entry in sorted(entries, key=lambda entry: -entry.dtype.itemsize):
-            if entry.dtype not in _NAMES:
-                raise CheckpointError(f"'{entry.name}' is {entry.dtype}, which safetensors files cannot hold")
-            begin, end = end, end + entry.nbytes
-            header[entry.name] = {
-                "dtype": _NAMES[entry.dtype],
-                "shape": list(entry.shape),
-                "data_offsets": [begin, end],
-            }
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        start = 8 + len(text)
-        for entry in entries:
-            offsets = header[entry.name]["data_offsets"]  # type: ignore[index]
-            self._entries[entry.name] = entry
-            self._places[entry.name] = path, start + offsets[0]
-        self._unwritten.update(entry.name for entry in entries)
-        descriptor = self._descriptors[path] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        _write(descriptor, memoryview(len(text).to_bytes(8, "little") + text), 0)
-        os.ftruncate(descriptor, start + end)
+    @property
+    def layout(self) -> str:
+        """What `record.layout_of` gives for all of it."""
+        entries = (entry for shard in self._shards for entry in shard.entries.values())
+        return layout_of((entry.name, entry.dtype, entry.shape) for entry in entries)
+
+    def is_written(self, name: str) -> bool:
+        """Ask whether a tensor is in a file that is whole."""
+        return self._shard_of[name].is_whole
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write one tensor, from whatever device.
@@ -103,33 +79,111 @@ class ShardWriter:
         Raises:
             OSError: the disk is full, for instance.
         """
-        entry = self._entries[name]
+        entry = self._shard_of[name].entries[name]
         assert (tensor.dtype, tuple(tensor.shape)) == (entry.dtype, entry.shape), name
-        values = tensor.detach().to("cpu").contiguous().view(-1)
-        path, offset = self._places[name]
-        if values.numel():
-            _write(self._descriptors[path], memoryview(values.view(torch.uint8).numpy()), offset)  # type: ignore[arg-type]
-        self._unwritten.discard(name)
+        self.write_values(name, 0, tensor)
+        self.complete(name)
 
-    def finish(self) -> None:
-        """Make all of it lasting, and write the index of several files.
+    def write_values(self, name: str, at: int, values: torch.Tensor) -> None:
+        """Write some of a tensor's bytes.
+
+        Args:
+            name: the tensor.
+            at: the byte of it where they go.
+            values: contiguous, of any dtype and device.
 
         Raises:
             OSError: the disk is full, for instance.
         """
-        assert not self._unwritten, self._unwritten
-        for descriptor in self._descriptors.values():
-            os.fsync(descriptor)
-        if len(self._descriptors) > 1:
-            weight_map = {name: path.name for name, (path, _) in self._places.items()}
-            total = sum(entry.nbytes for entry in self._entries.values())
-            write_json(self._folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        self.close()
+        values = values.detach().to("cpu").contiguous().view(-1)
+        if values.numel():
+            self._shard_of[name].write(name, at, memoryview(values.view(torch.uint8).numpy()))  # type: ignore[arg-type]
+
+    def complete(self, name: str) -> None:
+        """Say that all of a tensor has been written: with its last one a file is made lasting, and has its name."""
+        self._shard_of[name].complete(name)
+
+    def finish(self) -> None:
+        """Write the index, if there are several files.
+
+        Raises:
+            OSError: the disk is full, for instance.
+        """
+        assert all(shard.is_whole for shard in self._shards)
+        if len(self._shards) == 1:
+            return
+        weight_map = {name: shard.path.name for name, shard in self._shard_of.items()}
+        total = sum(entry.nbytes for shard in self._shards for entry in shard.entries.values())
+        write_json(self._folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
     def close(self) -> None:
         """Close the files."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        for shard in self._shards:
+            shard.close()
+
+
+class _Shard:
+    """One file: its header, and where each tensor lies.
+
+    Attributes:
+        path: its name when it is whole.
+        entries: its tensors by name.
+        is_whole: all of it is there.
+    """
+
+    def __init__(self, path: Path, entries: Sequence[Entry]) -> None:
+        self.path = path
+        self.entries = {entry.name: entry for entry in entries}
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        self._begins, end = {}, 0
+        for entry in sorted(entries, key=lambda entry: -entry.dtype.itemsize):
+            if entry.dtype not in _NAMES:
+                raise CheckpointError(f"'{entry.name}' is {entry.dtype}, which safetensors files cannot hold")
+            self._begins[entry.name] = end
+            end += entry.nbytes
+            offsets = [self._begins[entry.name], end]
+            header[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._head, self._nbytes = len(text).to_bytes(8, "little") + text, 8 + len(text) + end
+        self._descriptor: int | None = None
+        self._unwritten = set(self.entries)
+        self.is_whole = self._is_there()
+
+    def _is_there(self) -> bool:
+        if not self.path.is_file() or self.path.stat().st_size != self._nbytes:
+            return False
+        with self.path.open("rb") as file:
+            return file.read(len(self._head)) == self._head
+
+    @property
+    def _partial(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.partial")
+
+    def write(self, name: str, at: int, buffer: memoryview) -> None:
+        if not self.is_whole:  # another part of the same weight may be in a file that is not
+            _write(self._opened(), buffer, len(self._head) + self._begins[name] + at)
+
+    def complete(self, name: str) -> None:
+        self._unwritten.discard(name)
+        if self._unwritten or self.is_whole:
+            return
+        os.fsync(self._opened())
+        self.close()
+        self._partial.rename(self.path)
+        self.is_whole = True
+
+    def _opened(self) -> int:
+        if self._descriptor is None:
+            self._descriptor = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            _write(self._descriptor, memoryview(self._head), 0)
+            os.ftruncate(self._descriptor, self._nbytes)
+        return self._descriptor
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 def write_json(path: Path, content: object) -> None:
@@ -141,14 +195,16 @@ def write_json(path: Path, content: object) -> None:
         os.fsync(file.fileno())
 
 
-def _divided(entries: Iterable[Entry], most: int) -> list[_Shard]:
-    shards = [_Shard()]
+def _divided(entries: Iterable[Entry], most: int) -> list[list[Entry]]:
+    groups: list[list[Entry]] = [[]]
+    filled = 0
     for entry in entries:
-        if shards[-1].entries and shards[-1].nbytes + entry.nbytes > most:
-            shards.append(_Shard())
-        shards[-1].entries.append(entry)
-        shards[-1].nbytes += entry.nbytes
-    return shards
+        if groups[-1] and filled + entry.nbytes > most:
+            groups.append([])
+            filled = 0
+        groups[-1].append(entry)
+        filled += entry.nbytes
+    return groups
 
 
 def _file_name(number: int, count: int) -> str:
@@ -175,11 +231,7 @@ def new_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
     Raises:
         CheckpointError: something is there that may not be replaced, or the folder cannot be written.
     """
-    target = Path(os.path.realpath(target))
-    if target.exists() and not target.is_dir():
-        raise CheckpointError(f"'{target}' is a file: name a folder")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise CheckpointError(f"'{target}' is not empty: name another folder, or pass overwrite=True to replace it")
+    target = checked_target(target, overwrite=overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -188,27 +240,69 @@ def new_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
     try:
         made.chmod(0o777 & ~_umask())  # as any other folder: mkdtemp's is its owner's alone
         yield made
-        _sync(made)
-        _replace(target, made)
-        _sync(target.parent)
+        if target.exists():
+            copy_the_rest(target, made)
+        put_in_place(made, target)
     except OSError as error:
         raise CheckpointError(f"'{target}' cannot be written: {error}; nothing there has been changed") from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
 
 
-def _replace(target: Path, made: Path) -> None:
+def checked_target(target: Path, *, overwrite: bool) -> Path:
+    """Give the real path of a folder that may be written.
+
+    Raises:
+        CheckpointError: something is there that may not be replaced, or cannot be.
+    """
+    target = Path(os.path.realpath(target))
     if not target.exists():
+        return target
+    if not target.is_dir():
+        raise CheckpointError(f"'{target}' is a file: name a folder")
+    if os.path.ismount(target) or target == Path(os.path.realpath(Path.cwd())) or target in Path.cwd().parents:
+        raise CheckpointError(f"'{target}' cannot be put in place as a whole: name a folder inside it")
+    held = list(target.iterdir())
+    if held and not overwrite:
+        raise CheckpointError(f"'{target}' is not empty: name another folder, or pass overwrite=True to replace it")
+    inner = [path.name for path in held if path.is_dir()]
+    if inner or (held and not any(path.name.endswith(WEIGHTS) for path in held)):
+        raise CheckpointError(
+            f"'{target}' holds {listed(inner or [path.name for path in held])}: overwrite=True replaces a checkpoint, "
+            "and that is something else; name another folder"
+        )
+    return target
+
+
+def copy_the_rest(source: Path, made: Path) -> None:
+    """Copy a checkpoint's files that are no weights, a tokenizer for instance, where there are none of the name."""
+    for path in sorted(source.iterdir()):
+        is_weights = path.name.endswith(WEIGHTS) or path.name.startswith(".") or path.name == RECORD_NAME
+        if path.is_file() and not is_weights and not (made / path.name).exists():
+            shutil.copyfile(path, made / path.name)
+
+
+def put_in_place(made: Path, target: Path) -> None:
+    """Give a folder its name, in place of what has it; on the same file system.
+
+    Raises:
+        OSError: the file system refuses; then what was there is there still.
+    """
+    _sync(made)
+    if target.exists():
+        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            target.rename(aside)  # onto an empty folder
+            made.rename(target)
+        except BaseException:
+            if not target.exists():
+                aside.rename(target)
+            raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    else:
         made.rename(target)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    target.rename(aside)  # onto an empty folder
-    try:
-        made.rename(target)
-    except BaseException:
-        aside.rename(target)
-        raise
-    shutil.rmtree(aside)
+    _sync(target.parent)
 
 
 def _sync(folder: Path) -> None:

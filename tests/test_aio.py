@@ -209,3 +209,16 @@ def test_memory_of_a_read_that_was_not_waited_for_is_kept(file, with_functions, 
     monkeypatch.setattr(aio, "_library", lambda: own)
     reads.__exit__()
     assert reads.is_done
+
+
+def test_forked_process_reads_by_threads_of_its_own(file, data):
+    """The C library's stay in the parent, and it would wait for them."""
+    with Reads(3) as reads:
+        reads.finish(reads.begin(file, memory(100_000), 0))
+    child = os.fork()
+    if not child:
+        buffers = memory(100_000)
+        with Reads(3) as reads:
+            reads.finish(reads.begin(file, buffers, 0))
+        os._exit(0 if buffers[0] == data[:100_000] else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -9,6 +9,7 @@ from models import (
     dequantize_by_hand,
     empty,
     equal,
+    llama,
     loaded,
     quantize_as_bitsandbytes,
     relative_error,
@@ -211,3 +212,21 @@ def test_what_was_saved_reloaded_and_dequantized_is_what_was_dequantized_at_once
     save_quantized_model(model, tmp_path / "saved")
     again = dequantize_model(loaded(tmp_path / "saved", device))
     assert equal(again.c_proj.weight.cpu(), dequantize_model(model).c_proj.weight.cpu())
+
+
+def test_model_of_transformers_within_another_is_quantized_no_more(tmp_path, device):
+    pytest.importorskip("transformers")
+
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lm = llama(False)
+
+    save_checkpoint(Wrapper().lm, tmp_path)
+    model = Wrapper()
+    model.lm = loaded(tmp_path, device, "nf4", lambda: llama(False))
+    assert model.lm.is_quantized
+    plain = dequantize_model(model)
+    assert not getattr(plain.lm, "is_quantized", False)
+    assert not plain.lm.is_loaded_in_4bit
+    plain.lm.half()

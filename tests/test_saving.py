@@ -252,7 +252,7 @@ def test_folder_that_is_not_empty_is_replaced_only_when_asked(tmp_path, device):
         save_quantized_model(model, target)
     assert contents(target).keys() == first.keys() | {"notes.txt"}
     save_quantized_model(model, target, overwrite=True)
-    assert contents(target) == first
+    assert contents(target) == first | {"notes.txt": b"mine"}  # as a tokenizer would be
     assert sorted(path.name for path in tmp_path.iterdir()) == ["saved", "source"]
 
 
@@ -358,6 +358,88 @@ def test_weights_that_bitsandbytes_packed_are_refused(tmp_path):
         save_quantized_model(model, tmp_path / "saved")
 
 
+def test_overwriting_what_is_no_checkpoint_is_refused(tmp_path, device, monkeypatch):
+    model = quantized(tmp_path, device)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("mine")
+    (tmp_path / "here").mkdir()
+    for target in (tmp_path / "notes", tmp_path):
+        with pytest.raises(CheckpointError, match="something else"):
+            save_quantized_model(model, target, overwrite=True)
+    monkeypatch.chdir(tmp_path / "here")
+    for target in (".", tmp_path / "here"):
+        with pytest.raises(CheckpointError, match="name a folder inside it"):
+            save_quantized_model(model, target)
+    assert (tmp_path / "notes" / "mine.txt").read_text() == "mine"
+    save_quantized_model(model, "inside/")
+    assert (tmp_path / "here" / "inside" / "model.safetensors").is_file()
+
+
+class SharedLayer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(64, 64)
+        self.second = self.first
+        self.head = nn.Linear(64, 4)
+
+
+@pytest.mark.parametrize("mode", ["nf4-dq", "int8"])
+def test_layer_under_two_names_is_stored_once_with_all_its_parts(tmp_path, device, mode):
+    model = quantized(tmp_path, device, mode, SharedLayer)
+    save_quantized_model(model, tmp_path / "saved")
+    assert not any(name.startswith("second.") for name in stored(tmp_path / "saved"))
+    again = reloaded(tmp_path / "saved", device, SharedLayer)
+    assert again.second is again.first
+    assert_same_bits(again.state_dict(), model.state_dict())
+
+
+def test_layers_that_were_never_quantized_or_have_adapters_are_refused(tmp_path):
+    peft = pytest.importorskip("peft")
+    for layer in (bnb.nn.Linear4bit(64, 64), bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)):
+        with pytest.raises(QuantizationError, match="'0': not quantized yet"):
+            save_quantized_model(nn.Sequential(layer), tmp_path / "saved")
+    adapted = peft.get_peft_model(quantized(tmp_path, "cpu"), peft.LoraConfig(target_modules=["c_proj"]))
+    with pytest.raises(QuantizationError, match="merge_and_unload"):
+        save_quantized_model(adapted, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_layers_that_compute_differently_are_refused(tmp_path, device):
+    model = quantized(tmp_path, device)
+    model.odd.compute_dtype = torch.float32
+    with pytest.raises(QuantizationError, match=r"'c_proj', 'odd' are quantized, or compute, each in another way"):
+        save_quantized_model(model, tmp_path / "saved")
+
+
+def test_extra_state_that_is_no_tensor_is_refused(tmp_path, device):
+    model = quantized(tmp_path, device)
+    type(model.norm).get_extra_state, before = (lambda self: 7), type(model.norm).get_extra_state
+    try:
+        with pytest.raises(QuantizationError, match=r"'norm\._extra_state': extra state"):
+            save_quantized_model(model, tmp_path / "saved")
+    finally:
+        type(model.norm).get_extra_state = before
+
+
+def test_compiled_model_is_saved_under_its_own_names(tmp_path, device):
+    model = quantized(tmp_path, device)
+    save_quantized_model(torch.compile(model), tmp_path / "saved")
+    assert_same_bits(stored(tmp_path / "saved"), model.state_dict())
+
+
+def test_many_files_need_no_more_descriptors_than_few(tmp_path, device, monkeypatch):
+    model = quantized(tmp_path, device)
+    before, most, write = len(list(Path("/proc/self/fd").iterdir())), [], os.pwrite
+
+    def watched(*arguments):
+        most.append(len(list(Path("/proc/self/fd").iterdir())))
+        return write(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", watched)
+    save_quantized_model(model, tmp_path / "saved", 1)
+    assert max(most) <= before + 2
+
+
 # The record beside the weights.
 
 
@@ -385,13 +467,14 @@ def test_damaged_record_is_refused(tmp_path, device, changes, message):
         reloaded(tmp_path / "saved", device)
 
 
-def test_record_that_is_no_json_is_refused_and_one_of_other_weights_has_no_say(tmp_path, device):
+def test_record_that_is_no_json_is_refused_and_one_of_other_weights_has_no_say(tmp_path, device, caplog):
     model = quantized(tmp_path, device, bnb_4bit_compute_dtype="fp32")
     save_quantized_model(model, tmp_path / "saved")
-    changed_record(tmp_path / "saved", weights="other.safetensors")
+    changed_record(tmp_path / "saved", layout="of others")
     again = reloaded(tmp_path / "saved", device)
     assert again.c_proj.compute_dtype == torch.bfloat16  # the checkpoint's own, since nothing says otherwise
     assert equal(again.c_proj.weight.data, model.c_proj.weight.data)
+    assert "written with other weights" in caplog.text
     (tmp_path / "saved" / "bigload.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"bigload\.json' is damaged"):
         reloaded(tmp_path / "saved", device)
@@ -410,3 +493,19 @@ def test_dtype_that_safetensors_lacks_is_an_error(tmp_path, device, monkeypatch)
     with pytest.raises(CheckpointError, match=r"is torch\.bfloat16, which safetensors files cannot hold"):
         save_quantized_model(model, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+def test_record_of_what_was_there_before_has_no_say(tmp_path, device, caplog):
+    """Another library saved another model over ours."""
+    model = quantized(tmp_path, device, "nf4", bnb_4bit_compute_dtype="fp32")
+    save_quantized_model(model, tmp_path / "saved")
+    save(quantized_state(Layers().bfloat16(), "fp4", device), tmp_path / "saved")
+    again = load_and_quantize_model(empty(), None, tmp_path / "saved", device_map=device)
+    assert again.c_proj.weight.quant_type == again.c_proj.weight.quant_state.quant_type == "fp4"
+    assert "written with other weights" in caplog.text
+
+
+def test_a_torch_dtype_that_is_asked_for_counts(tmp_path, device):
+    save_quantized_model(quantized(tmp_path, device, "nf4"), tmp_path / "saved")
+    config = BnbQuantizationConfig.from_mode("nf4", torch_dtype="fp32")
+    assert reloaded(tmp_path / "saved", device, config=config).norm.weight.dtype == torch.float32

@@ -12,6 +12,8 @@ from torch import nn
 
 from bigload import (
     BnbQuantizationConfig,
+    ConfigError,
+    QuantizationError,
     dequantize_model,
     init_empty_weights,
     load_and_quantize_model,
@@ -122,6 +124,23 @@ def test_config_of_the_model_in_memory_is_left_alone(tmp_path):
     assert written["quantization_config"]["quant_method"] == "bitsandbytes"
     assert written["quantization_config"]["llm_int8_skip_modules"] == ["lm_head"]
     assert (tmp_path / "saved" / "generation_config.json").is_file()
+
+
+def test_head_that_is_untied_in_a_model_that_ties_is_refused(tmp_path):
+    """It would be tied again when it is loaded."""
+    model, _ = loaded("llama_tied", "nf4", tmp_path / "source")
+    model.lm_head.weight = nn.Parameter(torch.randn(96, 64), requires_grad=False)
+    with pytest.raises(QuantizationError, match="tie_word_embeddings to False"):
+        save_quantized_model(model, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_generation_config_that_transformers_refuses_is_an_error_of_ours(tmp_path):
+    model, _ = loaded("llama", "nf4", tmp_path / "source")
+    model.generation_config.temperature = 0.5
+    with pytest.raises(ConfigError, match="temperature"):
+        save_quantized_model(model, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_model_that_transformers_quantized_is_saved_and_comes_back(tmp_path, name, mode):
