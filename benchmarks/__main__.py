@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .peers import MODES, PEERS, QUANTIZING
 
@@ -25,6 +26,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_limits(commands.add_parser("limits", help="measure what the machine can do"))
     _add_make(commands.add_parser("make", help="write a synthetic checkpoint"))
     _add_load(commands.add_parser("load", help="time loads of a checkpoint, peer by peer, against the limits"))
+    _add_quantize(commands.add_parser("quantize", help="time quantizing a checkpoint from files to files"))
     _add_report(commands.add_parser("report", help="turn result files into Markdown tables and charts"))
     _add_one(commands.add_parser("one"))  # without a help, so that it is not listed
     return parser
@@ -49,11 +51,7 @@ def _limits(options: argparse.Namespace) -> None:
         **describe_machine(device, options.commit),
         "limits": measure_limits(options.folder, device, cold=options.cold),
     }
-    text = json.dumps(result, indent=1) + "\n"
-    if options.out:
-        options.out.write_text(text)
-    else:
-        print(text, end="")
+    _give(result, options.out)
 
 
 def _add_make(parser: argparse.ArgumentParser) -> None:
@@ -116,6 +114,32 @@ def _load(options: argparse.Namespace) -> None:
             options.commit,
         )
     )
+
+
+def _add_quantize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="the checkpoint in 16 bit")
+    parser.add_argument("--mode", choices=QUANTIZING, default="nf4", help="(default: %(default)s)")
+    parser.add_argument("--device", help="'cpu' or 'cuda:N' (default: the first GPU, the CPU where there is none)")
+    parser.add_argument("--scratch", type=Path, help="where it is written to (default: beside the checkpoint)")
+    parser.add_argument("--out", type=Path, help="where the result goes, as JSON (default: standard output)")
+    parser.add_argument("--commit", help="bigload's, where git cannot tell")
+    parser.set_defaults(run=_quantize)
+
+
+def _quantize(options: argparse.Namespace) -> None:
+    from .quantize import measure_quantizing
+
+    scratch = options.scratch or options.folder.absolute().parent
+    result = measure_quantizing(options.folder, options.mode, _device(options.device), scratch, options.commit)
+    _give(result, options.out)
+
+
+def _give(result: Mapping[str, Any], out: Path | None) -> None:
+    text = json.dumps(result, indent=1) + "\n"
+    if out:
+        out.write_text(text)
+    else:
+        print(text, end="")
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:

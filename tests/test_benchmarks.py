@@ -395,3 +395,20 @@ def test_charts_without_matplotlib_say_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(SystemExit, match=r"pip install '\.\[plot\]'"):
         draw("a", result(), tmp_path)
+
+
+def test_quantizing_file_to_file_is_held_against_reading_and_writing(tmp_path, importable):
+    from benchmarks.__main__ import main
+
+    main(["make", "tiny", str(tmp_path / "tiny")])
+    main(["quantize", str(tmp_path / "tiny"), "--mode", "int8", "--device", "cpu", "--out", str(tmp_path / "out.json")])
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["checkpoint_bytes"] > result["written_bytes"] > 0.5 * result["checkpoint_bytes"]
+    limits = result["limits"]
+    slower = max(
+        result["checkpoint_bytes"] / limits["read_gb_per_s"], result["written_bytes"] / limits["write_gb_per_s"]
+    )
+    assert result["floor_s"] == pytest.approx(slower / 1e9, rel=0.01, abs=1e-4)
+    assert result["share_of_floor"] == pytest.approx(result["floor_s"] / result["seconds"], abs=0.002)
+    assert result["host_over_start_gib"] > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "tiny"]

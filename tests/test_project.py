@@ -54,7 +54,10 @@ def test_python_blocks_of_the_readme_run(tmp_path):
     from models import GPT, save_checkpoint
 
     save_checkpoint(GPT(), tmp_path / "checkpoint")
-    (code,) = re.findall(r"```python\n(.*?)\n```", (ROOT / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)\n```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
     names = {"GPT": lambda config: GPT(**config), "config": {}}
-    exec(code.replace("checkpoint/", f"{tmp_path}/checkpoint/"), names)
-    assert type(names["model"].transformer["h"][0].attn.c_attn).__name__ == "Linear4bit"
+    for code in blocks:
+        exec(re.sub(r'"(\w+/)"', rf'"{tmp_path}/\1"', code), names)
+        assert type(names["model"].transformer["h"][0].attn.c_attn).__name__ == "Linear4bit"
+    assert (tmp_path / "quantized" / "bigload.json").is_file()
