@@ -55,7 +55,7 @@ _MAX_HEADER_BYTES = 100_000_000
 
 _PICKLES = (".bin", ".pt", ".pth")
 # What training leaves beside the weights, pickled too.
-_NOT_WEIGHTS = re.compile(
+NOT_WEIGHTS = re.compile(
     r"((training_args|optimizer|scheduler|scaler|rng_state.*|trainer_state)\.(bin|pt|pth))|adapter_model\..*"
 )
 # In the order they are looked for in a folder: safetensors before pickles, the usual name before any other.
@@ -140,7 +140,7 @@ def _open(location: Path) -> Checkpoint:
 
 def _find_in_folder(folder: Path) -> Path:
     for pattern in _IN_FOLDERS:
-        found = sorted(path for path in folder.glob(pattern) if not _NOT_WEIGHTS.fullmatch(path.name))
+        found = sorted(path for path in folder.glob(pattern) if not NOT_WEIGHTS.fullmatch(path.name))
         if len(found) == 1:
             return found[0]
         if found:

@@ -47,7 +47,9 @@ def _parser() -> argparse.ArgumentParser:
         "load", help="load a model from a folder in transformers' format, say how long it took, and generate if asked"
     )
     load.add_argument("path", type=Path, help="folder with config.json and safetensors")
-    load.add_argument("--quant", default="nf4", choices=MODES, help="how to quantize (default: %(default)s)")
+    load.add_argument(
+        "--quant", choices=MODES, help="how to quantize (default: nf4, and as it is what is quantized already)"
+    )
     load.add_argument("--device-map", default="auto", help="'auto', a device such as 'cpu' or '0', or a JSON object")
     load.add_argument("--prompt", help="generate a continuation of this text")
     load.add_argument(
@@ -75,6 +77,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _load(options: argparse.Namespace) -> None:
+    from .checkpoint import open_checkpoint
     from .hf import empty_model
     from .loading import load_and_quantize_model
 
@@ -83,7 +86,10 @@ def _load(options: argparse.Namespace) -> None:
     device_map = _device_map(options.device_map)
     model = empty_model(options.path)
     prompt = None if options.prompt is None else _Prompt(model, options)  # what is wrong with it shows before the load
-    model = load_and_quantize_model(model, options.quant, options.path, device_map=device_map)
+    mode = options.quant
+    if mode is None and not open_checkpoint(options.path).is_quantized:
+        mode = "nf4"
+    model = load_and_quantize_model(model, mode, options.path, device_map=device_map)
     print(model.load_report)
     if prompt is not None:
         print(prompt.continued_by(model.eval()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import json
@@ -87,9 +88,10 @@ def quantize_checkpoint(
         raise ConfigError("int8-training keeps its weights in 16 bit: there is nothing to quantize beforehand")
     most = shard_bytes(max_shard_size)
     checkpoint = open_checkpoint(src)
-    folder = checkpoint.location.parent
-    target = _checked(Path(dst), folder, checkpoint, overwrite=overwrite)
-    model = hf.empty_model(folder) if model is None else model
+    # Of a file, or an index, that was named, nothing beside it is meant.
+    folder = None if Path(src).expanduser().is_file() else checkpoint.location.parent
+    target = _checked(dst, folder, checkpoint, overwrite=overwrite)
+    model = _empty_model(checkpoint.location.parent) if model is None else model
     bnb.library()
     with torch.inference_mode(False), torch.no_grad(), walked_once(model):
         plan = plan_load(
@@ -101,17 +103,55 @@ def quantize_checkpoint(
             tied_parameters=tied_parameters,
             quantizable=quantizable,
         )
-        with _folder_to_go_on_in(target, _fingerprint(plan, checkpoint, most)) as made:
+        if not plan.layers:
+            raise ConfigError(f"nothing in this {type(model).__name__} would be quantized: there is nothing to do")
+        with _alone(target), _folder_to_go_on_in(target, _fingerprint(plan, checkpoint, most)) as made:
             layout = _convert(plan, made, most, progress)
             _describe(model, plan, made, layout)
-            if Path(src).is_dir():
+            if folder is not None:
                 copy_the_rest(folder, made)
+            checked_target(target, overwrite=overwrite)  # something may have come there meanwhile
 
 
-def _checked(target: Path, source: Path, checkpoint: Checkpoint, *, overwrite: bool) -> Path:
+def _empty_model(folder: Path) -> nn.Module:
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"'{folder}' has no config.json to build the model from: pass an empty one as model=")
+    return hf.empty_model(folder)
+
+
+@contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Keep other runs for the same target out for as long as the block runs.
+
+    Raises:
+        CheckpointError: there is one.
+    """
+    path = target.with_name(f".{target.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise CheckpointError(f"'{target}' cannot be written: {error}") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of when the process ends, however it does
+        except OSError as error:
+            raise CheckpointError(f"another run is making '{target}': wait for it, or end it") from error
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def _checked(given: str | os.PathLike[str], folder: Path | None, checkpoint: Checkpoint, *, overwrite: bool) -> Path:
     if checkpoint.is_quantized:
         raise CheckpointError(f"'{checkpoint.location}' is quantized already; give the original checkpoint")
-    target, source = checked_target(target, overwrite=overwrite), Path(os.path.realpath(source))
+    target = checked_target(given, overwrite=overwrite)
+    source = Path(os.path.realpath(checkpoint.location.parent if folder is None else folder))
+    if folder is None and target != source and target not in source.parents:
+        return target
     if target == source or source in target.parents or target in source.parents:
         raise CheckpointError(f"'{target}' lies where the checkpoint is, '{source}': name another folder")
     return target
@@ -147,10 +187,19 @@ def _fingerprint(plan: Plan, checkpoint: Checkpoint, most: int) -> str:
         "bitsandbytes": bnb.library().__version__,
         "files": [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
         "config": plan.config.to_dict(),
-        "tensors": [(p.tensor.names, p.shape, str(p.format), p.device.type) for p in plan.tensors],
+        "tensors": [(p.tensor.names, p.shape, str(p.format), p.device.type, _origin(p)) for p in plan.tensors],
         "max_shard_bytes": most,
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _origin(planned: PlannedTensor) -> list[str]:
+    """Say where a tensor's values come from."""
+    if not planned.sources:
+        values = planned.tensor.value.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        return [hashlib.sha256(values.numpy().tobytes()).hexdigest()]
+    stored = [(source.tensor, source) for source in planned.sources if not isinstance(source.tensor, torch.Tensor)]
+    return [f"{t.file} {t.name} {t.offset} {source.region} {source.transposed}" for t, source in stored]
 
 
 def _convert(plan: Plan, folder: Path, most: int, progress: bool | None) -> str:

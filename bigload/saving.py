@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,7 +54,7 @@ def save_quantized_model(
     config = _config(model, layers)
     state, ties = _stored_once(model, layers)
     kept = [path for path in plain_linears(model) if path not in layers]
-    with new_folder(Path(folder), overwrite=overwrite) as made:
+    with new_folder(folder, overwrite=overwrite) as made:
         if hf.is_pretrained(model):
             own: Any = model
             hf.save_configs(own, made, as_transformers(config, kept, layers), own.dtype)

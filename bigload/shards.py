@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import DTYPES
-from .errors import CheckpointError, listed
+from .checkpoint import DTYPES, NOT_WEIGHTS
+from .errors import CheckpointError, ConfigError, listed
 from .record import RECORD_NAME, layout_of
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -218,7 +218,7 @@ def _write(descriptor: int, buffer: memoryview, offset: int) -> None:
 
 
 @contextmanager
-def new_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
+def new_folder(target: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
     """Fill a folder that is not there before all of it is: under another name beside it, then renamed.
 
     Args:
@@ -240,22 +240,23 @@ def new_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
     try:
         made.chmod(0o777 & ~_umask())  # as any other folder: mkdtemp's is its owner's alone
         yield made
-        if target.exists():
-            copy_the_rest(target, made)
-        put_in_place(made, target)
+        put_in_place(made, checked_target(target, overwrite=overwrite))  # something may have come there meanwhile
     except OSError as error:
         raise CheckpointError(f"'{target}' cannot be written: {error}; nothing there has been changed") from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
 
 
-def checked_target(target: Path, *, overwrite: bool) -> Path:
+def checked_target(given: str | os.PathLike[str], *, overwrite: bool) -> Path:
     """Give the real path of a folder that may be written.
 
     Raises:
         CheckpointError: something is there that may not be replaced, or cannot be.
+        ConfigError: not a path.
     """
-    target = Path(os.path.realpath(target))
+    if not given or not isinstance(given, (str, os.PathLike)):
+        raise ConfigError(f"the folder to write is {given!r}; expected a path")
+    target = Path(os.path.realpath(Path(given).expanduser()))
     if not target.exists():
         return target
     if not target.is_dir():
@@ -264,7 +265,9 @@ def checked_target(target: Path, *, overwrite: bool) -> Path:
         raise CheckpointError(f"'{target}' cannot be put in place as a whole: name a folder inside it")
     held = list(target.iterdir())
     if held and not overwrite:
-        raise CheckpointError(f"'{target}' is not empty: name another folder, or pass overwrite=True to replace it")
+        raise CheckpointError(
+            f"'{target}' is not empty: name another folder, or pass overwrite=True (--overwrite) to replace it"
+        )
     inner = [path.name for path in held if path.is_dir()]
     if inner or (held and not any(path.name.endswith(WEIGHTS) for path in held)):
         raise CheckpointError(
@@ -277,17 +280,22 @@ def checked_target(target: Path, *, overwrite: bool) -> Path:
 def copy_the_rest(source: Path, made: Path) -> None:
     """Copy a checkpoint's files that are no weights, a tokenizer for instance, where there are none of the name."""
     for path in sorted(source.iterdir()):
-        is_weights = path.name.endswith(WEIGHTS) or path.name.startswith(".") or path.name == RECORD_NAME
-        if path.is_file() and not is_weights and not (made / path.name).exists():
-            shutil.copyfile(path, made / path.name)
+        is_weights = path.name.endswith(WEIGHTS) and not NOT_WEIGHTS.fullmatch(path.name)
+        if path.is_file() and not is_weights and path.name != RECORD_NAME and not (made / path.name).exists():
+            partial = made / f"{path.name}.partial"  # whole or not there
+            shutil.copyfile(path, partial)
+            _sync(partial)
+            partial.rename(made / path.name)
 
 
 def put_in_place(made: Path, target: Path) -> None:
-    """Give a folder its name, in place of what has it; on the same file system.
+    """Give a folder its name, in place of a checkpoint that has it, whose other files stay; on the same file system.
 
     Raises:
         OSError: the file system refuses; then what was there is there still.
     """
+    if target.exists():
+        copy_the_rest(target, made)
     _sync(made)
     if target.exists():
         aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -305,8 +313,8 @@ def put_in_place(made: Path, target: Path) -> None:
     _sync(target.parent)
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import FOUR_BIT, GPT, Layers, assert_same_bits, empty, llama, loaded, save_checkpoint
+from models import FOUR_BIT, GPT, Layers, assert_same_bits, empty, llama, loaded, save, save_checkpoint
 from safetensors.torch import load_file
 from torch import nn
 
@@ -21,6 +22,7 @@ from bigload import (
     ConfigError,
     QuantizationError,
     load_and_quantize_model,
+    offline,
     quantize_checkpoint,
     save_quantized_model,
 )
@@ -240,6 +242,111 @@ def test_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(tmp_path):
     assert contents(tmp_path / "made") == contents(tmp_path / "expected")
 
 
+def test_finished_files_made_of_other_tensors_are_not_taken(tmp_path, device, monkeypatch):
+    """By a run that read the same checkpoint by other names."""
+    torch.manual_seed(0)
+    one, other = Layers().state_dict(), Layers().state_dict()
+    state = {f"model.{name}": value for name, value in one.items()}
+    state |= {f"ema.{name}": value.clone() for name, value in other.items()}
+    save(state, tmp_path / "source")
+    save(other, tmp_path / "other")
+
+    def run(prefix):
+        mapping = {f"^{prefix}": ""}
+        options = {"model": empty(), "max_shard_size": 1, "device": device, "key_mapping": mapping}
+        quantize_checkpoint(tmp_path / "source", tmp_path / "made", "nf4", **options)
+
+    monkeypatch.setattr(os, "pwrite", failing_at(30, KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        run("model.")
+    monkeypatch.undo()
+    assert list((tmp_path / ".made.partial").glob("*.safetensors"))
+    run("ema.")
+    assert_same_bits(
+        loaded(tmp_path / "made", device).state_dict(), loaded(tmp_path / "other", device, "nf4").state_dict()
+    )
+
+
+def test_a_second_run_for_the_same_folder_is_refused_while_one_is_at_work(tmp_path, device):
+    folder = source(tmp_path / "source")
+
+    def run(**options):
+        quantize_checkpoint(folder, tmp_path / "made", "nf4", model=empty(), device=device, **options)
+
+    with offline._alone(tmp_path / "made"), pytest.raises(CheckpointError, match="another run is making"):
+        run()
+    run()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "source"]
+
+
+def test_what_comes_to_the_target_meanwhile_is_not_lost(tmp_path, device, monkeypatch):
+    folder, describe = source(tmp_path / "source"), offline._describe
+
+    def appearing(*arguments):
+        describe(*arguments)
+        (tmp_path / "made").mkdir()
+        (tmp_path / "made" / "thesis.txt").write_text("mine")
+
+    monkeypatch.setattr(offline, "_describe", appearing)
+    with pytest.raises(CheckpointError, match="not empty"):
+        quantize_checkpoint(folder, tmp_path / "made", "nf4", model=empty(), device=device)
+    assert contents(tmp_path / "made") == {"thesis.txt": b"mine"}
+
+
+def test_other_files_of_source_and_target_are_there_whole(tmp_path, device, monkeypatch):
+    folder = source(tmp_path / "source")
+    (folder / "tokenizer.json").write_text("{}" * 500)
+    (folder / "more").mkdir()
+
+    def run(**more):
+        quantize_checkpoint(folder, tmp_path / "made", "nf4", model=empty(), device=device, **more)
+
+    copy = shutil.copyfile
+
+    def half(path, other):
+        other.write_bytes(path.read_bytes()[:10])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "copyfile", half)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    monkeypatch.setattr(shutil, "copyfile", copy)
+    run()
+    assert (tmp_path / "made" / "tokenizer.json").read_text() == "{}" * 500
+    assert not (tmp_path / "made" / "more").exists()
+    (tmp_path / "made" / "NOTES.md").write_text("mine")
+    run(overwrite=True)
+    assert (tmp_path / "made" / "NOTES.md").read_text() == "mine"
+
+
+def test_home_is_meant_by_a_tilde(tmp_path, device, monkeypatch):
+    source(tmp_path / "source")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    quantize_checkpoint("~/source", "~/made", "nf4", model=empty(), device=device)
+    save_quantized_model(loaded("~/made", device), "~/saved")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "saved", "source"]
+
+
+def test_a_file_may_be_quantized_into_a_folder_beside_it(tmp_path, device):
+    folder = source(tmp_path)
+    (tmp_path / "mine.txt").write_text("mine")
+    quantize_checkpoint(folder / "model.safetensors", tmp_path / "made", "nf4", model=empty(), device=device)
+    assert sorted(path.name for path in (tmp_path / "made").iterdir()) == ["bigload.json", "model.safetensors"]
+    assert_same_bits(
+        loaded(tmp_path / "made", device).state_dict(),
+        loaded(tmp_path / "model.safetensors", device, "nf4").state_dict(),
+    )
+
+
+def test_command_loads_what_the_command_quantized(tmp_path, capsys):
+    llama(False).bfloat16().save_pretrained(tmp_path / "source")
+    made = str(tmp_path / "made")
+    assert main(["quantize", str(tmp_path / "source"), made, "--quant", "nf4-dq", "--device", "cpu"]) == 0
+    capsys.readouterr()
+    assert main(["load", made, "--device-map", "cpu"]) == 0
+    assert "as nf4-dq" in capsys.readouterr().out
+
+
 # What is refused.
 
 
@@ -260,7 +367,13 @@ def test_what_cannot_be_quantized(tmp_path, device):
         quantize_checkpoint(tmp_path / "made", tmp_path / "other", "nf4", model=empty(), device=device)
     with pytest.raises(ConfigError, match="int8-training"):
         quantize_checkpoint(folder, tmp_path / "other", "int8-training", model=empty(), device=device)
-    with pytest.raises(CheckpointError, match=r"config\.json|transformers cannot build"):
+    config = BnbQuantizationConfig.from_mode("nf4", skip_modules=["*"])
+    with pytest.raises(ConfigError, match="nothing in this Layers would be quantized"):
+        quantize_checkpoint(folder, tmp_path / "other", config, model=empty(), device=device)
+    for target in (None, "", 3):
+        with pytest.raises(ConfigError, match="expected a path"):
+            quantize_checkpoint(folder, target, "nf4", model=empty(), device=device)
+    with pytest.raises(CheckpointError, match=r"no config\.json.*model="):
         quantize_checkpoint(folder, tmp_path / "other", "nf4", device=device)
     with pytest.raises(CheckpointError, match=r"missing|without a source|not in the checkpoint"):
         quantize_checkpoint(folder, tmp_path / "other", "nf4", model=empty(GPT), device=device)
