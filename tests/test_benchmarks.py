@@ -410,5 +410,5 @@ def test_quantizing_file_to_file_is_held_against_reading_and_writing(tmp_path, i
     )
     assert result["floor_s"] == pytest.approx(slower / 1e9, rel=0.01, abs=1e-4)
     assert result["share_of_floor"] == pytest.approx(result["floor_s"] / result["seconds"], abs=0.002)
-    assert result["host_over_start_gib"] > 0
+    assert 0 <= result["host_over_start_gib"] < result["ring_gib"] + 0.1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "tiny"]
