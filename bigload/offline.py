@@ -7,12 +7,10 @@ import fcntl
 import functools
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +19,24 @@ from torch import nn
 
 from . import bnb, hf
 from .checkpoint import Checkpoint, WeightsLocation, open_checkpoint
-from .config import BnbQuantizationConfig, as_config
-from .errors import CheckpointError, ConfigError, QuantizationError
+from .config import as_config
+from .errors import CheckpointError, ConfigError
 from .extents import Delivery
-from .formats import NESTED_BLOCKSIZE, FourBit, Int8, Plain
-from .keys import KeyMapping, Source
+from .keys import KeyMapping
 from .modules import plain_linears
-from .pipeline import Finish, deliver_all, deliveries_for, flat_begin, put_together
+from .pieces import Output, prepare_pieces
+from .pipeline import deliver_all, deliveries_for
 from .placement import Device, Plan, PlannedTensor
 from .planning import plan_load
 from .progress import progress_bar
-from .quantize import Quantizer, code_table, quantize_scales
 from .record import FORMAT_VERSION, RECORD_NAME, Record
-from .ring import slot_bytes
 from .saving import as_transformers, shard_bytes
-from .shards import Entry, ShardWriter, checked_target, copy_the_rest, put_in_place, write_json
+from .shards import ShardWriter, checked_target, copy_the_rest, put_in_place, write_json
 from .transfer import default_stream
 from .tree import walked_once
 
 # What is known of a conversion that is under way, in its folder.
 _PROGRESS_NAME = "progress.json"
-# The longest that JSON makes of a float.
-_LONGEST_FLOAT = 25
 
 
 def quantize_checkpoint(
@@ -205,7 +199,7 @@ def _origin(planned: PlannedTensor) -> list[str]:
 def _convert(plan: Plan, folder: Path, most: int, progress: bool | None) -> str:
     """Write the weights. Returns their layout."""
     tensors = sorted(plan.tensors, key=_in_file_order)
-    outputs = [_Output(planned, plan.config) for planned in tensors if planned.tensor.persistent]
+    outputs = [Output(planned, plan.config) for planned in tensors if planned.tensor.persistent]
     writer = ShardWriter(folder, [entry for output in outputs for entry in output.entries.values()], most)
     with progress_bar(plan.source_bytes, "quantizing", progress) as bar, default_stream(plan.tensors[0].device):
         try:
@@ -214,7 +208,7 @@ def _convert(plan: Plan, folder: Path, most: int, progress: bool | None) -> str:
                 if all(map(writer.is_written, output.names)):
                     bar.update(sum(source.tensor.nbytes for source in output.planned.sources))
                 elif output.planned.sources:
-                    prepare = functools.partial(_prepared, output, writer)
+                    prepare = functools.partial(prepare_pieces, output, writer)
                     deliveries += deliveries_for(output.planned, prepare, lambda done: None)
                 else:
                     writer.write(output.planned.tensor.name, output.planned.tensor.value)
@@ -228,172 +222,6 @@ def _convert(plan: Plan, folder: Path, most: int, progress: bool | None) -> str:
 def _in_file_order(planned: PlannedTensor) -> tuple[str, int]:
     first = planned.sources[0].tensor if planned.sources else None
     return ("", 0) if first is None or isinstance(first, torch.Tensor) else (str(first.file), first.offset)
-
-
-@dataclass
-class _Output:
-    """A tensor of the model as it will lie in files.
-
-    Attributes:
-        planned: the tensor.
-        config: resolved.
-        entries: what is written for it, by bitsandbytes' names of the parts.
-    """
-
-    planned: PlannedTensor
-    config: BnbQuantizationConfig
-    entries: dict[str, Entry] = field(init=False)
-
-    def __post_init__(self) -> None:
-        planned, name, fmt = self.planned, self.planned.tensor.name, self.planned.format
-        if isinstance(fmt, Plain):
-            shape = planned.shape
-            self.entries = {"weight": Entry(name, fmt.dtype, shape)}
-            return
-        sizes = dict(fmt.parts(planned.shape))
-        if isinstance(fmt, Int8):
-            prefix = name.removesuffix("weight")
-            self.entries = {
-                "weight": Entry(name, *sizes["weight"]),
-                "SCB": Entry(f"{prefix}SCB", *sizes["SCB"]),
-                "weight_format": Entry(f"{prefix}weight_format", torch.uint8, ()),
-            }
-            return
-        self.entries = {"weight": Entry(name, *sizes["weight"])}
-        tables = {"quant_map": 16} | ({"nested_quant_map": NESTED_BLOCKSIZE} if fmt.double_quant else {})
-        for part in ("absmax", "nested_absmax"):
-            if part in sizes:
-                self.entries[part] = Entry(f"{name}.{part}", *sizes[part])
-        for part, count in tables.items():
-            self.entries[part] = Entry(f"{name}.{part}", torch.float32, (count,))
-        part = f"quant_state.bitsandbytes__{fmt.quant_type}"
-        self.entries["described"] = Entry(f"{name}.{part}", torch.uint8, (len(self.described(0.0)),))
-
-    @property
-    def names(self) -> list[str]:
-        """Names of all that is written."""
-        return [entry.name for entry in self.entries.values()]
-
-    def described(self, offset: float) -> bytes:
-        """Give the JSON that bitsandbytes describes a 4-bit weight by, of a length that no value changes."""
-        fmt = self.planned.format
-        assert isinstance(fmt, FourBit)
-        said: dict[str, Any] = {
-            "quant_type": fmt.quant_type,
-            "blocksize": fmt.blocksize,
-            "dtype": str(self.config.landing_dtype).removeprefix("torch."),
-            "shape": list(self.planned.shape),
-        }
-        if not fmt.double_quant:
-            return json.dumps(said).encode()
-        said |= {"nested_blocksize": NESTED_BLOCKSIZE, "nested_dtype": "float32"}
-        longest = len(json.dumps(said | {"nested_offset": 0})) - 1 + _LONGEST_FLOAT
-        return json.dumps(said | {"nested_offset": offset}).encode().ljust(longest)
-
-
-def _prepared(output: _Output, writer: ShardWriter, planned: PlannedTensor) -> tuple[list[Delivery], Finish]:
-    """Give a delivery for each source, whose pieces are written as they come."""
-    fmt, dtype = planned.format, output.config.landing_dtype
-    if isinstance(fmt, Plain):
-        return _streamed(planned, fmt.dtype, 1, _PlainPieces(output, writer))
-    granule = max(1, planned.shape[-1]) if isinstance(fmt, Int8) else fmt.blocksize
-    return _streamed(planned, dtype, granule, _QuantizedPieces(output, writer, fmt))
-
-
-def _streamed(
-    planned: PlannedTensor, dtype: torch.dtype, granule: int, pieces: _Pieces
-) -> tuple[list[Delivery], Finish]:
-    begins = [flat_begin(source, planned.shape, granule) for source in planned.sources]
-    fits = all(granule * source.tensor.dtype.itemsize <= slot_bytes() for source in planned.sources)
-    if not fits or any(begin is None for begin in begins):
-
-        def use(whole: torch.Tensor) -> None:
-            pieces.add(whole.contiguous().view(-1), 0)
-            pieces.finish()
-
-        return put_together(planned, dtype, use)
-
-    def delivery(source: Source, base: int) -> Delivery:
-        def take(values: torch.Tensor, begin: int) -> None:
-            pieces.add(values.to(dtype), base + begin)
-
-        assert not isinstance(source.tensor, torch.Tensor)
-        return Delivery(source.tensor, planned.device, take, granule=granule)
-
-    deliveries = [delivery(source, begin or 0) for source, begin in zip(planned.sources, begins, strict=True)]
-    return deliveries, pieces.finish
-
-
-class _Pieces:
-    """Takes a tensor in pieces and writes what becomes of each."""
-
-    def __init__(self, output: _Output, writer: ShardWriter) -> None:
-        self._output, self._writer = output, writer
-
-    def add(self, values: torch.Tensor, begin: int) -> None:
-        """Take values, from the index of the first of them in the flattened tensor on."""
-        raise NotImplementedError
-
-    def finish(self) -> None:
-        """Write what is known only when all values have been taken."""
-        for name in self._output.names:
-            self._writer.complete(name)
-
-
-class _PlainPieces(_Pieces):
-    def add(self, values: torch.Tensor, begin: int) -> None:
-        self._writer.write_values(self._output.planned.tensor.name, begin * values.dtype.itemsize, values)
-
-
-class _QuantizedPieces(_Pieces):
-    def __init__(self, output: _Output, writer: ShardWriter, fmt: FourBit | Int8) -> None:
-        super().__init__(output, writer)
-        self._format = fmt
-        count = output.planned.shape[0] if isinstance(fmt, Int8) else math.prod(output.planned.shape)
-        self._per_scale = max(1, output.planned.shape[-1]) if isinstance(fmt, Int8) else fmt.blocksize
-        scales = count if isinstance(fmt, Int8) else -(-count // fmt.blocksize)
-        self._scales = torch.empty(scales, dtype=torch.float32, device=output.planned.device)
-
-    def add(self, values: torch.Tensor, begin: int) -> None:
-        fmt, name = self._format, self._output.planned.tensor.name
-        shape = (len(values) // self._per_scale, self._per_scale) if isinstance(fmt, Int8) else (1, len(values))
-        alone = fmt if isinstance(fmt, Int8) else FourBit(fmt.quant_type, fmt.blocksize, False, torch.uint8)
-        quantizer = Quantizer(shape, alone, values.dtype, values.device)
-        quantizer.add(values, 0)
-        made = quantizer.finish()
-        (scales,) = made.scales
-        at = begin // self._per_scale
-        self._scales[at : at + len(scales)] = scales
-        self._writer.write_values(name, begin if isinstance(fmt, Int8) else begin // 2, made.data)
-
-    def finish(self) -> None:
-        fmt, entries, write = self._format, self._output.entries, self._write
-        if not bool(self._scales.isfinite().all()):
-            raise QuantizationError(
-                f"'{self._output.planned.tensor.name}': values that are not finite in this format; if the checkpoint's "
-                "own are finite, add it to skip_modules or choose another mode or torch_dtype"
-            )
-        if isinstance(fmt, Int8):
-            write("SCB", self._scales)
-            write("weight_format", torch.zeros((), dtype=torch.uint8))
-        else:
-            write("quant_map", code_table(fmt.quant_type, self._scales.device))
-            offset = 0.0
-            if fmt.double_quant:
-                scales, taken, nested = quantize_scales(self._scales)
-                offset = taken.item()
-                write("absmax", scales)
-                write("nested_absmax", nested.absmax)
-                write("nested_quant_map", nested.code)
-            else:
-                write("absmax", self._scales)
-            described = bytearray(self._output.described(offset))
-            write("described", torch.frombuffer(described, dtype=torch.uint8))
-        self._writer.complete(entries["weight"].name)
-        del self._scales
-
-    def _write(self, part: str, tensor: torch.Tensor) -> None:
-        self._writer.write(self._output.entries[part].name, tensor)
 
 
 def _describe(model: nn.Module, plan: Plan, folder: Path, layout: str) -> None:

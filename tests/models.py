@@ -1,12 +1,14 @@
 """Models built in the tests, their checkpoints, and references made with bitsandbytes' own calls."""
 
 import copy
+import itertools
 import json
+import os
 from pathlib import Path
 
 import bitsandbytes.functional as kernels
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bigload import init_empty_weights, load_and_quantize_model
@@ -246,3 +248,25 @@ def empty(build=Layers):
 def loaded(folder, device, config=None, build=Layers, **options):
     """Load a checkpoint into an empty model, with nothing left over."""
     return load_and_quantize_model(empty(build), config, folder, device_map=device, strict=True, **options)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Read all files under a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    """Read what was written with safetensors' own reader."""
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def failing_at(call: int, error: BaseException):
+    """Give an `os.pwrite` that raises at its n-th call."""
+    write, calls = os.pwrite, itertools.count(1)
+
+    def pwrite(*arguments):
+        if next(calls) == call:
+            raise error
+        return write(*arguments)
+
+    return pwrite

@@ -12,8 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import FOUR_BIT, GPT, Layers, assert_same_bits, empty, llama, loaded, save, save_checkpoint
-from safetensors.torch import load_file
+from models import (
+    FOUR_BIT,
+    GPT,
+    Layers,
+    assert_same_bits,
+    contents,
+    empty,
+    failing_at,
+    llama,
+    loaded,
+    save,
+    save_checkpoint,
+    stored,
+)
 from torch import nn
 
 from bigload import (
@@ -34,14 +46,6 @@ MODES = (*FOUR_BIT, "int8")
 def source(folder, build=Layers, dtype=torch.bfloat16, **options):
     torch.manual_seed(0)
     return save_checkpoint(build(), folder, dtype=dtype, **options)
-
-
-def stored(folder):
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-
-
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def without_padding(state):
@@ -138,18 +142,6 @@ def test_command_quantizes_and_says_what_it_made(tmp_path, capsys):
 
 
 # Runs that do not reach their end.
-
-
-def failing_at(call, error):
-    write, count = os.pwrite, [0]
-
-    def pwrite(*arguments):
-        count[0] += 1
-        if count[0] == call:
-            raise error
-        return write(*arguments)
-
-    return pwrite
 
 
 @pytest.mark.parametrize("call", [1, 5, 20])

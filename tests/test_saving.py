@@ -8,9 +8,21 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
-from models import FOUR_BIT, GPT, Layers, assert_same_bits, empty, equal, quantized_state, save, save_checkpoint
+from models import (
+    FOUR_BIT,
+    GPT,
+    Layers,
+    assert_same_bits,
+    contents,
+    empty,
+    equal,
+    failing_at,
+    quantized_state,
+    save,
+    save_checkpoint,
+    stored,
+)
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import nn
 
 from bigload import (
@@ -40,11 +52,6 @@ def quantized(tmp_path, device, mode="nf4", build=Layers, dtype=torch.bfloat16, 
 
 def reloaded(folder, device, build=Layers, config=None, **options):
     return load_and_quantize_model(empty(build), config, folder, device_map=device, strict=True, **options).eval()
-
-
-def stored(folder):
-    """Read what was written with safetensors' own reader."""
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 def described(model):
@@ -237,10 +244,6 @@ def test_files_hold_no_more_than_asked_and_an_index_names_each_tensor_once(tmp_p
 # What is refused, and what is left of it.
 
 
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def test_folder_that_is_not_empty_is_replaced_only_when_asked(tmp_path, device):
     model = quantized(tmp_path, device)
     target = tmp_path / "saved"
@@ -254,18 +257,6 @@ def test_folder_that_is_not_empty_is_replaced_only_when_asked(tmp_path, device):
     save_quantized_model(model, target, overwrite=True)
     assert contents(target) == first | {"notes.txt": b"mine"}  # as a tokenizer would be
     assert sorted(path.name for path in tmp_path.iterdir()) == ["saved", "source"]
-
-
-def failing_at(call, error):
-    write, count = os.pwrite, [0]
-
-    def pwrite(*arguments):
-        count[0] += 1
-        if count[0] == call:
-            raise error
-        return write(*arguments)
-
-    return pwrite
 
 
 @pytest.mark.parametrize("exists", [False, True])
