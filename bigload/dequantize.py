@@ -13,7 +13,7 @@ from .commit import apply_edits
 from .errors import ConfigError, QuantizationError, listed
 from .formats import dominant_dtype
 from .interop import Edit, forgotten_attributes
-from .layers import carry_over, quantized_layers, require_whole_layers
+from .layers import carry_over, quantized_layers, require_whole_layers, row_scales
 from .tree import first_paths
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -75,8 +75,7 @@ def _plain(layer: Any, dtype: torch.dtype | None, own: torch.dtype) -> nn.Module
         values = weight.data.to(dtype or weight.dtype)
     else:
         # LLM.int8(), arXiv 2208.07339, section 2: each row by its largest value over 127.
-        scales = weight.SCB if weight.SCB is not None else layer.state.SCB
-        values = (weight.data * (scales / 127).unsqueeze(1)).to(dtype or own)
+        values = (weight.data * (row_scales(layer) / 127).unsqueeze(1)).to(dtype or own)
     kind = vars(layer).get("source_cls", nn.Linear)
     new = _empty(kind, values.shape, layer.bias is not None)
     if hf.is_conv1d_class(kind):

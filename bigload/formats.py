@@ -47,6 +47,10 @@ class Int8:
         """Give the tensors that hold a weight of (out_features, in_features), by name."""
         return {"weight": Part(torch.int8, shape), "SCB": Part(torch.float32, shape[:1])}
 
+    def granule(self, shape: Shape) -> int:
+        """Count the values that have one scale, and so are quantized together: a row."""
+        return max(1, shape[-1])
+
 
 @dataclass(frozen=True)
 class FourBit:
@@ -79,6 +83,10 @@ class FourBit:
             "nested_absmax": Part(torch.float32, (-(-blocks // NESTED_BLOCKSIZE),)),
             "nested_offset": Part(torch.float32, ()),
         }
+
+    def granule(self, shape: Shape) -> int:
+        """Count the values that have one scale, and so are quantized together: a block, whatever the shape."""
+        return self.blocksize
 
 
 Format = Plain | Int8 | FourBit

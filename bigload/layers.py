@@ -91,7 +91,7 @@ def require_whole_layers(model: nn.Module, layers: Mapping[str, Any]) -> None:
         if getattr(state, "packing_format_for_cpu", False):
             packed.append(path)
         is_int8 = isinstance(layer, library().nn.Linear8bitLt)
-        has_rows = layer.weight.SCB is not None or layer.state.SCB is not None if is_int8 else state is not None
+        has_rows = (row_scales(layer) if is_int8 else state) is not None
         if not has_rows and not (is_int8 and layer.state.has_fp16_weights):
             empty.append(path)
     if packed:
@@ -101,6 +101,11 @@ def require_whole_layers(model: nn.Module, layers: Mapping[str, Any]) -> None:
         )
     if empty:
         raise QuantizationError(f"{listed(empty)}: not quantized yet; move the model to its device first")
+
+
+def row_scales(layer: Any) -> Any:
+    """Give an int8 layer's scales, which bitsandbytes moves from the weight to the state when the layer first runs."""
+    return layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
 
 
 def config_of_layer(layer: Any) -> dict[str, Any]:
@@ -252,7 +257,7 @@ def _forward_int8(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """Multiply by the dequantized rows. x: (..., in_features)."""
     if x.device.type != "cpu":
         return type(layer).forward(layer, x)  # type: ignore[no-any-return]
-    scales = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
+    scales = row_scales(layer)
     weight = layer.weight.data * (scales / 127).unsqueeze(1)
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
     return functional.linear(x, weight.to(x.dtype), bias)

@@ -30,7 +30,7 @@ from .placement import Device, Plan, PlannedTensor
 from .planning import plan_load
 from .progress import progress_bar
 from .record import FORMAT_VERSION, RECORD_NAME, Record
-from .saving import as_transformers, shard_bytes
+from .saving import shard_bytes, write_configs
 from .shards import ShardWriter, checked_target, copy_the_rest, put_in_place, write_json
 from .transfer import default_stream
 from .tree import walked_once
@@ -83,8 +83,8 @@ def quantize_checkpoint(
     most = shard_bytes(max_shard_size)
     checkpoint = open_checkpoint(src)
     # Of a file, or an index, that was named, nothing beside it is meant.
-    folder = None if Path(src).expanduser().is_file() else checkpoint.location.parent
-    target = _checked(dst, folder, checkpoint, overwrite=overwrite)
+    is_folder = not Path(src).expanduser().is_file()
+    target = _checked(dst, checkpoint, is_folder=is_folder, overwrite=overwrite)
     model = _empty_model(checkpoint.location.parent) if model is None else model
     bnb.library()
     with torch.inference_mode(False), torch.no_grad(), walked_once(model):
@@ -100,10 +100,13 @@ def quantize_checkpoint(
         if not plan.layers:
             raise ConfigError(f"nothing in this {type(model).__name__} would be quantized: there is nothing to do")
         with _alone(target), _folder_to_go_on_in(target, _fingerprint(plan, checkpoint, most)) as made:
+            kept = [path for path in plain_linears(model) if path not in plan.layers]
+            # What can fail goes before what takes long.
+            write_configs(model, made, plan.config, kept, plan.layers, plan.config.landing_dtype)
             layout = _convert(plan, made, most, progress)
-            _describe(model, plan, made, layout)
-            if folder is not None:
-                copy_the_rest(folder, made)
+            _describe(plan, made, layout, kept)
+            if is_folder:
+                copy_the_rest(checkpoint.location.parent, made)
             checked_target(target, overwrite=overwrite)  # something may have come there meanwhile
 
 
@@ -139,14 +142,12 @@ def _alone(target: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _checked(given: str | os.PathLike[str], folder: Path | None, checkpoint: Checkpoint, *, overwrite: bool) -> Path:
+def _checked(given: str | os.PathLike[str], checkpoint: Checkpoint, *, is_folder: bool, overwrite: bool) -> Path:
     if checkpoint.is_quantized:
         raise CheckpointError(f"'{checkpoint.location}' is quantized already; give the original checkpoint")
     target = checked_target(given, overwrite=overwrite)
-    source = Path(os.path.realpath(checkpoint.location.parent if folder is None else folder))
-    if folder is None and target != source and target not in source.parents:
-        return target
-    if target == source or source in target.parents or target in source.parents:
+    source = Path(os.path.realpath(checkpoint.location.parent))
+    if target == source or target in source.parents or (is_folder and source in target.parents):
         raise CheckpointError(f"'{target}' lies where the checkpoint is, '{source}': name another folder")
     return target
 
@@ -224,11 +225,8 @@ def _in_file_order(planned: PlannedTensor) -> tuple[str, int]:
     return ("", 0) if first is None or isinstance(first, torch.Tensor) else (str(first.file), first.offset)
 
 
-def _describe(model: nn.Module, plan: Plan, folder: Path, layout: str) -> None:
-    kept = [path for path in plain_linears(model) if path not in plan.layers]
+def _describe(plan: Plan, folder: Path, layout: str, kept: Sequence[str]) -> None:
     ties = [planned.tensor.names for planned in plan.tensors if len(planned.tensor.names) > 1]
-    if hf.is_pretrained(model):
-        hf.save_configs(model, folder, as_transformers(plan.config, kept, plan.layers), plan.config.landing_dtype)
     config = dataclasses.replace(plan.config, skip_modules=None, keep_in_fp32_modules=None)
     record = Record(layout, config, tuple(plan.layers), tuple(kept), tuple(ties))
     write_json(folder / RECORD_NAME, record.to_dict())

@@ -13,11 +13,10 @@ from .config import BnbQuantizationConfig
 from .errors import QuantizationError
 from .extents import Delivery
 from .formats import NESTED_BLOCKSIZE, FourBit, Int8, Plain
-from .keys import Source
-from .pipeline import Finish, flat_begin, put_together
+from .pipeline import Finish, put_together, streamed
 from .placement import PlannedTensor
+from .prequantized import TABLES
 from .quantize import Quantizer, code_table, quantize_scales
-from .ring import slot_bytes
 from .shards import Entry, ShardWriter
 
 # The longest that JSON makes of a float.
@@ -54,12 +53,12 @@ class Output:
             }
             return
         self.entries = {"weight": Entry(name, *sizes["weight"])}
-        tables = {"quant_map": 16} | ({"nested_quant_map": NESTED_BLOCKSIZE} if fmt.double_quant else {})
         for part in ("absmax", "nested_absmax"):
             if part in sizes:
                 self.entries[part] = Entry(f"{name}.{part}", *sizes[part])
-        for part, count in tables.items():
-            self.entries[part] = Entry(f"{name}.{part}", torch.float32, (count,))
+        for part, count in TABLES.items():
+            if fmt.double_quant or part == "quant_map":
+                self.entries[part] = Entry(f"{name}.{part}", torch.float32, (count,))
         part = f"quant_state.bitsandbytes__{fmt.quant_type}"
         self.entries["described"] = Entry(f"{name}.{part}", torch.uint8, (len(self.described(0.0)),))
 
@@ -90,35 +89,21 @@ def prepare_pieces(output: Output, writer: ShardWriter, planned: PlannedTensor) 
 
     The finish raises a QuantizationError where values are not finite in the format.
     """
-    fmt, dtype = planned.format, output.config.landing_dtype
+    fmt, dtype, granule = planned.format, output.config.landing_dtype, 1
+    pieces: _Pieces
     if isinstance(fmt, Plain):
-        return _streamed(planned, fmt.dtype, 1, _PlainPieces(output, writer))
-    granule = max(1, planned.shape[-1]) if isinstance(fmt, Int8) else fmt.blocksize
-    return _streamed(planned, dtype, granule, _QuantizedPieces(output, writer, fmt))
+        dtype, pieces = fmt.dtype, _PlainPieces(output, writer)
+    else:
+        granule, pieces = fmt.granule(planned.shape), _QuantizedPieces(output, writer, fmt)
+    deliveries = streamed(planned, dtype, granule, pieces.add)
+    if deliveries is not None:
+        return deliveries, pieces.finish
 
+    def use(whole: torch.Tensor) -> None:
+        pieces.add(whole.contiguous().view(-1), 0)
+        pieces.finish()
 
-def _streamed(
-    planned: PlannedTensor, dtype: torch.dtype, granule: int, pieces: _Pieces
-) -> tuple[list[Delivery], Finish]:
-    begins = [flat_begin(source, planned.shape, granule) for source in planned.sources]
-    fits = all(granule * source.tensor.dtype.itemsize <= slot_bytes() for source in planned.sources)
-    if not fits or any(begin is None for begin in begins):
-
-        def use(whole: torch.Tensor) -> None:
-            pieces.add(whole.contiguous().view(-1), 0)
-            pieces.finish()
-
-        return put_together(planned, dtype, use)
-
-    def delivery(source: Source, base: int) -> Delivery:
-        def take(values: torch.Tensor, begin: int) -> None:
-            pieces.add(values.to(dtype), base + begin)
-
-        assert not isinstance(source.tensor, torch.Tensor)
-        return Delivery(source.tensor, planned.device, take, granule=granule)
-
-    deliveries = [delivery(source, begin or 0) for source, begin in zip(planned.sources, begins, strict=True)]
-    return deliveries, pieces.finish
+    return put_together(planned, dtype, use)
 
 
 class _Pieces:
@@ -146,9 +131,8 @@ class _QuantizedPieces(_Pieces):
     def __init__(self, output: Output, writer: ShardWriter, fmt: FourBit | Int8) -> None:
         super().__init__(output, writer)
         self._format = fmt
-        count = output.planned.shape[0] if isinstance(fmt, Int8) else math.prod(output.planned.shape)
-        self._per_scale = max(1, output.planned.shape[-1]) if isinstance(fmt, Int8) else fmt.blocksize
-        scales = count if isinstance(fmt, Int8) else -(-count // fmt.blocksize)
+        self._per_scale = fmt.granule(output.planned.shape)
+        scales = -(-math.prod(output.planned.shape) // self._per_scale)
         self._scales = torch.empty(scales, dtype=torch.float32, device=output.planned.device)
 
     def add(self, values: torch.Tensor, begin: int) -> None:

@@ -203,22 +203,39 @@ def _prepared(torch_dtype: torch.dtype, planned: PlannedTensor) -> _Prepared:
 
 def _quantizing(planned: PlannedTensor, fmt: FourBit | Int8, torch_dtype: torch.dtype) -> _Prepared:
     quantizer = Quantizer(planned.shape, fmt, torch_dtype, planned.device)
-    begins = [flat_begin(source, planned.shape, quantizer.granule) for source in planned.sources]
-    room = slot_bytes()
-    streams = all(begin is not None for begin in begins) and all(
-        quantizer.granule * source.tensor.dtype.itemsize <= room for source in planned.sources
-    )
-    if not streams:
+    deliveries = streamed(planned, torch_dtype, quantizer.granule, quantizer.add)
+    if deliveries is None:
         return put_together(planned, torch_dtype, lambda weight: quantize(weight, fmt))
+    return deliveries, quantizer.finish
+
+
+def streamed(
+    planned: PlannedTensor, torch_dtype: torch.dtype, granule: int, add: Callable[[torch.Tensor, int], object]
+) -> list[Delivery] | None:
+    """Give a delivery for each source whose pieces are used as they come, if they are runs of the tensor.
+
+    Args:
+        planned: the tensor.
+        torch_dtype: what pieces are cast to first.
+        granule: values that must stay together.
+        add: is given each piece, and the index of its first value in the flattened tensor.
+
+    Returns:
+        None where sources lie across the tensor, or a granule does not fit a slot: see `put_together`.
+    """
+    begins = [_flat_begin(source, planned.shape, granule) for source in planned.sources]
+    room = slot_bytes()
+    fits = all(granule * source.tensor.dtype.itemsize <= room for source in planned.sources)
+    if not fits or any(begin is None for begin in begins):
+        return None
 
     def delivery(source: Source, base: int) -> Delivery:
         def take(piece: torch.Tensor, begin: int) -> None:
-            quantizer.add(piece.to(torch_dtype), base + begin)
+            add(piece.to(torch_dtype), base + begin)
 
-        return Delivery(_stored(source.tensor), planned.device, take, granule=quantizer.granule)
+        return Delivery(_stored(source.tensor), planned.device, take, granule=granule)
 
-    deliveries = [delivery(source, begin or 0) for source, begin in zip(planned.sources, begins, strict=True)]
-    return deliveries, quantizer.finish
+    return [delivery(source, begin or 0) for source, begin in zip(planned.sources, begins, strict=True)]
 
 
 def put_together(
@@ -247,7 +264,7 @@ def put_together(
     return [delivery(source) for source in planned.sources], lambda: use(held.pop())
 
 
-def flat_begin(source: Source, shape: tuple[int, ...], granule: int) -> int | None:
+def _flat_begin(source: Source, shape: tuple[int, ...], granule: int) -> int | None:
     """Give the index in the flattened tensor where a source's values begin, if they follow each other from there."""
     if source.transposed:
         return None

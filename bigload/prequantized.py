@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(nf4|fp4)")
 _FOUR_BIT_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-_TABLES = {"quant_map": 16, "nested_quant_map": 256}
+# bitsandbytes' code tables, and how many values they have.
+TABLES = {"quant_map": 16, "nested_quant_map": 256}
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def config_of(checkpoint: Checkpoint, given: BnbQuantizationConfig | None) -> Bn
         fields["bnb_4bit_quant_storage"] = fmt.quant_storage
     if given is None:
         if checkpoint.record is None:
-            return _described_beside(checkpoint.location, fields)
+            return BnbQuantizationConfig(**fields, **_said_beside(checkpoint.location))
         given = checkpoint.record.config
     fields["llm_int8_has_fp16_weight"] = False
     asked = {name: getattr(given, name) for name in fields}
@@ -109,10 +110,6 @@ def config_of(checkpoint: Checkpoint, given: BnbQuantizationConfig | None) -> Bn
             "None for the checkpoint's own config, or give the original checkpoint"
         )
     return given
-
-
-def _described_beside(location: Path, fields: Mapping[str, Any]) -> BnbQuantizationConfig:
-    return BnbQuantizationConfig(**fields, **_said_beside(location))
 
 
 def _said_beside(location: Path) -> dict[str, Any]:
@@ -242,7 +239,7 @@ def _int8(name: str, tensors: Mapping[str, StoredTensor]) -> tuple[QuantizedTens
 
 def _require_sizes(name: str, fmt: FourBit | Int8, shape: tuple[int, ...], parts: Mapping[str, StoredTensor]) -> None:
     expected = {part: (size.dtype, size.shape) for part, size in _parts(name, fmt, shape).items() if part in parts}
-    expected |= {part: (torch.float32, (count,)) for part, count in _TABLES.items() if part in parts}
+    expected |= {part: (torch.float32, (count,)) for part, count in TABLES.items() if part in parts}
     for part, (dtype, size) in expected.items():
         found = parts[part]
         if found.dtype != dtype or found.shape != size:

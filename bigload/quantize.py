@@ -42,7 +42,7 @@ class Quantizer:
     @property
     def granule(self) -> int:
         """Values that belong together, a row or a block: pieces begin and end at multiples of it."""
-        return max(1, self._shape[-1]) if isinstance(self._format, Int8) else self._format.blocksize
+        return self._format.granule(self._shape)
 
     def add(self, values: torch.Tensor, begin: int) -> None:
         """Quantize a piece.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from .memory import parse_size
 from .modules import plain_linears
 from .record import RECORD_NAME, Record
 from .shards import Entry, ShardWriter, new_folder, write_json
-from .tree import modules_by_path
+from .tree import leaves, modules_by_path
 
 
 def save_quantized_model(
@@ -55,9 +56,7 @@ def save_quantized_model(
     state, ties = _stored_once(model, layers)
     kept = [path for path in plain_linears(model) if path not in layers]
     with new_folder(folder, overwrite=overwrite) as made:
-        if hf.is_pretrained(model):
-            own: Any = model
-            hf.save_configs(own, made, as_transformers(config, kept, layers), own.dtype)
+        write_configs(model, made, config, kept, layers, getattr(model, "dtype", None))
         writer = ShardWriter(made, [Entry(n, t.dtype, tuple(t.shape)) for n, t in state.items()], most)
         try:
             for name, tensor in state.items():
@@ -83,11 +82,19 @@ def shard_bytes(size: int | str) -> int:
     return nbytes
 
 
-def as_transformers(config: BnbQuantizationConfig, kept: Iterable[str], layers: Collection[str]) -> Any:
-    """Make the `BitsAndBytesConfig` by which transformers makes the same layers."""
-    quantization = config.to_transformers()
-    quantization.llm_int8_skip_modules = skip_list(kept, layers)
-    return quantization
+def write_configs(
+    model: Any,
+    folder: Path,
+    config: BnbQuantizationConfig,
+    kept: Iterable[str],
+    layers: Collection[str],
+    dtype: Any,
+) -> None:
+    """Write the configs by which transformers makes the same layers, of a model of its own."""
+    if hf.is_pretrained(model):
+        quantization = config.to_transformers()
+        quantization.llm_int8_skip_modules = skip_list(kept, layers)
+        hf.save_configs(model, folder, quantization, dtype)
 
 
 def _config(model: nn.Module, layers: Mapping[str, Any]) -> BnbQuantizationConfig:
@@ -97,7 +104,9 @@ def _config(model: nn.Module, layers: Mapping[str, Any]) -> BnbQuantizationConfi
             f"this {type(model).__name__} has no layer that bitsandbytes quantized; save it as any other model"
         )
     require_whole_layers(model, layers)
-    empty = [name for name, tensor in _all_tensors(model).items() if tensor.is_meta]
+    modules = modules_by_path(model)
+    tensors = {**leaves(modules, "_parameters"), **leaves(modules, "_buffers")}
+    empty = [name for name, tensor in tensors.items() if tensor.is_meta]
     if empty:
         raise QuantizationError(f"{listed(empty)}: on meta, so there is nothing to save; load the weights first")
     ways: dict[tuple[Any, ...], str] = {}
@@ -113,13 +122,6 @@ def _config(model: nn.Module, layers: Mapping[str, Any]) -> BnbQuantizationConfi
     return BnbQuantizationConfig(**dict(next(iter(ways))), torch_dtype=dominant_dtype(floating) if floating else "auto")
 
 
-def _all_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
-
-
 def _stored_once(model: nn.Module, layers: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], list[tuple[str, ...]]]:
     """Give the model's state_dict, of tied parameters only the first, and the names of those that are tied."""
     state: dict[str, torch.Tensor] = model.state_dict()
@@ -127,7 +129,8 @@ def _stored_once(model: nn.Module, layers: Mapping[str, Any]) -> tuple[dict[str,
     if strange:
         raise QuantizationError(f"{listed(strange)}: extra state that is no tensor, which safetensors cannot hold")
     groups: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    modules = modules_by_path(model)
+    for name, parameter in leaves(modules, "_parameters").items():
         if name in state and parameter.numel():
             groups[parameter.data_ptr(), parameter.dtype, parameter.shape, parameter.stride()].append(name)
     ties = [tuple(names) for names in groups.values() if len(names) > 1]
@@ -142,12 +145,9 @@ def _stored_once(model: nn.Module, layers: Mapping[str, Any]) -> tuple[dict[str,
             "config.tie_word_embeddings to False, so that they are not tied again"
         )
     quantized = set(layers.values())
-    weights = {f"{path}.weight".lstrip(".") for path, m in modules_by_path(model).items() if m in quantized}
-    for _, *others in ties:
-        for name in others:
-            parts = {name} | ({f"{name.removesuffix('weight')}{part}" for part in ("SCB", "weight_format")})
-            for key in (
-                [key for key in state if key in parts or key.startswith(f"{name}.")] if name in weights else [name]
-            ):
-                del state[key]
-    return state, ties
+    shared = {f"{path}.weight".lstrip(".") for path, module in modules.items() if module in quantized}
+    gone = {name for _, *others in ties for name in others}
+    for name in gone & shared:  # with all the parts of a quantized weight
+        around = {f"{name.removesuffix('weight')}{part}" for part in ("SCB", "weight_format")}
+        gone |= {key for key in state if key in around or key.startswith(f"{name}.")}
+    return {name: tensor for name, tensor in state.items() if name not in gone}, ties
