@@ -1,8 +1,8 @@
 """Reads that go on while Python does something else, several at once: POSIX's asynchronous input, by the C library.
 
 A thread of Python's must take the interpreter's lock again after every read, and be woken up for it; a dozen of them
-that read 4 MiB each spend longer on that than on reading. The C library's own threads know no such lock. Where it offers
-none, threads of Python's do.
+that read 4 MiB each spend longer on that than on reading. The C library's own threads know no such lock. Where it
+offers none, threads of Python's do.
 
 glibc gives each descriptor to one thread, which does what is asked of it in order: so a file is opened as often as
 there are reads to go on at once, and none of the threads sleeps while more is asked for.
