@@ -73,7 +73,7 @@ class Ring:
         self.slot_bytes = slot_bytes(nbytes)
         if not pinned:  # what is touched costs time: no more slots than the threads keep busy
             nbytes = min(nbytes, 3 * self.slot_bytes)
-        memory = _pinned(nbytes, self.slot_bytes) if pinned else torch.empty(nbytes, dtype=torch.uint8)
+        memory = pinned_memory(nbytes, self.slot_bytes) if pinned else torch.empty(nbytes, dtype=torch.uint8)
         self.count = len(memory) // self.slot_bytes
         self.slots = list(memory[: self.count * self.slot_bytes].view(self.count, self.slot_bytes))
         self.buffers = [as_bytes(slot) for slot in self.slots]
@@ -84,8 +84,13 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def _pinned(nbytes: int, slot_bytes: int) -> torch.Tensor:
-    """Pin memory, less of it where the system allows no more, and if it allows none take what is not pinned."""
+def pinned_memory(nbytes: int, slot_bytes: int) -> torch.Tensor:
+    """Pin memory, less of it where the system allows no more, and if it allows none take what is not pinned.
+
+    Args:
+        nbytes: how much.
+        slot_bytes: half of the least that is of use.
+    """
     size = nbytes
     while size >= 2 * slot_bytes:
         try:

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,11 +22,19 @@ import torch
 from .checkpoint import DTYPES, NOT_WEIGHTS
 from .errors import CheckpointError, ConfigError, listed
 from .record import RECORD_NAME, layout_of
+from .ring import as_bytes, pinned_memory
+from .syncing import Syncing
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX_NAME = "model.safetensors.index.json"
 # How files of weights, and their indexes, end.
 WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
+
+
+# Bytes after which a file is sent to the disk, while more of it is written: the system by itself would wait for longer.
+_SYNC_BYTES = 256 * 2**20
+# Bytes that come from a GPU at once.
+_STAGED_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -57,9 +66,12 @@ class ShardWriter:
             CheckpointError: a dtype that safetensors does not have.
         """
         self._folder = folder
+        self._syncing = Syncing()
+        self._staged: torch.Tensor | None = None
         divided = _divided(entries, max_shard_bytes)
         self._shards = [
-            _Shard(folder / _file_name(number, len(divided)), alike) for number, alike in enumerate(divided, 1)
+            _Shard(folder / _file_name(number, len(divided)), alike, self._syncing)
+            for number, alike in enumerate(divided, 1)
         ]
         self._shard_of = {name: shard for shard in self._shards for name in shard.entries}
 
@@ -95,20 +107,31 @@ class ShardWriter:
         Raises:
             OSError: the disk is full, for instance.
         """
-        values = values.detach().to("cpu").contiguous().view(-1)
-        if values.numel():
-            self._shard_of[name].write(name, at, memoryview(values.view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        values = values.detach().contiguous().view(-1)
+        if not values.numel():
+            return
+        for piece in torch.split(values.view(torch.uint8), _STAGED_BYTES):
+            self._shard_of[name].write(name, at, as_bytes(self._on_host(piece)))
+            at += len(piece)
+
+    def _on_host(self, piece: torch.Tensor) -> torch.Tensor:
+        if piece.device.type != "cuda":
+            return piece.cpu()
+        if self._staged is None:
+            self._staged = pinned_memory(_STAGED_BYTES, _STAGED_BYTES // 2)
+        return self._staged[: len(piece)].copy_(piece)
 
     def complete(self, name: str) -> None:
-        """Say that all of a tensor has been written: with its last one a file is made lasting, and has its name."""
+        """Say that all of a tensor has been written: with its last one a file is made lasting, and gets its name."""
         self._shard_of[name].complete(name)
 
     def finish(self) -> None:
-        """Write the index, if there are several files.
+        """Wait until all files are lasting, and write the index if there are several.
 
         Raises:
             OSError: the disk is full, for instance.
         """
+        self._syncing.finish()
         assert all(shard.is_whole for shard in self._shards)
         if len(self._shards) == 1:
             return
@@ -118,6 +141,7 @@ class ShardWriter:
 
     def close(self) -> None:
         """Close the files."""
+        self._syncing.__exit__()
         for shard in self._shards:
             shard.close()
 
@@ -131,8 +155,8 @@ class _Shard:
         is_whole: all of it is there.
     """
 
-    def __init__(self, path: Path, entries: Sequence[Entry]) -> None:
-        self.path = path
+    def __init__(self, path: Path, entries: Sequence[Entry], syncing: Syncing) -> None:
+        self.path, self._syncing = path, syncing
         self.entries = {entry.name: entry for entry in entries}
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         self._begins, end = {}, 0
@@ -148,6 +172,7 @@ class _Shard:
         self._head, self._nbytes = len(text).to_bytes(8, "little") + text, 8 + len(text) + end
         self._descriptor: int | None = None
         self._unwritten = set(self.entries)
+        self._unsynced = 0
         self.is_whole = self._is_there()
 
     def _is_there(self) -> bool:
@@ -161,13 +186,22 @@ class _Shard:
         return self.path.with_name(f"{self.path.name}.partial")
 
     def write(self, name: str, at: int, buffer: memoryview) -> None:
-        if not self.is_whole:  # another part of the same weight may be in a file that is not
-            _write(self._opened(), buffer, len(self._head) + self._begins[name] + at)
+        if self.is_whole:  # another part of the same weight may be in a file that is not
+            return
+        descriptor = self._opened()
+        _write(descriptor, buffer, len(self._head) + self._begins[name] + at)
+        self._unsynced += len(buffer)
+        if self._unsynced >= _SYNC_BYTES and self._syncing.is_idle:
+            self._unsynced = 0
+            self._syncing.begin(partial(os.fsync, descriptor))
 
     def complete(self, name: str) -> None:
         self._unwritten.discard(name)
-        if self._unwritten or self.is_whole:
-            return
+        if not self._unwritten and not self.is_whole:
+            self._opened()
+            self._syncing.begin(self._seal)
+
+    def _seal(self) -> None:
         os.fsync(self._opened())
         self.close()
         self._partial.rename(self.path)

@@ -1,6 +1,7 @@
 """What is saved comes back with the same bits, layers and dtypes; a folder is there whole or not at all."""
 
 import errno
+import itertools
 import json
 import os
 from pathlib import Path
@@ -428,7 +429,8 @@ def test_many_files_need_no_more_descriptors_than_few(tmp_path, device, monkeypa
 
     monkeypatch.setattr(os, "pwrite", watched)
     save_quantized_model(model, tmp_path / "saved", 1)
-    assert max(most) <= before + 2
+    assert max(most) <= before + 2 + 4  # the folder, the file, and those that wait for the disk
+    assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 8
 
 
 # The record beside the weights.
@@ -500,3 +502,39 @@ def test_a_torch_dtype_that_is_asked_for_counts(tmp_path, device):
     save_quantized_model(quantized(tmp_path, device, "nf4"), tmp_path / "saved")
     config = BnbQuantizationConfig.from_mode("nf4", torch_dtype="fp32")
     assert reloaded(tmp_path / "saved", device, config=config).norm.weight.dtype == torch.float32
+
+
+# Files made lasting beside the writing.
+
+
+@pytest.mark.parametrize("call", [1, 3, 8])
+def test_disk_that_fails_when_a_file_is_made_lasting_is_an_error(tmp_path, device, monkeypatch, call):
+    model, sync, calls = quantized(tmp_path, device), os.fsync, itertools.count(1)
+
+    def failing(descriptor):
+        if next(calls) == call:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(CheckpointError, match="No space left"):
+        save_quantized_model(model, tmp_path / "saved", 1)
+    assert not (tmp_path / "saved").exists()
+    monkeypatch.undo()
+    save_quantized_model(model, tmp_path / "saved", 1)
+    assert_same_bits(stored(tmp_path / "saved"), model.state_dict())
+
+
+def test_large_files_go_to_the_disk_while_they_are_written(tmp_path, device, monkeypatch):
+    monkeypatch.setattr("bigload.shards._SYNC_BYTES", 2**10)
+    monkeypatch.setattr("bigload.shards._STAGED_BYTES", 2**10)
+    model, sync, synced = quantized(tmp_path, device), os.fsync, []
+
+    def watched(descriptor):
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    save_quantized_model(model, tmp_path / "saved")
+    assert synced.count("model.safetensors.partial") > 1
+    assert_same_bits(stored(tmp_path / "saved"), model.state_dict())
