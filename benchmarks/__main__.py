@@ -27,6 +27,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_make(commands.add_parser("make", help="write a synthetic checkpoint"))
     _add_load(commands.add_parser("load", help="time loads of a checkpoint, peer by peer, against the limits"))
     _add_quantize(commands.add_parser("quantize", help="time quantizing a checkpoint from files to files"))
+    plans = commands.add_parser("plans", help="plan well-known models on usual budgets: the table in docs/plans.md")
+    plans.set_defaults(run=_plans)
     _add_report(commands.add_parser("report", help="turn result files into Markdown tables and charts"))
     _add_one(commands.add_parser("one"))  # without a help, so that it is not listed
     return parser
@@ -140,6 +142,12 @@ def _give(result: Mapping[str, Any], out: Path | None) -> None:
         out.write_text(text)
     else:
         print(text, end="")
+
+
+def _plans(options: argparse.Namespace) -> None:
+    from .plans import plans_table
+
+    print(plans_table())
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:

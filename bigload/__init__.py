@@ -14,6 +14,8 @@ from .errors import (
 )
 from .loading import load_and_quantize_model
 from .offline import quantize_checkpoint
+from .offload import OffloadConfig
+from .planning import plan_device_map
 from .ring import release_buffers
 from .saving import save_quantized_model
 
@@ -22,6 +24,8 @@ __version__ = "0.1.0"
 __all__ = [
     "load_and_quantize_model",
     "BnbQuantizationConfig",
+    "OffloadConfig",
+    "plan_device_map",
     "save_quantized_model",
     "quantize_checkpoint",
     "dequantize_model",

@@ -1,4 +1,4 @@
-"""The command line: `bigload demo`, `bigload load`, `bigload quantize` and `bigload show`."""
+"""The command line: `bigload demo`, `load`, `plan`, `quantize` and `show`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from typing import Any
 
 from . import __version__
 from .config import MODES
+from .devices import Device
 from .errors import BigloadError, CheckpointError, ConfigError
+from .offload import RESERVE_BYTES, OffloadConfig
+from .plan import Plan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         "--max-new-tokens", type=_positive, default=40, help="how much to generate (default: %(default)s)"
     )
     load.set_defaults(run=_load)
+    _add_plan(commands)
     quantize = commands.add_parser("quantize", help="quantize a checkpoint into another, in a stream")
     quantize.add_argument("src", help="folder with config.json and weights")
     quantize.add_argument("dst", type=Path, help="folder to make")
@@ -70,6 +74,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser("plan", help="say what a model would take of GPUs, CPU and disk, without loading it")
+    plan.add_argument("path", type=Path, help="folder with config.json, with or without weights, or a config.json")
+    plan.add_argument("--quant", choices=MODES, help="how to quantize (default: nf4, or as the weights are)")
+    plan.add_argument(
+        "--max-memory",
+        nargs="+",
+        default=[],
+        metavar="DEVICE=SIZE",
+        help="what may be used, such as 0=10GiB cpu=60GiB; devices need not be here (default: what is free)",
+    )
+    plan.add_argument("--device-map", default="auto", help="as for `load` (default: %(default)s)")
+    plan.add_argument("--offload-folder", help="where blocks may rest on a disk")
+    plan.add_argument("--reserve", default=RESERVE_BYTES, help="of each GPU, for activations (default: 128MiB)")
+    plan.add_argument("--link-gbps", type=float, help="GB/s of the link to a GPU (default: measured, if there is one)")
+    plan.add_argument("--plot", type=Path, metavar="PNG", help="draw it into a file; needs matplotlib")
+    plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    plan.set_defaults(run=_plan)
+
+
 def _demo(options: argparse.Namespace) -> None:
     from .demo import run_demo
 
@@ -77,7 +101,6 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _load(options: argparse.Namespace) -> None:
-    from .checkpoint import open_checkpoint
     from .hf import empty_model
     from .loading import load_and_quantize_model
 
@@ -87,12 +110,66 @@ def _load(options: argparse.Namespace) -> None:
     model = empty_model(options.path)
     prompt = None if options.prompt is None else _Prompt(model, options)  # what is wrong with it shows before the load
     mode = options.quant
-    if mode is None and not open_checkpoint(options.path).is_quantized:
+    if mode is None and not _is_quantized(options.path):
         mode = "nf4"
     model = load_and_quantize_model(model, mode, options.path, device_map=device_map)
     print(model.load_report)
     if prompt is not None:
         print(prompt.continued_by(model.eval()))
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from .hf import empty_model
+    from .plan_report import draw_plan, plan_json, plan_table
+    from .planning import plan_device_map
+    from .shards import WEIGHTS
+
+    folder = options.path
+    has_weights = folder.is_dir() and any(path.name.endswith(WEIGHTS) for path in folder.iterdir())
+    if not (folder / "config.json" if folder.is_dir() else folder).is_file():
+        raise CheckpointError(
+            f"'{folder}' is neither a config.json nor a folder with one; `plan` builds the model from it"
+        )
+    quant = options.quant or (None if has_weights and _is_quantized(folder) else "nf4")
+    plan = plan_device_map(
+        empty_model(folder),
+        quant,
+        folder if has_weights else None,
+        _device_map(options.device_map),
+        max_memory=_max_memory(options.max_memory),
+        offload_folder=options.offload_folder,
+        offload=OffloadConfig(reserve=options.reserve),
+    )
+    link = options.link_gbps or _measured_link(plan)
+    print(json.dumps(plan_json(plan, link), indent=2) if options.json else plan_table(plan, link))
+    if options.plot is not None:
+        draw_plan(plan, options.plot)
+
+
+def _is_quantized(path: Path) -> bool:
+    from .checkpoint import open_checkpoint
+
+    return open_checkpoint(path).is_quantized
+
+
+def _measured_link(plan: Plan) -> float | None:
+    import torch
+
+    from .rates import link_gb_per_s
+
+    return link_gb_per_s(torch.device("cuda", 0)) if plan.streamed_bytes and torch.cuda.is_available() else None
+
+
+def _max_memory(given: Sequence[str]) -> dict[Device, int | str]:
+    pairs = [text.partition("=") for text in given]
+    wrong = [
+        text for text, (device, equals, size) in zip(given, pairs, strict=True) if not (device and equals and size)
+    ]
+    if wrong:
+        raise ConfigError(
+            f"--max-memory holds {wrong[0]!r}; expected a device and a size, such as 0=10GiB or cpu=60GiB"
+        )
+    return {int(device) if device.isdecimal() else device: size for device, _, size in pairs}
 
 
 def _quantize(options: argparse.Namespace) -> None:

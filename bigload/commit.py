@@ -14,7 +14,7 @@ from .interop import ABSENT, Edit
 from .layers import make_layer
 from .modules import ModelTensor
 from .pipeline import Landed
-from .placement import Plan
+from .plan import Plan
 from .tree import modules_by_path
 
 

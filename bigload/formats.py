@@ -14,6 +14,8 @@ Shape = tuple[int, ...]
 
 # Scales of one double-quantized block, bitsandbytes' own constant.
 NESTED_BLOCKSIZE = 256
+# bitsandbytes' code tables, and how many values they have.
+TABLES = {"quant_map": 16, "nested_quant_map": 256}
 
 
 class Part(NamedTuple):
@@ -56,7 +58,7 @@ class Int8:
 class FourBit:
     """QLoRA blocks, two weights a byte, one scale a block (arXiv 2305.14314, section 3).
 
-    The code table (16 floats; 256 more for nested scales) is shared by all weights of a device and not counted.
+    Each weight has code tables of its own: tensors that share memory cannot be saved as safetensors.
     """
 
     quant_type: str
@@ -76,17 +78,23 @@ class FourBit:
             raise ValueError(f"{packed} packed bytes do not divide into elements of {self.quant_storage}")
         weight = Part(self.quant_storage, (packed // self.quant_storage.itemsize, 1))
         if not self.double_quant:
-            return {"weight": weight, "absmax": Part(torch.float32, (blocks,))}
+            return {"weight": weight, "absmax": Part(torch.float32, (blocks,)), "quant_map": _table("quant_map")}
         return {
             "weight": weight,
             "absmax": Part(torch.uint8, (blocks,)),
             "nested_absmax": Part(torch.float32, (-(-blocks // NESTED_BLOCKSIZE),)),
             "nested_offset": Part(torch.float32, ()),
+            "quant_map": _table("quant_map"),
+            "nested_quant_map": _table("nested_quant_map"),
         }
 
     def granule(self, shape: Shape) -> int:
         """Count the values that have one scale, and so are quantized together: a block, whatever the shape."""
         return self.blocksize
+
+
+def _table(name: str) -> Part:
+    return Part(torch.float32, (TABLES[name],))
 
 
 Format = Plain | Int8 | FourBit
@@ -105,6 +113,6 @@ def dominant_dtype(tensors: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:
     return count.most_common(1)[0][0] if count else torch.float32
 
 
-def nbytes(fmt: Format, shape: Shape) -> int:
-    """Count the bytes of a weight of this shape in this format."""
-    return sum(part.nbytes for part in fmt.parts(shape).values())
+def nbytes(fmt: Format, shape: Shape, multiple: int = 1) -> int:
+    """Count the bytes of a weight of this shape in this format, each part rounded up to a multiple."""
+    return sum(-(-part.nbytes // multiple) * multiple for part in fmt.parts(shape).values())

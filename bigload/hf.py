@@ -31,7 +31,7 @@ def import_transformers() -> ModuleType:
 
 
 def empty_model(folder: Path) -> nn.Module:
-    """Build the model that a folder's config.json describes, without weights, in eval mode.
+    """Build the model that a config.json, given or in a folder, describes, without weights, in eval mode.
 
     Raises:
         CheckpointError: transformers cannot make sense of the config.
@@ -85,6 +85,19 @@ def is_conv1d(module: nn.Module) -> bool:
 def is_conv1d_class(cls: type) -> bool:
     """Ask whether a class is GPT-2's Conv1D."""
     return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
+
+
+def config_dtype(model: nn.Module) -> torch.dtype | None:
+    """Give the floating dtype that a transformers model's config says its checkpoint is in, if it does."""
+    dtype = getattr(getattr(model, "config", None), "dtype", None) if is_pretrained(model) else None
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
+
+
+def no_split_classes(model: nn.Module) -> set[str]:
+    """Name the classes of blocks that the model and its parts say one device must hold whole."""
+    named = (getattr(module, "_no_split_modules", None) for module in (model, *pretrained_modules(model)))
+    return {name for names in named if isinstance(names, (list, tuple, set)) for name in names}
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

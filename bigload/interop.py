@@ -13,7 +13,7 @@ from torch import nn
 
 from . import hf
 from .modules import plain_linears
-from .placement import Plan
+from .plan import Plan
 
 # One assignment: a module's own dict of attributes, parameters, buffers or modules; the key; the new value, or that
 # there is to be none.
@@ -31,7 +31,7 @@ def attributes(model: nn.Module, plan: Plan) -> list[Edit]:
     own = {
         "is_loaded_in_4bit": config.load_in_4bit and quantized,
         "is_loaded_in_8bit": config.load_in_8bit and quantized,
-        "hf_device_map": {path: _as_in_maps(device) for path, device in plan.device_map.items()},
+        "hf_device_map": {path: _as_in_maps(device) for path, device in plan.execution_map.items()},
     }
     edits: list[Edit] = [(model.__dict__, name, value) for name, value in own.items()]
     if quantized and hf.is_pretrained(model):

@@ -17,12 +17,15 @@ from . import bnb
 from .checkpoint import WeightsLocation, open_checkpoint
 from .commit import Assembly
 from .config import as_config
-from .errors import BigloadError, OffloadError, PlacementError
+from .crossing import connect
+from .devices import Device, DeviceMap, named_devices
+from .errors import BigloadError, PlacementError, listed
 from .keys import KeyMapping
-from .memory import check_budgets, show
+from .memory import show
+from .offload import OffloadConfig
 from .pipeline import execute
-from .placement import Device, DeviceMap, named_devices, resolve_budgets
-from .planning import config_for, plan_load
+from .plan import Plan
+from .planning import config_for, plan_load, wishes_for
 from .progress import progress_bar
 from .report import LoadReport, PeakMemory
 from .ring import pin_ahead
@@ -57,7 +60,7 @@ def load_and_quantize_model(
     offload_folder: str | os.PathLike[str] | None = None,
     offload_state_dict: bool = False,
     *,
-    offload: Any = None,
+    offload: OffloadConfig | None = None,
     key_mapping: KeyMapping | None = None,
     tied_parameters: Sequence[tuple[str, str]] | None = None,
     quantizable: Sequence[type[nn.Linear]] = (),
@@ -75,13 +78,16 @@ def load_and_quantize_model(
             a checkpoint which is quantized already; with one, a config may only choose how it computes.
         weights_location: a .safetensors, .bin, .pt or .pth file, an .index.json, a folder with one of them, or a
             repository of the Hugging Face hub, "org/name" or "org/name@revision".
-        device_map: None (the current GPU, or the CPU where there is none), a device, "auto", or
-            {block path: device}. This version computes the whole model on one device.
-        no_split_module_classes: blocks that one device must hold whole; one device always does.
-        max_memory: {device: bytes or "10GiB"}; a model that needs more is refused before anything is read.
+        device_map: None (the current GPU, or the CPU where there is none), a device, {block path: device, "cpu" or
+            "disk"}, or how to spread the model: "auto" or "balanced" over all GPUs evenly, "balanced_low_0" with as
+            little as possible on the first, "sequential" one after the other.
+        no_split_module_classes: names of classes of blocks that one device must hold whole; by default what the model
+            says of itself, else the class that its largest list of modules repeats.
+        max_memory: {device, "cpu" or "disk": bytes or "10GiB"}, taken as it is; a model that needs more is refused
+            before anything is read. By default what is free; if it names GPUs, those alone are used.
         offload_folder: where "disk" blocks would lie; this version has none.
         offload_state_dict: accepted and without effect: nothing needs it.
-        offload: must be None in this version.
+        offload: an `OffloadConfig`: how much of a GPU is left for activations, and how offloaded blocks are kept.
         key_mapping: renames checkpoint keys: {regex: replacement} applied in turn, or a function.
         tied_parameters: pairs of parameters that are one weight, where neither the model's own sharing nor its
             transformers class says so.
@@ -99,34 +105,31 @@ def load_and_quantize_model(
         CheckpointError: the checkpoint is damaged, or does not fit the model.
         PlacementError: the device map or the budgets cannot be met.
         QuantizationError: a weight has values that the format cannot hold.
-        OffloadError: `offload` was given.
     """
     origin = "the model's own weights" if weights_location is None else f"{weights_location!r}"
     context = f"loading {origin} with device_map={device_map!r}"
     with _named(context):
         given = None if bnb_quantization_config is None else as_config(bnb_quantization_config)
-        if offload is not None:
-            raise OffloadError("offload is given, but this version does not offload: leave it out")
         bnb.library()  # its import takes seconds, which are not the load's
         started = time.perf_counter()
         checkpoint = None if weights_location is None else open_checkpoint(weights_location)
         config = config_for(given, checkpoint)
     # Tensors made under inference_mode could never be trained through.
     with _named(f"{context} as {config.mode}"), torch.inference_mode(False), torch.no_grad(), walked_once(model):
-        budgets = resolve_budgets(max_memory)
+        wishes = wishes_for(config, device_map, no_split_module_classes, max_memory, offload_folder, offload)
         if checkpoint is not None:
             _begin_to_pin(device_map)  # while the plan is made
         plan = plan_load(
             model,
             config,
             checkpoint,
-            device_map,
+            wishes,
             key_mapping=key_mapping,
             tied_parameters=tied_parameters,
             quantizable=quantizable,
             strict=strict,
         )
-        check_budgets(plan.device_bytes, budgets)
+        _require_resident(plan)
         for device, nbytes in plan.device_bytes.items():
             logger.info("plan: %s on %s, %d layers as %s", show(nbytes), device, len(plan.layers), config.mode)
         peaks = PeakMemory(plan.device_bytes)
@@ -134,11 +137,21 @@ def load_and_quantize_model(
             assembly = Assembly(model, plan)
             execute(plan, on_bytes=bar.update, on_landed=assembly.add)
         model = assembly.commit()
+        connect(model, plan.execution_map)
     elapsed_s = time.perf_counter() - started
     report = LoadReport(config.mode, plan.source_bytes, elapsed_s, plan.device_bytes, peaks.since())
     model.load_report = report  # type: ignore[assignment]
     logger.info("%s", report)
     return model
+
+
+def _require_resident(plan: Plan) -> None:
+    away = [*plan.offloaded, *(placed for placed in plan.units if placed.device.type == "cpu" and plan.is_mixed)]
+    if away:
+        raise PlacementError(
+            f"device_map puts blocks off the GPU ({listed(placed.unit.name for placed in away)}); this version plans "
+            "that, but does not run it: place them on the GPU, or the whole model on the CPU"
+        )
 
 
 def _begin_to_pin(device_map: DeviceMap) -> None:

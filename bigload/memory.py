@@ -1,12 +1,9 @@
-"""Budgets: what the caller allows each device, in bytes."""
+"""Sizes as people write them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from fractions import Fraction
-
-import torch
 
 from .errors import PlacementError
 
@@ -31,22 +28,6 @@ def parse_size(size: int | str) -> int:
     if not 0 <= parsed < 2**63:
         raise PlacementError(f"max_memory holds {size!r}; a size cannot be negative or above 2**63 bytes")
     return int(parsed)
-
-
-def check_budgets(device_bytes: Mapping[torch.device, int], budgets: Mapping[torch.device, int]) -> None:
-    """Refuse a plan that needs more of a device than it may have.
-
-    Raises:
-        PlacementError: names the device, what the plan needs there, and what it may have.
-    """
-    for device, needed in device_bytes.items():
-        allowed = budgets.get(device)
-        if allowed is not None and needed > allowed:
-            raise PlacementError(
-                f"the model needs {show(needed)} on {device}, max_memory allows {show(allowed)}, "
-                f"{show(needed - allowed)} too little; choose a smaller mode or a larger budget "
-                "(this version puts the whole model on one device)"
-            )
 
 
 def show(nbytes: int) -> str:

@@ -20,13 +20,16 @@ from torch import nn
 from . import bnb, hf
 from .checkpoint import Checkpoint, WeightsLocation, open_checkpoint
 from .config import as_config
+from .devices import Device
 from .errors import CheckpointError, ConfigError
 from .extents import Delivery
 from .keys import KeyMapping
 from .modules import plain_linears
 from .pieces import Output, prepare_pieces
 from .pipeline import deliver_all, deliveries_for
-from .placement import Device, Plan, PlannedTensor
+from .placement import PlannedTensor
+from .places import Wishes
+from .plan import Plan
 from .planning import plan_load
 from .progress import progress_bar
 from .record import FORMAT_VERSION, RECORD_NAME, Record
@@ -92,7 +95,7 @@ def quantize_checkpoint(
             model,
             config,
             checkpoint,
-            device,
+            Wishes(device),
             key_mapping=key_mapping,
             tied_parameters=tied_parameters,
             quantizable=quantizable,

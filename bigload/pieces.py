@@ -12,10 +12,9 @@ import torch
 from .config import BnbQuantizationConfig
 from .errors import QuantizationError
 from .extents import Delivery
-from .formats import NESTED_BLOCKSIZE, FourBit, Int8, Plain
+from .formats import NESTED_BLOCKSIZE, TABLES, FourBit, Int8, Plain
 from .pipeline import Finish, put_together, streamed
 from .placement import PlannedTensor
-from .prequantized import TABLES
 from .quantize import Quantizer, code_table, quantize_scales
 from .shards import Entry, ShardWriter
 
@@ -53,12 +52,9 @@ class Output:
             }
             return
         self.entries = {"weight": Entry(name, *sizes["weight"])}
-        for part in ("absmax", "nested_absmax"):
+        for part in ("absmax", "nested_absmax", *TABLES):
             if part in sizes:
                 self.entries[part] = Entry(f"{name}.{part}", *sizes[part])
-        for part, count in TABLES.items():
-            if fmt.double_quant or part == "quant_map":
-                self.entries[part] = Entry(f"{name}.{part}", torch.float32, (count,))
         part = f"quant_state.bitsandbytes__{fmt.quant_type}"
         self.entries["described"] = Entry(f"{name}.{part}", torch.uint8, (len(self.described(0.0)),))
 

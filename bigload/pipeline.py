@@ -17,7 +17,8 @@ from .extents import Delivery
 from .formats import FourBit, Int8, Plain
 from .keys import Source
 from .memory import show
-from .placement import Plan, PlannedTensor
+from .placement import PlannedTensor
+from .plan import Plan
 from .prequantized import QuantizedTensor
 from .quantize import Quantizer, from_parts, quantize
 from .ring import slot_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,16 +10,22 @@ import torch
 from torch import nn
 
 from . import hf
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, WeightsLocation, open_checkpoint
 from .config import BnbQuantizationConfig, as_config
-from .errors import CheckpointError, listed
+from .devices import CPU, Device, DeviceMap
+from .errors import CheckpointError, ConfigError, listed
 from .formats import dominant_dtype
 from .keys import KeyMapping, Source, sources_in_checkpoint
 from .modules import ModelTensor, layers_recorded, layers_stored_quantized, layers_to_quantize, tensors_of
-from .placement import DeviceMap, Plan, make_plan, resolve_device_map
+from .offload import OffloadConfig, as_offload_config
+from .placement import PlannedTensor, formatted_tensors
+from .places import Placement, Wishes, check_accounts, check_map, place_tensors, place_units, resolve_budgets
+from .plan import Plan, accounts_of
 from .prequantized import QuantizedTensor, config_of
 from .record import Record
-from .tree import leaves, modules_by_path
+from .ring import ring_bytes
+from .transfer import WINDOW_BYTES
+from .tree import leaves, modules_by_path, walked_once
 
 
 def config_for(given: BnbQuantizationConfig | None, checkpoint: Checkpoint | None) -> BnbQuantizationConfig:
@@ -39,12 +46,13 @@ def plan_load(
     model: nn.Module,
     config: BnbQuantizationConfig,
     checkpoint: Checkpoint | None,
-    device_map: DeviceMap,
+    wishes: Wishes,
     *,
     key_mapping: KeyMapping | None = None,
     tied_parameters: Sequence[tuple[str, str]] | None = None,
     quantizable: Sequence[type[nn.Linear]] = (),
     strict: bool = False,
+    is_hypothetical: bool = False,
 ) -> Plan:
     """Decide for every tensor of a model where it comes from, what it becomes and where it goes.
 
@@ -52,19 +60,24 @@ def plan_load(
         model: read only.
         config: from `config_for`.
         checkpoint: where the weights are; None means the model's own.
-        device_map, key_mapping, tied_parameters, quantizable, strict: as `load_and_quantize_model` takes them.
+        wishes: what the caller said of places.
+        key_mapping, tied_parameters, quantizable, strict: as `load_and_quantize_model` takes them.
+        is_hypothetical: the model's own weights may be on meta, as if a checkpoint held them.
 
     Raises:
         ConfigError: an argument cannot mean anything.
         CheckpointError: the checkpoint does not fit the model.
-        PlacementError: the device map cannot be met.
+        PlacementError: the device map or the budgets cannot be met.
     """
     record = None if checkpoint is None else checkpoint.record
     tensors = tensors_of(model, _ties(model, record) if tied_parameters is None else tied_parameters)
-    devices = resolve_device_map(device_map, tensors, modules_by_path(model))
+    check_map(wishes.device_map, tensors, modules_by_path(model), must_exist=wishes.must_exist)
     if checkpoint is None:
-        sources, dtype = _own_weights(tensors)
+        sources, dtype = _own_weights(tensors, may_be_empty=is_hypothetical)
+        dtype = (hf.config_dtype(model) or dtype) if is_hypothetical else dtype
         resolved, class_dtypes = config.resolved(dtype), None  # a real model has the dtypes it was given
+        if is_hypothetical:
+            class_dtypes = hf.class_dtypes(model, resolved.landing_dtype)
     else:
         resolved = config.resolved(checkpoint.dominant_dtype)
         class_dtypes = hf.class_dtypes(model, resolved.landing_dtype)
@@ -89,7 +102,123 @@ def plan_load(
         layers = layers_recorded(model, record.layers, quantizable)
     else:
         layers = layers_to_quantize(model, resolved, tensors, quantizable)
-    return make_plan(model, resolved, tensors, layers, sources, devices, class_dtypes)
+    planned = formatted_tensors(model, resolved, tensors, layers, sources, class_dtypes)
+    return _placed(planned, layers, resolved, place_units(model, planned, wishes), wishes)
+
+
+def _placed(
+    tensors: Sequence[PlannedTensor],
+    layers: Mapping[str, nn.Module],
+    config: BnbQuantizationConfig,
+    placement: Placement,
+    wishes: Wishes,
+) -> Plan:
+    is_mixed = any(placed.device.type == "cuda" for placed in placement.units)
+    made = place_tensors(tensors, placement.units, is_mixed=is_mixed)
+    if is_mixed:  # the CPU computes in float32, without bitsandbytes
+        on_cpu = {name for planned in made if planned.device == CPU for name in planned.tensor.names}
+        layers = {path: layer for path, layer in layers.items() if f"{path}.weight".lstrip(".") not in on_cpu}
+    accounts = accounts_of(
+        made,
+        placement.units,
+        placement.budgets,
+        slots=wishes.offload.slots,
+        reserve=wishes.reserve,
+        host_ring=wishes.host_ring,
+    )
+    check_accounts(accounts)
+    return Plan(tuple(made), layers, placement.device_map, config, placement.devices, placement.units, accounts)
+
+
+def plan_device_map(
+    model: nn.Module,
+    bnb_quantization_config: Any,
+    weights_location: WeightsLocation | None = None,
+    device_map: DeviceMap = "auto",
+    no_split_module_classes: Sequence[str] | None = None,
+    max_memory: Mapping[Device, int | str] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    *,
+    offload: OffloadConfig | None = None,
+    key_mapping: KeyMapping | None = None,
+    tied_parameters: Sequence[tuple[str, str]] | None = None,
+    quantizable: Sequence[type[nn.Linear]] = (),
+) -> Plan:
+    """Plan a load without loading: where every tensor would go, and what it would take of each place, to the byte.
+
+    Args:
+        model: empty or real; never changed.
+        bnb_quantization_config: as `load_and_quantize_model` takes it.
+        weights_location: the checkpoint; None plans from the model alone, as if a checkpoint held all that it has.
+        device_map, no_split_module_classes, max_memory, offload_folder, offload, key_mapping, tied_parameters,
+            quantizable: as `load_and_quantize_model` takes them. Devices that this machine does not have may be named.
+
+    Returns:
+        The plan, whose `accounts`, `device_map`, `units` and `streamed_bytes` say what it comes to; printed it is a
+        table.
+
+    Raises:
+        ConfigError, CheckpointError, PlacementError: as `load_and_quantize_model` raises them.
+    """
+    given = None if bnb_quantization_config is None else as_config(bnb_quantization_config)
+    checkpoint = None if weights_location is None else open_checkpoint(weights_location)
+    config = config_for(given, checkpoint)
+    wishes = wishes_for(
+        config,
+        device_map,
+        no_split_module_classes,
+        max_memory,
+        offload_folder,
+        offload,
+        must_exist=False,
+    )
+    with torch.inference_mode(False), torch.no_grad(), walked_once(model):
+        return plan_load(
+            model,
+            config,
+            checkpoint,
+            wishes,
+            key_mapping=key_mapping,
+            tied_parameters=tied_parameters,
+            quantizable=quantizable,
+            is_hypothetical=True,
+        )
+
+
+def wishes_for(
+    config: BnbQuantizationConfig,
+    device_map: DeviceMap,
+    no_split_module_classes: Sequence[str] | None = None,
+    max_memory: Mapping[Device, int | str] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    offload: OffloadConfig | None = None,
+    *,
+    must_exist: bool = True,
+) -> Wishes:
+    """Gather what a caller said of places.
+
+    Raises:
+        ConfigError: `offload` or `no_split_module_classes` is not what it should be.
+        PlacementError: `max_memory` is not.
+    """
+    if isinstance(no_split_module_classes, str) or not all(
+        isinstance(name, str) for name in no_split_module_classes or ()
+    ):
+        raise ConfigError(
+            f"no_split_module_classes must be a list of names of classes, but it is {no_split_module_classes!r}"
+        )
+    kept = as_offload_config(offload)
+    return Wishes(
+        device_map,
+        resolve_budgets(max_memory, must_exist=must_exist),
+        no_split_module_classes,
+        kept,
+        offload_folder,
+        fp32_on_cpu=config.llm_int8_enable_fp32_cpu_offload or kept.execute == "cpu",
+        reserve=max(kept.reserve_bytes, WINDOW_BYTES),
+        host_ring=ring_bytes(),
+        must_exist=must_exist,
+    )
 
 
 def _ties(model: Any, record: Record | None) -> list[tuple[str, str]]:
@@ -108,9 +237,11 @@ def _classes(model: nn.Module, record: Record) -> list[type[nn.Linear]]:
     return [cls for cls in classes if issubclass(cls, nn.Linear) and cls is not nn.Linear]
 
 
-def _own_weights(tensors: Sequence[ModelTensor]) -> tuple[Mapping[str, tuple[Source, ...]], torch.dtype]:
+def _own_weights(
+    tensors: Sequence[ModelTensor], *, may_be_empty: bool = False
+) -> tuple[Mapping[str, tuple[Source, ...]], torch.dtype]:
     empty = [tensor.name for tensor in tensors if tensor.value.is_meta]
-    if empty:
+    if empty and not may_be_empty:
         raise CheckpointError(
             f"weights_location is None, but {len(empty)} tensors of the model are on meta: {listed(empty)}; say where "
             "the weights are",

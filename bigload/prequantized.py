@@ -19,7 +19,7 @@ import torch
 
 from .config import BLOCKSIZES, STORAGES, BnbQuantizationConfig
 from .errors import CheckpointError, ConfigError, listed
-from .formats import NESTED_BLOCKSIZE, FourBit, Int8
+from .formats import NESTED_BLOCKSIZE, TABLES, FourBit, Int8
 from .stored import StoredTensor, read_whole
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(nf4|fp4)")
 _FOUR_BIT_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-# bitsandbytes' code tables, and how many values they have.
-TABLES = {"quant_map": 16, "nested_quant_map": 256}
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ class Reader(AbstractContextManager["Reader"]):
                 them is being copied.
         """
         self._extents, self._ring = extents, ring
+        self._last_of = {extent.file: index for index, extent in enumerate(extents)}
         self._ahead = max(1, ring.count - copied)
         self._reads = Reads(reader_threads())
         self._going: deque[tuple[Read, list[memoryview], int | None]] = deque()
@@ -50,7 +51,7 @@ class Reader(AbstractContextManager["Reader"]):
                 begun += 1
             read, memory, slot = self._going.popleft()
             self._finish(extent, read, memory)
-            if index + 1 == len(self._extents) or self._extents[index + 1].file != extent.file:
+            if self._last_of[extent.file] == index:
                 self._reads.close(extent.file)
             yield extent, slot, None if slot is None else self._ring.slots[slot][: extent.nbytes]
 

@@ -8,6 +8,7 @@ worked on it; nothing else holds the readers back, and no memory is queued witho
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -56,7 +57,7 @@ def deliver(deliveries: Sequence[Delivery], *, on_bytes: Callable[[int], object]
     with take_ring(pinned=any(device.type == "cuda" for device in devices)) as ring:
         ways = {device: _way(device) for device in devices}
         copies = any(way.copies for way in ways.values())
-        reader = Reader(cut(deliveries, ring.slot_bytes), ring, copied=_COPIED if copies else 0)
+        reader = Reader(_in_turns(cut(deliveries, ring.slot_bytes)), ring, copied=_COPIED if copies else 0)
         steps = _steps(reader, ways, on_bytes)
         ahead = _Ahead(steps) if copies else None
         try:
@@ -74,6 +75,15 @@ def deliver(deliveries: Sequence[Delivery], *, on_bytes: Callable[[int], object]
             # A second Ctrl-C stops the waiting for threads and copies: then the ring is theirs, and not kept.
             is_done = reader.is_done and (ahead is None or ahead.is_done)
             ring.is_quiet = is_done and all(way.is_done for way in ways.values())
+
+
+def _in_turns(extents: Sequence[Extent]) -> list[Extent]:
+    """Let devices take turns, each in the order of its extents: each has a link of its own, and all are to be busy."""
+    by_device: dict[torch.device, list[Extent]] = defaultdict(list)
+    for extent in extents:
+        by_device[extent.device].append(extent)
+    rounds = itertools.zip_longest(*by_device.values())
+    return [extent for turn in rounds for extent in turn if extent is not None]
 
 
 def _steps(reader: Reader, ways: dict[torch.device, _Way], on_bytes: Callable[[int], object]) -> Iterator[_Step]:
@@ -222,9 +232,10 @@ class _Lane(_Way):
             yield partial(self._arrive, at_home, copied)
 
     def _arrive(self, at_home: Sequence[Part], copied: torch.cuda.Event) -> None:
-        self._default.wait_event(copied)  # what is done with a tensor that is whole is done there
-        for part in at_home:
-            part.delivery.arrived(part.count)
+        with torch.cuda.device(self._device):
+            self._default.wait_event(copied)  # what is done with a tensor that is whole is done there
+            for part in at_home:
+                part.delivery.arrived(part.count)
 
     def _gather(self, part: Part, values: torch.Tensor) -> Iterator[_Step]:
         """Copy a piece's bytes into the place of its tensor, and what does not fit there into the next."""
@@ -257,11 +268,12 @@ class _Lane(_Way):
         return place
 
     def _hand_over(self, delivery: Delivery, place: _Place, begin: int) -> None:
-        self._default.wait_event(place.copied)
-        values = place.memory[: place.gathered].view(delivery.tensor.dtype)
-        delivery.take(values, begin)
-        delivery.arrived(len(values))
-        place.worked.record(self._default)
+        with torch.cuda.device(self._device):  # the caller's may be another
+            self._default.wait_event(place.copied)
+            values = place.memory[: place.gathered].view(delivery.tensor.dtype)
+            delivery.take(values, begin)
+            delivery.arrived(len(values))
+            place.worked.record(self._default)
         place.gathered = 0
         self._free.put(place)
 

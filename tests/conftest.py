@@ -23,3 +23,17 @@ def seeded():
 def quiet_bitsandbytes():
     """It warns at every int8 forward of another dtype than float16."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """Imagine two GPUs, the second being the current one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)

@@ -88,6 +88,33 @@ class Layers(nn.Module):
         return self.head(self.odd(torch.relu(self.proj(self.norm(self.c_proj(x))))))
 
 
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1 = nn.Linear(64, 128)
+        self.norm = nn.LayerNorm(128)
+        self.fc2 = nn.Linear(128, 64, bias=False)
+
+
+class Blocks(nn.Module):
+    """Two blocks between an embedding and a head, and three buffers of the model's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(10, 64)
+        self.layers = nn.ModuleList([Pair(), Pair()])
+        self.register_buffer("positions", torch.arange(7))
+        self.register_buffer("scale", torch.ones(3, dtype=torch.float64))
+        self.register_buffer("running_mean", torch.ones(5))
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = x + layer.fc2(layer.norm(layer.fc1(x)))
+        return self.head(x)
+
+
 class Attended(nn.Module):
     """Holds nn.MultiheadAttention, whose out_proj is a subclass of Linear that it reads past its forward."""
 

@@ -23,9 +23,10 @@ def tensors_of_4bit(weight, fmt):
         quant_type=fmt.quant_type,
         quant_storage=fmt.quant_storage,
     )
-    tensors = {"weight": packed, "absmax": state.absmax}
+    tensors = {"weight": packed, "absmax": state.absmax, "quant_map": state.code}
     if fmt.double_quant:
         tensors |= {"nested_absmax": state.state2.absmax, "nested_offset": state.offset}
+        tensors["nested_quant_map"] = state.state2.code
     return tensors
 
 

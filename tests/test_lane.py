@@ -4,6 +4,7 @@ What the events are for shows only on a GPU (test_races.py); that each stands wh
 """
 
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -53,6 +54,7 @@ def log(monkeypatch):
     default = Stream("default", log)
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: default)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("copies", log))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: log.append(("set", stream.name)))
     monkeypatch.setattr(transfer, "_event", lambda: Event(log))
     monkeypatch.setattr(transfer, "_way", lambda device: transfer._Lane(device))
@@ -174,3 +176,17 @@ def test_copies_are_asked_for_by_a_thread_of_their_own_and_what_came_is_worked_o
     delivered(stored, log, taken=("big", "half"))
     assert threads["take"] == threads["arrived"] == {threading.get_ident()}
     assert threads["set"].isdisjoint(threads["take"])
+
+
+def test_devices_take_turns_and_each_keeps_its_order(tmp_path):
+    tensors = {f"t{n}": torch.zeros(64, dtype=torch.uint8) for n in range(9)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    places = [torch.device("cuda", int(n > 4)) for n in range(9)]
+    ways = [Delivery(checkpoint.tensors[f"t{n}"], device, lambda piece, begin: None) for n, device in enumerate(places)]
+    extents = transfer._in_turns(transfer.cut(ways, 64))
+    assert [extent.device.index for extent in extents] == [0, 1, 0, 1, 0, 1, 0, 1, 0]
+    for index in (0, 1):
+        offsets = [extent.offset for extent in extents if extent.device.index == index]
+        assert offsets == sorted(offsets)
+    assert sum(extent.nbytes for extent in extents) == 9 * 64

@@ -384,16 +384,15 @@ def test_planned_bytes_are_the_bytes_in_memory(tmp_path):
                 held[weight.SCB.data_ptr()] = weight.SCB
             if isinstance(weight, bnb.nn.Params4bit):
                 state = weight.quant_state
-                scales = [state.absmax, *([state.offset, state.state2.absmax] if state.nested else [])]
-                held |= {scale.data_ptr(): scale for scale in scales}
+                parts = [state.absmax, state.code]
+                parts += [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
+                held |= {part.data_ptr(): part for part in parts}
         assert model.load_report.nbytes == sum(tensor.nbytes for tensor in held.values())
 
 
-def test_offload_argument_is_refused_until_there_is_offloading(tmp_path):
-    from bigload import OffloadError
-
+def test_offload_that_is_no_config_of_it_is_refused(tmp_path):
     save_checkpoint(GPT(), tmp_path)
-    with pytest.raises(OffloadError, match="offload"):
+    with pytest.raises(ConfigError, match="OffloadConfig"):
         load_and_quantize_model(empty(GPT), "nf4", tmp_path, offload=object())
 
 

@@ -16,7 +16,8 @@ from bigload.formats import FourBit, Plain
 from bigload.keys import Source
 from bigload.modules import ModelTensor
 from bigload.pipeline import execute
-from bigload.placement import Plan, PlannedTensor
+from bigload.placement import PlannedTensor
+from bigload.plan import Plan
 from bigload.stores import DeviceStore
 
 CONFIG = BnbQuantizationConfig.from_mode("nf4").resolved(torch.float32)

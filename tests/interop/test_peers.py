@@ -37,9 +37,8 @@ from bigload import (
     QuantizationError,
     init_empty_weights,
     load_and_quantize_model,
+    plan_device_map,
 )
-from bigload.modules import tensors_of
-from bigload.placement import resolve_device_map
 
 
 def accelerates(**fields):
@@ -241,12 +240,12 @@ def test_gpu_of_the_map_is_the_one_used(tmp_path, monkeypatch):
         linear, linear.weight, "weight", torch.float16, tmp_path, {}, fp16_statistics=None
     )
     assert seen[0] == 0
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     model = emptied(GPT)
     for value in (3, "3", "cuda:3", torch.device("cuda", 3)):
         for device_map in ({"": value}, value):
-            found = resolve_device_map(device_map, tensors_of(model), {path for path, _ in model.named_modules()})
-            assert found == {"": torch.device("cuda", 3)}
+            plan = plan_device_map(model, "int8", device_map=device_map)
+            assert plan.execution_map == {"": torch.device("cuda", 3)}
+            assert set(plan.device_bytes) == {torch.device("cuda", 3)}
 
 
 def test_gpu_that_does_not_exist_is_refused_by_name(weights_location, monkeypatch):

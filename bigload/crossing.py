@@ -1,0 +1,178 @@
+"""A model whose parts compute on several devices: what goes into a part is brought to its device.
+
+A hook on each part, not on each leaf: what is there already costs a comparison. Activations move where the device
+changes. What every part is given by name, a mask or position embeddings, moves once per device and forward.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+# Where the hooks of a model are kept, on the model itself.
+_KEPT_AS = "_bigload_crossings"
+
+
+class Crossings:
+    """The hooks of a model."""
+
+    def __init__(self) -> None:
+        self._handles: list[Any] = []
+        self._memo = _Memo()
+
+    def add(self, model: nn.Module, devices: Mapping[str, torch.device]) -> None:
+        """Hook the parts of a model, and the model itself."""
+        skipped = _skipped(model)
+        for path, device in devices.items():
+            part = model.get_submodule(path)
+            hook = _Entering(device, self._memo, skipped | _skipped(part))
+            self._handles.append(part.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
+        ends = _Ends(self._memo)
+        self._handles.append(model.register_forward_pre_hook(ends.begin, prepend=True, with_kwargs=True))
+        self._handles.append(model.register_forward_hook(ends.end, with_kwargs=True, always_call=True))
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def connect(model: nn.Module, devices: Mapping[str, torch.device]) -> Crossings:
+    """Let each part of a model find what it is given on its own device, and the caller what comes out on theirs.
+
+    Args:
+        model: its weights are where `devices` says; hooks that it has from an earlier call are taken off.
+        devices: path of a part -> the device that computes it.
+
+    Returns:
+        The hooks: none, where all is on one device.
+    """
+    before = model.__dict__.pop(_KEPT_AS, None)
+    if isinstance(before, Crossings):
+        before.remove()
+    crossings = Crossings()
+    if len(set(devices.values())) > 1:
+        modules = dict(model.named_modules(remove_duplicate=False))
+        crossings.add(model, {path: device for path, device in devices.items() if path in modules})
+        model.__dict__[_KEPT_AS] = crossings
+    return crossings
+
+
+class _Memo(threading.local):
+    """What has been moved by name in this thread's forward: by the tensor's identity and the device."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.moved: dict[tuple[int, torch.device], tuple[torch.Tensor, int, torch.Tensor]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Memo:
+        return _Memo()
+
+    def __reduce__(self) -> tuple[type[_Memo], tuple[()]]:
+        return _Memo, ()
+
+    def get(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Give a tensor on a device, moved once for as long as it is not changed in place."""
+        key, version = (id(tensor), device), _version(tensor)
+        known = self.moved.get(key)
+        if known is None or known[1] != version:
+            # The tensor itself is kept, so that no other gets its id.
+            known = self.moved[key] = tensor, version, _moved(tensor, device)
+        return known[2]
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class _Entering:
+    """A hook that brings what a part is given to its device."""
+
+    def __init__(self, device: torch.device, memo: _Memo, skipped: Collection[str]) -> None:
+        self._device, self._memo, self._skipped = device, memo, frozenset(skipped)
+
+    def __call__(self, part: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        device, skipped = self._device, self._skipped
+        if all(_is_there(value, device) for value in args) and all(
+            name in skipped or _is_there(value, device) for name, value in kwargs.items()
+        ):
+            return None
+        # By position come the activations, which are new for each part: they are not kept.
+        args = tuple(_brought(value, lambda tensor: _moved(tensor, device)) for value in args)
+        kept = self._memo.get if self._memo.depth else _moved
+        named = {
+            name: value if name in skipped else _brought(value, lambda tensor: kept(tensor, device))
+            for name, value in kwargs.items()
+        }
+        return args, named
+
+
+class _Ends:
+    """Hooks on the model: what was moved by name is kept for one forward, and what comes out goes where input was."""
+
+    def __init__(self, memo: _Memo) -> None:
+        self._memo = memo
+
+    def begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._memo.depth += 1
+
+    def end(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        self._memo.depth -= 1
+        if self._memo.depth <= 0:
+            self._memo.depth = 0
+            self._memo.moved.clear()
+        first = next(_tensors((args, kwargs)), None)
+        if first is None or output is None:
+            return None
+        return _brought(output, lambda tensor: _moved(tensor, first.device))
+
+
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Bring a tensor to a device; gradients come back the same way."""
+    if tensor.device == device:
+        return tensor
+    return tensor.to(device, non_blocking=device.type != "cpu")  # to the CPU it would be read before it is there
+
+
+def _skipped(module: nn.Module) -> set[str]:
+    """Give the names of arguments that a module says must be left where they are: caches."""
+    names = getattr(module, "_skip_keys_device_placement", None)
+    return {names} if isinstance(names, str) else set(names or ())
+
+
+def _is_there(value: Any, device: torch.device) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.device == device
+    if isinstance(value, (list, tuple)):
+        return all(_is_there(inner, device) for inner in value)
+    return not isinstance(value, dict) or all(_is_there(inner, device) for inner in value.values())
+
+
+def _brought(value: Any, move: Any) -> Any:
+    """Move the tensors in tuples, lists and dicts; other objects, caches for instance, stay as they are."""
+    if isinstance(value, torch.Tensor):
+        return move(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_brought(inner, move) for inner in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(_brought(inner, move) for inner in value)
+    if isinstance(value, dict):
+        made = {key: _brought(inner, move) for key, inner in value.items()}
+        return made if type(value) is dict else type(value)(made)  # as transformers' outputs are made
+    return value
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _tensors(inner)
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _tensors(inner)

@@ -1,0 +1,202 @@
+"""Models whose parts compute on several devices; here the second is "meta", and what is moved is written down."""
+
+import copy
+import threading
+from typing import NamedTuple
+
+import pytest
+import torch
+from models import GPT, llama
+from torch import nn
+
+from bigload import crossing
+from bigload.crossing import connect
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+@pytest.fixture
+def moves(monkeypatch):
+    """Give a list of what was moved: the tensor and its device."""
+    found = []
+
+    def moved(tensor, device):
+        if tensor.device == device:
+            return tensor
+        found.append((tensor, device))
+        return torch.zeros_like(tensor, device=device)  # from meta there is nothing to copy
+
+    monkeypatch.setattr(crossing, "_moved", moved)
+    return found
+
+
+class Cache:
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+class Point(NamedTuple):
+    x: torch.Tensor
+    y: int
+
+
+class Part(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.given = None
+
+    def forward(self, x, mask=None, cache=None, **others):
+        self.given = (mask, cache, others)
+        return self.fc(x)
+
+
+class Stack(nn.Module):
+    def __init__(self, count=6):
+        super().__init__()
+        self.parts = nn.ModuleList(Part() for _ in range(count))
+        self.fails = False
+
+    def forward(self, x, mask=None, **others):
+        for part in self.parts:
+            x = part(x, mask=mask, **others)
+            if self.fails:
+                raise ValueError("on the way")
+        return {"x": x}
+
+
+def stack(places="001122"):
+    """Make a stack whose parts are on the CPU where their digit is even, and on meta where it is odd."""
+    model = Stack(len(places))
+    devices = {f"parts.{n}": META if int(place) % 2 else CPU for n, place in enumerate(places)}
+    for path, device in devices.items():
+        model.get_submodule(path).to(device)
+    return model, devices
+
+
+def test_activations_move_where_the_device_changes(moves):
+    model, devices = stack("000111")
+    connect(model, devices)
+    out = model(torch.ones(2, 4))
+    assert [(tuple(tensor.shape), device) for tensor, device in moves] == [((2, 4), META), ((2, 4), CPU)]
+    assert out["x"].device == CPU  # where the input was
+
+
+def test_what_parts_share_moves_once_for_each_forward(moves):
+    model, devices = stack("0101011")
+    connect(model, devices)
+    mask = torch.ones(3)
+    for _ in range(2):
+        moves.clear()
+        model(torch.ones(2, 4), mask=mask)
+        assert sum(tensor is mask for tensor, _ in moves) == 1
+        assert all(part.given[0].device == device for part, device in zip(model.parts, devices.values(), strict=True))
+
+
+def test_a_mask_that_is_changed_on_the_way_moves_again(moves):
+    model, devices = stack("0101")
+    connect(model, devices)
+    mask = torch.ones(3)
+    model.parts[2].register_forward_hook(lambda *given: (mask.add_(1), None)[1])
+    model(torch.ones(2, 4), mask=mask)
+    assert sum(tensor is mask for tensor, _ in moves) == 2
+
+
+def test_nested_arguments_move_and_other_objects_stay(moves):
+    model, devices = stack("01")
+    connect(model, devices)
+    cache, pair = Cache(torch.ones(1)), (torch.ones(2), [torch.ones(3)])
+    model(torch.ones(2, 4), cache=cache, pair=pair, point=Point(torch.ones(1), 5), table={"a": torch.ones(1)}, n=3)
+    _, given, others = model.parts[1].given
+    assert given is cache
+    assert cache.tensor.device == CPU
+    assert [others["pair"][0].device, others["pair"][1][0].device] == [META, META]
+    assert isinstance(others["pair"][1], list)
+    assert isinstance(others["point"], Point)
+    assert (others["point"].x.device, others["point"].y, others["table"]["a"].device, others["n"]) == (META, 5, META, 3)
+
+
+@pytest.mark.parametrize("names", ["held", ["held", "more"]], ids=repr)
+def test_what_a_module_says_is_left_alone_is(moves, names):
+    model, devices = stack("01")
+    model._skip_keys_device_placement = names
+    connect(model, devices)
+    model(torch.ones(2, 4), held=torch.ones(1), other=torch.ones(1))
+    assert {name: value.device for name, value in model.parts[1].given[2].items()} == {"held": CPU, "other": META}
+
+
+def test_nothing_is_kept_after_a_forward_that_ended_or_failed(moves):
+    model, devices = stack("01")
+    memo = connect(model, devices)._memo
+    model(torch.ones(2, 4), mask=torch.ones(3))
+    assert (memo.depth, memo.moved) == (0, {})
+    model.fails = True
+    with pytest.raises(ValueError, match="on the way"):
+        model(torch.ones(2, 4), mask=torch.ones(3))
+    assert (memo.depth, memo.moved) == (0, {})
+
+
+def test_one_device_needs_no_hooks():
+    model, devices = stack("0000")
+    handles = connect(model, devices)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert not handles._handles
+
+
+def test_hooks_are_put_on_once_and_come_off(moves):
+    model, devices = stack("01")
+    connect(model, devices)
+    handles = connect(model, devices)
+    assert len(model.parts[0]._forward_pre_hooks) == 1
+    handles.remove()
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_copies_of_a_model_are_hooked_for_themselves(moves):
+    model, devices = stack("01")
+    connect(model, devices)
+    twin = copy.deepcopy(model)
+    twin(torch.ones(2, 4), mask=torch.ones(3))
+    assert len(moves) == 3
+    assert twin.__dict__["_bigload_crossings"]._memo is not model.__dict__["_bigload_crossings"]._memo
+
+
+def test_threads_do_not_share_what_they_moved(moves):
+    model, devices = stack("0101")
+    connect(model, devices)
+    masks = [torch.ones(3) for _ in range(4)]
+    threads = [threading.Thread(target=lambda m=mask: model(torch.ones(2, 4), mask=m)) for mask in masks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(sum(tensor is mask for tensor, _ in moves) == 1 for mask in masks)
+
+
+def test_inference_tensors_have_no_version_and_move_all_the_same(moves):
+    model, devices = stack("0101")
+    connect(model, devices)
+    with torch.inference_mode():
+        mask = torch.ones(3)
+        model(torch.ones(2, 4), mask=mask)
+    assert sum(tensor is mask for tensor, _ in moves) == 1
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.cuda
+@pytest.mark.parametrize("build", [lambda: GPT(layers=4), lambda: llama(tied=False, num_hidden_layers=4)])
+def test_model_on_two_gpus_gives_the_bits_and_gradients_of_one(build, tmp_path):
+    from models import empty, save_checkpoint
+
+    from bigload import load_and_quantize_model
+
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    folder, tokens = save_checkpoint(build().bfloat16(), tmp_path), torch.arange(12, device="cuda:0").view(2, 6)
+    logits = []
+    for options in ({"device_map": 0}, {"device_map": "balanced", "max_memory": {0: "1GiB", 1: "1GiB"}}):
+        model = load_and_quantize_model(empty(build), "nf4", folder, **options).eval()
+        made = model(tokens)
+        logits.append(getattr(made, "logits", made).detach().cpu())
+    assert len(set(model.hf_device_map.values())) == 2
+    assert torch.equal(*logits)

@@ -1,0 +1,272 @@
+"""From device maps in every spelling, and budgets, to places."""
+
+import pytest
+import torch
+from models import GPT, Blocks, empty, llama, save_checkpoint
+from torch import nn
+
+from bigload import OffloadConfig, load_and_quantize_model, plan_device_map
+from bigload.errors import ConfigError, PlacementError
+from bigload.modules import tensors_of
+from bigload.places import check_map, resolve_budgets
+
+CPU, GPU, OTHER = torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1)
+
+
+def resolve(model, device_map):
+    """Plan with a map for this machine's devices."""
+    check_map(device_map, tensors_of(model), {path for path, _ in model.named_modules()})
+    return dict(plan_device_map(model, "nf4", device_map=device_map).device_map)
+
+
+@pytest.mark.parametrize("device_map", ["cpu", torch.device("cpu"), {"": "cpu"}, {"": torch.device("cpu")}], ids=repr)
+def test_one_device_takes_the_whole_model(device_map):
+    assert resolve(Blocks(), device_map) == {"": CPU}
+
+
+@pytest.mark.parametrize("device_map", [0, "0", "cuda:0", {"": 0}, {"": "cuda:0"}], ids=repr)
+def test_one_gpu_takes_the_whole_model(two_gpus, device_map):
+    assert resolve(Blocks(), device_map) == {"": torch.device("cuda", 0)}
+
+
+def test_map_may_name_modules_lists_of_modules_and_single_tensors():
+    device_map = dict.fromkeys(["embed", "layers", "head.weight", "head.bias", "positions", "scale"], "cpu")
+    device_map["running_mean"] = CPU
+    assert resolve(Blocks(), device_map) == dict.fromkeys(device_map, CPU)
+
+
+def test_callers_map_is_not_changed(two_gpus):
+    device_map = {"": "cuda", "layers.1": 1}
+    resolve(Blocks(), device_map)
+    assert device_map == {"": "cuda", "layers.1": 1}
+
+
+def test_unknown_blocks_are_refused_and_all_named():
+    with pytest.raises(PlacementError, match=r"'layers\.2', 'heads'"):
+        resolve(Blocks(), {"": "cpu", "layers.2": "cpu", "heads": "cpu"})
+
+
+def test_part_of_a_component_is_an_unknown_block():
+    with pytest.raises(PlacementError, match="'lay'"):
+        resolve(Blocks(), {"": "cpu", "lay": "cpu"})
+
+
+def test_tensors_left_out_are_refused_and_all_named():
+    with pytest.raises(PlacementError, match="leaves out") as caught:
+        resolve(Blocks(), {"layers": "cpu", "embed": "cpu", "head.bias": "cpu"})
+    assert all(repr(name) in str(caught.value) for name in ("positions", "scale", "running_mean", "head.weight"))
+    assert "'head.bias'" not in str(caught.value)
+
+
+def test_empty_map_leaves_everything_out():
+    with pytest.raises(PlacementError, match="leaves out"):
+        resolve(Blocks(), {})
+
+
+def test_device_that_does_not_exist_is_refused_inside_a_map(no_gpu):
+    with pytest.raises(PlacementError, match="'cuda:3' does not exist"):
+        resolve(Blocks(), {"": "cpu", "head": 3})
+
+
+def test_one_gpu_in_several_spellings_is_one_gpu(two_gpus):
+    gpu = torch.device("cuda", 1)
+    assert resolve(Blocks(), {"": 1, "head": "cuda", "embed": "cuda:1"}) == {"": gpu, "head": gpu, "embed": gpu}
+
+
+@pytest.mark.parametrize("device_map", ["everywhere", 1.5, ["cpu"], {"": "everywhere"}, {"": None}], ids=repr)
+def test_what_is_no_map_is_refused(device_map):
+    with pytest.raises(PlacementError, match="is not a device"):
+        resolve(Blocks(), device_map)
+
+
+def test_budgets_are_read_in_every_spelling(two_gpus):
+    budgets = resolve_budgets({0: "1GiB", "cuda:1": 5, "cpu": "2KB", "disk": "1TB"})
+    assert budgets == {torch.device("cuda", 0): 2**30, torch.device("cuda", 1): 5, CPU: 2000, "disk": 10**12}
+
+
+@pytest.mark.parametrize("max_memory", [None, {}])
+def test_no_budgets_bound_nothing(max_memory):
+    assert resolve_budgets(max_memory) == {}
+
+
+@pytest.mark.parametrize("max_memory", [{"cpu": "lots"}, {"disk": "lots"}, {"cpu": -1}, {0: 1}, {"gpu": 1}], ids=repr)
+def test_budget_without_a_size_or_a_device_is_refused(no_gpu, max_memory):
+    with pytest.raises(PlacementError, match=r"max_memory|device"):
+        resolve_budgets(max_memory)
+
+
+# Several places.
+
+
+@pytest.fixture
+def small_parts_stream(monkeypatch):
+    """Let tensors of a few KB leave a device, as those of a real model do."""
+    monkeypatch.setattr("bigload.units.RESIDENT_BYTES", 2000)
+
+
+def planned(build, device_map="auto", mode="nf4", **options):
+    return plan_device_map(empty(build), mode, device_map=device_map, **options)
+
+
+def test_offloaded_blocks_are_computed_on_the_gpu(small_parts_stream):
+    plan = planned(GPT, {"": 0, "transformer.h.1": "cpu"})
+    assert plan.device_map == {"": GPU, "transformer.h.1": CPU}
+    assert plan.execution_map == {"": GPU}
+    (block,) = plan.offloaded
+    assert (block.unit.name, block.device, block.home) == ("transformer.h.1", GPU, CPU)
+    away = {entry.tensor.name for entry in plan.tensors if entry.home == CPU}
+    assert away == {f"transformer.h.1.{n}.weight" for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+    gpu, cpu = plan.accounts
+    assert gpu.ring == 2 * plan.streamed_bytes == 2 * cpu.weights + 2 * cpu.quant_state
+    assert gpu.reserve > 0
+    assert cpu.ring > 0
+
+
+def test_with_fp32_on_the_cpu_its_blocks_are_computed_there(small_parts_stream):
+    config = {"load_in_8bit": True, "llm_int8_enable_fp32_cpu_offload": True, "torch_dtype": "bf16"}
+    plan = planned(GPT, {"": 0, "transformer.h.1": "cpu"}, config)
+    assert plan.execution_map["transformer.h.1"] == CPU
+    assert plan.execution_map["transformer.h.0"] == GPU
+    assert not plan.offloaded
+    assert plan.streamed_bytes == 0
+    there = [entry for entry in plan.tensors if entry.device == CPU]
+    assert {str(entry.format) for entry in there} == {"Plain(dtype=torch.float32)"}
+    assert not any(path.startswith("transformer.h.1") for path in plan.layers)
+    assert any(path.startswith("transformer.h.0") for path in plan.layers)
+
+
+def test_a_map_without_a_gpu_computes_on_the_cpu(small_parts_stream):
+    plan = planned(GPT, {"": "cpu", "transformer.h.0": "disk"})
+    assert plan.execution_map == {"": CPU}
+    assert [placed.home for placed in plan.offloaded] == ["disk"]
+    assert [str(account.place) for account in plan.accounts] == ["cpu", "disk"]
+
+
+def test_whole_model_on_the_cpu_beside_nothing_else_is_not_offloaded():
+    plan = planned(GPT, "cpu")
+    assert not plan.offloaded
+    assert plan.execution_map == {"": CPU}
+
+
+def test_two_gpus_each_compute_what_they_hold():
+    plan = planned(lambda: GPT(layers=4), max_memory={0: "1GiB", 1: "1GiB"})
+    assert {device for path, device in plan.execution_map.items() if path.startswith("transformer.h")} == {GPU, OTHER}
+    assert plan.execution_map["transformer.wte"] == GPU
+    assert plan.execution_map["lm_head"] == OTHER
+
+
+def test_tied_weights_lie_on_one_device():
+    plan = planned(lambda: GPT(layers=4, tied=True), max_memory={0: "1GiB", 1: "1GiB"})
+    assert plan.execution_map["transformer.wte"] == plan.execution_map["lm_head"]
+    with pytest.raises(PlacementError, match=r"shares a weight: 'transformer.wte', 'lm_head'"):
+        planned(lambda: GPT(tied=True), {"transformer": 0, "lm_head": 1})
+
+
+def test_block_is_not_divided():
+    with pytest.raises(PlacementError, match=r"divides the block 'transformer.h.0'.*one device must hold it whole"):
+        planned(GPT, {"": 0, "transformer.h.0.mlp": 1})
+    plan = planned(GPT, {"": 0, "transformer.h.0.mlp": 1}, no_split_module_classes=["Attention"])
+    assert plan.execution_map["transformer.h.0.mlp"] == OTHER
+
+
+class Reading(nn.Module):
+    """Reads a child's weight past the child's forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(64, 64, bias=False)
+        self.other = nn.Linear(64, 64, bias=False)
+
+    def forward(self, x):
+        return self.other(x @ self.inner.weight)
+
+
+def test_owner_that_reads_a_childs_weight_is_not_divided_and_what_it_reads_stays(small_parts_stream):
+    model = nn.Sequential(nn.Linear(64, 64), Reading(), nn.Linear(64, 64))
+    with pytest.raises(PlacementError, match="one device must hold it whole"):
+        plan_device_map(model, "nf4", device_map={"": 0, "1.inner": 1})
+    plan = plan_device_map(model, "nf4", device_map={"": 0, "1": "cpu"})
+    assert [entry.tensor.name for entry in plan.tensors if entry.home == CPU] == ["1.other.weight"]
+
+
+def test_blocks_are_those_that_the_model_names_else_those_it_repeats():
+    for build, names in (
+        (lambda: llama(tied=False), ["model.layers.0", "model.layers.1"]),
+        (Blocks, ["layers.0", "layers.1"]),
+    ):
+        plan = planned(build, "cpu")
+        assert [placed.unit.name for placed in plan.units if placed.unit.is_block] == names
+
+
+def test_buffers_that_blocks_share_are_on_the_first_gpu():
+    plan = planned(lambda: llama(tied=False, num_hidden_layers=6), max_memory={0: "1GiB", 1: "1GiB"})
+    assert plan.execution_map["model.rotary_emb"] == GPU
+    assert plan.execution_map["model.norm"] == OTHER
+
+
+def test_what_fits_is_not_spread_beyond_the_gpus_that_are_named():
+    plan = planned(GPT, max_memory={1: "1GiB"})
+    assert plan.execution_map == {"": OTHER}
+    assert planned(GPT, max_memory={"cpu": "1GiB"}).execution_map == {"": CPU}
+
+
+def test_disk_is_used_only_where_a_folder_is_given(small_parts_stream, tmp_path, monkeypatch):
+    monkeypatch.setenv("BIGLOAD_RING_BYTES", "1KiB")
+    build = lambda: GPT(layers=6)  # noqa: E731
+    whole = planned(build, 0).accounts[0]
+    budgets = {0: whole.needed - 20_000, "cpu": 20_000}
+    with pytest.raises(PlacementError, match="offload_folder"):
+        planned(build, max_memory=budgets)
+    plan = planned(build, max_memory=budgets, offload_folder=tmp_path)
+    assert {placed.home for placed in plan.offloaded} == {CPU, "disk"}
+    for account in plan.accounts:
+        assert account.free is None or account.free >= 0
+
+
+def test_what_does_not_fit_is_explained():
+    with pytest.raises(PlacementError) as caught:
+        planned(lambda: GPT(width=256, vocab=64), max_memory={0: "145MiB", "cpu": "1KiB"}, mode="int8")
+    text = str(caught.value)
+    assert "cuda:0" in text
+    assert "too little" in text
+    assert "nf4-dq" in text
+    assert "a budget" in text
+
+
+def test_block_larger_than_every_budget_is_named():
+    with pytest.raises(PlacementError, match=r"'transformer.h.0' alone needs .* on cuda:0"):
+        planned(lambda: GPT(width=1024, vocab=2), max_memory={0: "145MiB", "cpu": 0}, mode="int8")
+
+
+def test_device_named_twice_is_refused():
+    with pytest.raises(PlacementError, match="cuda:0 twice"):
+        resolve_budgets({0: 1, "cuda:0": 2}, must_exist=False)
+
+
+@pytest.mark.parametrize("classes", ["Block", [1]], ids=repr)
+def test_classes_that_are_no_list_of_names_are_refused(classes):
+    with pytest.raises(ConfigError, match="no_split_module_classes"):
+        planned(GPT, no_split_module_classes=classes)
+
+
+def test_a_load_of_what_is_offloaded_is_refused_until_it_can_run(tmp_path, two_gpus):
+    folder = save_checkpoint(GPT(), tmp_path)
+    with pytest.raises(PlacementError, match=r"'transformer.h.1'.*does not run it"):
+        load_and_quantize_model(empty(GPT), "nf4", folder, device_map={"": "cpu", "transformer.h.1": "disk"})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"execute": "tpu"}, {"slots": 0}, {"slots": True}, {"pin": 1}, {"reserve": "lots"}, {"reserve": -1}],
+    ids=repr,
+)
+def test_offload_config_that_means_nothing_is_refused(options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        OffloadConfig(**options)
+
+
+def test_reserve_is_kept_free():
+    plan = planned(GPT, 0, offload=OffloadConfig(reserve="1GiB"))
+    assert plan.accounts[0].reserve == 2**30
+    with pytest.raises(ConfigError, match="OffloadConfig"):
+        planned(GPT, offload={"reserve": 5})
