@@ -1,0 +1,171 @@
+"""Weights at rest in host memory: one piece for each group of layers that come to the device together."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+
+import torch
+
+from .formats import Part
+from .memory import show
+from .stores import DeviceStore, advise_huge_pages
+
+logger = logging.getLogger(__name__)
+
+# Where a part of a group may begin: what CUDA's kernels and copies like best.
+ALIGNMENT = 256
+
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every GPU
+
+
+class Layout:
+    """Where the parts of a group lie in one piece of memory, the same on the host and on the device.
+
+    Attributes:
+        parts: what they are, by name.
+        offsets: where they begin, in bytes.
+        nbytes: of the whole.
+    """
+
+    def __init__(self, parts: Mapping[str, Part]) -> None:
+        self.parts = dict(parts)
+        self.offsets: dict[str, int] = {}
+        self.nbytes = 0
+        for name, part in parts.items():
+            self.offsets[name] = aligned(self.nbytes)
+            self.nbytes = self.offsets[name] + part.nbytes
+
+    @torch.inference_mode(False)
+    def views(self, memory: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Give the parts as tensors in a piece of memory.
+
+        Args:
+            memory: (nbytes or more,), uint8.
+        """
+        return {
+            name: memory[self.offsets[name] : self.offsets[name] + part.nbytes].view(part.dtype).view(part.shape)
+            for name, part in self.parts.items()
+        }
+
+
+def aligned(nbytes: int) -> int:
+    """Round up to where the next part may begin."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def parts_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Part]:
+    """Describe tensors as parts."""
+    return {name: Part(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+class HostGroup:
+    """A group's parts in one piece of host memory of just their size, pinned if a GPU is to read it.
+
+    Attributes:
+        layout: where the parts lie.
+        tensors: the parts, by name: to be filled, and viewed by the model's tensors at rest.
+        is_pinned: the GPU reads it at the full speed of the link, while the host does something else.
+    """
+
+    @torch.inference_mode(False)
+    def __init__(self, parts: Mapping[str, Part], device: torch.device) -> None:
+        """Make room for parts.
+
+        Args:
+            parts: what they are, by name.
+            device: where they will be brought.
+        """
+        self.layout = Layout(parts)
+        self._unpin: Callable[[], object] | None = None
+        if device.type == "cuda":
+            mapping = _Mapping(-1, max(self.layout.nbytes, 1))
+            self._memory = _touched(mapping)[: self.layout.nbytes]
+            self._unpin = _pin(mapping, self._memory, device)
+        else:
+            self._memory = DeviceStore(torch.device("cpu")).allocate((self.layout.nbytes,), torch.uint8)
+        self.is_pinned = self._unpin is not None
+        self.tensors = self.layout.views(self._memory)
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor], device: torch.device) -> HostGroup:
+        """Copy tensors into host memory."""
+        group = cls(parts_of(tensors), device)
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                group.tensors[name].copy_(tensor)
+        return group
+
+    @property
+    def source(self) -> torch.Tensor:
+        """The bytes to bring to the device, (layout.nbytes,), uint8."""
+        return self._memory
+
+    def release(self) -> None:
+        """Let go of the memory: unpinned now, freed when nobody views it any more."""
+        if self._unpin is not None:
+            self._unpin()
+        self.is_pinned = False
+        self.tensors = {}
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+
+class _Mapping(mmap.mmap):
+    """Memory of just the size that is asked for: torch's own pinned memory is rounded up to a power of two."""
+
+
+def _touched(mapping: _Mapping) -> torch.Tensor:
+    memory = torch.frombuffer(mapping, dtype=torch.uint8)  # which keeps the mapping
+    advise_huge_pages(memory)
+    return memory.zero_()  # on all cores; pinning would touch the pages on one
+
+
+def _pin(mapping: _Mapping, memory: torch.Tensor, device: torch.device) -> Callable[[], object] | None:
+    """Pin the memory of a mapping.
+
+    Args:
+        mapping: before it is unmapped, when nobody views it any more, it is unpinned.
+        memory: (n,), uint8, in the mapping.
+        device: a GPU that will read it.
+
+    Returns:
+        What unpins it now. None where the system does not allow to pin it.
+    """
+    address, nbytes = memory.data_ptr(), memory.numel()
+    if not nbytes:
+        return None
+    try:
+        with torch.cuda.device(device):
+            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(address, nbytes, _PORTABLE)))
+    except RuntimeError as error:
+        with suppress(RuntimeError):
+            torch.zeros(1, device=device)  # the next launch reports what failed before, and forgets it
+        _warn_of_pageable_memory(nbytes, error)
+        return None
+    unpin = weakref.finalize(mapping, _unregister, address, device)
+    unpin.atexit = False  # the system does it then, and CUDA may be gone
+    return unpin
+
+
+def _unregister(address: int, device: torch.device) -> None:
+    torch.cuda.synchronize(device)  # copies may read it still
+    with torch.cuda.device(device):
+        torch.cuda.cudart().cudaHostUnregister(address)
+
+
+_has_warned = False
+
+
+def _warn_of_pageable_memory(nbytes: int, error: Exception) -> None:
+    global _has_warned
+    if not _has_warned:
+        _has_warned = True
+        logger.warning(
+            "%s of host memory cannot be pinned (%s); offloaded weights will come to the GPU more slowly. "
+            "Raise the limit of locked memory (ulimit -l)",
+            show(nbytes),
+            str(error).partition("\n")[0],
+        )
