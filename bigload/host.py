@@ -7,6 +7,7 @@ import mmap
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from typing import Any
 
 import torch
 
@@ -104,6 +105,17 @@ class HostGroup:
         """The bytes to bring to the device, (layout.nbytes,), uint8."""
         return self._memory
 
+    def source_of(self, name: str) -> torch.Tensor:
+        """Give one part of the source."""
+        return self.layout.views(self.source)[name]
+
+    def at_rest(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Give the twin of a tensor that lies in a slot: both have one layout."""
+        begin = tensor.storage_offset() * tensor.itemsize
+        with torch.inference_mode(False):
+            flat = self._memory[begin : begin + tensor.nbytes].view(tensor.dtype)
+            return flat.as_strided(tensor.shape, tensor.stride(), flat.storage_offset())
+
     def release(self) -> None:
         """Let go of the memory: unpinned now, freed when nobody views it any more."""
         if self._unpin is not None:
@@ -139,7 +151,7 @@ def _pin(mapping: _Mapping, memory: torch.Tensor, device: torch.device) -> Calla
         return None
     try:
         with torch.cuda.device(device):
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(address, nbytes, _PORTABLE)))
+            torch.cuda.check_error(_cudart().cudaHostRegister(address, nbytes, _PORTABLE))
     except RuntimeError as error:
         with suppress(RuntimeError):
             torch.zeros(1, device=device)  # the next launch reports what failed before, and forgets it
@@ -150,10 +162,14 @@ def _pin(mapping: _Mapping, memory: torch.Tensor, device: torch.device) -> Calla
     return unpin
 
 
+def _cudart() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
 def _unregister(address: int, device: torch.device) -> None:
     torch.cuda.synchronize(device)  # copies may read it still
     with torch.cuda.device(device):
-        torch.cuda.cudart().cudaHostUnregister(address)
+        _cudart().cudaHostUnregister(address)
 
 
 _has_warned = False
