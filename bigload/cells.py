@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,9 @@ from torch import nn
 
 from .bnb import library
 from .errors import OffloadError
+
+# By the name of what is held: the objects that hold it, and the attribute of each.
+_Places = dict[str, list[tuple[Any, str]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +102,7 @@ def cells_of(leaf: Leaf) -> list[Cell]:
         parameter = owner._parameters.get(key)
         if parameter is None:
             raise OffloadError(f"{leaf.path!r} has no parameter {path!r} to stream")
-        places = {"": [(parameter, "data")]}
+        places: _Places = {"": [(parameter, "data")]}
         if key == "weight" and is_quantized(owner):
             if owner is not leaf.module:
                 raise OffloadError(f"{leaf.path!r}: {owner_path!r} in it is quantized, and must be a leaf itself")
@@ -116,11 +119,11 @@ def is_quantized(module: nn.Module) -> bool:
     return isinstance(module, (library().nn.Linear4bit, library().nn.Linear8bitLt))
 
 
-def _places_4bit(path: str, layer: Any) -> Mapping[str, list[tuple[Any, str]]]:
+def _places_4bit(path: str, layer: Any) -> _Places:
     state = getattr(layer.weight, "quant_state", None)
     if state is None or getattr(state, "packing_format_for_cpu", False):
         raise OffloadError(f"{path!r} is not quantized yet, or packed by bitsandbytes for this CPU: load it anew")
-    places = {"": [(layer.weight, "data")], "absmax": [(state, "absmax")], "code": [(state, "code")]}
+    places: _Places = {"": [(layer.weight, "data")], "absmax": [(state, "absmax")], "code": [(state, "code")]}
     if state.nested:
         places |= {
             "offset": [(state, "offset")],
@@ -130,7 +133,7 @@ def _places_4bit(path: str, layer: Any) -> Mapping[str, list[tuple[Any, str]]]:
     return places
 
 
-def _places_8bit(path: str, layer: Any) -> Mapping[str, list[tuple[Any, str]]]:
+def _places_8bit(path: str, layer: Any) -> _Places:
     if layer.state.has_fp16_weights:
         raise OffloadError(f"{path!r} holds the main weights of int8 training, which cannot be streamed")
     if layer.weight.CB is not None:

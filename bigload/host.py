@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import mmap
 import weakref
 from collections.abc import Callable, Mapping
@@ -11,9 +12,9 @@ from typing import Any
 
 import torch
 
-from .formats import Part
+from .formats import Part, Shape
 from .memory import show
-from .stores import DeviceStore, advise_huge_pages
+from .stores import advise_huge_pages
 
 logger = logging.getLogger(__name__)
 
@@ -81,15 +82,19 @@ class HostGroup:
             device: where they will be brought.
         """
         self.layout = Layout(parts)
+        self._mapping = _Mapping(-1, max(self.layout.nbytes, 1))
+        self._memory = torch.frombuffer(self._mapping, dtype=torch.uint8)[: self.layout.nbytes]
+        advise_huge_pages(self._memory)
         self._unpin: Callable[[], object] | None = None
         if device.type == "cuda":
-            mapping = _Mapping(-1, max(self.layout.nbytes, 1))
-            self._memory = _touched(mapping)[: self.layout.nbytes]
-            self._unpin = _pin(mapping, self._memory, device)
-        else:
-            self._memory = DeviceStore(torch.device("cpu")).allocate((self.layout.nbytes,), torch.uint8)
+            self._memory.zero_()  # on all cores; pinning would touch the pages on one
+            self._unpin = _pin(self._mapping, self._memory, device)
         self.is_pinned = self._unpin is not None
-        self.tensors = self.layout.views(self._memory)
+        # Each in a storage of its own: torch.save refuses tensors of several dtypes in one.
+        self.tensors = {
+            name: _in_mapping(self._mapping, part.dtype, self.layout.offsets[name], part.shape)
+            for name, part in parts.items()
+        }
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor], device: torch.device) -> HostGroup:
@@ -113,8 +118,8 @@ class HostGroup:
         """Give the twin of a tensor that lies in a slot: both have one layout."""
         begin = tensor.storage_offset() * tensor.itemsize
         with torch.inference_mode(False):
-            flat = self._memory[begin : begin + tensor.nbytes].view(tensor.dtype)
-            return flat.as_strided(tensor.shape, tensor.stride(), flat.storage_offset())
+            flat = _in_mapping(self._mapping, tensor.dtype, begin, (tensor.numel(),))
+            return flat.as_strided(tensor.shape, tensor.stride())
 
     def release(self) -> None:
         """Let go of the memory: unpinned now, freed when nobody views it any more."""
@@ -123,16 +128,19 @@ class HostGroup:
         self.is_pinned = False
         self.tensors = {}
         self._memory = torch.empty(0, dtype=torch.uint8)
+        self._mapping = _Mapping(-1, 1)
 
 
 class _Mapping(mmap.mmap):
-    """Memory of just the size that is asked for: torch's own pinned memory is rounded up to a power of two."""
+    """Memory of just the size that is asked for; torch's own, if pinned, is rounded up to a power of two."""
 
 
-def _touched(mapping: _Mapping) -> torch.Tensor:
-    memory = torch.frombuffer(mapping, dtype=torch.uint8)  # which keeps the mapping
-    advise_huge_pages(memory)
-    return memory.zero_()  # on all cores; pinning would touch the pages on one
+def _in_mapping(mapping: _Mapping, dtype: torch.dtype, offset: int, shape: Shape) -> torch.Tensor:
+    """Give memory of a mapping, which stays mapped as long as it is viewed."""
+    count = math.prod(shape)
+    if not count:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(mapping, dtype=dtype, count=count, offset=offset).view(shape)
 
 
 def _pin(mapping: _Mapping, memory: torch.Tensor, device: torch.device) -> Callable[[], object] | None:

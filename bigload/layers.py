@@ -326,11 +326,12 @@ def streamed_forward(layer: nn.Module) -> Callable[..., Any]:
     return functools.partial(type(layer).forward, layer)
 
 
-def input_gradient(layer: Any, grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def input_gradient(layer: Any, own: Callable[..., Any], grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Multiply by a quantized layer's weight, bit for bit as the backward of its own forward does.
 
     Args:
         layer: of bitsandbytes, its weight in place.
+        own: its forward.
         grad: of the output, (..., out_features).
         dtype: of the input.
 
@@ -338,7 +339,6 @@ def input_gradient(layer: Any, grad: torch.Tensor, dtype: torch.dtype) -> torch.
         The gradient of the input, (..., in_features).
     """
     computed = dtype
-    own = getattr(layer.__dict__.get("forward"), "own", layer.forward)
     kernel = getattr(own, "func", None) if grad.device.type == "cpu" else None
     if hasattr(layer, "state"):
         rows, scales = layer.state.CB, layer.state.SCB.unsqueeze(1)

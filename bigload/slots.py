@@ -83,6 +83,7 @@ class CudaLane(Lane):
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def make_slot(self, nbytes: int) -> Slot:
+        """Allocate a slot, and its events."""
         slot = super().make_slot(nbytes)
         slot.begun, slot.ready = _timing_event(), _timing_event()
         # The memory may have been another tensor's, which the stream that it came from has yet to finish with.
@@ -103,12 +104,13 @@ class CudaLane(Lane):
         slot.nbytes_copied = len(source)
 
     def _take_time(self, slot: Slot) -> None:
-        if slot.nbytes_copied and slot.begun is not None and slot.ready is not None and slot.ready.query():
+        if slot.nbytes_copied and slot.begun is not None and slot.ready is not None and _is_over(slot.ready):
             self.timed_s += slot.begun.elapsed_time(slot.ready) / 1000
             self.timed_bytes += slot.nbytes_copied
         slot.nbytes_copied = 0
 
     def await_copy(self, slot: Slot) -> None:
+        """Let the current stream wait for the copy into a slot, once."""
         stream = torch.cuda.current_stream(self.device)
         if stream not in slot.streams:
             assert slot.ready is not None
@@ -120,7 +122,12 @@ class CudaLane(Lane):
                 raise
 
     def finish(self) -> None:
+        """Wait for all that the GPU does."""
         torch.cuda.synchronize(self.device)
+
+
+def _is_over(event: torch.cuda.Event) -> bool:
+    return event.query()  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _timing_event() -> torch.cuda.Event:

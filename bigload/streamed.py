@@ -18,8 +18,21 @@ from .layers import input_gradient, streamed_forward
 Resident = Callable[[], AbstractContextManager[torch.Tensor]]
 
 
-class OwnForward:
-    """A forward of ours in place of a module's own. A copy of the module would share it, so there is none.
+class Uncopyable:
+    """What a copied model would share with the first: so there is no copy."""
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        raise OffloadError(
+            "a model that gets its weights from host memory as it runs cannot be copied or pickled; "
+            "save its state_dict, or take it off its engine first (remove())"
+        )
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        self.__deepcopy__(None)
+
+
+class OwnForward(Uncopyable):
+    """A forward of ours in place of a module's own.
 
     Attributes:
         own: the forward that it calls.
@@ -28,24 +41,14 @@ class OwnForward:
     def __init__(self, path: str, module: nn.Module, own: Callable[..., Any]) -> None:
         self.path, self.module, self.own = path, module, own
         self._before = module.__dict__.get("forward")
-        functools.update_wrapper(self, own, updated=())
-        module.forward = self
+        self.__wrapped__ = own  # for inspect.signature
+        vars(module)["forward"] = self
 
     def remove(self) -> None:
         """Give the module its own forward back."""
-        if self._before is None:
-            del self.module.forward
-        else:
-            self.module.forward = self._before
-
-    def __deepcopy__(self, memo: object) -> NoReturn:
-        raise OffloadError(
-            f"{self.path!r} gets its weights from host memory as it runs, and cannot be copied or pickled; "
-            "save the state_dict, or take the model off its engine first (remove())"
-        )
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        self.__deepcopy__(None)
+        del vars(self.module)["forward"]
+        if self._before is not None:
+            vars(self.module)["forward"] = self._before
 
 
 class StreamedForward(OwnForward):
@@ -65,6 +68,7 @@ class StreamedForward(OwnForward):
         self._is_quantized = is_quantized(leaf.module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute what the leaf's own forward does."""
         if not torch.is_grad_enabled():
             return self.run(*args, **kwargs)
         if any(parameter.requires_grad for parameter in self._parameters):
@@ -117,7 +121,7 @@ class _InSlot(NamedTuple):
 def _pack(memory: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor | _InSlot:
     if not _lies_in(tensor, memory):
         return tensor
-    return _InSlot(tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
+    return _InSlot(tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
 
 def _lies_in(tensor: torch.Tensor, memory: torch.Tensor) -> bool:
@@ -155,7 +159,7 @@ class _Quantized(torch.autograd.Function):
         if needs_input:
             streamed = ctx.streamed
             with streamed.resident():
-                grad_input = input_gradient(streamed.module, grad, ctx.dtype)
+                grad_input = input_gradient(streamed.module, streamed.own, grad, ctx.dtype)
         return None, grad_input, grad_bias
 
 
@@ -183,5 +187,6 @@ class HostForward(OwnForward):
         self._device = device
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute on the host; tensors go there and their results come back."""
         args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.to("cpu"), (args, kwargs))
         return tree_map_only(torch.Tensor, lambda tensor: tensor.to(self._device), self.own(*args, **kwargs))

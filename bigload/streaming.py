@@ -8,6 +8,7 @@ guess costs one copy that was waited for.
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from .cells import Cell, Leaf, cells_of
 from .errors import ConfigError, OffloadError
 from .host import HostGroup
 from .slots import Slot, lane_to
-from .streamed import HostForward, OwnForward, StreamedForward
+from .streamed import HostForward, OwnForward, StreamedForward, Uncopyable
 from .tree import leaves, modules_by_path
 
 
@@ -79,7 +80,7 @@ class _Use:
     slot: Slot | None = None
 
 
-class Engine:
+class Engine(Uncopyable):
     """Streams the weights of a model's groups to one device.
 
     It may be used from several threads, and on any stream.
@@ -131,7 +132,9 @@ class Engine:
         ]
         self._forwards += [HostForward(leaf.path, leaf.module, device) for leaf in embeddings]
         self._state_hooks = [
-            leaf.module.register_state_dict_post_hook(functools.partial(self._show_at_rest, group.store))
+            leaf.module.register_state_dict_post_hook(  # type: ignore[no-untyped-call]
+                functools.partial(self._show_at_rest, group.store)
+            )
             for group in groups
             for leaf in group.leaves
         ]
@@ -291,9 +294,9 @@ class Engine:
         """Give a state_dict that is taken while a leaf runs the tensors that will not be overwritten."""
         memories = {slot.memory.untyped_storage().data_ptr() for slot in self._slots}
         for name, tensor in state.items():
-            if name.startswith(prefix) and not isinstance(tensor, nn.Parameter) and isinstance(tensor, torch.Tensor):
-                if tensor.untyped_storage().data_ptr() in memories:
-                    state[name] = store.at_rest(tensor)
+            is_own = name.startswith(prefix) and type(tensor) is torch.Tensor
+            if is_own and tensor.untyped_storage().data_ptr() in memories:
+                state[name] = store.at_rest(tensor)
 
 
 def _cells(group: Group) -> dict[Leaf, list[Cell]]:
@@ -343,7 +346,7 @@ def _first_guess(groups: Sequence[Group]) -> dict[_Node, _Node]:
     ahead = zip(groups, [*groups[1:], *groups[:1]], strict=True)
     guess: dict[_Node, _Node] = {(False, group): (False, after) for group, after in ahead}
     back = groups[::-1]
-    guess |= {(True, group): (True, before) for group, before in zip(back, back[1:], strict=False)}
+    guess |= {(True, group): (True, before) for group, before in itertools.pairwise(back)}
     if groups:
         guess[(True, groups[0])] = (False, groups[0])
     return guess
