@@ -310,3 +310,47 @@ def _packed(layer: Any) -> tuple[torch.Tensor, Any]:
 def _version(tensor: torch.Tensor) -> int:
     """Count the writes to a tensor that torch knows of; inference tensors have no count."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def streamed_forward(layer: nn.Module) -> Callable[..., Any]:
+    """Give the forward that a layer shall have while its weight comes and goes: one that keeps no packed twin of it.
+
+    For the layers that would use a twin it is bitsandbytes' own, which dequantizes and is right for their shapes.
+    """
+    own: Callable[..., Any] = layer.forward
+    if hasattr(layer, "support_avx512bf16_for_cpu"):
+        layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # it would pack what is in the slot
+    if getattr(own, "func", None) is not _forward_packed:
+        return own
+    _packed_twins.pop(layer, None)
+    return functools.partial(type(layer).forward, layer)
+
+
+def input_gradient(layer: Any, own: Callable[..., Any], grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Multiply by a quantized layer's weight, bit for bit as the backward of its own forward does.
+
+    Args:
+        layer: of bitsandbytes, its weight in place.
+        own: its forward.
+        grad: of the output, (..., out_features).
+        dtype: of the input.
+
+    Returns:
+        The gradient of the input, (..., in_features).
+    """
+    computed = dtype
+    kernel = getattr(own, "func", None) if grad.device.type == "cpu" else None
+    if hasattr(layer, "state"):
+        rows, scales = layer.state.CB, layer.state.SCB.unsqueeze(1)
+        if kernel is _forward_int8:
+            weight = (rows * (scales / 127)).to(dtype)
+        else:
+            weight = rows.to(dtype, copy=True).mul_(scales.mul(1.0 / 127.0))
+    else:
+        computed = layer.compute_dtype or dtype
+        data, state = layer.weight.data, layer.weight.quant_state
+        if kernel is _forward_4bit:
+            weight = dequantize_4bit(data, state, computed)
+        else:
+            weight = library().functional.dequantize_4bit(data.view(-1, 1), state).to(computed)
+    return torch.matmul(grad.to(computed), weight).to(dtype)

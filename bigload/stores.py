@@ -31,7 +31,7 @@ class DeviceStore:
         """
         made = torch.empty(shape, dtype=dtype, device=self.device)
         if self.device.type == "cpu" and made.nbytes >= _WORTH_HUGE_PAGES:
-            _advise_huge_pages(made)
+            advise_huge_pages(made)
         return made
 
 
@@ -57,7 +57,7 @@ def _allocator_options() -> str:
     return os.environ.get("PYTORCH_ALLOC_CONF", "") + os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
 
 
-def _advise_huge_pages(tensor: torch.Tensor) -> None:
+def advise_huge_pages(tensor: torch.Tensor) -> None:
     """Ask for pages of 2 MiB: reading into fresh memory is more than twice as fast, since 512 faults become one."""
     advise = _madvise()
     if advise is not None:

@@ -1,0 +1,139 @@
+"""Slots on the device that groups of weights pass through, and the copies into them, ordered by streams and events."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .host import HostGroup, aligned
+from .stores import DeviceStore
+
+
+class Slot:
+    """Room for one group on the device.
+
+    Attributes:
+        memory: (n,), uint8.
+        group: what it holds, or is being filled with; None while that is nothing whole.
+        users: the calls that use what it holds.
+        used: when it was last filled or used, as a count.
+        streams: those that have been ordered after the copy into it, and so may use it.
+    """
+
+    def __init__(self, device: torch.device, nbytes: int) -> None:
+        with torch.inference_mode(False):
+            self.memory = DeviceStore(device).allocate((nbytes,), torch.uint8)
+        self.group: Any = None
+        self.users: set[object] = set()
+        self.used = 0
+        self.streams: set[torch.cuda.Stream] = set()
+        self.begun: torch.cuda.Event | None = None
+        self.ready: torch.cuda.Event | None = None
+        self.nbytes_copied = 0
+        self._views: dict[int, dict[str, torch.Tensor]] = {}
+
+    def views(self, store: HostGroup) -> dict[str, torch.Tensor]:
+        """Give a group's parts as they lie in this slot."""
+        found = self._views.get(id(store))
+        if found is None:
+            found = self._views[id(store)] = store.layout.views(self.memory)
+        return found
+
+
+class Lane:
+    """The way into slots of the host's own memory: a copy is there when it has been asked for.
+
+    Attributes:
+        timed_bytes: copied in `timed_s` seconds.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.timed_bytes, self.timed_s = 0, 0.0
+
+    def make_slot(self, nbytes: int) -> Slot:
+        """Allocate a slot.
+
+        Raises:
+            torch.OutOfMemoryError: the device has no room.
+        """
+        return Slot(self.device, aligned(max(nbytes, 1)))
+
+    def copy(self, store: HostGroup, slot: Slot) -> None:
+        """Begin to copy a group into a slot that nobody uses; it holds the group from then on."""
+        slot.group = None  # until it is whole
+        self._copy(store.source, slot)
+
+    def _copy(self, source: torch.Tensor, slot: Slot) -> None:
+        slot.memory[: len(source)].copy_(source)
+
+    def await_copy(self, slot: Slot) -> None:
+        """Let what the caller computes from here on come after the copy into a slot."""
+
+    def finish(self) -> None:
+        """Wait until nothing is copied, nor computed, any more."""
+
+
+class CudaLane(Lane):
+    """The way into a GPU's memory, on a stream of its own; the host waits for nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def make_slot(self, nbytes: int) -> Slot:
+        """Allocate a slot, and its events."""
+        slot = super().make_slot(nbytes)
+        slot.begun, slot.ready = _timing_event(), _timing_event()
+        # The memory may have been another tensor's, which the stream that it came from has yet to finish with.
+        slot.streams.add(torch.cuda.current_stream(self.device))
+        return slot
+
+    def _copy(self, source: torch.Tensor, slot: Slot) -> None:
+        assert slot.begun is not None
+        assert slot.ready is not None
+        self._take_time(slot)
+        for stream in slot.streams:
+            self._stream.wait_stream(stream)
+        slot.streams.clear()
+        with torch.cuda.stream(self._stream):
+            slot.begun.record(self._stream)
+            slot.memory[: len(source)].copy_(source, non_blocking=True)
+            slot.ready.record(self._stream)
+        slot.nbytes_copied = len(source)
+
+    def _take_time(self, slot: Slot) -> None:
+        if slot.nbytes_copied and slot.begun is not None and slot.ready is not None and _is_over(slot.ready):
+            self.timed_s += slot.begun.elapsed_time(slot.ready) / 1000
+            self.timed_bytes += slot.nbytes_copied
+        slot.nbytes_copied = 0
+
+    def await_copy(self, slot: Slot) -> None:
+        """Let the current stream wait for the copy into a slot, once."""
+        stream = torch.cuda.current_stream(self.device)
+        if stream not in slot.streams:
+            assert slot.ready is not None
+            slot.streams.add(stream)  # first: the next copy must wait for it whatever happens here
+            try:
+                stream.wait_event(slot.ready)
+            except BaseException:
+                slot.group = None
+                raise
+
+    def finish(self) -> None:
+        """Wait for all that the GPU does."""
+        torch.cuda.synchronize(self.device)
+
+
+def _is_over(event: torch.cuda.Event) -> bool:
+    return event.query()  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _timing_event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def lane_to(device: torch.device) -> Lane:
+    """Give the way to a device."""
+    return CudaLane(device) if device.type == "cuda" else Lane(device)

@@ -1,0 +1,192 @@
+"""The forward of a module whose weights are streamed: they are there while it computes, and for its gradients."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from .cells import Cell, Leaf, is_quantized
+from .errors import OffloadError
+from .layers import input_gradient, streamed_forward
+
+Resident = Callable[[], AbstractContextManager[torch.Tensor]]
+
+
+class Uncopyable:
+    """What a copied model would share with the first: so there is no copy."""
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        raise OffloadError(
+            "a model that gets its weights from host memory as it runs cannot be copied or pickled; "
+            "save its state_dict, or take it off its engine first (remove())"
+        )
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        self.__deepcopy__(None)
+
+
+class OwnForward(Uncopyable):
+    """A forward of ours in place of a module's own.
+
+    Attributes:
+        own: the forward that it calls.
+    """
+
+    def __init__(self, path: str, module: nn.Module, own: Callable[..., Any]) -> None:
+        self.path, self.module, self.own = path, module, own
+        self._before = module.__dict__.get("forward")
+        self.__wrapped__ = own  # for inspect.signature
+        vars(module)["forward"] = self
+
+    def remove(self) -> None:
+        """Give the module its own forward back."""
+        del vars(self.module)["forward"]
+        if self._before is not None:
+            vars(self.module)["forward"] = self._before
+
+
+class StreamedForward(OwnForward):
+    """Runs a leaf with its weights on the device. What autograd keeps is where they come from, never they."""
+
+    def __init__(self, leaf: Leaf, cells: list[Cell], resident: Resident) -> None:
+        """Take the place of the leaf's own forward.
+
+        Args:
+            leaf: its module is changed.
+            cells: what is streamed of it.
+            resident: a block in which the weights are on the device; gives the memory that they lie in.
+        """
+        super().__init__(leaf.path, leaf.module, streamed_forward(leaf.module))
+        self.resident = resident
+        self._parameters = [cell.parameter for cell in cells if cell.parameter is not None]
+        self._is_quantized = is_quantized(leaf.module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute what the leaf's own forward does."""
+        if not torch.is_grad_enabled():
+            return self.run(*args, **kwargs)
+        if any(parameter.requires_grad for parameter in self._parameters):
+            return self._without_gradients(*args, **kwargs)
+        if self._is_quantized:
+            (x,) = (*args, *kwargs.values())
+            return _Quantized.apply(self, x, self.module.bias)  # type: ignore[no-untyped-call]
+        with self.resident() as memory:
+            with torch.autograd.graph.saved_tensors_hooks(functools.partial(_pack, memory), self._unpack):
+                out = self.own(*args, **kwargs)
+            return _apart(out, memory)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module's own forward with the weights in place."""
+        with self.resident() as memory:
+            return _apart(self.own(*args, **kwargs), memory)
+
+    def _unpack(self, saved: Any) -> torch.Tensor:
+        if not isinstance(saved, _InSlot):
+            return saved  # type: ignore[no-any-return]
+        with self.resident() as memory:
+            return saved.found_in(memory).clone()  # the slot may be another group's before it is used
+
+    def _without_gradients(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            out = self.run(*args, **kwargs)
+        anchor = torch.empty(0, requires_grad=True)
+
+        def refuse(tensor: torch.Tensor) -> Any:
+            if not tensor.is_floating_point():
+                return tensor
+            return _Refused.apply(self.path, tensor, anchor)  # type: ignore[no-untyped-call]
+
+        return tree_map_only(torch.Tensor, refuse, out)
+
+
+class _InSlot(NamedTuple):
+    """A tensor that autograd would have kept, by where it lies in the memory of its group."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+    def found_in(self, memory: torch.Tensor) -> torch.Tensor:
+        """Give the tensor in a slot that the group is in, (n,), uint8."""
+        return memory.view(self.dtype).as_strided(self.shape, self.stride, self.offset)
+
+
+def _pack(memory: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor | _InSlot:
+    if not _lies_in(tensor, memory):
+        return tensor
+    return _InSlot(tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+
+
+def _lies_in(tensor: torch.Tensor, memory: torch.Tensor) -> bool:
+    if tensor.layout is not torch.strided:
+        return False
+    return tensor.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
+
+
+def _apart(out: Any, memory: torch.Tensor) -> Any:
+    """Copy what a module gives out of its weights themselves, which the next group will overwrite."""
+
+    def apart(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone() if _lies_in(tensor, memory) else tensor
+
+    return apart(out) if isinstance(out, torch.Tensor) else tree_map_only(torch.Tensor, apart, out)
+
+
+class _Quantized(torch.autograd.Function):
+    """A layer of bitsandbytes, whose own autograd keeps the packed weight: here it is fetched again."""
+
+    @staticmethod
+    def forward(ctx: Any, streamed: StreamedForward, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        out: torch.Tensor = streamed.run(x)
+        ctx.streamed, ctx.dtype = streamed, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, torch.Tensor | None, torch.Tensor | None]:
+        (grad,) = grads
+        _, needs_input, needs_bias = ctx.needs_input_grad
+        grad_input = grad_bias = None
+        if needs_bias:  # autograd sums over what dimensions are left
+            grad_bias = grad.sum(0, dtype=ctx.bias_dtype) if grad.dim() > 1 else grad.to(ctx.bias_dtype)
+        if needs_input:
+            streamed = ctx.streamed
+            with streamed.resident():
+                grad_input = input_gradient(streamed.module, streamed.own, grad, ctx.dtype)
+        return None, grad_input, grad_bias
+
+
+class _Refused(torch.autograd.Function):
+    """An output without a gradient, said when it is asked for: until then it is as good as any."""
+
+    @staticmethod
+    def forward(ctx: Any, path: str, out: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+        ctx.path = path
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> NoReturn:
+        raise OffloadError(
+            f"{ctx.path!r} is streamed, so its weight cannot be trained: freeze it (weight.requires_grad_(False)) "
+            "or keep it on the device"
+        )
+
+
+class HostForward(OwnForward):
+    """Runs a module on the host, where its weights are: an embedding sends the rows that were looked up."""
+
+    def __init__(self, path: str, module: nn.Module, device: torch.device) -> None:
+        super().__init__(path, module, module.forward)
+        self._device = device
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute on the host; tensors go there and their results come back."""
+        args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.to("cpu"), (args, kwargs))
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.to(self._device), self.own(*args, **kwargs))
