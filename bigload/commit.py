@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -34,12 +34,16 @@ class Assembly:
         self._landed[name] = value
         layer = next((self._weights[n] for n in self._planned[name].tensor.names if n in self._weights), None)
         if layer is not None:
-            self._new_layers[layer] = make_layer(layer, value, self._planned[name].shape, self._plan.config)
+            planned = self._planned[name]
+            self._new_layers[layer] = make_layer(layer, value, planned.shape, self._plan.config, planned.device)
 
-    def commit(self) -> nn.Module:
+    def commit(self, then: Callable[[nn.Module], object] = lambda model: None) -> nn.Module:
         """Put the weights into the model and its quantized layers into their places.
 
         Until all of its new parts are made the model is unchanged; it is restored if the exchange is interrupted.
+
+        Args:
+            then: what is to be done with the model that has them; if it fails, the model is restored too.
 
         Returns:
             The model; where the model itself is the one layer to quantize, the layer that replaces it.
@@ -63,7 +67,7 @@ class Assembly:
             ]
             edits += _without_fused_path(module, new_layers)
         root = new_layers.get(model, model)
-        apply_edits(edits + interop.attributes(root, self._plan))
+        apply_edits(edits + interop.attributes(root, self._plan), lambda: then(root))
         return root
 
     def _bias(self, tensor: ModelTensor, value: Any) -> nn.Parameter:
@@ -101,13 +105,14 @@ def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(key, child) for key, child in module._modules.items() if child is not None]
 
 
-def apply_edits(edits: list[Edit]) -> None:
-    """Make all of several assignments; if that is interrupted, none."""
+def apply_edits(edits: list[Edit], then: Callable[[], object] = lambda: None) -> None:
+    """Make all of several assignments and do what comes then; if that fails or is interrupted, none."""
     before: list[Edit] = []
     try:
         for slots, key, value in edits:
             before.append((slots, key, slots.get(key, ABSENT)))
             _set(slots, key, value)
+        then()
     except BaseException:  # Ctrl-C too: half a model is worse than none
         for slots, key, value in reversed(before):
             _set(slots, key, value)

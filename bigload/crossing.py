@@ -24,13 +24,18 @@ class Crossings:
         self._handles: list[Any] = []
         self._memo = _Memo()
 
-    def add(self, model: nn.Module, devices: Mapping[str, torch.device]) -> None:
+    def add(self, model: nn.Module, devices: Mapping[str, torch.device], in_fp32: Collection[str]) -> None:
         """Hook the parts of a model, and the model itself."""
         skipped = _skipped(model)
         for path, device in devices.items():
             part = model.get_submodule(path)
-            hook = _Entering(device, self._memo, skipped | _skipped(part))
+            left = skipped | _skipped(part)
+            hook = _Entering(device, self._memo, left)
             self._handles.append(part.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
+            if path in in_fp32:
+                casts = _Casts(left)
+                self._handles.append(part.register_forward_pre_hook(casts.begin, with_kwargs=True))
+                self._handles.append(part.register_forward_hook(casts.end, with_kwargs=True, always_call=True))
         ends = _Ends(self._memo)
         self._handles.append(model.register_forward_pre_hook(ends.begin, prepend=True, with_kwargs=True))
         self._handles.append(model.register_forward_hook(ends.end, with_kwargs=True, always_call=True))
@@ -42,12 +47,13 @@ class Crossings:
         self._handles.clear()
 
 
-def connect(model: nn.Module, devices: Mapping[str, torch.device]) -> Crossings:
+def connect(model: nn.Module, devices: Mapping[str, torch.device], in_fp32: Collection[str] = ()) -> Crossings:
     """Let each part of a model find what it is given on its own device, and the caller what comes out on theirs.
 
     Args:
         model: its weights are where `devices` says; hooks that it has from an earlier call are taken off.
         devices: path of a part -> the device that computes it.
+        in_fp32: paths of parts that compute in float32, and give what the others compute in.
 
     Returns:
         The hooks: none, where all is on one device.
@@ -58,7 +64,7 @@ def connect(model: nn.Module, devices: Mapping[str, torch.device]) -> Crossings:
     crossings = Crossings()
     if len(set(devices.values())) > 1:
         modules = dict(model.named_modules(remove_duplicate=False))
-        crossings.add(model, {path: device for path, device in devices.items() if path in modules})
+        crossings.add(model, {path: device for path, device in devices.items() if path in modules}, in_fp32)
         model.__dict__[_KEPT_AS] = crossings
     return crossings
 
@@ -110,6 +116,44 @@ class _Entering:
             for name, value in kwargs.items()
         }
         return args, named
+
+
+class _Casts:
+    """Hooks on a part that computes in float32: what goes in is cast, and what comes out is cast back."""
+
+    def __init__(self, skipped: Collection[str]) -> None:
+        self._skipped = frozenset(skipped)
+        self._dtypes = _Dtypes()
+
+    def begin(self, part: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        floating = (tensor for tensor in _tensors((args, kwargs)) if tensor.is_floating_point())
+        self._dtypes.of_calls.append(next((tensor.dtype for tensor in floating), None))
+        args = tuple(_brought(value, _in_fp32) for value in args)
+        kwargs = {name: v if name in self._skipped else _brought(v, _in_fp32) for name, v in kwargs.items()}
+        return args, kwargs
+
+    def end(self, part: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        dtype = self._dtypes.of_calls.pop() if self._dtypes.of_calls else None
+        if dtype is None or output is None:
+            return None
+        return _brought(output, lambda tensor: tensor.to(dtype) if tensor.dtype == torch.float32 else tensor)
+
+
+class _Dtypes(threading.local):
+    """What the calls that go on in this thread were given, the inner ones last."""
+
+    def __init__(self) -> None:
+        self.of_calls: list[torch.dtype | None] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Dtypes:
+        return _Dtypes()
+
+    def __reduce__(self) -> tuple[type[_Dtypes], tuple[()]]:
+        return _Dtypes, ()
+
+
+def _in_fp32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 class _Ends:

@@ -45,6 +45,7 @@ def make_layer(
     weight: QuantizedWeight | torch.Tensor,
     shape: tuple[int, ...],
     config: BnbQuantizationConfig,
+    device: torch.device,
 ) -> nn.Module:
     """Make the bitsandbytes layer that takes the place of a plain one, around a weight without copying it.
 
@@ -55,10 +56,11 @@ def make_layer(
         weight: quantized, or the 16-bit main weight of int8-training, (out_features, in_features).
         shape: (out_features, in_features).
         config: how it was quantized.
+        device: that will compute with it.
     """
     make = _make_int8 if config.load_in_8bit else _make_4bit
     new = make(layer, weight, layer._parameters["bias"] is not None, shape, config)
-    if weight.data.device.type == "cpu":
+    if device.type == "cpu":
         _adapt_to_cpu(new, shape, config)
     carry_over(new, layer)
     if type(layer) is not nn.Linear:

@@ -23,6 +23,7 @@ from .errors import BigloadError, PlacementError, listed
 from .keys import KeyMapping
 from .memory import show
 from .offload import OffloadConfig
+from .offloading import Offload
 from .pipeline import execute
 from .plan import Plan
 from .planning import config_for, plan_load, wishes_for
@@ -129,15 +130,14 @@ def load_and_quantize_model(
             quantizable=quantizable,
             strict=strict,
         )
-        _require_resident(plan)
+        _require_memory(plan)
         for device, nbytes in plan.device_bytes.items():
             logger.info("plan: %s on %s, %d layers as %s", show(nbytes), device, len(plan.layers), config.mode)
         peaks = PeakMemory(plan.device_bytes)
         with progress_bar(plan.source_bytes, "loading", progress) as bar:
             assembly = Assembly(model, plan)
             execute(plan, on_bytes=bar.update, on_landed=assembly.add)
-        model = assembly.commit()
-        connect(model, plan.execution_map)
+        model = assembly.commit(lambda made: _set_to_run(made, plan, wishes.offload))
     elapsed_s = time.perf_counter() - started
     report = LoadReport(config.mode, plan.source_bytes, elapsed_s, plan.device_bytes, peaks.since())
     model.load_report = report  # type: ignore[assignment]
@@ -145,13 +145,27 @@ def load_and_quantize_model(
     return model
 
 
-def _require_resident(plan: Plan) -> None:
-    away = [*plan.offloaded, *(placed for placed in plan.units if placed.device.type == "cpu" and plan.is_mixed)]
-    if away:
+def _require_memory(plan: Plan) -> None:
+    on_disk = [placed.unit.name for placed in plan.offloaded if placed.home == "disk"]
+    if on_disk:
         raise PlacementError(
-            f"device_map puts blocks off the GPU ({listed(placed.unit.name for placed in away)}); this version plans "
-            "that, but does not run it: place them on the GPU, or the whole model on the CPU"
+            f"device_map puts {listed(on_disk)} on the disk: this version plans that, but does not run it; give the "
+            "CPU a larger budget, or choose a smaller mode"
         )
+
+
+def _set_to_run(model: nn.Module, plan: Plan, offload: OffloadConfig) -> None:
+    """Hook what must be hooked where weights do not all lie on the one device that computes."""
+    crossings = connect(model, plan.execution_map, plan.in_fp32)
+    try:
+        if plan.offloaded:
+            model.offload = Offload(model, plan, offload)  # type: ignore[assignment]
+    except torch.OutOfMemoryError as error:
+        crossings.remove()
+        raise PlacementError(f"no room on the GPU for what is streamed through it: {error}") from error
+    except BaseException:
+        crossings.remove()
+        raise
 
 
 def _begin_to_pin(device_map: DeviceMap) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from .bnb import QuantizedWeight
+from .devices import CPU
 from .errors import CheckpointError, PlacementError, QuantizationError, listed
 from .extents import Delivery
 from .formats import FourBit, Int8, Plain
@@ -52,7 +54,10 @@ def execute(
     """
     landed: dict[str, Landed] = {}
 
+    homes = {planned.tensor.name for planned in plan.tensors if planned.home is not None}
+
     def keep(name: str, value: Landed) -> None:
+        value = _at_rest(value) if name in homes else value
         landed[name] = value
         on_landed(name, value)
 
@@ -65,6 +70,7 @@ def execute(
         for planned in plan.tensors:
             if planned.sources:
                 kept = functools.partial(keep, planned.tensor.name)
+                planned = _read_at_home(planned)
                 if _is_itself(planned):
                     kept(_named(functools.partial(_at, planned), _itself)(planned))
                 else:
@@ -75,6 +81,23 @@ def execute(
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()  # what is given back is there, and errors are ours
     return landed
+
+
+def _read_at_home(planned: PlannedTensor) -> PlannedTensor:
+    """Let what rests on the CPU as it is stored go straight there: only what is quantized passes through the device."""
+    stored = isinstance(planned.sources[0].tensor, QuantizedTensor)
+    is_ready = stored or isinstance(planned.format, Plain)
+    return dataclasses.replace(planned, device=CPU) if planned.home is not None and is_ready else planned
+
+
+def _at_rest(value: Landed) -> Landed:
+    """Bring what was quantized on a device to host memory, its scales and tables too."""
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    if value.quant_state is not None:
+        value.quant_state.to("cpu")
+    scales = None if value.row_scales is None else value.row_scales.cpu()
+    return QuantizedWeight(value.data.cpu(), value.quant_state, scales)
 
 
 def deliver_all(deliveries: Sequence[Delivery], plan: Plan, *, on_bytes: Callable[[int], object]) -> None:
@@ -318,11 +341,7 @@ def _require_finite(landed: dict[str, Landed], plan: Plan) -> None:
             checked.append((name, value))
     if not checked:
         return
-    # The largest of each, in one kernel, which passes NaN on.
-    largest = torch.stack([torch.linalg.vector_norm(values, math.inf).float() for _, values in checked]).tolist()
-    bad = list(
-        dict.fromkeys(name for (name, _), value in zip(checked, largest, strict=True) if not math.isfinite(value))
-    )
+    bad = list(dict.fromkeys(name for device in plan.device_bytes for name in _not_finite(checked, device)))
     damaged = [name for name in bad if name in stored]
     if damaged:
         raise CheckpointError(f"{listed(damaged)}: stored with scales that are not finite: the file is damaged")
@@ -332,3 +351,13 @@ def _require_finite(landed: dict[str, Landed], plan: Plan) -> None:
             f"{listed(bad)}: values that are not finite as {plan.config.mode} (they go through {through}); if the "
             "checkpoint's own are finite, add these to skip_modules or choose another mode or torch_dtype"
         )
+
+
+def _not_finite(checked: Sequence[tuple[str, torch.Tensor]], device: torch.device) -> list[str]:
+    """Name what is not finite on one device."""
+    there = [(name, values) for name, values in checked if values.device == device]
+    if not there:
+        return []
+    # The largest of each, in one kernel, which passes NaN on.
+    largest = torch.stack([torch.linalg.vector_norm(values, math.inf).float() for _, values in there]).tolist()
+    return [name for (name, _), value in zip(there, largest, strict=True) if not math.isfinite(value)]

@@ -119,6 +119,11 @@ class Plan:
         return any(placed.device.type == "cuda" for placed in self.units)
 
     @property
+    def in_fp32(self) -> list[str]:
+        """Paths of the units that the CPU computes in float32, beside GPUs."""
+        return [path for placed in self.units if self.is_mixed and placed.device == CPU for path in placed.unit.paths]
+
+    @property
     def offloaded(self) -> list[PlacedUnit]:
         """The units that rest where they are not computed."""
         return [placed for placed in self.units if placed.home is not None]

@@ -1,0 +1,100 @@
+"""`model.offload`: the weights of a loaded model that do not rest where they are computed."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .cells import Leaf
+from .devices import CPU
+from .offload import OffloadConfig
+from .plan import PlacedUnit, Plan
+from .streaming import Engine, Group, StreamStats
+
+
+class Offload:
+    """What streams the weights of a model.
+
+    Attributes:
+        plan: where each of them rests and is computed.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, config: OffloadConfig) -> None:
+        """Hook a model whose offloaded weights are in host memory, as the load has left them.
+
+        Raises:
+            OffloadError: a weight cannot be streamed.
+            torch.OutOfMemoryError: a device has no room for the slots.
+        """
+        self.plan = plan
+        self._engines: list[Engine] = []
+        by_device: dict[torch.device, list[PlacedUnit]] = defaultdict(list)
+        for placed in plan.offloaded:
+            if placed.unit.offloaded:
+                by_device[placed.device].append(placed)
+        try:
+            for device, units in by_device.items():
+                self._engines.append(_engine(model, units, device, config))
+        except BaseException:
+            self.remove()
+            raise
+
+    def stats(self) -> StreamStats:
+        """Tell what has been streamed since the load, over all devices."""
+        each = [engine.stats() for engine in self._engines]
+        rates = [stats.gb_per_s for stats in each if stats.gb_per_s]
+        return StreamStats(
+            sum(stats.nbytes for stats in each),
+            sum(stats.fetches for stats in each),
+            sum(stats.demand_fetches for stats in each),
+            sum(stats.slots for stats in each),
+            sum(rates) / len(rates) if rates else 0.0,
+        )
+
+    @contextmanager
+    def materialize(self, module: nn.Module) -> Iterator[None]:
+        """Have the weights in a module on the device while the block runs, to be read outside its forward.
+
+        Raises:
+            torch.OutOfMemoryError: there is no room for them.
+        """
+        with ExitStack() as stack:
+            for engine in self._engines:
+                stack.enter_context(engine.materialize(module))
+            yield
+
+    def remove(self) -> None:
+        """Bring all weights to the devices that compute with them, there to stay, and free the host memory.
+
+        Raises:
+            torch.OutOfMemoryError: a device has no room for them.
+        """
+        while self._engines:
+            self._engines[-1].remove()
+            self._engines.pop()
+
+
+def _engine(model: nn.Module, units: Sequence[PlacedUnit], device: torch.device, config: OffloadConfig) -> Engine:
+    pinned_for = device if config.pin else CPU
+    groups = [
+        Group.copied(placed.unit.name, leaves_of(model, placed), pinned_for)
+        for placed in units
+        if placed.streamed_bytes
+    ]
+    embeddings = [leaf for placed in units if placed.unit.looks_up for leaf in leaves_of(model, placed)]
+    return Engine(model, groups, device, config.slots, embeddings)
+
+
+def leaves_of(model: nn.Module, placed: PlacedUnit) -> list[Leaf]:
+    """List the modules of a unit whose weights rest elsewhere, with those weights."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for planned in placed.unit.offloaded:
+        path, _, name = planned.tensor.name.rpartition(".")
+        found[path].append(name)
+    made: list[Any] = [Leaf(path, model.get_submodule(path), tuple(names)) for path, names in found.items()]
+    return made

@@ -1,0 +1,202 @@
+"""Models loaded with part of their weights off the device that computes: the outputs are those of the whole on it.
+
+On the CPU the "device" is the CPU too: a plan is changed so that blocks rest in host memory and pass through slots.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from models import GPT, empty, llama, save_checkpoint
+from torch import nn
+
+from bigload import OffloadConfig, PlacementError, load_and_quantize_model, planning
+from bigload.plan import PlacedUnit
+
+CPU = torch.device("cpu")
+TOKENS = torch.arange(10).view(2, 5)
+
+
+@pytest.fixture(autouse=True)
+def small_parts_stream(monkeypatch):
+    """Let tensors of a few KB leave a device, as those of a real model do.
+
+    And let no resident layer use the packed kernel of some CPUs, which rounds its scales and takes no streamed weight.
+    """
+    monkeypatch.setattr("bigload.units.RESIDENT_BYTES", 2000)
+    monkeypatch.setattr("bigload.layers._PACKED_ROWS", 2**40)
+
+
+@pytest.fixture
+def options(device, monkeypatch):
+    """Give a function from the names of units to the options that offload them."""
+
+    def offloading(*names):
+        if device.type == "cuda":
+            return {"device_map": {"": 0} | dict.fromkeys(names, "cpu")}
+        place = planning.place_units
+
+        def placed(*given):
+            made = place(*given)
+            units = tuple(PlacedUnit(one.unit, CPU, CPU) if one.unit.name in names else one for one in made.units)
+            assert set(names) <= {one.unit.name for one in units}
+            return dataclasses.replace(made, units=units)
+
+        monkeypatch.setattr(planning, "place_units", placed)
+        return {"device_map": "cpu"}
+
+    return offloading
+
+
+def built(kind):
+    return {"gpt": lambda: GPT(layers=4), "llama": lambda: llama(tied=False, num_hidden_layers=4)}[kind]
+
+
+BLOCKS = {"gpt": [f"transformer.h.{n}" for n in range(4)], "llama": [f"model.layers.{n}" for n in range(4)]}
+EMBEDDING = {"gpt": "transformer.wte", "llama": "model.embed_tokens"}
+MODES = ["nf4", "nf4-dq", "fp4", "int8", {"load_in_4bit": True, "skip_modules": ["*"], "torch_dtype": "bf16"}]
+
+
+def logits(model, tokens, device):
+    with torch.no_grad():
+        made = model.eval()(tokens.to(device))
+    return getattr(made, "logits", made)
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode if isinstance(mode, str) else "none")
+@pytest.mark.parametrize("kind", ["gpt", "llama"])
+def test_offloaded_blocks_give_the_same_bits(tmp_path, device, options, kind, mode, slots):
+    build = built(kind)
+    folder = save_checkpoint(build().bfloat16(), tmp_path)
+    whole = load_and_quantize_model(empty(build), mode, folder, device_map=device)
+    names = [BLOCKS[kind][0], BLOCKS[kind][2], BLOCKS[kind][3], EMBEDDING[kind]]
+    model = load_and_quantize_model(empty(build), mode, folder, offload=OffloadConfig(slots=slots), **options(*names))
+    for _ in range(3):
+        assert torch.equal(logits(model, TOKENS, device), logits(whole, TOKENS, device))
+    stats = model.offload.stats()
+    assert stats.nbytes > 0
+    assert stats.slots == slots
+    assert model.hf_device_map == whole.hf_device_map
+    expected = whole.state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value.cpu(), expected[name].cpu()), name
+    model.offload.remove()
+    assert torch.equal(logits(model, TOKENS, device), logits(whole, TOKENS, device))
+    assert {parameter.device for parameter in model.parameters()} == {device}
+
+
+def test_what_is_offloaded_rests_in_host_memory(tmp_path, device, options):
+    folder = save_checkpoint(GPT(layers=4).bfloat16(), tmp_path)
+    model = load_and_quantize_model(empty(lambda: GPT(layers=4)), "nf4", folder, **options("transformer.h.1"))
+    block = model.transformer["h"][1]
+    assert block.mlp["c_fc"].weight.device == CPU
+    assert block.mlp["c_fc"].weight.quant_state.absmax.device == CPU
+    assert block.ln_1.weight.device == device
+    with model.offload.materialize(block):
+        assert block.mlp["c_fc"].weight.device == device
+
+
+def test_quantized_checkpoint_is_offloaded_as_it_is_stored(tmp_path, device, options):
+    from bigload import quantize_checkpoint
+
+    build = built("gpt")
+    quantize_checkpoint(
+        save_checkpoint(build().bfloat16(), tmp_path / "source"),
+        tmp_path / "made",
+        "nf4",
+        model=empty(build),
+        device=device,
+    )
+    whole = load_and_quantize_model(empty(build), None, tmp_path / "made", device_map=device)
+    model = load_and_quantize_model(empty(build), None, tmp_path / "made", **options(*BLOCKS["gpt"]))
+    assert torch.equal(logits(model, TOKENS, device), logits(whole, TOKENS, device))
+
+
+def test_tokens_are_generated_as_by_the_whole_model(tmp_path, device, options):
+    build = built("llama")
+    folder = save_checkpoint(build().bfloat16(), tmp_path)
+    whole = load_and_quantize_model(empty(build), "nf4", folder, device_map=device).eval()
+    model = load_and_quantize_model(empty(build), "nf4", folder, **options(*BLOCKS["llama"])).eval()
+    tokens = TOKENS.to(device)
+    for more in ({}, {"num_beams": 2}, {"cache_implementation": "static"}):
+        made = [
+            one.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=8,
+                do_sample=False,
+                pad_token_id=0,
+                **more,
+            )
+            for one in (model, whole)
+        ]
+        assert torch.equal(*made)
+
+
+def test_adapters_are_trained_as_on_the_whole_model(tmp_path, device, options):
+    peft = pytest.importorskip("peft")
+    build = built("llama")
+    folder = save_checkpoint(build().bfloat16(), tmp_path)
+    losses = []
+    for options_ in ({"device_map": device}, options(*BLOCKS["llama"][::2])):
+        model = load_and_quantize_model(empty(build), "nf4", folder, **options_)
+        torch.manual_seed(0)
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "down_proj"], lora_dropout=0.0))
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        tokens = TOKENS.to(device)
+        losses.append([])
+        for _ in range(5):
+            loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+    assert losses[0] == losses[1]
+    assert losses[0][-1] < losses[0][0]
+
+
+def test_load_that_has_no_room_for_the_slots_leaves_the_model_as_it_was(tmp_path, device, options, monkeypatch):
+    folder, model = save_checkpoint(GPT(layers=4), tmp_path), empty(lambda: GPT(layers=4))
+    given = options("transformer.h.1")
+
+    def failing(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bigload.slots.Lane.make_slot", failing)
+        patch.setattr("bigload.slots.CudaLane.make_slot", failing)
+        with pytest.raises(PlacementError, match="no room on the GPU"):
+            load_and_quantize_model(model, "nf4", folder, **given)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert type(model.transformer["h"][1].mlp["c_fc"]) is nn.Linear
+    model = load_and_quantize_model(model, "nf4", folder, **given)
+    assert logits(model, TOKENS, device).isfinite().all()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("mode", ["int8", "nf4"])
+def test_blocks_in_fp32_on_the_cpu(tmp_path, mode):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    build = built("llama")
+    folder = save_checkpoint(build(), tmp_path)
+    config = {"llm_int8_enable_fp32_cpu_offload": True, "torch_dtype": "bf16"}
+    config |= {"load_in_8bit": True} if mode == "int8" else {"load_in_4bit": True}
+    model = load_and_quantize_model(empty(build), config, folder, device_map={"": 0, "model.layers.2": "cpu"})
+    block = model.model.layers[2]
+    original = torch.nn.Module.state_dict(
+        load_and_quantize_model(
+            empty(build), {"load_in_4bit": True, "skip_modules": ["*"], "torch_dtype": "fp32"}, folder, device_map="cpu"
+        )
+    )
+    for name, value in block.state_dict().items():
+        assert value.dtype == torch.float32
+        assert value.device == CPU
+        assert torch.equal(value, original[f"model.layers.2.{name}"])
+    whole = load_and_quantize_model(empty(build), config, folder, device_map=0)
+    close = torch.nn.functional.cosine_similarity(
+        logits(model, TOKENS, "cuda").float().flatten(), logits(whole, TOKENS, "cuda").float().flatten(), dim=0
+    )
+    assert close > 0.99
+    assert logits(model, TOKENS, "cuda").dtype == torch.bfloat16
