@@ -64,7 +64,32 @@ def parts_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Part]:
     return {name: Part(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
-class HostGroup:
+class Store:
+    """Where a group's parts rest.
+
+    Attributes:
+        layout: where the parts lie in a slot.
+        tensors: the parts at rest, by name, which the model's tensors view while they are not on the device.
+    """
+
+    layout: Layout
+    tensors: dict[str, torch.Tensor]
+
+    def source_of(self, name: str) -> torch.Tensor:
+        """Give the values of one part, to copy."""
+        return self.tensors[name]
+
+    def at_rest(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Give the twin at rest of a part that lies in a slot."""
+        begin = tensor.storage_offset() * tensor.itemsize
+        return next(self.tensors[name] for name, offset in self.layout.offsets.items() if offset == begin)
+
+    def release(self) -> None:
+        """Let go of the parts; their memory is freed when nobody views it any more."""
+        self.tensors = {}
+
+
+class HostGroup(Store):
     """A group's parts in one piece of host memory of just their size, pinned if a GPU is to read it.
 
     Attributes:
@@ -92,7 +117,7 @@ class HostGroup:
         self.is_pinned = self._unpin is not None
         # Each in a storage of its own: torch.save refuses tensors of several dtypes in one.
         self.tensors = {
-            name: _in_mapping(self._mapping, part.dtype, self.layout.offsets[name], part.shape)
+            name: in_mapping(self._mapping, part.dtype, self.layout.offsets[name], part.shape)
             for name, part in parts.items()
         }
 
@@ -114,13 +139,6 @@ class HostGroup:
         """Give one part of the source."""
         return self.layout.views(self.source)[name]
 
-    def at_rest(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Give the twin of a tensor that lies in a slot: both have one layout."""
-        begin = tensor.storage_offset() * tensor.itemsize
-        with torch.inference_mode(False):
-            flat = _in_mapping(self._mapping, tensor.dtype, begin, (tensor.numel(),))
-            return flat.as_strided(tensor.shape, tensor.stride())
-
     def release(self) -> None:
         """Let go of the memory: unpinned now, freed when nobody views it any more."""
         if self._unpin is not None:
@@ -135,8 +153,8 @@ class _Mapping(mmap.mmap):
     """Memory of just the size that is asked for; torch's own, if pinned, is rounded up to a power of two."""
 
 
-def _in_mapping(mapping: _Mapping, dtype: torch.dtype, offset: int, shape: Shape) -> torch.Tensor:
-    """Give memory of a mapping, which stays mapped as long as it is viewed."""
+def in_mapping(mapping: mmap.mmap, dtype: torch.dtype, offset: int, shape: Shape) -> torch.Tensor:
+    """Give a tensor in a mapping, which stays mapped as long as it is viewed."""
     count = math.prod(shape)
     if not count:
         return torch.empty(shape, dtype=dtype)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
 
-from .host import HostGroup, aligned
+from .disk import FileGroup, Staging
+from .host import HostGroup, Store, aligned
 from .stores import DeviceStore
 
 
@@ -18,6 +20,7 @@ class Slot:
         group: what it holds, or is being filled with; None while that is nothing whole.
         users: the calls that use what it holds.
         used: when it was last filled or used, as a count.
+        landing: what a thread reads from files into it.
         streams: those that have been ordered after the copy into it, and so may use it.
     """
 
@@ -31,9 +34,10 @@ class Slot:
         self.begun: torch.cuda.Event | None = None
         self.ready: torch.cuda.Event | None = None
         self.nbytes_copied = 0
+        self.landing: Future[None] | None = None
         self._views: dict[int, dict[str, torch.Tensor]] = {}
 
-    def views(self, store: HostGroup) -> dict[str, torch.Tensor]:
+    def views(self, store: Store) -> dict[str, torch.Tensor]:
         """Give a group's parts as they lie in this slot."""
         found = self._views.get(id(store))
         if found is None:
@@ -51,6 +55,7 @@ class Lane:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.timed_bytes, self.timed_s = 0, 0.0
+        self._reader = ThreadPoolExecutor(1, "bigload-reader")  # has no thread before it is given something to read
 
     def make_slot(self, nbytes: int) -> Slot:
         """Allocate a slot.
@@ -60,19 +65,45 @@ class Lane:
         """
         return Slot(self.device, aligned(max(nbytes, 1)))
 
-    def copy(self, store: HostGroup, slot: Slot) -> None:
+    def copy(self, store: Store, slot: Slot) -> None:
         """Begin to copy a group into a slot that nobody uses; it holds the group from then on."""
         slot.group = None  # until it is whole
-        self._copy(store.source, slot)
+        if slot.landing is not None:
+            wait([slot.landing])
+            slot.landing = None
+        if isinstance(store, FileGroup):
+            slot.landing = self._reader.submit(self._land, store, slot)
+        elif isinstance(store, HostGroup):
+            self._copy(store.source, slot)
 
     def _copy(self, source: torch.Tensor, slot: Slot) -> None:
         slot.memory[: len(source)].copy_(source)
 
+    def _land(self, store: FileGroup, slot: Slot) -> None:
+        store.read_into(slot.memory)
+
     def await_copy(self, slot: Slot) -> None:
-        """Let what the caller computes from here on come after the copy into a slot."""
+        """Let what the caller computes from here on come after the copy into a slot.
+
+        Raises:
+            OffloadError: the group's files cannot be read.
+        """
+        if slot.landing is not None:
+            try:
+                slot.landing.result()
+            except BaseException:
+                slot.group = None
+                raise
+            slot.landing = None
 
     def finish(self) -> None:
-        """Wait until nothing is copied, nor computed, any more."""
+        """Wait until nothing is read, copied, or computed, any more."""
+        self._reader.submit(lambda: None).result()
+
+    def close(self) -> None:
+        """Finish, and let the thread that reads files go."""
+        self.finish()
+        self._reader.shutdown()
 
 
 class CudaLane(Lane):
@@ -81,6 +112,7 @@ class CudaLane(Lane):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._staging = Staging()
 
     def make_slot(self, nbytes: int) -> Slot:
         """Allocate a slot, and its events."""
@@ -103,6 +135,13 @@ class CudaLane(Lane):
             slot.ready.record(self._stream)
         slot.nbytes_copied = len(source)
 
+    def _land(self, store: FileGroup, slot: Slot) -> None:
+        memory, copied = self._staging.take(aligned(store.layout.nbytes))
+        store.read_into(memory)
+        with torch.inference_mode(False):
+            self._copy(memory[: store.layout.nbytes], slot)
+        copied.record(self._stream)
+
     def _take_time(self, slot: Slot) -> None:
         if slot.nbytes_copied and slot.begun is not None and slot.ready is not None and _is_over(slot.ready):
             self.timed_s += slot.begun.elapsed_time(slot.ready) / 1000
@@ -111,6 +150,7 @@ class CudaLane(Lane):
 
     def await_copy(self, slot: Slot) -> None:
         """Let the current stream wait for the copy into a slot, once."""
+        super().await_copy(slot)
         stream = torch.cuda.current_stream(self.device)
         if stream not in slot.streams:
             assert slot.ready is not None
@@ -122,7 +162,8 @@ class CudaLane(Lane):
                 raise
 
     def finish(self) -> None:
-        """Wait for all that the GPU does."""
+        """Wait for all that is read, and all that the GPU does."""
+        super().finish()
         torch.cuda.synchronize(self.device)
 
 

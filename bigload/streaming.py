@@ -20,7 +20,7 @@ from torch import nn
 
 from .cells import Cell, Leaf, cells_of
 from .errors import ConfigError, OffloadError
-from .host import HostGroup
+from .host import HostGroup, Store
 from .slots import Slot, lane_to
 from .streamed import HostForward, OwnForward, StreamedForward, Uncopyable
 from .tree import leaves, modules_by_path
@@ -38,7 +38,7 @@ class Group:
 
     name: str
     leaves: tuple[Leaf, ...]
-    store: HostGroup
+    store: Store
 
     @classmethod
     def copied(cls, name: str, leaves: Sequence[Leaf], device: torch.device) -> Group:
@@ -139,7 +139,8 @@ class Engine(Uncopyable):
             for leaf in group.leaves
         ]
         # Slots must not be another's while a copy into them goes on.
-        weakref.finalize(self, self._lane.finish).atexit = False
+        self._close = weakref.finalize(self, self._lane.close)
+        self._close.atexit = False
 
     def stats(self) -> StreamStats:
         """Tell what was streamed so far."""
@@ -186,6 +187,7 @@ class Engine(Uncopyable):
             for forward in self._forwards:
                 forward.remove()
             self._forwards, self._state_hooks, self._cells = [], [], {}
+            self._close()
 
     @contextmanager
     def _resident(self, group: Group, cells: Sequence[Cell]) -> Iterator[torch.Tensor]:
@@ -289,7 +291,7 @@ class Engine(Uncopyable):
                 self._slots.remove(slot)
 
     def _show_at_rest(
-        self, store: HostGroup, module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: object
+        self, store: Store, module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: object
     ) -> None:
         """Give a state_dict that is taken while a leaf runs the tensors that will not be overwritten."""
         memories = {slot.memory.untyped_storage().data_ptr() for slot in self._slots}

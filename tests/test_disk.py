@@ -1,0 +1,96 @@
+"""Groups whose weights rest in files: the same bits, files untouched, clear errors, recovery after them."""
+
+import threading
+
+import pytest
+import torch
+from models import assert_same_bits, equal
+from test_streaming import MODES, linears, resident, tokens
+
+from bigload.disk import FileGroup, FilePart
+from bigload.errors import OffloadError
+from bigload.host import parts_of
+from bigload.streaming import Engine, Group
+
+
+def written(tensors, file):
+    """Write tensors one after the other, 8 bytes apart as in safetensors, and say where."""
+    parts, content = {}, b"header--"
+    for name, part in parts_of(tensors).items():
+        parts[name] = FilePart(file, len(content), part)
+        values = tensors[name].cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        content += values + b"-" * (-len(values) % 8)
+    file.write_bytes(content)
+    return parts
+
+
+def stream_from_disk(model, device, folder, slots=2):
+    groups = []
+    for index in range(len(model.transformer["h"])):
+        leaves = tuple(linears(model, f"transformer.h.{index}."))
+        tensors = {name: tensor for leaf in leaves for name, tensor in leaf.tensors().items()}
+        groups.append(Group(f"h.{index}", leaves, FileGroup(written(tensors, folder / f"{index}.bin"))))
+    return Engine(model, groups, device, slots)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("mode", MODES)
+def test_logits_and_state_are_those_of_the_resident_model(mode, slots, device, tmp_path):
+    expected, model = resident(mode, device), resident(mode, device)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    engine = stream_from_disk(model, device, tmp_path, slots)
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with context():
+            assert equal(model(tokens(device)), expected(tokens(device)))
+    assert engine.stats().slots == slots
+    assert_same_bits(model.state_dict(), state)
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+    engine.remove()
+    assert equal(model(tokens(device)), expected(tokens(device)))
+
+
+def twice(model, x):
+    """Run what may be there still from the last time, and what is not."""
+    model(x)
+    model(x)
+
+
+@pytest.mark.parametrize("way", ["deleted", "cut short"])
+def test_lost_file_gives_a_clear_error_and_when_it_is_back_the_model_runs(way, device, tmp_path):
+    expected, model = resident("nf4", device), resident("nf4", device)
+    engine = stream_from_disk(model, device, tmp_path)
+    model(tokens(device))
+    file = tmp_path / "1.bin"
+    content = file.read_bytes()
+    file.unlink()
+    if way == "cut short":
+        file.write_bytes(content[:100])
+    for _ in range(2):
+        with pytest.raises(OffloadError, match=r"h\.1\..* cannot be read.*1\.bin"):
+            twice(model, tokens(device))
+    assert not any(slot.users for slot in engine._slots)
+    file.write_bytes(content)
+    for _ in range(2):
+        assert equal(model(tokens(device)), expected(tokens(device)))
+
+
+def test_file_that_is_missing_or_too_short_at_the_start_is_refused(tmp_path):
+    parts = written({"weight": torch.ones(64)}, tmp_path / "0.bin")
+    (tmp_path / "0.bin").write_bytes(b"header--")
+    with pytest.raises(OffloadError, match="does not lie wholly"):
+        FileGroup(parts)
+    (tmp_path / "0.bin").unlink()
+    with pytest.raises(OffloadError, match="cannot be opened"):
+        FileGroup(parts)
+
+
+def test_reader_thread_ends_with_its_engine(device, tmp_path):
+    model = resident("fp32", device)
+    engine = stream_from_disk(model, device, tmp_path)
+    model(tokens(device))
+    (reader,) = engine._lane._reader._threads
+    assert reader.is_alive()
+    engine.remove()
+    assert not reader.is_alive()
+    assert reader not in threading.enumerate()
