@@ -27,6 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_make(commands.add_parser("make", help="write a synthetic checkpoint"))
     _add_load(commands.add_parser("load", help="time loads of a checkpoint, peer by peer, against the limits"))
     _add_quantize(commands.add_parser("quantize", help="time quantizing a checkpoint from files to files"))
+    _add_offload(commands.add_parser("offload", help="time forwards of a model of which part rests on the CPU"))
     plans = commands.add_parser("plans", help="plan well-known models on usual budgets: the table in docs/plans.md")
     plans.set_defaults(run=_plans)
     _add_report(commands.add_parser("report", help="turn result files into Markdown tables and charts"))
@@ -142,6 +143,31 @@ def _give(result: Mapping[str, Any], out: Path | None) -> None:
         out.write_text(text)
     else:
         print(text, end="")
+
+
+def _add_offload(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="the checkpoint of a Llama in 16 bit")
+    parser.add_argument(
+        "--cases", nargs="+", metavar="PEER:MODE:BLOCKS", help="such as bigload:nf4:22 (default: those in offload.py)"
+    )
+    parser.add_argument("--device", help="'cuda:N' (default: the first GPU)")
+    parser.add_argument("--out", type=Path, help="where the result goes, as JSON (default: standard output)")
+    parser.add_argument("--commit", help="bigload's, where git cannot tell")
+    parser.set_defaults(run=_offload)
+
+
+def _offload(options: argparse.Namespace) -> None:
+    from .offload import CASES, Case, measure_offload
+
+    parts = [text.split(":") for text in options.cases or ()]
+    cases = [Case(peer, mode, int(blocks), bool(more)) for peer, mode, blocks, *more in parts] or list(CASES)
+    result: dict[str, Any] = {}
+    for result in measure_offload(options.folder, cases, _device(options.device), options.commit):
+        print(json.dumps(result["rows"][-1]), file=sys.stderr, flush=True)
+        if options.out is not None:
+            _give(result, options.out)
+    if options.out is None:
+        _give(result, None)
 
 
 def _plans(options: argparse.Namespace) -> None:
