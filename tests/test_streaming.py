@@ -367,7 +367,8 @@ def test_removed_engine_leaves_a_resident_model(mode, device):
 def test_next_forward_after_an_error_is_exact(place, error, device, monkeypatch):
     expected, model = resident("nf4", device), resident("nf4", device)
     engine = stream(model, device)
-    calls = [0]
+    model(tokens(device))  # slots hold groups that are overwritten
+    calls = [0 if place != "copy" else 1]
 
     def failing(own):
         def fail(*args):
