@@ -54,14 +54,11 @@ class Cell:
         self._places = tuple(places)
         self._owner, self._key = owner, key
         self.holder = self._places[0][0]
+        # The parameter whose values it is; None for what belongs to a quantized weight.
+        self.parameter: nn.Parameter | None = self.holder if isinstance(self.holder, nn.Parameter) else None
         self.identity = (id(self.holder), self._places[0][1])
         self.users: set[object] = set()
         self.is_away = False
-
-    @property
-    def parameter(self) -> nn.Parameter | None:
-        """The parameter whose values it is; None for what belongs to a quantized weight."""
-        return self.holder if isinstance(self.holder, nn.Parameter) else None
 
     def get(self) -> torch.Tensor:
         """Give the tensor that is there."""

@@ -66,6 +66,8 @@ class StreamedForward(OwnForward):
         self.resident = resident
         self._parameters = [cell.parameter for cell in cells if cell.parameter is not None]
         self._is_quantized = is_quantized(leaf.module)
+        # What these give is never a part of their weights.
+        self._gives_its_own = self._is_quantized or type(leaf.module) is nn.Linear
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute what the leaf's own forward does."""
@@ -84,7 +86,8 @@ class StreamedForward(OwnForward):
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module's own forward with the weights in place."""
         with self.resident() as memory:
-            return _apart(self.own(*args, **kwargs), memory)
+            out = self.own(*args, **kwargs)
+            return out if self._gives_its_own else _apart(out, memory)
 
     def _unpack(self, saved: Any) -> torch.Tensor:
         if not isinstance(saved, _InSlot):

@@ -12,7 +12,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -74,10 +74,28 @@ class StreamStats:
 _Node = tuple[bool, Group]
 
 
-class _Use:
-    """One call of one leaf."""
+class _Residency(AbstractContextManager[torch.Tensor]):
+    """Has a leaf's weights on the device for one call of it; gives the memory of their group there."""
 
-    slot: Slot | None = None
+    __slots__ = ("_cells", "_engine", "_group", "slot")
+
+    def __init__(self, engine: Engine, group: Group, cells: Sequence[Cell]) -> None:
+        self._engine, self._group, self._cells = engine, group, cells
+        self.slot: Slot | None = None
+
+    def __enter__(self) -> torch.Tensor:
+        engine = self._engine
+        try:
+            with engine.lock:
+                return engine.enter(self, self._group, self._cells).memory
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *raised: object) -> None:
+        engine = self._engine
+        with engine.lock:
+            engine.exit(self, self._group, self._cells)
 
 
 class Engine(Uncopyable):
@@ -118,7 +136,7 @@ class Engine(Uncopyable):
         self._slot_nbytes = max((group.store.layout.nbytes for group in groups), default=0)
         self._slots = [self._lane.make_slot(self._slot_nbytes) for _ in range(min(slots, len(self.groups)))]
         self._next = _first_guess(self.groups)
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._last = threading.local()
         self._clock = 0
         self._nbytes = self._fetches = self._demand_fetches = 0
@@ -126,7 +144,7 @@ class Engine(Uncopyable):
             for cell in (cell for cells in by_leaf.values() for cell in cells):
                 cell.put(group.store.tensors[cell.name])
         self._forwards: list[OwnForward] = [
-            StreamedForward(leaf, cells, functools.partial(self._resident, group, cells))
+            StreamedForward(leaf, cells, functools.partial(_Residency, self, group, cells))
             for group, by_leaf in self._cells.items()
             for leaf, cells in by_leaf.items()
         ]
@@ -159,7 +177,7 @@ class Engine(Uncopyable):
             for group, by_leaf in self._cells.items():
                 for leaf, cells in by_leaf.items():
                     if leaf.module in inside:
-                        stack.enter_context(self._resident(group, cells))
+                        stack.enter_context(_Residency(self, group, cells))
             yield
         self._trim()
 
@@ -170,7 +188,7 @@ class Engine(Uncopyable):
             OffloadError: a leaf is running.
             torch.OutOfMemoryError: the device has no room; groups that had it are there, the others are streamed still.
         """
-        with self._lock:
+        with self.lock:
             if any(slot.users for slot in self._slots):
                 raise OffloadError("leaves are running: the engine cannot be removed from within their forward")
             self._lane.finish()
@@ -189,21 +207,19 @@ class Engine(Uncopyable):
             self._forwards, self._state_hooks, self._cells = [], [], {}
             self._close()
 
-    @contextmanager
-    def _resident(self, group: Group, cells: Sequence[Cell]) -> Iterator[torch.Tensor]:
-        """Have a leaf's weights on the device while the block runs; gives the memory of their group there."""
-        use = _Use()
-        try:
-            with self._lock:
-                slot = self._enter(use, group, cells)
-            yield slot.memory
-        finally:
-            with self._lock:
-                self._exit(use, group, cells)
+    def enter(self, use: _Residency, group: Group, cells: Sequence[Cell]) -> Slot:
+        """Bring a leaf's weights to the device, or find them there, and those of the groups that are likely next.
 
-    def _enter(self, use: _Use, group: Group, cells: Sequence[Cell]) -> Slot:
-        node = (torch._C._current_graph_task_id() != -1, group)
-        self._learn(node)
+        Raises:
+            OffloadError: a weight was replaced or moved since, or cannot be read.
+            torch.OutOfMemoryError: the device has no room.
+        """
+        last: _Node | None = getattr(self._last, "node", None)
+        is_backward = torch._C._current_graph_task_id() != -1
+        is_same = last is not None and last[1] is group and last[0] == is_backward
+        node = last if last is not None and is_same else (is_backward, group)
+        if not is_same:
+            self._learn(node)
         rest = group.store.tensors
         for cell in cells:
             cell.require_at_rest(rest[cell.name])
@@ -212,6 +228,7 @@ class Engine(Uncopyable):
             slot = self._free_slot(keep=()) or self._grow()
             self._fetch(group, slot)
             self._demand_fetches += 1
+            is_same = False
         use.slot = slot
         slot.users.add(use)
         slot.used = self._tick()
@@ -223,10 +240,12 @@ class Engine(Uncopyable):
             if is_first:
                 cell.is_away = True
                 cell.put(views[cell.name])
-        self._prefetch(node)
+        if not is_same:  # what a group's other leaves would fetch has been fetched for its first
+            self._prefetch(node)
         return slot
 
-    def _exit(self, use: _Use, group: Group, cells: Sequence[Cell]) -> None:
+    def exit(self, use: _Residency, group: Group, cells: Sequence[Cell]) -> None:
+        """Let a leaf's weights go to rest, if nobody else uses them; what was not entered may be left too."""
         for cell in cells:
             cell.users.discard(use)
             if cell.is_away and not cell.users:
@@ -283,7 +302,7 @@ class Engine(Uncopyable):
 
     def _trim(self) -> None:
         """Free the slots that are too many, when they were needed for once only."""
-        with self._lock:
+        with self.lock:
             if len(self._slots) <= self._asked_slots:
                 return
             self._lane.finish()
