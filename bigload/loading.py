@@ -29,6 +29,7 @@ from .plan import Plan
 from .planning import config_for, plan_load, wishes_for
 from .progress import progress_bar
 from .report import LoadReport, PeakMemory
+from .resting import Resting
 from .ring import pin_ahead
 from .tree import walked_once
 
@@ -134,10 +135,10 @@ def load_and_quantize_model(
         for device, nbytes in plan.device_bytes.items():
             logger.info("plan: %s on %s, %d layers as %s", show(nbytes), device, len(plan.layers), config.mode)
         peaks = PeakMemory(plan.device_bytes)
-        with progress_bar(plan.source_bytes, "loading", progress) as bar:
+        with progress_bar(plan.source_bytes, "loading", progress) as bar, Resting(plan, pin=wishes.offload.pin) as rest:
             assembly = Assembly(model, plan)
-            execute(plan, on_bytes=bar.update, on_landed=assembly.add)
-        model = assembly.commit(lambda made: _set_to_run(made, plan, wishes.offload))
+            execute(plan, on_bytes=bar.update, on_landed=assembly.add, rest_of=rest.views)
+            model = assembly.commit(lambda made: _set_to_run(made, plan, wishes.offload, rest))
     elapsed_s = time.perf_counter() - started
     report = LoadReport(config.mode, plan.source_bytes, elapsed_s, plan.device_bytes, peaks.since())
     model.load_report = report  # type: ignore[assignment]
@@ -154,12 +155,12 @@ def _require_memory(plan: Plan) -> None:
         )
 
 
-def _set_to_run(model: nn.Module, plan: Plan, offload: OffloadConfig) -> None:
+def _set_to_run(model: nn.Module, plan: Plan, offload: OffloadConfig, resting: Resting) -> None:
     """Hook what must be hooked where weights do not all lie on the one device that computes."""
     crossings = connect(model, plan.execution_map, plan.in_fp32)
     try:
         if plan.offloaded:
-            model.offload = Offload(model, plan, offload)  # type: ignore[assignment]
+            model.offload = Offload(model, plan, offload, resting)  # type: ignore[assignment]
     except torch.OutOfMemoryError as error:
         crossings.remove()
         raise PlacementError(f"no room on the GPU for what is streamed through it: {error}") from error

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from .cells import Leaf
-from .devices import CPU
 from .offload import OffloadConfig
 from .plan import PlacedUnit, Plan
+from .resting import Resting
 from .streaming import Engine, Group, StreamStats
 
 
@@ -24,8 +24,14 @@ class Offload:
         plan: where each of them rests and is computed.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, config: OffloadConfig) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, config: OffloadConfig, resting: Resting) -> None:
         """Hook a model whose offloaded weights are in host memory, as the load has left them.
+
+        Args:
+            model: loaded.
+            plan: by which.
+            config: how many slots there are.
+            resting: the memory that the weights are in.
 
         Raises:
             OffloadError: a weight cannot be streamed.
@@ -33,13 +39,19 @@ class Offload:
         """
         self.plan = plan
         self._engines: list[Engine] = []
+        self._handles = [
+            model.get_submodule(path).register_forward_pre_hook(Adopting(model, placed), prepend=True)
+            for placed in plan.offloaded
+            for path in placed.unit.paths
+            if placed.streamed_bytes
+        ]
         by_device: dict[torch.device, list[PlacedUnit]] = defaultdict(list)
         for placed in plan.offloaded:
             if placed.unit.offloaded:
                 by_device[placed.device].append(placed)
         try:
             for device, units in by_device.items():
-                self._engines.append(_engine(model, units, device, config))
+                self._engines.append(_engine(model, units, device, config, resting))
         except BaseException:
             self.remove()
             raise
@@ -77,12 +89,42 @@ class Offload:
         while self._engines:
             self._engines[-1].remove()
             self._engines.pop()
+        for handle in self._handles:
+            handle.remove()
 
 
-def _engine(model: nn.Module, units: Sequence[PlacedUnit], device: torch.device, config: OffloadConfig) -> Engine:
-    pinned_for = device if config.pin else CPU
+class Adopting:
+    """A hook on a block that brings parameters to its device which others have put into it since the load.
+
+    PEFT makes an adapter where the weight lies that it adapts, which for a streamed one is host memory.
+    """
+
+    def __init__(self, model: nn.Module, placed: PlacedUnit) -> None:
+        """Remember what shall stay in host memory."""
+        away = (planned.tensor.name for planned in placed.unit.offloaded)
+        self._away = {id(model.get_parameter(name)) for name in away}
+        self._device = placed.device
+        self._has_looked = False
+
+    def __call__(self, block: nn.Module, args: object) -> None:
+        """Look for such parameters: before the first forward, and before each that gradients may be wanted of."""
+        if self._has_looked and not torch.is_grad_enabled():
+            return
+        self._has_looked = True
+        for parameter in block.parameters():
+            if parameter.device != self._device and not parameter.is_meta and id(parameter) not in self._away:
+                _bring(parameter, self._device)
+
+
+def _bring(parameter: nn.Parameter, device: torch.device) -> None:
+    parameter.data = parameter.data.to(device)
+
+
+def _engine(
+    model: nn.Module, units: Sequence[PlacedUnit], device: torch.device, config: OffloadConfig, resting: Resting
+) -> Engine:
     groups = [
-        Group.copied(placed.unit.name, leaves_of(model, placed), pinned_for)
+        Group(placed.unit.name, tuple(leaves_of(model, placed)), resting.group(placed))
         for placed in units
         if placed.streamed_bytes
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from .placement import PlannedTensor
 from .plan import Plan
 from .prequantized import QuantizedTensor
 from .quantize import Quantizer, from_parts, quantize
+from .resting import put_to_rest
 from .ring import slot_bytes
 from .stored import LazyTensor, StoredTensor
 from .stores import DeviceStore, reserve
@@ -36,6 +37,7 @@ def execute(
     *,
     on_bytes: Callable[[int], object] = lambda count: None,
     on_landed: Callable[[str, Landed], object] = lambda name, value: None,
+    rest_of: Callable[[str], Mapping[str, torch.Tensor] | None] = lambda name: None,
 ) -> dict[str, Landed]:
     """Bring every tensor of a plan into its home. The model is not touched.
 
@@ -43,6 +45,7 @@ def execute(
         plan: what to do.
         on_bytes: called with the count of checkpoint bytes that have landed since the last call.
         on_landed: called with each tensor, by its first name, as soon as it is whole; others are still being read.
+        rest_of: gives the host memory of the parts of a tensor that is offloaded, where that is there already.
 
     Returns:
         By the tensor's first name: the weight, plain or quantized. Tensors without sources are left out.
@@ -57,7 +60,8 @@ def execute(
     homes = {planned.tensor.name for planned in plan.tensors if planned.home is not None}
 
     def keep(name: str, value: Landed) -> None:
-        value = _at_rest(value) if name in homes else value
+        if name in homes and isinstance(value, QuantizedWeight):
+            value = put_to_rest(value, rest_of(name))
         landed[name] = value
         on_landed(name, value)
 
@@ -70,17 +74,27 @@ def execute(
         for planned in plan.tensors:
             if planned.sources:
                 kept = functools.partial(keep, planned.tensor.name)
+                rest = None if planned.home is None else rest_of(planned.tensor.name)
                 planned = _read_at_home(planned)
                 if _is_itself(planned):
                     kept(_named(functools.partial(_at, planned), _itself)(planned))
                 else:
-                    deliveries += deliveries_for(planned, functools.partial(_prepared, plan.config.landing_dtype), kept)
+                    deliveries += deliveries_for(
+                        planned, functools.partial(_prepared, plan.config.landing_dtype, rest), kept
+                    )
         deliver_all(deliveries, plan, on_bytes=on_bytes)
+        if homes:
+            _finish(plan)  # what went home is looked at there
         _require_finite(landed, plan)
-    for device in plan.device_bytes:
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()  # what is given back is there, and errors are ours
+    _finish(plan)
     return landed
+
+
+def _finish(plan: Plan) -> None:
+    """Wait for GPUs: what is given back is there, and errors are ours."""
+    for device in {planned.device for planned in plan.tensors}:
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
 
 
 def _read_at_home(planned: PlannedTensor) -> PlannedTensor:
@@ -88,16 +102,6 @@ def _read_at_home(planned: PlannedTensor) -> PlannedTensor:
     stored = isinstance(planned.sources[0].tensor, QuantizedTensor)
     is_ready = stored or isinstance(planned.format, Plain)
     return dataclasses.replace(planned, device=CPU) if planned.home is not None and is_ready else planned
-
-
-def _at_rest(value: Landed) -> Landed:
-    """Bring what was quantized on a device to host memory, its scales and tables too."""
-    if isinstance(value, torch.Tensor):
-        return value.cpu()
-    if value.quant_state is not None:
-        value.quant_state.to("cpu")
-    scales = None if value.row_scales is None else value.row_scales.cpu()
-    return QuantizedWeight(value.data.cpu(), value.quant_state, scales)
 
 
 def deliver_all(deliveries: Sequence[Delivery], plan: Plan, *, on_bytes: Callable[[int], object]) -> None:
@@ -212,15 +216,19 @@ def _on_the_way(plan: Plan) -> str:
 _Prepared = tuple[list[Delivery], Callable[[], Landed]]
 
 
-def _prepared(torch_dtype: torch.dtype, planned: PlannedTensor) -> _Prepared:
+def _prepared(torch_dtype: torch.dtype, rest: Mapping[str, torch.Tensor] | None, planned: PlannedTensor) -> _Prepared:
     """Give a delivery for each source, and what makes the tensor when all have arrived."""
     stored, store = planned.sources[0].tensor, DeviceStore(planned.device)
+    rest = rest or {}
     if isinstance(stored, QuantizedTensor):
-        parts = {name: store.allocate(part.shape, part.dtype) for name, part in stored.parts.items()}
+        parts = {
+            name: rest[name] if name in rest else store.allocate(part.shape, part.dtype)
+            for name, part in stored.parts.items()
+        }
         filling = [filling_of(parts[name], Source(part)) for name, part in stored.parts.items()]
         return filling, lambda: from_parts(stored, parts)
     if isinstance(planned.format, Plain):
-        values = store.allocate(planned.shape, planned.format.dtype)
+        values = rest["weight"] if rest else store.allocate(planned.shape, planned.format.dtype)
         return [filling_of(values, source) for source in planned.sources], lambda: values
     return _quantizing(planned, planned.format, torch_dtype)
 

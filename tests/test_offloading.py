@@ -200,3 +200,27 @@ def test_blocks_in_fp32_on_the_cpu(tmp_path, mode):
     )
     assert close > 0.99
     assert logits(model, TOKENS, "cuda").dtype == torch.bfloat16
+
+
+def test_parameters_that_others_put_into_a_streamed_block_are_brought_to_its_device(monkeypatch):
+    from bigload import offloading, plan_device_map
+
+    brought = []
+    monkeypatch.setattr(offloading, "_bring", lambda parameter, device: brought.append((parameter, device)))
+    model = GPT(layers=2)
+    (placed,) = plan_device_map(model, "nf4", device_map={"": 0, "transformer.h.1": "cpu"}).offloaded
+    block = model.transformer["h"][1]
+    hook = offloading.Adopting(model, placed)
+    stay = {planned.tensor.name for planned in placed.unit.offloaded}
+    others = [p for name, p in block.named_parameters(prefix="transformer.h.1") if name not in stay]
+    assert len(stay) == 4
+    block.adapter = nn.Linear(4, 4)
+    hook(block, ())
+    assert [id(p) for p, _ in brought] == [id(p) for p in (*others, *block.adapter.parameters())]
+    assert {device for _, device in brought} == {torch.device("cuda", 0)}
+    brought.clear()
+    with torch.no_grad():
+        hook(block, ())  # an inference that goes on has no time for it
+    assert not brought
+    hook(block, ())
+    assert brought
