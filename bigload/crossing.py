@@ -6,12 +6,14 @@ changes. What every part is given by name, a mask or position embeddings, moves 
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 
 # Where the hooks of a model are kept, on the model itself.
 _KEPT_AS = "_bigload_crossings"
@@ -24,7 +26,13 @@ class Crossings:
         self._handles: list[Any] = []
         self._memo = _Memo()
 
-    def add(self, model: nn.Module, devices: Mapping[str, torch.device], in_fp32: Collection[str]) -> None:
+    def add(
+        self,
+        model: nn.Module,
+        devices: Mapping[str, torch.device],
+        in_fp32: Collection[str],
+        dtype: torch.dtype | None,
+    ) -> None:
         """Hook the parts of a model, and the model itself."""
         skipped = _skipped(model)
         for path, device in devices.items():
@@ -33,7 +41,7 @@ class Crossings:
             hook = _Entering(device, self._memo, left)
             self._handles.append(part.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
             if path in in_fp32:
-                casts = _Casts(left)
+                casts = _Casts(left, dtype)
                 self._handles.append(part.register_forward_pre_hook(casts.begin, with_kwargs=True))
                 self._handles.append(part.register_forward_hook(casts.end, with_kwargs=True, always_call=True))
         ends = _Ends(self._memo)
@@ -47,13 +55,19 @@ class Crossings:
         self._handles.clear()
 
 
-def connect(model: nn.Module, devices: Mapping[str, torch.device], in_fp32: Collection[str] = ()) -> Crossings:
+def connect(
+    model: nn.Module,
+    devices: Mapping[str, torch.device],
+    in_fp32: Collection[str] = (),
+    dtype: torch.dtype | None = None,
+) -> Crossings:
     """Let each part of a model find what it is given on its own device, and the caller what comes out on theirs.
 
     Args:
         model: its weights are where `devices` says; hooks that it has from an earlier call are taken off.
         devices: path of a part -> the device that computes it.
-        in_fp32: paths of parts that compute in float32, and give what the others compute in.
+        in_fp32: paths of parts that compute in float32, and give what goes into them.
+        dtype: that they give where nothing floating goes in, as into an embedding.
 
     Returns:
         The hooks: none, where all is on one device.
@@ -64,7 +78,7 @@ def connect(model: nn.Module, devices: Mapping[str, torch.device], in_fp32: Coll
     crossings = Crossings()
     if len(set(devices.values())) > 1:
         modules = dict(model.named_modules(remove_duplicate=False))
-        crossings.add(model, {path: device for path, device in devices.items() if path in modules}, in_fp32)
+        crossings.add(model, {path: device for path, device in devices.items() if path in modules}, in_fp32, dtype)
         model.__dict__[_KEPT_AS] = crossings
     return crossings
 
@@ -84,16 +98,14 @@ class _Memo(threading.local):
 
     def get(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Give a tensor on a device, moved once for as long as it is not changed in place."""
-        key, version = (id(tensor), device), _version(tensor)
+        if tensor.is_inference():  # nobody counts the writes to it
+            return _moved(tensor, device)
+        key, version = (id(tensor), device), tensor._version
         known = self.moved.get(key)
         if known is None or known[1] != version:
             # The tensor itself is kept, so that no other gets its id.
             known = self.moved[key] = tensor, version, _moved(tensor, device)
         return known[2]
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 class _Entering:
@@ -121,13 +133,13 @@ class _Entering:
 class _Casts:
     """Hooks on a part that computes in float32: what goes in is cast, and what comes out is cast back."""
 
-    def __init__(self, skipped: Collection[str]) -> None:
-        self._skipped = frozenset(skipped)
+    def __init__(self, skipped: Collection[str], usual: torch.dtype | None) -> None:
+        self._skipped, self._usual = frozenset(skipped), usual
         self._dtypes = _Dtypes()
 
     def begin(self, part: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         floating = (tensor for tensor in _tensors((args, kwargs)) if tensor.is_floating_point())
-        self._dtypes.of_calls.append(next((tensor.dtype for tensor in floating), None))
+        self._dtypes.of_calls.append(next((tensor.dtype for tensor in floating), self._usual))
         args = tuple(_brought(value, _in_fp32) for value in args)
         kwargs = {name: v if name in self._skipped else _brought(v, _in_fp32) for name, v in kwargs.items()}
         return args, kwargs
@@ -201,13 +213,15 @@ def _brought(value: Any, move: Any) -> Any:
     """Move the tensors in tuples, lists and dicts; other objects, caches for instance, stay as they are."""
     if isinstance(value, torch.Tensor):
         return move(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
+    if isinstance(value, tuple) and hasattr(value, "_fields") and not isinstance(value, PackedSequence):
         return type(value)(*(_brought(inner, move) for inner in value))
-    if isinstance(value, (list, tuple)):
+    if type(value) in (list, tuple):
         return type(value)(_brought(inner, move) for inner in value)
     if isinstance(value, dict):
-        made = {key: _brought(inner, move) for key, inner in value.items()}
-        return made if type(value) is dict else type(value)(made)  # as transformers' outputs are made
+        made = copy.copy(value)  # of whatever class: transformers' outputs are dicts
+        for key, inner in value.items():
+            made[key] = _brought(inner, move)
+        return made
     return value
 
 

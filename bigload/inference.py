@@ -98,11 +98,18 @@ def infer(items: Sequence[Item], devices: Sequence[int], homes: dict[OffPlace, i
         return whole
     if not homes:
         raise _too_large(items, devices, rules, may_leave=False)
+    lacking: DoesNotFitError | None = None
     for away in _candidates(items, devices, rules):
+        room = sum(item.away for item, gone in zip(items, away, strict=True) if gone) <= sum(homes.values())
+        if lacking is not None and not room:
+            continue  # it has been found once what is lacking
         placed = _on_devices(items, away, devices, rules)
         if placed is not None:
-            return _with_homes(items, placed, away, homes)
-    raise _too_large(items, devices, rules, may_leave=True)
+            try:
+                return _with_homes(items, placed, away, homes)
+            except DoesNotFitError as error:
+                lacking = lacking or error
+    raise lacking or _too_large(items, devices, rules, may_leave=True)
 
 
 def _on_devices(
@@ -227,9 +234,16 @@ def _with_homes(
             to_disk = dict(zip(leaving, masks[count].tolist(), strict=True))
             target: dict[int, OffPlace] = {index: "disk" if there else "cpu" for index, there in to_disk.items()}
             return [Assigned(one.device, target.get(index)) for index, one in enumerate(placed)]
+    target, left = {}, sum(sizes)
+    for index in sorted(leaving, key=lambda index: -items[index].away):  # the largest first, as they are few
+        on_cpu = left <= (cpu or 0)
+        target[index] = "cpu" if on_cpu else "disk"
+        left -= 0 if on_cpu else items[index].away
+    if disk is not None and left <= (cpu or 0) and sum(sizes) - left <= disk:
+        return [Assigned(one.device, target.get(index)) for index, one in enumerate(placed)]
     if disk is None:
         raise DoesNotFitError("cpu", sum(sizes), cpu or 0)
-    raise DoesNotFitError("disk", max(0, sum(sizes) - (cpu or 0)), disk)
+    raise DoesNotFitError("disk", max(disk + 1, sum(sizes) - (cpu or 0)), disk)
 
 
 def _too_large(items: Sequence[Item], devices: Sequence[int], rules: Rules, *, may_leave: bool) -> DoesNotFitError:

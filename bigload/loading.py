@@ -157,7 +157,7 @@ def _require_memory(plan: Plan) -> None:
 
 def _set_to_run(model: nn.Module, plan: Plan, offload: OffloadConfig, resting: Resting) -> None:
     """Hook what must be hooked where weights do not all lie on the one device that computes."""
-    crossings = connect(model, plan.execution_map, plan.in_fp32)
+    crossings = connect(model, plan.execution_map, plan.in_fp32, plan.config.landing_dtype)
     try:
         if plan.offloaded:
             model.offload = Offload(model, plan, offload, resting)  # type: ignore[assignment]

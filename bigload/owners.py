@@ -19,8 +19,8 @@ from typing import Any
 
 from torch import nn
 
-# Methods that run before there are weights, or move them about.
-_BEFORE_LOADING = re.compile(r"__init__|_*init_.*|_*reset_parameters|_*tie_.*")
+# Methods that run before there are weights, move them about, or make others of them.
+_BEFORE_LOADING = re.compile(r"__init__|_*init_.*|_*reset_parameters|_*tie_.*|_*resize_.*")
 # torch's encoder layer reads weights in its fused path alone, which loading turns off.
 _NOT_READING = (nn.Module, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 # What may be asked of a weight without reading its values.

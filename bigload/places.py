@@ -185,14 +185,16 @@ def place_tensors(
 
 def _inferred(units: Sequence[Unit], strategy: str, wishes: Wishes) -> Placement:
     devices = _computing(wishes.budgets)
-    budgets: dict[Place, int] = {device: wishes.budgets.get(device, -1) for device in devices}
-    budgets |= {device: _free_now(device) for device in devices if budgets[device] < 0}
     on_gpu = devices[0].type == "cuda"
+    reserve = wishes.reserve if on_gpu else 0
+    needed = sum(unit.gpu_bytes for unit in units) + reserve
+    budgets: dict[Place, int] = {device: _budget(device, wishes, needed) for device in devices}
+    # A GPU that others have filled, or that the caller gives nothing of, is none.
+    devices = [device for device in devices if budgets[device] > reserve] or devices
     homes: dict[OffPlace, int] = {}
     if on_gpu:
-        budgets[CPU] = wishes.budgets.get(CPU, -1)
-        budgets[CPU] = budgets[CPU] if budgets[CPU] >= 0 else _free_now(CPU)
-        homes["cpu"] = budgets[CPU] - wishes.host_ring
+        budgets[CPU] = _budget(CPU, wishes, needed)
+        homes["cpu"] = max(0, budgets[CPU] - wishes.host_ring)
     if wishes.offload_folder is not None:
         free = free_disk_bytes(wishes.offload_folder)
         budgets["disk"] = homes["disk"] = wishes.budgets.get("disk", free)
@@ -201,11 +203,10 @@ def _inferred(units: Sequence[Unit], strategy: str, wishes: Wishes) -> Placement
         homes.pop("disk", None)
     items = [_item(unit, on_gpu=on_gpu, fp32=fp32) for unit in units]
     rules = Rules(strategy, wishes.offload.slots, from_end=fp32)
-    reserve = wishes.reserve if on_gpu else 0
     try:
         assigned = infer(items, [budgets[device] - reserve for device in devices], homes, rules)
     except DoesNotFitError as error:
-        raise _explained(error, units, devices, reserve, budgets) from None
+        raise _explained(error, units, devices, reserve, may_use_disk=not fp32 and "disk" not in homes) from None
     placed = tuple(
         PlacedUnit(unit, CPU)
         if fp32 and one.away
@@ -229,7 +230,7 @@ def _shortened(places: Mapping[str, _P]) -> dict[str, _P]:
 def _computing(budgets: Mapping[Place, int]) -> list[torch.device]:
     """List the devices that compute: GPUs that the budgets name, all if they name no device, or else the CPU."""
     named = [place for place in budgets if isinstance(place, torch.device)]
-    gpus = sorted((place for place in named if place.type == "cuda"), key=str)
+    gpus = sorted((place for place in named if place.type == "cuda"), key=lambda place: place.index)
     if gpus:
         return gpus
     if named or not torch.cuda.is_available():
@@ -237,9 +238,15 @@ def _computing(budgets: Mapping[Place, int]) -> list[torch.device]:
     return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
 
 
-def _free_now(device: torch.device) -> int:
-    gc.collect()  # a model that was let go of may be there still: bitsandbytes' layers refer to themselves
-    return free_bytes(device)
+def _budget(device: torch.device, wishes: Wishes, needed: int) -> int:
+    """Give what the caller allows of a device, or else what can be had now."""
+    if device in wishes.budgets:
+        return wishes.budgets[device]
+    free = free_bytes(device)
+    if free < needed:
+        gc.collect()  # a model that was let go of may be there still: bitsandbytes' layers refer to themselves
+        free = free_bytes(device)
+    return free
 
 
 def _item(unit: Unit, *, on_gpu: bool, fp32: bool) -> Item:
@@ -256,7 +263,8 @@ def _explained(
     units: Sequence[Unit],
     devices: Sequence[torch.device],
     reserve: int,
-    budgets: Mapping[Place, int],
+    *,
+    may_use_disk: bool,
 ) -> PlacementError:
     """Say by how much it does not fit, where, and what would help."""
     is_device = isinstance(error.place, int)
@@ -267,14 +275,10 @@ def _explained(
         needed = f"{what} needs {show(error.needed)} on {place}"
     else:
         allowed = error.allowed
-        where = listed(map(str, devices)).replace("'", "") if is_device else str(place)
-        what = (
-            "what can only be there" if is_device and "cpu" in map(str, budgets) and len(budgets) > 1 else "the model"
-        )
-        needed = f"{what} needs {show(error.needed)} on {where}"
+        needed = f"what must be there needs {show(error.needed)} on {place}"
     extra = f", beside {show(reserve)} kept for activations" if is_device and reserve else ""
     helps = [] if error.item is not None else _smaller_modes(units)
-    if "disk" not in budgets and error.item is None:
+    if may_use_disk and error.item is None:
         helps.append("an offload_folder, so that blocks may rest on a disk")
     helps.append(f"a budget {show(error.needed - max(allowed, 0))} larger")
     return PlacementError(
@@ -314,7 +318,7 @@ def check_accounts(accounts: Sequence[Account], needed_by: str = "the model") ->
 
 
 def _given(units: Sequence[Unit], places: Mapping[str, Place], wishes: Wishes) -> Placement:
-    gpus = list(dict.fromkeys(p for p in places.values() if isinstance(p, torch.device) and p.type == "cuda"))
+    gpus = list(dict.fromkeys(p for p in places.values() if p != "disk" and p.type == "cuda"))
     computing = gpus or [CPU]
     on_cpu = bool(gpus) and wishes.fp32_on_cpu
     by_unit = {id(unit): _places_in(unit, places) for unit in units}
@@ -333,12 +337,18 @@ def _given(units: Sequence[Unit], places: Mapping[str, Place], wishes: Wishes) -
         else:
             device = devices[0] if devices else computing[turn % len(computing)]
             turn += not devices
-            placed.append(PlacedUnit(_part(unit, away[0], places), device, away[0]))
+            part = _part(unit, away[0], places)
+            placed.append(PlacedUnit(part, device, away[0]) if part.offloaded else PlacedUnit(unit, device))
+    used = {one.device for one in placed} | {CPU for one in placed if one.home == CPU}
     budgets: dict[Place, int] = dict(wishes.budgets)
-    if any(one.home is not None or (gpus and one.device == CPU) for one in placed):
-        made = _as_placement(tuple(placed), budgets)
-        return replace(made, device_map=dict(places))
-    return Placement(dict(places), dict(places), tuple(placed), budgets)  # type: ignore[arg-type]
+    if wishes.must_exist:
+        for device in used:
+            needed = sum(one.unit.gpu_bytes for one in placed if one.device == device) + wishes.reserve
+            budgets[device] = _budget(device, wishes, needed)
+    made = replace(_as_placement(tuple(placed), budgets), device_map=dict(places))
+    if used == set(places.values()) and len(used) == 1:
+        return replace(made, devices=dict.fromkeys(places, computing[0]))
+    return made
 
 
 def _places_in(unit: Unit, places: Mapping[str, Place]) -> list[Place]:
@@ -366,5 +376,7 @@ def _cut(unit: Unit, places: Mapping[str, Place], found: Sequence[Place]) -> Pla
         if any(longest_match(name, places) == path for planned in unit.tensors for name in planned.tensor.names):
             by_place[place].append(path)
     said = "; ".join(f"{listed(by_place[place], 3)} on {place}" for place in found)
-    what = f"the block '{unit.name}'" if unit.is_block else f"what shares a weight: {listed(unit.paths)}"
+    what = f"what shares a weight: {listed(unit.paths)}"
+    if len(unit.paths) == 1:
+        what = f"the block '{unit.name}'" if unit.is_block else f"the module '{unit.name}'"
     return PlacementError(f"device_map divides {what} ({said}): one device must hold it whole")

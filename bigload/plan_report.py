@@ -12,9 +12,6 @@ from .memory import show
 from .optional import import_optional
 from .plan import Account, PlacedUnit, Plan
 
-# GB/s of a PCIe 5.0 x16 link with pinned memory, as measured on an H100; for a plan without a GPU at hand.
-LINK_GB_PER_S = 55.0
-
 
 def plan_table(plan: Plan, link_gb_per_s: float | None = None) -> str:
     """Write a plan as a table: each place with what it gives and holds, then the units, then what each forward moves.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,10 +10,13 @@ from functools import cached_property
 from torch import nn
 
 from . import formats, hf
+from .errors import listed
 from .formats import Plain
 from .owners import weights_read
 from .placement import PlannedTensor
 from .tree import modules_by_path
+
+logger = logging.getLogger(__name__)
 
 # What torch's allocator on a GPU rounds each tensor up to, and what parts that travel together begin at multiples of.
 GPU_BYTES = 512
@@ -102,9 +106,13 @@ def units_of(
     """
     modules = modules_by_path(model)
     by_name = {name: planned for planned in tensors for name in planned.tensor.names}
-    blocks = set(no_split_module_classes if no_split_module_classes is not None else hf.no_split_classes(model))
-    if not blocks:
-        blocks = _repeated_class(modules, by_name)
+    if no_split_module_classes is None:
+        blocks = hf.no_split_classes(model) or _repeated_classes(modules, by_name)
+    else:
+        blocks = set(no_split_module_classes)
+        unknown = blocks - {type(module).__name__ for module in modules.values()}
+        if unknown:
+            logger.warning("no_split_module_classes names %s, which no module is of", listed(sorted(unknown)))
     read = _modules_read(modules)
     pieces = [
         (path, type(module).__name__ in blocks, names) for path, module, names in _walk("", model, blocks) if names
@@ -146,16 +154,21 @@ def _tensors_under(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Modul
         waiting += [(f"{at}.{name}".lstrip("."), child) for name, child in _children(inner)]
 
 
-def _repeated_class(modules: Mapping[str, nn.Module], by_name: Mapping[str, PlannedTensor]) -> set[str]:
-    """Name the class that the largest list of alike modules repeats."""
-    largest: tuple[int, str] = (0, "")
+_CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+
+
+def _repeated_classes(modules: Mapping[str, nn.Module], by_name: Mapping[str, PlannedTensor]) -> set[str]:
+    """Name the classes of the elements of the largest list of modules; what is in a sequence must be alike."""
+    largest: tuple[int, set[str]] = (0, set())
     for path, module in modules.items():
-        children = [child for child in module._modules.values() if child is not None]
-        alike = len({type(child) for child in children}) == 1 and len(children) > 1
-        if isinstance(module, (nn.ModuleList, nn.Sequential)) and alike and children[0]._modules:
+        elements = [child for _, child in _children(module)]
+        classes = {type(child).__name__ for child in elements}
+        is_list = isinstance(module, nn.ModuleList) or (isinstance(module, nn.Sequential) and len(classes) == 1)
+        are_blocks = all(child._modules and not isinstance(child, _CONTAINERS) for child in elements)
+        if is_list and are_blocks and len(elements) > 1:
             held = {id(by_name[name]): by_name[name].nbytes for name, _ in _tensors_under(path, module)}
-            largest = max(largest, (sum(held.values()), type(children[0]).__name__))
-    return {largest[1]} if largest[0] else set()
+            largest = max(largest, (sum(held.values()), classes), key=lambda found: found[0])
+    return largest[1]
 
 
 def _modules_read(modules: Mapping[str, nn.Module]) -> set[nn.Module]:

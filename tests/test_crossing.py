@@ -173,13 +173,13 @@ def test_threads_do_not_share_what_they_moved(moves):
     assert all(sum(tensor is mask for tensor, _ in moves) == 1 for mask in masks)
 
 
-def test_inference_tensors_have_no_version_and_move_all_the_same(moves):
+def test_inference_tensors_have_no_version_and_are_not_kept(moves):
     model, devices = stack("0101")
     connect(model, devices)
     with torch.inference_mode():
         mask = torch.ones(3)
         model(torch.ones(2, 4), mask=mask)
-    assert sum(tensor is mask for tensor, _ in moves) == 1
+    assert sum(tensor is mask for tensor, _ in moves) == 2
 
 
 @pytest.mark.multi_gpu
@@ -200,3 +200,40 @@ def test_model_on_two_gpus_gives_the_bits_and_gradients_of_one(build, tmp_path):
         logits.append(getattr(made, "logits", made).detach().cpu())
     assert len(set(model.hf_device_map.values())) == 2
     assert torch.equal(*logits)
+
+
+def test_what_nothing_floating_goes_into_gives_the_models_dtype(moves):
+    model = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4).to(torch.bfloat16).to(META))
+    connect(model, {"0": CPU, "1": META}, ["0"], torch.bfloat16)
+    assert model(torch.tensor([1, 2])).dtype == torch.bfloat16
+
+
+def test_blocks_in_float32_take_and_give_what_the_others_compute_in(moves):
+    model, devices = stack("10")
+    model.parts[0].to(torch.bfloat16)
+    connect(model, devices, ["parts.1"], torch.bfloat16)
+    seen = []
+    model.parts[1].fc.register_forward_hook(lambda module, args, out: seen.append((args[0].dtype, out.dtype)))
+    assert model(torch.ones(2, 4, dtype=torch.bfloat16))["x"].dtype == torch.bfloat16
+    assert seen == [(torch.float32, torch.float32)]
+
+
+def test_containers_of_other_classes_keep_them(moves):
+    from collections import OrderedDict, defaultdict
+
+    from transformers.modeling_outputs import BaseModelOutput
+
+    model, devices = stack("01")
+    connect(model, devices)
+    given = {
+        "table": defaultdict(list, a=torch.ones(1)),
+        "ordered": OrderedDict(a=torch.ones(1)),
+        "output": BaseModelOutput(last_hidden_state=torch.ones(1)),
+        "packed": nn.utils.rnn.pack_sequence([torch.ones(2)]),
+    }
+    model(torch.ones(2, 4), **given)
+    found = model.parts[1].given[2]
+    assert {name: type(value) for name, value in found.items()} == {n: type(value) for n, value in given.items()}
+    assert found["table"]["a"].device == found["ordered"]["a"].device == META
+    assert found["output"].last_hidden_state.device == META
+    assert given["output"].last_hidden_state.device == CPU

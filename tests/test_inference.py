@@ -200,3 +200,15 @@ def test_a_thousand_blocks_of_different_sizes(devices):
         on_device, at_home = used(units, placed, devices, Rules())
         assert all(count <= device for count, device in zip(on_device, devices, strict=True))
         assert at_home["cpu"] <= homes["cpu"]
+
+
+def test_a_home_too_small_for_the_first_choice_does_not_end_the_search():
+    units = [Item(1000, 0, 1000, 0, is_block=False), *(Item(100, 0, 100, 100) for _ in range(10))]
+    placed = infer(units, [1995], {"cpu": 300}, Rules())
+    assert placed[0].away is None
+    assert any(place.away for place in placed)
+
+
+def test_homes_are_divided_unevenly_where_no_even_division_fits():
+    placed = infer([Item(1, 0, 1, 1), Item(10, 0, 10, 10)], [9], {"cpu": 1, "disk": 10}, Rules(slots=0))
+    assert [place.away for place in placed] in (["cpu", "disk"], [None, "disk"])

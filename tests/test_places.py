@@ -166,7 +166,8 @@ def test_block_is_not_divided():
     with pytest.raises(PlacementError, match=r"divides the block 'transformer.h.0'.*one device must hold it whole"):
         planned(GPT, {"": 0, "transformer.h.0.mlp": 1})
     plan = planned(GPT, {"": 0, "transformer.h.0.mlp": 1}, no_split_module_classes=["Attention"])
-    assert plan.execution_map["transformer.h.0.mlp"] == OTHER
+    assert plan.execution_map["transformer.h.0.mlp.c_fc"] == OTHER
+    assert plan.execution_map["transformer.h.0.attn"] == GPU
 
 
 class Reading(nn.Module):
@@ -249,7 +250,7 @@ def test_classes_that_are_no_list_of_names_are_refused(classes):
         planned(GPT, no_split_module_classes=classes)
 
 
-def test_a_load_of_what_is_offloaded_is_refused_until_it_can_run(tmp_path, two_gpus):
+def test_a_load_of_what_is_on_the_disk_is_refused_until_it_can_run(tmp_path, small_parts_stream):
     folder = save_checkpoint(GPT(), tmp_path)
     with pytest.raises(PlacementError, match=r"'transformer.h.1'.*does not run it"):
         load_and_quantize_model(empty(GPT), "nf4", folder, device_map={"": "cpu", "transformer.h.1": "disk"})
@@ -270,3 +271,95 @@ def test_reserve_is_kept_free():
     assert plan.accounts[0].reserve == 2**30
     with pytest.raises(ConfigError, match="OffloadConfig"):
         planned(GPT, offload={"reserve": 5})
+
+
+# What a review found.
+
+
+def runs(model, plan, monkeypatch):
+    """Run a model by a plan for two GPUs, where "meta" takes the place of the second and the CPU that of the first."""
+    from bigload import crossing
+
+    def moved(tensor, device):
+        return tensor if tensor.device == device else torch.zeros_like(tensor, device=device)
+
+    monkeypatch.setattr(crossing, "_moved", moved)
+    there = {GPU: CPU, OTHER: torch.device("meta")}
+    for placed in plan.units:
+        for path in placed.unit.paths:
+            model.get_submodule(path).to(there[placed.device])
+    crossing.connect(model, {path: there[device] for path, device in plan.execution_map.items()})
+    return model(torch.arange(6).view(1, 6))
+
+
+@pytest.mark.parametrize(
+    "device_map",
+    [
+        {"": 0, "transformer.h.1": 1},
+        {"transformer": 0, "transformer.h.1": 1, "lm_head": 0},
+        {"transformer": 0, "transformer.h": 1, "lm_head": 1},
+        "balanced",
+    ],
+    ids=repr,
+)
+def test_maps_over_two_gpus_run_however_they_are_spelled(device_map, monkeypatch):
+    model = GPT(layers=3)
+    plan = plan_device_map(model, "nf4", device_map=device_map, max_memory={0: "1GiB", 1: "1GiB"})
+    assert set(plan.execution_map.values()) == {GPU, OTHER}
+    assert runs(model, plan, monkeypatch).device == CPU
+
+
+@pytest.mark.parametrize("budget", [0, "100MiB"])
+def test_gpu_of_which_nothing_may_be_used_is_left_out(budget):
+    assert planned(GPT, max_memory={0: budget, 1: "10GiB"}).execution_map == {"": OTHER}
+
+
+@pytest.mark.parametrize("budget", [0, "100MiB"])
+def test_without_host_memory_all_goes_to_the_disk(small_parts_stream, tmp_path, budget):
+    budgets = {0: planned(GPT, 0).accounts[0].needed - 1000, "cpu": budget, "disk": "1GiB"}
+    plan = planned(GPT, max_memory=budgets, offload_folder=tmp_path)
+    assert {placed.home for placed in plan.offloaded} == {"disk"}
+
+
+def test_list_of_lists_and_lists_of_two_kinds_have_blocks():
+    class A(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    class B(A):
+        pass
+
+    for model, blocks in (
+        (nn.ModuleList([nn.ModuleList([A(), A()]), nn.ModuleList([A(), A()])]), ["0.0", "0.1", "1.0", "1.1"]),
+        (nn.Sequential(nn.Linear(8, 8), nn.ModuleList([A(), B(), A()])), ["1.0", "1.1", "1.2"]),
+        (nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(3))), []),
+    ):
+        plan = plan_device_map(model, "nf4", device_map="cpu")
+        assert [placed.unit.name for placed in plan.units if placed.unit.is_block] == blocks
+        assert len(plan.units) >= 3
+
+
+def test_class_that_no_module_is_of_is_warned_of_and_none_divides_all(caplog):
+    plan = planned(GPT, "cpu", no_split_module_classes=["Blokc"])
+    assert "'Blokc'" in caplog.text
+    assert not any(placed.unit.is_block for placed in plan.units)
+    assert not any(placed.unit.is_block for placed in planned(GPT, "cpu", no_split_module_classes=[]).units)
+
+
+def test_whole_map_is_held_against_what_is_free(tmp_path, monkeypatch):
+    folder = save_checkpoint(GPT(), tmp_path)
+    monkeypatch.setattr("bigload.places.free_bytes", lambda device: 1000)
+    with pytest.raises(PlacementError, match="cpu"):
+        load_and_quantize_model(empty(GPT), "nf4", folder, device_map="cpu")
+
+
+def test_what_nothing_of_can_leave_is_not_offloaded():
+    plan = planned(GPT, {"": 0, "transformer.ln_f": "cpu"})
+    assert not plan.offloaded
+    assert set(plan.device_bytes) == {GPU}
+
+
+def test_gpus_are_taken_in_the_order_of_their_numbers():
+    plan = planned(lambda: GPT(layers=12), max_memory=dict.fromkeys((10, 2, 1), "1GiB"))
+    assert list(dict.fromkeys(device.index for device in plan.execution_map.values())) == [1, 2, 10]
