@@ -14,6 +14,7 @@ from .errors import ConfigError, QuantizationError, listed
 from .formats import dominant_dtype
 from .interop import Edit, forgotten_attributes
 from .layers import carry_over, quantized_layers, require_whole_layers, row_scales
+from .streamed import OwnForward
 from .tree import first_paths
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -35,7 +36,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
 
     Raises:
         ConfigError: not a floating dtype, or the model has no quantized layer.
-        QuantizationError: layers that hold adapters, or that bitsandbytes has packed for the CPU.
+        QuantizationError: layers that hold adapters, that are streamed, or that bitsandbytes has packed for the CPU.
     """
     if dtype is not None and dtype not in _FLOATS:
         raise ConfigError(f"dtype is {dtype!r}; expected torch.float32, float16 or bfloat16, or None")
@@ -62,6 +63,12 @@ def _require_own_forwards(layers: dict[str, Any]) -> None:
     if dispatched:
         raise QuantizationError(
             f"{listed(dispatched)}: moved about by accelerate; call remove_hook_from_submodules(model) first"
+        )
+    streamed = [path for path, layer in layers.items() if isinstance(vars(layer).get("forward"), OwnForward)]
+    if streamed:
+        raise QuantizationError(
+            f"{listed(streamed)}: streamed from where they rest; call model.offload.remove() first, or load the "
+            "checkpoint unquantized"
         )
 
 

@@ -19,12 +19,13 @@ from .commit import Assembly
 from .config import as_config
 from .crossing import connect
 from .devices import Device, DeviceMap, named_devices
-from .errors import BigloadError, PlacementError, listed
+from .errors import BigloadError, PlacementError
 from .keys import KeyMapping
 from .memory import show
 from .offload import OffloadConfig
 from .offloading import Offload
 from .pipeline import execute
+from .places import Wishes
 from .plan import Plan
 from .planning import config_for, plan_load, wishes_for
 from .progress import progress_bar
@@ -87,7 +88,8 @@ def load_and_quantize_model(
             says of itself, else the class that its largest list of modules repeats.
         max_memory: {device, "cpu" or "disk": bytes or "10GiB"}, taken as it is; a model that needs more is refused
             before anything is read. By default what is free; if it names GPUs, those alone are used.
-        offload_folder: where "disk" blocks would lie; this version has none.
+        offload_folder: where blocks on the "disk" lie, as far as the checkpoint does not have them just as they are to
+            be: each weight is quantized once, and found there by the next load.
         offload_state_dict: accepted and without effect: nothing needs it.
         offload: an `OffloadConfig`: how much of a GPU is left for activations, and how offloaded blocks are kept.
         key_mapping: renames checkpoint keys: {regex: replacement} applied in turn, or a function.
@@ -131,28 +133,22 @@ def load_and_quantize_model(
             quantizable=quantizable,
             strict=strict,
         )
-        _require_memory(plan)
         for device, nbytes in plan.device_bytes.items():
             logger.info("plan: %s on %s, %d layers as %s", show(nbytes), device, len(plan.layers), config.mode)
         peaks = PeakMemory(plan.device_bytes)
-        with progress_bar(plan.source_bytes, "loading", progress) as bar, Resting(plan, pin=wishes.offload.pin) as rest:
+        with progress_bar(plan.source_bytes, "loading", progress) as bar, _resting(plan, wishes) as rest:
             assembly = Assembly(model, plan)
-            execute(plan, on_bytes=bar.update, on_landed=assembly.add, rest_of=rest.views)
+            execute(plan, on_bytes=bar.update, on_landed=assembly.add, resting=rest)
             model = assembly.commit(lambda made: _set_to_run(made, plan, wishes.offload, rest))
     elapsed_s = time.perf_counter() - started
-    report = LoadReport(config.mode, plan.source_bytes, elapsed_s, plan.device_bytes, peaks.since())
+    report = LoadReport(config.mode, plan.source_bytes - rest.spared_bytes, elapsed_s, plan.device_bytes, peaks.since())
     model.load_report = report  # type: ignore[assignment]
     logger.info("%s", report)
     return model
 
 
-def _require_memory(plan: Plan) -> None:
-    on_disk = [placed.unit.name for placed in plan.offloaded if placed.home == "disk"]
-    if on_disk:
-        raise PlacementError(
-            f"device_map puts {listed(on_disk)} on the disk: this version plans that, but does not run it; give the "
-            "CPU a larger budget, or choose a smaller mode"
-        )
+def _resting(plan: Plan, wishes: Wishes) -> Resting:
+    return Resting(plan, pin=wishes.offload.pin, folder=wishes.offload_folder)
 
 
 def _set_to_run(model: nn.Module, plan: Plan, offload: OffloadConfig, resting: Resting) -> None:

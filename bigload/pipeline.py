@@ -23,7 +23,7 @@ from .placement import PlannedTensor
 from .plan import Plan
 from .prequantized import QuantizedTensor
 from .quantize import Quantizer, from_parts, quantize
-from .resting import put_to_rest
+from .resting import Resting
 from .ring import slot_bytes
 from .stored import LazyTensor, StoredTensor
 from .stores import DeviceStore, reserve
@@ -37,7 +37,7 @@ def execute(
     *,
     on_bytes: Callable[[int], object] = lambda count: None,
     on_landed: Callable[[str, Landed], object] = lambda name, value: None,
-    rest_of: Callable[[str], Mapping[str, torch.Tensor] | None] = lambda name: None,
+    resting: Resting | None = None,
 ) -> dict[str, Landed]:
     """Bring every tensor of a plan into its home. The model is not touched.
 
@@ -45,7 +45,7 @@ def execute(
         plan: what to do.
         on_bytes: called with the count of checkpoint bytes that have landed since the last call.
         on_landed: called with each tensor, by its first name, as soon as it is whole; others are still being read.
-        rest_of: gives the host memory of the parts of a tensor that is offloaded, where that is there already.
+        resting: where what is offloaded comes to rest.
 
     Returns:
         By the tensor's first name: the weight, plain or quantized. Tensors without sources are left out.
@@ -57,11 +57,14 @@ def execute(
     """
     landed: dict[str, Landed] = {}
 
-    homes = {planned.tensor.name for planned in plan.tensors if planned.home is not None}
+    homes = {planned.tensor.name: planned for planned in plan.tensors if planned.home is not None}
 
     def keep(name: str, value: Landed) -> None:
-        if name in homes and isinstance(value, QuantizedWeight):
-            value = put_to_rest(value, rest_of(name))
+        if resting is not None and name in homes:
+            value = resting.put(homes[name], value)
+        arrive(name, value)
+
+    def arrive(name: str, value: Landed) -> None:
         landed[name] = value
         on_landed(name, value)
 
@@ -74,8 +77,15 @@ def execute(
         for planned in plan.tensors:
             if planned.sources:
                 kept = functools.partial(keep, planned.tensor.name)
-                rest = None if planned.home is None else rest_of(planned.tensor.name)
-                planned = _read_at_home(planned)
+                rest: Mapping[str, torch.Tensor] = {}
+                if resting is not None and planned.home is not None:
+                    known = resting.known(planned)
+                    if known is not None:
+                        arrive(planned.tensor.name, known)
+                        on_bytes(sum(source.tensor.nbytes for source in planned.sources))
+                        continue
+                    rest = resting.memory(planned)
+                    planned = _read_at_home(planned)
                 if _is_itself(planned):
                     kept(_named(functools.partial(_at, planned), _itself)(planned))
                 else:
@@ -216,10 +226,9 @@ def _on_the_way(plan: Plan) -> str:
 _Prepared = tuple[list[Delivery], Callable[[], Landed]]
 
 
-def _prepared(torch_dtype: torch.dtype, rest: Mapping[str, torch.Tensor] | None, planned: PlannedTensor) -> _Prepared:
+def _prepared(torch_dtype: torch.dtype, rest: Mapping[str, torch.Tensor], planned: PlannedTensor) -> _Prepared:
     """Give a delivery for each source, and what makes the tensor when all have arrived."""
     stored, store = planned.sources[0].tensor, DeviceStore(planned.device)
-    rest = rest or {}
     if isinstance(stored, QuantizedTensor):
         parts = {
             name: rest[name] if name in rest else store.allocate(part.shape, part.dtype)

@@ -12,7 +12,8 @@ import torch
 from .blocks import quantize_blocks
 from .bnb import QuantizedWeight, library, quantize_4bit_into, quantize_int8_into
 from .empty import default_dtype
-from .formats import NESTED_BLOCKSIZE, FourBit, Int8
+from .formats import NESTED_BLOCKSIZE, FourBit, Int8, Plain
+from .placement import PlannedTensor
 from .prequantized import QuantizedTensor
 
 # Values that bitsandbytes' CPU kernel takes at once before they fall out of the cache.
@@ -154,18 +155,40 @@ def from_parts(stored: QuantizedTensor, parts: Mapping[str, torch.Tensor]) -> Qu
         stored: how.
         parts: by the same names, on the weight's device; kept.
     """
-    fmt = stored.format
+    if isinstance(stored.format, FourBit) and stored.format.double_quant:
+        device = parts["weight"].device
+        parts = {**parts, "nested_offset": torch.tensor(stored.nested_offset, dtype=torch.float32, device=device)}
+    return _weight_of(stored.format, stored.shape, stored.dtype, parts)
+
+
+def weight_of(planned: PlannedTensor, dtype: torch.dtype, parts: Mapping[str, torch.Tensor]) -> QuantizedWeight:
+    """Make a weight of the parts that its format has, by their names in it; kept.
+
+    Args:
+        planned: a tensor that is quantized.
+        dtype: what it computes back to, unless it was stored quantized.
+        parts: on one device.
+    """
+    assert not isinstance(planned.format, Plain)
+    stored = planned.sources[0].tensor
+    computes_to = stored.dtype if isinstance(stored, QuantizedTensor) else dtype
+    return _weight_of(planned.format, planned.shape, computes_to, parts)
+
+
+def _weight_of(
+    fmt: FourBit | Int8, shape: tuple[int, ...], dtype: torch.dtype, parts: Mapping[str, torch.Tensor]
+) -> QuantizedWeight:
     if isinstance(fmt, Int8):
         return QuantizedWeight(parts["weight"], row_scales=parts["SCB"])
     make = library().functional.QuantState
     state = functools.partial(
         make,
         absmax=parts["absmax"],
-        shape=torch.Size(stored.shape),
+        shape=torch.Size(shape),
         code=parts["quant_map"],
         blocksize=fmt.blocksize,
         quant_type=fmt.quant_type,
-        dtype=stored.dtype,
+        dtype=dtype,
     )
     if not fmt.double_quant:
         return QuantizedWeight(parts["weight"], quant_state=state())
@@ -175,8 +198,7 @@ def from_parts(stored: QuantizedTensor, parts: Mapping[str, torch.Tensor]) -> Qu
         blocksize=NESTED_BLOCKSIZE,
         dtype=torch.float32,
     )
-    offset = torch.tensor(stored.nested_offset, dtype=torch.float32, device=parts["weight"].device)
-    return QuantizedWeight(parts["weight"], quant_state=state(offset=offset, state2=nested))
+    return QuantizedWeight(parts["weight"], quant_state=state(offset=parts["nested_offset"], state2=nested))
 
 
 @functools.cache

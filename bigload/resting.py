@@ -1,7 +1,8 @@
-"""Host memory for weights that will rest there: made, and pinned, by threads while the load reads."""
+"""Where weights that are not computed where they rest come to rest: in host memory, or in files."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -9,10 +10,14 @@ from contextlib import AbstractContextManager
 import torch
 
 from .bnb import QuantizedWeight
+from .cache import WeightCache
 from .devices import CPU
-from .formats import Part
-from .host import HostGroup
+from .disk import FileGroup, FilePart
+from .formats import Part, Plain
+from .host import HostGroup, Store
+from .placement import PlannedTensor
 from .plan import PlacedUnit, Plan
+from .quantize import weight_of
 
 # How what streams a layer names the parts of its weight, after the weight's own name: see cells.py.
 _NAMES = {
@@ -29,36 +34,86 @@ _THREADS = 2
 
 
 class Resting(AbstractContextManager["Resting"]):
-    """The host memory of a plan's offloaded units."""
+    """The homes of a plan's offloaded units: host memory is made, and pinned, by threads while the load reads.
 
-    def __init__(self, plan: Plan, *, pin: bool) -> None:
-        """Begin to make it.
+    Attributes:
+        spared_bytes: of the checkpoint, that need not be read since what they become is in files already.
+    """
+
+    def __init__(self, plan: Plan, *, pin: bool, folder: str | os.PathLike[str] | None = None) -> None:
+        """Begin to make them.
 
         Args:
             plan: what rests where.
-            pin: whether GPUs shall read it at the full speed of their link.
+            pin: whether GPUs shall read host memory at the full speed of their link.
+            folder: for what rests on the disk and is not in the checkpoint as it shall be.
         """
+        self.spared_bytes = 0
+        self._torch_dtype = plan.config.landing_dtype
+        self._cache = WeightCache(folder, self._torch_dtype)
+        self._files: dict[str, dict[str, FilePart]] = {}
         self._pool = ThreadPoolExecutor(_THREADS, "bigload-pinning")
         self._groups: dict[int, Future[HostGroup]] = {}
         self._unit_of: dict[str, PlacedUnit] = {}
         for placed in plan.offloaded:
-            if placed.streamed_bytes:
+            if placed.home == CPU and placed.streamed_bytes:
                 for planned in placed.unit.offloaded:
                     self._unit_of[planned.tensor.name] = placed
                 device = placed.device if pin else CPU
                 self._groups[id(placed)] = self._pool.submit(HostGroup, _parts(placed), device)
 
-    def group(self, placed: PlacedUnit) -> HostGroup:
-        """Give a unit's memory, when it is there."""
-        return self._groups[id(placed)].result()
+    def group(self, placed: PlacedUnit) -> Store:
+        """Give the store of a unit that has come to rest."""
+        if placed.home == CPU:
+            return self._groups[id(placed)].result()
+        return FileGroup(
+            {
+                planned.tensor.name + _NAMES[part]: where
+                for planned in placed.unit.offloaded
+                for part, where in self._files[planned.tensor.name].items()
+            }
+        )
 
-    def views(self, name: str) -> Mapping[str, torch.Tensor] | None:
-        """Give the memory of a tensor's parts, by their names in its format; None where it does not stream."""
-        placed = self._unit_of.get(name)
+    def memory(self, planned: PlannedTensor) -> Mapping[str, torch.Tensor]:
+        """Give the host memory of a tensor's parts, by their names in its format, to be filled; none if it is new."""
+        placed = self._unit_of.get(planned.tensor.name)
         if placed is None:
-            return None
-        tensors = self.group(placed).tensors
+            return {}
+        tensors, name = self._groups[id(placed)].result().tensors, planned.tensor.name
         return {part: tensors[name + end] for part, end in _NAMES.items() if name + end in tensors}
+
+    def known(self, planned: PlannedTensor) -> torch.Tensor | QuantizedWeight | None:
+        """Give a tensor that is in files already, as it rests there; None for one that must be read first.
+
+        Raises:
+            PlacementError: it must be written first, and there is no folder for it.
+        """
+        parts = self._cache.parts(planned) if planned.home == "disk" else None
+        if parts is None:
+            return None
+        self.spared_bytes += sum(source.tensor.nbytes for source in planned.sources)
+        return self._in_files(planned, parts)
+
+    def put(self, planned: PlannedTensor, value: torch.Tensor | QuantizedWeight) -> torch.Tensor | QuantizedWeight:
+        """Bring to rest what has landed on a device; copies into host memory may go on when this returns.
+
+        Raises:
+            OffloadError: a file cannot be written.
+        """
+        if planned.home == "disk":
+            return self._in_files(planned, self._cache.put(planned, _tensors_of(value)))
+        if isinstance(value, torch.Tensor):
+            return value.cpu()
+        memory = self.memory(planned)
+        parts = {part: _copied(tensor, memory.get(part)) for part, tensor in _tensors_of(value).items()}
+        return weight_of(planned, self._torch_dtype, parts)
+
+    def _in_files(self, planned: PlannedTensor, parts: dict[str, FilePart]) -> torch.Tensor | QuantizedWeight:
+        self._files[planned.tensor.name] = parts
+        tensors = FileGroup(parts).tensors
+        if isinstance(planned.format, Plain):
+            return tensors["weight"]
+        return weight_of(planned, self._torch_dtype, tensors)
 
     def __exit__(self, *raised: object) -> None:
         self._pool.shutdown()
@@ -72,26 +127,21 @@ def _parts(placed: PlacedUnit) -> dict[str, Part]:
     }
 
 
-def put_to_rest(weight: QuantizedWeight, views: Mapping[str, torch.Tensor] | None) -> QuantizedWeight:
-    """Bring what was quantized on a device to its memory on the host; the copies may go on when this returns.
-
-    Args:
-        weight: on the device, or in part there already.
-        views: from `Resting.views`; None makes memory of its own.
-    """
-
-    def put(part: str, tensor: torch.Tensor) -> torch.Tensor:
-        if views is None:
-            return tensor.cpu()
-        there = views[part]
-        return there if there is tensor else there.copy_(tensor, non_blocking=True)
-
-    data, state = put("weight", weight.data), weight.quant_state
-    if weight.row_scales is not None:
-        return QuantizedWeight(data, row_scales=put("SCB", weight.row_scales))
-    state.absmax, state.code = put("absmax", state.absmax), put("quant_map", state.code)
+def _tensors_of(value: torch.Tensor | QuantizedWeight) -> dict[str, torch.Tensor]:
+    """Give the parts of what has landed, by their names in its format."""
+    if isinstance(value, torch.Tensor):
+        return {"weight": value}
+    if value.row_scales is not None:
+        return {"weight": value.data, "SCB": value.row_scales}
+    state = value.quant_state
+    parts = {"weight": value.data, "absmax": state.absmax, "quant_map": state.code}
     if state.nested:
         inner = state.state2
-        state.offset = put("nested_offset", state.offset)
-        inner.absmax, inner.code = put("nested_absmax", inner.absmax), put("nested_quant_map", inner.code)
-    return QuantizedWeight(data, quant_state=state)
+        parts |= {"nested_offset": state.offset, "nested_absmax": inner.absmax, "nested_quant_map": inner.code}
+    return parts
+
+
+def _copied(tensor: torch.Tensor, there: torch.Tensor | None) -> torch.Tensor:
+    if there is None:
+        return tensor.cpu()
+    return there if there is tensor else there.copy_(tensor, non_blocking=True)

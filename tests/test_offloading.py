@@ -224,3 +224,31 @@ def test_parameters_that_others_put_into_a_streamed_block_are_brought_to_its_dev
     assert not brought
     hook(block, ())
     assert brought
+
+
+def test_offloaded_model_is_saved_and_dequantized_only_when_its_weights_are_back(tmp_path, device, options):
+    from bigload import QuantizationError, dequantize_model, save_quantized_model
+
+    folder = save_checkpoint(GPT(layers=4).bfloat16(), tmp_path / "source")
+    model = load_and_quantize_model(empty(lambda: GPT(layers=4)), "nf4", folder, **options("transformer.h.1"))
+    expected = logits(model, TOKENS, device)
+    save_quantized_model(model, tmp_path / "saved")
+    again = load_and_quantize_model(empty(lambda: GPT(layers=4)), None, tmp_path / "saved", device_map=device)
+    assert torch.equal(logits(again, TOKENS, device), expected)
+    with pytest.raises(QuantizationError, match=r"offload\.remove\(\)"):
+        dequantize_model(model)
+    model.offload.remove()
+    assert logits(dequantize_model(model), TOKENS, device).isfinite().all()
+
+
+def test_copies_of_an_offloaded_model_are_refused(tmp_path, device, options):
+    import copy
+
+    from bigload import OffloadError
+
+    folder = save_checkpoint(GPT(layers=4).bfloat16(), tmp_path)
+    model = load_and_quantize_model(empty(lambda: GPT(layers=4)), "nf4", folder, **options("transformer.h.1"))
+    with pytest.raises(OffloadError, match=r"remove\(\)"):
+        copy.deepcopy(model)
+    model.offload.remove()
+    assert torch.equal(logits(copy.deepcopy(model), TOKENS, device), logits(model, TOKENS, device))

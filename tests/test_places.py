@@ -250,12 +250,6 @@ def test_classes_that_are_no_list_of_names_are_refused(classes):
         planned(GPT, no_split_module_classes=classes)
 
 
-def test_a_load_of_what_is_on_the_disk_is_refused_until_it_can_run(tmp_path, small_parts_stream):
-    folder = save_checkpoint(GPT(), tmp_path)
-    with pytest.raises(PlacementError, match=r"'transformer.h.1'.*does not run it"):
-        load_and_quantize_model(empty(GPT), "nf4", folder, device_map={"": "cpu", "transformer.h.1": "disk"})
-
-
 @pytest.mark.parametrize(
     "options",
     [{"execute": "tpu"}, {"slots": 0}, {"slots": True}, {"pin": 1}, {"reserve": "lots"}, {"reserve": -1}],

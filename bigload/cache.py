@@ -1,0 +1,154 @@
+"""Weights that rest on a disk: read where the checkpoint has them, or quantized once into files of a folder.
+
+A file holds one weight, and is named by all that its bytes depend on: the checkpoint's file (its header, size and
+time), which tensors of it, the format, the dtypes, bitsandbytes' version and the kind of device that quantized. So
+another device map finds it too, and a changed checkpoint does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from .bnb import library
+from .checkpoint import read_header
+from .disk import FilePart
+from .errors import CheckpointError, OffloadError, PlacementError
+from .formats import Plain
+from .keys import Source
+from .placement import PlannedTensor
+from .prequantized import QuantizedTensor
+from .stored import LazyTensor
+
+logger = logging.getLogger(__name__)
+
+# Counted up when the same weight would be written otherwise.
+_VERSION = 1
+
+
+class WeightCache:
+    """The files of one folder."""
+
+    def __init__(self, folder: str | os.PathLike[str] | None, torch_dtype: torch.dtype) -> None:
+        """Use a folder, which is made when something is put into it.
+
+        Args:
+            folder: None where nothing may be written.
+            torch_dtype: what weights are cast to before they are quantized.
+        """
+        self._folder = None if folder is None else Path(folder).expanduser().absolute()
+        self._torch_dtype = torch_dtype
+        self._known_files: dict[Path, list[object]] = {}
+
+    def parts(self, planned: PlannedTensor) -> dict[str, FilePart] | None:
+        """Find a tensor's parts in files, by their names in its format; None where they have yet to be written.
+
+        Raises:
+            PlacementError: they have, and there is no folder for them.
+        """
+        in_place = _in_place(planned)
+        if in_place is not None:
+            return {"weight": in_place}
+        if self._folder is None:
+            raise PlacementError(
+                f"'{planned.tensor.name}' is to rest on the disk as {planned.format}: name an offload_folder for it"
+            )
+        path = self._path(planned)
+        return _found(path, planned) if path.is_file() else None
+
+    def put(self, planned: PlannedTensor, tensors: Mapping[str, torch.Tensor]) -> dict[str, FilePart]:
+        """Write a tensor's parts.
+
+        Args:
+            planned: the tensor.
+            tensors: its parts by their names in its format, on any device.
+
+        Raises:
+            OffloadError: the folder cannot be written, for instance because the disk is full.
+        """
+        path = self._path(planned)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({part: tensor.detach().cpu().contiguous() for part, tensor in tensors.items()}, partial)
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except (OSError, SafetensorError) as error:
+            raise OffloadError(f"offload_folder '{self._folder}' cannot be written: {error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
+        found = _found(path, planned)
+        if found is None:
+            raise OffloadError(f"'{path}' is not what was written there: is another program writing it?")
+        return found
+
+    def _path(self, planned: PlannedTensor) -> Path:
+        assert self._folder is not None
+        said = {
+            "version": _VERSION,
+            "bitsandbytes": library().__version__,
+            "device": planned.device.type,
+            "format": str(planned.format),
+            "dtype": str(self._torch_dtype),
+            "shape": planned.shape,
+            "sources": [self._origin(source) for source in planned.sources],
+        }
+        return self._folder / f"{hashlib.sha256(json.dumps(said).encode()).hexdigest()[:40]}.safetensors"
+
+    def _origin(self, source: Source) -> list[object]:
+        """Say where values come from."""
+        tensor = source.tensor
+        how = [str(source.region), source.transposed]
+        if isinstance(tensor, torch.Tensor):  # the model's own
+            values = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            return [hashlib.sha256(values.numpy().tobytes()).hexdigest(), str(tensor.dtype), *how]
+        if tensor.file not in self._known_files:
+            stat = tensor.file.stat()
+            self._known_files[tensor.file] = [_header_of(tensor.file), stat.st_size, stat.st_mtime_ns]
+        return [*self._known_files[tensor.file], tensor.name, str(tensor.dtype), tensor.offset, *how]
+
+
+def _header_of(file: Path) -> str:
+    """Hash a file's header, which for safetensors is as long as its first eight bytes say."""
+    with file.open("rb") as opened:
+        begin = opened.read(8)
+        length = int.from_bytes(begin, "little") if file.suffix == ".safetensors" else 0
+        return hashlib.sha256(begin + opened.read(length)).hexdigest()
+
+
+def _in_place(planned: PlannedTensor) -> FilePart | None:
+    """Find a tensor that the checkpoint has just as it is to be."""
+    if len(planned.sources) != 1 or not isinstance(planned.format, Plain):
+        return None
+    (source,) = planned.sources
+    tensor = source.tensor
+    if isinstance(tensor, (torch.Tensor, LazyTensor, QuantizedTensor)) or source.region or source.transposed:
+        return None
+    part = planned.format.parts(planned.shape)["weight"]
+    is_the_same = (tensor.dtype, tuple(tensor.shape)) == part[:2]
+    return FilePart(tensor.file, tensor.offset, part) if is_the_same else None
+
+
+def _found(path: Path, planned: PlannedTensor) -> dict[str, FilePart] | None:
+    """Read a file's header; None where the file is not whole, or not what its name says."""
+    expected = planned.format.parts(planned.shape)
+    try:
+        there = read_header(path)
+    except (CheckpointError, OSError) as error:
+        logger.warning("'%s' is damaged and will be made again: %s", path, error)
+        return None
+    if {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in there.items()} != {
+        name: tuple(part) for name, part in expected.items()
+    }:
+        logger.warning("'%s' holds something else and will be made again", path)
+        return None
+    return {name: FilePart(path, there[name].offset, part) for name, part in expected.items()}

@@ -1,0 +1,197 @@
+"""Models of which part rests on the disk: quantized once into files, or read where the checkpoint has it."""
+
+import pytest
+import torch
+from models import GPT, empty, llama, save_checkpoint
+
+from bigload import OffloadError, PlacementError, cache, load_and_quantize_model, plan_device_map, quantize_checkpoint
+
+TOKENS = torch.arange(10).view(2, 5)
+BLOCKS = [f"transformer.h.{n}" for n in range(4)]
+PLAIN = {"load_in_4bit": True, "skip_modules": ["*"], "torch_dtype": "bf16"}
+MODES = ["nf4", "nf4-dq", "int8", PLAIN]
+
+
+@pytest.fixture(autouse=True)
+def small_parts_stream(monkeypatch):
+    monkeypatch.setattr("bigload.units.RESIDENT_BYTES", 2000)
+    monkeypatch.setattr("bigload.layers._PACKED_ROWS", 2**40)
+
+
+def build():
+    return GPT(layers=4)
+
+
+def loaded(folder, device, tmp_path, mode="nf4", names=BLOCKS, **options):
+    device_map = {"": device} | dict.fromkeys(names, "disk")
+    options = {"offload_folder": tmp_path / "cache"} | options
+    return load_and_quantize_model(empty(build), mode, folder, device_map=device_map, **options)
+
+
+def logits(model, device):
+    with torch.no_grad():
+        return model.eval()(TOKENS.to(device))
+
+
+def files(tmp_path):
+    folder = tmp_path / "cache"
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} if folder.exists() else {}
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode if isinstance(mode, str) else "none")
+def test_what_rests_on_the_disk_gives_the_same_bits_and_is_quantized_once(tmp_path, device, mode):
+    folder = save_checkpoint(build().bfloat16(), tmp_path / "source")
+    whole = load_and_quantize_model(empty(build), mode, folder, device_map=device)
+    read = []
+    for _ in range(2):
+        model = loaded(folder, device, tmp_path, mode)
+        for _ in range(2):
+            assert torch.equal(logits(model, device), logits(whole, device))
+        read.append(model.load_report.bytes_read)
+        made = files(tmp_path)
+        assert len(made) == (0 if mode is PLAIN else 16)
+        assert model.offload.stats().nbytes > 0
+    assert read[1] < read[0] or mode is PLAIN
+    expected = whole.state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value.cpu(), expected[name].cpu()), name
+    assert files(tmp_path) == made
+    model.offload.remove()
+    assert torch.equal(logits(model, device), logits(whole, device))
+
+
+def test_another_map_finds_what_was_quantized(tmp_path, device):
+    folder = save_checkpoint(build().bfloat16(), tmp_path / "source")
+    loaded(folder, device, tmp_path, names=BLOCKS[:2])
+    first = files(tmp_path)
+    loaded(folder, device, tmp_path, names=BLOCKS[1:3])
+    both = files(tmp_path)
+    assert len(first) == 8
+    assert len(both) == 12
+    assert first.items() <= both.items()
+
+
+def test_another_checkpoint_mode_or_dtype_does_not(tmp_path, device):
+    folder = save_checkpoint(build().bfloat16(), tmp_path / "source")
+    loaded(folder, device, tmp_path, names=BLOCKS[:1])
+    loaded(folder, device, tmp_path, "fp4", names=BLOCKS[:1])
+    loaded(
+        folder,
+        device,
+        tmp_path,
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "torch_dtype": "fp16"},
+        names=BLOCKS[:1],
+    )
+    assert len(files(tmp_path)) == 12
+    torch.manual_seed(5)
+    folder = save_checkpoint(build().bfloat16(), tmp_path / "source")  # the same names, and other values
+    whole = load_and_quantize_model(empty(build), "nf4", folder, device_map=device)
+    assert torch.equal(logits(loaded(folder, device, tmp_path, names=BLOCKS[:1]), device), logits(whole, device))
+    assert len(files(tmp_path)) == 16
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbage", "another"])
+def test_damaged_file_is_made_again(tmp_path, device, damage, caplog):
+    folder = save_checkpoint(build().bfloat16(), tmp_path / "source")
+    whole = load_and_quantize_model(empty(build), "nf4", folder, device_map=device)
+    loaded(folder, device, tmp_path)
+    first, second = sorted((tmp_path / "cache").iterdir(), key=lambda path: path.stat().st_size)[:: len(BLOCKS) * 4 - 1]
+    content = {"cut": second.read_bytes()[:-1], "garbage": b"x" * 50, "another": first.read_bytes()}[damage]
+    second.write_bytes(content)
+    assert torch.equal(logits(loaded(folder, device, tmp_path), device), logits(whole, device))
+    assert "made again" in caplog.text
+
+
+def test_file_that_goes_while_the_model_runs_is_an_error_that_names_it(tmp_path, device):
+    folder = save_checkpoint(build().bfloat16(), tmp_path / "source")
+    model = loaded(folder, device, tmp_path)
+    expected = logits(model, device)
+    for path in (tmp_path / "cache").iterdir():
+        path.rename(tmp_path / path.name)
+
+    def run():
+        for _ in range(3):  # the groups in the slots are there still
+            logits(model, device)
+
+    with pytest.raises(OffloadError, match="cache"):
+        run()
+    for path in tmp_path.glob("*.safetensors"):
+        path.rename(tmp_path / "cache" / path.name)
+    assert torch.equal(logits(model, device), expected)
+
+
+def test_full_disk_leaves_the_model_as_it_was_and_no_half_file(tmp_path, device, monkeypatch):
+    folder, model = save_checkpoint(build().bfloat16(), tmp_path / "source"), empty(build)
+    save, calls = cache.save_file, []
+
+    def failing(tensors, path):
+        calls.append(path)
+        if len(calls) == 5:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(tensors, path)
+
+    monkeypatch.setattr(cache, "save_file", failing)
+    options = {"device_map": {"": device} | dict.fromkeys(BLOCKS, "disk"), "offload_folder": tmp_path / "cache"}
+    with pytest.raises(OffloadError, match="No space left"):
+        load_and_quantize_model(model, "nf4", folder, **options)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert len(files(tmp_path)) == 4
+    load_and_quantize_model(model, "nf4", folder, **options)
+    assert len(files(tmp_path)) == 16
+
+
+def test_without_a_folder_only_what_the_checkpoint_has_may_rest_on_the_disk(tmp_path, device):
+    folder = save_checkpoint(build().bfloat16(), tmp_path / "source")
+    with pytest.raises(PlacementError, match="offload_folder"):
+        loaded(folder, device, tmp_path, offload_folder=None)
+    loaded(folder, device, tmp_path, PLAIN, offload_folder=None)
+
+
+def test_originals_are_never_written(tmp_path, device):
+    folder = save_checkpoint(build().bfloat16(), tmp_path / "source")
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+    model = loaded(folder, device, tmp_path, PLAIN)
+    with torch.no_grad():
+        model.transformer["h"][0].mlp["c_fc"].weight.zero_()
+    logits(model, device)
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()} == before
+
+
+def test_quantized_checkpoint_rests_on_the_disk_too(tmp_path, device):
+    folder = save_checkpoint(build().bfloat16(), tmp_path / "source")
+    quantize_checkpoint(folder, tmp_path / "made", "nf4-dq", model=empty(build), device=device)
+    whole = load_and_quantize_model(empty(build), None, tmp_path / "made", device_map=device)
+    assert torch.equal(logits(loaded(tmp_path / "made", device, tmp_path, None), device), logits(whole, device))
+
+
+def test_models_own_weights_rest_on_the_disk_too(tmp_path, device):
+    own, twin = build().bfloat16(), build().bfloat16()
+    twin.load_state_dict(own.state_dict())
+    whole = load_and_quantize_model(own, "int8", device_map=device)
+    device_map = {"": device} | dict.fromkeys(BLOCKS, "disk")
+    model = load_and_quantize_model(twin, "int8", device_map=device_map, offload_folder=tmp_path / "cache")
+    assert torch.equal(logits(model, device), logits(whole, device))
+    assert len(files(tmp_path)) == 16
+
+
+def test_larger_than_all_budgets_together_a_model_runs(tmp_path, device, monkeypatch):
+    monkeypatch.setenv("BIGLOAD_RING_BYTES", "64KiB")
+
+    def wide():
+        return llama(tied=False, num_hidden_layers=8, hidden_size=128, intermediate_size=256)
+
+    folder = save_checkpoint(wide().bfloat16(), tmp_path / "source")
+    whole = plan_device_map(empty(wide), "nf4", folder, device_map=device).accounts[0].needed
+    budgets = {device: whole - 150_000, "disk": "1GiB"}
+    if device.type == "cuda":
+        budgets["cpu"] = 64 * 2**10 + 30_000
+    model = load_and_quantize_model(
+        empty(wide), "nf4", folder, device_map="auto", max_memory=budgets, offload_folder=tmp_path / "cache"
+    )
+    homes = {placed.home for placed in model.offload.plan.offloaded}
+    assert "disk" in homes
+    resident = load_and_quantize_model(empty(wide), "nf4", folder, device_map=device).eval()
+    tokens = TOKENS.to(device)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(tokens).logits, resident(tokens).logits)
