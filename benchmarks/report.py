@@ -37,9 +37,35 @@ def markdown(name: str, result: Result) -> str:
     parts = [f"### {name}"]
     if result["benchmark"] == "load":
         parts += [table(result), *notes(result)]
+    if result["benchmark"] == "offload":
+        parts.append(offload_table(result))
     if result.get("limits"):
         parts.append(limits_table(result["limits"]))
     return "\n\n".join([*parts, _machine(result)])
+
+
+def offload_table(result: Result) -> str:
+    """Write the rows of an `offload`: seconds of the load, of a token, of longer inputs, and the GPU's memory."""
+    heads = (
+        "peer",
+        "mode",
+        "blocks on the CPU",
+        "load",
+        "1 token",
+        "of the link",
+        "512",
+        "2048",
+        "a token generated",
+        "GPU",
+    )
+    keys = ("load_s", "step_1_s", "share_of_link", "step_512_s", "step_2048_s", "token_s", "gpu_peak_gib")
+    forms = ("{:.1f} s", "{:.3f} s", "{:.0%}", "{:.3f} s", "{:.3f} s", "{:.3f} s", "{:.2f} GiB")
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for row in result["rows"]:
+        where = f"{row['offloaded']}, in fp32" if row.get("in_fp32") else str(row["offloaded"])
+        cells = [_figure(row.get(key), form) or "-" for key, form in zip(keys, forms, strict=True)]
+        lines.append("| " + " | ".join([row["peer"], row["mode"], where, *cells]) + " |")
+    return "\n".join(lines)
 
 
 def table(result: Result) -> str:

@@ -115,6 +115,14 @@ def _placed(
 ) -> Plan:
     is_mixed = any(placed.device.type == "cuda" for placed in placement.units)
     made = place_tensors(tensors, placement.units, is_mixed=is_mixed)
+    quantized = [
+        planned.tensor.name for planned in made if is_mixed and planned.device == CPU and _is_quantized(planned)
+    ]
+    if quantized:
+        raise CheckpointError(
+            f"{listed(quantized)}: stored quantized, but to be computed on the CPU in float32: give the original "
+            "checkpoint, or leave llm_int8_enable_fp32_cpu_offload and execute='cpu' out, so that they are streamed"
+        )
     if is_mixed:  # the CPU computes in float32, without bitsandbytes
         on_cpu = {name for planned in made if planned.device == CPU for name in planned.tensor.names}
         layers = {path: layer for path, layer in layers.items() if f"{path}.weight".lstrip(".") not in on_cpu}
@@ -128,6 +136,10 @@ def _placed(
     )
     check_accounts(accounts)
     return Plan(tuple(made), layers, placement.device_map, config, placement.devices, placement.units, accounts)
+
+
+def _is_quantized(planned: PlannedTensor) -> bool:
+    return any(isinstance(source.tensor, QuantizedTensor) for source in planned.sources)
 
 
 def plan_device_map(

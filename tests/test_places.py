@@ -357,3 +357,13 @@ def test_what_nothing_of_can_leave_is_not_offloaded():
 def test_gpus_are_taken_in_the_order_of_their_numbers():
     plan = planned(lambda: GPT(layers=12), max_memory=dict.fromkeys((10, 2, 1), "1GiB"))
     assert list(dict.fromkeys(device.index for device in plan.execution_map.values())) == [1, 2, 10]
+
+
+def test_what_is_stored_quantized_is_not_computed_on_the_cpu_in_fp32(tmp_path):
+    from bigload import CheckpointError, quantize_checkpoint
+
+    folder = save_checkpoint(GPT().bfloat16(), tmp_path / "source")
+    quantize_checkpoint(folder, tmp_path / "made", "nf4", model=empty(GPT), device="cpu")
+    options = {"device_map": {"": 0, "transformer.h.1": "cpu"}, "offload": OffloadConfig(execute="cpu")}
+    with pytest.raises(CheckpointError, match=r"transformer\.h\.1.*float32"):
+        plan_device_map(empty(GPT), None, tmp_path / "made", **options)
