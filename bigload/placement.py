@@ -60,8 +60,9 @@ def formatted_tensors(
     layers: Mapping[str, nn.Module],
     sources: Mapping[str, tuple[Source, ...]],
     class_dtypes: Mapping[str, torch.dtype] | None = None,
+    device: torch.device = CPU,
 ) -> list[PlannedTensor]:
-    """Give every tensor of the model its format; where it lies is not known yet.
+    """Give every tensor of the model its format.
 
     Args:
         model: read for the dtypes its class insists on.
@@ -70,6 +71,7 @@ def formatted_tensors(
         layers: the layers to quantize, by path.
         sources: where each tensor comes from, by its first name.
         class_dtypes: the dtype that each tensor's class builds it in, where the class says.
+        device: where all of them are, if they are on one.
 
     Raises:
         CheckpointError: a weight that is stored quantized has another shape than the layer's.
@@ -83,25 +85,30 @@ def formatted_tensors(
         layer = next((weights[name] for name in tensor.names if name in weights), None)
         if layer is None:
             usual = (class_dtypes or {}).get(tensor.name, config.landing_dtype)
-            planned.append(PlannedTensor(tensor, tensor.shape, pieces, Plain(_kept_dtype(tensor, pieces, usual, fp32))))
+            fmt = Plain(_kept_dtype(tensor, pieces, usual, fp32))
+            planned.append(PlannedTensor(tensor, tensor.shape, pieces, fmt, device))
         else:
-            planned.append(_of_layer(tensor, layer, pieces, config))
+            planned.append(_of_layer(tensor, layer, pieces, config, device))
     return planned
 
 
 def _of_layer(
-    tensor: ModelTensor, layer: nn.Module, pieces: tuple[Source, ...], config: BnbQuantizationConfig
+    tensor: ModelTensor,
+    layer: nn.Module,
+    pieces: tuple[Source, ...],
+    config: BnbQuantizationConfig,
+    device: torch.device,
 ) -> PlannedTensor:
     is_turned = hf.is_conv1d(layer)
     shape = tensor.shape[::-1] if is_turned else tensor.shape
     stored = pieces[0].tensor
     if isinstance(stored, QuantizedTensor):
         _require_shape(stored, shape)
-        return PlannedTensor(tensor, shape, pieces, stored.format)
+        return PlannedTensor(tensor, shape, pieces, stored.format, device)
     fmt = _quantized_format(config)
     _require_divisible(fmt, shape, tensor.name)
     pieces = tuple(source.mirrored() for source in pieces) if is_turned else pieces
-    return PlannedTensor(tensor, shape, pieces, fmt, is_turned=is_turned)
+    return PlannedTensor(tensor, shape, pieces, fmt, device, is_turned=is_turned)
 
 
 def _kept_dtype(

@@ -23,7 +23,7 @@ from .modules import ModelTensor
 from .offload import OffloadConfig
 from .placement import PlannedTensor
 from .plan import Account, PlacedUnit
-from .units import Unit, units_of
+from .units import GPU_BYTES, Unit, bytes_of, units_of
 
 _P = TypeVar("_P", bound=Place)
 _SMALLER = {name: FourBit("nf4", 64, name == "nf4-dq", torch.uint8) for name in ("nf4", "nf4-dq")}
@@ -139,6 +139,45 @@ def longest_match(name: str, paths: Collection[str]) -> str | None:
     return path
 
 
+def only_device(wishes: Wishes) -> torch.device | None:
+    """Give the device that all of a model goes to, or may go to where a strategy decides; None where there are more."""
+    device_map = wishes.device_map
+    if isinstance(device_map, str) and device_map in STRATEGIES:
+        devices = _computing(wishes.budgets)
+        return devices[0] if len(devices) == 1 else None
+    if device_map is None:
+        return default_device()
+    places = set(_places_of(device_map, wishes).values())
+    (place,) = places if len(places) == 1 else (None,)
+    return None if place == "disk" else place
+
+
+def place_whole(tensors: Sequence[PlannedTensor], device: torch.device, wishes: Wishes) -> Placement | None:
+    """Place all of a model on one device; None where a strategy must look further, since it does not fit there.
+
+    Args:
+        tensors: all of it, on that device already.
+        device: from `only_device`.
+        wishes: what the caller said.
+    """
+    on_gpu = device.type == "cuda"
+    needed = bytes_of(tensors, GPU_BYTES if on_gpu else 1) + (wishes.reserve if on_gpu else 0)
+    budgets: dict[Place, int] = dict(wishes.budgets)
+    is_strategy = isinstance(wishes.device_map, str) and wishes.device_map in STRATEGIES
+    if wishes.must_exist or is_strategy:
+        budgets[device] = _budget(device, wishes, needed)
+        if is_strategy and needed > budgets[device]:
+            return None
+    paths = wishes.device_map if isinstance(wishes.device_map, Mapping) else ("",)
+    places = dict.fromkeys(paths, device)
+    return Placement(places, places, (), budgets)
+
+
+def _places_of(device_map: Device | Mapping[str, Device], wishes: Wishes) -> dict[str, Place]:
+    given = device_map if isinstance(device_map, Mapping) else {"": device_map}
+    return {path: as_place(place, must_exist=wishes.must_exist) for path, place in given.items()}
+
+
 def place_units(model: nn.Module, tensors: Sequence[PlannedTensor], wishes: Wishes) -> Placement:
     """Give every unit of a model its place.
 
@@ -156,9 +195,7 @@ def place_units(model: nn.Module, tensors: Sequence[PlannedTensor], wishes: Wish
         return _inferred(units, device_map, wishes)
     if device_map is None:
         device_map = default_device()
-    given = device_map if isinstance(device_map, Mapping) else {"": device_map}
-    places = {path: as_place(place, must_exist=wishes.must_exist) for path, place in given.items()}
-    return _given(units, places, wishes)
+    return _given(units, _places_of(device_map, wishes), wishes)
 
 
 def place_tensors(

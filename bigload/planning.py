@@ -19,7 +19,17 @@ from .keys import KeyMapping, Source, sources_in_checkpoint
 from .modules import ModelTensor, layers_recorded, layers_stored_quantized, layers_to_quantize, tensors_of
 from .offload import OffloadConfig, as_offload_config
 from .placement import PlannedTensor, formatted_tensors
-from .places import Placement, Wishes, check_accounts, check_map, place_tensors, place_units, resolve_budgets
+from .places import (
+    Placement,
+    Wishes,
+    check_accounts,
+    check_map,
+    only_device,
+    place_tensors,
+    place_units,
+    place_whole,
+    resolve_budgets,
+)
 from .plan import Plan, accounts_of
 from .prequantized import QuantizedTensor, config_of
 from .record import Record
@@ -102,8 +112,11 @@ def plan_load(
         layers = layers_recorded(model, record.layers, quantizable)
     else:
         layers = layers_to_quantize(model, resolved, tensors, quantizable)
-    planned = formatted_tensors(model, resolved, tensors, layers, sources, class_dtypes)
-    return _placed(planned, layers, resolved, place_units(model, planned, wishes), wishes)
+    device = None if is_hypothetical else only_device(wishes)  # a plan that is looked at has its units
+    planned = formatted_tensors(model, resolved, tensors, layers, sources, class_dtypes, device or CPU)
+    placement = None if device is None else place_whole(planned, device, wishes)
+    placement = placement or place_units(model, planned, wishes)
+    return _placed(planned, layers, resolved, placement, wishes)
 
 
 def _placed(
@@ -114,7 +127,7 @@ def _placed(
     wishes: Wishes,
 ) -> Plan:
     is_mixed = any(placed.device.type == "cuda" for placed in placement.units)
-    made = place_tensors(tensors, placement.units, is_mixed=is_mixed)
+    made = place_tensors(tensors, placement.units, is_mixed=is_mixed) if placement.units else list(tensors)
     quantized = [
         planned.tensor.name for planned in made if is_mixed and planned.device == CPU and _is_quantized(planned)
     ]

@@ -43,6 +43,7 @@ def options(device, monkeypatch):
             return dataclasses.replace(made, units=units)
 
         monkeypatch.setattr(planning, "place_units", placed)
+        monkeypatch.setattr(planning, "only_device", lambda wishes: None)
         return {"device_map": "cpu"}
 
     return offloading
