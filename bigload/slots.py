@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -45,6 +50,42 @@ class Slot:
         return found
 
 
+class _FileReader:
+    """A thread that reads what it is given, in order.
+
+    No pool of Python's: those take a lock of the whole process, which the collector of cycles, when it lets go of an
+    engine, may find taken by the very thread that it interrupts.
+    """
+
+    def __init__(self, at_end: Callable[[], object]) -> None:
+        self._given: SimpleQueue[tuple[Future[None], Callable[[], None]] | None] = SimpleQueue()
+        threading.Thread(target=_read_on, args=(self._given, at_end), name="bigload-reader", daemon=True).start()
+
+    def submit(self, read: Callable[[], None]) -> Future[None]:
+        """Give it something to read."""
+        done: Future[None] = Future()
+        self._given.put((done, read))
+        return done
+
+    def end(self) -> None:
+        """Let it go when it has read what it was given; nobody waits."""
+        self._given.put(None)
+
+
+def _read_on(given: SimpleQueue[tuple[Future[None], Callable[[], None]] | None], at_end: Callable[[], object]) -> None:
+    # The slots of the last two are held, whose copies may go on; staging has two buffers, so no more do.
+    held: deque[Callable[[], None]] = deque(maxlen=2)
+    for done, read in iter(given.get, None):
+        held.append(read)
+        try:
+            read()
+        except BaseException as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+    at_end()
+
+
 class Lane:
     """The way into slots of the host's own memory: a copy is there when it has been asked for.
 
@@ -55,7 +96,7 @@ class Lane:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.timed_bytes, self.timed_s = 0, 0.0
-        self._reader = ThreadPoolExecutor(1, "bigload-reader")  # has no thread before it is given something to read
+        self._reader: _FileReader | None = None  # before there is something to read
 
     def make_slot(self, nbytes: int) -> Slot:
         """Allocate a slot.
@@ -72,7 +113,8 @@ class Lane:
             wait([slot.landing])
             slot.landing = None
         if isinstance(store, FileGroup):
-            slot.landing = self._reader.submit(self._land, store, slot)
+            self._reader = self._reader or _FileReader(self._wait_for_copies)
+            slot.landing = self._reader.submit(partial(self._land, store, slot))
         elif isinstance(store, HostGroup):
             self._copy(store.source, slot)
 
@@ -98,12 +140,18 @@ class Lane:
 
     def finish(self) -> None:
         """Wait until nothing is read, copied, or computed, any more."""
-        self._reader.submit(lambda: None).result()
+        if self._reader is not None:
+            self._reader.submit(lambda: None).result()
+        self._wait_for_copies()
 
     def close(self) -> None:
-        """Finish, and let the thread that reads files go."""
-        self.finish()
-        self._reader.shutdown()
+        """Let the thread that reads files go, and wait for what is copied now: the collector may call this."""
+        if self._reader is not None:
+            self._reader.end()
+        self._wait_for_copies()
+
+    def _wait_for_copies(self) -> None:
+        pass
 
 
 class CudaLane(Lane):
@@ -167,9 +215,7 @@ class CudaLane(Lane):
                 slot.group = None
                 raise
 
-    def finish(self) -> None:
-        """Wait for all that is read, and all that the GPU does."""
-        super().finish()
+    def _wait_for_copies(self) -> None:
         torch.cuda.synchronize(self.device)
 
 
