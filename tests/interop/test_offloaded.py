@@ -1,0 +1,88 @@
+"""What the neighbours do with a model of which part rests elsewhere."""
+
+import pytest
+import torch
+from models import empty, llama, save_checkpoint
+
+from bigload import load_and_quantize_model
+
+TOKENS = torch.arange(10).view(2, 5)
+
+
+@pytest.fixture(autouse=True)
+def small_parts_stream(monkeypatch):
+    monkeypatch.setattr("bigload.units.RESIDENT_BYTES", 2000)
+    monkeypatch.setattr("bigload.layers._PACKED_ROWS", 2**40)
+
+
+def build():
+    return llama(tied=False, num_hidden_layers=4)
+
+
+@pytest.fixture
+def models(tmp_path, device):
+    """Give a model that is wholly on the device, and one of which two blocks rest on the disk."""
+    folder = save_checkpoint(build().bfloat16(), tmp_path / "source")
+    device_map = {"": device, "model.layers.1": "disk", "model.layers.3": "disk"}
+    whole = load_and_quantize_model(empty(build), "nf4", folder, device_map=device)
+    part = load_and_quantize_model(
+        empty(build), "nf4", folder, device_map=device_map, offload_folder=tmp_path / "cache"
+    )
+    return whole, part
+
+
+def logits(model, device):
+    with torch.no_grad():
+        return model.eval()(input_ids=TOKENS.to(device)).logits
+
+
+def test_trainer_and_accelerator_take_it_as_it_is(models, device):
+    from accelerate import Accelerator
+
+    whole, part = models
+    expected = logits(whole, device)
+    prepared = Accelerator(cpu=device.type == "cpu").prepare_model(part, evaluation_mode=True)
+    assert torch.equal(logits(prepared, device), expected)
+    assert part.hf_device_map == whole.hf_device_map
+
+
+def test_adapter_of_peft_that_was_saved_comes_onto_it(models, device, tmp_path):
+    peft = pytest.importorskip("peft")
+    whole, part = models
+    torch.manual_seed(1)
+    config = peft.LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(whole, config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected = logits(adapted, device)
+    found = peft.PeftModel.from_pretrained(part, tmp_path / "adapter")
+    assert torch.equal(logits(found, device), expected)
+    assert not any(parameter.is_meta for parameter in found.parameters())
+
+
+def test_compiled_it_gives_what_it_gives(models, device):
+    whole, part = models
+    expected = logits(whole, device)
+    compiled = torch.compile(part, backend="eager")
+    assert torch.equal(logits(compiled, device), expected)
+    assert torch.equal(logits(part, device), expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_training_gives_the_same_losses(models, device, reentrant):
+    peft = pytest.importorskip("peft")
+    losses = []
+    for model in models:
+        model = peft.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        torch.manual_seed(0)
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "down_proj"], lora_dropout=0.0))
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        tokens = TOKENS.to(device)
+        losses.append([])
+        for _ in range(20):
+            loss = model.train()(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+    assert losses[0] == losses[1]
+    assert losses[0][-1] < losses[0][0]
