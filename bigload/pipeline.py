@@ -30,6 +30,7 @@ from .stores import DeviceStore, reserve
 from .transfer import WINDOW_BYTES, default_stream, deliver
 
 Landed = torch.Tensor | QuantizedWeight
+_NO_MEMORY: Mapping[str, torch.Tensor] = {}
 
 
 def execute(
@@ -56,7 +57,6 @@ def execute(
         QuantizationError: a weight has values that its format cannot hold.
     """
     landed: dict[str, Landed] = {}
-
     homes = {planned.tensor.name: planned for planned in plan.tensors if planned.home is not None}
 
     def keep(name: str, value: Landed) -> None:
@@ -68,30 +68,27 @@ def execute(
         landed[name] = value
         on_landed(name, value)
 
+    def begin(planned: PlannedTensor) -> list[Delivery]:
+        name, rest = planned.tensor.name, _NO_MEMORY
+        if resting is not None and planned.home is not None:
+            known = resting.known(planned)
+            if known is not None:
+                arrive(name, known)
+                on_bytes(sum(source.tensor.nbytes for source in planned.sources))
+                return []
+            rest, planned = resting.memory(planned), _read_at_home(planned)
+        if _is_itself(planned):
+            keep(name, _named(functools.partial(_at, planned), _itself)(planned))
+            return []
+        prepare = functools.partial(_prepared, plan.config.landing_dtype, rest)
+        return deliveries_for(planned, prepare, functools.partial(keep, name))
+
     with ExitStack() as streams:
         for device in {planned.device for planned in plan.tensors}:
             streams.enter_context(default_stream(device))
         for device, nbytes in plan.device_bytes.items():
             reserve(device, nbytes)
-        deliveries: list[Delivery] = []
-        for planned in plan.tensors:
-            if planned.sources:
-                kept = functools.partial(keep, planned.tensor.name)
-                rest: Mapping[str, torch.Tensor] = {}
-                if resting is not None and planned.home is not None:
-                    known = resting.known(planned)
-                    if known is not None:
-                        arrive(planned.tensor.name, known)
-                        on_bytes(sum(source.tensor.nbytes for source in planned.sources))
-                        continue
-                    rest = resting.memory(planned)
-                    planned = _read_at_home(planned)
-                if _is_itself(planned):
-                    kept(_named(functools.partial(_at, planned), _itself)(planned))
-                else:
-                    deliveries += deliveries_for(
-                        planned, functools.partial(_prepared, plan.config.landing_dtype, rest), kept
-                    )
+        deliveries = [way for planned in plan.tensors if planned.sources for way in begin(planned)]
         deliver_all(deliveries, plan, on_bytes=on_bytes)
         if homes:
             _finish(plan)  # what went home is looked at there
@@ -358,7 +355,8 @@ def _require_finite(landed: dict[str, Landed], plan: Plan) -> None:
             checked.append((name, value))
     if not checked:
         return
-    bad = list(dict.fromkeys(name for device in plan.device_bytes for name in _not_finite(checked, device)))
+    devices = dict.fromkeys(values.device for _, values in checked)
+    bad = list(dict.fromkeys(name for device in devices for name in _not_finite(checked, device)))
     damaged = [name for name in bad if name in stored]
     if damaged:
         raise CheckpointError(f"{listed(damaged)}: stored with scales that are not finite: the file is damaged")
@@ -373,8 +371,6 @@ def _require_finite(landed: dict[str, Landed], plan: Plan) -> None:
 def _not_finite(checked: Sequence[tuple[str, torch.Tensor]], device: torch.device) -> list[str]:
     """Name what is not finite on one device."""
     there = [(name, values) for name, values in checked if values.device == device]
-    if not there:
-        return []
     # The largest of each, in one kernel, which passes NaN on.
     largest = torch.stack([torch.linalg.vector_norm(values, math.inf).float() for _, values in there]).tolist()
     return [name for (name, _), value in zip(there, largest, strict=True) if not math.isfinite(value)]

@@ -195,3 +195,14 @@ def test_larger_than_all_budgets_together_a_model_runs(tmp_path, device, monkeyp
     tokens = TOKENS.to(device)
     with torch.no_grad():
         assert torch.equal(model.eval()(tokens).logits, resident(tokens).logits)
+
+
+def test_values_that_the_format_cannot_hold_are_named_each_time(tmp_path, device):
+    from bigload import QuantizationError
+
+    full = build().bfloat16()
+    full.transformer["h"][1].mlp["c_fc"].weight.data[0, 0] = float("inf")
+    folder = save_checkpoint(full, tmp_path / "source")
+    for _ in range(2):
+        with pytest.raises(QuantizationError, match=r"transformer\.h\.1\.mlp\.c_fc"):
+            loaded(folder, device, tmp_path)
