@@ -74,6 +74,10 @@ class StreamStats:
 _Node = tuple[bool, Group]
 
 
+# Without bitsandbytes' say in what is done to its parameters, in which it has none and which takes Python's time.
+_plainly = torch._C.DisableTorchFunctionSubclass
+
+
 class _Residency(AbstractContextManager[torch.Tensor]):
     """Has a leaf's weights on the device for one call of it; gives the memory of their group there."""
 
@@ -86,7 +90,7 @@ class _Residency(AbstractContextManager[torch.Tensor]):
     def __enter__(self) -> torch.Tensor:
         engine = self._engine
         try:
-            with engine.lock:
+            with engine.lock, _plainly():
                 return engine.enter(self, self._group, self._cells).memory
         except BaseException:
             self.__exit__()
@@ -94,7 +98,7 @@ class _Residency(AbstractContextManager[torch.Tensor]):
 
     def __exit__(self, *raised: object) -> None:
         engine = self._engine
-        with engine.lock:
+        with engine.lock, _plainly():
             engine.exit(self, self._group, self._cells)
 
 
