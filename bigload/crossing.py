@@ -87,8 +87,8 @@ class _Memo(threading.local):
     """What has been moved by name in this thread's forward: by the tensor's identity and the device."""
 
     def __init__(self) -> None:
-        self.depth = 0
-        self.moved: dict[tuple[int, torch.device], tuple[torch.Tensor, int, torch.Tensor]] = {}
+        self.is_on = False
+        self.moved: dict[tuple[int, torch.device, bool], tuple[torch.Tensor, int, torch.Tensor]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Memo:
         return _Memo()
@@ -100,7 +100,8 @@ class _Memo(threading.local):
         """Give a tensor on a device, moved once for as long as it is not changed in place."""
         if tensor.is_inference():  # nobody counts the writes to it
             return _moved(tensor, device)
-        key, version = (id(tensor), device), tensor._version
+        # What was moved without gradients has lost them.
+        key, version = (id(tensor), device, torch.is_grad_enabled()), tensor._version
         known = self.moved.get(key)
         if known is None or known[1] != version:
             # The tensor itself is kept, so that no other gets its id.
@@ -122,7 +123,7 @@ class _Entering:
             return None
         # By position come the activations, which are new for each part: they are not kept.
         args = tuple(_brought(value, lambda tensor: _moved(tensor, device)) for value in args)
-        kept = self._memo.get if self._memo.depth else _moved
+        kept = self._memo.get if self._memo.is_on else _moved
         named = {
             name: value if name in skipped else _brought(value, lambda tensor: kept(tensor, device))
             for name, value in kwargs.items()
@@ -175,24 +176,29 @@ class _Ends:
         self._memo = memo
 
     def begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self._memo.depth += 1
+        self._memo.moved.clear()  # of a forward that was interrupted: hooks at the end are not called then
+        self._memo.is_on = True
 
     def end(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        self._memo.depth -= 1
-        if self._memo.depth <= 0:
-            self._memo.depth = 0
-            self._memo.moved.clear()
+        self._memo.moved.clear()
+        self._memo.is_on = False
         first = next(_tensors((args, kwargs)), None)
         if first is None or output is None:
             return None
-        return _brought(output, lambda tensor: _moved(tensor, first.device))
+        left = _skipped(model)
+        kept = {name: output[name] for name in left if isinstance(output, dict) and name in output}
+        made = _brought(output, lambda tensor: _moved(tensor, first.device))
+        for name, value in kept.items():
+            made[name] = value
+        return made
 
 
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Bring a tensor to a device; gradients come back the same way."""
     if tensor.device == device:
         return tensor
-    return tensor.to(device, non_blocking=device.type != "cpu")  # to the CPU it would be read before it is there
+    # Between GPUs only: to the CPU it would be read before it is there, and from there changed before it has been read.
+    return tensor.to(device, non_blocking=tensor.device.type == device.type != "cpu")
 
 
 def _skipped(module: nn.Module) -> set[str]:

@@ -129,11 +129,53 @@ def test_nothing_is_kept_after_a_forward_that_ended_or_failed(moves):
     model, devices = stack("01")
     memo = connect(model, devices)._memo
     model(torch.ones(2, 4), mask=torch.ones(3))
-    assert (memo.depth, memo.moved) == (0, {})
+    assert (memo.is_on, memo.moved) == (False, {})
     model.fails = True
     with pytest.raises(ValueError, match="on the way"):
         model(torch.ones(2, 4), mask=torch.ones(3))
-    assert (memo.depth, memo.moved) == (0, {})
+    assert (memo.is_on, memo.moved) == (False, {})
+
+
+def test_nothing_is_kept_of_a_forward_that_was_interrupted(moves):
+    model, devices = stack("0101")
+    memo = connect(model, devices)._memo
+    handle = model.parts[3].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.ones(2, 4), mask=torch.ones(3))
+    handle.remove()
+    for _ in range(3):
+        model(torch.ones(2, 4), mask=torch.ones(3))
+        assert not memo.moved
+
+
+def interrupt(*given):
+    raise KeyboardInterrupt
+
+
+def test_what_was_moved_without_gradients_is_moved_anew_for_them(moves):
+    model, devices = stack("0101")
+    connect(model, devices)
+    mask = torch.ones(3, requires_grad=True)
+    model.parts[1].register_forward_hook(lambda *given: torch.set_grad_enabled(True) and None)
+    try:
+        with torch.no_grad():
+            model(torch.ones(2, 4), mask=mask)
+    finally:
+        torch.set_grad_enabled(True)
+    assert sum(tensor is mask for tensor, _ in moves) == 2
+
+
+def test_caches_in_outputs_stay_where_they_are(moves):
+    class Giving(Stack):
+        _skip_keys_device_placement = "held"
+
+        def forward(self, x):
+            return {"x": self.parts[1](self.parts[0](x)), "held": torch.ones(1, device=META)}
+
+    model = Giving(2)
+    model.parts[1].to(META)
+    connect(model, {"parts.0": CPU, "parts.1": META})
+    assert {name: value.device for name, value in model(torch.ones(2, 4)).items()} == {"x": CPU, "held": META}
 
 
 def test_one_device_needs_no_hooks():
