@@ -106,8 +106,6 @@ BAD_ARGUMENTS = {
     "no such device in a map": ({"device_map": {"": 99}}, PlacementError, ["cuda:99"]),
     "unknown block": ({"device_map": {"": "cpu", "transformer.hh": "cpu"}}, PlacementError, ["transformer.hh"]),
     "uncovered blocks": ({"device_map": {"transformer": "cpu"}}, PlacementError, ["lm_head.weight"]),
-    "all on disk": ({"device_map": "disk"}, PlacementError, ["disk"]),
-    "a block on disk": ({"device_map": {"": "cpu", "lm_head": "disk"}}, PlacementError, ["lm_head", "disk"]),
     "budget too small": ({"max_memory": {"cpu": "10KB"}}, PlacementError, ["cpu", "9.77 KiB"]),
     "budget without meaning": ({"max_memory": {"cpu": "much"}}, PlacementError, ["much"]),
     "budget that is no dict": ({"max_memory": 5}, PlacementError, ["max_memory", "5"]),
@@ -155,9 +153,12 @@ def test_bad_argument_is_refused(tmp_path, case):
     check_refused_and_loadable_after(tmp_path, error, words, **arguments)
 
 
-def test_cpu_beside_a_gpu_is_refused_until_there_is_offloading(tmp_path, monkeypatch):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)  # a GPU that is refused before it is used
-    check_refused_and_loadable_after(tmp_path, PlacementError, ["lm_head", "cpu"], device_map={"": 0, "lm_head": "cpu"})
+def test_disk_without_a_folder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("bigload.units.RESIDENT_BYTES", 2000)
+    for device_map in ("disk", {"": "cpu", "transformer.h.1": "disk"}):
+        check_refused_and_loadable_after(
+            tmp_path, PlacementError, ["transformer.h.", "offload_folder"], device_map=device_map
+        )
 
 
 def test_leftover_tensors_warn_and_under_strict_are_an_error(tmp_path, caplog):

@@ -91,12 +91,12 @@ def test_interrupted_while_the_model_is_changed(model, folder, monkeypatch, call
 
     apply = room.apply_edits
 
-    def interrupted(edits):
+    def interrupted(edits, then):
         class Raising(dict):
             def __setitem__(self, key, value):
                 raise KeyboardInterrupt
 
-        apply([*edits[:call], (Raising(), "key", None), *edits[call:]])
+        apply([*edits[:call], (Raising(), "key", None), *edits[call:]], then)
 
     monkeypatch.setattr(room, "apply_edits", interrupted)
     check_untouched_then_loads(model, folder, KeyboardInterrupt, monkeypatch)
