@@ -11,7 +11,9 @@ import hashlib
 import json
 import logging
 import os
+import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -26,12 +28,13 @@ from .formats import Plain
 from .keys import Source
 from .placement import PlannedTensor
 from .prequantized import QuantizedTensor
-from .stored import LazyTensor
+from .stored import LazyTensor, StoredTensor
 
 logger = logging.getLogger(__name__)
 
 # Counted up when the same weight would be written otherwise.
 _VERSION = 1
+_SAMPLE_BYTES = 2**12
 
 
 class WeightCache:
@@ -75,7 +78,7 @@ class WeightCache:
             OffloadError: the folder cannot be written, for instance because the disk is full.
         """
         path = self._path(planned)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        partial = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file({part: tensor.detach().cpu().contiguous() for part, tensor in tensors.items()}, partial)
@@ -85,7 +88,8 @@ class WeightCache:
         except (OSError, SafetensorError) as error:
             raise OffloadError(f"offload_folder '{self._folder}' cannot be written: {error}") from error
         finally:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
         found = _found(path, planned)
         if found is None:
             raise OffloadError(f"'{path}' is not what was written there: is another program writing it?")
@@ -114,7 +118,17 @@ class WeightCache:
         if tensor.file not in self._known_files:
             stat = tensor.file.stat()
             self._known_files[tensor.file] = [_header_of(tensor.file), stat.st_size, stat.st_mtime_ns]
-        return [*self._known_files[tensor.file], tensor.name, str(tensor.dtype), tensor.offset, *how]
+        known = [*self._known_files[tensor.file], tensor.name, str(tensor.dtype), tensor.offset, *how]
+        return known if isinstance(tensor, LazyTensor) else [*known, _sample(tensor)]
+
+
+def _sample(tensor: StoredTensor) -> str:
+    """Hash a little of a tensor: two checkpoints of one shape may have been given one time, too."""
+    found = hashlib.sha256()
+    with tensor.file.open("rb") as opened:
+        for at in (0, tensor.nbytes // 2, max(0, tensor.nbytes - _SAMPLE_BYTES)):
+            found.update(os.pread(opened.fileno(), min(_SAMPLE_BYTES, tensor.nbytes), tensor.offset + at))
+    return found.hexdigest()
 
 
 def _header_of(file: Path) -> str:

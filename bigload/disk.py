@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -50,6 +51,7 @@ class FileGroup(Store):
         self._parts = dict(parts)
         files = dict.fromkeys(where.file for where in parts.values())
         mappings = {file: _mapped(file) for file in files}
+        self._stamps = {file: _stamp(file.stat()) for file in files}
         self.tensors = {}
         for name, where in parts.items():
             if where.offset + where.part.nbytes > len(mappings[where.file]):
@@ -71,17 +73,33 @@ class FileGroup(Store):
         try:
             for name, where in self._parts.items():
                 begin = self.layout.offsets[name]
-                _read(opened, name, where, target[begin : begin + where.part.nbytes])
+                _read(opened, self._stamps, name, where, target[begin : begin + where.part.nbytes])
         finally:
             for descriptor in opened.values():
                 os.close(descriptor)
 
 
-def _read(opened: dict[Path, int], name: str, where: FilePart, target: memoryview) -> None:
+def _stamp(stat: os.stat_result) -> tuple[int, int, int]:
+    """Tell a file from another of its name, and from what it was before it was written again."""
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _read(
+    opened: dict[Path, int],
+    stamps: Mapping[Path, tuple[int, int, int]],
+    name: str,
+    where: FilePart,
+    target: memoryview,
+) -> None:
     done = 0
     try:
         if where.file not in opened:
             opened[where.file] = os.open(where.file, os.O_RDONLY)
+            if _stamp(os.fstat(opened[where.file])) != stamps[where.file]:
+                raise OffloadError(
+                    f"{name!r} cannot be read: {where.file} was cut short or written again since the model was loaded, "
+                    "which needs it as it was; load the model anew"
+                )
         while done < len(target):
             count = os.preadv(opened[where.file], [target[done:]], where.offset + done)
             if not count:
@@ -99,10 +117,18 @@ class _PrivateMapping(mmap.mmap):
     """The pages of a file; what is written to them stays in memory."""
 
 
+# One for each file: a mapping holds a descriptor, and a model may have hundreds of weights in files.
+_mappings: WeakValueDictionary[tuple[Path, tuple[int, int, int]], _PrivateMapping] = WeakValueDictionary()
+
+
 def _mapped(file: Path) -> mmap.mmap:
     try:
         with file.open("rb") as opened:
-            return _PrivateMapping(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+            key = file, _stamp(os.fstat(opened.fileno()))
+            mapping = _mappings.get(key)
+            if mapping is None:
+                mapping = _mappings[key] = _PrivateMapping(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+            return mapping
     except (OSError, ValueError) as error:
         raise OffloadError(f"{file} cannot be opened: {error}") from error
 

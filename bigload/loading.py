@@ -23,7 +23,7 @@ from .errors import BigloadError, PlacementError
 from .keys import KeyMapping
 from .memory import show
 from .offload import OffloadConfig
-from .offloading import Offload
+from .offloading import Offload, require_not_offloaded
 from .pipeline import execute
 from .places import Wishes
 from .plan import Plan
@@ -120,6 +120,8 @@ def load_and_quantize_model(
         config = config_for(given, checkpoint)
     # Tensors made under inference_mode could never be trained through.
     with _named(f"{context} as {config.mode}"), torch.inference_mode(False), torch.no_grad(), walked_once(model):
+        if "offload" in vars(model):
+            require_not_offloaded(model)
         wishes = wishes_for(config, device_map, no_split_module_classes, max_memory, offload_folder, offload)
         if checkpoint is not None:
             _begin_to_pin(device_map)  # while the plan is made

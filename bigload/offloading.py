@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,9 +12,11 @@ import torch
 from torch import nn
 
 from .cells import Leaf
+from .errors import ConfigError, listed
 from .offload import OffloadConfig
 from .plan import PlacedUnit, Plan
 from .resting import Resting
+from .streamed import OwnForward
 from .streaming import Engine, Group, StreamStats
 
 
@@ -38,6 +41,7 @@ class Offload:
             torch.OutOfMemoryError: a device has no room for the slots.
         """
         self.plan = plan
+        self._model = weakref.ref(model)
         self._engines: list[Engine] = []
         self._handles = [
             model.get_submodule(path).register_forward_pre_hook(Adopting(model, placed), prepend=True)
@@ -91,6 +95,22 @@ class Offload:
             self._engines.pop()
         for handle in self._handles:
             handle.remove()
+        model = self._model()
+        if model is not None and vars(model).get("offload") is self:
+            del model.offload
+
+
+def require_not_offloaded(model: Any) -> None:
+    """Refuse to load into a model whose weights are streamed.
+
+    Raises:
+        ConfigError: it is offloaded.
+    """
+    streamed = [path for path, module in model.named_modules() if isinstance(vars(module).get("forward"), OwnForward)]
+    if streamed:
+        raise ConfigError(
+            f"the model is offloaded already ({listed(streamed)}): call model.offload.remove() first, or build it anew"
+        )
 
 
 class Adopting:

@@ -128,6 +128,10 @@ def _placed(
 ) -> Plan:
     is_mixed = any(placed.device.type == "cuda" for placed in placement.units)
     made = place_tensors(tensors, placement.units, is_mixed=is_mixed) if placement.units else list(tensors)
+    if config.llm_int8_has_fp16_weight and any(placed.home is not None for placed in placement.units):
+        raise ConfigError(
+            "int8-training trains its weights, which must be on the device that computes: leave none off it"
+        )
     quantized = [
         planned.tensor.name for planned in made if is_mixed and planned.device == CPU and _is_quantized(planned)
     ]

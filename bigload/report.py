@@ -63,7 +63,7 @@ class PeakMemory:
         for device, (used, highest) in self._before.items():
             now = _used_and_highest(device)[1]
             if now > highest:
-                peaks[device] = now - used
+                peaks[device] = max(0, now - used)
         return peaks
 
 

@@ -50,6 +50,9 @@ class Slot:
         return found
 
 
+_Given = SimpleQueue[tuple[Future[None], Callable[[], None], torch.Tensor | None] | None]
+
+
 class _FileReader:
     """A thread that reads what it is given, in order.
 
@@ -58,13 +61,13 @@ class _FileReader:
     """
 
     def __init__(self, at_end: Callable[[], object]) -> None:
-        self._given: SimpleQueue[tuple[Future[None], Callable[[], None]] | None] = SimpleQueue()
+        self._given: _Given = SimpleQueue()
         threading.Thread(target=_read_on, args=(self._given, at_end), name="bigload-reader", daemon=True).start()
 
-    def submit(self, read: Callable[[], None]) -> Future[None]:
-        """Give it something to read."""
+    def submit(self, read: Callable[[], None], memory: torch.Tensor | None = None) -> Future[None]:
+        """Give it something to read, into memory that copies may go on to write for a while after."""
         done: Future[None] = Future()
-        self._given.put((done, read))
+        self._given.put((done, read, memory))
         return done
 
     def end(self) -> None:
@@ -72,18 +75,28 @@ class _FileReader:
         self._given.put(None)
 
 
-def _read_on(given: SimpleQueue[tuple[Future[None], Callable[[], None]] | None], at_end: Callable[[], object]) -> None:
-    # The slots of the last two are held, whose copies may go on; staging has two buffers, so no more do.
-    held: deque[Callable[[], None]] = deque(maxlen=2)
-    for done, read in iter(given.get, None):
-        held.append(read)
-        try:
-            read()
-        except BaseException as error:
-            done.set_exception(error)
-        else:
-            done.set_result(None)
+def _read_on(given: _Given, at_end: Callable[[], object]) -> None:
+    # The memory of the last two is held, whose copies may go on; staging has two buffers, so no more do.
+    held: deque[torch.Tensor | None] = deque(maxlen=2)
+    while _read_next(given, held):
+        pass
     at_end()
+
+
+def _read_next(given: _Given, held: deque[torch.Tensor | None]) -> bool:
+    """Read one thing; of it nothing but its memory is held while the next is waited for, least of all the engine."""
+    item = given.get()
+    if item is None:
+        return False
+    done, read, memory = item
+    held.append(memory)
+    try:
+        read()
+    except BaseException as error:
+        done.set_exception(error)
+    else:
+        done.set_result(None)
+    return True
 
 
 class Lane:
@@ -114,7 +127,7 @@ class Lane:
             slot.landing = None
         if isinstance(store, FileGroup):
             self._reader = self._reader or _FileReader(self._wait_for_copies)
-            slot.landing = self._reader.submit(partial(self._land, store, slot))
+            slot.landing = self._reader.submit(partial(self._land, store, slot), slot.memory)
         elif isinstance(store, HostGroup):
             self._copy(store.source, slot)
 
@@ -146,8 +159,9 @@ class Lane:
 
     def close(self) -> None:
         """Let the thread that reads files go, and wait for what is copied now: the collector may call this."""
-        if self._reader is not None:
-            self._reader.end()
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.end()
         self._wait_for_copies()
 
     def _wait_for_copies(self) -> None:

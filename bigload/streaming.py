@@ -14,11 +14,13 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from .cells import Cell, Leaf, cells_of
+from .disk import FileGroup
 from .errors import ConfigError, OffloadError
 from .host import HostGroup, Store
 from .slots import Slot, lane_to
@@ -76,6 +78,18 @@ _Node = tuple[bool, Group]
 
 # Without bitsandbytes' say in what is done to its parameters, in which it has none and which takes Python's time.
 _plainly = torch._C.DisableTorchFunctionSubclass
+
+
+class _Refreshing:
+    """A hook that has a group copied anew when a state_dict was loaded into one of its leaves."""
+
+    def __init__(self, engine: Engine, group: Group) -> None:
+        self._engine, self._group = weakref.ref(engine), group
+
+    def __call__(self, module: nn.Module, keys: object) -> None:
+        engine = self._engine()
+        if engine is not None:
+            engine.forget(self._group)
 
 
 class _Residency(AbstractContextManager[torch.Tensor]):
@@ -144,25 +158,54 @@ class Engine(Uncopyable):
         self._last = threading.local()
         self._clock = 0
         self._nbytes = self._fetches = self._demand_fetches = 0
-        for group, by_leaf in self._cells.items():
-            for cell in (cell for cells in by_leaf.values() for cell in cells):
-                cell.put(group.store.tensors[cell.name])
-        self._forwards: list[OwnForward] = [
-            StreamedForward(leaf, cells, functools.partial(_Residency, self, group, cells))
-            for group, by_leaf in self._cells.items()
-            for leaf, cells in by_leaf.items()
-        ]
-        self._forwards += [HostForward(leaf.path, leaf.module, device) for leaf in embeddings]
-        self._state_hooks = [
-            leaf.module.register_state_dict_post_hook(  # type: ignore[no-untyped-call]
-                functools.partial(self._show_at_rest, group.store)
-            )
-            for group in groups
-            for leaf in group.leaves
-        ]
+        self._forwards: list[OwnForward] = []
+        self._state_hooks: list[Any] = []
+        try:
+            self._take_over(embeddings)
+        except BaseException:  # Ctrl-C too: the leaves are as they were
+            self._let_go()
+            self._lane.close()
+            raise
         # Slots must not be another's while a copy into them goes on.
         self._close = weakref.finalize(self, self._lane.close)
         self._close.atexit = False
+
+    def _take_over(self, embeddings: Sequence[Leaf]) -> None:
+        for group, by_leaf in self._cells.items():
+            for leaf, cells in by_leaf.items():
+                for cell in cells:
+                    cell.put(group.store.tensors[cell.name])
+                resident = functools.partial(_Residency, self, group, cells)
+                self._forwards.append(StreamedForward(leaf, cells, resident))
+                shown, refreshed = functools.partial(self._show_at_rest, group.store), _Refreshing(self, group)
+                self._state_hooks += [
+                    leaf.module.register_state_dict_post_hook(shown),  # type: ignore[no-untyped-call]
+                    leaf.module.register_load_state_dict_post_hook(refreshed),  # type: ignore[no-untyped-call]
+                ]
+        self._forwards += [HostForward(leaf.path, leaf.module, self.device) for leaf in embeddings]
+
+    def _let_go(self) -> None:
+        for hook in self._state_hooks:
+            hook.remove()
+        for forward in self._forwards:
+            forward.remove()
+        self._forwards, self._state_hooks = [], []
+
+    def forget(self, group: Group) -> None:
+        """Have a group copied anew when it is next used: its weights at rest have changed.
+
+        Raises:
+            OffloadError: they lie in files, whose contents a write to the model does not change.
+        """
+        if isinstance(group.store, FileGroup):
+            raise OffloadError(
+                f"the weights of {group.name!r} lie in files, which a load_state_dict does not change; take the model "
+                "off its engine first (model.offload.remove()), then load them"
+            )
+        with self.lock:
+            for slot in self._slots:
+                if slot.group is group and not slot.users:
+                    slot.group = None
 
     def stats(self) -> StreamStats:
         """Tell what was streamed so far."""
@@ -177,13 +220,15 @@ class Engine(Uncopyable):
             torch.OutOfMemoryError: they are more groups than there is room for.
         """
         inside = set(module.modules())
-        with ExitStack() as stack:
-            for group, by_leaf in self._cells.items():
-                for leaf, cells in by_leaf.items():
-                    if leaf.module in inside:
-                        stack.enter_context(_Residency(self, group, cells))
-            yield
-        self._trim()
+        try:
+            with ExitStack() as stack:
+                for group, by_leaf in self._cells.items():
+                    for leaf, cells in by_leaf.items():
+                        if leaf.module in inside:
+                            stack.enter_context(_Residency(self, group, cells))
+                yield
+        finally:
+            self._trim()
 
     def remove(self) -> None:
         """Give the model its weights back, on the device and there to stay, and free the slots and the host memory.

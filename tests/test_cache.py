@@ -1,5 +1,7 @@
 """Models of which part rests on the disk: quantized once into files, or read where the checkpoint has it."""
 
+import os
+
 import pytest
 import torch
 from models import GPT, empty, llama, save_checkpoint
@@ -206,3 +208,33 @@ def test_values_that_the_format_cannot_hold_are_named_each_time(tmp_path, device
     for _ in range(2):
         with pytest.raises(QuantizationError, match=r"transformer\.h\.1\.mlp\.c_fc"):
             loaded(folder, device, tmp_path)
+
+
+def test_checkpoints_that_were_given_one_time_are_told_apart(tmp_path, device):
+    logits_of = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        folder = save_checkpoint(build().bfloat16(), tmp_path / str(seed))
+        for path in folder.iterdir():
+            os.utime(path, (1, 1))
+        whole = load_and_quantize_model(empty(build), "nf4", folder, device_map=device)
+        logits_of.append(logits(whole, device))
+        assert torch.equal(logits(loaded(folder, device, tmp_path), device), logits_of[-1])
+    assert not torch.equal(*logits_of)
+
+
+def test_threads_may_quantize_into_one_folder(tmp_path, device):
+    from concurrent.futures import ThreadPoolExecutor
+
+    folder = save_checkpoint(build().bfloat16(), tmp_path / "source")
+    whole = logits(load_and_quantize_model(empty(build), "nf4", folder, device_map=device), device)
+    with ThreadPoolExecutor(4) as pool:
+        models = [pool.submit(loaded, folder, device, tmp_path) for _ in range(4)]
+    assert all(torch.equal(logits(model.result(), device), whole) for model in models)
+
+
+def test_folder_that_is_a_file_is_named(tmp_path, device):
+    folder = save_checkpoint(build().bfloat16(), tmp_path / "source")
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(OffloadError, match="cache"):
+        loaded(folder, device, tmp_path)

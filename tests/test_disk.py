@@ -1,7 +1,8 @@
 """Groups whose weights rest in files: the same bits, files untouched, clear errors, recovery after them."""
 
 import threading
-from concurrent.futures import thread
+import weakref
+from concurrent.futures import thread as pools
 
 import pytest
 import torch
@@ -57,21 +58,23 @@ def twice(model, x):
     model(x)
 
 
-@pytest.mark.parametrize("way", ["deleted", "cut short"])
+@pytest.mark.parametrize("way", ["deleted", "cut short", "written again"])
 def test_lost_file_gives_a_clear_error_and_when_it_is_back_the_model_runs(way, device, tmp_path):
     expected, model = resident("nf4", device), resident("nf4", device)
     engine = stream_from_disk(model, device, tmp_path)
     model(tokens(device))
     file = tmp_path / "1.bin"
     content = file.read_bytes()
-    file.unlink()
+    file.rename(tmp_path / "aside")
     if way == "cut short":
         file.write_bytes(content[:100])
+    elif way == "written again":
+        file.write_bytes(bytes(len(content)))
     for _ in range(2):
         with pytest.raises(OffloadError, match=r"h\.1\..* cannot be read.*1\.bin"):
             twice(model, tokens(device))
     assert not any(slot.users for slot in engine._slots)
-    file.write_bytes(content)
+    (tmp_path / "aside").replace(file)
     for _ in range(2):
         assert equal(model(tokens(device)), expected(tokens(device)))
 
@@ -105,8 +108,29 @@ def test_engine_that_the_collector_finds_ends_without_taking_a_lock(device, tmp_
     engine = stream_from_disk(model, device, tmp_path)
     model(tokens(device))
     (reader,) = set(threading.enumerate()) - before
-    held = thread._global_shutdown_lock
+    held = pools._global_shutdown_lock
     with held:
         engine._close()  # what the collector calls
     reader.join(5)
     assert not reader.is_alive()
+
+
+def test_model_that_is_let_go_of_takes_its_engine_thread_and_files_with_it(device, tmp_path):
+    import gc
+
+    def held():
+        gc.collect()
+        return sum(thread.name == "bigload-reader" for thread in threading.enumerate())
+
+    before = held()
+    for _ in range(3):
+        model = resident("nf4", device)
+        engine = weakref.ref(stream_from_disk(model, device, tmp_path))
+        model(tokens(device))
+        del model
+        gc.collect()
+        assert engine() is None
+    for thread in threading.enumerate():
+        if thread.name == "bigload-reader":
+            thread.join(5)
+    assert held() <= before

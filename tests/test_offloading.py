@@ -253,3 +253,63 @@ def test_copies_of_an_offloaded_model_are_refused(tmp_path, device, options):
         copy.deepcopy(model)
     model.offload.remove()
     assert torch.equal(logits(copy.deepcopy(model), TOKENS, device), logits(model, TOKENS, device))
+
+
+def test_state_dict_that_is_loaded_counts_at_once(tmp_path, device, options):
+    build = built("gpt")
+    folder = save_checkpoint(build().bfloat16(), tmp_path / "source")
+    model = load_and_quantize_model(empty(build), MODES[-1], folder, **options(*BLOCKS["gpt"]))
+    logits(model, TOKENS, device)
+    torch.manual_seed(7)
+    other = load_and_quantize_model(build().bfloat16(), MODES[-1], device_map=device)
+    model.load_state_dict(other.state_dict())
+    for _ in range(2):
+        assert torch.equal(logits(model, TOKENS, device), logits(other, TOKENS, device))
+
+
+def test_a_second_load_into_an_offloaded_model_is_refused_until_its_weights_are_back(tmp_path, device, options):
+    from bigload import ConfigError
+
+    build = built("gpt")
+    folder = save_checkpoint(build().bfloat16(), tmp_path / "source")
+    given = options(*BLOCKS["gpt"])
+    model = load_and_quantize_model(empty(build), MODES[-1], folder, **given)
+    expected = logits(model, TOKENS, device)
+    with pytest.raises(ConfigError, match=r"offload\.remove\(\)"):
+        load_and_quantize_model(model, MODES[-1], folder, **given)
+    model.offload.remove()
+    assert not hasattr(model, "offload")
+    model = load_and_quantize_model(model, MODES[-1], folder, **given)
+    assert torch.equal(logits(model, TOKENS, device), expected)
+
+
+@pytest.mark.parametrize("call", [1, 3, 6])
+def test_interrupted_while_leaves_are_taken_over_the_model_is_as_it_was(tmp_path, device, options, monkeypatch, call):
+    import itertools
+
+    from bigload import streaming
+
+    build, own, calls = built("gpt"), streaming.StreamedForward, itertools.count(1)
+    folder = save_checkpoint(build().bfloat16(), tmp_path / "source")
+    given, model = options(*BLOCKS["gpt"]), empty(build)
+
+    def interrupted(*arguments):
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return own(*arguments)
+
+    monkeypatch.setattr(streaming, "StreamedForward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load_and_quantize_model(model, MODES[-1], folder, **given)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not any("forward" in vars(module) for module in model.modules())
+    model = load_and_quantize_model(model, MODES[-1], folder, **given)
+    assert logits(model, TOKENS, device).isfinite().all()
+
+
+def test_int8_training_leaves_nothing_off_the_device(tmp_path, device, options):
+    from bigload import ConfigError
+
+    folder = save_checkpoint(GPT(layers=4), tmp_path / "source")
+    with pytest.raises(ConfigError, match="int8-training"):
+        load_and_quantize_model(empty(lambda: GPT(layers=4)), "int8-training", folder, **options(BLOCKS["gpt"][1]))
