@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "--quant", choices=MODES, help="how to quantize (default: nf4, and as it is what is quantized already)"
     )
     load.add_argument("--device-map", default="auto", help="'auto', a device such as 'cpu' or '0', or a JSON object")
+    _add_budgets(load)
     load.add_argument("--prompt", help="generate a continuation of this text")
     load.add_argument(
         "--max-new-tokens", type=_positive, default=40, help="how much to generate (default: %(default)s)"
@@ -74,19 +75,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_plan(commands: Any) -> None:
-    plan = commands.add_parser("plan", help="say what a model would take of GPUs, CPU and disk, without loading it")
-    plan.add_argument("path", type=Path, help="folder with config.json, with or without weights, or a config.json")
-    plan.add_argument("--quant", choices=MODES, help="how to quantize (default: nf4, or as the weights are)")
-    plan.add_argument(
+def _add_budgets(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--max-memory",
         nargs="+",
         default=[],
         metavar="DEVICE=SIZE",
-        help="what may be used, such as 0=10GiB cpu=60GiB; devices need not be here (default: what is free)",
+        help="what may be used, such as 0=10GiB cpu=60GiB (default: what is free); a plan may name devices not here",
     )
+    parser.add_argument("--offload-folder", help="where blocks may rest on a disk")
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser("plan", help="say what a model would take of GPUs, CPU and disk, without loading it")
+    plan.add_argument("path", type=Path, help="folder with config.json, with or without weights, or a config.json")
+    plan.add_argument("--quant", choices=MODES, help="how to quantize (default: nf4, or as the weights are)")
     plan.add_argument("--device-map", default="auto", help="as for `load` (default: %(default)s)")
-    plan.add_argument("--offload-folder", help="where blocks may rest on a disk")
+    _add_budgets(plan)
     plan.add_argument("--reserve", default=RESERVE_BYTES, help="of each GPU, for activations (default: 128MiB)")
     plan.add_argument("--link-gbps", type=float, help="GB/s of the link to a GPU (default: measured, if there is one)")
     plan.add_argument("--plot", type=Path, metavar="PNG", help="draw it into a file; needs matplotlib")
@@ -112,7 +117,14 @@ def _load(options: argparse.Namespace) -> None:
     mode = options.quant
     if mode is None and not _is_quantized(options.path):
         mode = "nf4"
-    model = load_and_quantize_model(model, mode, options.path, device_map=device_map)
+    model = load_and_quantize_model(
+        model,
+        mode,
+        options.path,
+        device_map=device_map,
+        max_memory=_max_memory(options.max_memory),
+        offload_folder=options.offload_folder,
+    )
     print(model.load_report)
     if prompt is not None:
         print(prompt.continued_by(model.eval()))

@@ -238,3 +238,19 @@ def test_folder_that_is_a_file_is_named(tmp_path, device):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(OffloadError, match="cache"):
         loaded(folder, device, tmp_path)
+
+
+def test_command_loads_what_rests_on_the_disk(tmp_path, capsys, device):
+    import json
+
+    from bigload.cli import main
+
+    folder = tmp_path / "source"
+    llama(tied=False).bfloat16().save_pretrained(folder)
+    device_map = json.dumps({"": str(device), "model.layers.1": "disk"})
+    arguments = ["load", str(folder), "--device-map", device_map]
+    assert main(arguments) == 1
+    assert "offload_folder" in capsys.readouterr().err
+    assert main([*arguments, "--offload-folder", str(tmp_path / "cache"), "--max-memory", f"{device}=10GiB"]) == 0
+    assert "as nf4" in capsys.readouterr().out
+    assert len(files(tmp_path)) == 7
