@@ -84,7 +84,7 @@ class WeightCache:
             save_file({part: tensor.detach().cpu().contiguous() for part, tensor in tensors.items()}, partial)
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
-            partial.replace(path)
+            _name(partial, path, planned)
         except (OSError, SafetensorError) as error:
             raise OffloadError(f"offload_folder '{self._folder}' cannot be written: {error}") from error
         finally:
@@ -120,6 +120,15 @@ class WeightCache:
             self._known_files[tensor.file] = [_header_of(tensor.file), stat.st_size, stat.st_mtime_ns]
         known = [*self._known_files[tensor.file], tensor.name, str(tensor.dtype), tensor.offset, *how]
         return known if isinstance(tensor, LazyTensor) else [*known, _sample(tensor)]
+
+
+def _name(partial: Path, path: Path, planned: PlannedTensor) -> None:
+    """Give a whole file its name, unless another thread or program was faster: a model may be using that one."""
+    try:
+        os.link(partial, path)
+    except OSError:  # there is one, or the file system has no links
+        if not path.is_file() or _found(path, planned) is None:
+            partial.replace(path)
 
 
 def _sample(tensor: StoredTensor) -> str:

@@ -11,7 +11,7 @@ import functools
 import itertools
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +78,19 @@ _Node = tuple[bool, Group]
 
 # Without bitsandbytes' say in what is done to its parameters, in which it has none and which takes Python's time.
 _plainly = torch._C.DisableTorchFunctionSubclass
+
+
+def _refuse_files(group: Group, leaf: Leaf, state: Mapping[str, object], prefix: str, *_: object) -> None:
+    """Refuse a state_dict with weights that lie in files, which are never written.
+
+    Raises:
+        OffloadError: says which.
+    """
+    if isinstance(group.store, FileGroup) and any(prefix + name in state for name in leaf.parameters):
+        raise OffloadError(
+            f"the weights of {leaf.path!r} lie in files, which a load_state_dict does not change; take the model off "
+            "its engine first (model.offload.remove()), then load them"
+        )
 
 
 class _Refreshing:
@@ -180,6 +193,9 @@ class Engine(Uncopyable):
                 shown, refreshed = functools.partial(self._show_at_rest, group.store), _Refreshing(self, group)
                 self._state_hooks += [
                     leaf.module.register_state_dict_post_hook(shown),  # type: ignore[no-untyped-call]
+                    leaf.module._register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
+                        functools.partial(_refuse_files, group, leaf)
+                    ),
                     leaf.module.register_load_state_dict_post_hook(refreshed),  # type: ignore[no-untyped-call]
                 ]
         self._forwards += [HostForward(leaf.path, leaf.module, self.device) for leaf in embeddings]
@@ -192,16 +208,7 @@ class Engine(Uncopyable):
         self._forwards, self._state_hooks = [], []
 
     def forget(self, group: Group) -> None:
-        """Have a group copied anew when it is next used: its weights at rest have changed.
-
-        Raises:
-            OffloadError: they lie in files, whose contents a write to the model does not change.
-        """
-        if isinstance(group.store, FileGroup):
-            raise OffloadError(
-                f"the weights of {group.name!r} lie in files, which a load_state_dict does not change; take the model "
-                "off its engine first (model.offload.remove()), then load them"
-            )
+        """Have a group copied anew when it is next used: its weights at rest may have changed."""
         with self.lock:
             for slot in self._slots:
                 if slot.group is group and not slot.users:
