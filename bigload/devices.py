@@ -18,6 +18,11 @@ STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 CPU = torch.device("cpu")
 
 
+def is_strategy(device_map: DeviceMap) -> bool:
+    """Ask whether a device map leaves it to bigload where blocks go."""
+    return isinstance(device_map, str) and device_map in STRATEGIES
+
+
 def as_device(device: Device, *, must_exist: bool = True) -> torch.device:
     """Take a device in any spelling and check that it exists: 0, "cuda", "cuda:0", "cpu", a `torch.device`.
 
@@ -58,7 +63,7 @@ def named_devices(device_map: DeviceMap) -> list[torch.device]:
     Raises:
         PlacementError: one of them does not exist.
     """
-    if device_map is None or device_map in STRATEGIES:
+    if device_map is None or is_strategy(device_map):
         return [default_device()]
     named = list(device_map.values()) if isinstance(device_map, Mapping) else [device_map]
     return [as_device(device) for device in named if device != "disk"]

@@ -109,6 +109,7 @@ def load_and_quantize_model(
         CheckpointError: the checkpoint is damaged, or does not fit the model.
         PlacementError: the device map or the budgets cannot be met.
         QuantizationError: a weight has values that the format cannot hold.
+        OffloadError: a weight cannot be streamed, or `offload_folder` not be written.
     """
     origin = "the model's own weights" if weights_location is None else f"{weights_location!r}"
     context = f"loading {origin} with device_map={device_map!r}"

@@ -158,5 +158,4 @@ def leaves_of(model: nn.Module, placed: PlacedUnit) -> list[Leaf]:
     for planned in placed.unit.offloaded:
         path, _, name = planned.tensor.name.rpartition(".")
         found[path].append(name)
-    made: list[Any] = [Leaf(path, model.get_submodule(path), tuple(names)) for path, names in found.items()]
-    return made
+    return [Leaf(path, model.get_submodule(path), tuple(names)) for path, names in found.items()]

@@ -14,7 +14,7 @@ from torch import nn
 
 from . import formats
 from .budgets import free_bytes, free_disk_bytes
-from .devices import CPU, STRATEGIES, Device, DeviceMap, Place, as_place, default_device
+from .devices import CPU, Device, DeviceMap, Place, as_place, default_device, is_strategy
 from .errors import PlacementError, counted, listed
 from .formats import FourBit, Plain
 from .inference import DoesNotFitError, Item, OffPlace, Rules, infer
@@ -110,7 +110,7 @@ def check_map(
     Raises:
         PlacementError: unknown blocks or devices, or tensors left out.
     """
-    if device_map is None or (isinstance(device_map, str) and device_map in STRATEGIES):
+    if device_map is None or is_strategy(device_map):
         return
     if not isinstance(device_map, Mapping):
         as_place(device_map, must_exist=must_exist)
@@ -142,7 +142,7 @@ def longest_match(name: str, paths: Collection[str]) -> str | None:
 def only_device(wishes: Wishes) -> torch.device | None:
     """Give the device that all of a model goes to, or may go to where a strategy decides; None where there are more."""
     device_map = wishes.device_map
-    if isinstance(device_map, str) and device_map in STRATEGIES:
+    if is_strategy(device_map):
         devices = _computing(wishes.budgets)
         return devices[0] if len(devices) == 1 else None
     if device_map is None:
@@ -163,10 +163,10 @@ def place_whole(tensors: Sequence[PlannedTensor], device: torch.device, wishes: 
     on_gpu = device.type == "cuda"
     needed = bytes_of(tensors, GPU_BYTES if on_gpu else 1) + (wishes.reserve if on_gpu else 0)
     budgets: dict[Place, int] = dict(wishes.budgets)
-    is_strategy = isinstance(wishes.device_map, str) and wishes.device_map in STRATEGIES
-    if wishes.must_exist or is_strategy:
+    is_free = is_strategy(wishes.device_map)
+    if wishes.must_exist or is_free:
         budgets[device] = _budget(device, wishes, needed)
-        if is_strategy and needed > budgets[device]:
+        if is_free and needed > budgets[device]:
             return None
     paths = wishes.device_map if isinstance(wishes.device_map, Mapping) else ("",)
     places = dict.fromkeys(paths, device)
@@ -191,8 +191,8 @@ def place_units(model: nn.Module, tensors: Sequence[PlannedTensor], wishes: Wish
     """
     units = units_of(model, tensors, wishes.no_split_module_classes)
     device_map = wishes.device_map
-    if isinstance(device_map, str) and device_map in STRATEGIES:
-        return _inferred(units, device_map, wishes)
+    if is_strategy(device_map):
+        return _inferred(units, str(device_map), wishes)
     if device_map is None:
         device_map = default_device()
     return _given(units, _places_of(device_map, wishes), wishes)
@@ -338,7 +338,7 @@ def _smaller_modes(units: Sequence[Unit]) -> list[str]:
     return found
 
 
-def check_accounts(accounts: Sequence[Account], needed_by: str = "the model") -> None:
+def check_accounts(accounts: Sequence[Account]) -> None:
     """Refuse a plan that needs more of a place than it may have.
 
     Raises:
@@ -348,7 +348,7 @@ def check_accounts(accounts: Sequence[Account], needed_by: str = "the model") ->
         if account.free is not None and account.free < 0:
             beside = f" (of it {show(account.reserve)} kept for activations)" if account.reserve else ""
             raise PlacementError(
-                f"{needed_by} needs {show(account.needed)}{beside} on {account.place}, max_memory allows "
+                f"the model needs {show(account.needed)}{beside} on {account.place}, max_memory allows "
                 f"{show(account.budget or 0)}, {show(-account.free)} too little; choose a smaller mode, another "
                 "device_map or a larger budget"
             )
@@ -358,11 +358,10 @@ def _given(units: Sequence[Unit], places: Mapping[str, Place], wishes: Wishes) -
     gpus = list(dict.fromkeys(p for p in places.values() if p != "disk" and p.type == "cuda"))
     computing = gpus or [CPU]
     on_cpu = bool(gpus) and wishes.fp32_on_cpu
-    by_unit = {id(unit): _places_in(unit, places) for unit in units}
     placed: list[PlacedUnit] = []
     turn = 0
     for unit in units:
-        found = by_unit[id(unit)]
+        found = _places_in(unit, places)
         devices = [place for place in found if isinstance(place, torch.device) and (place.type == "cuda" or not gpus)]
         away = [place for place in found if place not in devices]
         if len(devices) > 1 or len(away) > 1 or (devices and away and (on_cpu or unit.looks_up)):

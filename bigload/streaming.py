@@ -249,8 +249,6 @@ class Engine(Uncopyable):
                 raise OffloadError("leaves are running: the engine cannot be removed from within their forward")
             self._lane.finish()
             self._slots.clear()
-            for hook in self._state_hooks:
-                hook.remove()
             for forward in self._forwards:
                 if isinstance(forward, HostForward):
                     forward.module.to(self.device)
@@ -258,9 +256,8 @@ class Engine(Uncopyable):
                 for cell in {cell for cells in by_leaf.values() for cell in cells}:
                     cell.put(group.store.source_of(cell.name).to(self.device, copy=True))
                 group.store.release()
-            for forward in self._forwards:
-                forward.remove()
-            self._forwards, self._state_hooks, self._cells = [], [], {}
+            self._let_go()
+            self._cells = {}
             self._close()
 
     def enter(self, use: _Residency, group: Group, cells: Sequence[Cell]) -> Slot:
