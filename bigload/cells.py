@@ -79,7 +79,8 @@ class Cell:
         parameter = self.parameter
         if parameter is None or self.is_away:
             return
-        if self._owner._parameters.get(self._key) is not parameter or parameter.data_ptr() != rest.data_ptr():
+        is_there = parameter.data_ptr() == rest.data_ptr()
+        if not is_there or self._owner._parameters.get(self._key) is not parameter:
             raise OffloadError(
                 f"{self.name!r} is streamed, but was replaced or moved since; take the model off its engine first "
                 "(remove()), then change it"

@@ -13,11 +13,12 @@ from torch import nn
 
 from .cells import Leaf
 from .errors import ConfigError, listed
+from .groups import Group
 from .offload import OffloadConfig
 from .plan import PlacedUnit, Plan
 from .resting import Resting
 from .streamed import OwnForward
-from .streaming import Engine, Group, StreamStats
+from .streaming import Engine, StreamStats
 
 
 class Offload:

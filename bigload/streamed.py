@@ -13,9 +13,13 @@ from torch.utils._pytree import tree_map_only
 
 from .cells import Cell, Leaf, is_quantized
 from .errors import OffloadError
+from .functional import forward_maker
+from .host import Store
 from .layers import input_gradient, streamed_forward
+from .slots import Slot
 
-Resident = Callable[[], AbstractContextManager[torch.Tensor]]
+# A block in which the weights of a leaf's group are on the device, in the slot that it gives.
+Resident = Callable[[], AbstractContextManager[Slot]]
 
 
 class Uncopyable:
@@ -54,16 +58,19 @@ class OwnForward(Uncopyable):
 class StreamedForward(OwnForward):
     """Runs a leaf with its weights on the device. What autograd keeps is where they come from, never they."""
 
-    def __init__(self, leaf: Leaf, cells: list[Cell], resident: Resident) -> None:
+    def __init__(self, leaf: Leaf, cells: list[Cell], store: Store, held: Resident, placed: Resident) -> None:
         """Take the place of the leaf's own forward.
 
         Args:
             leaf: its module is changed.
             cells: what is streamed of it.
-            resident: a block in which the weights are on the device; gives the memory that they lie in.
+            store: of its group.
+            held: a block in which the weights are on the device.
+            placed: one in which the leaf's tensors are those on the device, too.
         """
         super().__init__(leaf.path, leaf.module, streamed_forward(leaf.module))
-        self.resident = resident
+        self._store, self._held, self.placed = store, held, placed
+        self._make_forward = forward_maker(leaf, self.own)
         self._parameters = [cell.parameter for cell in cells if cell.parameter is not None]
         self._is_quantized = is_quantized(leaf.module)
         # What these give is never a part of their weights.
@@ -71,6 +78,8 @@ class StreamedForward(OwnForward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute what the leaf's own forward does."""
+        if torch.compiler.is_compiling():
+            return _uncompiled(self, args, kwargs)
         if not torch.is_grad_enabled():
             return self.run(*args, **kwargs)
         if any(parameter.requires_grad for parameter in self._parameters):
@@ -78,22 +87,29 @@ class StreamedForward(OwnForward):
         if self._is_quantized:
             (x,) = (*args, *kwargs.values())
             return _Quantized.apply(self, x, self.module.bias)  # type: ignore[no-untyped-call]
-        with self.resident() as memory:
-            with torch.autograd.graph.saved_tensors_hooks(functools.partial(_pack, memory), self._unpack):
+        with self.placed() as slot:
+            with torch.autograd.graph.saved_tensors_hooks(functools.partial(_pack, slot.memory), self._unpack):
                 out = self.own(*args, **kwargs)
-            return _apart(out, memory)
+            return _apart(out, slot.memory)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module's own forward with the weights in place."""
-        with self.resident() as memory:
-            out = self.own(*args, **kwargs)
-            return out if self._gives_its_own else _apart(out, memory)
+        """Compute what the module's own forward does, without gradients."""
+        if self._make_forward is None:
+            with self.placed() as slot:
+                out = self.own(*args, **kwargs)
+                return out if self._gives_its_own else _apart(out, slot.memory)
+        (x,) = (*args, *kwargs.values())
+        with self._held() as slot:
+            forward = slot.forwards.get(self)
+            if forward is None:
+                forward = slot.forwards[self] = self._make_forward(slot.views(self._store))
+            return forward(x)
 
     def _unpack(self, saved: Any) -> torch.Tensor:
         if not isinstance(saved, _InSlot):
             return saved  # type: ignore[no-any-return]
-        with self.resident() as memory:
-            return saved.found_in(memory).clone()  # the slot may be another group's before it is used
+        with self.placed() as slot:
+            return saved.found_in(slot.memory).clone()  # the slot may be another group's before it is used
 
     def _without_gradients(self, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
@@ -106,6 +122,12 @@ class StreamedForward(OwnForward):
             return _Refused.apply(self.path, tensor, anchor)  # type: ignore[no-untyped-call]
 
         return tree_map_only(torch.Tensor, refuse, out)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _uncompiled(forward: StreamedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run outside of what is compiled, where nothing knows that weights come and go."""
+    return forward(*args, **kwargs)
 
 
 class _InSlot(NamedTuple):
@@ -161,7 +183,7 @@ class _Quantized(torch.autograd.Function):
             grad_bias = grad.sum(0, dtype=ctx.bias_dtype) if grad.dim() > 1 else grad.to(ctx.bias_dtype)
         if needs_input:
             streamed = ctx.streamed
-            with streamed.resident():
+            with streamed.placed():
                 grad_input = input_gradient(streamed.module, streamed.own, grad, ctx.dtype)
         return None, grad_input, grad_bias
 

@@ -8,7 +8,6 @@ guess costs one copy that was waited for.
 from __future__ import annotations
 
 import functools
-import itertools
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,38 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .cells import Cell, Leaf, cells_of
+from .cells import Cell, Leaf
 from .disk import FileGroup
 from .errors import ConfigError, OffloadError
-from .host import HostGroup, Store
+from .groups import Group, cells_by_leaf, require_owned
+from .host import Store
 from .slots import Slot, lane_to
 from .streamed import HostForward, OwnForward, StreamedForward, Uncopyable
-from .tree import leaves, modules_by_path
-
-
-@dataclass(frozen=True, eq=False)
-class Group:
-    """Leaves whose weights come to the device together.
-
-    Attributes:
-        name: of the group, such as the path of a decoder layer.
-        leaves: its modules.
-        store: where the weights rest; its parts are named as in `Leaf.tensors`.
-    """
-
-    name: str
-    leaves: tuple[Leaf, ...]
-    store: Store
-
-    @classmethod
-    def copied(cls, name: str, leaves: Sequence[Leaf], device: torch.device) -> Group:
-        """Copy the weights of leaves, wherever they are, into host memory.
-
-        Raises:
-            OffloadError: a leaf cannot be streamed.
-        """
-        tensors = {part: tensor for leaf in leaves for part, tensor in leaf.tensors().items()}
-        return cls(name, tuple(leaves), HostGroup.from_tensors(tensors, device))
+from .succession import Step, Succession
 
 
 @dataclass(frozen=True)
@@ -70,10 +45,6 @@ class StreamStats:
     demand_fetches: int
     slots: int
     gb_per_s: float
-
-
-# A group in forward, or in backward, where the order is another.
-_Node = tuple[bool, Group]
 
 
 # Without bitsandbytes' say in what is done to its parameters, in which it has none and which takes Python's time.
@@ -105,8 +76,8 @@ class _Refreshing:
             engine.forget(self._group)
 
 
-class _Residency(AbstractContextManager[torch.Tensor]):
-    """Has a leaf's weights on the device for one call of it; gives the memory of their group there."""
+class _Held(AbstractContextManager[Slot]):
+    """Has a leaf's group on the device for one call; gives the slot that it is in."""
 
     __slots__ = ("_cells", "_engine", "_group", "slot")
 
@@ -114,19 +85,50 @@ class _Residency(AbstractContextManager[torch.Tensor]):
         self._engine, self._group, self._cells = engine, group, cells
         self.slot: Slot | None = None
 
-    def __enter__(self) -> torch.Tensor:
-        engine = self._engine
+    def __enter__(self) -> Slot:
         try:
-            with engine.lock, _plainly():
-                return engine.enter(self, self._group, self._cells).memory
+            with self._engine.lock, _plainly():
+                return self._engine.enter(self, self._group, self._cells)
         except BaseException:
             self.__exit__()
             raise
 
     def __exit__(self, *raised: object) -> None:
-        engine = self._engine
-        with engine.lock, _plainly():
-            engine.exit(self, self._group, self._cells)
+        with self._engine.lock:
+            if self.slot is not None:
+                self.slot.users.discard(self)
+
+
+class _Placed(_Held):
+    """Has the leaf's tensors view the slot as well."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> Slot:
+        slot = super().__enter__()
+        try:
+            with self._engine.lock, _plainly():
+                views = slot.views(self._group.store)
+                for cell in self._cells:
+                    is_first = not cell.users
+                    cell.users.add(self)
+                    if is_first:
+                        cell.is_away = True
+                        cell.put(views[cell.name])
+        except BaseException:
+            self.__exit__()
+            raise
+        return slot
+
+    def __exit__(self, *raised: object) -> None:
+        with self._engine.lock, _plainly():
+            rest = self._group.store.tensors
+            for cell in self._cells:
+                cell.users.discard(self)
+                if cell.is_away and not cell.users:
+                    cell.put(rest[cell.name])
+                    cell.is_away = False
+            super().__exit__()
 
 
 class Engine(Uncopyable):
@@ -161,14 +163,13 @@ class Engine(Uncopyable):
             raise ConfigError(f"slots is {slots}; expected 1 or more")
         self.groups, self.device = tuple(groups), device
         self._asked_slots = slots
-        self._cells = {group: _cells(group) for group in groups}
-        _require_owned(model, self._cells, embeddings)
+        self._cells = {group: cells_by_leaf(group) for group in groups}
+        require_owned(model, self._cells, embeddings)
         self._lane = lane_to(device)
         self._slot_nbytes = max((group.store.layout.nbytes for group in groups), default=0)
         self._slots = [self._lane.make_slot(self._slot_nbytes) for _ in range(min(slots, len(self.groups)))]
-        self._next = _first_guess(self.groups)
+        self._succession = Succession(self.groups)
         self.lock = threading.RLock()
-        self._last = threading.local()
         self._clock = 0
         self._nbytes = self._fetches = self._demand_fetches = 0
         self._forwards: list[OwnForward] = []
@@ -188,8 +189,8 @@ class Engine(Uncopyable):
             for leaf, cells in by_leaf.items():
                 for cell in cells:
                     cell.put(group.store.tensors[cell.name])
-                resident = functools.partial(_Residency, self, group, cells)
-                self._forwards.append(StreamedForward(leaf, cells, resident))
+                held, placed = (functools.partial(way, self, group, cells) for way in (_Held, _Placed))
+                self._forwards.append(StreamedForward(leaf, cells, group.store, held, placed))
                 shown, refreshed = functools.partial(self._show_at_rest, group.store), _Refreshing(self, group)
                 self._state_hooks += [
                     leaf.module.register_state_dict_post_hook(shown),  # type: ignore[no-untyped-call]
@@ -232,7 +233,7 @@ class Engine(Uncopyable):
                 for group, by_leaf in self._cells.items():
                     for leaf, cells in by_leaf.items():
                         if leaf.module in inside:
-                            stack.enter_context(_Residency(self, group, cells))
+                            stack.enter_context(_Placed(self, group, cells))
                 yield
         finally:
             self._trim()
@@ -260,68 +261,45 @@ class Engine(Uncopyable):
             self._cells = {}
             self._close()
 
-    def enter(self, use: _Residency, group: Group, cells: Sequence[Cell]) -> Slot:
-        """Bring a leaf's weights to the device, or find them there, and those of the groups that are likely next.
+    def enter(self, use: _Held, group: Group, cells: Sequence[Cell]) -> Slot:
+        """Bring a group to the device, or find it there, and those that are likely next; under the lock.
+
+        Args:
+            use: for which; its slot is set.
+            group: to bring.
+            cells: of the leaf that will run.
 
         Raises:
-            OffloadError: a weight was replaced or moved since, or cannot be read.
+            OffloadError: a weight of the leaf was replaced or moved since, or cannot be read.
             torch.OutOfMemoryError: the device has no room.
         """
-        last: _Node | None = getattr(self._last, "node", None)
-        is_backward = torch._C._current_graph_task_id() != -1
-        is_same = last is not None and last[1] is group and last[0] == is_backward
-        node = last if last is not None and is_same else (is_backward, group)
-        if not is_same:
-            self._learn(node)
+        step = self._succession.arrive(group, is_backward=torch._C._current_graph_task_id() != -1)
         rest = group.store.tensors
         for cell in cells:
-            cell.require_at_rest(rest[cell.name])
+            if cell.parameter is not None:
+                cell.require_at_rest(rest[cell.name])
         slot = self._slot_of(group)
         if slot is None:
             slot = self._free_slot(keep=()) or self._grow()
             self._fetch(group, slot)
             self._demand_fetches += 1
-            is_same = False
+            step = self._succession.current()
         use.slot = slot
         slot.users.add(use)
-        slot.used = self._tick()
+        slot.used = self._clock = self._clock + 1
         self._lane.await_copy(slot)
-        views = slot.views(group.store)
-        for cell in cells:
-            is_first = not cell.users
-            cell.users.add(use)
-            if is_first:
-                cell.is_away = True
-                cell.put(views[cell.name])
-        if not is_same:  # what a group's other leaves would fetch has been fetched for its first
-            self._prefetch(node)
+        if step is not None:  # what a group's other leaves would fetch has been fetched for its first
+            self._prefetch(step)
         return slot
 
-    def exit(self, use: _Residency, group: Group, cells: Sequence[Cell]) -> None:
-        """Let a leaf's weights go to rest, if nobody else uses them; what was not entered may be left too."""
-        for cell in cells:
-            cell.users.discard(use)
-            if cell.is_away and not cell.users:
-                cell.put(group.store.tensors[cell.name])
-                cell.is_away = False
-        if use.slot is not None:
-            use.slot.users.discard(use)
-
-    def _learn(self, node: _Node) -> None:
-        last: _Node | None = getattr(self._last, "node", None)
-        if last is not None and last != node:
-            self._next[last] = node
-        self._last.node = node
-
-    def _prefetch(self, node: _Node) -> None:
+    def _prefetch(self, step: Step) -> None:
         """Bring the groups that are likely to be next into slots that nobody uses."""
-        wanted = [node[1]]
-        for _ in range(len(self._next)):
+        wanted = [step.group]
+        for group in self._succession.after(step):
             if len(wanted) >= len(self._slots):
                 break
-            node = self._next[node]
-            if node[1] not in wanted:
-                wanted.append(node[1])
+            if group not in wanted:
+                wanted.append(group)
         for group in wanted[1:]:
             if self._slot_of(group) is None:
                 slot = self._free_slot(keep=wanted)
@@ -330,7 +308,10 @@ class Engine(Uncopyable):
                 self._fetch(group, slot)
 
     def _slot_of(self, group: Group) -> Slot | None:
-        return next((slot for slot in self._slots if slot.group is group), None)
+        for slot in self._slots:
+            if slot.group is group:
+                return slot
+        return None
 
     def _free_slot(self, keep: Sequence[Group]) -> Slot | None:
         free = [slot for slot in self._slots if not slot.users and slot.group not in keep]
@@ -345,13 +326,9 @@ class Engine(Uncopyable):
     def _fetch(self, group: Group, slot: Slot) -> None:
         self._lane.copy(group.store, slot)
         slot.group = group
-        slot.used = self._tick()
+        slot.used = self._clock = self._clock + 1
         self._fetches += 1
         self._nbytes += group.store.layout.nbytes
-
-    def _tick(self) -> int:
-        self._clock += 1
-        return self._clock
 
     def _trim(self) -> None:
         """Free the slots that are too many, when they were needed for once only."""
@@ -371,56 +348,3 @@ class Engine(Uncopyable):
             is_own = name.startswith(prefix) and type(tensor) is torch.Tensor
             if is_own and tensor.untyped_storage().data_ptr() in memories:
                 state[name] = store.at_rest(tensor)
-
-
-def _cells(group: Group) -> dict[Leaf, list[Cell]]:
-    """List the cells of each leaf, one and the same for a tensor that several leaves share.
-
-    Raises:
-        OffloadError: the store lacks one.
-    """
-    known: dict[tuple[int, str], Cell] = {}
-    found: dict[Leaf, list[Cell]] = {}
-    modules: set[nn.Module] = set()
-    for leaf in group.leaves:
-        if leaf.module in modules:
-            raise OffloadError(f"{leaf.path!r} is twice in the group {group.name!r}")
-        modules.add(leaf.module)
-        found[leaf] = [known.setdefault(cell.identity, cell) for cell in cells_of(leaf)]
-    for cell in known.values():
-        part = group.store.layout.parts.get(cell.name)
-        there = cell.get()
-        if part is None or (part.dtype, part.shape) != (there.dtype, tuple(there.shape)):
-            raise OffloadError(f"{cell.name!r} is {there.dtype} {tuple(there.shape)}, its store holds {part}")
-    return found
-
-
-def _require_owned(model: nn.Module, cells: dict[Group, dict[Leaf, list[Cell]]], embeddings: Sequence[Leaf]) -> None:
-    """Refuse weights that a module reads which is not given them.
-
-    Raises:
-        OffloadError: one is in two groups, or held by a module that is in none.
-    """
-    group_of: dict[int, Group] = {}
-    allowed = {module for leaf in embeddings for module in leaf.module.modules()}
-    for group, by_leaf in cells.items():
-        for leaf, own in by_leaf.items():
-            allowed.update(leaf.module.modules())
-            for cell in own:
-                if cell.parameter is not None and group_of.setdefault(id(cell.parameter), group) is not group:
-                    raise OffloadError(f"{cell.name!r} is in two groups; weights that are tied must be in one")
-    modules = modules_by_path(model)
-    for name, parameter in leaves(modules, "_parameters").items():
-        if id(parameter) in group_of and modules[name.rpartition(".")[0]] not in allowed:
-            raise OffloadError(f"{name!r} is streamed for another module, and this one would not find it on the device")
-
-
-def _first_guess(groups: Sequence[Group]) -> dict[_Node, _Node]:
-    """Guess that forward goes through the groups in their order, again and again, and backward the other way."""
-    ahead = zip(groups, [*groups[1:], *groups[:1]], strict=True)
-    guess: dict[_Node, _Node] = {(False, group): (False, after) for group, after in ahead}
-    back = groups[::-1]
-    guess |= {(True, group): (True, before) for group, before in itertools.pairwise(back)}
-    if groups:
-        guess[(True, groups[0])] = (False, groups[0])
-    return guess

@@ -11,8 +11,9 @@ from test_streaming import MODES, linears, resident, tokens
 
 from bigload.disk import FileGroup, FilePart
 from bigload.errors import OffloadError
+from bigload.groups import Group
 from bigload.host import parts_of
-from bigload.streaming import Engine, Group
+from bigload.streaming import Engine
 
 
 def written(tensors, file):

@@ -18,10 +18,11 @@ from torch.utils.checkpoint import checkpoint
 from bigload import load_and_quantize_model
 from bigload.cells import Leaf
 from bigload.errors import OffloadError
+from bigload.groups import Group
 from bigload.host import HostGroup
 from bigload.layers import streamed_forward
 from bigload.slots import Lane
-from bigload.streaming import Engine, Group
+from bigload.streaming import Engine
 
 MODES = ("fp32", "bf16", "int8", "nf4", "nf4-dq", "fp4")
 
@@ -152,6 +153,57 @@ def blocks(model, device):
     for block in model.transformer["h"]:
         x = block(x)
     return x
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_of_common_layers_stay_at_rest_as_they_run(mode, device):
+    """So nothing can see them elsewhere, and Python has less to do."""
+    model = resident(mode, device)
+    engine = stream(model, device)
+    seen = []
+    leaf = model.transformer["h"][1].attn.c_attn
+    make = leaf.forward._make_forward
+
+    def watched(tensors):
+        forward = make(tensors)
+        return lambda x: (seen.append(leaf.weight.data_ptr()), forward(x))[1]
+
+    leaf.forward._make_forward = watched
+    with torch.no_grad():
+        model(tokens(device))
+    assert seen == [engine.groups[1].store.tensors["transformer.h.1.attn.c_attn.weight"].data_ptr()]
+
+
+class Doubled(nn.Linear):
+    """A subclass that does something else."""
+
+    def forward(self, x):
+        """Not what its class does."""
+        return 2 * super().forward(x)
+
+
+def test_layers_with_a_forward_of_their_own_run_it(device):
+    plain, doubled = nn.Linear(64, 64).to(device), Doubled(64, 64).to(device)
+    patched = nn.Linear(64, 64).to(device)
+    patched.forward = lambda x: 3 * nn.Linear.forward(patched, x)
+    model = nn.Sequential(plain, doubled, patched)
+    x = torch.randn(4, 64, device=device)
+    with torch.no_grad():
+        expected = model(x)
+        Engine(model, [Group.copied("all", [Leaf(str(n), layer) for n, layer in enumerate(model)], device)], device)
+        assert equal(model(x), expected)
+        assert equal(plain(input=x), plain(x))
+
+
+def test_layer_that_has_yet_to_choose_what_it_computes_in_chooses_as_bitsandbytes_does(device):
+    expected, model = resident("nf4", device), resident("nf4", device)
+    for each in (expected, model):
+        for layer in linears(each, "transformer.h"):
+            layer.module.compute_dtype, layer.module.compute_type_is_set = None, False
+    stream(model, device)
+    with torch.no_grad():
+        for _ in range(2):
+            assert equal(model(tokens(device)), expected(tokens(device)))
 
 
 def test_groups_that_all_have_a_slot_are_copied_once(device):
@@ -338,6 +390,7 @@ def test_state_dict_is_the_same_before_during_and_after_a_forward(mode, device):
     leaf = model.transformer["h"][0].attn.c_attn
     own = leaf.forward.own
     leaf.forward.own = lambda x: (taken.append(model.state_dict()), own(x))[1]
+    leaf.forward._make_forward = None  # as for a layer that must find its weight in itself
     model(tokens(device))
     taken.append(model.state_dict())
     assert len(taken) == 3
@@ -362,7 +415,7 @@ def test_removed_engine_leaves_a_resident_model(mode, device):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, torch.OutOfMemoryError])
-@pytest.mark.parametrize("place", ["leaf", "copy", "wait", "grow"])
+@pytest.mark.parametrize("place", ["own forward", "forward", "copy", "wait", "grow"])
 def test_next_forward_after_an_error_is_exact(place, error, device, monkeypatch):
     expected, model = resident("nf4", device), resident("nf4", device)
     engine = stream(model, device)
@@ -381,10 +434,15 @@ def test_next_forward_after_an_error_is_exact(place, error, device, monkeypatch)
         return fail
 
     with monkeypatch.context() as patch:
-        if place == "leaf":
+        if place in ("own forward", "forward"):
             leaf = model.transformer["h"][1].attn.c_attn.forward
             calls[0] = 1
+            make = leaf._make_forward
+            is_own = place == "own forward"
             patch.setattr(leaf, "own", failing(leaf.own))
+            patch.setattr(leaf, "_make_forward", None if is_own else lambda tensors: failing(make(tensors)))
+            for slot in engine._slots:
+                slot.forwards.clear()
         elif place == "grow":
             calls[0] = 1
             engine._slots.clear()
