@@ -148,7 +148,10 @@ def _give(result: Mapping[str, Any], out: Path | None) -> None:
 def _add_offload(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="the checkpoint of a Llama in 16 bit")
     parser.add_argument(
-        "--cases", nargs="+", metavar="PEER:MODE:BLOCKS", help="such as bigload:nf4:22 (default: those in offload.py)"
+        "--cases",
+        nargs="+",
+        metavar="PEER:MODE:BLOCKS[:WHERE]",
+        help="such as bigload:nf4:22, bigload:nf4:32:disk or bigload:int8:2:fp32 (default: those in offload.py)",
     )
     parser.add_argument("--device", help="'cuda:N' (default: the first GPU)")
     parser.add_argument("--out", type=Path, help="where the result goes, as JSON (default: standard output)")
@@ -160,7 +163,7 @@ def _offload(options: argparse.Namespace) -> None:
     from .offload import CASES, Case, measure_offload
 
     parts = [text.split(":") for text in options.cases or ()]
-    cases = [Case(peer, mode, int(blocks), bool(more)) for peer, mode, blocks, *more in parts] or list(CASES)
+    cases = [Case(peer, mode, int(blocks), *more) for peer, mode, blocks, *more in parts] or list(CASES)
     result: dict[str, Any] = {}
     for result in measure_offload(options.folder, cases, _device(options.device), options.commit):
         print(json.dumps(result["rows"][-1]), file=sys.stderr, flush=True)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -27,16 +28,16 @@ class Case:
     """One model to time.
 
     Attributes:
-        peer: "bigload" or "accelerate".
+        peer: "bigload", "accelerate" or "transformers".
         mode: as `load` takes it.
-        offloaded: how many of the blocks rest on the CPU.
-        in_fp32: they are computed there, in float32.
+        offloaded: how many of the blocks rest off the GPU.
+        where: "cpu", "disk", or "fp32": on the CPU, which computes them in float32.
     """
 
     peer: str
     mode: str
     offloaded: int
-    in_fp32: bool = False
+    where: str = "cpu"
 
 
 def measure_offload(folder: Path, cases: list[Case], device: str, commit: str | None) -> Iterator[dict[str, Any]]:
@@ -55,6 +56,7 @@ def measure_offload(folder: Path, cases: list[Case], device: str, commit: str | 
 
     warm(shards(folder))
     place = torch.device(device)
+    _begin(place)
     link = link_gb_per_s(place) if place.type == "cuda" else None
     result = {
         "benchmark": "offload",
@@ -65,7 +67,8 @@ def measure_offload(folder: Path, cases: list[Case], device: str, commit: str | 
     }
     for case in cases:
         try:
-            row = _measured(folder, case, place, link)
+            with TemporaryDirectory(dir=folder.parent) as cache:
+                row = _measured(folder, case, place, link, Path(cache))
         except Exception as error:  # a peer that cannot do it is a result too
             row = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
         result["rows"].append({**vars(case), **row})
@@ -73,13 +76,24 @@ def measure_offload(folder: Path, cases: list[Case], device: str, commit: str | 
         yield result
 
 
-def _measured(folder: Path, case: Case, device: torch.device, link: float | None) -> dict[str, Any]:
+def _begin(device: torch.device) -> None:
+    """Do what a process does once: no load shall pay for it."""
+    import bitsandbytes
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    layer = bitsandbytes.nn.Linear4bit(64, 64, device=device)
+    layer.to(device)(torch.zeros(1, 64, device=device))
+
+
+def _measured(folder: Path, case: Case, device: torch.device, link: float | None, cache: Path) -> dict[str, Any]:
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    if case.where == "disk":  # what is timed finds the files
+        _LOADERS[case.peer](folder, case, device, cache)
     with _timed(on_gpu) as load:
-        model = _LOADERS[case.peer](folder, case, device).eval()
+        model = _LOADERS[case.peer](folder, case, device, cache).eval()
     row: dict[str, Any] = {"load_s": round(load(), 3)}
     streamed = model.offload.plan.streamed_bytes if hasattr(model, "offload") else 0
     row["streamed_bytes"] = streamed
@@ -89,12 +103,28 @@ def _measured(folder: Path, case: Case, device: torch.device, link: float | None
         if streamed and link and tokens == 1:
             row["streamed_gb_per_s"] = round(streamed / seconds / 1e9, 2)
             row["share_of_link"] = round(streamed / seconds / 1e9 / link, 3)
+    row |= _memory("gpu_peak", torch.cuda.max_memory_allocated) if on_gpu else {}
     if case.peer == "bigload":
-        row["token_s"] = round(_generate_seconds(model, device) / GENERATED, 5)
-    if on_gpu:
-        row["gpu_peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 4)
-        row["gpu_held_gib"] = round(torch.cuda.memory_allocated() / 2**30, 4)
+        _generate_seconds(model, device, 2)
+        row |= _memory("gpu_held", torch.cuda.memory_allocated) if on_gpu else {}
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        row["token_s"] = round(_generate_seconds(model, device, GENERATED) / GENERATED, 5)
+    if on_gpu and case.peer == "bigload":
+        row |= _memory("gpu_peak_generating", torch.cuda.max_memory_allocated)
+        row |= _memory("gpu_held_after", torch.cuda.memory_allocated)
+        if hasattr(model, "offload"):
+            row |= _memory("gpu_planned", lambda: _planned(model, device))
     return row
+
+
+def _memory(name: str, nbytes: Callable[[], int]) -> dict[str, float]:
+    return {f"{name}_gib": round(nbytes() / 2**30, 4)}
+
+
+def _planned(model: Any, device: torch.device) -> int:
+    """Tell what the plan says that the GPU needs, with what is kept for activations."""
+    return next(account.needed for account in model.offload.plan.accounts if account.place == device)
 
 
 @contextmanager
@@ -118,14 +148,14 @@ def _step_seconds(model: Any, tokens: int, device: torch.device) -> float:
     return statistics.median(times[2:])
 
 
-def _generate_seconds(model: Any, device: torch.device) -> float:
+def _generate_seconds(model: Any, device: torch.device, count: int) -> float:
     ids = torch.arange(16, device=device).view(1, -1)
     with torch.no_grad(), _timed(device.type == "cuda") as seconds:
         model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            min_new_tokens=GENERATED,
-            max_new_tokens=GENERATED,
+            min_new_tokens=count,
+            max_new_tokens=count,
             do_sample=False,
             pad_token_id=0,
         )
@@ -145,22 +175,38 @@ def _device_map(model: Any, case: Case, device: torch.device) -> dict[str, Any]:
     away = set(offloaded_blocks(case.offloaded, len(model.model.layers)))
     here: int | str = device.index or 0 if device.type == "cuda" else "cpu"
     beside = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
-    blocks = {f"model.layers.{n}": "cpu" if n in away else here for n in range(len(model.model.layers))}
+    home = "disk" if case.where == "disk" else "cpu"
+    blocks = {f"model.layers.{n}": home if n in away else here for n in range(len(model.model.layers))}
     return dict.fromkeys(beside, here) | blocks
 
 
-def _with_bigload(folder: Path, case: Case, device: torch.device) -> Any:
+def _with_bigload(folder: Path, case: Case, device: torch.device, cache: Path) -> Any:
     from bigload import BnbQuantizationConfig, load_and_quantize_model
 
     model = build(folder)
     config: Any = {"load_in_4bit": True, "skip_modules": ["*"], "torch_dtype": "auto", "bnb_4bit_compute_dtype": "auto"}
     if case.mode != "none":
-        config = BnbQuantizationConfig.from_mode(case.mode, llm_int8_enable_fp32_cpu_offload=case.in_fp32)
+        options: dict[str, Any] = {"llm_int8_enable_fp32_cpu_offload": case.where == "fp32"}
+        if case.mode == "int8":  # which bitsandbytes computes in float16, and warns of all else whenever a layer runs
+            options["torch_dtype"] = torch.float16
+        config = BnbQuantizationConfig.from_mode(case.mode, **options)
     device_map = _device_map(model, case, device)
-    return load_and_quantize_model(model, config, folder, device_map=device_map, progress=False)
+    return load_and_quantize_model(model, config, folder, device_map=device_map, offload_folder=cache, progress=False)
 
 
-def _with_accelerate(folder: Path, case: Case, device: torch.device) -> Any:
+def _with_transformers(folder: Path, case: Case, device: torch.device, cache: Path) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+    with torch.device("meta"):
+        shape = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    options: dict[str, Any] = {"dtype": torch.bfloat16}
+    if case.mode != "none":
+        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_enable_fp32_cpu_offload=case.where == "fp32")
+        options = {"dtype": torch.float16, "quantization_config": config}
+    return AutoModelForCausalLM.from_pretrained(folder, device_map=_device_map(shape, case, device), **options)
+
+
+def _with_accelerate(folder: Path, case: Case, device: torch.device, cache: Path) -> Any:
     from accelerate import init_empty_weights, load_checkpoint_and_dispatch
     from accelerate.utils import BnbQuantizationConfig, load_and_quantize_model
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -174,9 +220,10 @@ def _with_accelerate(folder: Path, case: Case, device: torch.device) -> Any:
     return load_and_quantize_model(model, config, str(folder), device_map=device_map)
 
 
-_LOADERS: dict[str, Callable[[Path, Case, torch.device], Any]] = {
+_LOADERS: dict[str, Callable[[Path, Case, torch.device, Path], Any]] = {
     "bigload": _with_bigload,
     "accelerate": _with_accelerate,
+    "transformers": _with_transformers,
 }
 
 # What the result in benchmarks/results/ has, for a model of 32 blocks.
@@ -190,5 +237,8 @@ CASES = (
     Case("bigload", "none", 0),
     Case("bigload", "none", 16),
     Case("accelerate", "none", 16),
-    Case("bigload", "int8", 2, in_fp32=True),
+    Case("transformers", "none", 16),
+    Case("bigload", "int8", 2, "fp32"),
+    Case("transformers", "int8", 2, "fp32"),
+    Case("bigload", "nf4", 32, "disk"),
 )

@@ -49,7 +49,7 @@ def offload_table(result: Result) -> str:
     heads = (
         "peer",
         "mode",
-        "blocks on the CPU",
+        "blocks off the GPU",
         "load",
         "1 token",
         "of the link",
@@ -62,10 +62,15 @@ def offload_table(result: Result) -> str:
     forms = ("{:.1f} s", "{:.3f} s", "{:.0%}", "{:.3f} s", "{:.3f} s", "{:.3f} s", "{:.2f} GiB")
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in result["rows"]:
-        where = f"{row['offloaded']}, in fp32" if row.get("in_fp32") else str(row["offloaded"])
+        where = _whereabouts(row)
         cells = [_figure(row.get(key), form) or "-" for key, form in zip(keys, forms, strict=True)]
         lines.append("| " + " | ".join([row["peer"], row["mode"], where, *cells]) + " |")
     return "\n".join(lines)
+
+
+def _whereabouts(row: Row) -> str:
+    where = {"disk": ", on the disk", "fp32": ", in fp32 on the CPU"}.get(row["where"], "")
+    return f"{row['offloaded']}{where}"
 
 
 def table(result: Result) -> str:

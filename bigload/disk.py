@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 
+from .aio import Read, Reads
 from .errors import OffloadError
 from .formats import Part
 from .host import Layout, Store, in_mapping
+from .ring import reader_threads
+
+# That read one group at once, while another is computed with.
+_THREADS = 4
+# The bytes of a file, (size,), uint8, as numpy has them; what is written to them stays in memory.
+_Pages = Any
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,9 @@ class FileGroup(Store):
     """A group's parts in files. At rest the model's tensors view the files' pages: what is read is there, if slowly.
 
     A write to such a tensor stays in memory, and is not what comes to the device.
+
+    Attributes:
+        stays_in_page_cache: what was read of the files is left there, to be found again.
     """
 
     @torch.inference_mode(False)
@@ -49,6 +60,7 @@ class FileGroup(Store):
         """
         self.layout = Layout({name: where.part for name, where in parts.items()})
         self._parts = dict(parts)
+        self.stays_in_page_cache = True
         files = dict.fromkeys(where.file for where in parts.values())
         mappings = {file: _mapped(file) for file in files}
         self._stamps = {file: _stamp(file.stat()) for file in files}
@@ -66,17 +78,35 @@ class FileGroup(Store):
             memory: (layout.nbytes or more,), uint8, in host memory.
 
         Raises:
-            OffloadError: a file is gone, cut short, or cannot be read.
+            OffloadError: a file is gone, cut short, was written again, or cannot be read.
         """
-        opened: dict[Path, int] = {}
         target = memoryview(memory.numpy())  # type: ignore[arg-type]
-        try:
+        with Reads(min(reader_threads(), _THREADS)) as reads:
+            going = []
             for name, where in self._parts.items():
                 begin = self.layout.offsets[name]
-                _read(opened, self._stamps, name, where, target[begin : begin + where.part.nbytes])
-        finally:
-            for descriptor in opened.values():
-                os.close(descriptor)
+                part = target[begin : begin + where.part.nbytes]
+                with _named(name, where.file):
+                    going.append((name, where, part, reads.begin(where.file, [part], where.offset)))
+            for name, where, part, read in going:
+                with _named(name, where.file):
+                    _finish(reads, read, where, part)
+        self.require_unchanged()
+        if not self.stays_in_page_cache:
+            for file in self._stamps:
+                _drop_from_page_cache(file)
+
+    def require_unchanged(self) -> None:
+        """Refuse files that are not those which were opened.
+
+        Raises:
+            OffloadError: one is gone, was cut short, or written again.
+        """
+        for file, stamp in self._stamps.items():
+            name = next(name for name, where in self._parts.items() if where.file == file)
+            with _named(name, file):
+                if _stamp(file.stat()) != stamp:
+                    raise OSError("it was cut short or written again since the model was loaded; load the model anew")
 
 
 def _stamp(stat: os.stat_result) -> tuple[int, int, int]:
@@ -84,57 +114,78 @@ def _stamp(stat: os.stat_result) -> tuple[int, int, int]:
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def _read(
-    opened: dict[Path, int],
-    stamps: Mapping[Path, tuple[int, int, int]],
-    name: str,
-    where: FilePart,
-    target: memoryview,
-) -> None:
-    done = 0
+@contextmanager
+def _named(name: str, file: Path) -> Iterator[None]:
+    """Say of an error what could not be read from where."""
     try:
-        if where.file not in opened:
-            opened[where.file] = os.open(where.file, os.O_RDONLY)
-            if _stamp(os.fstat(opened[where.file])) != stamps[where.file]:
-                raise OffloadError(
-                    f"{name!r} cannot be read: {where.file} was cut short or written again since the model was loaded, "
-                    "which needs it as it was; load the model anew"
-                )
-        while done < len(target):
-            count = os.preadv(opened[where.file], [target[done:]], where.offset + done)
-            if not count:
-                raise OffloadError(
-                    f"{name!r} cannot be read: {where.file} was cut short; the model needs it as it runs"
-                )
-            done += count
+        yield
     except OSError as error:
-        raise OffloadError(
-            f"{name!r} cannot be read from {where.file}, which the model needs as it runs: {error}"
-        ) from error
+        raise OffloadError(f"{name!r} cannot be read from {file}, which the model needs as it runs: {error}") from error
 
 
-class _PrivateMapping(mmap.mmap):
-    """The pages of a file; what is written to them stays in memory."""
+def _finish(reads: Reads, read: Read, where: FilePart, target: memoryview) -> None:
+    """Wait until a part is read, also where the system gives less than was asked for at once."""
+    done = reads.finish(read)
+    while done < len(target):
+        count = reads.finish(reads.begin(where.file, [target[done:]], where.offset + done))
+        if not count:
+            raise OSError("it was cut short since the model was loaded; load the model anew")
+        done += count
 
 
-# One for each file: a mapping holds a descriptor, and a model may have hundreds of weights in files.
-_mappings: WeakValueDictionary[tuple[Path, tuple[int, int, int]], _PrivateMapping] = WeakValueDictionary()
-
-
-def _mapped(file: Path) -> mmap.mmap:
+def _drop_from_page_cache(file: Path) -> None:
+    if not hasattr(os, "posix_fadvise"):
+        return
+    descriptor = os.open(file, os.O_RDONLY)
     try:
-        with file.open("rb") as opened:
-            key = file, _stamp(os.fstat(opened.fileno()))
-            mapping = _mappings.get(key)
-            if mapping is None:
-                mapping = _mappings[key] = _PrivateMapping(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-            return mapping
-    except (OSError, ValueError) as error:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
+def spare_page_cache(groups: Sequence[FileGroup], nbytes: int) -> None:
+    """Let so many groups stay in the page cache as it has room for, and drop the others whenever they were read.
+
+    What is read round and round, and is more than there is room for, would else always have been dropped just before
+    it is wanted again. Those that are dropped are spread evenly, so that the disk has time for each.
+
+    Args:
+        groups: in the order in which they are read.
+        nbytes: room in the page cache.
+    """
+    total, count = sum(group.layout.nbytes for group in groups), len(groups)
+    dropped = count - count * nbytes // total if total > nbytes else 0
+    for index, group in enumerate(groups):
+        group.stays_in_page_cache = (index + 1) * dropped // count == index * dropped // count
+
+
+# One for each file, of which a model may have several weights.
+_mappings: WeakValueDictionary[tuple[Path, tuple[int, int, int]], _Pages] = WeakValueDictionary()
+
+
+def _mapped(file: Path) -> _Pages:
+    """Map a file, without a descriptor that stays open: a model may have weights in more files than there may be."""
+    try:
+        stat = file.stat()
+        key = file, _stamp(stat)
+        mapping = _mappings.get(key)
+        if mapping is None:
+            pages = torch.from_file(str(file), shared=False, size=stat.st_size, dtype=torch.uint8)
+            mapping = _mappings[key] = pages.numpy()
+        return mapping
+    except (OSError, RuntimeError) as error:
         raise OffloadError(f"{file} cannot be opened: {error}") from error
 
 
+def _pinned(nbytes: int) -> torch.Tensor:
+    try:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError:  # the system does not allow it: copies out of it are slower, and right
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+
 class Staging:
-    """Two pinned buffers that files are read into in turn, each again when the copy out of it is done."""
+    """Two pinned buffers that weights pass through in turn, each again when the copy out of it is done."""
 
     def __init__(self) -> None:
         self._buffers: list[tuple[torch.Tensor, torch.cuda.Event]] = []
@@ -144,11 +195,11 @@ class Staging:
         with torch.inference_mode(False):
             if len(self._buffers) < 2:
                 event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                self._buffers.append((torch.empty(nbytes, dtype=torch.uint8, pin_memory=True), event))
+                self._buffers.append((_pinned(nbytes), event))
             else:
                 memory, event = self._buffers.pop(0)
                 event.synchronize()
                 if memory.numel() < nbytes:
-                    memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+                    memory = _pinned(nbytes)
                 self._buffers.append((memory, event))
         return self._buffers[-1]

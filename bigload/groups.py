@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +61,7 @@ def cells_by_leaf(group: Group) -> dict[Leaf, list[Cell]]:
     return found
 
 
-def require_owned(model: nn.Module, cells: dict[Group, dict[Leaf, list[Cell]]], embeddings: Sequence[Leaf]) -> None:
+def require_owned(model: nn.Module, cells: dict[Group, dict[Leaf, list[Cell]]], embeddings: Collection[Leaf]) -> None:
     """Refuse weights that a module reads which is not given them.
 
     Raises:

@@ -79,6 +79,10 @@ class Store:
         """Give the values of one part, to copy."""
         return self.tensors[name]
 
+    def read_into(self, memory: torch.Tensor) -> None:
+        """Bring all parts to where the layout has them in host memory, (layout.nbytes or more,), uint8."""
+        raise NotImplementedError
+
     def at_rest(self, tensor: torch.Tensor) -> torch.Tensor:
         """Give the twin at rest of a part that lies in a slot."""
         begin = tensor.storage_offset() * tensor.itemsize
@@ -135,6 +139,10 @@ class HostGroup(Store):
         """The bytes to bring to the device, (layout.nbytes,), uint8."""
         return self._memory
 
+    def read_into(self, memory: torch.Tensor) -> None:
+        """Copy the source."""
+        memory[: self.layout.nbytes].copy_(self.source)
+
     def source_of(self, name: str) -> torch.Tensor:
         """Give one part of the source."""
         return self.layout.views(self.source)[name]
@@ -153,8 +161,8 @@ class _Mapping(mmap.mmap):
     """Memory of just the size that is asked for; torch's own, if pinned, is rounded up to a power of two."""
 
 
-def in_mapping(mapping: mmap.mmap, dtype: torch.dtype, offset: int, shape: Shape) -> torch.Tensor:
-    """Give a tensor in a mapping, which stays mapped as long as it is viewed."""
+def in_mapping(mapping: Any, dtype: torch.dtype, offset: int, shape: Shape) -> torch.Tensor:
+    """Give a tensor in a mapping, or another buffer, which stays as long as it is viewed."""
     count = math.prod(shape)
     if not count:
         return torch.empty(shape, dtype=dtype)

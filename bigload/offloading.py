@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .budgets import free_bytes
 from .cells import Leaf
+from .devices import CPU
+from .disk import FileGroup, spare_page_cache
 from .errors import ConfigError, listed
 from .groups import Group
 from .offload import OffloadConfig
@@ -149,7 +152,13 @@ def _engine(
         for placed in units
         if placed.streamed_bytes
     ]
-    embeddings = [leaf for placed in units if placed.unit.looks_up for leaf in leaves_of(model, placed)]
+    on_disk = [group.store for group in groups if isinstance(group.store, FileGroup)]
+    spare_page_cache(on_disk, free_bytes(CPU) // 2)
+    embeddings: dict[Leaf, FileGroup | None] = {}
+    for placed in units:
+        if placed.unit.looks_up:
+            files = resting.group(placed) if placed.home == "disk" else None
+            embeddings |= dict.fromkeys(leaves_of(model, placed), files if isinstance(files, FileGroup) else None)
     return Engine(model, groups, device, config.slots, embeddings)
 
 

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from functools import partial
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
-from .disk import FileGroup, Staging
+from .disk import Staging
 from .host import HostGroup, Store, aligned
 from .stores import DeviceStore
 
@@ -27,6 +27,7 @@ class Slot:
         used: when it was last filled or used, as a count.
         landing: what a thread reads from files into it.
         forwards: of leaves, around their weights in it.
+        freed: events after which a copy into it may begin.
         streams: those that have been ordered after the copy into it, and so may use it, by CUDA's own names for them.
     """
 
@@ -37,6 +38,7 @@ class Slot:
         self.users: set[object] = set()
         self.used = 0
         self.streams: dict[int, torch.cuda.Stream] = {}
+        self.freed: list[torch.cuda.Event] = []
         self.begun: torch.cuda.Event | None = None
         self.ready: torch.cuda.Event | None = None
         self.nbytes_copied = 0
@@ -55,8 +57,8 @@ class Slot:
 _Given = SimpleQueue[tuple[Future[None], Callable[[], None], torch.Tensor | None] | None]
 
 
-class _FileReader:
-    """A thread that reads what it is given, in order.
+class _Reader:
+    """A thread that reads what it is given from files, or from memory that is not pinned, in order.
 
     No pool of Python's: those take a lock of the whole process, which the collector of cycles, when it lets go of an
     engine, may find taken by the very thread that it interrupts.
@@ -111,7 +113,7 @@ class Lane:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.timed_bytes, self.timed_s = 0, 0.0
-        self._reader: _FileReader | None = None  # before there is something to read
+        self._reader: _Reader | None = None  # before there is something to read
 
     def make_slot(self, nbytes: int) -> Slot:
         """Allocate a slot.
@@ -127,16 +129,23 @@ class Lane:
         if slot.landing is not None:
             wait([slot.landing])
             slot.landing = None
-        if isinstance(store, FileGroup):
-            self._reader = self._reader or _FileReader(self._wait_for_copies)
-            slot.landing = self._reader.submit(partial(self._land, store, slot), slot.memory)
-        elif isinstance(store, HostGroup):
+        self._order_after_users(slot)
+        if self._can_begin_at_once(store):
             self._copy(store.source, slot)
+        else:
+            self._reader = self._reader or _Reader(self._wait_for_copies)
+            slot.landing = self._reader.submit(partial(self._land, store, slot), slot.memory)
+
+    def _can_begin_at_once(self, store: Store) -> TypeGuard[HostGroup]:
+        return isinstance(store, HostGroup)
+
+    def _order_after_users(self, slot: Slot) -> None:
+        """Have the copy into a slot come after all that was computed with it until now."""
 
     def _copy(self, source: torch.Tensor, slot: Slot) -> None:
         slot.memory[: len(source)].copy_(source)
 
-    def _land(self, store: FileGroup, slot: Slot) -> None:
+    def _land(self, store: Store, slot: Slot) -> None:
         store.read_into(slot.memory)
 
     def await_copy(self, slot: Slot) -> None:
@@ -190,20 +199,28 @@ class CudaLane(Lane):
     def _current(self) -> int:
         return int(torch._C._cuda_getCurrentRawStream(self._index))  # to make a Stream takes ten times as long
 
+    def _can_begin_at_once(self, store: Store) -> TypeGuard[HostGroup]:
+        """Ask whether a copy need not pass through staging: of pinned memory alone does it let the host go on."""
+        return isinstance(store, HostGroup) and store.is_pinned
+
+    def _order_after_users(self, slot: Slot) -> None:
+        # Now: a thread may copy much later, when more has been asked for that need not be waited for.
+        slot.freed = [stream.record_event() for stream in slot.streams.values()]
+        slot.streams.clear()
+
     def _copy(self, source: torch.Tensor, slot: Slot) -> None:
         assert slot.begun is not None
         assert slot.ready is not None
         self._take_time(slot)
-        for stream in slot.streams.values():
-            self._stream.wait_stream(stream)
-        slot.streams.clear()
+        for event in slot.freed:
+            self._stream.wait_event(event)
         with torch.cuda.stream(self._stream):
             slot.begun.record(self._stream)
             slot.memory[: len(source)].copy_(source, non_blocking=True)
             slot.ready.record(self._stream)
         slot.nbytes_copied = len(source)
 
-    def _land(self, store: FileGroup, slot: Slot) -> None:
+    def _land(self, store: Store, slot: Slot) -> None:
         memory, copied = self._staging.take(aligned(store.layout.nbytes))
         store.read_into(memory)
         with torch.inference_mode(False):

@@ -207,11 +207,24 @@ class _Refused(torch.autograd.Function):
 class HostForward(OwnForward):
     """Runs a module on the host, where its weights are: an embedding sends the rows that were looked up."""
 
-    def __init__(self, path: str, module: nn.Module, device: torch.device) -> None:
+    def __init__(
+        self, path: str, module: nn.Module, device: torch.device, require_there: Callable[[], None] | None = None
+    ) -> None:
+        """Take the place of the module's own forward.
+
+        Args:
+            path: of the module.
+            module: is changed.
+            device: that its results go to.
+            require_there: raises where its weights can no longer be read: what maps a file that was cut short would
+                end the process.
+        """
         super().__init__(path, module, module.forward)
-        self._device = device
+        self._device, self._require_there = device, require_there
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute on the host; tensors go there and their results come back."""
+        if self._require_there is not None:
+            self._require_there()
         args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.to("cpu"), (args, kwargs))
         return tree_map_only(torch.Tensor, lambda tensor: tensor.to(self._device), self.own(*args, **kwargs))

@@ -64,6 +64,9 @@ def _refuse_files(group: Group, leaf: Leaf, state: Mapping[str, object], prefix:
         )
 
 
+_NONE: Mapping[Leaf, FileGroup | None] = {}
+
+
 class _Refreshing:
     """A hook that has a group copied anew when a state_dict was loaded into one of its leaves."""
 
@@ -143,7 +146,7 @@ class Engine(Uncopyable):
         groups: Sequence[Group],
         device: torch.device,
         slots: int = 2,
-        embeddings: Sequence[Leaf] = (),
+        embeddings: Mapping[Leaf, FileGroup | None] = _NONE,
     ) -> None:
         """Hook the leaves; from then on their tensors view their groups' host memory while they rest.
 
@@ -152,7 +155,8 @@ class Engine(Uncopyable):
             groups: in the order in which forward is likely to reach them.
             device: where the model computes, a GPU or the CPU.
             slots: groups that are on the device at once: the one in use and those that come.
-            embeddings: modules whose weights are in host memory and stay there: they run on the host.
+            embeddings: modules that run on the host, where their weights stay, with the files that these are in, if
+                they are.
 
         Raises:
             ConfigError: no slot.
@@ -167,7 +171,8 @@ class Engine(Uncopyable):
         require_owned(model, self._cells, embeddings)
         self._lane = lane_to(device)
         self._slot_nbytes = max((group.store.layout.nbytes for group in groups), default=0)
-        self._slots = [self._lane.make_slot(self._slot_nbytes) for _ in range(min(slots, len(self.groups)))]
+        self._slots: list[Slot] = []
+        self._make_slots()
         self._succession = Succession(self.groups)
         self.lock = threading.RLock()
         self._clock = 0
@@ -184,7 +189,11 @@ class Engine(Uncopyable):
         self._close = weakref.finalize(self, self._lane.close)
         self._close.atexit = False
 
-    def _take_over(self, embeddings: Sequence[Leaf]) -> None:
+    def _make_slots(self) -> None:
+        for _ in range(min(self._asked_slots, len(self.groups))):
+            self._slots.append(self._lane.make_slot(self._slot_nbytes))
+
+    def _take_over(self, embeddings: Mapping[Leaf, FileGroup | None]) -> None:
         for group, by_leaf in self._cells.items():
             for leaf, cells in by_leaf.items():
                 for cell in cells:
@@ -199,7 +208,10 @@ class Engine(Uncopyable):
                     ),
                     leaf.module.register_load_state_dict_post_hook(refreshed),  # type: ignore[no-untyped-call]
                 ]
-        self._forwards += [HostForward(leaf.path, leaf.module, self.device) for leaf in embeddings]
+        self._forwards += [
+            HostForward(leaf.path, leaf.module, self.device, None if files is None else files.require_unchanged)
+            for leaf, files in embeddings.items()
+        ]
 
     def _let_go(self) -> None:
         for hook in self._state_hooks:
@@ -243,19 +255,30 @@ class Engine(Uncopyable):
 
         Raises:
             OffloadError: a leaf is running.
-            torch.OutOfMemoryError: the device has no room; groups that had it are there, the others are streamed still.
+            torch.OutOfMemoryError: the device has no room for all; they are streamed still.
         """
         with self.lock:
             if any(slot.users for slot in self._slots):
                 raise OffloadError("leaves are running: the engine cannot be removed from within their forward")
             self._lane.finish()
             self._slots.clear()
-            for forward in self._forwards:
-                if isinstance(forward, HostForward):
-                    forward.module.to(self.device)
-            for group, by_leaf in self._cells.items():
-                for cell in {cell for cells in by_leaf.values() for cell in cells}:
-                    cell.put(group.store.source_of(cell.name).to(self.device, copy=True))
+            try:
+                brought = [
+                    (cell, group.store.source_of(cell.name).to(self.device, copy=True))
+                    for group, by_leaf in self._cells.items()
+                    for cell in {cell for cells in by_leaf.values() for cell in cells}
+                ]
+                on_host = [forward.module for forward in self._forwards if isinstance(forward, HostForward)]
+                rows = [(own, own.data.to(self.device)) for module in on_host for own in module.parameters()]
+            except BaseException:
+                brought = []  # frees what the slots need
+                self._make_slots()
+                raise
+            for cell, tensor in brought:
+                cell.put(tensor)
+            for own, tensor in rows:
+                own.data = tensor
+            for group in self._cells:
                 group.store.release()
             self._let_go()
             self._cells = {}

@@ -122,6 +122,19 @@ def test_file_that_goes_while_the_model_runs_is_an_error_that_names_it(tmp_path,
     assert torch.equal(logits(model, device), expected)
 
 
+def test_embedding_whose_file_is_cut_short_is_an_error_and_not_the_end_of_the_process(tmp_path, device):
+    folder = save_checkpoint(build().bfloat16(), tmp_path / "source")
+    model = loaded(folder, device, tmp_path, names=["transformer.wte"])
+    expected = logits(model, device)
+    (shard,) = folder.glob("*.safetensors")
+    whole = shard.rename(tmp_path / "whole")
+    shard.write_bytes(whole.read_bytes()[:1000])
+    with pytest.raises(OffloadError, match=r"'transformer\.wte\.weight' cannot be read"):
+        logits(model, device)
+    whole.rename(shard)
+    assert torch.equal(logits(model, device), expected)
+
+
 def test_full_disk_leaves_the_model_as_it_was_and_no_half_file(tmp_path, device, monkeypatch):
     folder, model = save_checkpoint(build().bfloat16(), tmp_path / "source"), empty(build)
     save, calls = cache.save_file, []

@@ -1,15 +1,19 @@
 """Groups whose weights rest in files: the same bits, files untouched, clear errors, recovery after them."""
 
+import ctypes
+import mmap
+import os
 import threading
 import weakref
 from concurrent.futures import thread as pools
+from pathlib import Path
 
 import pytest
 import torch
 from models import assert_same_bits, equal
 from test_streaming import MODES, linears, resident, tokens
 
-from bigload.disk import FileGroup, FilePart
+from bigload.disk import FileGroup, FilePart, _drop_from_page_cache, spare_page_cache
 from bigload.errors import OffloadError
 from bigload.groups import Group
 from bigload.host import parts_of
@@ -88,6 +92,49 @@ def test_file_that_is_missing_or_too_short_at_the_start_is_refused(tmp_path):
     (tmp_path / "0.bin").unlink()
     with pytest.raises(OffloadError, match="cannot be opened"):
         FileGroup(parts)
+
+
+def in_page_cache(file):
+    """Give the share of a file's pages that the system has in memory."""
+    size = file.stat().st_size
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), size, access=mmap.ACCESS_COPY) as mapping:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+        pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), pages) == 0
+        return sum(page & 1 for page in pages) / len(pages)
+
+
+def test_what_the_page_cache_has_no_room_for_is_dropped_after_reading_and_the_rest_stays(tmp_path):
+    groups = []
+    for index in range(8):
+        where = written({"weight": torch.randn(2**18)}, tmp_path / str(index))
+        with (tmp_path / str(index)).open("rb") as file:
+            os.fsync(file.fileno())  # pages that have yet to be written cannot be dropped
+        groups.append(FileGroup(where))
+    memory = torch.empty(2**20, dtype=torch.uint8)
+
+    def stay():
+        for group in groups:
+            group.read_into(memory)
+        return [in_page_cache(tmp_path / str(index)) for index in range(8)]
+
+    assert stay() == [1.0] * 8
+    _drop_from_page_cache(tmp_path / "0")
+    if in_page_cache(tmp_path / "0"):
+        pytest.skip("this file system keeps its files in memory")
+    spare_page_cache(groups, 3 * 2**20)
+    assert stay() == [1, 0, 1, 0, 0, 1, 0, 0]
+    spare_page_cache(groups, 8 * 2**20)
+    assert stay() == [1.0] * 8
+
+
+def test_files_of_weights_are_not_kept_open(tmp_path):
+    files = [written({"weight": torch.ones(64)}, tmp_path / str(index)) for index in range(8)]
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    groups = [FileGroup(where) for where in files]
+    assert all(equal(group.tensors["weight"], torch.ones(64)) for group in groups)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_reader_thread_ends_with_its_engine(device, tmp_path):

@@ -21,7 +21,7 @@ from bigload.errors import OffloadError
 from bigload.groups import Group
 from bigload.host import HostGroup
 from bigload.layers import streamed_forward
-from bigload.slots import Lane
+from bigload.slots import CudaLane, Lane
 from bigload.streaming import Engine
 
 MODES = ("fp32", "bf16", "int8", "nf4", "nf4-dq", "fp4")
@@ -414,6 +414,81 @@ def test_removed_engine_leaves_a_resident_model(mode, device):
     assert equal(copy.deepcopy(model)(tokens(device)), expected(tokens(device)))
 
 
+def test_engine_that_finds_no_room_to_be_removed_streams_on(device, monkeypatch):
+    expected, model = resident("nf4", device), resident("nf4", device)
+    engine = stream(model, device)
+    own, left = HostGroup.source_of, [5]
+
+    def failing(self, name):
+        left[0] -= 1
+        if not left[0]:
+            raise torch.OutOfMemoryError("injected")
+        return own(self, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HostGroup, "source_of", failing)
+        with pytest.raises(torch.OutOfMemoryError, match="injected"):
+            engine.remove()
+    assert_at_rest(engine)
+    assert engine.stats().slots == 2
+    for _ in range(2):
+        assert equal(model(tokens(device)), expected(tokens(device)))
+    engine.remove()
+    assert equal(model(tokens(device)), expected(tokens(device)))
+
+
+def test_memory_that_could_not_be_pinned_passes_through_what_is(device, monkeypatch):
+    """On the CPU nothing is pinned: there the reader is made to think so."""
+    monkeypatch.setattr("bigload.host._pin", lambda *args: None)
+    monkeypatch.setattr(Lane, "_can_begin_at_once", lambda self, store: False)
+    expected, model = resident("nf4-dq", device), resident("nf4-dq", device)
+    engine = stream(model, device)
+    for _ in range(3):
+        assert equal(model(tokens(device)), expected(tokens(device)))
+    assert_at_rest(engine)
+    assert engine.stats().demand_fetches == 1
+    engine.remove()
+    assert equal(model(tokens(device)), expected(tokens(device)))
+
+
+def sleep(ms=20):
+    torch.cuda._sleep(int(ms * 1.5e6))  # cycles
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("late", ["computing", "copying", "own stream"])
+def test_whichever_is_late_the_other_waits(late, slots, monkeypatch):
+    """Were a slot overwritten while it is read, or read before it is filled, the logits would differ."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    gpu = torch.device("cuda", 0)
+    expected, model = resident("nf4", gpu), resident("nf4", gpu)
+    stream(model, gpu, slots)
+    x = tokens(gpu)
+    with torch.no_grad():
+        wanted = expected(x)
+        torch.cuda.synchronize()
+        if late == "copying":
+            own = CudaLane._copy
+
+            def slow(self, source, slot):
+                with torch.cuda.stream(self._stream):
+                    sleep()
+                own(self, source, slot)
+
+            monkeypatch.setattr(CudaLane, "_copy", slow)
+        else:
+            for block in model.transformer["h"]:
+                block.register_forward_pre_hook(lambda *_: sleep())
+                block.attn.c_attn.register_forward_hook(lambda *_: sleep())
+        for _ in range(2):
+            with torch.cuda.stream(torch.cuda.Stream() if late == "own stream" else torch.cuda.current_stream()):
+                found = model(x)
+                torch.cuda.current_stream().synchronize()
+            assert equal(found, wanted)
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, torch.OutOfMemoryError])
 @pytest.mark.parametrize("place", ["own forward", "forward", "copy", "wait", "grow"])
 def test_next_forward_after_an_error_is_exact(place, error, device, monkeypatch):
@@ -537,7 +612,7 @@ def test_embedding_looks_up_on_the_host(device):
     expected = resident("fp32", device)
     model = copy.deepcopy(expected)
     embedding = model.transformer["wte"].to("cpu")
-    engine = Engine(model, [], device, embeddings=[Leaf("transformer.wte", embedding)])
+    engine = Engine(model, [], device, embeddings={Leaf("transformer.wte", embedding): None})
     assert equal(model(tokens(device)), expected(tokens(device)))
     embedding.requires_grad_()
     model(tokens(device)).square().mean().backward()
