@@ -82,16 +82,16 @@ class _Refreshing:
 class _Held(AbstractContextManager[Slot]):
     """Has a leaf's group on the device for one call; gives the slot that it is in."""
 
-    __slots__ = ("_cells", "_engine", "_group", "slot")
+    __slots__ = ("_cells", "_engine", "_group", "_leaf", "slot")
 
-    def __init__(self, engine: Engine, group: Group, cells: Sequence[Cell]) -> None:
-        self._engine, self._group, self._cells = engine, group, cells
+    def __init__(self, engine: Engine, group: Group, leaf: Leaf, cells: Sequence[Cell]) -> None:
+        self._engine, self._group, self._leaf, self._cells = engine, group, leaf, cells
         self.slot: Slot | None = None
 
     def __enter__(self) -> Slot:
         try:
             with self._engine.lock, _plainly():
-                return self._engine.enter(self, self._group, self._cells)
+                return self._engine.enter(self, self._group, self._leaf, self._cells)
         except BaseException:
             self.__exit__()
             raise
@@ -100,6 +100,8 @@ class _Held(AbstractContextManager[Slot]):
         with self._engine.lock:
             if self.slot is not None:
                 self.slot.users.discard(self)
+            if raised and raised[0] is None:
+                self._engine.leave(self._group, self._leaf)
 
 
 class _Placed(_Held):
@@ -131,7 +133,7 @@ class _Placed(_Held):
                 if cell.is_away and not cell.users:
                     cell.put(rest[cell.name])
                     cell.is_away = False
-            super().__exit__()
+            super().__exit__(*raised)
 
 
 class Engine(Uncopyable):
@@ -198,7 +200,7 @@ class Engine(Uncopyable):
             for leaf, cells in by_leaf.items():
                 for cell in cells:
                     cell.put(group.store.tensors[cell.name])
-                held, placed = (functools.partial(way, self, group, cells) for way in (_Held, _Placed))
+                held, placed = (functools.partial(way, self, group, leaf, cells) for way in (_Held, _Placed))
                 self._forwards.append(StreamedForward(leaf, cells, group.store, held, placed))
                 shown, refreshed = functools.partial(self._show_at_rest, group.store), _Refreshing(self, group)
                 self._state_hooks += [
@@ -245,7 +247,7 @@ class Engine(Uncopyable):
                 for group, by_leaf in self._cells.items():
                     for leaf, cells in by_leaf.items():
                         if leaf.module in inside:
-                            stack.enter_context(_Placed(self, group, cells))
+                            stack.enter_context(_Placed(self, group, leaf, cells))
                 yield
         finally:
             self._trim()
@@ -284,19 +286,20 @@ class Engine(Uncopyable):
             self._cells = {}
             self._close()
 
-    def enter(self, use: _Held, group: Group, cells: Sequence[Cell]) -> Slot:
+    def enter(self, use: _Held, group: Group, leaf: Leaf, cells: Sequence[Cell]) -> Slot:
         """Bring a group to the device, or find it there, and those that are likely next; under the lock.
 
         Args:
             use: for which; its slot is set.
             group: to bring.
-            cells: of the leaf that will run.
+            leaf: of it, that will run.
+            cells: of the leaf.
 
         Raises:
             OffloadError: a weight of the leaf was replaced or moved since, or cannot be read.
             torch.OutOfMemoryError: the device has no room.
         """
-        step = self._succession.arrive(group, is_backward=torch._C._current_graph_task_id() != -1)
+        step = self._succession.arrive(group, leaf, is_backward=torch._C._current_graph_task_id() != -1)
         rest = group.store.tensors
         for cell in cells:
             if cell.parameter is not None:
@@ -306,24 +309,36 @@ class Engine(Uncopyable):
             slot = self._free_slot(keep=()) or self._grow()
             self._fetch(group, slot)
             self._demand_fetches += 1
-            step = self._succession.current()
+            if step is None:
+                step = self._succession.current(group, leaf)
+                assert step is not None  # it has just arrived there
+                self._succession.was_not_over(step)
         use.slot = slot
         slot.users.add(use)
         slot.used = self._clock = self._clock + 1
         self._lane.await_copy(slot)
         if step is not None:  # what a group's other leaves would fetch has been fetched for its first
-            self._prefetch(step)
+            self._prefetch(step, [group])
         return slot
 
-    def _prefetch(self, step: Step) -> None:
-        """Bring the groups that are likely to be next into slots that nobody uses."""
-        wanted = [step.group]
+    def leave(self, group: Group, leaf: Leaf) -> None:
+        """Bring what is likely next into the slot of a group that is likely not wanted any more; under the lock.
+
+        Raises:
+            torch.OutOfMemoryError: the device has no room.
+        """
+        step = self._succession.current(group, leaf)
+        if step is not None and self._succession.is_over(step, leaf):
+            self._prefetch(step, [])
+
+    def _prefetch(self, step: Step, wanted: list[Group]) -> None:
+        """Bring the groups that are likely to be next into slots that nobody uses, beside those that are wanted now."""
         for group in self._succession.after(step):
             if len(wanted) >= len(self._slots):
                 break
             if group not in wanted:
                 wanted.append(group)
-        for group in wanted[1:]:
+        for group in wanted:
             if self._slot_of(group) is None:
                 slot = self._free_slot(keep=wanted)
                 if slot is None:

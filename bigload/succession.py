@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from .cells import Leaf
 from .groups import Group
 
 
@@ -17,8 +18,15 @@ class Step(NamedTuple):
     group: Group
 
 
+class _Place(threading.local):
+    """Where a thread is."""
+
+    step: Step | None = None
+    leaf: Leaf | None = None
+
+
 class Succession:
-    """What comes after what. Each thread has a last step of its own; what they learn is for all."""
+    """What comes after what. Each thread has a place of its own; what they learn is for all."""
 
     def __init__(self, groups: Sequence[Group]) -> None:
         """Guess that forward goes through the groups in their order, again and again, and backward the other way."""
@@ -27,26 +35,39 @@ class Succession:
         self._next |= {Step(True, group): Step(True, before) for group, before in itertools.pairwise(groups[::-1])}
         if groups:
             self._next[Step(True, groups[0])] = Step(False, groups[0])
-        self._last = threading.local()
+        # The leaf after which a step is over, as a rule, and the steps that had more after it.
+        self._last = {Step(False, group): group.leaves[-1] for group in groups if group.leaves}
+        self._unsteady: set[Step] = set()
+        self._place = _Place()
 
-    def arrive(self, group: Group, *, is_backward: bool) -> Step | None:
-        """Note that a thread is at a group.
+    def arrive(self, group: Group, leaf: Leaf, *, is_backward: bool) -> Step | None:
+        """Note that a thread is at a leaf of a group.
 
         Returns:
-            The step that this is; None where it was there already.
+            The step that this is; None where the thread was in it already.
         """
-        last: Step | None = getattr(self._last, "step", None)
-        if last is not None and last[1] is group and last[0] == is_backward:
+        place = self._place
+        before, last = place.step, place.leaf
+        place.leaf = leaf
+        if before is not None and before[1] is group and before[0] == is_backward:
             return None
-        step = self._last.step = Step(is_backward, group)
-        if last is not None:
-            self._next[last] = step
+        step = place.step = Step(is_backward, group)
+        if before is not None and last is not None:
+            self._next[before], self._last[before] = step, last
         return step
 
-    def current(self) -> Step:
-        """Give the step that a thread has arrived at."""
-        step: Step = self._last.step
-        return step
+    def current(self, group: Group, leaf: Leaf) -> Step | None:
+        """Give the step that a thread is in; None if it has left for another group or leaf since."""
+        place = self._place
+        return place.step if place.leaf is leaf and place.step is not None and place.step.group is group else None
+
+    def is_over(self, step: Step, leaf: Leaf) -> bool:
+        """Ask whether a step's group is likely not wanted any more after a leaf."""
+        return self._last.get(step) is leaf and step not in self._unsteady
+
+    def was_not_over(self, step: Step) -> None:
+        """Learn that a step that seemed to be over was not: it will not be said of it again."""
+        self._unsteady.add(step)
 
     def after(self, step: Step) -> Iterator[Group]:
         """Go through the groups that are likely to follow a step, which may be some of them again."""

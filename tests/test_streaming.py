@@ -118,9 +118,47 @@ def test_each_group_is_copied_once_a_pass_and_only_the_first_is_waited_for(devic
     for _ in range(4):
         model(tokens(device))
     stats = engine.stats()
-    # Four passes of five, and the one that is fetched ahead for the next.
-    assert (stats.fetches, stats.demand_fetches) == (21, 1)
-    assert stats.nbytes == 21 * engine.groups[0].store.layout.nbytes
+    # Four passes of five, and the two that are fetched ahead for the next.
+    assert (stats.fetches, stats.demand_fetches) == (22, 1)
+    assert stats.nbytes == 22 * engine.groups[0].store.layout.nbytes
+
+
+def test_the_next_but_one_is_fetched_as_soon_as_a_group_is_over(device):
+    """Not when the next begins: what lies between them, a head and the start of the next token, would be lost."""
+    model = resident("fp32", device, layers=5)
+    engine = stream(model, device)
+    leaves = [layer for layer in model.modules() if "forward" in vars(layer)]
+    for _ in range(2):
+        model(tokens(device))
+    held = []
+    for leaf in leaves:
+        leaf.register_forward_hook(lambda *_: held.append([slot.group for slot in engine._slots]))
+    model(tokens(device))
+    a, b, c, d, e = engine.groups
+    ahead = {a: b, b: c, c: d, d: e, e: a}
+    each = len(leaves) // 5
+    for index, (first, second) in enumerate(ahead.items()):
+        for at in held[index * each : (index + 1) * each - 1]:
+            assert set(at) == {first, second}
+        assert set(held[(index + 1) * each - 1]) == {second, ahead[second]}
+
+
+def test_group_that_seemed_over_and_was_not_is_waited_for_once(device):
+    layers = [[nn.Linear(64, 64, device=device) for _ in range(2)] for _ in range(4)]
+    model = nn.ModuleList(nn.ModuleList(pair) for pair in layers)
+    groups = [
+        Group.copied(str(n), [Leaf(f"{n}.{k}", layer) for k, layer in enumerate(pair)], device)
+        for n, pair in enumerate(layers)
+    ]
+    engine = Engine(model, groups, device)
+    x, demanded = torch.randn(4, 64, device=device), []
+    with torch.no_grad():
+        for _ in range(4):
+            for pair in (layers[0], layers[1], layers[1], layers[2], layers[3]):
+                for layer in pair:
+                    layer(x)
+            demanded.append(engine.stats().demand_fetches)
+    assert demanded == [2, 2, 2, 2]
 
 
 def test_another_order_is_learned_in_one_pass(device):
