@@ -25,7 +25,6 @@ from .memory import show
 from .offload import OffloadConfig
 from .offloading import Offload, require_not_offloaded
 from .pipeline import execute
-from .places import Wishes
 from .plan import Plan
 from .planning import config_for, plan_load, wishes_for
 from .progress import progress_bar
@@ -33,6 +32,7 @@ from .report import LoadReport, PeakMemory
 from .resting import Resting
 from .ring import pin_ahead
 from .tree import walked_once
+from .wishes import Wishes
 
 logger = logging.getLogger(__name__)
 

@@ -28,7 +28,6 @@ from .modules import plain_linears
 from .pieces import Output, prepare_pieces
 from .pipeline import deliver_all, deliveries_for
 from .placement import PlannedTensor
-from .places import Wishes
 from .plan import Plan
 from .planning import plan_load
 from .progress import progress_bar
@@ -37,6 +36,7 @@ from .saving import shard_bytes, write_configs
 from .shards import ShardWriter, checked_target, copy_the_rest, put_in_place, write_json
 from .transfer import default_stream
 from .tree import walked_once
+from .wishes import Wishes
 
 # What is known of a conversion that is under way, in its folder.
 _PROGRESS_NAME = "progress.json"

@@ -17,22 +17,23 @@ class OffloadConfig:
     """How offloaded blocks are kept and computed.
 
     Attributes:
-        execute: where a block that rests in host memory is computed: "gpu", which its weights are streamed to, or
-            "cpu", in float32.
+        execute: where a block that rests in host memory is computed: "gpu", which its weights are streamed to, "cpu",
+            in float32, or "auto": where it takes less time for a token, by what must be moved and rates that are
+            measured; the log says why.
         slots: how many blocks' weights a GPU holds at once while they stream, 1 or more: with two, one arrives while
             another is computed with.
         pin: whether host memory is pinned, which the full speed of the link needs.
         reserve: bytes of each GPU that are left for activations, or "512MiB".
     """
 
-    execute: Literal["gpu", "cpu"] = "gpu"
+    execute: Literal["gpu", "cpu", "auto"] = "gpu"
     slots: int = 2
     pin: bool = True
     reserve: int | str = RESERVE_BYTES
 
     def __post_init__(self) -> None:
-        if self.execute not in ("gpu", "cpu"):
-            raise ConfigError(f"OffloadConfig: execute is {self.execute!r}; expected 'gpu' or 'cpu'")
+        if self.execute not in ("gpu", "cpu", "auto"):
+            raise ConfigError(f"OffloadConfig: execute is {self.execute!r}; expected 'gpu', 'cpu' or 'auto'")
         if not isinstance(self.slots, int) or isinstance(self.slots, bool) or self.slots < 1:
             raise ConfigError(f"OffloadConfig: slots is {self.slots!r}; expected a whole number, 1 or more")
         if not isinstance(self.pin, bool):

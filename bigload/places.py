@@ -3,57 +3,23 @@
 from __future__ import annotations
 
 import gc
-import os
-from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from torch import nn
 
-from . import formats
 from .budgets import free_bytes, free_disk_bytes
-from .devices import CPU, Device, DeviceMap, Place, as_place, default_device, is_strategy
-from .errors import PlacementError, counted, listed
-from .formats import FourBit, Plain
+from .devices import CPU, Place, as_place, default_device, is_strategy
 from .inference import DoesNotFitError, Item, OffPlace, Rules, infer
-from .memory import parse_size, show
-from .modules import ModelTensor
-from .offload import OffloadConfig
 from .placement import PlannedTensor
-from .plan import Account, PlacedUnit
+from .plan import PlacedUnit
+from .shortage import divided, no_room
 from .units import GPU_BYTES, Unit, bytes_of, units_of
+from .wishes import Wishes, computing_devices, longest_match, places_of
 
 _P = TypeVar("_P", bound=Place)
-_SMALLER = {name: FourBit("nf4", 64, name == "nf4-dq", torch.uint8) for name in ("nf4", "nf4-dq")}
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """What the caller said of places.
-
-    Attributes:
-        device_map: in any spelling.
-        budgets: from `resolve_budgets`.
-        no_split_module_classes: names of classes that one device must hold whole, or None.
-        offload: how what is offloaded is kept.
-        offload_folder: where "disk" is; None allows no disk that the device map does not name.
-        fp32_on_cpu: what rests on the CPU, in a map that also names a GPU, is computed there in float32.
-        reserve: bytes of each GPU that are kept free.
-        host_ring: bytes of the buffer that files are read through on their way to a GPU.
-        must_exist: whether devices must be this machine's: a plan may be for another.
-    """
-
-    device_map: DeviceMap = None
-    budgets: Mapping[Place, int] = field(default_factory=dict)
-    no_split_module_classes: Collection[str] | None = None
-    offload: OffloadConfig = field(default_factory=OffloadConfig)
-    offload_folder: str | os.PathLike[str] | None = None
-    fp32_on_cpu: bool = False
-    reserve: int = 0
-    host_ring: int = 0
-    must_exist: bool = True
 
 
 @dataclass(frozen=True)
@@ -71,85 +37,6 @@ class Placement:
     devices: Mapping[str, torch.device]
     units: tuple[PlacedUnit, ...]
     budgets: Mapping[Place, int]
-
-
-def resolve_budgets(max_memory: Mapping[Device, int | str] | None, *, must_exist: bool = True) -> dict[Place, int]:
-    """Take the caller's `max_memory`: {device in any spelling, or "disk": bytes in any spelling}.
-
-    Args:
-        max_memory: what the caller gave.
-        must_exist: whether devices must be this machine's.
-
-    Raises:
-        PlacementError: no such device, not a size, or one device twice.
-    """
-    if max_memory is not None and not isinstance(max_memory, Mapping):
-        raise PlacementError(f"max_memory must be {{device: bytes or '10GiB'}}, but it is {max_memory!r}")
-    sizes = {device: parse_size(size) for device, size in (max_memory or {}).items()}
-    budgets: dict[Place, int] = {}
-    for device, size in sizes.items():
-        try:
-            place = as_place(device, must_exist=must_exist)
-        except PlacementError as error:
-            raise PlacementError(f"max_memory: {error}") from error
-        if place in budgets:
-            raise PlacementError(f"max_memory names {place} twice; give each device one budget")
-        budgets[place] = size
-    return budgets
-
-
-def check_map(
-    device_map: DeviceMap,
-    tensors: Sequence[ModelTensor],
-    module_names: Collection[str],
-    *,
-    must_exist: bool = True,
-) -> None:
-    """Refuse a device map that names what is not there, or leaves out what is.
-
-    Raises:
-        PlacementError: unknown blocks or devices, or tensors left out.
-    """
-    if device_map is None or is_strategy(device_map):
-        return
-    if not isinstance(device_map, Mapping):
-        as_place(device_map, must_exist=must_exist)
-        return
-    for place in device_map.values():
-        as_place(place, must_exist=must_exist)
-    names = {name for tensor in tensors for name in tensor.names}
-    unknown = [path for path in device_map if path and path not in names and path not in module_names]
-    if unknown:
-        raise PlacementError(f"device_map names {listed(unknown)}, which are no modules or parameters of the model")
-    homeless = [tensor.name for tensor in tensors if longest_match(tensor.name, device_map) is None]
-    if homeless:
-        raise PlacementError(
-            f"device_map leaves out {counted(len(homeless), 'tensor')}: {listed(homeless)}; add their blocks, or '' "
-            "for the rest"
-        )
-
-
-def longest_match(name: str, paths: Collection[str]) -> str | None:
-    """Find the longest of some paths that leads to a tensor."""
-    path = name
-    while path not in paths:
-        if not path:
-            return None
-        path = path.rpartition(".")[0]
-    return path
-
-
-def only_device(wishes: Wishes) -> torch.device | None:
-    """Give the device that all of a model goes to, or may go to where a strategy decides; None where there are more."""
-    device_map = wishes.device_map
-    if is_strategy(device_map):
-        devices = _computing(wishes.budgets)
-        return devices[0] if len(devices) == 1 else None
-    if device_map is None:
-        return default_device()
-    places = set(_places_of(device_map, wishes).values())
-    (place,) = places if len(places) == 1 else (None,)
-    return None if place == "disk" else place
 
 
 def place_whole(tensors: Sequence[PlannedTensor], device: torch.device, wishes: Wishes) -> Placement | None:
@@ -173,11 +60,6 @@ def place_whole(tensors: Sequence[PlannedTensor], device: torch.device, wishes: 
     return Placement(places, places, (), budgets)
 
 
-def _places_of(device_map: Device | Mapping[str, Device], wishes: Wishes) -> dict[str, Place]:
-    given = device_map if isinstance(device_map, Mapping) else {"": device_map}
-    return {path: as_place(place, must_exist=wishes.must_exist) for path, place in given.items()}
-
-
 def place_units(model: nn.Module, tensors: Sequence[PlannedTensor], wishes: Wishes) -> Placement:
     """Give every unit of a model its place.
 
@@ -195,7 +77,7 @@ def place_units(model: nn.Module, tensors: Sequence[PlannedTensor], wishes: Wish
         return _inferred(units, str(device_map), wishes)
     if device_map is None:
         device_map = default_device()
-    return _given(units, _places_of(device_map, wishes), wishes)
+    return _given(units, places_of(device_map, wishes), wishes)
 
 
 def place_tensors(
@@ -221,7 +103,7 @@ def place_tensors(
 
 
 def _inferred(units: Sequence[Unit], strategy: str, wishes: Wishes) -> Placement:
-    devices = _computing(wishes.budgets)
+    devices = computing_devices(wishes.budgets)
     on_gpu = devices[0].type == "cuda"
     reserve = wishes.reserve if on_gpu else 0
     needed = sum(unit.gpu_bytes for unit in units) + reserve
@@ -243,7 +125,7 @@ def _inferred(units: Sequence[Unit], strategy: str, wishes: Wishes) -> Placement
     try:
         assigned = infer(items, [budgets[device] - reserve for device in devices], homes, rules)
     except DoesNotFitError as error:
-        raise _explained(error, units, devices, reserve, may_use_disk=not fp32 and "disk" not in homes) from None
+        raise no_room(error, units, devices, reserve, may_use_disk=not fp32 and "disk" not in homes) from None
     placed = tuple(
         PlacedUnit(unit, CPU)
         if fp32 and one.away
@@ -262,17 +144,6 @@ def _as_placement(placed: tuple[PlacedUnit, ...], budgets: Mapping[Place, int]) 
 
 def _shortened(places: Mapping[str, _P]) -> dict[str, _P]:
     return {"": next(iter(places.values()))} if len(set(places.values())) == 1 else dict(places)
-
-
-def _computing(budgets: Mapping[Place, int]) -> list[torch.device]:
-    """List the devices that compute: GPUs that the budgets name, all if they name no device, or else the CPU."""
-    named = [place for place in budgets if isinstance(place, torch.device)]
-    gpus = sorted((place for place in named if place.type == "cuda"), key=lambda place: place.index)
-    if gpus:
-        return gpus
-    if named or not torch.cuda.is_available():
-        return [CPU]
-    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
 
 
 def _budget(device: torch.device, wishes: Wishes, needed: int) -> int:
@@ -295,65 +166,6 @@ def _item(unit: Unit, *, on_gpu: bool, fp32: bool) -> Item:
     return Item(resident, unit.staying_bytes, unit.group_bytes, unit.streamed_bytes, is_block=unit.is_block)
 
 
-def _explained(
-    error: DoesNotFitError,
-    units: Sequence[Unit],
-    devices: Sequence[torch.device],
-    reserve: int,
-    *,
-    may_use_disk: bool,
-) -> PlacementError:
-    """Say by how much it does not fit, where, and what would help."""
-    is_device = isinstance(error.place, int)
-    place = devices[error.place] if isinstance(error.place, int) else error.place
-    if error.item is not None:
-        unit, allowed = units[error.item], error.allowed
-        what = f"'{unit.name}' alone" if unit.name else "the model"
-        needed = f"{what} needs {show(error.needed)} on {place}"
-    else:
-        allowed = error.allowed
-        needed = f"what must be there needs {show(error.needed)} on {place}"
-    extra = f", beside {show(reserve)} kept for activations" if is_device and reserve else ""
-    helps = [] if error.item is not None else _smaller_modes(units)
-    if may_use_disk and error.item is None:
-        helps.append("an offload_folder, so that blocks may rest on a disk")
-    helps.append(f"a budget {show(error.needed - max(allowed, 0))} larger")
-    return PlacementError(
-        f"{needed}, where {show(max(allowed, 0))} may be used{extra}: "
-        f"{show(error.needed - max(allowed, 0))} too little; what would help: {', '.join(helps)}"
-    )
-
-
-def _smaller_modes(units: Sequence[Unit]) -> list[str]:
-    """Name modes in which the layers that are quantized would take less, with what the whole model would."""
-    tensors = {id(planned): planned for unit in units for planned in unit.tensors}.values()
-    total, found = sum(planned.nbytes for planned in tensors), []
-    for mode, fmt in _SMALLER.items():
-        made = sum(
-            planned.nbytes if isinstance(planned.format, Plain) else formats.nbytes(fmt, planned.shape)
-            for planned in tensors
-        )
-        if made < total:
-            found.append(f"{mode} ({show(made)} in all, not {show(total)})")
-    return found
-
-
-def check_accounts(accounts: Sequence[Account]) -> None:
-    """Refuse a plan that needs more of a place than it may have.
-
-    Raises:
-        PlacementError: names the place, what the plan needs there, and what it may have.
-    """
-    for account in accounts:
-        if account.free is not None and account.free < 0:
-            beside = f" (of it {show(account.reserve)} kept for activations)" if account.reserve else ""
-            raise PlacementError(
-                f"the model needs {show(account.needed)}{beside} on {account.place}, max_memory allows "
-                f"{show(account.budget or 0)}, {show(-account.free)} too little; choose a smaller mode, another "
-                "device_map or a larger budget"
-            )
-
-
 def _given(units: Sequence[Unit], places: Mapping[str, Place], wishes: Wishes) -> Placement:
     gpus = list(dict.fromkeys(p for p in places.values() if p != "disk" and p.type == "cuda"))
     computing = gpus or [CPU]
@@ -365,7 +177,7 @@ def _given(units: Sequence[Unit], places: Mapping[str, Place], wishes: Wishes) -
         devices = [place for place in found if isinstance(place, torch.device) and (place.type == "cuda" or not gpus)]
         away = [place for place in found if place not in devices]
         if len(devices) > 1 or len(away) > 1 or (devices and away and (on_cpu or unit.looks_up)):
-            raise _cut(unit, places, found)
+            raise divided(unit, places, found)
         if not away:
             placed.append(PlacedUnit(unit, devices[0]))
         elif on_cpu and away[0] == CPU:
@@ -404,15 +216,3 @@ def _part(unit: Unit, away: Place, places: Mapping[str, Place]) -> Unit:
         planned for planned in unit.offloaded if places[longest_match(planned.tensor.name, places) or ""] == away
     ]
     return replace(unit, offloaded=tuple(leaving))
-
-
-def _cut(unit: Unit, places: Mapping[str, Place], found: Sequence[Place]) -> PlacementError:
-    by_place: dict[Place, list[str]] = defaultdict(list)
-    for path, place in places.items():
-        if any(longest_match(name, places) == path for planned in unit.tensors for name in planned.tensor.names):
-            by_place[place].append(path)
-    said = "; ".join(f"{listed(by_place[place], 3)} on {place}" for place in found)
-    what = f"what shares a weight: {listed(unit.paths)}"
-    if len(unit.paths) == 1:
-        what = f"the block '{unit.name}'" if unit.is_block else f"the module '{unit.name}'"
-    return PlacementError(f"device_map divides {what} ({said}): one device must hold it whole")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,29 +15,22 @@ from . import hf
 from .checkpoint import Checkpoint, WeightsLocation, open_checkpoint
 from .config import BnbQuantizationConfig, as_config
 from .devices import CPU, Device, DeviceMap
-from .errors import CheckpointError, ConfigError, listed
+from .errors import CheckpointError, ConfigError, PlacementError, listed
+from .execution import is_faster_on_cpu
 from .formats import dominant_dtype
 from .keys import KeyMapping, Source, sources_in_checkpoint
 from .modules import ModelTensor, layers_recorded, layers_stored_quantized, layers_to_quantize, tensors_of
 from .offload import OffloadConfig, as_offload_config
 from .placement import PlannedTensor, formatted_tensors
-from .places import (
-    Placement,
-    Wishes,
-    check_accounts,
-    check_map,
-    only_device,
-    place_tensors,
-    place_units,
-    place_whole,
-    resolve_budgets,
-)
+from .places import Placement, place_tensors, place_units, place_whole
 from .plan import Plan, accounts_of
 from .prequantized import QuantizedTensor, config_of
 from .record import Record
 from .ring import ring_bytes
+from .shortage import check_accounts
 from .transfer import WINDOW_BYTES
 from .tree import leaves, modules_by_path, walked_once
+from .wishes import Wishes, check_map, only_device, resolve_budgets
 
 
 def config_for(given: BnbQuantizationConfig | None, checkpoint: Checkpoint | None) -> BnbQuantizationConfig:
@@ -115,8 +110,18 @@ def plan_load(
     device = None if is_hypothetical else only_device(wishes)  # a plan that is looked at has its units
     planned = formatted_tensors(model, resolved, tensors, layers, sources, class_dtypes, device or CPU)
     placement = None if device is None else place_whole(planned, device, wishes)
-    placement = placement or place_units(model, planned, wishes)
+    placement = placement or _placement(model, planned, wishes)
     return _placed(planned, layers, resolved, placement, wishes)
+
+
+def _placement(model: nn.Module, tensors: Sequence[PlannedTensor], wishes: Wishes) -> Placement:
+    """Place a model's units; "auto" lets the CPU compute what rests there if that is faster, and possible."""
+    placement = place_units(model, tensors, wishes)
+    may_choose = wishes.offload.execute == "auto" and not wishes.fp32_on_cpu
+    if may_choose and not any(map(_is_quantized, tensors)) and is_faster_on_cpu(placement.units):
+        with suppress(PlacementError):  # no room for float32
+            return place_units(model, tensors, replace(wishes, fp32_on_cpu=True))
+    return placement
 
 
 def _placed(
@@ -151,7 +156,7 @@ def _placed(
         reserve=wishes.reserve,
         host_ring=wishes.host_ring,
     )
-    check_accounts(accounts)
+    check_accounts(accounts, wishes.budgets)
     return Plan(tuple(made), layers, placement.device_map, config, placement.devices, placement.units, accounts)
 
 

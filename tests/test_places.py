@@ -8,7 +8,7 @@ from torch import nn
 from bigload import OffloadConfig, load_and_quantize_model, plan_device_map
 from bigload.errors import ConfigError, PlacementError
 from bigload.modules import tensors_of
-from bigload.places import check_map, resolve_budgets
+from bigload.wishes import check_map, resolve_budgets
 
 CPU, GPU, OTHER = torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1)
 

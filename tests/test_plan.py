@@ -88,7 +88,8 @@ def test_planned_bytes_are_those_that_the_loaded_model_holds(tmp_path, device, n
     folder = save_checkpoint(build().bfloat16(), tmp_path)
     plan = plan_device_map(empty(build), config, folder, device_map=device)
     for primed in ("nf4-dq", "fp4"):  # tables that are kept
-        load_and_quantize_model(nn.Sequential(nn.Linear(64, 64)), primed, device_map=device)
+        every = BnbQuantizationConfig.from_mode(primed, skip_modules=[])
+        load_and_quantize_model(nn.Sequential(nn.Linear(64, 64)), every, device_map=device)
     gc.collect()  # other tests' models: bitsandbytes' layers refer to themselves
     before = torch.cuda.memory_stats(device)["requested_bytes.all.current"] if device.type == "cuda" else 0
     allocated = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
