@@ -228,20 +228,24 @@ def test_inference_tensors_have_no_version_and_are_not_kept(moves):
 @pytest.mark.cuda
 @pytest.mark.parametrize("build", [lambda: GPT(layers=4), lambda: llama(tied=False, num_hidden_layers=4)])
 def test_model_on_two_gpus_gives_the_bits_and_gradients_of_one(build, tmp_path):
-    from models import empty, save_checkpoint
+    from models import assert_same_bits, empty, save_checkpoint
 
     from bigload import load_and_quantize_model
 
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     folder, tokens = save_checkpoint(build().bfloat16(), tmp_path), torch.arange(12, device="cuda:0").view(2, 6)
-    logits = []
+    logits, gradients = [], []
     for options in ({"device_map": 0}, {"device_map": "balanced", "max_memory": {0: "1GiB", 1: "1GiB"}}):
         model = load_and_quantize_model(empty(build), "nf4", folder, **options).eval()
         made = model(tokens)
-        logits.append(getattr(made, "logits", made).detach().cpu())
+        logits.append(getattr(made, "logits", made))
+        logits[-1].float().square().mean().backward()
+        gradients.append({name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None})
     assert len(set(model.hf_device_map.values())) == 2
-    assert torch.equal(*logits)
+    assert torch.equal(*(made.detach().cpu() for made in logits))
+    assert len(gradients[0]) > 4
+    assert_same_bits(*gradients)
 
 
 def test_what_nothing_floating_goes_into_gives_the_models_dtype(moves):
