@@ -14,7 +14,7 @@ from . import __version__
 from .config import MODES
 from .devices import Device
 from .errors import BigloadError, CheckpointError, ConfigError
-from .offload import RESERVE_BYTES, OffloadConfig
+from .offload import OffloadConfig
 from .plan import Plan
 
 
@@ -92,7 +92,9 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument("--quant", choices=MODES, help="how to quantize (default: nf4, or as the weights are)")
     plan.add_argument("--device-map", default="auto", help="as for `load` (default: %(default)s)")
     _add_budgets(plan)
-    plan.add_argument("--reserve", default=RESERVE_BYTES, help="of each GPU, for activations (default: 128MiB)")
+    plan.add_argument(
+        "--reserve", help="of each GPU, for activations (default: 128MiB, and the largest 4-bit layer dequantized)"
+    )
     plan.add_argument("--link-gbps", type=float, help="GB/s of the link to a GPU (default: measured, if there is one)")
     plan.add_argument("--plot", type=Path, metavar="PNG", help="draw it into a file; needs matplotlib")
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")

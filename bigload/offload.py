@@ -8,7 +8,7 @@ from typing import Literal
 from .errors import ConfigError, PlacementError
 from .memory import parse_size
 
-# Bytes of a GPU that a plan leaves for activations, unless told otherwise.
+# Bytes of a GPU that a plan leaves for activations, unless told otherwise, beside its largest layer dequantized.
 RESERVE_BYTES = 128 * 2**20
 
 
@@ -23,13 +23,14 @@ class OffloadConfig:
         slots: how many blocks' weights a GPU holds at once while they stream, 1 or more: with two, one arrives while
             another is computed with.
         pin: whether host memory is pinned, which the full speed of the link needs.
-        reserve: bytes of each GPU that are left for activations, or "512MiB".
+        reserve: bytes of each GPU that are left for activations, or "512MiB"; None leaves 128 MiB, and what the largest
+            4-bit layer takes when bitsandbytes dequantizes it, as it does for more than a few tokens.
     """
 
     execute: Literal["gpu", "cpu", "auto"] = "gpu"
     slots: int = 2
     pin: bool = True
-    reserve: int | str = RESERVE_BYTES
+    reserve: int | str | None = None
 
     def __post_init__(self) -> None:
         if self.execute not in ("gpu", "cpu", "auto"):
@@ -39,14 +40,17 @@ class OffloadConfig:
         if not isinstance(self.pin, bool):
             raise ConfigError(f"OffloadConfig: pin is {self.pin!r}; expected True or False")
         try:
-            self.reserve_bytes  # noqa: B018  # raises
+            self.reserve_bytes(0)
         except PlacementError as error:
             raise ConfigError(f"OffloadConfig: reserve is {self.reserve!r}; expected bytes, or '512MiB'") from error
 
-    @property
-    def reserve_bytes(self) -> int:
-        """The reserve in bytes."""
-        return parse_size(self.reserve)
+    def reserve_bytes(self, dequantized: int) -> int:
+        """Give the reserve in bytes.
+
+        Args:
+            dequantized: bytes of the largest 4-bit layer when it is dequantized.
+        """
+        return RESERVE_BYTES + dequantized if self.reserve is None else parse_size(self.reserve)
 
 
 def as_offload_config(given: object) -> OffloadConfig:

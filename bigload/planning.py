@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -17,7 +18,7 @@ from .config import BnbQuantizationConfig, as_config
 from .devices import CPU, Device, DeviceMap
 from .errors import CheckpointError, ConfigError, PlacementError, listed
 from .execution import is_faster_on_cpu
-from .formats import dominant_dtype
+from .formats import FourBit, dominant_dtype
 from .keys import KeyMapping, Source, sources_in_checkpoint
 from .modules import ModelTensor, layers_recorded, layers_stored_quantized, layers_to_quantize, tensors_of
 from .offload import OffloadConfig, as_offload_config
@@ -109,9 +110,18 @@ def plan_load(
         layers = layers_to_quantize(model, resolved, tensors, quantizable)
     device = None if is_hypothetical else only_device(wishes)  # a plan that is looked at has its units
     planned = formatted_tensors(model, resolved, tensors, layers, sources, class_dtypes, device or CPU)
+    kept = wishes.offload.reserve_bytes(_dequantized_bytes(planned, resolved))
+    wishes = replace(wishes, reserve=max(kept, WINDOW_BYTES))
     placement = None if device is None else place_whole(planned, device, wishes)
     placement = placement or _placement(model, planned, wishes)
     return _placed(planned, layers, resolved, placement, wishes)
+
+
+def _dequantized_bytes(tensors: Sequence[PlannedTensor], config: BnbQuantizationConfig) -> int:
+    """Tell what the largest 4-bit layer takes when bitsandbytes dequantizes it."""
+    in_4bit = (math.prod(planned.shape) for planned in tensors if isinstance(planned.format, FourBit))
+    computed = config.bnb_4bit_compute_dtype
+    return max(in_4bit, default=0) * (computed if isinstance(computed, torch.dtype) else config.landing_dtype).itemsize
 
 
 def _placement(model: nn.Module, tensors: Sequence[PlannedTensor], wishes: Wishes) -> Placement:
@@ -249,7 +259,6 @@ def wishes_for(
         kept,
         offload_folder,
         fp32_on_cpu=config.llm_int8_enable_fp32_cpu_offload or kept.execute == "cpu",
-        reserve=max(kept.reserve_bytes, WINDOW_BYTES),
         host_ring=ring_bytes(),
         must_exist=must_exist,
     )

@@ -26,7 +26,7 @@ class Wishes:
         offload: how what is offloaded is kept.
         offload_folder: where "disk" is; None allows no disk that the device map does not name.
         fp32_on_cpu: what rests on the CPU, in a map that also names a GPU, is computed there in float32.
-        reserve: bytes of each GPU that are kept free.
+        reserve: bytes of each GPU that are kept free, which follow from `offload` and the model.
         host_ring: bytes of the buffer that files are read through on their way to a GPU.
         must_exist: whether devices must be this machine's: a plan may be for another.
     """

@@ -260,6 +260,14 @@ def test_offload_config_that_means_nothing_is_refused(options):
         OffloadConfig(**options)
 
 
+def test_largest_layer_that_is_dequantized_is_kept_free_unless_told_otherwise(monkeypatch):
+    monkeypatch.setattr("bigload.planning.WINDOW_BYTES", 0)
+    largest = 4 * 64 * 64 * 4  # the widest of GPT's layers, in float32
+    assert planned(GPT, 0).accounts[0].reserve == 2**27 + largest
+    assert planned(GPT, 0, mode="int8").accounts[0].reserve == 2**27
+    assert planned(GPT, 0, offload=OffloadConfig(reserve=5)).accounts[0].reserve == 5
+
+
 def test_reserve_is_kept_free():
     plan = planned(GPT, 0, offload=OffloadConfig(reserve="1GiB"))
     assert plan.accounts[0].reserve == 2**30
