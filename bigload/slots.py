@@ -26,7 +26,6 @@ class Slot:
         users: the calls that use what it holds.
         used: when it was last filled or used, as a count.
         landing: what a thread reads from files into it.
-        forwards: of leaves, around their weights in it.
         freed: events after which a copy into it may begin.
         events: by stream, to be used again and again.
         streams: those that have been ordered after the copy into it, and so may use it, by CUDA's own names for them.
@@ -45,7 +44,6 @@ class Slot:
         self.ready: torch.cuda.Event | None = None
         self.nbytes_copied = 0
         self.landing: Future[None] | None = None
-        self.forwards: dict[object, Callable[..., torch.Tensor]] = {}
         self._views: dict[int, dict[str, torch.Tensor]] = {}
 
     def views(self, store: Store) -> dict[str, torch.Tensor]:

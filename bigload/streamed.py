@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from .cells import Cell, Leaf, is_quantized
 from .errors import OffloadError
-from .functional import forward_maker
+from .functional import Forward, forward_maker
 from .host import Store
 from .layers import input_gradient, streamed_forward
 from .slots import Slot
@@ -71,6 +71,8 @@ class StreamedForward(OwnForward):
         super().__init__(leaf.path, leaf.module, streamed_forward(leaf.module))
         self._store, self._held, self.placed = store, held, placed
         self._make_forward = forward_maker(leaf, self.own)
+        # Here, not with the slots: what reads into a slot must not keep the model.
+        self._forwards: dict[Slot, Forward] = {}
         self._parameters = [cell.parameter for cell in cells if cell.parameter is not None]
         self._is_quantized = is_quantized(leaf.module)
         # What these give is never a part of their weights.
@@ -100,10 +102,14 @@ class StreamedForward(OwnForward):
                 return out if self._gives_its_own else _apart(out, slot.memory)
         (x,) = (*args, *kwargs.values())
         with self._held() as slot:
-            forward = slot.forwards.get(self)
+            forward = self._forwards.get(slot)
             if forward is None:
-                forward = slot.forwards[self] = self._make_forward(slot.views(self._store))
+                forward = self._forwards[slot] = self._make_forward(slot.views(self._store))
             return forward(x)
+
+    def forget(self, slot: Slot) -> None:
+        """Let go of a slot that is no more."""
+        self._forwards.pop(slot, None)
 
     def _unpack(self, saved: Any) -> torch.Tensor:
         if not isinstance(saved, _InSlot):

@@ -263,7 +263,8 @@ class Engine(Uncopyable):
             if any(slot.users for slot in self._slots):
                 raise OffloadError("leaves are running: the engine cannot be removed from within their forward")
             self._lane.finish()
-            self._slots.clear()
+            for slot in list(self._slots):
+                self._free(slot)
             try:
                 brought = [
                     (cell, group.store.source_of(cell.name).to(self.device, copy=True))
@@ -375,7 +376,13 @@ class Engine(Uncopyable):
                 return
             self._lane.finish()
             for slot in [slot for slot in self._slots if not slot.users][: len(self._slots) - self._asked_slots]:
-                self._slots.remove(slot)
+                self._free(slot)
+
+    def _free(self, slot: Slot) -> None:
+        self._slots.remove(slot)
+        for forward in self._forwards:
+            if isinstance(forward, StreamedForward):
+                forward.forget(slot)
 
     def _show_at_rest(
         self, store: Store, module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: object

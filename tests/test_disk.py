@@ -163,6 +163,26 @@ def test_engine_that_the_collector_finds_ends_without_taking_a_lock(device, tmp_
     assert not reader.is_alive()
 
 
+def test_model_can_be_let_go_of_while_its_files_are_read(device, tmp_path, monkeypatch):
+    import gc
+
+    gate, own = threading.Event(), FileGroup.read_into
+    monkeypatch.setattr(FileGroup, "read_into", lambda *args: (gate.wait(20), own(*args)))
+    before = set(threading.enumerate())
+    model = resident("nf4", device)
+    engine = weakref.ref(stream_from_disk(model, device, tmp_path))
+    linears(model, "transformer.h.2.")[-1].module.register_forward_pre_hook(lambda *_: gate.clear())
+    gate.set()
+    model(tokens(device))
+    (reader,) = set(threading.enumerate()) - before
+    del model
+    gc.collect()
+    assert engine() is None
+    gate.set()
+    reader.join(5)
+    assert not reader.is_alive()
+
+
 def test_model_that_is_let_go_of_takes_its_engine_thread_and_files_with_it(device, tmp_path):
     import gc
 

@@ -554,8 +554,7 @@ def test_next_forward_after_an_error_is_exact(place, error, device, monkeypatch)
             is_own = place == "own forward"
             patch.setattr(leaf, "own", failing(leaf.own))
             patch.setattr(leaf, "_make_forward", None if is_own else lambda tensors: failing(make(tensors)))
-            for slot in engine._slots:
-                slot.forwards.clear()
+            leaf._forwards.clear()
         elif place == "grow":
             calls[0] = 1
             engine._slots.clear()
