@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from functools import partial
 from queue import SimpleQueue
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 
@@ -22,7 +22,8 @@ class Slot:
 
     Attributes:
         memory: (n,), uint8.
-        group: what it holds, or is being filled with; None while that is nothing whole.
+        store: of the group that it holds, or is being filled with; None while that is nothing whole. Not the group:
+            a thread that reads into a slot would keep the model.
         users: the calls that use what it holds.
         used: when it was last filled or used, as a count.
         landing: what a thread reads from files into it.
@@ -34,7 +35,7 @@ class Slot:
     def __init__(self, device: torch.device, nbytes: int) -> None:
         with torch.inference_mode(False):
             self.memory = DeviceStore(device).allocate((nbytes,), torch.uint8)
-        self.group: Any = None
+        self.store: Store | None = None
         self.users: set[object] = set()
         self.used = 0
         self.streams: dict[int, torch.cuda.Stream] = {}
@@ -128,7 +129,7 @@ class Lane:
 
     def copy(self, store: Store, slot: Slot) -> None:
         """Begin to copy a group into a slot that nobody uses; it holds the group from then on."""
-        slot.group = None  # until it is whole
+        slot.store = None  # until it is whole
         if slot.landing is not None:
             wait([slot.landing])
             slot.landing = None
@@ -161,7 +162,7 @@ class Lane:
             try:
                 slot.landing.result()
             except BaseException:
-                slot.group = None
+                slot.store = None
                 raise
             slot.landing = None
 
@@ -258,7 +259,7 @@ class CudaLane(Lane):
             try:
                 stream.wait_event(slot.ready)
             except BaseException:
-                slot.group = None
+                slot.store = None
                 raise
 
     def _wait_for_copies(self) -> None:

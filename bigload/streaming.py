@@ -226,8 +226,8 @@ class Engine(Uncopyable):
         """Have a group copied anew when it is next used: its weights at rest may have changed."""
         with self.lock:
             for slot in self._slots:
-                if slot.group is group and not slot.users:
-                    slot.group = None
+                if slot.store is group.store and not slot.users:
+                    slot.store = None
 
     def stats(self) -> StreamStats:
         """Tell what was streamed so far."""
@@ -347,14 +347,16 @@ class Engine(Uncopyable):
                 self._fetch(group, slot)
 
     def _slot_of(self, group: Group) -> Slot | None:
+        store = group.store
         for slot in self._slots:
-            if slot.group is group:
+            if slot.store is store:
                 return slot
         return None
 
     def _free_slot(self, keep: Sequence[Group]) -> Slot | None:
-        free = [slot for slot in self._slots if not slot.users and slot.group not in keep]
-        return min(free, key=lambda slot: (slot.group is not None, slot.used), default=None)
+        kept = {group.store for group in keep}
+        free = [slot for slot in self._slots if not slot.users and slot.store not in kept]
+        return min(free, key=lambda slot: (slot.store is not None, slot.used), default=None)
 
     def _grow(self) -> Slot:
         """Make one slot more: all are in use, and to wait for one could be to wait for ever."""
@@ -364,7 +366,7 @@ class Engine(Uncopyable):
 
     def _fetch(self, group: Group, slot: Slot) -> None:
         self._lane.copy(group.store, slot)
-        slot.group = group
+        slot.store = group.store
         slot.used = self._clock = self._clock + 1
         self._fetches += 1
         self._nbytes += group.store.layout.nbytes

@@ -132,9 +132,9 @@ def test_the_next_but_one_is_fetched_as_soon_as_a_group_is_over(device):
         model(tokens(device))
     held = []
     for leaf in leaves:
-        leaf.register_forward_hook(lambda *_: held.append([slot.group for slot in engine._slots]))
+        leaf.register_forward_hook(lambda *_: held.append([slot.store for slot in engine._slots]))
     model(tokens(device))
-    a, b, c, d, e = engine.groups
+    a, b, c, d, e = (group.store for group in engine.groups)
     ahead = {a: b, b: c, c: d, d: e, e: a}
     each = len(leaves) // 5
     for index, (first, second) in enumerate(ahead.items()):
