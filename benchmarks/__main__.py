@@ -28,6 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_load(commands.add_parser("load", help="time loads of a checkpoint, peer by peer, against the limits"))
     _add_quantize(commands.add_parser("quantize", help="time quantizing a checkpoint from files to files"))
     _add_offload(commands.add_parser("offload", help="time forwards of a model of which part rests on the CPU"))
+    _add_spread(commands.add_parser("spread", help="time a model over several GPUs against the same on one"))
     plans = commands.add_parser("plans", help="plan well-known models on usual budgets: the table in docs/plans.md")
     plans.set_defaults(run=_plans)
     _add_report(commands.add_parser("report", help="turn result files into Markdown tables and charts"))
@@ -171,6 +172,27 @@ def _offload(options: argparse.Namespace) -> None:
             _give(result, options.out)
     if options.out is None:
         _give(result, None)
+
+
+def _add_spread(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="the checkpoint of a Llama in 16 bit")
+    parser.add_argument("--mode", choices=QUANTIZING, default="nf4", help="(default: %(default)s)")
+    parser.add_argument("--devices", nargs="+", help="such as cuda:0 cuda:1 (default: all GPUs)")
+    parser.add_argument("--out", type=Path, help="where the result goes, as JSON (default: standard output)")
+    parser.add_argument("--commit", help="bigload's, where git cannot tell")
+    parser.set_defaults(run=_spread)
+
+
+def _spread(options: argparse.Namespace) -> None:
+    import torch
+
+    from .spread import measure_spread
+
+    devices = options.devices or [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
+    result: dict[str, Any] = {}
+    for result in measure_spread(options.folder, devices, options.mode, options.commit):
+        print(json.dumps(result["rows"][-1]), file=sys.stderr, flush=True)
+    _give(result, options.out)
 
 
 def _plans(options: argparse.Namespace) -> None:

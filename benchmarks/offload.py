@@ -57,7 +57,7 @@ def measure_offload(folder: Path, cases: list[Case], device: str, commit: str | 
 
     warm(shards(folder))
     place = torch.device(device)
-    _begin(place)
+    begin(place)
     link = link_gb_per_s(place) if place.type == "cuda" else None
     result = {
         "benchmark": "offload",
@@ -77,7 +77,7 @@ def measure_offload(folder: Path, cases: list[Case], device: str, commit: str | 
         yield result
 
 
-def _begin(device: torch.device) -> None:
+def begin(device: torch.device) -> None:
     """Do what a process does once: no load shall pay for it."""
     import bitsandbytes
     import transformers.models.llama.modeling_llama  # noqa: F401
@@ -94,13 +94,13 @@ def _measured(folder: Path, case: Case, device: torch.device, link: float | None
     if case.where == "disk":  # what is timed finds the files
         _LOADERS[case.peer](folder, case, device, cache)
         gc.collect()
-    with _timed(on_gpu) as load:
+    with timed(on_gpu) as load:
         model = _LOADERS[case.peer](folder, case, device, cache).eval()
     row: dict[str, Any] = {"load_s": round(load(), 3)}
     streamed = model.offload.plan.streamed_bytes if hasattr(model, "offload") else 0
     row["streamed_bytes"] = streamed
     for tokens in TOKENS if case.peer == "bigload" else TOKENS[:1]:
-        seconds, median = _step_seconds(model, tokens, device)
+        seconds, median = step_seconds(model, tokens, device)
         row |= {f"step_{tokens}_s": round(seconds, 5), f"step_{tokens}_median_s": round(median, 5)}
         if streamed and link and tokens == 1:
             row["streamed_gb_per_s"] = round(streamed / seconds / 1e9, 2)
@@ -130,7 +130,8 @@ def _planned(model: Any, device: torch.device) -> int:
 
 
 @contextmanager
-def _timed(on_gpu: bool) -> Iterator[Callable[[], float]]:
+def timed(on_gpu: bool) -> Iterator[Callable[[], float]]:
+    """Time a block; gives what tells the seconds of it, once it is over."""
     begun = ended = time.perf_counter()
     yield lambda: ended - begun
     if on_gpu:
@@ -138,7 +139,7 @@ def _timed(on_gpu: bool) -> Iterator[Callable[[], float]]:
     ended = time.perf_counter()
 
 
-def _step_seconds(model: Any, tokens: int, device: torch.device) -> tuple[float, float]:
+def step_seconds(model: Any, tokens: int, device: torch.device) -> tuple[float, float]:
     """Time a forward: the best of fifteen, as the link's is, and the median, after two that are not counted.
 
     Where they take seconds, five are enough.
@@ -147,7 +148,7 @@ def _step_seconds(model: Any, tokens: int, device: torch.device) -> tuple[float,
     times: list[float] = []
     with torch.no_grad():
         while len(times) < 2 + _REPEATS and not (len(times) >= 2 + _ENOUGH and sum(times) > _ENOUGH_S):
-            with _timed(device.type == "cuda") as seconds:
+            with timed(device.type == "cuda") as seconds:
                 model(ids, use_cache=False, logits_to_keep=1)
             times.append(seconds())
     return min(times[2:]), statistics.median(times[2:])
@@ -155,7 +156,7 @@ def _step_seconds(model: Any, tokens: int, device: torch.device) -> tuple[float,
 
 def _generate_seconds(model: Any, device: torch.device) -> float:
     ids = torch.arange(16, device=device).view(1, -1)
-    with torch.no_grad(), _timed(device.type == "cuda") as seconds:
+    with torch.no_grad(), timed(device.type == "cuda") as seconds:
         model.generate(
             ids,
             attention_mask=torch.ones_like(ids),

@@ -412,3 +412,36 @@ def test_quantizing_file_to_file_is_held_against_reading_and_writing(tmp_path, i
     assert result["share_of_floor"] == pytest.approx(result["floor_s"] / result["seconds"], abs=0.002)
     assert 0 <= result["host_over_start_gib"] < result["ring_gib"] + 0.1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "tiny"]
+
+
+def test_offloading_is_timed_from_the_disk_too_and_written_as_a_table(tiny, tmp_path, monkeypatch):
+    from benchmarks.report import offload_table
+
+    monkeypatch.setattr("bigload.units.RESIDENT_BYTES", 2000)
+    monkeypatch.setattr("benchmarks.offload.TOKENS", (1, 2))
+    out = tmp_path / "out.json"
+    run("offload", tiny, "--device", "cpu", "--cases", "bigload:nf4:1:disk", "bigload:none:0", "--out", out)
+    result = json.loads(out.read_text())
+    disk, whole = result["rows"]
+    assert disk["streamed_bytes"] > 0 == whole["streamed_bytes"]
+    for row in (disk, whole):
+        assert 0 < row["step_1_s"] <= row["step_1_median_s"]
+        assert row["token_s"] > 0
+    table = offload_table(result)
+    assert f"| bigload | nf4 | 1, on the disk | {disk['load_s']:.1f} s | {disk['step_1_s']:.3f} s |" in table
+    assert f"| bigload | none | 0 | {whole['load_s']:.1f} s |" in table
+
+
+def test_what_a_peer_cannot_do_is_a_row_that_says_why(tiny, tmp_path):
+    out = tmp_path / "out.json"
+    run("offload", tiny, "--device", "cpu", "--cases", "accelerate:int8:1", "--out", out)
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["error"]
+
+
+def test_a_model_over_devices_is_held_against_the_same_on_one(tiny, tmp_path):
+    out = tmp_path / "out.json"
+    run("spread", tiny, "--devices", "cpu", "--out", out)
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["is_bit_equal_to_one"]
+    assert row["floor_s"] > 0 < row["second_s"]
