@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from .cells import Cell, Leaf, cells_of
 from .errors import OffloadError
-from .host import HostGroup, Store
+from .host import Store
 from .tree import leaves, modules_by_path
 
 
@@ -27,16 +26,6 @@ class Group:
     name: str
     leaves: tuple[Leaf, ...]
     store: Store
-
-    @classmethod
-    def copied(cls, name: str, leaves: Sequence[Leaf], device: torch.device) -> Group:
-        """Copy the weights of leaves, wherever they are, into host memory.
-
-        Raises:
-            OffloadError: a leaf cannot be streamed.
-        """
-        tensors = {part: tensor for leaf in leaves for part, tensor in leaf.tensors().items()}
-        return cls(name, tuple(leaves), HostGroup.from_tensors(tensors, device))
 
 
 def cells_by_leaf(group: Group) -> dict[Leaf, list[Cell]]:

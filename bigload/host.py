@@ -125,15 +125,6 @@ class HostGroup(Store):
             for name, part in parts.items()
         }
 
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, torch.Tensor], device: torch.device) -> HostGroup:
-        """Copy tensors into host memory."""
-        group = cls(parts_of(tensors), device)
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                group.tensors[name].copy_(tensor)
-        return group
-
     @property
     def source(self) -> torch.Tensor:
         """The bytes to bring to the device, (layout.nbytes,), uint8."""

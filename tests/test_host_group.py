@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from groups import at_rest
 from models import equal
 
 from bigload import host
@@ -45,7 +46,7 @@ def test_size_is_that_of_the_parts():
 
 def test_copied_tensors_lie_in_the_source_where_the_layout_says(device):
     tensors = filled()
-    group = HostGroup.from_tensors({name: tensor.to(device) for name, tensor in tensors.items()}, device)
+    group = at_rest({name: tensor.to(device) for name, tensor in tensors.items()}, device)
     assert group.source.numel() == group.layout.nbytes
     for name, tensor in tensors.items():
         assert equal(group.tensors[name], tensor)
@@ -106,7 +107,7 @@ def test_memory_that_cannot_be_pinned_is_pageable_right_and_warned_of_once(monke
     monkeypatch.setattr(host, "_cudart", Refusing)
     monkeypatch.setattr(host, "_has_warned", False)
     for _ in range(2):
-        group = HostGroup.from_tensors(filled(), gpu)
+        group = at_rest(filled(), gpu)
         assert not group.is_pinned
         assert torch.ones(3, device=gpu).sum().item() == 3  # the error is forgotten
         assert equal(group.source.to(gpu).cpu(), group.source)

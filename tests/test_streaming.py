@@ -10,6 +10,7 @@ import threading
 
 import pytest
 import torch
+from groups import at_rest, group_of
 from models import GPT, Attended, assert_same_bits, equal
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -62,8 +63,7 @@ def linears(model, path):
 
 def stream(model, device, slots=2, poisoned=True):
     groups = [
-        Group.copied(f"h.{i}", linears(model, f"transformer.h.{i}."), device)
-        for i in range(len(model.transformer["h"]))
+        group_of(f"h.{i}", linears(model, f"transformer.h.{i}."), device) for i in range(len(model.transformer["h"]))
     ]
     if poisoned:
         for group in groups:
@@ -147,7 +147,7 @@ def test_group_that_seemed_over_and_was_not_is_waited_for_once(device):
     layers = [[nn.Linear(64, 64, device=device) for _ in range(2)] for _ in range(4)]
     model = nn.ModuleList(nn.ModuleList(pair) for pair in layers)
     groups = [
-        Group.copied(str(n), [Leaf(f"{n}.{k}", layer) for k, layer in enumerate(pair)], device)
+        group_of(str(n), [Leaf(f"{n}.{k}", layer) for k, layer in enumerate(pair)], device)
         for n, pair in enumerate(layers)
     ]
     engine = Engine(model, groups, device)
@@ -228,7 +228,7 @@ def test_layers_with_a_forward_of_their_own_run_it(device):
     x = torch.randn(4, 64, device=device)
     with torch.no_grad():
         expected = model(x)
-        Engine(model, [Group.copied("all", [Leaf(str(n), layer) for n, layer in enumerate(model)], device)], device)
+        Engine(model, [group_of("all", [Leaf(str(n), layer) for n, layer in enumerate(model)], device)], device)
         assert equal(model(x), expected)
         assert equal(plain(input=x), plain(x))
 
@@ -310,8 +310,8 @@ def test_recursion_nesting_and_a_weight_that_is_given_out(slots, device):
     expected = nn.ModuleList([Whole(nn.Linear(64, 64)), nn.Linear(64, 64)]).to(device).requires_grad_(False)
     model = copy.deepcopy(expected)
     groups = [
-        Group.copied("whole", [Leaf("0", model[0])], device),
-        Group.copied("inner", [Leaf("0.inner", model[0].inner), Leaf("1", model[1])], device),
+        group_of("whole", [Leaf("0", model[0])], device),
+        group_of("inner", [Leaf("0.inner", model[0].inner), Leaf("1", model[1])], device),
     ]
     for group in groups:
         poison(group)
@@ -329,7 +329,7 @@ def test_module_that_reads_a_childs_weight_is_hooked_whole(device):
     expected = Attended().to(device).requires_grad_(False)
     model = copy.deepcopy(expected)
     leaf = Leaf("attention", model.attention, ("in_proj_weight", "out_proj.weight"))
-    group = Group.copied("attention", [leaf], device)
+    group = group_of("attention", [leaf], device)
     poison(group)
     Engine(model, [group], device)
     outs, grads = [], []
@@ -624,7 +624,7 @@ def test_replaced_or_moved_weight_is_refused(device):
 def test_weight_of_two_groups_or_of_a_module_in_none_is_refused(device):
     model = nn.ModuleList(nn.Linear(64, 64) for _ in range(3)).to(device).requires_grad_(False)
     model[1].weight = model[0].weight
-    groups = [Group.copied(str(i), [Leaf(str(i), model[i])], device) for i in range(3)]
+    groups = [group_of(str(i), [Leaf(str(i), model[i])], device) for i in range(3)]
     with pytest.raises(OffloadError, match="in two groups"):
         Engine(model, groups, device)
     with pytest.raises(OffloadError, match=r"'1\.weight' is streamed for another module"):
@@ -636,7 +636,7 @@ def test_tied_weights_of_one_group_are_copied_once(device):
     expected = nn.ModuleList(nn.Linear(64, 64) for _ in range(2)).to(device).requires_grad_(False)
     expected[1].weight = expected[0].weight
     model = copy.deepcopy(expected)
-    store = HostGroup.from_tensors(Leaf("0", model[0]).tensors(), device)
+    store = at_rest(Leaf("0", model[0]).tensors(), device)
     group = Group("both", (Leaf("0", model[0]), Leaf("1", model[1])), store)
     poison(group)
     Engine(model, [group], device)
