@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 # Counted up when the same weight would be written otherwise.
 _VERSION = 1
 _SAMPLE_BYTES = 2**12
+# No weight takes so long to write.
+_LEFT_BEHIND_S = 3600
 
 
 class WeightCache:
@@ -50,6 +53,7 @@ class WeightCache:
         self._folder = None if folder is None else Path(folder).expanduser().absolute()
         self._torch_dtype = torch_dtype
         self._known_files: dict[Path, list[object]] = {}
+        self._is_swept = False
 
     def parts(self, planned: PlannedTensor) -> dict[str, FilePart] | None:
         """Find a tensor's parts in files, by their names in its format; None where they have yet to be written.
@@ -62,7 +66,8 @@ class WeightCache:
             return {"weight": in_place}
         if self._folder is None:
             raise PlacementError(
-                f"'{planned.tensor.name}' is to rest on the disk as {planned.format}: name an offload_folder for it"
+                f"'{planned.tensor.name}' is to rest on the disk, and not as the checkpoint has it: name an "
+                "offload_folder for it"
             )
         path = self._path(planned)
         return _found(path, planned) if path.is_file() else None
@@ -80,8 +85,11 @@ class WeightCache:
         path = self._path(planned)
         partial = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self._make_folder(path.parent)
+            partial.touch()
+            mode = partial.stat().st_mode  # as the user's umask has it, where save_file lets nobody else read
             save_file({part: tensor.detach().cpu().contiguous() for part, tensor in tensors.items()}, partial)
+            partial.chmod(mode)
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
             _name(partial, path, planned)
@@ -94,6 +102,17 @@ class WeightCache:
         if found is None:
             raise OffloadError(f"'{path}' is not what was written there: is another program writing it?")
         return found
+
+    def _make_folder(self, folder: Path) -> None:
+        """Make the folder, and once sweep out what others left there that were killed as they wrote."""
+        if self._is_swept:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in (*folder.glob("*.partial"), *folder.glob(".tmp??????")):  # ours, and those of save_file
+            with suppress(OSError):
+                if time.time() - path.stat().st_mtime > _LEFT_BEHIND_S:
+                    path.unlink()
+        self._is_swept = True
 
     def _path(self, planned: PlannedTensor) -> Path:
         assert self._folder is not None
@@ -162,10 +181,18 @@ def _in_place(planned: PlannedTensor) -> FilePart | None:
 
 
 def _found(path: Path, planned: PlannedTensor) -> dict[str, FilePart] | None:
-    """Read a file's header; None where the file is not whole, or not what its name says."""
+    """Read a file's header; None where the file is not whole, or not what its name says.
+
+    Raises:
+        OffloadError: it may not be read.
+    """
     expected = planned.format.parts(planned.shape)
     try:
         there = read_header(path)
+    except PermissionError as error:
+        raise OffloadError(
+            f"'{path}' is another's, and cannot be read ({error}): name an offload_folder of your own"
+        ) from error
     except (CheckpointError, OSError) as error:
         logger.warning("'%s' is damaged and will be made again: %s", path, error)
         return None

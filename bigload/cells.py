@@ -12,6 +12,7 @@ from torch import nn
 
 from .bnb import library
 from .errors import OffloadError
+from .slots import Use
 
 # By the name of what is held: the objects that hold it, and the attribute of each.
 _Places = dict[str, list[tuple[Any, str]]]
@@ -45,8 +46,7 @@ class Cell:
 
     Attributes:
         name: in its group.
-        users: the calls that have the device's copy in use; none while the tensor is at rest.
-        is_away: it is not at rest, or on the way there.
+        is_away: it is the device's, or was left so by a call that was interrupted.
     """
 
     def __init__(self, name: str, places: Iterable[tuple[Any, str]], owner: nn.Module, key: str) -> None:
@@ -57,8 +57,8 @@ class Cell:
         # The parameter whose values it is; None for what belongs to a quantized weight.
         self.parameter: nn.Parameter | None = self.holder if isinstance(self.holder, nn.Parameter) else None
         self.identity = (id(self.holder), self._places[0][1])
-        self.users: set[object] = set()
         self.is_away = False
+        self._users: list[Use] = []
 
     def get(self) -> torch.Tensor:
         """Give the tensor that is there."""
@@ -69,6 +69,26 @@ class Cell:
         """Put a tensor there, of the same shape and dtype; parameters keep their identity."""
         for holder, attribute in self._places:
             setattr(holder, attribute, tensor)
+
+    def take_away(self, use: Use, there: torch.Tensor) -> None:
+        """Put the device's tensor there for a call; for the others that have it there it is there already."""
+        is_first = not self.is_used()
+        self._users.append(use)
+        if is_first:
+            self.is_away = True
+            self.put(there)
+
+    def put_back(self, rest: torch.Tensor) -> None:
+        """Put the tensor at rest there, unless a call uses the device's."""
+        if self.is_away and not self.is_used():
+            self.put(rest)
+            self.is_away = False
+
+    def is_used(self) -> bool:
+        """Ask whether a call uses the device's tensor: one that has left its slot does not."""
+        if self._users:
+            self._users = [use for use in self._users if use.slot is not None and use in use.slot.users]
+        return bool(self._users)
 
     def require_at_rest(self, rest: torch.Tensor) -> None:
         """Refuse to run with a weight that another has replaced or moved: its values would be ignored.

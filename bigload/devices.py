@@ -37,7 +37,7 @@ def as_device(device: Device, *, must_exist: bool = True) -> torch.device:
         parsed = torch.device(f"cuda:{device}" if isinstance(device, int) or str(device).isdigit() else device)
     except (RuntimeError, TypeError) as error:
         raise PlacementError(
-            f"{device!r} is not a device; expected 'cpu', a GPU's number, or 'cuda:N' (or, as a whole "
+            f"{device!r} is not a device; expected 'cpu', 'disk', a GPU's number, or 'cuda:N' (or, as a whole "
             "device_map, 'auto' or a dict of block path: device)"
         ) from error
     if parsed.type == "cpu":

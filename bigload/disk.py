@@ -93,8 +93,9 @@ class FileGroup(Store):
                     _finish(reads, read, where, part)
         self.require_unchanged()
         if not self.stays_in_page_cache:
-            for file in self._stamps:
-                _drop_from_page_cache(file)
+            for name, where in self._parts.items():
+                with _named(name, where.file):
+                    _drop_from_page_cache(where)
 
     def require_unchanged(self) -> None:
         """Refuse files that are not those which were opened.
@@ -133,12 +134,12 @@ def _finish(reads: Reads, read: Read, where: FilePart, target: memoryview) -> No
         done += count
 
 
-def _drop_from_page_cache(file: Path) -> None:
+def _drop_from_page_cache(part: FilePart) -> None:
     if not hasattr(os, "posix_fadvise"):
         return
-    descriptor = os.open(file, os.O_RDONLY)
+    descriptor = os.open(part.file, os.O_RDONLY)
     try:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(descriptor, part.offset, part.part.nbytes, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
 

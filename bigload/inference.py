@@ -71,8 +71,8 @@ class DoesNotFitError(BigloadError):
 
     Attributes:
         place: the number of the device, "cpu" or "disk", that is too small.
-        needed, allowed: bytes.
-        item: the number of the one unit that is too large, if it is one.
+        needed, allowed: bytes; the first is enough, if the other places stay as they are.
+        item: the number of a unit that alone is too large for any device, if there is one.
     """
 
     place: int | OffPlace
@@ -116,10 +116,9 @@ def _on_devices(
     items: Sequence[Item], away: Sequence[bool], devices: Sequence[int], rules: Rules
 ) -> list[Assigned] | None:
     """Place what stays on devices, given what does not; None if it does not fit."""
-    capacities, placed = list(devices), [Assigned(0)] * len(items)
-    turn, slot = 0, max((item.streamed for item, gone in zip(items, away, strict=True) if gone), default=0)
-    capacities = [capacity - rules.slots * slot for capacity in capacities]
-    rest: list[int] = []
+    placed, turn, rest = [Assigned(0)] * len(items), 0, list[int]()
+    rings = _rings(items, away, len(devices), rules)
+    capacities = [capacity - ring for capacity, ring in zip(devices, rings, strict=True)]
     for index, (item, gone) in enumerate(zip(items, away, strict=True)):
         if gone:  # each device has a link of its own: they take turns
             device = turn % len(capacities)
@@ -138,6 +137,17 @@ def _on_devices(
     for index, device in zip(rest, filled, strict=True):
         placed[index] = Assigned(device)
     return placed
+
+
+def ring_bytes(groups: Sequence[int], slots: int) -> int:
+    """Give the bytes of a device's slots: as many of the largest group as are asked for, but no more than groups."""
+    return min(slots, len(groups)) * max(groups, default=0)
+
+
+def _rings(items: Sequence[Item], away: Sequence[bool], count: int, rules: Rules) -> list[int]:
+    """Give the bytes of the slots of each of some devices, which take turns."""
+    groups = [item.streamed for item, gone in zip(items, away, strict=True) if gone and item.streamed]
+    return [ring_bytes(groups[number::count], rules.slots) for number in range(count)]
 
 
 def _in_order(sizes: Sequence[int], capacities: Sequence[int], strategy: str) -> list[int] | None:
@@ -197,7 +207,7 @@ def _candidates(items: Sequence[Item], devices: Sequence[int], rules: Rules) -> 
         )
         for count in counts:
             needed = total - freed - sums["resident"][count] + sums["staying"][count]
-            if needed + len(devices) * rules.slots * max(slot, slots[count]) <= sum(devices):
+            if needed + max(slot, slots[count]) <= sum(devices):  # one slot at least
                 found.append((moved + sums["streamed"][count], homed + sums["away"][count], family, count, others))
     for _, _, _, count, others in sorted(found, key=lambda candidate: candidate[:4]):
         away = [False] * len(items)
@@ -248,25 +258,23 @@ def _with_homes(
 
 def _too_large(items: Sequence[Item], devices: Sequence[int], rules: Rules, *, may_leave: bool) -> DoesNotFitError:
     """Say what is lacking, when all is offloaded that may be."""
-    largest = devices.index(max(devices))
+    largest, alone = devices.index(max(devices)), None
     for index, item in enumerate(items):
-        least = item.resident
-        if may_leave and item.away:
-            least = min(least, item.staying + rules.slots * item.streamed)
-        if least > devices[largest]:
-            return DoesNotFitError(largest, least, devices[largest], index)
+        least = min(item.resident, item.staying + item.streamed) if may_leave and item.away else item.resident
+        if alone is None and least > devices[largest]:
+            alone = index
     away = [may_leave and item.away > 0 and not item.is_first for item in items]
-    slot = max((item.streamed for item, gone in zip(items, away, strict=True) if gone), default=0)
-    total = sum(item.resident for item in items) + rules.slots * slot
-    for number, device in enumerate(devices):
-        if device < rules.slots * slot:
-            return DoesNotFitError(number, rules.slots * slot, device)
+    rings = _rings(items, away, len(devices), rules)
+    total = sum(item.resident for item in items) + sum(rings)
 
     def fits(number: int, size: int) -> object:
         return _on_devices(items, away, [*devices[:number], size, *devices[number + 1 :]], rules)
 
-    for number in reversed(range(len(devices))):
+    for number in [largest] if alone is not None else reversed(range(len(devices))):
         if fits(number, devices[number] + total) is not None:
             needed = _least(partial(fits, number), devices[number] + total)
-            return DoesNotFitError(number, needed, devices[number])
-    return DoesNotFitError(0, devices[0] + total, devices[0])
+            return DoesNotFitError(number, needed, devices[number], alone)
+    for number, (device, ring) in enumerate(zip(devices, rings, strict=True)):
+        if device < ring and alone is None:
+            return DoesNotFitError(number, ring, device)
+    return DoesNotFitError(largest, devices[largest] + total, devices[largest], alone)

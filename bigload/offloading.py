@@ -59,7 +59,7 @@ class Offload:
                 by_device[placed.device].append(placed)
         try:
             for device, units in by_device.items():
-                self._engines.append(_engine(model, units, device, config, resting))
+                self._engines.append(_engine(model, units, device, config, resting, len(by_device)))
         except BaseException:
             self.remove()
             raise
@@ -81,8 +81,11 @@ class Offload:
         """Have the weights in a module on the device while the block runs, to be read outside its forward.
 
         Raises:
+            ConfigError: it is no module.
             torch.OutOfMemoryError: there is no room for them.
         """
+        if not isinstance(module, nn.Module):
+            raise ConfigError(f"materialize takes a module of the model, not {module!r}")
         with ExitStack() as stack:
             for engine in self._engines:
                 stack.enter_context(engine.materialize(module))
@@ -145,7 +148,12 @@ def _bring(parameter: nn.Parameter, device: torch.device) -> None:
 
 
 def _engine(
-    model: nn.Module, units: Sequence[PlacedUnit], device: torch.device, config: OffloadConfig, resting: Resting
+    model: nn.Module,
+    units: Sequence[PlacedUnit],
+    device: torch.device,
+    config: OffloadConfig,
+    resting: Resting,
+    share: int,
 ) -> Engine:
     groups = [
         Group(placed.unit.name, tuple(leaves_of(model, placed)), resting.group(placed))
@@ -153,7 +161,7 @@ def _engine(
         if placed.streamed_bytes
     ]
     on_disk = [group.store for group in groups if isinstance(group.store, FileGroup)]
-    spare_page_cache(on_disk, free_bytes(CPU) // 2)
+    spare_page_cache(on_disk, free_bytes(CPU) // 2 // share)
     embeddings: dict[Leaf, FileGroup | None] = {}
     for placed in units:
         if placed.unit.looks_up:

@@ -14,6 +14,7 @@ from . import formats
 from .config import BnbQuantizationConfig
 from .devices import CPU, Place
 from .formats import Plain
+from .inference import ring_bytes
 from .placement import PlannedTensor
 from .units import GPU_BYTES, GROUP_BYTES, Unit
 
@@ -154,7 +155,7 @@ def accounts_of(
         tensors: placed.
         units: placed.
         budgets: by place, of those that have one.
-        slots: how many of the largest streamed group a device holds.
+        slots: how many of the largest streamed group a device holds, if it has so many groups.
         reserve: bytes of each GPU that are kept free.
         host_ring: bytes of the buffer that files are read through on their way to a GPU.
     """
@@ -166,13 +167,14 @@ def accounts_of(
         values, state = _divided(planned, multiple)
         weights[place] += values
         states[place] += state
-    rings: dict[Place, int] = defaultdict(int)
+    groups: dict[Place, list[int]] = defaultdict(list)
     for placed in units:
         if placed.streamed_bytes:
-            rings[placed.device] = max(rings[placed.device], slots * placed.streamed_bytes)
+            groups[placed.device].append(placed.streamed_bytes)
     places = dict.fromkeys([*(placed.device for placed in units), *weights])
     accounts = [
-        Account(place, weights[place], states[place], rings[place], budget=budgets.get(place)) for place in places
+        Account(place, weights[place], states[place], ring_bytes(groups[place], slots), budget=budgets.get(place))
+        for place in places
     ]
     uses_gpu = any(_is_gpu(account.place) for account in accounts)
     ordered = sorted(accounts, key=lambda account: (not _is_gpu(account.place), str(account.place)))

@@ -242,7 +242,7 @@ def wishes_for(
     """Gather what a caller said of places.
 
     Raises:
-        ConfigError: `offload` or `no_split_module_classes` is not what it should be.
+        ConfigError: `offload`, `offload_folder` or `no_split_module_classes` is not what it should be.
         PlacementError: `max_memory` is not.
     """
     if isinstance(no_split_module_classes, str) or not all(
@@ -251,6 +251,8 @@ def wishes_for(
         raise ConfigError(
             f"no_split_module_classes must be a list of names of classes, but it is {no_split_module_classes!r}"
         )
+    if offload_folder is not None and (not isinstance(offload_folder, (str, os.PathLike)) or not str(offload_folder)):
+        raise ConfigError(f"offload_folder is {offload_folder!r}; expected the path of a folder, or None")
     kept = as_offload_config(offload)
     return Wishes(
         device_map,

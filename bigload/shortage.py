@@ -31,26 +31,23 @@ def no_room(
     """Say by how much it does not fit, where, and what would help."""
     is_device = isinstance(error.place, int)
     place = devices[error.place] if isinstance(error.place, int) else error.place
-    if error.item is not None:
-        unit, allowed = units[error.item], error.allowed
-        what = f"'{unit.name}' alone" if unit.name else "the model"
-        needed = f"{what} needs {show(error.needed)} on {place}"
-    else:
-        allowed = error.allowed
-        needed = f"what must be there needs {show(error.needed)} on {place}"
+    allowed = max(error.allowed, 0)
+    lacking = error.needed - allowed
+    alone = units[error.item].name if error.item is not None else ""
     extra = f", beside {show(reserve)} kept for activations" if is_device and reserve else ""
-    helps = [] if error.item is not None else _smaller_modes(units)
-    if may_use_disk and error.item is None:
+    too_large = f"'{alone}' alone is too large for it; " if alone else ""
+    helps = _smaller_modes(units, lacking)
+    if may_use_disk:
         helps.append("an offload_folder, so that blocks may rest on a disk")
-    helps.append(f"a budget {show(error.needed - max(allowed, 0))} larger")
+    helps.append(f"a budget {show(lacking)} larger there")
     return PlacementError(
-        f"{needed}, where {show(max(allowed, 0))} may be used{extra}: "
-        f"{show(error.needed - max(allowed, 0))} too little; what would help: {', '.join(helps)}"
+        f"what must be on {place} needs {show(error.needed)}, where {show(allowed)} may be used{extra}: "
+        f"{show(lacking)} too little; {too_large}what would help: {', or '.join(helps)}"
     )
 
 
-def _smaller_modes(units: Sequence[Unit]) -> list[str]:
-    """Name modes in which the layers that are quantized would take less, with what the whole model would."""
+def _smaller_modes(units: Sequence[Unit], lacking: int) -> list[str]:
+    """Name modes in which the layers that are quantized would take so much less, with what the whole model would."""
     tensors = {id(planned): planned for unit in units for planned in unit.tensors}.values()
     total, found = sum(planned.nbytes for planned in tensors), []
     for mode, fmt in _SMALLER.items():
@@ -58,7 +55,7 @@ def _smaller_modes(units: Sequence[Unit]) -> list[str]:
             planned.nbytes if isinstance(planned.format, Plain) else formats.nbytes(fmt, planned.shape)
             for planned in tensors
         )
-        if made < total:
+        if total - made >= lacking:
             found.append(f"{mode} ({show(made)} in all, not {show(total)})")
     return found
 

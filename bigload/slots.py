@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import threading
-from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future, wait
 from functools import partial
-from queue import SimpleQueue
 from typing import TypeGuard
 
 import torch
 
 from .disk import Staging
 from .host import HostGroup, Store, aligned
+from .landing import Background, Landing
 from .stores import DeviceStore
+
+
+class Use:
+    """One call's use of a slot.
+
+    Attributes:
+        slot: of whose `users` it is one; None before.
+    """
+
+    __slots__ = ("slot",)
+
+    def __init__(self) -> None:
+        self.slot: Slot | None = None
 
 
 class Slot:
@@ -26,9 +35,9 @@ class Slot:
             a thread that reads into a slot would keep the model.
         users: the calls that use what it holds.
         used: when it was last filled or used, as a count.
-        landing: what a thread reads from files into it.
-        freed: events after which a copy into it may begin.
-        events: by stream, to be used again and again.
+        landing: what a thread brings into it.
+        events: one for each stream that has used it, to be recorded again and again.
+        freed: those of them after which a copy into it may begin.
         streams: those that have been ordered after the copy into it, and so may use it, by CUDA's own names for them.
     """
 
@@ -36,15 +45,15 @@ class Slot:
         with torch.inference_mode(False):
             self.memory = DeviceStore(device).allocate((nbytes,), torch.uint8)
         self.store: Store | None = None
-        self.users: set[object] = set()
+        self.users: set[Use] = set()
         self.used = 0
         self.streams: dict[int, torch.cuda.Stream] = {}
-        self.freed: list[torch.cuda.Event] = []
         self.events: dict[int, torch.cuda.Event] = {}
+        self.freed: dict[int, torch.cuda.Event] = {}
         self.begun: torch.cuda.Event | None = None
         self.ready: torch.cuda.Event | None = None
         self.nbytes_copied = 0
-        self.landing: Future[None] | None = None
+        self.landing: Landing | None = None
         self._views: dict[int, dict[str, torch.Tensor]] = {}
 
     def views(self, store: Store) -> dict[str, torch.Tensor]:
@@ -58,54 +67,6 @@ class Slot:
 # One in so many copies is timed, which takes the host as long as the asking for it.
 _TIMED = 8
 
-_Given = SimpleQueue[tuple[Future[None], Callable[[], None], torch.Tensor | None] | None]
-
-
-class _Reader:
-    """A thread that reads what it is given from files, or from memory that is not pinned, in order.
-
-    No pool of Python's: those take a lock of the whole process, which the collector of cycles, when it lets go of an
-    engine, may find taken by the very thread that it interrupts.
-    """
-
-    def __init__(self, at_end: Callable[[], object]) -> None:
-        self._given: _Given = SimpleQueue()
-        threading.Thread(target=_read_on, args=(self._given, at_end), name="bigload-reader", daemon=True).start()
-
-    def submit(self, read: Callable[[], None], memory: torch.Tensor | None = None) -> Future[None]:
-        """Give it something to read, into memory that copies may go on to write for a while after."""
-        done: Future[None] = Future()
-        self._given.put((done, read, memory))
-        return done
-
-    def end(self) -> None:
-        """Let it go when it has read what it was given; nobody waits."""
-        self._given.put(None)
-
-
-def _read_on(given: _Given, at_end: Callable[[], object]) -> None:
-    # The memory of the last two is held, whose copies may go on; staging has two buffers, so no more do.
-    held: deque[torch.Tensor | None] = deque(maxlen=2)
-    while _read_next(given, held):
-        pass
-    at_end()
-
-
-def _read_next(given: _Given, held: deque[torch.Tensor | None]) -> bool:
-    """Read one thing; of it nothing but its memory is held while the next is waited for, least of all the engine."""
-    item = given.get()
-    if item is None:
-        return False
-    done, read, memory = item
-    held.append(memory)
-    try:
-        read()
-    except BaseException as error:
-        done.set_exception(error)
-    else:
-        done.set_result(None)
-    return True
-
 
 class Lane:
     """The way into slots of the host's own memory: a copy is there when it has been asked for.
@@ -117,7 +78,7 @@ class Lane:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.timed_bytes, self.timed_s = 0, 0.0
-        self._reader: _Reader | None = None  # before there is something to read
+        self._background: Background | None = None  # before there is something to bring
 
     def make_slot(self, nbytes: int) -> Slot:
         """Allocate a slot.
@@ -131,14 +92,17 @@ class Lane:
         """Begin to copy a group into a slot that nobody uses; it holds the group from then on."""
         slot.store = None  # until it is whole
         if slot.landing is not None:
-            wait([slot.landing])
+            slot.landing.wait()
             slot.landing = None
         self._order_after_users(slot)
         if self._can_begin_at_once(store):
             self._copy(store.source, slot)
         else:
-            self._reader = self._reader or _Reader(self._wait_for_copies)
-            slot.landing = self._reader.submit(partial(self._land, store, slot), slot.memory)
+            if self._background is None or not self._background.is_there:
+                self._background = Background.start(self._wait_for_copies)
+            landing, ask = Landing(partial(self._land, store, slot), slot.memory), self._background.given.put
+            slot.landing = landing
+            ask(landing)  # a call in C that follows at once: Ctrl-C cannot come between
 
     def _can_begin_at_once(self, store: Store) -> TypeGuard[HostGroup]:
         return isinstance(store, HostGroup)
@@ -152,31 +116,43 @@ class Lane:
     def _land(self, store: Store, slot: Slot) -> None:
         store.read_into(slot.memory)
 
+    def has_failed(self, slot: Slot) -> bool:
+        """Wait until what a thread brings into a slot is there; ask whether it could not be brought."""
+        if slot.landing is None:
+            return False
+        slot.landing.wait()
+        return slot.landing.error is not None
+
     def await_copy(self, slot: Slot) -> None:
         """Let what the caller computes from here on come after the copy into a slot.
 
         Raises:
             OffloadError: the group's files cannot be read.
         """
-        if slot.landing is not None:
-            try:
-                slot.landing.result()
-            except BaseException:
-                slot.store = None
-                raise
+        landing = slot.landing
+        if landing is not None:
+            landing.wait()
             slot.landing = None
+            if landing.error is not None:
+                slot.store = None
+                raise landing.error
+
+    def discard(self, slot: Slot) -> None:
+        """Let go of a slot, whose memory may be another's as soon as what is asked of it now is done."""
+        if slot.landing is not None:
+            slot.landing.wait()
 
     def finish(self) -> None:
-        """Wait until nothing is read, copied, or computed, any more."""
-        if self._reader is not None:
-            self._reader.submit(lambda: None).result()
+        """Wait until nothing is brought, copied, or computed, any more."""
+        if self._background is not None and self._background.is_there:
+            self._background.finish()
         self._wait_for_copies()
 
     def close(self) -> None:
-        """Let the thread that reads files go, and wait for what is copied now: the collector may call this."""
-        reader, self._reader = self._reader, None
-        if reader is not None:
-            reader.end()
+        """Let the thread go, and wait for what is copied now: the collector may call this."""
+        background, self._background = self._background, None
+        if background is not None:
+            background.given.put(None)
         self._wait_for_copies()
 
     def _wait_for_copies(self) -> None:
@@ -210,13 +186,13 @@ class CudaLane(Lane):
 
     def _order_after_users(self, slot: Slot) -> None:
         # Now: a thread may copy much later, when more has been asked for that need not be waited for.
-        slot.freed.clear()
+        # What an earlier copy was to wait for, and failed before it did, is waited for still.
         for number, stream in slot.streams.items():
             event = slot.events.get(number)
             if event is None:
                 event = slot.events[number] = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(stream)
-            slot.freed.append(event)
+            slot.freed[number] = event
         slot.streams.clear()
 
     def _copy(self, source: torch.Tensor, slot: Slot) -> None:
@@ -225,8 +201,9 @@ class CudaLane(Lane):
         self._take_time(slot)
         is_timed = self._turn == 0
         self._turn = (self._turn + 1) % _TIMED
-        for event in slot.freed:
+        for event in slot.freed.values():
             self._stream.wait_event(event)
+        slot.freed.clear()
         with torch.cuda.stream(self._stream):
             if is_timed:
                 slot.begun.record(self._stream)
@@ -261,6 +238,12 @@ class CudaLane(Lane):
             except BaseException:
                 slot.store = None
                 raise
+
+    def discard(self, slot: Slot) -> None:
+        """Let go of a slot; torch's allocator waits for the streams that have used it."""
+        super().discard(slot)
+        for stream in (self._stream, *slot.streams.values()):
+            slot.memory.record_stream(stream)
 
     def _wait_for_copies(self) -> None:
         torch.cuda.synchronize(self.device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -14,12 +13,9 @@ from torch.utils._pytree import tree_map_only
 from .cells import Cell, Leaf, is_quantized
 from .errors import OffloadError
 from .functional import Forward, forward_maker
-from .host import Store
 from .layers import input_gradient, streamed_forward
-from .slots import Slot
-
-# A block in which the weights of a leaf's group are on the device, in the slot that it gives.
-Resident = Callable[[], AbstractContextManager[Slot]]
+from .residency import Residency
+from .slots import Slot, Use
 
 
 class Uncopyable:
@@ -27,8 +23,8 @@ class Uncopyable:
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         raise OffloadError(
-            "a model that gets its weights from host memory as it runs cannot be copied or pickled; "
-            "save its state_dict, or take it off its engine first (remove())"
+            "a model that is given its weights as it runs cannot be copied or pickled; save its state_dict, or bring "
+            "its weights back first (model.offload.remove())"
         )
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
@@ -40,36 +36,39 @@ class OwnForward(Uncopyable):
 
     Attributes:
         own: the forward that it calls.
+        is_over: it was removed, and does nothing else any more.
     """
 
     def __init__(self, path: str, module: nn.Module, own: Callable[..., Any]) -> None:
         self.path, self.module, self.own = path, module, own
+        self.is_over = False
         self._before = module.__dict__.get("forward")
         self.__wrapped__ = own  # for inspect.signature
         vars(module)["forward"] = self
 
     def remove(self) -> None:
-        """Give the module its own forward back."""
-        del vars(self.module)["forward"]
-        if self._before is not None:
-            vars(self.module)["forward"] = self._before
+        """Give the module its own forward back; once more does no harm."""
+        self.is_over = True  # for whoever has put a forward there since that calls this one
+        own = vars(self.module)
+        if own.get("forward") is self and self._before is None:
+            del own["forward"]
+        elif own.get("forward") is self:
+            own["forward"] = self._before
 
 
 class StreamedForward(OwnForward):
     """Runs a leaf with its weights on the device. What autograd keeps is where they come from, never they."""
 
-    def __init__(self, leaf: Leaf, cells: list[Cell], store: Store, held: Resident, placed: Resident) -> None:
+    def __init__(self, leaf: Leaf, cells: list[Cell], weights: Residency) -> None:
         """Take the place of the leaf's own forward.
 
         Args:
             leaf: its module is changed.
             cells: what is streamed of it.
-            store: of its group.
-            held: a block in which the weights are on the device.
-            placed: one in which the leaf's tensors are those on the device, too.
+            weights: what brings them.
         """
         super().__init__(leaf.path, leaf.module, streamed_forward(leaf.module))
-        self._store, self._held, self.placed = store, held, placed
+        self.weights = weights
         self._make_forward = forward_maker(leaf, self.own)
         # Here, not with the slots: what reads into a slot must not keep the model.
         self._forwards: dict[Slot, Forward] = {}
@@ -77,11 +76,14 @@ class StreamedForward(OwnForward):
         self._is_quantized = is_quantized(leaf.module)
         # What these give is never a part of their weights.
         self._gives_its_own = self._is_quantized or type(leaf.module) is nn.Linear
+        self._takes_one = self._is_quantized or self._make_forward is not None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute what the leaf's own forward does."""
         if torch.compiler.is_compiling():
             return _uncompiled(self, args, kwargs)
+        if self.is_over or (self._takes_one and len(args) + len(kwargs) != 1):  # which its own forward refuses
+            return self.own(*args, **kwargs)
         if not torch.is_grad_enabled():
             return self.run(*args, **kwargs)
         if any(parameter.requires_grad for parameter in self._parameters):
@@ -89,7 +91,7 @@ class StreamedForward(OwnForward):
         if self._is_quantized:
             (x,) = (*args, *kwargs.values())
             return _Quantized.apply(self, x, self.module.bias)  # type: ignore[no-untyped-call]
-        with self.placed() as slot:
+        with self.weights.placed() as slot:
             with torch.autograd.graph.saved_tensors_hooks(functools.partial(_pack, slot.memory), self._unpack):
                 out = self.own(*args, **kwargs)
             return _apart(out, slot.memory)
@@ -97,15 +99,22 @@ class StreamedForward(OwnForward):
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Compute what the module's own forward does, without gradients."""
         if self._make_forward is None:
-            with self.placed() as slot:
+            with self.weights.placed() as slot:
                 out = self.own(*args, **kwargs)
                 return out if self._gives_its_own else _apart(out, slot.memory)
         (x,) = (*args, *kwargs.values())
-        with self._held() as slot:
+        use = Use()
+        try:
+            slot = self.weights.hold(use)
             forward = self._forwards.get(slot)
             if forward is None:
-                forward = self._forwards[slot] = self._make_forward(slot.views(self._store))
-            return forward(x)
+                forward = self._forwards[slot] = self._make_forward(slot.views(self.weights.group.store))
+            out = forward(x)
+        finally:
+            if use.slot is not None:  # and at once, see residency.py
+                use.slot.users.discard(use)
+        self.weights.leave()
+        return out
 
     def forget(self, slot: Slot) -> None:
         """Let go of a slot that is no more."""
@@ -114,7 +123,7 @@ class StreamedForward(OwnForward):
     def _unpack(self, saved: Any) -> torch.Tensor:
         if not isinstance(saved, _InSlot):
             return saved  # type: ignore[no-any-return]
-        with self.placed() as slot:
+        with self.weights.placed() as slot:
             return saved.found_in(slot.memory).clone()  # the slot may be another group's before it is used
 
     def _without_gradients(self, *args: Any, **kwargs: Any) -> Any:
@@ -189,7 +198,7 @@ class _Quantized(torch.autograd.Function):
             grad_bias = grad.sum(0, dtype=ctx.bias_dtype) if grad.dim() > 1 else grad.to(ctx.bias_dtype)
         if needs_input:
             streamed = ctx.streamed
-            with streamed.placed():
+            with streamed.weights.placed():
                 grad_input = input_gradient(streamed.module, streamed.own, grad, ctx.dtype)
         return None, grad_input, grad_bias
 
@@ -230,6 +239,8 @@ class HostForward(OwnForward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute on the host; tensors go there and their results come back."""
+        if self.is_over:
+            return self.own(*args, **kwargs)
         if self._require_there is not None:
             self._require_there()
         args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.to("cpu"), (args, kwargs))

@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,8 @@ from .disk import FileGroup
 from .errors import ConfigError, OffloadError
 from .groups import Group, cells_by_leaf, require_owned
 from .host import Store
-from .slots import Slot, lane_to
+from .residency import Residency
+from .slots import Slot, Use, lane_to
 from .streamed import HostForward, OwnForward, StreamedForward, Uncopyable
 from .succession import Step, Succession
 
@@ -47,21 +48,23 @@ class StreamStats:
     gb_per_s: float
 
 
-# Without bitsandbytes' say in what is done to its parameters, in which it has none and which takes Python's time.
-_plainly = torch._C.DisableTorchFunctionSubclass
-
-
-def _refuse_files(group: Group, leaf: Leaf, state: Mapping[str, object], prefix: str, *_: object) -> None:
-    """Refuse a state_dict with weights that lie in files, which are never written.
+def _prepare_to_load(weights: Residency, state: Mapping[str, object], prefix: str, *_: object) -> None:
+    """Make ready to load a state_dict into a leaf, or refuse it.
 
     Raises:
-        OffloadError: says which.
+        OffloadError: its weights lie in files, which are never written, or are on the device for a call.
     """
-    if isinstance(group.store, FileGroup) and any(prefix + name in state for name in leaf.parameters):
+    leaf = weights.leaf
+    if not any(prefix + name in state for name in leaf.parameters):
+        return
+    if isinstance(weights.group.store, FileGroup):
         raise OffloadError(
             f"the weights of {leaf.path!r} lie in files, which a load_state_dict does not change; take the model off "
             "its engine first (model.offload.remove()), then load them"
         )
+    if weights.is_used():
+        raise OffloadError(f"the weights of {leaf.path!r} are on the device for now: load a state_dict when it has run")
+    weights.put_back()
 
 
 _NONE: Mapping[Leaf, FileGroup | None] = {}
@@ -77,63 +80,6 @@ class _Refreshing:
         engine = self._engine()
         if engine is not None:
             engine.forget(self._group)
-
-
-class _Held(AbstractContextManager[Slot]):
-    """Has a leaf's group on the device for one call; gives the slot that it is in."""
-
-    __slots__ = ("_cells", "_engine", "_group", "_leaf", "slot")
-
-    def __init__(self, engine: Engine, group: Group, leaf: Leaf, cells: Sequence[Cell]) -> None:
-        self._engine, self._group, self._leaf, self._cells = engine, group, leaf, cells
-        self.slot: Slot | None = None
-
-    def __enter__(self) -> Slot:
-        try:
-            with self._engine.lock, _plainly():
-                return self._engine.enter(self, self._group, self._leaf, self._cells)
-        except BaseException:
-            self.__exit__()
-            raise
-
-    def __exit__(self, *raised: object) -> None:
-        with self._engine.lock:
-            if self.slot is not None:
-                self.slot.users.discard(self)
-            if raised and raised[0] is None:
-                self._engine.leave(self._group, self._leaf)
-
-
-class _Placed(_Held):
-    """Has the leaf's tensors view the slot as well."""
-
-    __slots__ = ()
-
-    def __enter__(self) -> Slot:
-        slot = super().__enter__()
-        try:
-            with self._engine.lock, _plainly():
-                views = slot.views(self._group.store)
-                for cell in self._cells:
-                    is_first = not cell.users
-                    cell.users.add(self)
-                    if is_first:
-                        cell.is_away = True
-                        cell.put(views[cell.name])
-        except BaseException:
-            self.__exit__()
-            raise
-        return slot
-
-    def __exit__(self, *raised: object) -> None:
-        with self._engine.lock, _plainly():
-            rest = self._group.store.tensors
-            for cell in self._cells:
-                cell.users.discard(self)
-                if cell.is_away and not cell.users:
-                    cell.put(rest[cell.name])
-                    cell.is_away = False
-            super().__exit__(*raised)
 
 
 class Engine(Uncopyable):
@@ -168,7 +114,7 @@ class Engine(Uncopyable):
         if slots < 1:
             raise ConfigError(f"slots is {slots}; expected 1 or more")
         self.groups, self.device = tuple(groups), device
-        self._asked_slots = slots
+        self._asked_slots, self._embeddings = slots, dict(embeddings)
         self._cells = {group: cells_by_leaf(group) for group in groups}
         require_owned(model, self._cells, embeddings)
         self._lane = lane_to(device)
@@ -179,10 +125,11 @@ class Engine(Uncopyable):
         self.lock = threading.RLock()
         self._clock = 0
         self._nbytes = self._fetches = self._demand_fetches = 0
+        self._weights: list[Residency] = []
         self._forwards: list[OwnForward] = []
         self._state_hooks: list[Any] = []
         try:
-            self._take_over(embeddings)
+            self._take_over()
         except BaseException:  # Ctrl-C too: the leaves are as they were
             self._let_go()
             self._lane.close()
@@ -195,39 +142,41 @@ class Engine(Uncopyable):
         for _ in range(min(self._asked_slots, len(self.groups))):
             self._slots.append(self._lane.make_slot(self._slot_nbytes))
 
-    def _take_over(self, embeddings: Mapping[Leaf, FileGroup | None]) -> None:
+    def _take_over(self) -> None:
         for group, by_leaf in self._cells.items():
             for leaf, cells in by_leaf.items():
                 for cell in cells:
                     cell.put(group.store.tensors[cell.name])
-                held, placed = (functools.partial(way, self, group, leaf, cells) for way in (_Held, _Placed))
-                self._forwards.append(StreamedForward(leaf, cells, group.store, held, placed))
+                weights = Residency(self, group, leaf, cells)
+                self._weights.append(weights)
+                self._forwards.append(StreamedForward(leaf, cells, weights))
                 shown, refreshed = functools.partial(self._show_at_rest, group.store), _Refreshing(self, group)
                 self._state_hooks += [
                     leaf.module.register_state_dict_post_hook(shown),  # type: ignore[no-untyped-call]
                     leaf.module._register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
-                        functools.partial(_refuse_files, group, leaf)
+                        functools.partial(_prepare_to_load, weights)
                     ),
                     leaf.module.register_load_state_dict_post_hook(refreshed),  # type: ignore[no-untyped-call]
                 ]
         self._forwards += [
             HostForward(leaf.path, leaf.module, self.device, None if files is None else files.require_unchanged)
-            for leaf, files in embeddings.items()
+            for leaf, files in self._embeddings.items()
         ]
 
     def _let_go(self) -> None:
-        for hook in self._state_hooks:
-            hook.remove()
-        for forward in self._forwards:
-            forward.remove()
-        self._forwards, self._state_hooks = [], []
+        while self._state_hooks:
+            self._state_hooks[-1].remove()
+            self._state_hooks.pop()
+        while self._forwards:
+            self._forwards[-1].remove()
+            self._forwards.pop()
 
     def forget(self, group: Group) -> None:
         """Have a group copied anew when it is next used: its weights at rest may have changed."""
         with self.lock:
             for slot in self._slots:
-                if slot.store is group.store and not slot.users:
-                    slot.store = None
+                if slot.store is group.store:
+                    slot.store = None  # calls that use it go on with what they had
 
     def stats(self) -> StreamStats:
         """Tell what was streamed so far."""
@@ -244,57 +193,71 @@ class Engine(Uncopyable):
         inside = set(module.modules())
         try:
             with ExitStack() as stack:
-                for group, by_leaf in self._cells.items():
-                    for leaf, cells in by_leaf.items():
-                        if leaf.module in inside:
-                            stack.enter_context(_Placed(self, group, leaf, cells))
+                for weights in self._weights:
+                    if weights.leaf.module in inside:
+                        stack.enter_context(weights.placed())
                 yield
         finally:
-            self._trim()
+            with self.lock:
+                self._trim()
 
     def remove(self) -> None:
         """Give the model its weights back, on the device and there to stay, and free the slots and the host memory.
 
+        What is interrupted is finished by a second call.
+
         Raises:
-            OffloadError: a leaf is running.
+            OffloadError: a leaf is running, or a file is not what it was.
             torch.OutOfMemoryError: the device has no room for all; they are streamed still.
         """
         with self.lock:
             if any(slot.users for slot in self._slots):
                 raise OffloadError("leaves are running: the engine cannot be removed from within their forward")
             self._lane.finish()
-            for slot in list(self._slots):
-                self._free(slot)
+            while self._slots:
+                self._free(self._slots[0])
             try:
-                brought = [
-                    (cell, group.store.source_of(cell.name).to(self.device, copy=True))
-                    for group, by_leaf in self._cells.items()
-                    for cell in {cell for cells in by_leaf.values() for cell in cells}
-                ]
-                on_host = [forward.module for forward in self._forwards if isinstance(forward, HostForward)]
-                rows = [(own, own.data.to(self.device)) for module in on_host for own in module.parameters()]
+                brought = self._brought()
             except BaseException:
-                brought = []  # frees what the slots need
                 self._make_slots()
                 raise
-            for cell, tensor in brought:
-                cell.put(tensor)
-            for own, tensor in rows:
-                own.data = tensor
-            for group in self._cells:
-                group.store.release()
+            for put, tensor in brought:
+                put(tensor)
             self._let_go()
-            self._cells = {}
+            while self._cells:
+                group, _ = self._cells.popitem()
+                group.store.release()
             self._close()
 
-    def enter(self, use: _Held, group: Group, leaf: Leaf, cells: Sequence[Cell]) -> Slot:
+    def _brought(self) -> list[tuple[Callable[[torch.Tensor], None], torch.Tensor]]:
+        """Bring all weights to the device; gives each with what puts it into the model.
+
+        Raises:
+            OffloadError: a file is not what it was.
+            torch.OutOfMemoryError: the device has no room.
+        """
+        stores = [group.store for group in self._cells] + [files for files in self._embeddings.values() if files]
+        for store in stores:
+            store.require_unchanged()  # before: a map of a file that was cut short ends the process
+        brought: list[tuple[Callable[[torch.Tensor], None], torch.Tensor]] = []
+        for group, by_leaf in self._cells.items():
+            for cell in {cell for cells in by_leaf.values() for cell in cells}:
+                brought.append((cell.put, group.store.source_of(cell.name).to(self.device, copy=True)))
+        for leaf in self._embeddings:
+            for own in leaf.module.parameters():
+                brought.append((functools.partial(setattr, own, "data"), own.data.to(self.device)))
+        for store in stores:
+            store.require_unchanged()
+        return brought
+
+    def enter(self, use: Use, group: Group, leaf: Leaf, cells: Sequence[Cell]) -> Slot:
         """Bring a group to the device, or find it there, and those that are likely next; under the lock.
 
         Args:
             use: for which; its slot is set.
             group: to bring.
             leaf: of it, that will run.
-            cells: of the leaf.
+            cells: those of the leaf that are parameters.
 
         Raises:
             OffloadError: a weight of the leaf was replaced or moved since, or cannot be read.
@@ -303,10 +266,9 @@ class Engine(Uncopyable):
         step = self._succession.arrive(group, leaf, is_backward=torch._C._current_graph_task_id() != -1)
         rest = group.store.tensors
         for cell in cells:
-            if cell.parameter is not None:
-                cell.require_at_rest(rest[cell.name])
+            cell.require_at_rest(rest[cell.name])
         slot = self._slot_of(group)
-        if slot is None:
+        if slot is None or self._lane.has_failed(slot):  # what could not be read ahead may be there now
             slot = self._free_slot(keep=()) or self._grow()
             self._fetch(group, slot)
             self._demand_fetches += 1
@@ -320,6 +282,7 @@ class Engine(Uncopyable):
         self._lane.await_copy(slot)
         if step is not None:  # what a group's other leaves would fetch has been fetched for its first
             self._prefetch(step, [group])
+            self._trim()
         return slot
 
     def leave(self, group: Group, leaf: Leaf) -> None:
@@ -372,15 +335,15 @@ class Engine(Uncopyable):
         self._nbytes += group.store.layout.nbytes
 
     def _trim(self) -> None:
-        """Free the slots that are too many, when they were needed for once only."""
-        with self.lock:
-            if len(self._slots) <= self._asked_slots:
+        """Free the slots that are more than were asked for, as soon as nobody uses them; under the lock."""
+        while len(self._slots) > self._asked_slots:
+            slot = self._free_slot(keep=())
+            if slot is None:
                 return
-            self._lane.finish()
-            for slot in [slot for slot in self._slots if not slot.users][: len(self._slots) - self._asked_slots]:
-                self._free(slot)
+            self._free(slot)
 
     def _free(self, slot: Slot) -> None:
+        self._lane.discard(slot)
         self._slots.remove(slot)
         for forward in self._forwards:
             if isinstance(forward, StreamedForward):
@@ -389,7 +352,12 @@ class Engine(Uncopyable):
     def _show_at_rest(
         self, store: Store, module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: object
     ) -> None:
-        """Give a state_dict that is taken while a leaf runs the tensors that will not be overwritten."""
+        """Give a state_dict that is taken while a leaf runs the tensors that will not be overwritten.
+
+        Raises:
+            OffloadError: they lie in a file that is not what it was.
+        """
+        store.require_unchanged()
         memories = {slot.memory.untyped_storage().data_ptr() for slot in self._slots}
         for name, tensor in state.items():
             is_own = name.startswith(prefix) and type(tensor) is torch.Tensor

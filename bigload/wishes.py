@@ -84,8 +84,11 @@ def check_map(
     if not isinstance(device_map, Mapping):
         as_place(device_map, must_exist=must_exist)
         return
-    for place in device_map.values():
-        as_place(place, must_exist=must_exist)
+    for path, place in device_map.items():
+        try:
+            as_place(place, must_exist=must_exist)
+        except PlacementError as error:
+            raise PlacementError(f"device_map[{path!r}]: {error}") from error
     names = {name for tensor in tensors for name in tensor.names}
     unknown = [path for path in device_map if path and path not in names and path not in module_names]
     if unknown:

@@ -120,7 +120,7 @@ def test_what_the_page_cache_has_no_room_for_is_dropped_after_reading_and_the_re
         return [in_page_cache(tmp_path / str(index)) for index in range(8)]
 
     assert stay() == [1.0] * 8
-    _drop_from_page_cache(tmp_path / "0")
+    _drop_from_page_cache(*where.values())
     if in_page_cache(tmp_path / "0"):
         pytest.skip("this file system keeps its files in memory")
     spare_page_cache(groups, 3 * 2**20)

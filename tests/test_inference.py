@@ -51,8 +51,11 @@ def refusal(units, devices, homes, rules):
 
 def used(units, placed, devices, rules):
     """Add up what a placement takes of each device and home."""
-    slot = max((u.streamed for u, p in zip(units, placed, strict=True) if p.away), default=0)
-    on_device = [rules.slots * slot] * len(devices)
+    groups = [[] for _ in devices]
+    for unit, place in zip(units, placed, strict=True):
+        if place.away and unit.streamed:
+            groups[place.device].append(unit.streamed)
+    on_device = [min(rules.slots, len(group)) * max(group, default=0) for group in groups]
     homes = {"cpu": 0, "disk": 0}
     for unit, place in zip(units, placed, strict=True):
         on_device[place.device] += unit.staying if place.away else unit.resident
@@ -210,5 +213,5 @@ def test_a_home_too_small_for_the_first_choice_does_not_end_the_search():
 
 
 def test_homes_are_divided_unevenly_where_no_even_division_fits():
-    placed = infer([Item(1, 0, 1, 1), Item(10, 0, 10, 10)], [9], {"cpu": 1, "disk": 10}, Rules(slots=0))
-    assert [place.away for place in placed] in (["cpu", "disk"], [None, "disk"])
+    placed = infer([Item(1, 0, 1, 1), Item(10, 0, 10, 10)], [10], {"cpu": 1, "disk": 10}, Rules(slots=1))
+    assert [place.away for place in placed] == ["cpu", "disk"]

@@ -80,7 +80,8 @@ def assert_at_rest(engine):
     for group, by_leaf in engine._cells.items():
         for cells in by_leaf.values():
             for cell in cells:
-                assert not cell.users
+                assert not cell.is_used()
+                assert not cell.is_away
                 assert cell.get().data_ptr() == group.store.tensors[cell.name].data_ptr()
 
 

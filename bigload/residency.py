@@ -1,0 +1,90 @@
+"""A leaf's weights on the device, for as long as a call of it needs them.
+
+Ctrl-C may come between any two steps of Python, though not before a call of what is written in C that follows at once.
+So a use ends by one such call, and whatever else is left undone then is found and done by the next use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from .cells import Cell, Leaf
+from .groups import Group
+from .slots import Slot, Use
+
+if TYPE_CHECKING:
+    from .streaming import Engine
+
+# Without bitsandbytes' say in what is done to its parameters, in which it has none and which takes Python's time.
+plainly = torch._C.DisableTorchFunctionSubclass
+
+
+class Residency:
+    """Has one leaf's weights on the device."""
+
+    def __init__(self, engine: Engine, group: Group, leaf: Leaf, cells: Sequence[Cell]) -> None:
+        """Describe the leaf.
+
+        Args:
+            engine: that streams it.
+            group: which it is of.
+            leaf: itself.
+            cells: what is streamed of it.
+        """
+        self._engine, self.group, self.leaf, self._cells = engine, group, leaf, cells
+        self._owned = [cell for cell in cells if cell.parameter is not None]
+
+    def hold(self, use: Use) -> Slot:
+        """Bring the weights to the device, if they are not there, until `use` leaves the users of the slot.
+
+        Raises:
+            OffloadError: a weight was replaced or moved since, or cannot be read.
+            torch.OutOfMemoryError: the device has no room.
+        """
+        with self._engine.lock, plainly():
+            return self._engine.enter(use, self.group, self.leaf, self._owned)
+
+    def leave(self) -> None:
+        """Say that a call of the leaf is over, and what comes after it may be brought.
+
+        Raises:
+            torch.OutOfMemoryError: the device has no room.
+        """
+        with self._engine.lock:
+            self._engine.leave(self.group, self.leaf)
+
+    @contextmanager
+    def placed(self) -> Iterator[Slot]:
+        """Have the leaf's tensors be those on the device while the block runs; gives the slot.
+
+        Raises:
+            OffloadError, torch.OutOfMemoryError: as `hold` raises them.
+        """
+        use = Use()
+        try:
+            slot = self.hold(use)
+            with self._engine.lock, plainly():
+                views = slot.views(self.group.store)
+                for cell in self._cells:
+                    cell.take_away(use, views[cell.name])
+            yield slot
+        finally:
+            if use.slot is not None:
+                use.slot.users.discard(use)
+            self.put_back()
+        self.leave()
+
+    def put_back(self) -> None:
+        """Put to rest what no call uses any more."""
+        with self._engine.lock, plainly():
+            rest = self.group.store.tensors
+            for cell in self._cells:
+                cell.put_back(rest[cell.name])
+
+    def is_used(self) -> bool:
+        """Ask whether a call has the leaf's tensors on the device."""
+        return any(cell.is_used() for cell in self._cells)
