@@ -1,0 +1,437 @@
+"""Weights are on the device while a call needs them and at rest after it, whatever comes between."""
+
+import gc
+import os
+import random
+import signal
+import threading
+import time
+import weakref
+
+import pytest
+import torch
+from groups import at_rest, group_of
+from models import equal
+from test_disk import written
+from test_streaming import assert_at_rest, linears, poison, resident, stream, tokens
+from torch import nn
+
+from bigload.cells import Leaf
+from bigload.disk import FileGroup
+from bigload.errors import ConfigError, OffloadError
+from bigload.groups import Group
+from bigload.host import HostGroup
+from bigload.landing import Background, Landing
+from bigload.slots import Lane
+from bigload.streamed import OwnForward
+from bigload.streaming import Engine
+
+
+class Own(nn.Linear):
+    """A layer that must find its weight in itself."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+def pairs(kind, count=4, device="cpu"):
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Sequential(kind(64, 64), kind(64, 64)) for _ in range(count))).to(device)
+
+
+def groups_of(model, device, folder=None):
+    """Let each pair be a group, in host memory or in files."""
+    for index, pair in enumerate(model):
+        leaves = [Leaf(f"{index}.{k}", layer) for k, layer in enumerate(pair)]
+        if folder is None:
+            yield group_of(str(index), leaves, device)
+        else:
+            tensors = {part: tensor for leaf in leaves for part, tensor in leaf.tensors().items()}
+            yield Group(str(index), tuple(leaves), FileGroup(written(tensors, folder / str(index))))
+
+
+@pytest.mark.parametrize("where", ["host", "disk"])
+@pytest.mark.parametrize("kind", [nn.Linear, Own], ids=["direct", "placed"])
+def test_ctrl_c_at_any_moment_leaves_no_user_and_the_next_forward_exact(kind, where, tmp_path):
+    model, x = pairs(kind), torch.randn(3, 64)
+    random.seed(0)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        expected = model(x)
+        engine = Engine(
+            model,
+            list(groups_of(model, torch.device("cpu"), tmp_path if where == "disk" else None)),
+            torch.device("cpu"),
+        )
+        model(x)
+        begun = time.perf_counter()
+        model(x)
+        passed_s = time.perf_counter() - begun
+        before, hits = signal.signal(signal.SIGALRM, interrupt), 0
+        try:
+            for _ in range(300):
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, random.uniform(2e-6, 3 * passed_s))
+                    for _ in range(6):
+                        model(x)
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                except KeyboardInterrupt:
+                    hits += 1
+                assert not any(slot.users for slot in engine._slots)
+                assert equal(model(x), expected)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+    assert hits > 100
+    engine.remove()
+    assert equal(model(x), expected)
+
+
+@pytest.mark.parametrize("end", [True, False], ids=["first out first", "last out first"])
+def test_tensors_go_to_rest_when_the_last_of_two_calls_is_over(device, end):
+    model = resident("nf4", device)
+    engine = stream(model, device, slots=2)
+    weights = engine._weights[0]
+    one, other = weights.placed(), weights.placed()
+    with torch.no_grad():
+        one.__enter__()
+        other.__enter__()
+        memory = engine._slots[0].memory.untyped_storage().data_ptr()
+        (one if end else other).__exit__(None, None, None)
+        assert weights.leaf.module.weight.untyped_storage().data_ptr() == memory
+        (other if end else one).__exit__(None, None, None)
+    assert_at_rest(engine)
+
+
+class Recursive(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, depth):
+        if depth:
+            x = self(x, depth - 1)
+        return self.inner(x) @ self.inner.weight  # after the call within has put its tensors back
+
+
+def test_module_that_runs_within_itself_finds_its_weights_after_that(device):
+    expected = Recursive(nn.Linear(64, 64)).to(device).requires_grad_(False)
+    model = Recursive(nn.Linear(64, 64)).to(device).requires_grad_(False)
+    model.load_state_dict(expected.state_dict())
+    group = group_of("whole", [Leaf("", model, ("inner.weight", "inner.bias"))], device)
+    poison(group)
+    engine = Engine(model, [group], device)
+    x = torch.randn(3, 64, device=device)
+    assert equal(model(x, 2), expected(x, 2))
+    assert_at_rest(engine)
+
+
+def test_state_dict_is_not_loaded_into_weights_that_are_on_the_device(device):
+    model, other = resident("fp32", device), resident("fp32", device)
+    with torch.no_grad():
+        other.transformer["h"][0].attn.c_attn.weight.mul_(2)
+    engine = stream(model, device, poisoned=False)
+    with engine.materialize(model.transformer["h"][0]), pytest.raises(OffloadError, match="on the device for now"):
+        model.load_state_dict(other.state_dict())
+    model.load_state_dict(other.state_dict())
+    assert equal(model(tokens(device)), other(tokens(device)))
+
+
+def test_state_dict_that_is_loaded_while_a_group_is_used_counts_for_the_next_call(device):
+    model = pairs(nn.Linear, device=device).requires_grad_(False)
+    engine = Engine(model, list(groups_of(model, device)), device, slots=4)
+    x, twice = torch.randn(3, 64, device=device), pairs(nn.Linear, device=device).requires_grad_(False)
+    for parameter in twice.parameters():
+        parameter.data.mul_(2)
+    model(x)
+    with engine._weights[1].placed():  # of the first group, whose other leaf is loaded
+        model[0][0].load_state_dict(twice[0][0].state_dict())
+    assert equal(model[0][0](x), twice[0][0](x))
+
+
+STEPS = ["put", "rows", "let go", "release"]
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize("step", STEPS)
+def test_remove_that_was_interrupted_is_finished_by_a_second(step, at, device, monkeypatch):
+    expected, model = resident("nf4", device), resident("nf4", device)
+    engine = stream(model, device)
+    model(tokens(device))
+    owner, name = {
+        "put": (type(next(iter(engine._cells[engine.groups[0]].values()))[0]), "put"),
+        "rows": (HostGroup, "source_of"),
+        "let go": (OwnForward, "remove"),
+        "release": (HostGroup, "release"),
+    }[step]
+    own, left = getattr(owner, name), [at]
+
+    def failing(*args):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return own(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, failing)
+        with pytest.raises(KeyboardInterrupt):
+            engine.remove()
+    engine.remove()
+    assert equal(model(tokens(device)), expected(tokens(device)))
+    assert all(parameter.device == device for parameter in model.parameters())
+    assert not any(isinstance(vars(module).get("forward"), OwnForward) for module in model.modules())
+
+
+@pytest.mark.parametrize("damage", ["cut short", "written again in place"])
+@pytest.mark.parametrize("way", ["remove", "state_dict"])
+def test_weights_are_not_taken_from_a_file_that_is_not_what_it_was(way, damage, device, tmp_path):
+    """Cut short it would end the process, which maps it."""
+    model = pairs(nn.Linear, device=device).requires_grad_(False)
+    x = torch.randn(3, 64, device=device)
+    expected = model(x)
+    engine = Engine(model, list(groups_of(model, device, tmp_path)), device)
+    file = tmp_path / "2"
+    content = file.read_bytes()
+    time.sleep(0.02)  # as coarse as some clocks of file systems
+    with file.open("r+b") as opened:
+        if damage == "cut short":
+            opened.truncate(100)
+        else:
+            opened.write(bytes(len(content)))
+    take = engine.remove if way == "remove" else model.state_dict
+    with pytest.raises(OffloadError, match=r"'2\.0\.weight' cannot be read"):
+        take()
+    assert len(engine._slots) == 2
+    if damage == "written again in place":
+        stat = file.stat()
+        file.write_bytes(content)
+        os.utime(file, ns=(stat.st_atime_ns, next(iter(engine.groups[2].store._stamps.values()))[2]))
+        take()
+        assert equal(model(x), expected)
+
+
+def test_what_could_not_be_read_ahead_is_read_when_it_is_needed(device, tmp_path):
+    model = pairs(nn.Linear, device=device).requires_grad_(False)
+    x = torch.randn(3, 64, device=device)
+    expected = model(x)
+    Engine(model, list(groups_of(model, device, tmp_path)), device)
+    for _ in range(2):
+        assert equal(model(x), expected)
+    away = [tmp_path / str(n) for n in (2, 3)]
+    for file in away:
+        file.rename(file.with_suffix(".away"))
+    model[0](x)
+    model[1](x)  # those after it are asked for
+    time.sleep(0.1)
+    for file in away:
+        file.with_suffix(".away").rename(file)
+    assert equal(model(x), expected)
+
+
+def test_slot_that_was_used_last_is_the_last_to_be_filled_again(device):
+    model = pairs(nn.Linear, 5, device).requires_grad_(False)
+    engine = Engine(model, list(groups_of(model, device)), device, slots=3)
+    x = torch.randn(3, 64, device=device)
+    for index in (0, 1, 2, 3, 4) * 2:
+        model[index](x)
+    stores = {group.store: group.name for group in engine.groups}
+    assert {stores[slot.store] for slot in engine._slots} == {"0", "1", "2"}  # what comes next, and nothing twice
+    before = engine.stats()
+    for index in (0, 1, 2):
+        model[index](x)
+    after = engine.stats()
+    assert after.demand_fetches == before.demand_fetches
+
+
+def test_slots_that_were_needed_at_once_are_let_go_of(device):
+    model = pairs(Own, device=device).requires_grad_(False)
+    engine = Engine(model, list(groups_of(model, device)), device, slots=1)
+    with engine._weights[0].placed(), engine._weights[2].placed(), engine._weights[4].placed():
+        assert engine.stats().slots == 3
+        memories = [weakref.ref(slot.memory) for slot in engine._slots]
+    x = torch.randn(3, 64, device=device)
+    model(x)
+    assert engine.stats().slots == 1
+    gc.collect()
+    assert sum(memory() is not None for memory in memories) == 1
+
+
+def test_removed_engine_holds_neither_host_memory_nor_slots(device):
+    model = resident("nf4", device)
+    engine = stream(model, device, poisoned=False)
+    model(tokens(device))
+    mappings = [weakref.ref(group.store._mapping) for group in engine.groups]
+    slots = [weakref.ref(slot.memory) for slot in engine._slots]
+    engine.remove()
+    gc.collect()
+    assert not any(mapping() for mapping in mappings)
+    assert not any(memory() is not None for memory in slots)
+
+
+def test_engine_without_a_slot_is_refused(device):
+    model = resident("fp32", device)
+    with pytest.raises(ConfigError, match="slots is 0"):
+        stream(model, device, slots=0)
+
+
+def test_order_in_backward_is_learned_apart_from_that_of_forward(device):
+    """Of ten groups in two directions only the first is waited for, and where the direction turns, at first."""
+    model = pairs(nn.Linear, 5, device).requires_grad_(False)
+    engine = Engine(model, list(groups_of(model, device)), device)
+    x = torch.randn(3, 64, device=device, requires_grad=True)
+    demanded = []
+    for _ in range(4):
+        model(x).square().sum().backward()
+        demanded.append(engine.stats().demand_fetches)
+    assert demanded[-1] == demanded[-2]
+
+
+def test_each_thread_has_a_place_of_its_own(device):
+    model = pairs(nn.Linear, 6, device).requires_grad_(False)
+    engine = Engine(model, list(groups_of(model, device)), device, slots=6)
+    x = torch.randn(3, 64, device=device)
+    for _ in range(2):
+        model(x)
+    ahead = dict(engine._succession._next)
+    barrier = threading.Barrier(2)
+
+    def run(order):
+        for index in order:
+            barrier.wait(10)
+            model[index](x)
+
+    threads = [threading.Thread(target=run, args=(order,)) for order in ((0, 1, 2), (3, 4, 5))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert engine._succession._next == ahead
+
+
+def test_wrong_count_of_arguments_is_the_layers_own_error(device):
+    model = resident("nf4", device)
+    stream(model, device)
+    layer, x = model.transformer["h"][0].attn.c_attn, torch.randn(2, 64, device=device)
+    for context in (torch.no_grad(), torch.enable_grad()):
+        with context, pytest.raises(TypeError, match="positional argument"):
+            layer(x, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", ["int8", "nf4", "nf4-dq"])
+def test_inputs_of_other_dtypes_give_what_the_layer_itself_gives(mode, dtype, device):
+    expected, model = resident(mode, device), resident(mode, device)
+    stream(model, device)
+    for leaf, layer in zip(linears(model, "transformer.h"), linears(expected, "transformer.h"), strict=True):
+        x = torch.randn(2, layer.module.in_features, device=device).to(dtype)
+        with torch.no_grad():
+            assert equal(leaf.module(x), layer.module(x)), leaf.path
+
+
+def test_threshold_of_int8_that_is_changed_counts(device):
+    expected, model = resident("int8", device), resident("int8", device)
+    stream(model, device)
+    x = torch.randn(2, 64, device=device)
+    x[:, 3] = 30
+    for threshold in (0.0, 6.0, 0.0):
+        for each in (expected, model):
+            each.transformer["h"][0].attn.c_attn.state.threshold = threshold
+        with torch.no_grad():
+            assert equal(model.transformer["h"][0].attn.c_attn(x), expected.transformer["h"][0].attn.c_attn(x))
+
+
+def test_forward_that_another_wrapped_around_ours_runs_after_it_was_removed(device):
+    expected, model = resident("nf4", device), resident("nf4", device)
+    engine = stream(model, device)
+    layer = model.transformer["h"][0].attn.c_attn
+    ours = layer.forward
+    layer.forward = lambda x: ours(x)
+    engine.remove()
+    assert equal(model(tokens(device)), expected(tokens(device)))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_forked_process_reads_for_itself(tmp_path):
+    cpu = torch.device("cpu")
+    model = pairs(nn.Linear).requires_grad_(False)
+    x = torch.randn(3, 64)
+    expected = model(x)
+    Engine(model, list(groups_of(model, cpu, tmp_path)), cpu)
+    model(x)
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        os._exit(0 if equal(model(x), expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+# The thread that brings what must be read.
+
+
+def test_copies_wait_for_what_is_read_into_their_slot(tmp_path):
+    """A mixed engine of one slot: what is read slowly must not land on what was copied after it."""
+    cpu = torch.device("cpu")
+    lane, gate = Lane(cpu), threading.Event()
+    slot = lane.make_slot(64)
+    slow = FileGroup(written({"a": torch.zeros(16)}, tmp_path / "slow"))
+    own = slow.read_into
+    slow.read_into = lambda memory: (gate.wait(10), own(memory))
+    lane.copy(slow, slot)
+    threading.Timer(0.1, gate.set).start()
+    lane.copy(at_rest({"a": torch.ones(16)}, cpu), slot)
+    lane.finish()
+    assert equal(slot.memory.view(torch.float32)[:16], torch.ones(16))
+
+
+def test_finish_waits_for_all_and_nothing_of_it_is_held():
+    done, begun = [], Background.start(lambda: None)
+    memories = [torch.zeros(4) for _ in range(3)]
+    held = [weakref.ref(memory) for memory in memories]
+    while memories:
+        memory = memories.pop()
+        begun.given.put(Landing(lambda: (time.sleep(0.02), done.append(1)), memory))
+    del memory
+    begun.finish()
+    assert done == [1, 1, 1]
+    assert not any(memory() is not None for memory in held)
+    begun.given.put(None)
+
+
+def test_error_of_a_landing_is_its_waiters():
+    def fail():
+        raise ValueError("injected")
+
+    begun, landing = Background.start(lambda: None), Landing(fail)
+    begun.given.put(landing)
+    for _ in range(2):
+        landing.wait()
+        assert isinstance(landing.error, ValueError)
+    begun.given.put(None)
+
+
+@pytest.mark.cuda
+def test_copy_that_failed_is_waited_for_by_the_next_into_its_slot(tmp_path):
+    """The kernels that read the slot are to be done before the copy that succeeds, too."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    gpu = torch.device("cuda", 0)
+    model = pairs(nn.Linear, device=gpu).requires_grad_(False)
+    x = torch.randn(3, 64, device=gpu)
+    expected, first = model(x), model[0](x)
+    engine = Engine(model, list(groups_of(model, gpu, tmp_path)), gpu)
+    assert equal(model(x), expected)
+    torch.cuda.synchronize()
+    file = tmp_path / "2"
+    file.rename(tmp_path / "away")
+    model[0](x)
+    torch.cuda._sleep(int(3e7))  # what uses the first slot is late
+    found = model[0](x)
+    model[1](x)  # asks for the third group, in the slot of the first, in vain
+    engine._lane._background.finish()
+    (tmp_path / "away").rename(file)
+    model[2](x)
+    assert equal(found, first)
+    assert equal(model(x), expected)
