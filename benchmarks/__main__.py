@@ -202,18 +202,18 @@ def _plans(options: argparse.Namespace) -> None:
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="results of `load` or `limits`")
-    parser.add_argument("--brief", action="store_true", help="only the seconds of loads, as the README has them")
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="results of `load`, `offload` or `limits`")
+    parser.add_argument("--brief", action="store_true", help="only the seconds, as the README has them")
     parser.add_argument("--charts", type=Path, metavar="DIR", help="draw charts into this folder too; needs matplotlib")
     parser.set_defaults(run=_report)
 
 
 def _report(options: argparse.Namespace) -> None:
-    from .report import draw, markdown, summary
+    from .report import brief, draw, markdown
 
     results = [(file.stem, json.loads(file.read_text())) for file in options.files]
     if options.brief:
-        print("\n\n".join(summary(result) for _, result in results))
+        print("\n\n".join(brief(result) for _, result in results))
         return
     print("\n\n".join(markdown(name, result) for name, result in results))
     if options.charts:

@@ -68,6 +68,32 @@ def offload_table(result: Result) -> str:
     return "\n".join(lines)
 
 
+def brief(result: Result) -> str:
+    """Write what the README has of a `load` or an `offload`."""
+    return summary(result) if result["benchmark"] == "load" else offload_summary(result)
+
+
+def offload_summary(result: Result) -> str:
+    """Write an `offload` in a line for each choice of blocks: what the link allows, and each peer's seconds of a token."""
+    link = result["limits"]["link_gb_per_s"]
+    away = [row for row in result["rows"] if row["offloaded"]]
+    peers = [peer for peer in PEERS if any(row["peer"] == peer for row in away)]
+    heads = [f"blocks off the {result['device']}", "the link allows", *peers, "GPU memory"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for case in dict.fromkeys((row["mode"], row["offloaded"], row["where"]) for row in away):
+        rows = {row["peer"]: row for row in away if (row["mode"], row["offloaded"], row["where"]) == case}
+        own = rows.get("bigload", {})
+        allowed = own["streamed_bytes"] / link / 1e9 if own.get("streamed_bytes") and link else None
+        seconds = [
+            _figure(found, "{:.3f} s") or "-" for found in (allowed, *(rows.get(p, {}).get("step_1_s") for p in peers))
+        ]
+        held = _figure(own.get("gpu_held_gib"), "{:.2f} GiB") or "-"
+        lines.append(
+            "| " + " | ".join([f"{case[0]}, {_whereabouts(next(iter(rows.values())))}", *seconds, held]) + " |"
+        )
+    return "\n".join(lines)
+
+
 def _whereabouts(row: Row) -> str:
     where = {"disk": ", on the disk", "fp32": ", in fp32 on the CPU"}.get(row["where"], "")
     return f"{row['offloaded']}{where}"

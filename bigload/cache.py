@@ -25,10 +25,8 @@ from .bnb import library
 from .checkpoint import read_header
 from .disk import FilePart
 from .errors import CheckpointError, OffloadError, PlacementError
-from .formats import Plain
 from .keys import Source
 from .placement import PlannedTensor
-from .prequantized import QuantizedTensor
 from .stored import LazyTensor, StoredTensor
 
 logger = logging.getLogger(__name__)
@@ -61,9 +59,9 @@ class WeightCache:
         Raises:
             PlacementError: they have, and there is no folder for them.
         """
-        in_place = _in_place(planned)
-        if in_place is not None:
-            return {"weight": in_place}
+        stored = planned.stored_as_is
+        if stored is not None:
+            return {"weight": FilePart(stored.file, stored.offset, planned.format.parts(planned.shape)["weight"])}
         if self._folder is None:
             raise PlacementError(
                 f"'{planned.tensor.name}' is to rest on the disk, and not as the checkpoint has it: name an "
@@ -165,19 +163,6 @@ def _header_of(file: Path) -> str:
         begin = opened.read(8)
         length = int.from_bytes(begin, "little") if file.suffix == ".safetensors" else 0
         return hashlib.sha256(begin + opened.read(length)).hexdigest()
-
-
-def _in_place(planned: PlannedTensor) -> FilePart | None:
-    """Find a tensor that the checkpoint has just as it is to be."""
-    if len(planned.sources) != 1 or not isinstance(planned.format, Plain):
-        return None
-    (source,) = planned.sources
-    tensor = source.tensor
-    if isinstance(tensor, (torch.Tensor, LazyTensor, QuantizedTensor)) or source.region or source.transposed:
-        return None
-    part = planned.format.parts(planned.shape)["weight"]
-    is_the_same = (tensor.dtype, tuple(tensor.shape)) == part[:2]
-    return FilePart(tensor.file, tensor.offset, part) if is_the_same else None
 
 
 def _found(path: Path, planned: PlannedTensor) -> dict[str, FilePart] | None:

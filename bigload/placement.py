@@ -16,6 +16,7 @@ from .formats import Format, FourBit, Int8, Plain
 from .keys import Source
 from .modules import ModelTensor, matches
 from .prequantized import QuantizedTensor
+from .stored import LazyTensor, StoredTensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +45,18 @@ class PlannedTensor:
     def nbytes(self) -> int:
         """Bytes in its home."""
         return formats.nbytes(self.format, self.shape)
+
+    @property
+    def stored_as_is(self) -> StoredTensor | None:
+        """The checkpoint's tensor, where that is just what this one is to be."""
+        if len(self.sources) != 1 or not isinstance(self.format, Plain):
+            return None
+        (source,) = self.sources
+        tensor = source.tensor
+        if isinstance(tensor, (torch.Tensor, LazyTensor, QuantizedTensor)) or source.region or source.transposed:
+            return None
+        is_the_same = (tensor.dtype, tuple(tensor.shape)) == tuple(self.format.parts(self.shape)["weight"])
+        return tensor if is_the_same else None
 
     def on_cpu(self) -> PlannedTensor:
         """Give the same tensor as the CPU computes with it: in float32, and not quantized."""

@@ -147,6 +147,11 @@ def _placed(
         raise ConfigError(
             "int8-training trains its weights, which must be on the device that computes: leave none off it"
         )
+    homeless = [p.tensor.name for p in made if p.home == "disk" and p.stored_as_is is None]
+    if homeless and wishes.offload_folder is None:
+        raise PlacementError(
+            f"{listed(homeless)}: to rest on the disk, and not as the checkpoint has them: name an offload_folder"
+        )
     quantized = [
         planned.tensor.name for planned in made if is_mixed and planned.device == CPU and _is_quantized(planned)
     ]

@@ -7,6 +7,8 @@ import torch
 from models import GPT, empty, llama, save_checkpoint
 
 from bigload import OffloadError, PlacementError, cache, load_and_quantize_model, plan_device_map, quantize_checkpoint
+from bigload.keys import Source
+from bigload.stored import StoredTensor
 
 TOKENS = torch.arange(10).view(2, 5)
 BLOCKS = [f"transformer.h.{n}" for n in range(4)]
@@ -60,6 +62,77 @@ def test_what_rests_on_the_disk_gives_the_same_bits_and_is_quantized_once(tmp_pa
     assert files(tmp_path) == made
     model.offload.remove()
     assert torch.equal(logits(model, device), logits(whole, device))
+
+
+def test_parts_of_one_tensor_have_files_of_their_own(tmp_path):
+    """As the experts of a layer, which some checkpoints hold stacked; and a weight and its transpose."""
+    stored = StoredTensor("experts", tmp_path / "0.safetensors", torch.bfloat16, (2, 64, 64), 8, 2 * 64 * 64 * 2)
+    stored.file.write_bytes(bytes(stored.offset + stored.nbytes))
+    known = cache.WeightCache(tmp_path / "cache", torch.bfloat16)
+    sources = [
+        Source(stored),
+        Source(stored, region=(slice(0, 1),)),
+        Source(stored, region=(slice(1, 2),)),
+        Source(stored, transposed=True),
+    ]
+    assert len({str(known._origin(source)) for source in sources}) == 4
+
+
+def test_files_may_be_read_by_whoever_may_read_what_this_user_writes(tmp_path, device):
+    folder = save_checkpoint(build().bfloat16(), tmp_path / "source")
+    (tmp_path / "plain").touch()
+    loaded(folder, device, tmp_path)
+    modes = {path.stat().st_mode for path in (tmp_path / "cache").iterdir()}
+    assert modes == {(tmp_path / "plain").stat().st_mode}
+
+
+def test_file_that_may_not_be_read_is_no_damaged_one(tmp_path, device, monkeypatch):
+    folder = save_checkpoint(build().bfloat16(), tmp_path / "source")
+    loaded(folder, device, tmp_path)
+    made = files(tmp_path)
+
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(cache, "read_header", refused)
+    with pytest.raises(OffloadError, match="is another's, and cannot be read"):
+        loaded(folder, device, tmp_path)
+    assert files(tmp_path) == made
+
+
+def test_what_was_left_behind_long_ago_is_swept_out(tmp_path, device):
+    folder = save_checkpoint(build().bfloat16(), tmp_path / "source")
+    there = tmp_path / "cache"
+    there.mkdir()
+    names = ["a.safetensors.1.2.partial", ".tmpAb12Cd", "b.safetensors.1.2.partial", "mine.txt"]
+    for name in names:
+        (there / name).touch()
+        if name[0] != "b":
+            os.utime(there / name, (0, 0))
+    loaded(folder, device, tmp_path)
+    assert [name for name in names if (there / name).exists()] == names[2:]
+
+
+def test_page_cache_is_spared_for_what_it_has_room_for(tmp_path, device, monkeypatch):
+    from bigload import offloading
+
+    folder = save_checkpoint(build().bfloat16(), tmp_path / "source")
+    whole = loaded(folder, device, tmp_path)
+    groups = [group.store for engine in whole.offload._engines for group in engine.groups]
+    assert all(group.stays_in_page_cache for group in groups)
+    monkeypatch.setattr(offloading, "free_bytes", lambda place: 2 * sum(group.layout.nbytes for group in groups[:2]))
+    model = loaded(folder, device, tmp_path)
+    stay = [group.store.stays_in_page_cache for engine in model.offload._engines for group in engine.groups]
+    assert stay == [True, False, True, False]
+    assert torch.equal(logits(model, device), logits(whole, device))
+
+
+def test_map_that_needs_a_folder_is_refused_when_it_is_planned(tmp_path):
+    folder = save_checkpoint(build().bfloat16(), tmp_path / "source")
+    places = {"": "cpu"} | dict.fromkeys(BLOCKS, "disk")
+    with pytest.raises(PlacementError, match="name an offload_folder"):
+        plan_device_map(empty(build), "nf4", folder, device_map=places)
+    assert plan_device_map(empty(build), PLAIN, folder, device_map=places)
 
 
 def test_another_map_finds_what_was_quantized(tmp_path, device):

@@ -165,6 +165,29 @@ def test_what_was_moved_without_gradients_is_moved_anew_for_them(moves):
     assert sum(tensor is mask for tensor, _ in moves) == 2
 
 
+def test_caches_that_go_into_blocks_in_float32_keep_their_dtype(moves):
+    class Held(nn.Module):
+        _skip_keys_device_placement = "held"
+
+        def forward(self, x, held, other):
+            self.seen = held.dtype, other.dtype
+            return x
+
+    class Holding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.ModuleList([nn.Identity(), Held()])
+
+        def forward(self, x):
+            half = torch.ones(1, dtype=torch.bfloat16)
+            return self.parts[1](self.parts[0](x), held=half, other=half)
+
+    model = Holding()
+    connect(model, {"parts.0": META, "parts.1": CPU}, ["parts.1"], torch.bfloat16)
+    model(torch.ones(2, 4, dtype=torch.bfloat16))
+    assert model.parts[1].seen == (torch.bfloat16, torch.float32)
+
+
 def test_caches_in_outputs_stay_where_they_are(moves):
     class Giving(Stack):
         _skip_keys_device_placement = "held"

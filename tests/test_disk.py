@@ -4,6 +4,7 @@ import ctypes
 import mmap
 import os
 import threading
+import time
 import weakref
 from concurrent.futures import thread as pools
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from models import assert_same_bits, equal
 from test_streaming import MODES, linears, resident, tokens
 
+from bigload.aio import Reads
 from bigload.disk import FileGroup, FilePart, _drop_from_page_cache, spare_page_cache
 from bigload.errors import OffloadError
 from bigload.groups import Group
@@ -82,6 +84,63 @@ def test_lost_file_gives_a_clear_error_and_when_it_is_back_the_model_runs(way, d
     (tmp_path / "aside").replace(file)
     for _ in range(2):
         assert equal(model(tokens(device)), expected(tokens(device)))
+
+
+@pytest.mark.parametrize("same", ["inode", "time"])
+def test_file_that_is_not_the_one_that_was_is_told_by_its_inode_or_its_time(same, tmp_path):
+    group = FileGroup(written({"weight": torch.ones(64)}, tmp_path / "0"))
+    stat, content = (tmp_path / "0").stat(), (tmp_path / "0").read_bytes()
+    if same == "inode":
+        time.sleep(0.02)
+        with (tmp_path / "0").open("r+b") as file:
+            file.write(bytes(len(content)))
+    else:
+        (tmp_path / "new").write_bytes(bytes(len(content)))
+        os.utime(tmp_path / "new", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        (tmp_path / "new").replace(tmp_path / "0")
+    with pytest.raises(OffloadError, match="written again since"):
+        group.read_into(torch.empty(256, dtype=torch.uint8))
+
+
+def test_what_comes_in_pieces_is_read_to_its_end(tmp_path, monkeypatch):
+    """The system may give less than was asked for."""
+    values = torch.arange(2**18, dtype=torch.float32)
+    group = FileGroup(written({"weight": values}, tmp_path / "0"))
+    begin, asked = Reads.begin, []
+
+    def less(self, file, buffers, offset):
+        asked.append(len(buffers[0]))
+        return begin(self, file, [buffers[0][: max(1, len(buffers[0]) // 3)]], offset)
+
+    monkeypatch.setattr(Reads, "begin", less)
+    memory = torch.zeros(values.nbytes, dtype=torch.uint8)
+    group.read_into(memory)
+    assert equal(memory.view(torch.float32), values)
+    assert len(asked) > 5
+
+
+def test_groups_of_one_file_map_it_once(tmp_path):
+    where = written({"a": torch.ones(2**12), "b": torch.ones(2**12)}, tmp_path / "shard")
+    groups = [FileGroup({name: part}) for name, part in where.items()]
+    assert equal(groups[0].tensors["a"], groups[1].tensors["b"])
+    assert Path("/proc/self/maps").read_text().count(str(tmp_path / "shard")) == 1
+
+
+def test_of_a_file_with_several_groups_only_those_that_have_no_room_are_dropped(tmp_path):
+    where = written({str(index): torch.randn(2**18) for index in range(4)}, tmp_path / "shard")
+    with (tmp_path / "shard").open("rb") as file:
+        os.fsync(file.fileno())
+    groups = [FileGroup({name: part}) for name, part in where.items()]
+    memory = torch.empty(2**20, dtype=torch.uint8)
+    groups[0].read_into(memory)
+    _drop_from_page_cache(where["0"])
+    if in_page_cache(tmp_path / "shard") == 1:
+        pytest.skip("this file system keeps its files in memory")
+    spare_page_cache(groups, 3 * 2**20)
+    assert [group.stays_in_page_cache for group in groups] == [True, True, True, False]
+    for group in groups:
+        group.read_into(memory)
+    assert 0.7 < in_page_cache(tmp_path / "shard") < 0.8
 
 
 def test_file_that_is_missing_or_too_short_at_the_start_is_refused(tmp_path):

@@ -48,6 +48,13 @@ def test_in_the_models_own_float32_the_faster_way_to_memory_wins(rates):
         assert where(plan.execution_map) == device
 
 
+def test_flag_that_says_it_is_not_second_guessed(monkeypatch):
+    monkeypatch.setattr("bigload.execution._rates", lambda device: pytest.fail("measured"))
+    config = {"load_in_4bit": True, "llm_int8_enable_fp32_cpu_offload": True, "torch_dtype": "bf16"}
+    plan = plan_device_map(GPT().bfloat16(), config, device_map=MAP, offload=AUTO)
+    assert where(plan.execution_map) == CPU
+
+
 def test_without_a_measurement_the_gpu_computes(rates):
     rates()
     plan = plan_device_map(GPT().bfloat16(), "nf4", device_map=MAP, offload=AUTO)

@@ -4,13 +4,15 @@ On the CPU the "device" is the CPU too: a plan is changed so that blocks rest in
 """
 
 import dataclasses
+import gc
 
 import pytest
 import torch
 from models import GPT, empty, llama, save_checkpoint
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
-from bigload import OffloadConfig, PlacementError, load_and_quantize_model, planning
+from bigload import ConfigError, OffloadConfig, PlacementError, load_and_quantize_model, planning
 from bigload.plan import PlacedUnit
 
 CPU = torch.device("cpu")
@@ -54,6 +56,7 @@ def built(kind):
 
 
 BLOCKS = {"gpt": [f"transformer.h.{n}" for n in range(4)], "llama": [f"model.layers.{n}" for n in range(4)]}
+FP32 = {"load_in_4bit": True, "skip_modules": ["*"], "torch_dtype": "fp32"}
 EMBEDDING = {"gpt": "transformer.wte", "llama": "model.embed_tokens"}
 MODES = ["nf4", "nf4-dq", "fp4", "int8", {"load_in_4bit": True, "skip_modules": ["*"], "torch_dtype": "bf16"}]
 
@@ -186,21 +189,114 @@ def test_blocks_in_fp32_on_the_cpu(tmp_path, mode):
     config |= {"load_in_8bit": True} if mode == "int8" else {"load_in_4bit": True}
     model = load_and_quantize_model(empty(build), config, folder, device_map={"": 0, "model.layers.2": "cpu"})
     block = model.model.layers[2]
-    original = torch.nn.Module.state_dict(
-        load_and_quantize_model(
-            empty(build), {"load_in_4bit": True, "skip_modules": ["*"], "torch_dtype": "fp32"}, folder, device_map="cpu"
-        )
-    )
+    original = torch.nn.Module.state_dict(load_and_quantize_model(empty(build), FP32, folder, device_map="cpu"))
     for name, value in block.state_dict().items():
         assert value.dtype == torch.float32
         assert value.device == CPU
         assert torch.equal(value, original[f"model.layers.2.{name}"])
-    whole = load_and_quantize_model(empty(build), config, folder, device_map=0)
-    close = torch.nn.functional.cosine_similarity(
-        logits(model, TOKENS, "cuda").float().flatten(), logits(whole, TOKENS, "cuda").float().flatten(), dim=0
+    held = {id(tensor.untyped_storage()) for tensor in _on_gpu()}
+    assert not held & {id(tensor.untyped_storage()) for tensor in (*block.parameters(), *block.buffers())}
+    seen = []
+    block.register_forward_hook(lambda _, args, kwargs, out: seen.append((args, kwargs, out)), with_kwargs=True)
+    found = logits(model, TOKENS, "cuda")
+    assert found.dtype == torch.bfloat16
+    ((args, kwargs, out),) = seen
+    exact = load_and_quantize_model(empty(build), FP32, folder, device_map="cpu").eval()
+    args, kwargs = tree_map_only(
+        torch.Tensor,
+        lambda tensor: tensor.float().cpu() if tensor.is_floating_point() else tensor.cpu(),
+        (args, kwargs),
     )
-    assert close > 0.99
-    assert logits(model, TOKENS, "cuda").dtype == torch.bfloat16
+    with torch.no_grad():
+        alone = exact.model.layers[2](*args, **(kwargs | {"past_key_values": None}))
+    assert torch.equal(out.cpu().to(torch.float32), alone.to(torch.bfloat16).to(torch.float32))
+    whole = load_and_quantize_model(empty(build), config, folder, device_map=0)
+    wanted = logits(exact, TOKENS, "cpu")
+    error, quantized = ((one.float().cpu() - wanted).norm() for one in (found, logits(whole, TOKENS, "cuda")))
+    assert error < 1.1 * quantized  # of what a whole model in this mode is off by
+
+
+def _on_gpu():
+    return [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and each.is_cuda]
+
+
+@pytest.mark.parametrize("slots", [1, 2, 5])
+def test_plan_counts_the_slots_that_there_are(tmp_path, options, slots):
+    """No more than blocks: of one block, one."""
+    build = built("gpt")
+    folder = save_checkpoint(build().bfloat16(), tmp_path)
+    for names in (BLOCKS["gpt"][:1], BLOCKS["gpt"]):
+        model = load_and_quantize_model(
+            empty(build), "nf4", folder, offload=OffloadConfig(slots=slots), **options(*names)
+        )
+        planned = {account.place.type: account.ring for account in model.offload.plan.accounts}
+        held = sum(slot.memory.nbytes for engine in model.offload._engines for slot in engine._slots)
+        assert planned["cuda" if torch.cuda.is_available() else "cpu"] == held
+        model.offload.remove()
+
+
+def test_host_memory_is_that_of_the_bytes_and_each_byte_is_read_once(tmp_path, device, options):
+    build = built("gpt")
+    folder = save_checkpoint(build().bfloat16(), tmp_path)
+    whole = load_and_quantize_model(empty(build), "nf4", folder, device_map=device)
+    model = load_and_quantize_model(empty(build), "nf4", folder, **options(*BLOCKS["gpt"]))
+    assert model.load_report.bytes_read == whole.load_report.bytes_read
+    for engine in model.offload._engines:
+        for group in engine.groups:
+            own = sum(tensor.nbytes for tensor in group.store.tensors.values())
+            assert own <= len(group.store._mapping) <= own + 256 * len(group.store.tensors)
+
+
+def test_hooks_of_a_removed_engine_are_off_and_accelerates_never_on(tmp_path, device, options):
+    build = built("gpt")
+    folder = save_checkpoint(build().bfloat16(), tmp_path)
+    model = load_and_quantize_model(empty(build), "nf4", folder, **options(*BLOCKS["gpt"]))
+    assert not any(hasattr(module, "_hf_hook") for module in model.modules())
+    assert any(module._forward_pre_hooks for module in model.modules())
+    model.offload.remove()
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not hasattr(model, "offload")
+
+
+def test_what_is_no_module_cannot_be_materialized(tmp_path, device, options):
+    build = built("gpt")
+    folder = save_checkpoint(build().bfloat16(), tmp_path)
+    model = load_and_quantize_model(empty(build), "nf4", folder, **options(*BLOCKS["gpt"]))
+    with pytest.raises(ConfigError, match="takes a module of the model, not 'x'"), model.offload.materialize("x"):
+        pass
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("mode", ["nf4", "int8", "none"])
+def test_gpu_holds_what_was_planned_and_no_more_however_long_it_generates(tmp_path, mode):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+    def build():
+        return llama(tied=False, num_hidden_layers=8, hidden_size=512, intermediate_size=2048)
+
+    gpu, config = torch.device("cuda", 0), {"none": FP32 | {"torch_dtype": "bf16"}}.get(mode, mode)
+    folder = save_checkpoint(build().bfloat16(), tmp_path)
+    tokens = TOKENS.to(gpu)
+    gc.collect()
+    before = torch.cuda.memory_allocated(gpu)
+    away = {f"model.layers.{n}": "cpu" for n in range(0, 8, 2)}
+    model = load_and_quantize_model(empty(build), config, folder, device_map={"": 0} | away).eval()
+    (planned,) = (account.needed for account in model.offload.plan.accounts if account.place == gpu)
+    torch.cuda.reset_peak_memory_stats(gpu)
+    held = []
+    for count in (2, 64, 64):
+        model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            min_new_tokens=count,
+            max_new_tokens=count,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        held.append(torch.cuda.memory_allocated(gpu))
+    assert held[1] == held[2]
+    assert torch.cuda.max_memory_allocated(gpu) - before <= planned
 
 
 def test_parameters_that_others_put_into_a_streamed_block_are_brought_to_its_device(monkeypatch):

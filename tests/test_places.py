@@ -138,7 +138,7 @@ def test_with_fp32_on_the_cpu_its_blocks_are_computed_there(small_parts_stream):
 
 
 def test_a_map_without_a_gpu_computes_on_the_cpu(small_parts_stream):
-    plan = planned(GPT, {"": "cpu", "transformer.h.0": "disk"})
+    plan = planned(GPT, {"": "cpu", "transformer.h.0": "disk"}, offload_folder="cache")
     assert plan.execution_map == {"": CPU}
     assert [placed.home for placed in plan.offloaded] == ["disk"]
     assert [str(account.place) for account in plan.accounts] == ["cpu", "disk"]
