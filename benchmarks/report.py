@@ -74,7 +74,7 @@ def brief(result: Result) -> str:
 
 
 def offload_summary(result: Result) -> str:
-    """Write an `offload` in a line for each choice of blocks: what the link allows, and each peer's seconds of a token."""
+    """Write an `offload` in a line for each choice of blocks: what the link allows, each peer's seconds of a token."""
     link = result["limits"]["link_gb_per_s"]
     away = [row for row in result["rows"] if row["offloaded"]]
     peers = [peer for peer in PEERS if any(row["peer"] == peer for row in away)]
