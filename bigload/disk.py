@@ -19,7 +19,7 @@ from .host import Layout, Store, in_mapping
 from .ring import reader_threads
 
 # That read one group at once, while another is computed with.
-_THREADS = 4
+_THREADS = 8
 # The bytes of a file, (size,), uint8, as numpy has them; what is written to them stays in memory.
 _Pages = Any
 

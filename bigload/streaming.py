@@ -70,6 +70,10 @@ def _prepare_to_load(weights: Residency, state: Mapping[str, object], prefix: st
 _NONE: Mapping[Leaf, FileGroup | None] = {}
 
 
+def _is_backward() -> bool:
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
 class _Refreshing:
     """A hook that has a group copied anew when a state_dict was loaded into one of its leaves."""
 
@@ -263,7 +267,8 @@ class Engine(Uncopyable):
             OffloadError: a weight of the leaf was replaced or moved since, or cannot be read.
             torch.OutOfMemoryError: the device has no room.
         """
-        step = self._succession.arrive(group, leaf, is_backward=torch._C._current_graph_task_id() != -1)
+        is_backward = _is_backward()
+        step = self._succession.arrive(group, leaf, is_backward=is_backward)
         rest = group.store.tensors
         for cell in cells:
             cell.require_at_rest(rest[cell.name])
@@ -273,7 +278,7 @@ class Engine(Uncopyable):
             self._fetch(group, slot)
             self._demand_fetches += 1
             if step is None:
-                step = self._succession.current(group, leaf)
+                step = self._succession.current(group, leaf, is_backward=is_backward)
                 assert step is not None  # it has just arrived there
                 self._succession.was_not_over(step)
         use.slot = slot
@@ -291,7 +296,7 @@ class Engine(Uncopyable):
         Raises:
             torch.OutOfMemoryError: the device has no room.
         """
-        step = self._succession.current(group, leaf)
+        step = self._succession.current(group, leaf, is_backward=_is_backward())
         if step is not None and self._succession.is_over(step, leaf):
             self._prefetch(step, [])
 

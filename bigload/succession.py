@@ -18,15 +18,25 @@ class Step(NamedTuple):
     group: Group
 
 
-class _Place(threading.local):
+class _Place:
     """Where a thread is."""
 
     step: Step | None = None
     leaf: Leaf | None = None
 
 
+class _Places(threading.local):
+    """A place for each thread."""
+
+    def __init__(self) -> None:
+        self.own = _Place()
+
+
 class Succession:
-    """What comes after what. Each thread has a place of its own; what they learn is for all."""
+    """What comes after what. Each thread has a place of its own; what they learn is for all.
+
+    Backward goes on where the last forward was, whatever thread it runs in: for a GPU autograd has one of its own.
+    """
 
     def __init__(self, groups: Sequence[Group]) -> None:
         """Guess that forward goes through the groups in their order, again and again, and backward the other way."""
@@ -38,7 +48,14 @@ class Succession:
         # The leaf after which a step is over, as a rule, and the steps that had more after it.
         self._last = {Step(False, group): group.leaves[-1] for group in groups if group.leaves}
         self._unsteady: set[Step] = set()
-        self._place = _Place()
+        self._places = _Places()
+        self._latest = self._places.own
+
+    def _place(self, *, is_backward: bool) -> _Place:
+        if is_backward:
+            return self._latest
+        place = self._latest = self._places.own
+        return place
 
     def arrive(self, group: Group, leaf: Leaf, *, is_backward: bool) -> Step | None:
         """Note that a thread is at a leaf of a group.
@@ -46,7 +63,7 @@ class Succession:
         Returns:
             The step that this is; None where the thread was in it already.
         """
-        place = self._place
+        place = self._place(is_backward=is_backward)
         before, last = place.step, place.leaf
         place.leaf = leaf
         if before is not None and before[1] is group and before[0] == is_backward:
@@ -56,9 +73,9 @@ class Succession:
             self._next[before], self._last[before] = step, last
         return step
 
-    def current(self, group: Group, leaf: Leaf) -> Step | None:
+    def current(self, group: Group, leaf: Leaf, *, is_backward: bool) -> Step | None:
         """Give the step that a thread is in; None if it has left for another group or leaf since."""
-        place = self._place
+        place = self._place(is_backward=is_backward)
         return place.step if place.leaf is leaf and place.step is not None and place.step.group is group else None
 
     def is_over(self, step: Step, leaf: Leaf) -> bool:

@@ -277,14 +277,21 @@ def test_engine_without_a_slot_is_refused(device):
         stream(model, device, slots=0)
 
 
-def test_order_in_backward_is_learned_apart_from_that_of_forward(device):
-    """Of ten groups in two directions only the first is waited for, and where the direction turns, at first."""
+@pytest.mark.parametrize("apart", [False, True], ids=["one thread", "two threads"])
+def test_order_in_backward_is_learned_apart_from_that_of_forward(device, apart):
+    """Also where backward has a thread of its own, as on a GPU."""
     model = pairs(nn.Linear, 5, device).requires_grad_(False)
     engine = Engine(model, list(groups_of(model, device)), device)
     x = torch.randn(3, 64, device=device, requires_grad=True)
     demanded = []
     for _ in range(4):
-        model(x).square().sum().backward()
+        backward = model(x).square().sum().backward
+        if apart:
+            thread = threading.Thread(target=backward)
+            thread.start()
+            thread.join()
+        else:
+            backward()
         demanded.append(engine.stats().demand_fetches)
     assert demanded[-1] == demanded[-2]
 
