@@ -87,4 +87,5 @@ class Residency:
 
     def is_used(self) -> bool:
         """Ask whether a call has the leaf's tensors on the device."""
-        return any(cell.is_used() for cell in self._cells)
+        with self._engine.lock:
+            return any(cell.is_used() for cell in self._cells)

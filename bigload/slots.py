@@ -117,11 +117,15 @@ class Lane:
         store.read_into(slot.memory)
 
     def has_failed(self, slot: Slot) -> bool:
-        """Wait until what a thread brings into a slot is there; ask whether it could not be brought."""
-        if slot.landing is None:
+        """Wait until what a thread brings into a slot is there; ask whether it could not be, so that nothing is."""
+        landing = slot.landing
+        if landing is None:
             return False
-        slot.landing.wait()
-        return slot.landing.error is not None
+        landing.wait()
+        if landing.error is None:
+            return False
+        slot.store = slot.landing = None
+        return True
 
     def await_copy(self, slot: Slot) -> None:
         """Let what the caller computes from here on come after the copy into a slot.
@@ -242,6 +246,8 @@ class CudaLane(Lane):
     def discard(self, slot: Slot) -> None:
         """Let go of a slot; torch's allocator waits for the streams that have used it."""
         super().discard(slot)
+        for event in slot.freed.values():
+            self._stream.wait_event(event)
         for stream in (self._stream, *slot.streams.values()):
             slot.memory.record_stream(stream)
 

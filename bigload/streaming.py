@@ -1,8 +1,8 @@
-"""Weights that rest in host memory and come to the device when forward, or backward, reaches them.
+"""Weights that rest in host memory, or files, and come to the device when forward, or backward, reaches them.
 
-Leaves are hooked one by one, and their weights come by groups (a decoder layer): one copy each, on a stream of its own,
-into one of a few slots, while the groups before compute. Which group comes next is learned as the model runs; a wrong
-guess costs one copy that was waited for.
+Leaves get a forward of ours one by one, and their weights come by groups (a decoder layer): one copy each, on a stream
+of its own, into one of a few slots, while the groups before compute. Which group comes next is learned as the model
+runs; a wrong guess costs one copy that was waited for.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from .slots import Slot, Use, lane_to
 from .streamed import HostForward, OwnForward, StreamedForward, Uncopyable
 from .succession import Step, Succession
 
+_NONE: Mapping[Leaf, FileGroup | None] = {}
+
 
 @dataclass(frozen=True)
 class StreamStats:
@@ -48,6 +50,10 @@ class StreamStats:
     gb_per_s: float
 
 
+def _is_backward() -> bool:
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
 def _prepare_to_load(weights: Residency, state: Mapping[str, object], prefix: str, *_: object) -> None:
     """Make ready to load a state_dict into a leaf, or refuse it.
 
@@ -65,13 +71,6 @@ def _prepare_to_load(weights: Residency, state: Mapping[str, object], prefix: st
     if weights.is_used():
         raise OffloadError(f"the weights of {leaf.path!r} are on the device for now: load a state_dict when it has run")
     weights.put_back()
-
-
-_NONE: Mapping[Leaf, FileGroup | None] = {}
-
-
-def _is_backward() -> bool:
-    return bool(torch._C._current_graph_task_id() != -1)
 
 
 class _Refreshing:
