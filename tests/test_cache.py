@@ -177,21 +177,22 @@ def test_damaged_file_is_made_again(tmp_path, device, damage, caplog):
     assert "made again" in caplog.text
 
 
-def test_file_that_goes_while_the_model_runs_is_an_error_that_names_it(tmp_path, device):
+@pytest.mark.parametrize(("mode", "where"), [("nf4", "cache"), (PLAIN, "source")], ids=["cache", "original"])
+def test_file_that_goes_while_the_model_runs_is_an_error_that_names_it(tmp_path, device, mode, where):
     folder = save_checkpoint(build().bfloat16(), tmp_path / "source")
-    model = loaded(folder, device, tmp_path)
+    model = loaded(folder, device, tmp_path, mode)
     expected = logits(model, device)
-    for path in (tmp_path / "cache").iterdir():
+    for path in (tmp_path / where).glob("*.safetensors"):
         path.rename(tmp_path / path.name)
 
     def run():
         for _ in range(3):  # the groups in the slots are there still
             logits(model, device)
 
-    with pytest.raises(OffloadError, match="cache"):
+    with pytest.raises(OffloadError, match=where):
         run()
     for path in tmp_path.glob("*.safetensors"):
-        path.rename(tmp_path / "cache" / path.name)
+        path.rename(tmp_path / where / path.name)
     assert torch.equal(logits(model, device), expected)
 
 
