@@ -188,6 +188,8 @@ def _spread(options: argparse.Namespace) -> None:
 
     from .spread import measure_spread
 
+    if any(torch.device(device).type == "cuda" for device in options.devices or ()) and not torch.cuda.is_available():
+        raise SystemExit("this machine has no GPU")
     devices = options.devices or [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
     result: dict[str, Any] = {}
     for result in measure_spread(options.folder, devices, options.mode, options.commit):

@@ -169,7 +169,13 @@ def _generate_seconds(model: Any, device: torch.device) -> float:
 
 
 def offloaded_blocks(count: int, of: int) -> list[int]:
-    """Choose blocks evenly over the depth."""
+    """Choose blocks evenly over the depth.
+
+    Raises:
+        SystemExit: there are not so many.
+    """
+    if count > of:
+        raise SystemExit(f"{count} blocks cannot rest off the GPU: the model has {of}")
     return [
         index
         for index in range(of)

@@ -70,7 +70,10 @@ def offload_table(result: Result) -> str:
 
 def brief(result: Result) -> str:
     """Write what the README has of a `load` or an `offload`."""
-    return summary(result) if result["benchmark"] == "load" else offload_summary(result)
+    forms = {"load": summary, "offload": offload_summary}
+    if result["benchmark"] not in forms:
+        raise SystemExit(f"a result of `{result['benchmark']}` has no brief form; leave --brief out")
+    return forms[result["benchmark"]](result)
 
 
 def offload_summary(result: Result) -> str:
@@ -78,14 +81,16 @@ def offload_summary(result: Result) -> str:
     link = result["limits"]["link_gb_per_s"]
     away = [row for row in result["rows"] if row["offloaded"]]
     peers = [peer for peer in PEERS if any(row["peer"] == peer for row in away)]
-    heads = [f"blocks off the {result['device']}", "the link allows", *peers, "GPU memory"]
+    resident = {row["mode"]: row.get("step_1_s") for row in result["rows"] if not row["offloaded"]}
+    heads = [f"blocks off the {result['device']}", "none off it", "the link allows", *peers, "bigload's GPU memory"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for case in dict.fromkeys((row["mode"], row["offloaded"], row["where"]) for row in away):
         rows = {row["peer"]: row for row in away if (row["mode"], row["offloaded"], row["where"]) == case}
         own = rows.get("bigload", {})
         allowed = own["streamed_bytes"] / link / 1e9 if own.get("streamed_bytes") and link else None
         seconds = [
-            _figure(found, "{:.3f} s") or "-" for found in (allowed, *(rows.get(p, {}).get("step_1_s") for p in peers))
+            _figure(found, "{:.3f} s") or "-"
+            for found in (resident.get(case[0]), allowed, *(rows.get(p, {}).get("step_1_s") for p in peers))
         ]
         held = _figure(own.get("gpu_held_gib"), "{:.2f} GiB") or "-"
         lines.append(
@@ -216,7 +221,7 @@ def limits_table(limits: Mapping[str, Any]) -> str:
         "memory_gb_per_s": "page cache to memory of the checkpoint's size",
         "cold_disk_gb_per_s": "disk",
     }
-    lines += [f"| {text} | {limits[key]:.1f} GB/s |" for key, text in names.items() if key in limits]
+    lines += [f"| {text} | {limits[key]:.1f} GB/s |" for key, text in names.items() if limits.get(key)]
     if "page_cache_gb_per_s" in limits:
         speeds = limits["page_cache_gb_per_s"]
         values = " / ".join(f"{speed:.1f}" for speed in speeds.values())

@@ -265,16 +265,16 @@ def _too_large(items: Sequence[Item], devices: Sequence[int], rules: Rules, *, m
             alone = index
     away = [may_leave and item.away > 0 and not item.is_first for item in items]
     rings = _rings(items, away, len(devices), rules)
-    total = sum(item.resident for item in items) + sum(rings)
+    most = max(*devices, 0) + sum(item.resident for item in items) + sum(rings)
 
     def fits(number: int, size: int) -> object:
         return _on_devices(items, away, [*devices[:number], size, *devices[number + 1 :]], rules)
 
     for number in [largest] if alone is not None else reversed(range(len(devices))):
-        if fits(number, devices[number] + total) is not None:
-            needed = _least(partial(fits, number), devices[number] + total)
+        if fits(number, most) is not None:
+            needed = _least(partial(fits, number), most)
             return DoesNotFitError(number, needed, devices[number], alone)
     for number, (device, ring) in enumerate(zip(devices, rings, strict=True)):
         if device < ring and alone is None:
             return DoesNotFitError(number, ring, device)
-    return DoesNotFitError(largest, devices[largest] + total, devices[largest], alone)
+    return DoesNotFitError(largest, most, devices[largest], alone)

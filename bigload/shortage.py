@@ -32,7 +32,7 @@ def no_room(
     is_device = isinstance(error.place, int)
     place = devices[error.place] if isinstance(error.place, int) else error.place
     allowed = max(error.allowed, 0)
-    lacking = error.needed - allowed
+    lacking = error.needed - error.allowed
     alone = units[error.item].name if error.item is not None else ""
     extra = f", beside {show(reserve)} kept for activations" if is_device and reserve else ""
     too_large = f"'{alone}' alone is too large for it; " if alone else ""
@@ -55,7 +55,7 @@ def _smaller_modes(units: Sequence[Unit], lacking: int) -> list[str]:
             planned.nbytes if isinstance(planned.format, Plain) else formats.nbytes(fmt, planned.shape)
             for planned in tensors
         )
-        if total - made >= lacking:
+        if made < total and total - made >= lacking:
             found.append(f"{mode} ({show(made)} in all, not {show(total)})")
     return found
 
