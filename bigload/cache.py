@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 # Counted up when the same weight would be written otherwise.
 _VERSION = 1
 _SAMPLE_BYTES = 2**12
+# Files are written in a folder of ours within the user's, as save_file makes some of its own beside them.
+_WRITING = ".writing"
 # No weight takes so long to write.
 _LEFT_BEHIND_S = 3600
 
@@ -81,9 +83,9 @@ class WeightCache:
             OffloadError: the folder cannot be written, for instance because the disk is full.
         """
         path = self._path(planned)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
+        partial = path.parent / _WRITING / f"{path.name}.{os.getpid()}.{threading.get_ident()}"
         try:
-            self._make_folder(path.parent)
+            self._make_folder(partial.parent)
             partial.touch()
             mode = partial.stat().st_mode  # as the user's umask has it, where save_file lets nobody else read
             save_file({part: tensor.detach().cpu().contiguous() for part, tensor in tensors.items()}, partial)
@@ -102,11 +104,11 @@ class WeightCache:
         return found
 
     def _make_folder(self, folder: Path) -> None:
-        """Make the folder, and once sweep out what others left there that were killed as they wrote."""
+        """Make the folder that is written in, and sweep out what others left there that were killed as they wrote."""
         if self._is_swept:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        for path in (*folder.glob("*.partial"), *folder.glob(".tmp??????")):  # ours, and those of save_file
+        for path in folder.iterdir():
             with suppress(OSError):
                 if time.time() - path.stat().st_mtime > _LEFT_BEHIND_S:
                     path.unlink()

@@ -71,10 +71,10 @@ class Cell:
             setattr(holder, attribute, tensor)
 
     def take_away(self, use: Use, there: torch.Tensor) -> None:
-        """Put the device's tensor there for a call; for the others that have it there it is there already."""
-        is_first = not self.is_used()
+        """Put the device's tensor there for a call, unless another has put that of the same slot there."""
+        is_there = self.is_used() and self._users[-1].slot is use.slot
         self._users.append(use)
-        if is_first:
+        if not is_there:
             self.is_away = True
             self.put(there)
 

@@ -71,7 +71,7 @@ class DoesNotFitError(BigloadError):
 
     Attributes:
         place: the number of the device, "cpu" or "disk", that is too small.
-        needed, allowed: bytes; the first is enough, if the other places stay as they are.
+        needed, allowed: bytes there; the first is enough, if no other place lacks any.
         item: the number of a unit that alone is too large for any device, if there is one.
     """
 
@@ -116,9 +116,11 @@ def _on_devices(
     items: Sequence[Item], away: Sequence[bool], devices: Sequence[int], rules: Rules
 ) -> list[Assigned] | None:
     """Place what stays on devices, given what does not; None if it does not fit."""
-    placed, turn, rest = [Assigned(0)] * len(items), 0, list[int]()
     rings = _rings(items, away, len(devices), rules)
     capacities = [capacity - ring for capacity, ring in zip(devices, rings, strict=True)]
+    if min(capacities) < 0:
+        return None
+    placed, turn, rest = [Assigned(0)] * len(items), 0, list[int]()
     for index, (item, gone) in enumerate(zip(items, away, strict=True)):
         if gone:  # each device has a link of its own: they take turns
             device = turn % len(capacities)
@@ -253,7 +255,7 @@ def _with_homes(
         return [Assigned(one.device, target.get(index)) for index, one in enumerate(placed)]
     if disk is None:
         raise DoesNotFitError("cpu", sum(sizes), cpu or 0)
-    raise DoesNotFitError("disk", max(disk + 1, sum(sizes) - (cpu or 0)), disk)
+    raise DoesNotFitError("disk", sum(sizes) - left, disk)
 
 
 def _too_large(items: Sequence[Item], devices: Sequence[int], rules: Rules, *, may_leave: bool) -> DoesNotFitError:
@@ -274,7 +276,10 @@ def _too_large(items: Sequence[Item], devices: Sequence[int], rules: Rules, *, m
         if fits(number, most) is not None:
             needed = _least(partial(fits, number), most)
             return DoesNotFitError(number, needed, devices[number], alone)
-    for number, (device, ring) in enumerate(zip(devices, rings, strict=True)):
-        if device < ring and alone is None:
-            return DoesNotFitError(number, ring, device)
+    leaving = [item for item, gone in zip(items, away, strict=True) if gone]
+    spent = [ring + sum(item.staying for item in leaving[n :: len(devices)]) for n, ring in enumerate(rings)]
+    spent[0] += sum(item.resident for item in items if item.is_first)
+    number = max(range(len(devices)), key=lambda n: spent[n] - devices[n])
+    if spent[number] > devices[number]:  # the worst of several that lack room
+        return DoesNotFitError(number, spent[number], devices[number])
     return DoesNotFitError(largest, most, devices[largest], alone)

@@ -125,7 +125,13 @@ def _inferred(units: Sequence[Unit], strategy: str, wishes: Wishes) -> Placement
     try:
         assigned = infer(items, [budgets[device] - reserve for device in devices], homes, rules)
     except DoesNotFitError as error:
-        raise no_room(error, units, devices, reserve, may_use_disk=not fp32 and "disk" not in homes) from None
+        raise no_room(
+            error,
+            units,
+            devices,
+            reserve,
+            may_use_disk=not fp32 and "disk" not in homes and (error.place == "cpu" or not homes),
+        ) from None
     placed = tuple(
         PlacedUnit(unit, CPU)
         if fp32 and one.away

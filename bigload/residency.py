@@ -6,9 +6,9 @@ So a use ends by one such call, and whatever else is left undone then is found a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -18,6 +18,8 @@ from .slots import Slot, Use
 
 if TYPE_CHECKING:
     from .streaming import Engine
+
+_T = TypeVar("_T")
 
 # Without bitsandbytes' say in what is done to its parameters, in which it has none and which takes Python's time.
 plainly = torch._C.DisableTorchFunctionSubclass
@@ -57,26 +59,45 @@ class Residency:
         with self._engine.lock:
             self._engine.leave(self.group, self.leaf)
 
-    @contextmanager
-    def placed(self) -> Iterator[Slot]:
-        """Have the leaf's tensors be those on the device while the block runs; gives the slot.
+    def run(self, compute: Callable[[Slot], _T]) -> _T:
+        """Call something while the leaf's tensors are those on the device; it is given the slot.
 
         Raises:
             OffloadError, torch.OutOfMemoryError: as `hold` raises them.
         """
         use = Use()
         try:
-            slot = self.hold(use)
-            with self._engine.lock, plainly():
-                views = slot.views(self.group.store)
-                for cell in self._cells:
-                    cell.take_away(use, views[cell.name])
-            yield slot
+            out = compute(self._place(use))
         finally:
             if use.slot is not None:
                 use.slot.users.discard(use)
             self.put_back()
         self.leave()
+        return out
+
+    @contextmanager
+    def placed(self) -> Iterator[Slot]:
+        """Do as `run` does while a block runs. After Ctrl-C the use may last as long as the traceback is kept.
+
+        Raises:
+            OffloadError, torch.OutOfMemoryError: as `hold` raises them.
+        """
+        use = Use()
+        try:
+            yield self._place(use)
+        finally:
+            if use.slot is not None:
+                use.slot.users.discard(use)
+            self.put_back()
+        self.leave()
+
+    def _place(self, use: Use) -> Slot:
+        slot = self.hold(use)
+        with self._engine.lock, plainly():
+            views = slot.views(self.group.store)
+            for cell in self._cells:
+                cell.take_away(use, views[cell.name])
+        return slot
 
     def put_back(self) -> None:
         """Put to rest what no call uses any more."""

@@ -40,6 +40,8 @@ def no_room(
     if may_use_disk:
         helps.append("an offload_folder, so that blocks may rest on a disk")
     helps.append(f"a budget {show(lacking)} larger there")
+    if is_device and len(devices) > 1:
+        helps.append(f"leaving {place} out")
     return PlacementError(
         f"what must be on {place} needs {show(error.needed)}, where {show(allowed)} may be used{extra}: "
         f"{show(lacking)} too little; {too_large}what would help: {', or '.join(helps)}"

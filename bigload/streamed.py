@@ -91,17 +91,21 @@ class StreamedForward(OwnForward):
         if self._is_quantized:
             (x,) = (*args, *kwargs.values())
             return _Quantized.apply(self, x, self.module.bias)  # type: ignore[no-untyped-call]
-        with self.weights.placed() as slot:
-            with torch.autograd.graph.saved_tensors_hooks(functools.partial(_pack, slot.memory), self._unpack):
-                out = self.own(*args, **kwargs)
-            return _apart(out, slot.memory)
+        return self.weights.run(functools.partial(self._with_gradients, args, kwargs))
+
+    def _with_gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> Any:
+        with torch.autograd.graph.saved_tensors_hooks(functools.partial(_pack, slot.memory), self._unpack):
+            out = self.own(*args, **kwargs)
+        return _apart(out, slot.memory)
+
+    def _in_place(self, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> Any:
+        out = self.own(*args, **kwargs)
+        return out if self._gives_its_own else _apart(out, slot.memory)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Compute what the module's own forward does, without gradients."""
         if self._make_forward is None:
-            with self.weights.placed() as slot:
-                out = self.own(*args, **kwargs)
-                return out if self._gives_its_own else _apart(out, slot.memory)
+            return self.weights.run(functools.partial(self._in_place, args, kwargs))
         (x,) = (*args, *kwargs.values())
         use = Use()
         try:
@@ -123,8 +127,12 @@ class StreamedForward(OwnForward):
     def _unpack(self, saved: Any) -> torch.Tensor:
         if not isinstance(saved, _InSlot):
             return saved  # type: ignore[no-any-return]
-        with self.weights.placed() as slot:
-            return saved.found_in(slot.memory).clone()  # the slot may be another group's before it is used
+        if self.is_over:
+            raise OffloadError(
+                f"backward wants a weight of {self.path!r} from memory that remove() has freed: run forward again"
+            )
+        # A clone: the slot may be another group's before it is used.
+        return self.weights.run(lambda slot: saved.found_in(slot.memory).clone())
 
     def _without_gradients(self, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
@@ -198,8 +206,11 @@ class _Quantized(torch.autograd.Function):
             grad_bias = grad.sum(0, dtype=ctx.bias_dtype) if grad.dim() > 1 else grad.to(ctx.bias_dtype)
         if needs_input:
             streamed = ctx.streamed
-            with streamed.weights.placed():
-                grad_input = input_gradient(streamed.module, streamed.own, grad, ctx.dtype)
+
+            def computed(slot: Slot | None = None) -> torch.Tensor:
+                return input_gradient(streamed.module, streamed.own, grad, ctx.dtype)
+
+            grad_input = computed() if streamed.is_over else streamed.weights.run(computed)
         return None, grad_input, grad_bias
 
 

@@ -117,7 +117,7 @@ class Engine(Uncopyable):
         if slots < 1:
             raise ConfigError(f"slots is {slots}; expected 1 or more")
         self.groups, self.device = tuple(groups), device
-        self._asked_slots, self._embeddings = slots, dict(embeddings)
+        self._most_slots, self._embeddings = min(slots, len(groups)), dict(embeddings)
         self._cells = {group: cells_by_leaf(group) for group in groups}
         require_owned(model, self._cells, embeddings)
         self._lane = lane_to(device)
@@ -142,7 +142,7 @@ class Engine(Uncopyable):
         self._close.atexit = False
 
     def _make_slots(self) -> None:
-        for _ in range(min(self._asked_slots, len(self.groups))):
+        while len(self._slots) < self._most_slots:
             self._slots.append(self._lane.make_slot(self._slot_nbytes))
 
     def _take_over(self) -> None:
@@ -217,11 +217,13 @@ class Engine(Uncopyable):
             if any(slot.users for slot in self._slots):
                 raise OffloadError("leaves are running: the engine cannot be removed from within their forward")
             self._lane.finish()
-            while self._slots:
-                self._free(self._slots[0])
+            brought: list[tuple[Callable[[torch.Tensor], None], torch.Tensor]] = []
             try:
-                brought = self._brought()
+                while self._slots:
+                    self._free(self._slots[0])
+                self._bring_all(brought)
             except BaseException:
+                brought.clear()  # here, since the error holds who made them, and the slots need their room
                 self._make_slots()
                 raise
             for put, tensor in brought:
@@ -232,8 +234,11 @@ class Engine(Uncopyable):
                 group.store.release()
             self._close()
 
-    def _brought(self) -> list[tuple[Callable[[torch.Tensor], None], torch.Tensor]]:
-        """Bring all weights to the device; gives each with what puts it into the model.
+    def _bring_all(self, brought: list[tuple[Callable[[torch.Tensor], None], torch.Tensor]]) -> None:
+        """Bring all weights to the device.
+
+        Args:
+            brought: is given each, with what puts it into the model.
 
         Raises:
             OffloadError: a file is not what it was.
@@ -242,16 +247,14 @@ class Engine(Uncopyable):
         stores = [group.store for group in self._cells] + [files for files in self._embeddings.values() if files]
         for store in stores:
             store.require_unchanged()  # before: a map of a file that was cut short ends the process
-        brought: list[tuple[Callable[[torch.Tensor], None], torch.Tensor]] = []
         for group, by_leaf in self._cells.items():
             for cell in {cell for cells in by_leaf.values() for cell in cells}:
                 brought.append((cell.put, group.store.source_of(cell.name).to(self.device, copy=True)))
         for leaf in self._embeddings:
             for own in leaf.module.parameters():
-                brought.append((functools.partial(setattr, own, "data"), own.data.to(self.device)))
+                brought.append((functools.partial(setattr, own, "data"), own.data.to(self.device, copy=True)))
         for store in stores:
             store.require_unchanged()
-        return brought
 
     def enter(self, use: Use, group: Group, leaf: Leaf, cells: Sequence[Cell]) -> Slot:
         """Bring a group to the device, or find it there, and those that are likely next; under the lock.
@@ -273,7 +276,7 @@ class Engine(Uncopyable):
             cell.require_at_rest(rest[cell.name])
         slot = self._slot_of(group)
         if slot is None or self._lane.has_failed(slot):  # what could not be read ahead may be there now
-            slot = self._free_slot(keep=()) or self._grow()
+            slot = (self._free_slot(keep=()) if len(self._slots) >= self._most_slots else None) or self._grow()
             self._fetch(group, slot)
             self._demand_fetches += 1
             if step is None:
@@ -284,9 +287,9 @@ class Engine(Uncopyable):
         slot.users.add(use)
         slot.used = self._clock = self._clock + 1
         self._lane.await_copy(slot)
+        self._trim()
         if step is not None:  # what a group's other leaves would fetch has been fetched for its first
             self._prefetch(step, [group])
-            self._trim()
         return slot
 
     def leave(self, group: Group, leaf: Leaf) -> None:
@@ -326,7 +329,7 @@ class Engine(Uncopyable):
         return min(free, key=lambda slot: (slot.store is not None, slot.used), default=None)
 
     def _grow(self) -> Slot:
-        """Make one slot more: all are in use, and to wait for one could be to wait for ever."""
+        """Make one slot more: there are too few, or all are in use, and to wait for one could be to wait for ever."""
         slot = self._lane.make_slot(self._slot_nbytes)
         self._slots.append(slot)
         return slot
@@ -340,7 +343,7 @@ class Engine(Uncopyable):
 
     def _trim(self) -> None:
         """Free the slots that are more than were asked for, as soon as nobody uses them; under the lock."""
-        while len(self._slots) > self._asked_slots:
+        while len(self._slots) > self._most_slots:
             slot = self._free_slot(keep=())
             if slot is None:
                 return

@@ -39,7 +39,7 @@ def logits(model, device):
 
 def files(tmp_path):
     folder = tmp_path / "cache"
-    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} if folder.exists() else {}
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")} if folder.exists() else {}
 
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode if isinstance(mode, str) else "none")
@@ -82,7 +82,7 @@ def test_files_may_be_read_by_whoever_may_read_what_this_user_writes(tmp_path, d
     folder = save_checkpoint(build().bfloat16(), tmp_path / "source")
     (tmp_path / "plain").touch()
     loaded(folder, device, tmp_path)
-    modes = {path.stat().st_mode for path in (tmp_path / "cache").iterdir()}
+    modes = {path.stat().st_mode for path in (tmp_path / "cache").glob("*.safetensors")}
     assert modes == {(tmp_path / "plain").stat().st_mode}
 
 
@@ -100,14 +100,20 @@ def test_file_that_may_not_be_read_is_no_damaged_one(tmp_path, device, monkeypat
     assert files(tmp_path) == made
 
 
-def test_what_was_left_behind_long_ago_is_swept_out(tmp_path, device):
+def test_what_was_left_behind_long_ago_is_swept_out_and_nothing_else(tmp_path, device):
     folder = save_checkpoint(build().bfloat16(), tmp_path / "source")
     there = tmp_path / "cache"
-    there.mkdir()
-    names = ["a.safetensors.1.2.partial", ".tmpAb12Cd", "b.safetensors.1.2.partial", "mine.txt"]
+    (there / ".writing").mkdir(parents=True)
+    names = [
+        ".writing/a.safetensors.1.2",
+        ".writing/.tmpAb12Cd",
+        ".writing/b.safetensors.1.2",
+        ".tmpAb12Cd",
+        "mine.partial",
+    ]
     for name in names:
         (there / name).touch()
-        if name[0] != "b":
+        if not name.startswith(".writing/b"):
             os.utime(there / name, (0, 0))
     loaded(folder, device, tmp_path)
     assert [name for name in names if (there / name).exists()] == names[2:]
@@ -175,6 +181,16 @@ def test_damaged_file_is_made_again(tmp_path, device, damage, caplog):
     second.write_bytes(content)
     assert torch.equal(logits(loaded(folder, device, tmp_path), device), logits(whole, device))
     assert "made again" in caplog.text
+
+
+def test_weights_that_were_brought_back_are_in_no_file_any_more(tmp_path, device):
+    folder = save_checkpoint(build().bfloat16(), tmp_path / "source")
+    model = loaded(folder, device, tmp_path, names=["transformer.wte", *BLOCKS])
+    expected = logits(model, device)
+    model.offload.remove()
+    for path in (*folder.glob("*.safetensors"), *(tmp_path / "cache").glob("*.safetensors")):
+        path.write_bytes(b"")  # what maps it would end the process
+    assert torch.equal(logits(model, device), expected)
 
 
 @pytest.mark.parametrize(("mode", "where"), [("nf4", "cache"), (PLAIN, "source")], ids=["cache", "original"])

@@ -405,6 +405,18 @@ def test_mode_is_said_to_help_only_if_it_does():
         assert ("nf4 (" in str(caught.value)) == helps
 
 
+def test_several_gpus_that_are_too_small_are_told_what_each_needs(small_parts_stream):
+    options = {"device_map": "auto", "offload": OffloadConfig(reserve=0)}
+    empty_pair = {0: 0, 1: 0, "cpu": "1GiB"}
+    with pytest.raises(PlacementError) as caught:
+        plan_device_map(empty(lambda: GPT(layers=8)), "nf4", max_memory=empty_pair, **options)
+    text = str(caught.value)
+    assert "or leaving cuda:" in text
+    assert "offload_folder" not in text  # which would not help: what must be on a GPU is too much
+    (needed,) = re.findall(r"on cuda:\d needs ([\d.]+) KiB", text)
+    assert float(needed) < 200
+
+
 @pytest.mark.parametrize("folder", ["", 5])
 def test_what_is_no_folder_is_refused(folder):
     with pytest.raises(ConfigError, match="offload_folder is"):

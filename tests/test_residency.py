@@ -55,6 +55,7 @@ def groups_of(model, device, folder=None):
 def test_ctrl_c_at_any_moment_leaves_no_user_and_the_next_forward_exact(kind, where, tmp_path):
     model, x = pairs(kind), torch.randn(3, 64)
     random.seed(0)
+    kept = []
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -76,7 +77,8 @@ def test_ctrl_c_at_any_moment_leaves_no_user_and_the_next_forward_exact(kind, wh
                         model(x)
                     signal.setitimer(signal.ITIMER_REAL, 0)
                     longest_s /= 1.1  # until most of them come in time
-                except KeyboardInterrupt:
+                except KeyboardInterrupt as error:
+                    kept.append(error)  # with its traceback, as notebooks do
                     hits += 1
                     longest_s *= 1.05
                 assert not any(slot.users for slot in engine._slots)
@@ -148,6 +150,82 @@ def test_state_dict_that_is_loaded_while_a_group_is_used_counts_for_the_next_cal
     with engine._weights[1].placed():  # of the first group, whose other leaf is loaded
         model[0][0].load_state_dict(twice[0][0].state_dict())
     assert equal(model[0][0](x), twice[0][0](x))
+
+
+def test_call_that_begins_while_another_has_older_weights_finds_the_new_ones(device):
+    """The slot of the older ones may be overwritten as soon as that call is over."""
+    model = pairs(Own, device=device).requires_grad_(False)
+    engine = Engine(model, list(groups_of(model, device)), device, slots=2)
+    x, weights = torch.randn(3, 64, device=device), engine._weights[0]
+    expected = model[0][0](x)
+    with weights.placed():
+        engine.forget(engine.groups[0])
+        second = weights.placed()
+        slot = second.__enter__()
+    for other in engine._slots:
+        if other is not slot:
+            other.memory.fill_(0xFF)
+    assert equal(nn.Linear.forward(model[0][0], x), expected)
+    second.__exit__(None, None, None)
+    assert_at_rest(engine)
+
+
+@pytest.mark.parametrize("mode", ["nf4", "int8", "own"])
+def test_backward_after_the_engine_was_removed_is_right_or_refused(mode, device):
+    if mode == "own":
+        expected, model = pairs(Own, device=device), pairs(Own, device=device)
+        for each in (expected, model):
+            each.requires_grad_(False)
+        engine = Engine(model, list(groups_of(model, device)), device)
+        x = torch.randn(3, 64, device=device, requires_grad=True)
+    else:
+        expected, model = (
+            nn.Sequential(linears(resident(mode, device), "transformer.h.0.")[0].module) for _ in range(2)
+        )
+        engine = Engine(model, [group_of("0", [Leaf("0", model[0])], device)], device)
+        x = torch.randn(3, 64, device=device, requires_grad=True)
+    out = model(x).square().sum()
+    engine.remove()
+    if mode == "own":
+        with pytest.raises(OffloadError, match="run forward again"):
+            out.backward()
+        return
+    out.backward()
+    found, x.grad = x.grad, None
+    expected(x).square().sum().backward()
+    assert equal(found, x.grad)
+
+
+def test_what_was_brought_before_memory_ran_out_is_gone_when_slots_are_made_again(device, monkeypatch):
+    model = resident("nf4", device)
+    engine = stream(model, device)
+    bring, make, alive = engine._bring_all, engine._lane.make_slot, []
+
+    def failing(brought):
+        bring(brought)
+        alive.extend(weakref.ref(tensor) for _, tensor in brought)
+        raise torch.OutOfMemoryError("injected")
+
+    def counting(nbytes):
+        assert not any(tensor() is not None for tensor in alive)
+        return make(nbytes)
+
+    monkeypatch.setattr(engine, "_bring_all", failing)
+    monkeypatch.setattr(engine._lane, "make_slot", counting)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.remove()
+    assert len(alive) > 9
+    assert engine.stats().slots == 2
+
+
+def test_slots_are_no_more_than_groups(device):
+    model = pairs(Own, 1, device).requires_grad_(False)
+    engine = Engine(model, list(groups_of(model, device)), device, slots=3)
+    with engine._weights[0].placed():
+        engine.forget(engine.groups[0])
+        model(torch.randn(3, 64, device=device))
+    model(torch.randn(3, 64, device=device))
+    assert engine.stats().slots == 1
 
 
 STEPS = ["put", "rows", "let go", "release"]
