@@ -322,7 +322,7 @@ def test_recursion_nesting_and_a_weight_that_is_given_out(slots, device):
         found, wanted = model[0](x, depth=2), expected[0](x, depth=2)
         assert equal(model[1](found[0]), expected[1](wanted[0]))
         assert equal(found[1], wanted[1])
-    assert engine.stats().slots == 2  # one more than asked, where one leaf runs within another
+    assert engine.stats().slots == min(slots, 2)  # the one more, where a leaf runs within another, is gone
     assert_at_rest(engine)
 
 
