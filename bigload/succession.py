@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from .cells import Leaf
 from .groups import Group
+
+# After so many nobody guesses any more when a step is over: the first may be of what was guessed, not learned.
+_MISTAKES = 2
 
 
 class Step(NamedTuple):
@@ -45,9 +49,9 @@ class Succession:
         self._next |= {Step(True, group): Step(True, before) for group, before in itertools.pairwise(groups[::-1])}
         if groups:
             self._next[Step(True, groups[0])] = Step(False, groups[0])
-        # The leaf after which a step is over, as a rule, and the steps that had more after it.
+        # The leaf after which a step is over, as a rule, and how often there was more after it.
         self._last = {Step(False, group): group.leaves[-1] for group in groups if group.leaves}
-        self._unsteady: set[Step] = set()
+        self._mistakes: Counter[Step] = Counter()
         self._places = _Places()
         self._latest = self._places.own
 
@@ -80,11 +84,11 @@ class Succession:
 
     def is_over(self, step: Step, leaf: Leaf) -> bool:
         """Ask whether a step's group is likely not wanted any more after a leaf."""
-        return self._last.get(step) is leaf and step not in self._unsteady
+        return self._last.get(step) is leaf and self._mistakes[step] < _MISTAKES
 
     def was_not_over(self, step: Step) -> None:
-        """Learn that a step that seemed to be over was not: it will not be said of it again."""
-        self._unsteady.add(step)
+        """Learn that a step that seemed to be over was not."""
+        self._mistakes[step] += 1
 
     def after(self, step: Step) -> Iterator[Group]:
         """Go through the groups that are likely to follow a step, which may be some of them again."""

@@ -350,6 +350,70 @@ def test_removed_engine_holds_neither_host_memory_nor_slots(device):
     assert not any(memory() is not None for memory in slots)
 
 
+def test_layer_that_runs_last_is_learned(device):
+    """It need not be the one that was registered last."""
+    model = pairs(nn.Linear, 5, device).requires_grad_(False)
+    engine = Engine(model, list(groups_of(model, device)), device)
+    x, held, demanded = torch.randn(3, 64, device=device), [], []
+    model[1][0].register_forward_hook(lambda *_: held.append({slot.store for slot in engine._slots}))
+    for _ in range(4):
+        for pair in model:
+            pair[0](pair[1](x))
+        demanded.append(engine.stats().demand_fetches)
+    assert demanded[1] == demanded[-1]
+    assert held[-1] == {engine.groups[2].store, engine.groups[3].store}  # the one that comes, and the one after
+
+
+def test_weights_that_a_call_left_away_are_at_rest_before_others_are_loaded(device):
+    model, other = resident("fp32", device), resident("fp32", device)
+    with torch.no_grad():
+        other.transformer["h"][0].attn.c_attn.weight.mul_(2)
+    engine = stream(model, device, poisoned=False)
+    weights, cell = engine._weights[0], engine._weights[0]._cells[0]
+    with weights.placed() as slot:
+        there = cell.get()
+    cell.put(there)  # as Ctrl-C may leave it
+    cell.is_away = True
+    model.load_state_dict(other.state_dict())
+    slot.memory.fill_(0xFF)
+    engine.forget(engine.groups[0])
+    assert equal(model(tokens(device)), other(tokens(device)))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_process_that_is_forked_while_its_parent_reads_reads_for_itself(tmp_path, monkeypatch):
+    cpu, gate = torch.device("cpu"), threading.Event()
+    model = pairs(nn.Linear).requires_grad_(False)
+    x = torch.randn(3, 64)
+    expected = model(x)
+    Engine(model, list(groups_of(model, cpu, tmp_path)), cpu)
+    gate.set()
+    own = FileGroup.read_into
+    monkeypatch.setattr(FileGroup, "read_into", lambda *args: (gate.wait(10), own(*args)))
+    model(x)
+    gate.clear()
+    model[0](x)  # what comes after it is being read for ever, so far
+    child = os.fork()
+    if not child:
+        gate.set()
+        signal.alarm(20)
+        os._exit(0 if equal(model(x), expected) else 1)
+    gate.set()
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_slot_is_not_let_go_of_while_it_is_read_into(tmp_path):
+    cpu, done = torch.device("cpu"), []
+    lane = Lane(cpu)
+    slot = lane.make_slot(64)
+    slow = FileGroup(written({"a": torch.zeros(16)}, tmp_path / "slow"))
+    slow.read_into = lambda memory: (time.sleep(0.1), done.append(1))
+    lane.copy(slow, slot)
+    lane.discard(slot)
+    assert done
+    lane.close()
+
+
 def test_engine_without_a_slot_is_refused(device):
     model = resident("fp32", device)
     with pytest.raises(ConfigError, match="slots is 0"):
