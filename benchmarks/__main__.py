@@ -211,11 +211,14 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from .report import brief, draw, markdown
+    from .report import BRIEF, brief, draw, markdown
 
     results = [(file.stem, json.loads(file.read_text())) for file in options.files]
     if options.brief:
-        print("\n\n".join(brief(result) for _, result in results))
+        for name, result in results:
+            if result["benchmark"] not in BRIEF:
+                print(f"{name}: a result of `{result['benchmark']}` has no brief form", file=sys.stderr)
+        print("\n\n".join(brief(result) for _, result in results if result["benchmark"] in BRIEF))
         return
     print("\n\n".join(markdown(name, result) for name, result in results))
     if options.charts:

@@ -34,8 +34,9 @@ logger = logging.getLogger(__name__)
 # Counted up when the same weight would be written otherwise.
 _VERSION = 1
 _SAMPLE_BYTES = 2**12
-# Files are written in a folder of ours within the user's, as save_file makes some of its own beside them.
-_WRITING = ".writing"
+# Files are written in a folder of ours within the user's, as save_file makes some of its own beside them; one for each
+# user, where several may write.
+_WRITING = f".writing-{os.getuid()}" if hasattr(os, "getuid") else ".writing"
 # No weight takes so long to write.
 _LEFT_BEHIND_S = 3600
 
@@ -105,9 +106,9 @@ class WeightCache:
 
     def _make_folder(self, folder: Path) -> None:
         """Make the folder that is written in, and sweep out what others left there that were killed as they wrote."""
+        folder.mkdir(parents=True, exist_ok=True)
         if self._is_swept:
             return
-        folder.mkdir(parents=True, exist_ok=True)
         for path in folder.iterdir():
             with suppress(OSError):
                 if time.time() - path.stat().st_mtime > _LEFT_BEHIND_S:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from .bnb import library
 from .errors import OffloadError
-from .slots import Use
+from .slots import Slot, Use
 
 # By the name of what is held: the objects that hold it, and the attribute of each.
 _Places = dict[str, list[tuple[Any, str]]]
@@ -71,24 +71,33 @@ class Cell:
             setattr(holder, attribute, tensor)
 
     def take_away(self, use: Use, there: torch.Tensor) -> None:
-        """Put the device's tensor there for a call, unless another has put that of the same slot there."""
-        is_there = self.is_used() and self._users[-1].slot is use.slot
+        """Put the device's tensor there for a call; for others of the same slot it is there already."""
+        is_first = not self.is_used()
         self._users.append(use)
-        if not is_there:
+        if is_first:
             self.is_away = True
             self.put(there)
 
-    def put_back(self, rest: torch.Tensor) -> None:
-        """Put the tensor at rest there, unless a call uses the device's."""
+    def put_back(self, rest: Mapping[str, torch.Tensor]) -> None:
+        """Put its tensor of those at rest there, unless a call uses the device's."""
         if self.is_away and not self.is_used():
-            self.put(rest)
+            self.put(rest[self.name])
             self.is_away = False
 
+    def settle(self, tensor: torch.Tensor) -> None:
+        """Put a tensor there to stay, whatever a call that is over has yet to put back."""
+        self.is_away = False
+        self.put(tensor)
+
     def is_used(self) -> bool:
-        """Ask whether a call uses the device's tensor: one that has left its slot does not."""
+        """Ask whether a call uses the device's tensor."""
+        return self.slot() is not None
+
+    def slot(self) -> Slot | None:
+        """Give the slot that the tensor of calls lies in; one that has left its slot does not count."""
         if self._users:
             self._users = [use for use in self._users if use.slot is not None and use in use.slot.users]
-        return bool(self._users)
+        return self._users[0].slot if self._users else None
 
     def require_at_rest(self, rest: torch.Tensor) -> None:
         """Refuse to run with a weight that another has replaced or moved: its values would be ignored.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -122,15 +123,19 @@ def _inferred(units: Sequence[Unit], strategy: str, wishes: Wishes) -> Placement
         homes.pop("disk", None)
     items = [_item(unit, on_gpu=on_gpu, fp32=fp32) for unit in units]
     rules = Rules(strategy, wishes.offload.slots, from_end=fp32)
+    room = [budgets[device] - reserve for device in devices]
     try:
-        assigned = infer(items, [budgets[device] - reserve for device in devices], homes, rules)
+        assigned = infer(items, room, homes, rules)
     except DoesNotFitError as error:
+        if error.place == "cpu":
+            error.allowed = budgets[CPU] - wishes.host_ring  # below 0 where there is not even room for the ring
         raise no_room(
             error,
             units,
             devices,
             reserve,
             may_use_disk=not fp32 and "disk" not in homes and (error.place == "cpu" or not homes),
+            may_leave_out=_fits_without(error.place, items, room, homes, rules),
         ) from None
     placed = tuple(
         PlacedUnit(unit, CPU)
@@ -139,6 +144,18 @@ def _inferred(units: Sequence[Unit], strategy: str, wishes: Wishes) -> Placement
         for unit, one in zip(units, assigned, strict=True)
     )
     return _as_placement(placed, budgets)
+
+
+def _fits_without(
+    place: int | OffPlace, items: Sequence[Item], room: Sequence[int], homes: dict[OffPlace, int], rules: Rules
+) -> bool:
+    """Ask whether all fits when a device is left out: one too small for slots takes its turn nevertheless."""
+    if not isinstance(place, int) or len(room) < 2:
+        return False
+    with suppress(DoesNotFitError):
+        infer(items, [bytes_ for number, bytes_ in enumerate(room) if number != place], homes, rules)
+        return True
+    return False
 
 
 def _as_placement(placed: tuple[PlacedUnit, ...], budgets: Mapping[Place, int]) -> Placement:

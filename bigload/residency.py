@@ -92,8 +92,13 @@ class Residency:
         self.leave()
 
     def _place(self, use: Use) -> Slot:
-        slot = self.hold(use)
         with self._engine.lock, plainly():
+            # Where another call has them; which need not be where new calls of the group find theirs.
+            slot = self._cells[0].slot() if self._cells else None
+            if slot is None:
+                slot = self.hold(use)
+            else:
+                self._engine.join(use, slot)
             views = slot.views(self.group.store)
             for cell in self._cells:
                 cell.take_away(use, views[cell.name])
@@ -102,9 +107,8 @@ class Residency:
     def put_back(self) -> None:
         """Put to rest what no call uses any more."""
         with self._engine.lock, plainly():
-            rest = self.group.store.tensors
             for cell in self._cells:
-                cell.put_back(rest[cell.name])
+                cell.put_back(self.group.store.tensors)
 
     def is_used(self) -> bool:
         """Ask whether a call has the leaf's tensors on the device."""

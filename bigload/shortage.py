@@ -27,6 +27,7 @@ def no_room(
     reserve: int,
     *,
     may_use_disk: bool,
+    may_leave_out: bool,
 ) -> PlacementError:
     """Say by how much it does not fit, where, and what would help."""
     is_device = isinstance(error.place, int)
@@ -40,7 +41,7 @@ def no_room(
     if may_use_disk:
         helps.append("an offload_folder, so that blocks may rest on a disk")
     helps.append(f"a budget {show(lacking)} larger there")
-    if is_device and len(devices) > 1:
+    if may_leave_out:
         helps.append(f"leaving {place} out")
     return PlacementError(
         f"what must be on {place} needs {show(error.needed)}, where {show(allowed)} may be used{extra}: "

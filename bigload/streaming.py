@@ -11,7 +11,7 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -224,7 +224,8 @@ class Engine(Uncopyable):
                 self._bring_all(brought)
             except BaseException:
                 brought.clear()  # here, since the error holds who made them, and the slots need their room
-                self._make_slots()
+                with suppress(torch.OutOfMemoryError):
+                    self._make_slots()
                 raise
             for put, tensor in brought:
                 put(tensor)
@@ -232,6 +233,7 @@ class Engine(Uncopyable):
             while self._cells:
                 group, _ = self._cells.popitem()
                 group.store.release()
+            self._embeddings, self._most_slots = {}, 0
             self._close()
 
     def _bring_all(self, brought: list[tuple[Callable[[torch.Tensor], None], torch.Tensor]]) -> None:
@@ -249,7 +251,7 @@ class Engine(Uncopyable):
             store.require_unchanged()  # before: a map of a file that was cut short ends the process
         for group, by_leaf in self._cells.items():
             for cell in {cell for cells in by_leaf.values() for cell in cells}:
-                brought.append((cell.put, group.store.source_of(cell.name).to(self.device, copy=True)))
+                brought.append((cell.settle, group.store.source_of(cell.name).to(self.device, copy=True)))
         for leaf in self._embeddings:
             for own in leaf.module.parameters():
                 brought.append((functools.partial(setattr, own, "data"), own.data.to(self.device, copy=True)))
@@ -266,9 +268,11 @@ class Engine(Uncopyable):
             cells: those of the leaf that are parameters.
 
         Raises:
-            OffloadError: a weight of the leaf was replaced or moved since, or cannot be read.
+            OffloadError: a weight of the leaf was replaced or moved since, or cannot be read, or is streamed no more.
             torch.OutOfMemoryError: the device has no room.
         """
+        if group not in self._cells:
+            raise OffloadError(f"the weights of {leaf.path!r} were brought back meanwhile, by remove(): run it again")
         is_backward = _is_backward()
         step = self._succession.arrive(group, leaf, is_backward=is_backward)
         rest = group.store.tensors
@@ -276,21 +280,25 @@ class Engine(Uncopyable):
             cell.require_at_rest(rest[cell.name])
         slot = self._slot_of(group)
         if slot is None or self._lane.has_failed(slot):  # what could not be read ahead may be there now
-            slot = (self._free_slot(keep=()) if len(self._slots) >= self._most_slots else None) or self._grow()
+            slot = self._room()
             self._fetch(group, slot)
             self._demand_fetches += 1
             if step is None:
                 step = self._succession.current(group, leaf, is_backward=is_backward)
                 assert step is not None  # it has just arrived there
                 self._succession.was_not_over(step)
-        use.slot = slot
-        slot.users.add(use)
         slot.used = self._clock = self._clock + 1
-        self._lane.await_copy(slot)
+        self.join(use, slot)
         self._trim()
         if step is not None:  # what a group's other leaves would fetch has been fetched for its first
             self._prefetch(step, [group])
         return slot
+
+    def join(self, use: Use, slot: Slot) -> None:
+        """Use a slot that is in use; under the lock."""
+        use.slot = slot
+        slot.users.add(use)
+        self._lane.await_copy(slot)
 
     def leave(self, group: Group, leaf: Leaf) -> None:
         """Bring what is likely next into the slot of a group that is likely not wanted any more; under the lock.
@@ -328,8 +336,19 @@ class Engine(Uncopyable):
         free = [slot for slot in self._slots if not slot.users and slot.store not in kept]
         return min(free, key=lambda slot: (slot.store is not None, slot.used), default=None)
 
+    def _room(self) -> Slot:
+        """Give a slot that may be filled: a new one where there are too few, or all are in use.
+
+        Raises:
+            torch.OutOfMemoryError: the device has no room, and none is free.
+        """
+        free = self._free_slot(keep=())
+        if free is not None and len(self._slots) < self._most_slots:
+            with suppress(torch.OutOfMemoryError):
+                return self._grow()
+        return free or self._grow()  # to wait for one could be to wait for ever
+
     def _grow(self) -> Slot:
-        """Make one slot more: there are too few, or all are in use, and to wait for one could be to wait for ever."""
         slot = self._lane.make_slot(self._slot_nbytes)
         self._slots.append(slot)
         return slot

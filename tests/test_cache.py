@@ -103,17 +103,17 @@ def test_file_that_may_not_be_read_is_no_damaged_one(tmp_path, device, monkeypat
 def test_what_was_left_behind_long_ago_is_swept_out_and_nothing_else(tmp_path, device):
     folder = save_checkpoint(build().bfloat16(), tmp_path / "source")
     there = tmp_path / "cache"
-    (there / ".writing").mkdir(parents=True)
+    (there / cache._WRITING).mkdir(parents=True)
     names = [
-        ".writing/a.safetensors.1.2",
-        ".writing/.tmpAb12Cd",
-        ".writing/b.safetensors.1.2",
+        f"{cache._WRITING}/a.safetensors.1.2",
+        f"{cache._WRITING}/.tmpAb12Cd",
+        f"{cache._WRITING}/b.safetensors.1.2",
         ".tmpAb12Cd",
         "mine.partial",
     ]
     for name in names:
         (there / name).touch()
-        if not name.startswith(".writing/b"):
+        if not name.startswith(f"{cache._WRITING}/b"):
             os.utime(there / name, (0, 0))
     loaded(folder, device, tmp_path)
     assert [name for name in names if (there / name).exists()] == names[2:]

@@ -411,10 +411,24 @@ def test_several_gpus_that_are_too_small_are_told_what_each_needs(small_parts_st
     with pytest.raises(PlacementError) as caught:
         plan_device_map(empty(lambda: GPT(layers=8)), "nf4", max_memory=empty_pair, **options)
     text = str(caught.value)
-    assert "or leaving cuda:" in text
+    assert "leaving cuda:" not in text  # neither would that: both are too small
     assert "offload_folder" not in text  # which would not help: what must be on a GPU is too much
     (needed,) = re.findall(r"on cuda:\d needs ([\d.]+) KiB", text)
     assert float(needed) < 200
+
+
+def test_gpu_that_is_too_small_for_slots_is_said_to_be_left_out_where_that_helps(small_parts_stream):
+    plain = {"load_in_4bit": True, "skip_modules": ["*"], "torch_dtype": "bf16"}
+    options = {"device_map": "auto", "offload": OffloadConfig(reserve=0)}
+
+    def build():
+        return GPT(vocab=64, width=1024, layers=12)
+
+    budgets = {0: "300MiB", 1: "160MiB", "cpu": "60GiB"}
+    with pytest.raises(PlacementError, match="or leaving cuda:1 out"):
+        plan_device_map(empty(build), plain, max_memory=budgets, **options)
+    del budgets[1]
+    assert plan_device_map(empty(build), plain, max_memory=budgets, **options).streamed_bytes
 
 
 @pytest.mark.parametrize("folder", ["", 5])

@@ -152,22 +152,86 @@ def test_state_dict_that_is_loaded_while_a_group_is_used_counts_for_the_next_cal
     assert equal(model[0][0](x), twice[0][0](x))
 
 
-def test_call_that_begins_while_another_has_older_weights_finds_the_new_ones(device):
-    """The slot of the older ones may be overwritten as soon as that call is over."""
+@pytest.mark.parametrize("ends", ["first", "second"])
+def test_calls_of_one_layer_at_once_find_its_weights_in_one_place_until_both_are_over(device, ends):
+    """Also where others of its group have been loaded anew, so that new calls of them look elsewhere."""
     model = pairs(Own, device=device).requires_grad_(False)
     engine = Engine(model, list(groups_of(model, device)), device, slots=2)
-    x, weights = torch.randn(3, 64, device=device), engine._weights[0]
-    expected = model[0][0](x)
-    with weights.placed():
-        engine.forget(engine.groups[0])
-        second = weights.placed()
-        slot = second.__enter__()
-    for other in engine._slots:
-        if other is not slot:
-            other.memory.fill_(0xFF)
-    assert equal(nn.Linear.forward(model[0][0], x), expected)
-    second.__exit__(None, None, None)
+    x, weights = torch.randn(3, 64, device=device), engine._weights[1]
+    expected = model[0][1](x)
+    calls = {"first": weights.placed(), "second": weights.placed()}
+    calls["first"].__enter__()
+    model[0][0].load_state_dict(model[0][0].state_dict())
+    slot = calls["second"].__enter__()
+    calls.pop(ends).__exit__(None, None, None)
+    model(x)  # through all slots that are free
+    assert equal(nn.Linear.forward(model[0][1], x), expected)
+    assert slot.users
+    calls.popitem()[1].__exit__(None, None, None)
     assert_at_rest(engine)
+
+
+def test_forward_goes_on_with_the_slots_there_are_where_memory_for_more_is_gone(device, monkeypatch):
+    expected, model = resident("nf4", device), resident("nf4", device)
+    engine = stream(model, device)
+    engine._free(engine._slots[0])
+
+    def failing(nbytes):
+        raise torch.OutOfMemoryError("injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._lane, "make_slot", failing)
+        assert equal(model(tokens(device)), expected(tokens(device)))
+    for group in engine.groups:
+        engine.forget(group)  # so that one is waited for
+    assert equal(model(tokens(device)), expected(tokens(device)))
+    assert engine.stats().slots == 2
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Own], ids=["direct", "placed"])
+def test_engine_is_removed_while_threads_run_the_model(kind, device):
+    """They go on, or are told that the weights went; none computes with others."""
+    x = torch.randn(3, 64, device=device)
+    for _ in range(5):
+        model, found, stop = pairs(kind, device=device).requires_grad_(False), [], threading.Event()
+        expected = model(x)
+        engine = Engine(model, list(groups_of(model, device)), device)
+
+        def run(model=model, found=found, stop=stop, expected=expected):
+            while not stop.is_set():
+                try:
+                    found.append(equal(model(x), expected))
+                except OffloadError as error:
+                    found.append("brought back" in str(error))
+                except BaseException as error:
+                    found.append(error)
+
+        threads = [threading.Thread(target=run) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        while True:
+            try:
+                engine.remove()
+            except OffloadError:  # one runs just now
+                continue
+            break
+        time.sleep(0.01)
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert set(found) <= {True}
+        assert equal(model(x), expected)
+
+
+def test_removed_twice_it_is_removed_once(device):
+    model = resident("nf4", device)
+    engine = stream(model, device)
+    for _ in range(2):
+        engine.remove()
+        assert engine.stats().slots == 0
+    use = engine._weights[0]
+    with pytest.raises(OffloadError, match="brought back meanwhile"):
+        use.run(lambda slot: None)
 
 
 @pytest.mark.parametrize("mode", ["nf4", "int8", "own"])
