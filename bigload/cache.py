@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from .bnb import library
 from .checkpoint import read_header
 from .disk import FilePart
-from .errors import CheckpointError, OffloadError, PlacementError
+from .errors import CheckpointError, OffloadError
 from .keys import Source
 from .placement import PlannedTensor
 from .stored import LazyTensor, StoredTensor
@@ -48,7 +48,7 @@ class WeightCache:
         """Use a folder, which is made when something is put into it.
 
         Args:
-            folder: None where nothing may be written.
+            folder: None where nothing is written, as the plan has seen to.
             torch_dtype: what weights are cast to before they are quantized.
         """
         self._folder = None if folder is None else Path(folder).expanduser().absolute()
@@ -57,19 +57,10 @@ class WeightCache:
         self._is_swept = False
 
     def parts(self, planned: PlannedTensor) -> dict[str, FilePart] | None:
-        """Find a tensor's parts in files, by their names in its format; None where they have yet to be written.
-
-        Raises:
-            PlacementError: they have, and there is no folder for them.
-        """
+        """Find a tensor's parts in files, by their names in its format; None where they have yet to be written."""
         stored = planned.stored_as_is
         if stored is not None:
             return {"weight": FilePart(stored.file, stored.offset, planned.format.parts(planned.shape)["weight"])}
-        if self._folder is None:
-            raise PlacementError(
-                f"'{planned.tensor.name}' is to rest on the disk, and not as the checkpoint has it: name an "
-                "offload_folder for it"
-            )
         path = self._path(planned)
         return _found(path, planned) if path.is_file() else None
 

@@ -32,14 +32,6 @@ class Leaf:
     module: nn.Module
     parameters: tuple[str, ...] = ("weight",)
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Give what is streamed of it, by name: for a quantized weight also what bitsandbytes dequantizes it with.
-
-        Raises:
-            OffloadError: it cannot be streamed.
-        """
-        return {cell.name: cell.get() for cell in cells_of(self)}
-
 
 class Cell:
     """One tensor that is streamed, wherever it is held.
@@ -53,10 +45,10 @@ class Cell:
         self.name = name
         self._places = tuple(places)
         self._owner, self._key = owner, key
-        self.holder = self._places[0][0]
+        holder, attribute = self._places[0]
         # The parameter whose values it is; None for what belongs to a quantized weight.
-        self.parameter: nn.Parameter | None = self.holder if isinstance(self.holder, nn.Parameter) else None
-        self.identity = (id(self.holder), self._places[0][1])
+        self.parameter: nn.Parameter | None = holder if isinstance(holder, nn.Parameter) else None
+        self.identity = (id(holder), attribute)
         self.is_away = False
         self._users: list[Use] = []
 
@@ -117,7 +109,7 @@ class Cell:
 
 
 def cells_of(leaf: Leaf) -> list[Cell]:
-    """List what is streamed of a leaf.
+    """List what is streamed of a leaf: of a quantized weight also what bitsandbytes dequantizes it with.
 
     Raises:
         OffloadError: a parameter is not there, or quantized in a way that cannot be streamed.

@@ -22,6 +22,8 @@ from .ring import reader_threads
 _THREADS = 8
 # The bytes of a file, (size,), uint8, as numpy has them; what is written to them stays in memory.
 _Pages = Any
+# What tells a file from another of its name, and from what it was before it was written again: inode, size and time.
+_Stamp = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -61,15 +63,14 @@ class FileGroup(Store):
         self.layout = Layout({name: where.part for name, where in parts.items()})
         self._parts = dict(parts)
         self.stays_in_page_cache = True
-        files = dict.fromkeys(where.file for where in parts.values())
-        mappings = {file: _mapped(file) for file in files}
-        self._stamps = {file: _stamp(file.stat()) for file in files}
+        mapped = {file: _mapped(file) for file in dict.fromkeys(where.file for where in parts.values())}
+        self._stamps = {file: stamp for file, (stamp, _) in mapped.items()}
         self.tensors = {}
         for name, where in parts.items():
-            if where.offset + where.part.nbytes > len(mappings[where.file]):
+            _, pages = mapped[where.file]
+            if where.offset + where.part.nbytes > len(pages):
                 raise OffloadError(f"{name!r} does not lie wholly in {where.file}; the file was cut short")
-            mapping = mappings[where.file]
-            self.tensors[name] = in_mapping(mapping, where.part.dtype, where.offset, where.part.shape)
+            self.tensors[name] = in_mapping(pages, where.part.dtype, where.offset, where.part.shape)
 
     def read_into(self, memory: torch.Tensor) -> None:
         """Read all parts to where the layout has them.
@@ -110,8 +111,7 @@ class FileGroup(Store):
                     raise OSError("it was cut short or written again since the model was loaded; load the model anew")
 
 
-def _stamp(stat: os.stat_result) -> tuple[int, int, int]:
-    """Tell a file from another of its name, and from what it was before it was written again."""
+def _stamp(stat: os.stat_result) -> _Stamp:
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
@@ -161,19 +161,19 @@ def spare_page_cache(groups: Sequence[FileGroup], nbytes: int) -> None:
 
 
 # One for each file, of which a model may have several weights.
-_mappings: WeakValueDictionary[tuple[Path, tuple[int, int, int]], _Pages] = WeakValueDictionary()
+_mappings: WeakValueDictionary[tuple[Path, _Stamp], _Pages] = WeakValueDictionary()
 
 
-def _mapped(file: Path) -> _Pages:
+def _mapped(file: Path) -> tuple[_Stamp, _Pages]:
     """Map a file, without a descriptor that stays open: a model may have weights in more files than there may be."""
     try:
         stat = file.stat()
-        key = file, _stamp(stat)
-        mapping = _mappings.get(key)
-        if mapping is None:
-            pages = torch.from_file(str(file), shared=False, size=stat.st_size, dtype=torch.uint8)
-            mapping = _mappings[key] = pages.numpy()
-        return mapping
+        stamp = _stamp(stat)
+        pages = _mappings.get((file, stamp))
+        if pages is None:
+            pages = torch.from_file(str(file), shared=False, size=stat.st_size, dtype=torch.uint8).numpy()
+            _mappings[file, stamp] = pages
+        return stamp, pages
     except (OSError, RuntimeError) as error:
         raise OffloadError(f"{file} cannot be opened: {error}") from error
 

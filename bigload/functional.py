@@ -19,7 +19,7 @@ from .bnb import library
 from .cells import Leaf, is_quantized
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
-# What is streamed of a layer, where it lies now, by the names that `Leaf.tensors` gives.
+# What is streamed of a layer, where it lies now, by the names of its cells.
 Tensors = Mapping[str, torch.Tensor]
 
 

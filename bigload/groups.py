@@ -20,7 +20,7 @@ class Group:
     Attributes:
         name: of the group, such as the path of a decoder layer.
         leaves: its modules.
-        store: where the weights rest; its parts are named as in `Leaf.tensors`.
+        store: where the weights rest; its parts are named as the cells of its leaves.
     """
 
     name: str

@@ -59,11 +59,6 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def parts_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Part]:
-    """Describe tensors as parts."""
-    return {name: Part(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-
-
 class Store:
     """Where a group's parts rest.
 

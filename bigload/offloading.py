@@ -17,6 +17,7 @@ from .devices import CPU
 from .disk import FileGroup, spare_page_cache
 from .errors import ConfigError, listed
 from .groups import Group
+from .host import Store
 from .offload import OffloadConfig
 from .plan import PlacedUnit, Plan
 from .resting import Resting
@@ -59,10 +60,17 @@ class Offload:
                 by_device[placed.device].append(placed)
         try:
             for device, units in by_device.items():
-                self._engines.append(_engine(model, units, device, config, resting, len(by_device)))
+                self._engines.append(_engine(model, units, device, config, resting))
+            self._spare_page_cache()
         except BaseException:
             self.remove()
             raise
+
+    def _spare_page_cache(self) -> None:
+        stores = [group.store for engine in self._engines for group in engine.groups]
+        on_disk = [store for store in stores if isinstance(store, FileGroup)]
+        if on_disk:
+            spare_page_cache(on_disk, free_bytes(CPU) // 2)
 
     def stats(self) -> StreamStats:
         """Tell what has been streamed since the load, over all devices."""
@@ -148,25 +156,18 @@ def _bring(parameter: nn.Parameter, device: torch.device) -> None:
 
 
 def _engine(
-    model: nn.Module,
-    units: Sequence[PlacedUnit],
-    device: torch.device,
-    config: OffloadConfig,
-    resting: Resting,
-    share: int,
+    model: nn.Module, units: Sequence[PlacedUnit], device: torch.device, config: OffloadConfig, resting: Resting
 ) -> Engine:
     groups = [
         Group(placed.unit.name, tuple(leaves_of(model, placed)), resting.group(placed))
         for placed in units
         if placed.streamed_bytes
     ]
-    on_disk = [group.store for group in groups if isinstance(group.store, FileGroup)]
-    spare_page_cache(on_disk, free_bytes(CPU) // 2 // share)
-    embeddings: dict[Leaf, FileGroup | None] = {}
+    embeddings: dict[Leaf, Store | None] = {}
     for placed in units:
         if placed.unit.looks_up:
             files = resting.group(placed) if placed.home == "disk" else None
-            embeddings |= dict.fromkeys(leaves_of(model, placed), files if isinstance(files, FileGroup) else None)
+            embeddings |= dict.fromkeys(leaves_of(model, placed), files)
     return Engine(model, groups, device, config.slots, embeddings)
 
 

@@ -26,7 +26,13 @@ plainly = torch._C.DisableTorchFunctionSubclass
 
 
 class Residency:
-    """Has one leaf's weights on the device."""
+    """Has one leaf's weights on the device.
+
+    Attributes:
+        group: which the leaf is of.
+        leaf: itself.
+        parameters: of it, that are streamed.
+    """
 
     def __init__(self, engine: Engine, group: Group, leaf: Leaf, cells: Sequence[Cell]) -> None:
         """Describe the leaf.
@@ -39,6 +45,7 @@ class Residency:
         """
         self._engine, self.group, self.leaf, self._cells = engine, group, leaf, cells
         self._owned = [cell for cell in cells if cell.parameter is not None]
+        self.parameters = [cell.parameter for cell in self._owned if cell.parameter is not None]
 
     def hold(self, use: Use) -> Slot:
         """Bring the weights to the device, if they are not there, until `use` leaves the users of the slot.

@@ -83,11 +83,7 @@ class Resting(AbstractContextManager["Resting"]):
         return {part: tensors[name + end] for part, end in _NAMES.items() if name + end in tensors}
 
     def known(self, planned: PlannedTensor) -> torch.Tensor | QuantizedWeight | None:
-        """Give a tensor that is in files already, as it rests there; None for one that must be read first.
-
-        Raises:
-            PlacementError: it must be written first, and there is no folder for it.
-        """
+        """Give a tensor that is in files already, as it rests there; None for one that must be read first."""
         parts = self._cache.parts(planned) if planned.home == "disk" else None
         if parts is None:
             return None

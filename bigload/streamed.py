@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from .cells import Cell, Leaf, is_quantized
+from .cells import is_quantized
 from .errors import OffloadError
 from .functional import Forward, forward_maker
 from .layers import input_gradient, streamed_forward
@@ -59,20 +59,14 @@ class OwnForward(Uncopyable):
 class StreamedForward(OwnForward):
     """Runs a leaf with its weights on the device. What autograd keeps is where they come from, never they."""
 
-    def __init__(self, leaf: Leaf, cells: list[Cell], weights: Residency) -> None:
-        """Take the place of the leaf's own forward.
-
-        Args:
-            leaf: its module is changed.
-            cells: what is streamed of it.
-            weights: what brings them.
-        """
+    def __init__(self, weights: Residency) -> None:
+        """Take the place of the own forward of the leaf whose weights they are; its module is changed."""
+        leaf = weights.leaf
         super().__init__(leaf.path, leaf.module, streamed_forward(leaf.module))
         self.weights = weights
         self._make_forward = forward_maker(leaf, self.own)
         # Here, not with the slots: what reads into a slot must not keep the model.
         self._forwards: dict[Slot, Forward] = {}
-        self._parameters = [cell.parameter for cell in cells if cell.parameter is not None]
         self._is_quantized = is_quantized(leaf.module)
         # What these give is never a part of their weights.
         self._gives_its_own = self._is_quantized or type(leaf.module) is nn.Linear
@@ -86,7 +80,7 @@ class StreamedForward(OwnForward):
             return self.own(*args, **kwargs)
         if not torch.is_grad_enabled():
             return self.run(*args, **kwargs)
-        if any(parameter.requires_grad for parameter in self._parameters):
+        if any(parameter.requires_grad for parameter in self.weights.parameters):
             return self._without_gradients(*args, **kwargs)
         if self._is_quantized:
             (x,) = (*args, *kwargs.values())

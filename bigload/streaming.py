@@ -28,7 +28,7 @@ from .slots import Slot, Use, lane_to
 from .streamed import HostForward, OwnForward, StreamedForward, Uncopyable
 from .succession import Step, Succession
 
-_NONE: Mapping[Leaf, FileGroup | None] = {}
+_NONE: Mapping[Leaf, Store | None] = {}
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Engine(Uncopyable):
         groups: Sequence[Group],
         device: torch.device,
         slots: int = 2,
-        embeddings: Mapping[Leaf, FileGroup | None] = _NONE,
+        embeddings: Mapping[Leaf, Store | None] = _NONE,
     ) -> None:
         """Hook the leaves; from then on their tensors view their groups' host memory while they rest.
 
@@ -152,7 +152,7 @@ class Engine(Uncopyable):
                     cell.put(group.store.tensors[cell.name])
                 weights = Residency(self, group, leaf, cells)
                 self._weights.append(weights)
-                self._forwards.append(StreamedForward(leaf, cells, weights))
+                self._forwards.append(StreamedForward(weights))
                 shown, refreshed = functools.partial(self._show_at_rest, group.store), _Refreshing(self, group)
                 self._state_hooks += [
                     leaf.module.register_state_dict_post_hook(shown),  # type: ignore[no-untyped-call]

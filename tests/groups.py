@@ -2,8 +2,20 @@
 
 import torch
 
+from bigload.cells import cells_of
+from bigload.formats import Part
 from bigload.groups import Group
-from bigload.host import HostGroup, parts_of
+from bigload.host import HostGroup
+
+
+def parts_of(tensors):
+    """Describe tensors as parts."""
+    return {name: Part(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def tensors_of(leaves):
+    """Give what is streamed of leaves, by name."""
+    return {cell.name: cell.get() for leaf in leaves for cell in cells_of(leaf)}
 
 
 def at_rest(tensors, device):
@@ -17,5 +29,4 @@ def at_rest(tensors, device):
 
 def group_of(name, leaves, device):
     """Copy the weights of leaves into host memory."""
-    tensors = {part: tensor for leaf in leaves for part, tensor in leaf.tensors().items()}
-    return Group(name, tuple(leaves), at_rest(tensors, device))
+    return Group(name, tuple(leaves), at_rest(tensors_of(leaves), device))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from groups import parts_of, tensors_of
 from models import assert_same_bits, equal
 from test_streaming import MODES, linears, resident, tokens
 
@@ -18,7 +19,6 @@ from bigload.aio import Reads
 from bigload.disk import FileGroup, FilePart, _drop_from_page_cache, spare_page_cache
 from bigload.errors import OffloadError
 from bigload.groups import Group
-from bigload.host import parts_of
 from bigload.streaming import Engine
 
 
@@ -37,8 +37,7 @@ def stream_from_disk(model, device, folder, slots=2):
     groups = []
     for index in range(len(model.transformer["h"])):
         leaves = tuple(linears(model, f"transformer.h.{index}."))
-        tensors = {name: tensor for leaf in leaves for name, tensor in leaf.tensors().items()}
-        groups.append(Group(f"h.{index}", leaves, FileGroup(written(tensors, folder / f"{index}.bin"))))
+        groups.append(Group(f"h.{index}", leaves, FileGroup(written(tensors_of(leaves), folder / f"{index}.bin"))))
     return Engine(model, groups, device, slots)
 
 

@@ -5,12 +5,12 @@ import weakref
 
 import pytest
 import torch
-from groups import at_rest
+from groups import at_rest, parts_of
 from models import equal
 
 from bigload import host
 from bigload.formats import Part
-from bigload.host import ALIGNMENT, HostGroup, Layout, parts_of
+from bigload.host import ALIGNMENT, HostGroup, Layout
 
 PARTS = {
     "packed": Part(torch.uint8, (33, 1)),

@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from groups import at_rest, group_of
+from groups import at_rest, group_of, tensors_of
 from models import equal
 from test_disk import written
 from test_streaming import assert_at_rest, linears, poison, resident, stream, tokens
@@ -46,8 +46,7 @@ def groups_of(model, device, folder=None):
         if folder is None:
             yield group_of(str(index), leaves, device)
         else:
-            tensors = {part: tensor for leaf in leaves for part, tensor in leaf.tensors().items()}
-            yield Group(str(index), tuple(leaves), FileGroup(written(tensors, folder / str(index))))
+            yield Group(str(index), tuple(leaves), FileGroup(written(tensors_of(leaves), folder / str(index))))
 
 
 @pytest.mark.parametrize("where", ["host", "disk"])

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 import torch
-from groups import at_rest, group_of
+from groups import at_rest, group_of, tensors_of
 from models import GPT, Attended, assert_same_bits, equal
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -637,7 +637,7 @@ def test_tied_weights_of_one_group_are_copied_once(device):
     expected = nn.ModuleList(nn.Linear(64, 64) for _ in range(2)).to(device).requires_grad_(False)
     expected[1].weight = expected[0].weight
     model = copy.deepcopy(expected)
-    store = at_rest(Leaf("0", model[0]).tensors(), device)
+    store = at_rest(tensors_of([Leaf("0", model[0])]), device)
     group = Group("both", (Leaf("0", model[0]), Leaf("1", model[1])), store)
     poison(group)
     Engine(model, [group], device)
