@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -137,9 +138,12 @@ def _finish(reads: Reads, read: Read, where: FilePart, target: memoryview) -> No
 def _drop_from_page_cache(part: FilePart) -> None:
     if not hasattr(os, "posix_fadvise"):
         return
+    # Whole pages, since the system drops no others, and no larger pieces of its cache of which one is left.
+    begin = part.offset // mmap.PAGESIZE * mmap.PAGESIZE
+    nbytes = -(-(part.offset + part.part.nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE - begin
     descriptor = os.open(part.file, os.O_RDONLY)
     try:
-        os.posix_fadvise(descriptor, part.offset, part.part.nbytes, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(descriptor, begin, nbytes, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
 

@@ -8,7 +8,7 @@ import gc
 
 import pytest
 import torch
-from models import GPT, empty, llama, save_checkpoint
+from models import GPT, empty, llama, lora_losses, save_checkpoint
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
@@ -139,23 +139,13 @@ def test_tokens_are_generated_as_by_the_whole_model(tmp_path, device, options):
 
 
 def test_adapters_are_trained_as_on_the_whole_model(tmp_path, device, options):
-    peft = pytest.importorskip("peft")
+    pytest.importorskip("peft")
     build = built("llama")
     folder = save_checkpoint(build().bfloat16(), tmp_path)
     losses = []
     for options_ in ({"device_map": device}, options(*BLOCKS["llama"][::2])):
         model = load_and_quantize_model(empty(build), "nf4", folder, **options_)
-        torch.manual_seed(0)
-        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "down_proj"], lora_dropout=0.0))
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-        tokens = TOKENS.to(device)
-        losses.append([])
-        for _ in range(5):
-            loss = model(input_ids=tokens, labels=tokens).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses[-1].append(loss.item())
+        losses.append(lora_losses(model, TOKENS.to(device), 5))
     assert losses[0] == losses[1]
     assert losses[0][-1] < losses[0][0]
 

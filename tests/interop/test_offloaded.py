@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import empty, llama, save_checkpoint
+from models import empty, llama, lora_losses, save_checkpoint
 
 from bigload import load_and_quantize_model
 
@@ -73,16 +73,6 @@ def test_checkpointed_training_gives_the_same_losses(models, device, reentrant):
     losses = []
     for model in models:
         model = peft.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-        torch.manual_seed(0)
-        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "down_proj"], lora_dropout=0.0))
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-        tokens = TOKENS.to(device)
-        losses.append([])
-        for _ in range(20):
-            loss = model.train()(input_ids=tokens, labels=tokens).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses[-1].append(loss.item())
+        losses.append(lora_losses(model, TOKENS.to(device), 20))
     assert losses[0] == losses[1]
     assert losses[0][-1] < losses[0][0]
