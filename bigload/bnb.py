@@ -69,7 +69,8 @@ def quantize_4bit_into(
     """
     kernel = _own_kernel("cquantize_blockwise_{}_" + quant_type, values, _FOUR_BIT_ARGUMENTS)
     if kernel is not None:
-        kernel(None, values.data_ptr(), absmax.data_ptr(), packed.data_ptr(), blocksize, len(values))
+        with torch.cuda.device(values.device):  # the function only knows pointers, and launches on the current GPU
+            kernel(None, values.data_ptr(), absmax.data_ptr(), packed.data_ptr(), blocksize, len(values))
         return
     quantized, scales = torch.ops.bitsandbytes.quantize_4bit.default(values, blocksize, quant_type, torch.uint8)
     packed.copy_(quantized.view(-1))
@@ -88,7 +89,8 @@ def quantize_int8_into(rows: torch.Tensor, data: torch.Tensor, scales: torch.Ten
     kernel = _own_kernel("cint8_vector_quant", rows, _INT8_ARGUMENTS)
     if kernel is not None:
         stream = torch.cuda.current_stream(rows.device).cuda_stream
-        kernel(rows.data_ptr(), data.data_ptr(), scales.data_ptr(), 0.0, *rows.shape, stream)
+        with torch.cuda.device(rows.device):  # as above
+            kernel(rows.data_ptr(), data.data_ptr(), scales.data_ptr(), 0.0, *rows.shape, stream)
         return
     quantized, row_scales, _ = library().functional.int8_vectorwise_quant(rows)
     data.copy_(quantized)

@@ -98,10 +98,10 @@ class Resting(AbstractContextManager["Resting"]):
         """
         if planned.home == "disk":
             return self._in_files(planned, self._cache.put(planned, _tensors_of(value)))
-        if isinstance(value, torch.Tensor):
-            return value.cpu()
         memory = self.memory(planned)
         parts = {part: _copied(tensor, memory.get(part)) for part, tensor in _tensors_of(value).items()}
+        if isinstance(value, torch.Tensor):
+            return parts["weight"]
         return weight_of(planned, self._torch_dtype, parts)
 
     def _in_files(self, planned: PlannedTensor, parts: dict[str, FilePart]) -> torch.Tensor | QuantizedWeight:
@@ -138,6 +138,7 @@ def _tensors_of(value: torch.Tensor | QuantizedWeight) -> dict[str, torch.Tensor
 
 
 def _copied(tensor: torch.Tensor, there: torch.Tensor | None) -> torch.Tensor:
+    """Copy a part into the memory that its group is streamed from, where it was not read straight into it."""
     if there is None:
         return tensor.cpu()
     return there if there is tensor else there.copy_(tensor, non_blocking=True)

@@ -271,6 +271,29 @@ def test_model_on_two_gpus_gives_the_bits_and_gradients_of_one(build, tmp_path):
     assert_same_bits(*gradients)
 
 
+@pytest.mark.multi_gpu
+@pytest.mark.cuda
+@pytest.mark.parametrize("source", ["own", "pickled"])
+@pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "fp4", "int8", "int8-training"])
+def test_weights_that_come_from_memory_are_quantized_on_every_gpu(tmp_path, mode, source):
+    from models import assert_same_bits, empty
+
+    from bigload import load_and_quantize_model
+
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    full = GPT(layers=4).bfloat16()
+    location = tmp_path / "pickled.bin"
+    torch.save(full.state_dict(), location)
+    states = []
+    for device_map in ({"": 0}, {"": 1, "transformer.h.1": 0, "transformer.h.3": 0}, {"": 0, "transformer.h.2": 1}):
+        model = empty(lambda: GPT(layers=4)) if source == "pickled" else copy.deepcopy(full)
+        model = load_and_quantize_model(model, mode, location if source == "pickled" else None, device_map=device_map)
+        states.append({name: tensor.cpu() for name, tensor in model.state_dict().items()})
+    for state in states[1:]:
+        assert_same_bits(state, states[0])
+
+
 def test_what_nothing_floating_goes_into_gives_the_models_dtype(moves):
     model = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4).to(torch.bfloat16).to(META))
     connect(model, {"0": CPU, "1": META}, ["0"], torch.bfloat16)

@@ -3,12 +3,13 @@
 On the CPU the "device" is the CPU too: a plan is changed so that blocks rest in host memory and pass through slots.
 """
 
+import copy
 import dataclasses
 import gc
 
 import pytest
 import torch
-from models import GPT, empty, llama, lora_losses, save_checkpoint
+from models import GPT, assert_same_bits, empty, llama, lora_losses, save_checkpoint
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
@@ -88,6 +89,26 @@ def test_offloaded_blocks_give_the_same_bits(tmp_path, device, options, kind, mo
     model.offload.remove()
     assert torch.equal(logits(model, TOKENS, device), logits(whole, TOKENS, device))
     assert {parameter.device for parameter in model.parameters()} == {device}
+
+
+@pytest.mark.parametrize("source", ["own", "pickled"])
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode if isinstance(mode, str) else "none")
+@pytest.mark.parametrize("kind", ["gpt", "llama"])
+def test_weights_that_come_from_memory_are_streamed(tmp_path, device, options, kind, mode, source):
+    """Above all those that are not quantized, which nothing makes anew on their way."""
+    build, names = built(kind), [*BLOCKS[kind], EMBEDDING[kind], "lm_head"]
+    full, location = build().bfloat16(), None
+    if source == "pickled":
+        location = tmp_path / "pickled.bin"
+        torch.save(full.state_dict(), location)
+    whole, model = (copy.deepcopy(full) if source == "own" else empty(build) for _ in range(2))
+    whole = load_and_quantize_model(whole, mode, location, device_map=device)
+    model = load_and_quantize_model(model, mode, location, **options(*names))
+    for _ in range(2):
+        assert torch.equal(logits(model, TOKENS, device), logits(whole, TOKENS, device))
+    assert_same_bits(model.state_dict(), whole.state_dict())
+    model.offload.remove()
+    assert torch.equal(logits(model, TOKENS, device), logits(whole, TOKENS, device))
 
 
 def test_what_is_offloaded_rests_in_host_memory(tmp_path, device, options):
