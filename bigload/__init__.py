@@ -1,6 +1,6 @@
 """bigload: load PyTorch models larger than your GPU, quantized by bitsandbytes as the weights stream in."""
 
-from .config import BnbQuantizationConfig
+from .config import BnbQuantizationConfig, OffloadConfig
 from .dequantize import dequantize_model
 from .empty import init_empty_weights
 from .errors import (
@@ -14,7 +14,6 @@ from .errors import (
 )
 from .loading import load_and_quantize_model
 from .offline import quantize_checkpoint
-from .offload import OffloadConfig
 from .planning import plan_device_map
 from .ring import release_buffers
 from .saving import save_quantized_model

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .config import MODES
+from .config import MODES, OffloadConfig
 from .devices import Device
 from .errors import BigloadError, CheckpointError, ConfigError
-from .offload import OffloadConfig
 from .plan import Plan
 
 

@@ -16,13 +16,12 @@ from torch import nn
 from . import bnb
 from .checkpoint import WeightsLocation, open_checkpoint
 from .commit import Assembly
-from .config import as_config
+from .config import OffloadConfig, as_config
 from .crossing import connect
 from .devices import Device, DeviceMap, named_devices
 from .errors import BigloadError, PlacementError
 from .keys import KeyMapping
 from .memory import show
-from .offload import OffloadConfig
 from .offloading import Offload, require_not_offloaded
 from .pipeline import execute
 from .plan import Plan

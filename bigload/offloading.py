@@ -13,12 +13,12 @@ from torch import nn
 
 from .budgets import free_bytes
 from .cells import Leaf
+from .config import OffloadConfig
 from .devices import CPU
 from .disk import FileGroup, spare_page_cache
 from .errors import ConfigError, listed
 from .groups import Group
 from .host import Store
-from .offload import OffloadConfig
 from .plan import PlacedUnit, Plan
 from .resting import Resting
 from .streamed import OwnForward

@@ -14,14 +14,13 @@ from torch import nn
 
 from . import hf
 from .checkpoint import Checkpoint, WeightsLocation, open_checkpoint
-from .config import BnbQuantizationConfig, as_config
+from .config import BnbQuantizationConfig, OffloadConfig, as_config, as_offload_config
 from .devices import CPU, Device, DeviceMap
 from .errors import CheckpointError, ConfigError, PlacementError, listed
 from .execution import is_faster_on_cpu
 from .formats import FourBit, dominant_dtype
 from .keys import KeyMapping, Source, sources_in_checkpoint
 from .modules import ModelTensor, layers_recorded, layers_stored_quantized, layers_to_quantize, tensors_of
-from .offload import OffloadConfig, as_offload_config
 from .placement import PlannedTensor, formatted_tensors
 from .places import Placement, place_tensors, place_units, place_whole
 from .plan import Plan, accounts_of

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .config import OffloadConfig
 from .devices import CPU, Device, DeviceMap, Place, as_place, default_device, is_strategy
 from .errors import PlacementError, counted, listed
 from .memory import parse_size
 from .modules import ModelTensor
-from .offload import OffloadConfig
 
 
 @dataclass(frozen=True)
