@@ -67,7 +67,7 @@ def build(folder: Path) -> nn.Module:
     if "many" in config:
         with init_empty_weights():
             return Many(config["many"])
-    from bigload.hf import empty_model
+    from bigload.model.transformers_facts import empty_model
 
     return empty_model(folder)
 

@@ -14,8 +14,8 @@ from typing import Any
 import psutil
 import torch
 
-from bigload.formats import FourBit, Int8
-from bigload.quantize import quantize
+from bigload.quantization.formats import FourBit, Int8
+from bigload.quantization.quantizer import quantize
 
 from .files import PIECE_BYTES, Piece, cores, drop, opened, read, shards, total_bytes, warm
 

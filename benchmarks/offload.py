@@ -53,7 +53,7 @@ def measure_offload(folder: Path, cases: list[Case], device: str, commit: str | 
     Yields:
         The result so far, as docs/benchmarks.md explains it.
     """
-    from bigload.rates import link_gb_per_s
+    from bigload.hardware.bandwidth import link_gb_per_s
 
     warm(shards(folder))
     place = torch.device(device)

@@ -28,8 +28,9 @@ def measure_quantizing(folder: Path, mode: str, device: str, scratch: Path, comm
     Returns:
         The result, as docs/benchmarks.md explains it.
     """
-    from bigload import bnb, quantize_checkpoint
-    from bigload.ring import RING_BYTES
+    from bigload import quantize_checkpoint
+    from bigload.io.ring import RING_BYTES
+    from bigload.quantization import bnb
 
     files = shards(folder)
     warm(files)

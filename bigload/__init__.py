@@ -1,8 +1,8 @@
 """bigload: load PyTorch models larger than your GPU, quantized by bitsandbytes as the weights stream in."""
 
 from .config import BnbQuantizationConfig, OffloadConfig
-from .dequantize import dequantize_model
-from .empty import init_empty_weights
+from .conversion import quantize_checkpoint
+from .dequantizing import dequantize_model
 from .errors import (
     BigloadError,
     CheckpointError,
@@ -12,10 +12,10 @@ from .errors import (
     PlacementError,
     QuantizationError,
 )
+from .io.ring import release_buffers
 from .loading import load_and_quantize_model
-from .offline import quantize_checkpoint
-from .planning import plan_device_map
-from .ring import release_buffers
+from .model.empty import init_empty_weights
+from .planning.planner import plan_device_map
 from .saving import save_quantized_model
 
 __version__ = "0.1.0"

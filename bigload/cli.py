@@ -12,9 +12,9 @@ from typing import Any
 
 from . import __version__
 from .config import MODES, OffloadConfig
-from .devices import Device
 from .errors import BigloadError, CheckpointError, ConfigError
-from .plan import Plan
+from .hardware.devices import Device
+from .planning.plan import Plan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -107,8 +107,8 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _load(options: argparse.Namespace) -> None:
-    from .hf import empty_model
     from .loading import load_and_quantize_model
+    from .model.transformers_facts import empty_model
 
     if not (options.path / "config.json").is_file():
         raise CheckpointError(f"'{options.path}' is not a folder with a config.json; `load` builds the model from it")
@@ -132,10 +132,10 @@ def _load(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from .hf import empty_model
-    from .plan_report import draw_plan, plan_json, plan_table
-    from .planning import plan_device_map
-    from .shards import WEIGHTS
+    from .checkpoint.writer import WEIGHTS
+    from .model.transformers_facts import empty_model
+    from .planning.planner import plan_device_map
+    from .planning.report import draw_plan, plan_json, plan_table
 
     folder = options.path
     has_weights = folder.is_dir() and any(path.name.endswith(WEIGHTS) for path in folder.iterdir())
@@ -160,7 +160,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _is_quantized(path: Path) -> bool:
-    from .checkpoint import open_checkpoint
+    from .checkpoint.checkpoint import open_checkpoint
 
     return open_checkpoint(path).is_quantized
 
@@ -168,7 +168,7 @@ def _is_quantized(path: Path) -> bool:
 def _measured_link(plan: Plan) -> float | None:
     import torch
 
-    from .rates import link_gb_per_s
+    from .hardware.bandwidth import link_gb_per_s
 
     return link_gb_per_s(torch.device("cuda", 0)) if plan.streamed_bytes and torch.cuda.is_available() else None
 
@@ -186,8 +186,8 @@ def _max_memory(given: Sequence[str]) -> dict[Device, int | str]:
 
 
 def _quantize(options: argparse.Namespace) -> None:
-    from .offline import quantize_checkpoint
-    from .show import describe_checkpoint
+    from .checkpoint.describe import describe_checkpoint
+    from .conversion import quantize_checkpoint
 
     quantize_checkpoint(
         options.src,
@@ -201,7 +201,7 @@ def _quantize(options: argparse.Namespace) -> None:
 
 
 def _show(options: argparse.Namespace) -> None:
-    from .show import describe_checkpoint
+    from .checkpoint.describe import describe_checkpoint
 
     print(describe_checkpoint(options.path))
 
@@ -225,7 +225,7 @@ class _Prompt:
     """A text to continue, tokenized before the weights are loaded."""
 
     def __init__(self, model: Any, options: argparse.Namespace) -> None:
-        from .hf import import_transformers
+        from .model.transformers_facts import import_transformers
 
         if not getattr(model, "can_generate", bool)():
             raise ConfigError(f"{type(model).__name__} does not generate text; leave --prompt out")

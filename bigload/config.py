@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 
 from .errors import ConfigError, PlacementError, listed
-from .memory import parse_size
 from .optional import import_optional
+from .sizes import parse_size
 
 logger = logging.getLogger(__name__)
 

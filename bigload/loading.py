@@ -13,25 +13,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import bnb
-from .checkpoint import WeightsLocation, open_checkpoint
-from .commit import Assembly
+from .checkpoint.checkpoint import WeightsLocation, open_checkpoint
 from .config import OffloadConfig, as_config
-from .crossing import connect
-from .devices import Device, DeviceMap, named_devices
 from .errors import BigloadError, PlacementError
-from .keys import KeyMapping
-from .memory import show
-from .offloading import Offload, require_not_offloaded
-from .pipeline import execute
-from .plan import Plan
-from .planning import config_for, plan_load, wishes_for
-from .progress import progress_bar
-from .report import LoadReport, PeakMemory
-from .resting import Resting
-from .ring import pin_ahead
-from .tree import walked_once
-from .wishes import Wishes
+from .hardware.devices import Device, DeviceMap, named_devices
+from .io.ring import pin_ahead
+from .model.tree import walked_once
+from .offload.device_hooks import connect
+from .offload.handle import Offload, require_not_offloaded
+from .offload.resting import Resting
+from .pipeline.assembly import Assembly
+from .pipeline.execute import execute
+from .pipeline.progress import progress_bar
+from .pipeline.report import LoadReport, PeakMemory
+from .planning.plan import Plan
+from .planning.planner import config_for, plan_load, wishes_for
+from .planning.request import Wishes
+from .planning.sources import KeyMapping
+from .quantization import bnb
+from .sizes import show
 
 logger = logging.getLogger(__name__)
 

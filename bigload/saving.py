@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import hf
+from .checkpoint.record import RECORD_NAME, Record
+from .checkpoint.writer import Entry, ShardWriter, new_folder, write_json
 from .config import BnbQuantizationConfig
 from .errors import ConfigError, QuantizationError, listed
-from .formats import dominant_dtype
-from .interop import skip_list
-from .layers import config_of_layer, quantized_layers, require_whole_layers
-from .memory import parse_size
-from .modules import plain_linears
-from .record import RECORD_NAME, Record
-from .shards import Entry, ShardWriter, new_folder, write_json
-from .tree import leaves, modules_by_path
+from .model import transformers_facts
+from .model.tensors import plain_linears
+from .model.tree import leaves, modules_by_path
+from .pipeline.attributes import skip_list
+from .quantization.formats import dominant_dtype
+from .quantization.layers import config_of_layer, quantized_layers, require_whole_layers
+from .sizes import parse_size
 
 
 def save_quantized_model(
@@ -91,10 +91,10 @@ def write_configs(
     dtype: Any,
 ) -> None:
     """Write the configs by which transformers makes the same layers, of a model of its own."""
-    if hf.is_pretrained(model):
+    if transformers_facts.is_pretrained(model):
         quantization = config.to_transformers()
         quantization.llm_int8_skip_modules = skip_list(kept, layers)
-        hf.save_configs(model, folder, quantization, dtype)
+        transformers_facts.save_configs(model, folder, quantization, dtype)
 
 
 def _config(model: nn.Module, layers: Mapping[str, Any]) -> BnbQuantizationConfig:
@@ -136,7 +136,7 @@ def _stored_once(model: nn.Module, layers: Mapping[str, Any]) -> tuple[dict[str,
     ties = [tuple(names) for names in groups.values() if len(names) > 1]
     untied = [
         (one, other)
-        for one, other in hf.tied_pairs(model)
+        for one, other in transformers_facts.tied_pairs(model)
         if one in state and other in state and not any({one, other} <= set(names) for names in ties)
     ]
     if untied:

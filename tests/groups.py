@@ -2,10 +2,10 @@
 
 import torch
 
-from bigload.cells import cells_of
-from bigload.formats import Part
-from bigload.groups import Group
-from bigload.host import HostGroup
+from bigload.hardware.pinned import HostGroup
+from bigload.offload.groups import Group
+from bigload.offload.leaves import cells_of
+from bigload.quantization.formats import Part
 
 
 def parts_of(tensors):

@@ -417,7 +417,7 @@ def test_quantizing_file_to_file_is_held_against_reading_and_writing(tmp_path, i
 def test_offloading_is_timed_from_the_disk_too_and_written_as_a_table(tiny, tmp_path, monkeypatch):
     from benchmarks.report import offload_table
 
-    monkeypatch.setattr("bigload.units.RESIDENT_BYTES", 2000)
+    monkeypatch.setattr("bigload.planning.units.RESIDENT_BYTES", 2000)
     monkeypatch.setattr("benchmarks.offload.TOKENS", (1, 2))
     out = tmp_path / "out.json"
     run("offload", tiny, "--device", "cpu", "--cases", "bigload:nf4:1:disk", "bigload:none:0", "--out", out)

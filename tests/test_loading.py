@@ -20,8 +20,8 @@ from bigload import (
     init_empty_weights,
     load_and_quantize_model,
 )
-from bigload.report import LoadReport, PeakMemory
-from bigload.stores import reserve
+from bigload.hardware.allocation import reserve
+from bigload.pipeline.report import LoadReport, PeakMemory
 
 # 4-bit layers may multiply in bfloat16 (CPUs with AVX512-BF16), int8 ones round the activations to int8: 0.1 to 0.3%
 # of the output in these models. Quantizing the weights changes it by 3% and more in 4 bit.
@@ -442,7 +442,7 @@ def test_collector_of_cycles_rests_while_a_model_is_loaded_and_is_as_it_was_afte
 
 def test_report_gives_a_peak_only_where_the_load_set_a_new_one(monkeypatch):
     used = {"cpu": [(100, 500), (300, 900)], "cuda:0": [(40, 700), (90, 700)]}
-    monkeypatch.setattr("bigload.report._used_and_highest", lambda device: used[str(device)].pop(0))
+    monkeypatch.setattr("bigload.pipeline.report._used_and_highest", lambda device: used[str(device)].pop(0))
     peaks = PeakMemory([torch.device("cuda", 0)])
     found = peaks.since()
     assert found == {torch.device("cpu"): 800}

@@ -6,11 +6,12 @@ import pytest
 from models import llama, save_checkpoint
 from torch import nn
 
-from bigload import bnb, load_and_quantize_model
-from bigload.checkpoint import open_checkpoint
+from bigload import load_and_quantize_model
+from bigload.checkpoint.checkpoint import open_checkpoint
 from bigload.cli import main
 from bigload.errors import MissingDependencyError
 from bigload.optional import import_optional
+from bigload.quantization import bnb
 
 
 @pytest.fixture

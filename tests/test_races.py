@@ -14,9 +14,10 @@ from models import quantize_as_bitsandbytes
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import bigload.transfer as room
-from bigload import BnbQuantizationConfig, aio, init_empty_weights, load_and_quantize_model, release_buffers
-from bigload.quantize import Quantizer
+import bigload.io.transfer as room
+from bigload import BnbQuantizationConfig, init_empty_weights, load_and_quantize_model, release_buffers
+from bigload.io import async_reads
+from bigload.quantization.quantizer import Quantizer
 
 pytestmark = pytest.mark.cuda
 
@@ -51,7 +52,7 @@ def narrow(monkeypatch):
     release_buffers()
     monkeypatch.setenv("BIGLOAD_RING_BYTES", "2MiB")
     monkeypatch.setattr(room, "PLACE_BYTES", 3 * 2**20)
-    monkeypatch.setattr(aio, "BLOCK_BYTES", 2**16)
+    monkeypatch.setattr(async_reads, "BLOCK_BYTES", 2**16)
     yield
     torch.cuda.synchronize()
     release_buffers()

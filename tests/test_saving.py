@@ -33,9 +33,9 @@ from bigload import (
     QuantizationError,
     load_and_quantize_model,
     save_quantized_model,
-    shards,
 )
-from bigload.layers import quantized_layers
+from bigload.checkpoint import writer
+from bigload.quantization.layers import quantized_layers
 
 MODES = (*FOUR_BIT, "int8")
 FORMATS = [
@@ -482,7 +482,7 @@ def test_recorded_layer_that_the_model_lacks_is_an_error(tmp_path, device):
 
 def test_dtype_that_safetensors_lacks_is_an_error(tmp_path, device, monkeypatch):
     model = quantized(tmp_path, device)
-    monkeypatch.delitem(shards._NAMES, torch.bfloat16)
+    monkeypatch.delitem(writer._NAMES, torch.bfloat16)
     with pytest.raises(CheckpointError, match=r"is torch\.bfloat16, which safetensors files cannot hold"):
         save_quantized_model(model, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
@@ -526,8 +526,8 @@ def test_disk_that_fails_when_a_file_is_made_lasting_is_an_error(tmp_path, devic
 
 
 def test_large_files_go_to_the_disk_while_they_are_written(tmp_path, device, monkeypatch):
-    monkeypatch.setattr("bigload.shards._SYNC_BYTES", 2**10)
-    monkeypatch.setattr("bigload.shards._STAGED_BYTES", 2**10)
+    monkeypatch.setattr("bigload.checkpoint.writer._SYNC_BYTES", 2**10)
+    monkeypatch.setattr("bigload.checkpoint.writer._STAGED_BYTES", 2**10)
     model, sync, synced = quantized(tmp_path, device), os.fsync, []
 
     def watched(descriptor):

@@ -154,7 +154,7 @@ def test_bad_argument_is_refused(tmp_path, case):
 
 
 def test_disk_without_a_folder_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("bigload.units.RESIDENT_BYTES", 2000)
+    monkeypatch.setattr("bigload.planning.units.RESIDENT_BYTES", 2000)
     for device_map in ("disk", {"": "cpu", "transformer.h.1": "disk"}):
         check_refused_and_loadable_after(
             tmp_path, PlacementError, ["transformer.h.", "offload_folder"], device_map=device_map

@@ -11,8 +11,8 @@ import torch
 from models import GPT, save_checkpoint
 
 from bigload import CheckpointError, PlacementError, init_empty_weights, load_and_quantize_model
-from bigload.aio import Reads
-from bigload.quantize import Quantizer
+from bigload.io.async_reads import Reads
+from bigload.quantization.quantizer import Quantizer
 
 
 def resources():
@@ -87,7 +87,7 @@ def test_out_of_memory_names_device_and_tensor(model, folder, monkeypatch):
 def test_interrupted_while_the_model_is_changed(model, folder, monkeypatch, call):
     """The exchange itself is undone: the edits go through a dict that raises at the n-th of them."""
 
-    import bigload.commit as room
+    import bigload.pipeline.assembly as room
 
     apply = room.apply_edits
 

@@ -135,7 +135,7 @@ def _shortened(paths: set[str]) -> set[str]:
 
 def _ours(model_class, config) -> set[str]:
     from bigload import BnbQuantizationConfig, init_empty_weights
-    from bigload.modules import layers_to_quantize, tensors_of
+    from bigload.model.tensors import layers_to_quantize, tensors_of
 
     with init_empty_weights():
         model = model_class(config)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bigload import BnbQuantizationConfig, load_and_quantize_model
-from bigload.hf import empty_model
+from bigload.model.transformers_facts import empty_model
 
 
 def state_bits(model):

@@ -11,8 +11,8 @@ TOKENS = torch.arange(10).view(2, 5)
 
 @pytest.fixture(autouse=True)
 def small_parts_stream(monkeypatch):
-    monkeypatch.setattr("bigload.units.RESIDENT_BYTES", 2000)
-    monkeypatch.setattr("bigload.layers._PACKED_ROWS", 2**40)
+    monkeypatch.setattr("bigload.planning.units.RESIDENT_BYTES", 2000)
+    monkeypatch.setattr("bigload.quantization.layers._PACKED_ROWS", 2**40)
 
 
 def build():

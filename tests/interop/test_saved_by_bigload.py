@@ -19,7 +19,7 @@ from bigload import (
     load_and_quantize_model,
     save_quantized_model,
 )
-from bigload.layers import quantized_layers
+from bigload.quantization.layers import quantized_layers
 
 MODES = ("nf4", "nf4-dq", "fp4", "int8")
 ARCHITECTURES = ("llama", "llama_tied", "gpt2", "t5", "bert", "mixtral")

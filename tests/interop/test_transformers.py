@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from bigload import BnbQuantizationConfig, init_empty_weights, load_and_quantize_model
-from bigload.hf import class_dtypes, empty_model
+from bigload.model.transformers_facts import class_dtypes, empty_model
 
 MODES = ("nf4", "nf4-dq", "fp4", "int8")
 

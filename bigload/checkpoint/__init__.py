@@ -1,0 +1,1 @@
+"""Checkpoints on disk: opened, described, and written."""

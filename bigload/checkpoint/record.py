@@ -1,0 +1,110 @@
+"""What a saved model says of itself beside its weights: how it was quantized, which layers, and what is tied."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import BnbQuantizationConfig
+from ..errors import CheckpointError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+RECORD_NAME = "bigload.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """What `save_quantized_model` writes beside the weights.
+
+    Attributes:
+        layout: of the weights that it was written with: see `layout_of`.
+        config: how the model was quantized, without lists of modules.
+        layers: paths of the quantized layers.
+        kept: paths of the layers that could have been quantized and were not.
+        ties: names of the parameters that are one weight, each group once; the first is the one that is stored.
+    """
+
+    layout: str
+    config: BnbQuantizationConfig
+    layers: tuple[str, ...]
+    kept: tuple[str, ...]
+    ties: tuple[tuple[str, ...], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give it as values that JSON holds."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "layout": self.layout,
+            "config": {name: self.config.to_dict()[name] for name in _fields(self.config)},
+            "layers": list(self.layers),
+            "kept": list(self.kept),
+            "ties": [list(names) for names in self.ties],
+        }
+
+
+def layout_of(tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]]) -> str:
+    """Tell one set of tensors from another, by their names, dtypes and shapes: a record says nothing of others."""
+    lines = sorted(f"{name} {dtype} {list(shape)}" for name, dtype, shape in tensors)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def read_record(folder: Path, layout: str) -> Record | None:
+    """Read the record beside weights of this layout; None where there is none, or one of other weights.
+
+    Raises:
+        CheckpointError: it is damaged, or of a version that this bigload does not know.
+    """
+    path = folder / RECORD_NAME
+    if not path.is_file():
+        return None
+
+    def wrong(what: object) -> CheckpointError:
+        return CheckpointError(
+            f"'{path}' is damaged: {what}; remove it to load the weights without it, or save them anew"
+        )
+
+    try:
+        said = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise wrong(error) from error
+    if not isinstance(said, dict) or not isinstance(said.get("format_version"), int):
+        raise wrong("it names no format_version")
+    if said["format_version"] != FORMAT_VERSION:
+        raise CheckpointError(
+            f"'{path}' is of format version {said['format_version']}, this bigload knows {FORMAT_VERSION}: install a "
+            "newer one"
+        )
+    if said.get("layout") != layout:
+        logger.warning("'%s' was written with other weights than lie beside it: it is left out", path)
+        return None
+    try:
+        return _parsed(said)
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
+        raise wrong(f"{type(error).__name__}: {error}") from error
+
+
+def _fields(config: BnbQuantizationConfig) -> list[str]:
+    """Name the fields that mean something in a config's mode."""
+    modes = ("load_in_8bit", "llm_int8") if config.load_in_8bit else ("load_in_4bit", "bnb_4bit")
+    return [name for name in config.to_dict() if name.startswith((*modes, "torch_dtype"))]
+
+
+def _parsed(said: Mapping[str, Any]) -> Record:
+    ties = [_names(names) for names in said["ties"]]
+    config = BnbQuantizationConfig.from_dict(dict(said["config"]))
+    return Record(said["layout"], config, _names(said["layers"]), _names(said["kept"]), tuple(ties))
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise TypeError(f"{value!r} is no list of names")
+    return tuple(value)

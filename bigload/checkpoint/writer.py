@@ -1,0 +1,361 @@
+"""Safetensors files written a tensor at a time: the layout first, from sizes alone, then the bytes in any order.
+
+Source of the format: the safetensors README, "Format"; within a file tensors lie by the size of their elements, the
+largest first, as its own writer lays them, so that none is misaligned.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ..errors import CheckpointError, ConfigError, listed
+from ..io.ring import as_bytes, pinned_memory
+from .checkpoint import DTYPES, NOT_WEIGHTS
+from .record import RECORD_NAME, layout_of
+from .syncing import Syncing
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+INDEX_NAME = "model.safetensors.index.json"
+# How files of weights, and their indexes, end.
+WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
+
+
+# Bytes after which a file is sent to the disk, while more of it is written: the system by itself would wait for longer.
+_SYNC_BYTES = 256 * 2**20
+# Bytes that come from a GPU at once.
+_STAGED_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor that is to be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class ShardWriter:
+    """Writes a checkpoint of safetensors files into a folder, where each has its name only when it is whole."""
+
+    def __init__(self, folder: Path, entries: Iterable[Entry], max_shard_bytes: int) -> None:
+        """Lay out the files.
+
+        Args:
+            folder: exists; files of the same layout that are whole there already are kept.
+            entries: what will be written, in the order in which files are filled.
+            max_shard_bytes: of the tensors in a file; one that is larger has a file of its own.
+
+        Raises:
+            CheckpointError: a dtype that safetensors does not have.
+        """
+        self._folder = folder
+        self._syncing = Syncing()
+        self._staged: torch.Tensor | None = None
+        divided = _divided(entries, max_shard_bytes)
+        self._shards = [
+            _Shard(folder / _file_name(number, len(divided)), alike, self._syncing)
+            for number, alike in enumerate(divided, 1)
+        ]
+        self._shard_of = {name: shard for shard in self._shards for name in shard.entries}
+
+    @property
+    def layout(self) -> str:
+        """What `record.layout_of` gives for all of it."""
+        entries = (entry for shard in self._shards for entry in shard.entries.values())
+        return layout_of((entry.name, entry.dtype, entry.shape) for entry in entries)
+
+    def is_written(self, name: str) -> bool:
+        """Ask whether a tensor is in a file that is whole."""
+        return self._shard_of[name].is_whole
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one tensor, from whatever device.
+
+        Raises:
+            OSError: the disk is full, for instance.
+        """
+        entry = self._shard_of[name].entries[name]
+        assert (tensor.dtype, tuple(tensor.shape)) == (entry.dtype, entry.shape), name
+        self.write_values(name, 0, tensor)
+        self.complete(name)
+
+    def write_values(self, name: str, at: int, values: torch.Tensor) -> None:
+        """Write some of a tensor's bytes.
+
+        Args:
+            name: the tensor.
+            at: the byte of it where they go.
+            values: contiguous, of any dtype and device.
+
+        Raises:
+            OSError: the disk is full, for instance.
+        """
+        values = values.detach().contiguous().view(-1)
+        if not values.numel():
+            return
+        for piece in torch.split(values.view(torch.uint8), _STAGED_BYTES):
+            self._shard_of[name].write(name, at, as_bytes(self._on_host(piece)))
+            at += len(piece)
+
+    def _on_host(self, piece: torch.Tensor) -> torch.Tensor:
+        if piece.device.type != "cuda":
+            return piece.cpu()
+        if self._staged is None:
+            self._staged = pinned_memory(_STAGED_BYTES, _STAGED_BYTES // 2)
+        return self._staged[: len(piece)].copy_(piece)
+
+    def complete(self, name: str) -> None:
+        """Say that all of a tensor has been written: with its last one a file is made lasting, and gets its name."""
+        self._shard_of[name].complete(name)
+
+    def finish(self) -> None:
+        """Wait until all files are lasting, and write the index if there are several.
+
+        Raises:
+            OSError: the disk is full, for instance.
+        """
+        self._syncing.finish()
+        assert all(shard.is_whole for shard in self._shards)
+        if len(self._shards) == 1:
+            return
+        weight_map = {name: shard.path.name for name, shard in self._shard_of.items()}
+        total = sum(entry.nbytes for shard in self._shards for entry in shard.entries.values())
+        write_json(self._folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+    def close(self) -> None:
+        """Close the files."""
+        self._syncing.__exit__()
+        for shard in self._shards:
+            shard.close()
+
+
+class _Shard:
+    """One file: its header, and where each tensor lies.
+
+    Attributes:
+        path: its name when it is whole.
+        entries: its tensors by name.
+        is_whole: all of it is there.
+    """
+
+    def __init__(self, path: Path, entries: Sequence[Entry], syncing: Syncing) -> None:
+        self.path, self._syncing = path, syncing
+        self.entries = {entry.name: entry for entry in entries}
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        self._begins, end = {}, 0
+        for entry in sorted(entries, key=lambda entry: -entry.dtype.itemsize):
+            if entry.dtype not in _NAMES:
+                raise CheckpointError(f"'{entry.name}' is {entry.dtype}, which safetensors files cannot hold")
+            self._begins[entry.name] = end
+            end += entry.nbytes
+            offsets = [self._begins[entry.name], end]
+            header[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._head, self._nbytes = len(text).to_bytes(8, "little") + text, 8 + len(text) + end
+        self._descriptor: int | None = None
+        self._unwritten = set(self.entries)
+        self._unsynced = 0
+        self.is_whole = self._is_there()
+
+    def _is_there(self) -> bool:
+        if not self.path.is_file() or self.path.stat().st_size != self._nbytes:
+            return False
+        with self.path.open("rb") as file:
+            return file.read(len(self._head)) == self._head
+
+    @property
+    def _partial(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.partial")
+
+    def write(self, name: str, at: int, buffer: memoryview) -> None:
+        if self.is_whole:  # another part of the same weight may be in a file that is not
+            return
+        descriptor = self._opened()
+        _write(descriptor, buffer, len(self._head) + self._begins[name] + at)
+        self._unsynced += len(buffer)
+        if self._unsynced >= _SYNC_BYTES and self._syncing.is_idle:
+            self._unsynced = 0
+            self._syncing.begin(partial(os.fsync, descriptor))
+
+    def complete(self, name: str) -> None:
+        self._unwritten.discard(name)
+        if not self._unwritten and not self.is_whole:
+            self._opened()
+            self._syncing.begin(self._seal)
+
+    def _seal(self) -> None:
+        os.fsync(self._opened())
+        self.close()
+        self._partial.rename(self.path)
+        self.is_whole = True
+
+    def _opened(self) -> int:
+        if self._descriptor is None:
+            self._descriptor = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            _write(self._descriptor, memoryview(self._head), 0)
+            os.ftruncate(self._descriptor, self._nbytes)
+        return self._descriptor
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file and make it lasting."""
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, sort_keys=True, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _divided(entries: Iterable[Entry], most: int) -> list[list[Entry]]:
+    groups: list[list[Entry]] = [[]]
+    filled = 0
+    for entry in entries:
+        if groups[-1] and filled + entry.nbytes > most:
+            groups.append([])
+            filled = 0
+        groups[-1].append(entry)
+        filled += entry.nbytes
+    return groups
+
+
+def _file_name(number: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
+
+
+def _write(descriptor: int, buffer: memoryview, offset: int) -> None:
+    while buffer:
+        written = os.pwrite(descriptor, buffer, offset)
+        buffer, offset = buffer[written:], offset + written
+
+
+@contextmanager
+def new_folder(target: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
+    """Fill a folder that is not there before all of it is: under another name beside it, then renamed.
+
+    Args:
+        target: where it is to be; nothing is lost there if the block fails.
+        overwrite: whether what is there may be replaced.
+
+    Yields:
+        The folder to fill.
+
+    Raises:
+        CheckpointError: something is there that may not be replaced, or the folder cannot be written.
+    """
+    target = checked_target(target, overwrite=overwrite)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise CheckpointError(f"'{target}' cannot be written: {error}") from error
+    try:
+        made.chmod(0o777 & ~_umask())  # as any other folder: mkdtemp's is its owner's alone
+        yield made
+        put_in_place(made, checked_target(target, overwrite=overwrite))  # something may have come there meanwhile
+    except OSError as error:
+        raise CheckpointError(f"'{target}' cannot be written: {error}; nothing there has been changed") from error
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def checked_target(given: str | os.PathLike[str], *, overwrite: bool) -> Path:
+    """Give the real path of a folder that may be written.
+
+    Raises:
+        CheckpointError: something is there that may not be replaced, or cannot be.
+        ConfigError: not a path.
+    """
+    if not given or not isinstance(given, (str, os.PathLike)):
+        raise ConfigError(f"the folder to write is {given!r}; expected a path")
+    target = Path(os.path.realpath(Path(given).expanduser()))
+    if not target.exists():
+        return target
+    if not target.is_dir():
+        raise CheckpointError(f"'{target}' is a file: name a folder")
+    if os.path.ismount(target) or target == Path(os.path.realpath(Path.cwd())) or target in Path.cwd().parents:
+        raise CheckpointError(f"'{target}' cannot be put in place as a whole: name a folder inside it")
+    held = list(target.iterdir())
+    if held and not overwrite:
+        raise CheckpointError(
+            f"'{target}' is not empty: name another folder, or pass overwrite=True (--overwrite) to replace it"
+        )
+    inner = [path.name for path in held if path.is_dir()]
+    if inner or (held and not any(path.name.endswith(WEIGHTS) for path in held)):
+        raise CheckpointError(
+            f"'{target}' holds {listed(inner or [path.name for path in held])}: overwrite=True replaces a checkpoint, "
+            "and that is something else; name another folder"
+        )
+    return target
+
+
+def copy_the_rest(source: Path, made: Path) -> None:
+    """Copy a checkpoint's files that are no weights, a tokenizer for instance, where there are none of the name."""
+    for path in sorted(source.iterdir()):
+        is_weights = path.name.endswith(WEIGHTS) and not NOT_WEIGHTS.fullmatch(path.name)
+        if path.is_file() and not is_weights and path.name != RECORD_NAME and not (made / path.name).exists():
+            partial = made / f"{path.name}.partial"  # whole or not there
+            shutil.copyfile(path, partial)
+            _sync(partial)
+            partial.rename(made / path.name)
+
+
+def put_in_place(made: Path, target: Path) -> None:
+    """Give a folder its name, in place of a checkpoint that has it, whose other files stay; on the same file system.
+
+    Raises:
+        OSError: the file system refuses; then what was there is there still.
+    """
+    if target.exists():
+        copy_the_rest(target, made)
+    _sync(made)
+    if target.exists():
+        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            target.rename(aside)  # onto an empty folder
+            made.rename(target)
+        except BaseException:
+            if not target.exists():
+                aside.rename(target)
+            raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    else:
+        made.rename(target)
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)  # it cannot be asked for without being set
+    os.umask(mask)
+    return mask

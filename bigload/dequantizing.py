@@ -1,0 +1,103 @@
+"""A quantized model turned back into plain layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import ConfigError, QuantizationError, listed
+from .model import transformers_facts
+from .model.tree import first_paths
+from .offload.forwards import OwnForward
+from .pipeline.assembly import apply_edits
+from .pipeline.attributes import Edit, forgotten_attributes
+from .quantization.bnb import dequantize_4bit, library
+from .quantization.formats import dominant_dtype
+from .quantization.layers import carry_over, quantized_layers, require_whole_layers, row_scales
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Turn the layers of bitsandbytes in a model back into plain ones, with the values that they compute with.
+
+    Hooks, train or eval mode, ties and `requires_grad` stay. It takes the memory of the plain weights beside the
+    quantized ones until all are made; if that fails, the model is as it was.
+
+    Args:
+        model: changed in place.
+        dtype: of the dequantized weights and their biases; None is what each 4-bit weight was quantized from, and for
+            int8, which does not keep that, what most of the model's other weights are in.
+
+    Returns:
+        The same model. (One that is itself a quantized layer is replaced, so use what is returned.)
+
+    Raises:
+        ConfigError: not a floating dtype, or the model has no quantized layer.
+        QuantizationError: layers that hold adapters, that are streamed, or that bitsandbytes has packed for the CPU.
+    """
+    if dtype is not None and dtype not in _FLOATS:
+        raise ConfigError(f"dtype is {dtype!r}; expected torch.float32, float16 or bfloat16, or None")
+    layers = quantized_layers(model)
+    if not layers:
+        raise ConfigError(f"this {type(model).__name__} has no layer that bitsandbytes quantized")
+    require_whole_layers(model, layers)
+    _require_own_forwards(layers)
+    own = dominant_dtype((p.dtype, p.nbytes) for p in model.parameters() if type(p) is nn.Parameter)
+    plain = {layer: _plain(layer, dtype, own) for layer in layers.values()}
+    edits: list[Edit] = [
+        (module._modules, name, plain[child])
+        for module in first_paths(model)
+        for name, child in module._modules.items()
+        if child in plain
+    ]
+    root = plain.get(model, model)
+    apply_edits(edits + forgotten_attributes(root))
+    return root
+
+
+def _require_own_forwards(layers: dict[str, Any]) -> None:
+    dispatched = [path for path, layer in layers.items() if "_hf_hook" in vars(layer)]
+    if dispatched:
+        raise QuantizationError(
+            f"{listed(dispatched)}: moved about by accelerate; call remove_hook_from_submodules(model) first"
+        )
+    streamed = [path for path, layer in layers.items() if isinstance(vars(layer).get("forward"), OwnForward)]
+    if streamed:
+        raise QuantizationError(
+            f"{listed(streamed)}: streamed from where they rest; call model.offload.remove() first, or load the "
+            "checkpoint unquantized"
+        )
+
+
+@torch.no_grad()
+def _plain(layer: Any, dtype: torch.dtype | None, own: torch.dtype) -> nn.Module:
+    """Make the layer that a layer of bitsandbytes stands for."""
+    weight = layer.weight
+    if isinstance(layer, library().nn.Linear4bit):
+        values = dequantize_4bit(weight.data, weight.quant_state, dtype or weight.quant_state.dtype)
+    elif layer.state.has_fp16_weights:
+        values = weight.data.to(dtype or weight.dtype)
+    else:
+        # LLM.int8(), arXiv 2208.07339, section 2: each row by its largest value over 127.
+        values = (weight.data * (row_scales(layer) / 127).unsqueeze(1)).to(dtype or own)
+    kind = vars(layer).get("source_cls", nn.Linear)
+    new = _empty(kind, values.shape, layer.bias is not None)
+    if transformers_facts.is_conv1d_class(kind):
+        values = values.mT.contiguous()
+    new._parameters["weight"] = nn.Parameter(values, requires_grad=weight.requires_grad)
+    if layer.bias is not None:
+        same = dtype is None or layer.bias.dtype == dtype
+        bias = layer.bias if same else nn.Parameter(layer.bias.to(dtype), requires_grad=layer.bias.requires_grad)
+        new._parameters["bias"] = bias
+    carry_over(new, layer)
+    return new
+
+
+def _empty(kind: type[nn.Module], shape: torch.Size, has_bias: bool) -> nn.Module:
+    with torch.device("meta"):
+        if transformers_facts.is_conv1d_class(kind):
+            return kind(*shape)
+        return kind(shape[1], shape[0], bias=has_bias)

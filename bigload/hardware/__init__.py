@@ -1,0 +1,1 @@
+"""What this machine has: devices, free memory, bandwidth, memory that is pinned or allocated."""

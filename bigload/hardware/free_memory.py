@@ -1,0 +1,131 @@
+"""Budgets: what each device can give now, in bytes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import psutil
+import torch
+
+from ..errors import PlacementError
+
+# A cgroup of the first version without a limit holds the largest number of whole pages: more than any machine has.
+_UNLIMITED = 2**60
+
+# The kernel's file names by the type of the mount: the limit, what counts against it, and the pages of files in
+# memory.stat, which it takes back before anyone is refused. memory.high is no limit: it slows, it never refuses.
+_FILES = {
+    "cgroup2": ("memory.max", "memory.current", ("inactive_file", "active_file")),
+    "cgroup": ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
+}
+
+
+def free_bytes(device: torch.device) -> int:
+    """Tell how many bytes a device can still give to this process.
+
+    Of a GPU, what the driver has and what torch's caching allocator holds unused there: it may be in pieces, so the
+    whole of it is an upper bound. Of the CPU, the least of what the machine has and what the cgroups allow.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    available, allowed = int(psutil.virtual_memory().available), cgroup_free_bytes()
+    return available if allowed is None else min(available, allowed)
+
+
+def cgroup_free_bytes(root: Path = Path("/")) -> int | None:
+    """Tell how many bytes the process's cgroup and all above it allow it to take, None where none has a limit.
+
+    What cannot be read bounds nothing. Swap is not counted.
+
+    Args:
+        root: the folder that holds proc and the mount points.
+
+    Source: the kernel's Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
+    """
+    found = [_free_in(folder, kind) for kind, folder in _cgroups(root)]
+    return min((free for free in found if free is not None), default=None)
+
+
+def _cgroups(root: Path) -> Iterator[tuple[str, Path]]:
+    """List the folders that may limit the process's memory, from its own cgroup up to the mount point."""
+    own = _own_paths(_read(root / "proc/self/cgroup"))
+    for kind, top, mount_point in _mounts(_read(root / "proc/self/mountinfo")):
+        if kind in own:
+            below = _below(own[kind], top)
+            for level in (below, *below.parents):
+                yield kind, root / mount_point.lstrip("/") / level
+
+
+def _own_paths(text: str) -> dict[str, str]:
+    """Read /proc/self/cgroup: lines of "hierarchy:controllers:path", the second version being "0::path"."""
+    paths = {}
+    for line in text.splitlines():
+        hierarchy, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if hierarchy == "0" and not controllers:
+            paths["cgroup2"] = path
+        elif "memory" in controllers.split(","):
+            paths["cgroup"] = path
+    return paths
+
+
+def _mounts(text: str) -> Iterator[tuple[str, str, str]]:
+    """Read /proc/self/mountinfo. Gives the type, the cgroup at its top, and the mount point of each that counts."""
+    for line in text.splitlines():
+        mount, _, source = line.partition(" - ")
+        fields, described = mount.split(), source.split()
+        if len(fields) < 5 or not described:
+            continue
+        if described[0] == "cgroup2" or (described[0] == "cgroup" and "memory" in described[-1].split(",")):
+            yield described[0], fields[3], fields[4]
+
+
+def _below(path: str, top: str) -> PurePosixPath:
+    """Give a cgroup's path below the top of its mount.
+
+    In a container the mount often begins at the container's own cgroup, whose path is that of the host or "/". Where
+    the two do not meet, or the cgroup lies outside of the container's namespace ("/.."), the mount's top stands for it.
+    """
+    try:
+        below = PurePosixPath(path).relative_to(top)
+    except ValueError:
+        return PurePosixPath()
+    return PurePosixPath() if ".." in below.parts else below
+
+
+def _free_in(folder: Path, kind: str) -> int | None:
+    limit_file, usage_file, reclaimable = _FILES[kind]
+    limit, usage = _number(_read(folder / limit_file)), _number(_read(folder / usage_file))
+    if limit is None or usage is None or limit >= _UNLIMITED:
+        return None
+    pages = dict(line.split(maxsplit=1) for line in _read(folder / "memory.stat").splitlines() if " " in line)
+    return max(0, limit - usage + sum(_number(pages.get(name, "")) or 0 for name in reclaimable))
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _number(text: str) -> int | None:
+    text = text.strip()
+    return int(text) if text.isdecimal() else None
+
+
+def free_disk_bytes(folder: str | os.PathLike[str]) -> int:
+    """Tell how many bytes fit into a folder, which need not exist yet.
+
+    Raises:
+        PlacementError: the file system does not say.
+    """
+    path = Path(folder).absolute()
+    try:
+        return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
+    except OSError as error:
+        raise PlacementError(f"cannot tell how much fits into '{path}': {error}; choose another folder") from error

@@ -1,0 +1,273 @@
+"""Every fact that is read from a transformers model, from what the model carries; the library stays unimported."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from ..errors import CheckpointError, ConfigError
+from ..optional import import_optional
+from .empty import default_dtype, init_empty_weights
+from .tree import modules_by_path
+
+
+def import_transformers() -> ModuleType:
+    """Import transformers.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    return import_optional("transformers", "pip install transformers")
+
+
+def empty_model(folder: Path) -> nn.Module:
+    """Build the model that a config.json, given or in a folder, describes, without weights, in eval mode.
+
+    Raises:
+        CheckpointError: transformers cannot make sense of the config.
+        MissingDependencyError: transformers is not installed.
+    """
+    transformers = import_transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        names = getattr(config, "architectures", None) or [""]
+        model_class = getattr(transformers, names[0], None)
+        with init_empty_weights():
+            model: nn.Module = model_class(config) if model_class else transformers.AutoModel.from_config(config)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # whatever a class of another library makes of a config that is not its own
+        raise CheckpointError(
+            f"transformers cannot build a model from the configs in '{folder}': {type(error).__name__}: {error}"
+        ) from error
+    return model.eval()
+
+
+def save_configs(model: Any, folder: Path, quantization: Any, dtype: torch.dtype) -> None:
+    """Write the config.json of a model of transformers, and how it generates, as its `save_pretrained` does.
+
+    Args:
+        model: the model; its own config is left as it is.
+        folder: where to.
+        quantization: the `BitsAndBytesConfig` that its weights are to be read by.
+        dtype: what the weights that are not quantized are in.
+
+    Raises:
+        ConfigError: transformers finds something wrong with them.
+    """
+    config = copy.deepcopy(model.config)
+    config.quantization_config = quantization
+    config.architectures = [type(model).__name__]
+    config.dtype = str(dtype).removeprefix("torch.")
+    try:
+        config.save_pretrained(folder)
+        if getattr(model, "generation_config", None) is not None and model.can_generate():
+            model.generation_config.save_pretrained(folder)
+    except (TypeError, ValueError) as error:  # it checks what it writes
+        raise ConfigError(f"transformers does not save the configs of this {type(model).__name__}: {error}") from error
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Ask whether a module is GPT-2's Conv1D: a Linear whose weight is stored (in_features, out_features)."""
+    return is_conv1d_class(type(module))
+
+
+def is_conv1d_class(cls: type) -> bool:
+    """Ask whether a class is GPT-2's Conv1D."""
+    return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
+
+
+def config_dtype(model: nn.Module) -> torch.dtype | None:
+    """Give the floating dtype that a transformers model's config says its checkpoint is in, if it does."""
+    dtype = getattr(getattr(model, "config", None), "dtype", None) if is_pretrained(model) else None
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
+
+
+def no_split_classes(model: nn.Module) -> set[str]:
+    """Name the classes of blocks that the model and its parts say one device must hold whole."""
+    named = (getattr(module, "_no_split_modules", None) for module in (model, *pretrained_modules(model)))
+    return {name for names in named if isinstance(names, (list, tuple, set)) for name in names}
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """Give the output head that the model itself names, if it names one."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    try:
+        head = get_head() if callable(get_head) else None
+    except (NotImplementedError, AttributeError):  # transformers' default for models without one, by version
+        return None
+    return head if isinstance(head, nn.Module) else None
+
+
+def tied_pairs(model: nn.Module) -> list[tuple[str, str]]:
+    """Give the pairs of parameter names that the model's class ties, whether or not they are one object now."""
+    tied = getattr(model, "all_tied_weights_keys", None)
+    return list(tied.items()) if isinstance(tied, dict) else []
+
+
+def fp32_patterns(model: nn.Module, torch_dtype: torch.dtype) -> list[str]:
+    """Give the names of modules that the library keeps in fp32 when it loads in this dtype.
+
+    `_keep_in_fp32_modules` counts under float16 only, `_keep_in_fp32_modules_strict` under both 16-bit dtypes.
+    """
+    if torch_dtype not in (torch.float16, torch.bfloat16):
+        return []
+    fields = ["_keep_in_fp32_modules_strict"]
+    if torch_dtype == torch.float16:
+        fields.append("_keep_in_fp32_modules")
+    modules = modules_by_path(model).values()
+    # Not getattr of each module, which looks among its parameters, too, before it fails: there are thousands.
+    kept: list[Any] = []
+    for field in fields:
+        kept += [vars(module)[field] for module in modules if field in vars(module)]
+        kept += [getattr(cls, field, None) for cls in {type(module) for module in modules if field not in vars(module)}]
+    return sorted({name for names in kept for name in names or ()})
+
+
+class KeyConversion:
+    """What transformers' own loader would call each checkpoint key for this model, and how it would combine them.
+
+    The library's own rules and operations are run, so that each of its models loads as it would there: prefixes of base
+    models, legacy names, experts merged into one tensor.
+    """
+
+    def __init__(self, model: Any) -> None:
+        core = importlib.import_module("transformers.core_model_loading")
+        mapping = importlib.import_module("transformers.conversion_mapping")
+        transforms = mapping.get_model_conversion_mapping(model)
+        self._renamings = [t for t in transforms if isinstance(t, core.WeightRenaming)]
+        self._converters = [t for t in transforms if isinstance(t, core.WeightConverter)]
+        self._rename = core.rename_source_key
+        self._model = model
+        self._known = model.state_dict()
+
+    def target(self, key: str) -> tuple[str, str | None]:
+        """Name the model's tensor that a key goes to.
+
+        Returns:
+            The tensor's name, and the pattern of the conversion that must be run on it, if there is one.
+        """
+        prefix = self._model.base_model_prefix
+        name, pattern = self._rename(key, self._renamings, self._converters, prefix, self._known)
+        if name not in self._known and key in self._known:
+            name, pattern = self._rename(key, [], [], prefix, self._known)
+        return name, pattern
+
+    def convert(self, target: str, collected: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+        """Run the operations that make tensors of the model from those of the checkpoint.
+
+        Args:
+            target: the first tensor of the model that they make.
+            collected: what goes in, by the pattern that each key matched, in the order of their numbers.
+
+        Returns:
+            Tensors by their names in the model.
+        """
+        converter = next(c for c in self._converters if set(collected) <= set(c.source_patterns))
+        made: dict[str, Any] = {pattern: list(tensors) for pattern, tensors in collected.items()}
+        for operation in converter.operations:
+            made = operation.convert(
+                made,
+                source_patterns=converter.source_patterns,
+                target_patterns=converter.target_patterns,
+                full_layer_name=target,
+                model=self._model,
+                config=self._model.config,
+                missing_keys=None,
+            )
+        pattern = next((pattern for pattern in made if pattern in target), "")
+        before, _, after = target.partition(pattern)
+        return {
+            before + name + after if pattern else name: tensor[0] if isinstance(tensor, list) else tensor
+            for name, tensor in made.items()
+        }
+
+
+def key_conversion(model: nn.Module) -> KeyConversion | None:
+    """Give the library's key rules for a model of its own; None for any other."""
+    return KeyConversion(model) if is_pretrained(model) else None
+
+
+def pretrained_modules(model: nn.Module) -> list[Any]:
+    """List the parts of a model, itself included, that are of transformers' classes."""
+    return [module for module in dict.fromkeys(modules_by_path(model).values()) if is_pretrained(module)]
+
+
+class _NoInitialization(TorchFunctionMode):
+    """Leaves the functions of torch.nn.init out, in this thread: on meta too they take a third of the time."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+# Those of the last model, which is likely to be loaded again: in one step, since threads load at once.
+_known_dtypes: dict[str, tuple[tuple[type, str, torch.dtype], Mapping[str, torch.dtype]]] = {}
+
+
+def class_dtypes(model: Any, torch_dtype: torch.dtype) -> Mapping[str, torch.dtype]:
+    """Give the dtype that each floating tensor of a transformers model has when its class builds it in `torch_dtype`.
+
+    Its own loader builds every model so, and keeps what the class makes in a dtype of its own choice: one `A_log` in
+    fp32, a table of positions in bf16. Empty for other models, which are built in one dtype.
+    """
+    if not is_pretrained(model):
+        return {}
+    try:
+        key = (type(model), model.config.to_json_string(use_diff=False), torch_dtype)
+    except Exception:  # a config may hold what JSON does not
+        key = None
+    known = _known_dtypes.get("last")
+    if key is not None and known is not None and known[0] == key:
+        return known[1]
+    with default_dtype(torch_dtype), torch.device("meta"), _NoInitialization():
+        twin = type(model)(model.config)
+    tensors = [*twin.named_parameters(remove_duplicate=False), *twin.named_buffers(remove_duplicate=False)]
+    dtypes = {name: tensor.dtype for name, tensor in tensors if tensor.is_floating_point()}
+    if key is not None:
+        _known_dtypes["last"] = key, dtypes
+    return dtypes
+
+
+def rebuilt_buffers(model: Any, torch_dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Build a model of transformers again, empty, for the buffers that are in no checkpoint.
+
+    Returns:
+        Its buffers by name; none for other models, whose class does not tell how to build them.
+    """
+    if not is_pretrained(model):
+        return {}
+    with default_dtype(torch_dtype), torch.device("cpu"), init_empty_weights():
+        twin = type(model)(model.config)
+    return {name: buffer for name, buffer in twin.named_buffers() if not buffer.is_meta}
+
+
+def is_pretrained(model: nn.Module) -> bool:
+    """Ask whether a model is of one of transformers' classes."""
+    return _is_pretrained_class(type(model))  # type: ignore[arg-type]
+
+
+@functools.cache
+def _is_pretrained_class(cls: type) -> bool:
+    return any(base.__module__ == "transformers.modeling_utils" for base in cls.__mro__)
+
+
+def ignores_key(model: nn.Module, key: str) -> bool:
+    """Ask whether the model's class says that this checkpoint key may be left over."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return any(re.search(pattern, key) for pattern in patterns)

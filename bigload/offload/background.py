@@ -1,0 +1,111 @@
+"""A thread that brings weights into slots in the background: from files, or from memory that is not pinned."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+
+import torch
+
+from ..errors import OffloadError
+
+
+class Landing:
+    """What the thread has been asked to bring, and whether it is there.
+
+    A lock and two attributes, where a Future has a condition in Python: Ctrl-C within that leaves it locked for ever.
+    """
+
+    def __init__(self, read: Callable[[], None], memory: torch.Tensor | None = None) -> None:
+        """Describe it.
+
+        Args:
+            read: brings it.
+            memory: that is written, by copies that may go on for a while after.
+        """
+        self.read: Callable[[], None] | None = read
+        self.memory = memory
+        self.error: BaseException | None = None
+        self._process = os.getpid()
+        self._is_over = False
+        self._going = threading.Lock()
+        self._going.acquire()
+
+    def run(self) -> None:
+        """Bring it, in the thread; nothing but the outcome is held after."""
+        read, self.read, self.memory = self.read, None, None
+        try:
+            if read is not None:
+                read()
+        except BaseException as error:  # for whoever waits
+            self.error = error
+        self._is_over = True
+        self._going.release()
+
+    def wait(self) -> None:
+        """Wait until it is there, or has failed; for one thread at a time."""
+        if not self._is_over and self._process != os.getpid():
+            self.error, self._is_over = (
+                OffloadError("it was being read in the process that this one was forked from"),
+                True,
+            )
+        if not self._is_over:
+            self._going.acquire()
+            self._going.release()
+
+
+@dataclass(frozen=True)
+class Background:
+    """The thread, by what it is given, in order; None ends it.
+
+    No pool of Python's: those take a lock of the whole process, which the collector of cycles, when it lets go of an
+    engine, may find taken by the very thread that it interrupts.
+    """
+
+    given: SimpleQueue[Landing | None]
+    _process: int = field(default_factory=os.getpid)
+
+    @property
+    def is_there(self) -> bool:
+        """Ask whether the thread is of this process, and not of one that it was forked from."""
+        return self._process == os.getpid()
+
+    @classmethod
+    def start(cls, at_end: Callable[[], object]) -> Background:
+        """Start the thread, which calls `at_end` at its end."""
+        started = cls(SimpleQueue())
+        threading.Thread(target=_run_all, args=(started.given, at_end), name="bigload-reader", daemon=True).start()
+        return started
+
+    def finish(self) -> None:
+        """Wait until all is there that was asked for, and no memory of it is held."""
+        self.given.put(Landing(_nothing))
+        last = Landing(_nothing)
+        self.given.put(last)
+        last.wait()
+
+
+def _nothing() -> None:
+    pass
+
+
+def _run_all(given: SimpleQueue[Landing | None], at_end: Callable[[], object]) -> None:
+    # The memory of the last two is held, whose copies may go on; staging has two buffers, so no more do.
+    held: deque[torch.Tensor | None] = deque(maxlen=2)
+    while _run_next(given, held):
+        pass
+    at_end()
+
+
+def _run_next(given: SimpleQueue[Landing | None], held: deque[torch.Tensor | None]) -> bool:
+    """Run one; of it nothing but its memory is held while the next is waited for, least of all the engine."""
+    landing = given.get()
+    if landing is None:
+        return False
+    held.append(landing.memory)
+    landing.run()
+    return True

@@ -1,0 +1,252 @@
+"""The forward of a module whose weights are streamed: they are there while it computes, and for its gradients."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from ..errors import OffloadError
+from ..quantization.layers import input_gradient, streamed_forward
+from .functional import Forward, forward_maker
+from .leaves import is_quantized
+from .residency import Residency
+from .slots import Slot, Use
+
+
+class Uncopyable:
+    """What a copied model would share with the first: so there is no copy."""
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        raise OffloadError(
+            "a model that is given its weights as it runs cannot be copied or pickled; save its state_dict, or bring "
+            "its weights back first (model.offload.remove())"
+        )
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        self.__deepcopy__(None)
+
+
+class OwnForward(Uncopyable):
+    """A forward of ours in place of a module's own.
+
+    Attributes:
+        own: the forward that it calls.
+        is_over: it was removed, and does nothing else any more.
+    """
+
+    def __init__(self, path: str, module: nn.Module, own: Callable[..., Any]) -> None:
+        self.path, self.module, self.own = path, module, own
+        self.is_over = False
+        self._before = module.__dict__.get("forward")
+        self.__wrapped__ = own  # for inspect.signature
+        vars(module)["forward"] = self
+
+    def remove(self) -> None:
+        """Give the module its own forward back; once more does no harm."""
+        self.is_over = True  # for whoever has put a forward there since that calls this one
+        own = vars(self.module)
+        if own.get("forward") is self and self._before is None:
+            del own["forward"]
+        elif own.get("forward") is self:
+            own["forward"] = self._before
+
+
+class StreamedForward(OwnForward):
+    """Runs a leaf with its weights on the device. What autograd keeps is where they come from, never they."""
+
+    def __init__(self, weights: Residency) -> None:
+        """Take the place of the own forward of the leaf whose weights they are; its module is changed."""
+        leaf = weights.leaf
+        super().__init__(leaf.path, leaf.module, streamed_forward(leaf.module))
+        self.weights = weights
+        self._make_forward = forward_maker(leaf, self.own)
+        # Here, not with the slots: what reads into a slot must not keep the model.
+        self._forwards: dict[Slot, Forward] = {}
+        self._is_quantized = is_quantized(leaf.module)
+        # What these give is never a part of their weights.
+        self._gives_its_own = self._is_quantized or type(leaf.module) is nn.Linear
+        self._takes_one = self._is_quantized or self._make_forward is not None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute what the leaf's own forward does."""
+        if torch.compiler.is_compiling():
+            return _uncompiled(self, args, kwargs)
+        if self.is_over or (self._takes_one and len(args) + len(kwargs) != 1):  # which its own forward refuses
+            return self.own(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            return self.run(*args, **kwargs)
+        if any(parameter.requires_grad for parameter in self.weights.parameters):
+            return self._without_gradients(*args, **kwargs)
+        if self._is_quantized:
+            (x,) = (*args, *kwargs.values())
+            return _Quantized.apply(self, x, self.module.bias)  # type: ignore[no-untyped-call]
+        return self.weights.run(functools.partial(self._with_gradients, args, kwargs))
+
+    def _with_gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> Any:
+        with torch.autograd.graph.saved_tensors_hooks(functools.partial(_pack, slot.memory), self._unpack):
+            out = self.own(*args, **kwargs)
+        return _apart(out, slot.memory)
+
+    def _in_place(self, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> Any:
+        out = self.own(*args, **kwargs)
+        return out if self._gives_its_own else _apart(out, slot.memory)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute what the module's own forward does, without gradients."""
+        if self._make_forward is None:
+            return self.weights.run(functools.partial(self._in_place, args, kwargs))
+        (x,) = (*args, *kwargs.values())
+        use = Use()
+        try:
+            slot = self.weights.hold(use)
+            forward = self._forwards.get(slot)
+            if forward is None:
+                forward = self._forwards[slot] = self._make_forward(slot.views(self.weights.group.store))
+            out = forward(x)
+        finally:
+            if use.slot is not None:  # and at once, see residency.py
+                use.slot.users.discard(use)
+        self.weights.leave()
+        return out
+
+    def forget(self, slot: Slot) -> None:
+        """Let go of a slot that is no more."""
+        self._forwards.pop(slot, None)
+
+    def _unpack(self, saved: Any) -> torch.Tensor:
+        if not isinstance(saved, _InSlot):
+            return saved  # type: ignore[no-any-return]
+        if self.is_over:
+            raise OffloadError(
+                f"backward wants a weight of {self.path!r} from memory that remove() has freed: run forward again"
+            )
+        # A clone: the slot may be another group's before it is used.
+        return self.weights.run(lambda slot: saved.found_in(slot.memory).clone())
+
+    def _without_gradients(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            out = self.run(*args, **kwargs)
+        anchor = torch.empty(0, requires_grad=True)
+
+        def refuse(tensor: torch.Tensor) -> Any:
+            if not tensor.is_floating_point():
+                return tensor
+            return _Refused.apply(self.path, tensor, anchor)  # type: ignore[no-untyped-call]
+
+        return tree_map_only(torch.Tensor, refuse, out)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _uncompiled(forward: StreamedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run outside of what is compiled, where nothing knows that weights come and go."""
+    return forward(*args, **kwargs)
+
+
+class _InSlot(NamedTuple):
+    """A tensor that autograd would have kept, by where it lies in the memory of its group."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+    def found_in(self, memory: torch.Tensor) -> torch.Tensor:
+        """Give the tensor in a slot that the group is in, (n,), uint8."""
+        return memory.view(self.dtype).as_strided(self.shape, self.stride, self.offset)
+
+
+def _pack(memory: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor | _InSlot:
+    if not _lies_in(tensor, memory):
+        return tensor
+    return _InSlot(tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+
+
+def _lies_in(tensor: torch.Tensor, memory: torch.Tensor) -> bool:
+    if tensor.layout is not torch.strided:
+        return False
+    return tensor.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
+
+
+def _apart(out: Any, memory: torch.Tensor) -> Any:
+    """Copy what a module gives out of its weights themselves, which the next group will overwrite."""
+
+    def apart(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone() if _lies_in(tensor, memory) else tensor
+
+    return apart(out) if isinstance(out, torch.Tensor) else tree_map_only(torch.Tensor, apart, out)
+
+
+class _Quantized(torch.autograd.Function):
+    """A layer of bitsandbytes, whose own autograd keeps the packed weight: here it is fetched again."""
+
+    @staticmethod
+    def forward(ctx: Any, streamed: StreamedForward, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        out: torch.Tensor = streamed.run(x)
+        ctx.streamed, ctx.dtype = streamed, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, torch.Tensor | None, torch.Tensor | None]:
+        (grad,) = grads
+        _, needs_input, needs_bias = ctx.needs_input_grad
+        grad_input = grad_bias = None
+        if needs_bias:  # autograd sums over what dimensions are left
+            grad_bias = grad.sum(0, dtype=ctx.bias_dtype) if grad.dim() > 1 else grad.to(ctx.bias_dtype)
+        if needs_input:
+            streamed = ctx.streamed
+
+            def computed(slot: Slot | None = None) -> torch.Tensor:
+                return input_gradient(streamed.module, streamed.own, grad, ctx.dtype)
+
+            grad_input = computed() if streamed.is_over else streamed.weights.run(computed)
+        return None, grad_input, grad_bias
+
+
+class _Refused(torch.autograd.Function):
+    """An output without a gradient, said when it is asked for: until then it is as good as any."""
+
+    @staticmethod
+    def forward(ctx: Any, path: str, out: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+        ctx.path = path
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> NoReturn:
+        raise OffloadError(
+            f"{ctx.path!r} is streamed, so its weight cannot be trained: freeze it (weight.requires_grad_(False)) "
+            "or keep it on the device"
+        )
+
+
+class HostForward(OwnForward):
+    """Runs a module on the host, where its weights are: an embedding sends the rows that were looked up."""
+
+    def __init__(
+        self, path: str, module: nn.Module, device: torch.device, require_there: Callable[[], None] | None = None
+    ) -> None:
+        """Take the place of the module's own forward.
+
+        Args:
+            path: of the module.
+            module: is changed.
+            device: that its results go to.
+            require_there: raises where its weights can no longer be read: what maps a file that was cut short would
+                end the process.
+        """
+        super().__init__(path, module, module.forward)
+        self._device, self._require_there = device, require_there
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute on the host; tensors go there and their results come back."""
+        if self.is_over:
+            return self.own(*args, **kwargs)
+        if self._require_there is not None:
+            self._require_there()
+        args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.to("cpu"), (args, kwargs))
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.to(self._device), self.own(*args, **kwargs))

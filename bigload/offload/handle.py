@@ -1,0 +1,180 @@
+"""`model.offload`: the weights of a loaded model that do not rest where they are computed."""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import OffloadConfig
+from ..errors import ConfigError, listed
+from ..hardware.devices import CPU
+from ..hardware.free_memory import free_bytes
+from ..hardware.pinned import Store
+from ..planning.plan import PlacedUnit, Plan
+from .engine import Engine, StreamStats
+from .files import FileGroup, spare_page_cache
+from .forwards import OwnForward
+from .groups import Group
+from .leaves import Leaf
+from .resting import Resting
+
+
+class Offload:
+    """What streams the weights of a model.
+
+    Attributes:
+        plan: where each of them rests and is computed.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, config: OffloadConfig, resting: Resting) -> None:
+        """Hook a model whose offloaded weights are in host memory, as the load has left them.
+
+        Args:
+            model: loaded.
+            plan: by which.
+            config: how many slots there are.
+            resting: the memory that the weights are in.
+
+        Raises:
+            OffloadError: a weight cannot be streamed.
+            torch.OutOfMemoryError: a device has no room for the slots.
+        """
+        self.plan = plan
+        self._model = weakref.ref(model)
+        self._engines: list[Engine] = []
+        self._handles = [
+            model.get_submodule(path).register_forward_pre_hook(Adopting(model, placed), prepend=True)
+            for placed in plan.offloaded
+            for path in placed.unit.paths
+            if placed.streamed_bytes
+        ]
+        by_device: dict[torch.device, list[PlacedUnit]] = defaultdict(list)
+        for placed in plan.offloaded:
+            if placed.unit.offloaded:
+                by_device[placed.device].append(placed)
+        try:
+            for device, units in by_device.items():
+                self._engines.append(_engine(model, units, device, config, resting))
+            self._spare_page_cache()
+        except BaseException:
+            self.remove()
+            raise
+
+    def _spare_page_cache(self) -> None:
+        stores = [group.store for engine in self._engines for group in engine.groups]
+        on_disk = [store for store in stores if isinstance(store, FileGroup)]
+        if on_disk:
+            spare_page_cache(on_disk, free_bytes(CPU) // 2)
+
+    def stats(self) -> StreamStats:
+        """Tell what has been streamed since the load, over all devices."""
+        each = [engine.stats() for engine in self._engines]
+        rates = [stats.gb_per_s for stats in each if stats.gb_per_s]
+        return StreamStats(
+            sum(stats.nbytes for stats in each),
+            sum(stats.fetches for stats in each),
+            sum(stats.demand_fetches for stats in each),
+            sum(stats.slots for stats in each),
+            sum(rates) / len(rates) if rates else 0.0,
+        )
+
+    @contextmanager
+    def materialize(self, module: nn.Module) -> Iterator[None]:
+        """Have the weights in a module on the device while the block runs, to be read outside its forward.
+
+        Raises:
+            ConfigError: it is no module.
+            torch.OutOfMemoryError: there is no room for them.
+        """
+        if not isinstance(module, nn.Module):
+            raise ConfigError(f"materialize takes a module of the model, not {module!r}")
+        with ExitStack() as stack:
+            for engine in self._engines:
+                stack.enter_context(engine.materialize(module))
+            yield
+
+    def remove(self) -> None:
+        """Bring all weights to the devices that compute with them, there to stay, and free the host memory.
+
+        Raises:
+            torch.OutOfMemoryError: a device has no room for them.
+        """
+        while self._engines:
+            self._engines[-1].remove()
+            self._engines.pop()
+        for handle in self._handles:
+            handle.remove()
+        model = self._model()
+        if model is not None and vars(model).get("offload") is self:
+            del model.offload
+
+
+def require_not_offloaded(model: Any) -> None:
+    """Refuse to load into a model whose weights are streamed.
+
+    Raises:
+        ConfigError: it is offloaded.
+    """
+    streamed = [path for path, module in model.named_modules() if isinstance(vars(module).get("forward"), OwnForward)]
+    if streamed:
+        raise ConfigError(
+            f"the model is offloaded already ({listed(streamed)}): call model.offload.remove() first, or build it anew"
+        )
+
+
+class Adopting:
+    """A hook on a block that brings parameters to its device which others have put into it since the load.
+
+    PEFT makes an adapter where the weight lies that it adapts, which for a streamed one is host memory.
+    """
+
+    def __init__(self, model: nn.Module, placed: PlacedUnit) -> None:
+        """Remember what shall stay in host memory."""
+        away = (planned.tensor.name for planned in placed.unit.offloaded)
+        self._away = {id(model.get_parameter(name)) for name in away}
+        self._device = placed.device
+        self._has_looked = False
+
+    def __call__(self, block: nn.Module, args: object) -> None:
+        """Look for such parameters: before the first forward, and before each that gradients may be wanted of."""
+        if self._has_looked and not torch.is_grad_enabled():
+            return
+        self._has_looked = True
+        for parameter in block.parameters():
+            if parameter.device != self._device and not parameter.is_meta and id(parameter) not in self._away:
+                _bring(parameter, self._device)
+
+
+def _bring(parameter: nn.Parameter, device: torch.device) -> None:
+    parameter.data = parameter.data.to(device)
+
+
+def _engine(
+    model: nn.Module, units: Sequence[PlacedUnit], device: torch.device, config: OffloadConfig, resting: Resting
+) -> Engine:
+    groups = [
+        Group(placed.unit.name, tuple(leaves_of(model, placed)), resting.group(placed))
+        for placed in units
+        if placed.streamed_bytes
+    ]
+    embeddings: dict[Leaf, Store | None] = {}
+    for placed in units:
+        if placed.unit.looks_up:
+            files = resting.group(placed) if placed.home == "disk" else None
+            embeddings |= dict.fromkeys(leaves_of(model, placed), files)
+    return Engine(model, groups, device, config.slots, embeddings)
+
+
+def leaves_of(model: nn.Module, placed: PlacedUnit) -> list[Leaf]:
+    """List the modules of a unit whose weights rest elsewhere, with those weights."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for planned in placed.unit.offloaded:
+        path, _, name = planned.tensor.name.rpartition(".")
+        found[path].append(name)
+    return [Leaf(path, model.get_submodule(path), tuple(names)) for path, names in found.items()]

@@ -1,0 +1,162 @@
+"""What of a layer is streamed: its tensors, each with the places that hold it, so that another can take its place."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import OffloadError
+from ..quantization.bnb import library
+from .slots import Slot, Use
+
+# By the name of what is held: the objects that hold it, and the attribute of each.
+_Places = dict[str, list[tuple[Any, str]]]
+
+
+@dataclass(frozen=True, eq=False)
+class Leaf:
+    """A module that is given its weights whenever it runs.
+
+    Attributes:
+        path: its path in the model.
+        module: an nn.Linear, a Conv1D, a layer of bitsandbytes, or any module, as a whole.
+        parameters: those of it that are streamed, by their paths from the module; the others stay where they are.
+    """
+
+    path: str
+    module: nn.Module
+    parameters: tuple[str, ...] = ("weight",)
+
+
+class Cell:
+    """One tensor that is streamed, wherever it is held.
+
+    Attributes:
+        name: in its group.
+        is_away: it is the device's, or was left so by a call that was interrupted.
+    """
+
+    def __init__(self, name: str, places: Iterable[tuple[Any, str]], owner: nn.Module, key: str) -> None:
+        self.name = name
+        self._places = tuple(places)
+        self._owner, self._key = owner, key
+        holder, attribute = self._places[0]
+        # The parameter whose values it is; None for what belongs to a quantized weight.
+        self.parameter: nn.Parameter | None = holder if isinstance(holder, nn.Parameter) else None
+        self.identity = (id(holder), attribute)
+        self.is_away = False
+        self._users: list[Use] = []
+
+    def get(self) -> torch.Tensor:
+        """Give the tensor that is there."""
+        tensor: torch.Tensor = getattr(*self._places[0])
+        return tensor.detach() if isinstance(tensor, nn.Parameter) else tensor
+
+    def put(self, tensor: torch.Tensor) -> None:
+        """Put a tensor there, of the same shape and dtype; parameters keep their identity."""
+        for holder, attribute in self._places:
+            setattr(holder, attribute, tensor)
+
+    def take_away(self, use: Use, there: torch.Tensor) -> None:
+        """Put the device's tensor there for a call; for others of the same slot it is there already."""
+        is_first = not self.is_used()
+        self._users.append(use)
+        if is_first:
+            self.is_away = True
+            self.put(there)
+
+    def put_back(self, rest: Mapping[str, torch.Tensor]) -> None:
+        """Put its tensor of those at rest there, unless a call uses the device's."""
+        if self.is_away and not self.is_used():
+            self.put(rest[self.name])
+            self.is_away = False
+
+    def settle(self, tensor: torch.Tensor) -> None:
+        """Put a tensor there to stay, whatever a call that is over has yet to put back."""
+        self.is_away = False
+        self.put(tensor)
+
+    def is_used(self) -> bool:
+        """Ask whether a call uses the device's tensor."""
+        return self.slot() is not None
+
+    def slot(self) -> Slot | None:
+        """Give the slot that the tensor of calls lies in; one that has left its slot does not count."""
+        if self._users:
+            self._users = [use for use in self._users if use.slot is not None and use in use.slot.users]
+        return self._users[0].slot if self._users else None
+
+    def require_at_rest(self, rest: torch.Tensor) -> None:
+        """Refuse to run with a weight that another has replaced or moved: its values would be ignored.
+
+        Raises:
+            OffloadError: says which.
+        """
+        parameter = self.parameter
+        if parameter is None or self.is_away:
+            return
+        is_there = parameter.data_ptr() == rest.data_ptr()
+        if not is_there or self._owner._parameters.get(self._key) is not parameter:
+            raise OffloadError(
+                f"{self.name!r} is streamed, but was replaced or moved since; take the model off its engine first "
+                "(remove()), then change it"
+            )
+
+
+def cells_of(leaf: Leaf) -> list[Cell]:
+    """List what is streamed of a leaf: of a quantized weight also what bitsandbytes dequantizes it with.
+
+    Raises:
+        OffloadError: a parameter is not there, or quantized in a way that cannot be streamed.
+    """
+    cells = []
+    for path in leaf.parameters:
+        owner_path, _, key = path.rpartition(".")
+        owner: Any = leaf.module.get_submodule(owner_path)
+        parameter = owner._parameters.get(key)
+        if parameter is None:
+            raise OffloadError(f"{leaf.path!r} has no parameter {path!r} to stream")
+        places: _Places = {"": [(parameter, "data")]}
+        if key == "weight" and is_quantized(owner):
+            if owner is not leaf.module:
+                raise OffloadError(f"{leaf.path!r}: {owner_path!r} in it is quantized, and must be a leaf itself")
+            places = _places_8bit(leaf.path, owner) if hasattr(owner, "state") else _places_4bit(leaf.path, owner)
+        prefix = f"{leaf.path}.{path}" if leaf.path else path
+        cells += [Cell(f"{prefix}.{part}" if part else prefix, held, owner, key) for part, held in places.items()]
+    return cells
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Ask whether a module is a layer of bitsandbytes."""
+    if "bitsandbytes" not in sys.modules:
+        return False
+    return isinstance(module, (library().nn.Linear4bit, library().nn.Linear8bitLt))
+
+
+def _places_4bit(path: str, layer: Any) -> _Places:
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None or getattr(state, "packing_format_for_cpu", False):
+        raise OffloadError(f"{path!r} is not quantized yet, or packed by bitsandbytes for this CPU: load it anew")
+    places: _Places = {"": [(layer.weight, "data")], "absmax": [(state, "absmax")], "code": [(state, "code")]}
+    if state.nested:
+        places |= {
+            "offset": [(state, "offset")],
+            "state2.absmax": [(state.state2, "absmax")],
+            "state2.code": [(state.state2, "code")],
+        }
+    return places
+
+
+def _places_8bit(path: str, layer: Any) -> _Places:
+    if layer.state.has_fp16_weights:
+        raise OffloadError(f"{path!r} holds the main weights of int8 training, which cannot be streamed")
+    if layer.weight.CB is not None:
+        layer.init_8bit_state()  # as its first forward does: from here on all is held by the state
+    if layer.state.CB is None or layer.state.SCB is None:
+        raise OffloadError(f"{path!r} is not quantized yet; move the model to its device first")
+    return {"": [(layer.weight, "data"), (layer.state, "CB")], "SCB": [(layer.state, "SCB")]}

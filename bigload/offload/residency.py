@@ -1,0 +1,123 @@
+"""A leaf's weights on the device, for as long as a call of it needs them.
+
+Ctrl-C may come between any two steps of Python, though not before a call of what is written in C that follows at once.
+So a use ends by one such call, and whatever else is left undone then is found and done by the next use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from .groups import Group
+from .leaves import Cell, Leaf
+from .slots import Slot, Use
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+_T = TypeVar("_T")
+
+# Without bitsandbytes' say in what is done to its parameters, in which it has none and which takes Python's time.
+plainly = torch._C.DisableTorchFunctionSubclass
+
+
+class Residency:
+    """Has one leaf's weights on the device.
+
+    Attributes:
+        group: which the leaf is of.
+        leaf: itself.
+        parameters: of it, that are streamed.
+    """
+
+    def __init__(self, engine: Engine, group: Group, leaf: Leaf, cells: Sequence[Cell]) -> None:
+        """Describe the leaf.
+
+        Args:
+            engine: that streams it.
+            group: which it is of.
+            leaf: itself.
+            cells: what is streamed of it.
+        """
+        self._engine, self.group, self.leaf, self._cells = engine, group, leaf, cells
+        self._owned = [cell for cell in cells if cell.parameter is not None]
+        self.parameters = [cell.parameter for cell in self._owned if cell.parameter is not None]
+
+    def hold(self, use: Use) -> Slot:
+        """Bring the weights to the device, if they are not there, until `use` leaves the users of the slot.
+
+        Raises:
+            OffloadError: a weight was replaced or moved since, or cannot be read.
+            torch.OutOfMemoryError: the device has no room.
+        """
+        with self._engine.lock, plainly():
+            return self._engine.enter(use, self.group, self.leaf, self._owned)
+
+    def leave(self) -> None:
+        """Say that a call of the leaf is over, and what comes after it may be brought.
+
+        Raises:
+            torch.OutOfMemoryError: the device has no room.
+        """
+        with self._engine.lock:
+            self._engine.leave(self.group, self.leaf)
+
+    def run(self, compute: Callable[[Slot], _T]) -> _T:
+        """Call something while the leaf's tensors are those on the device; it is given the slot.
+
+        Raises:
+            OffloadError, torch.OutOfMemoryError: as `hold` raises them.
+        """
+        use = Use()
+        try:
+            out = compute(self._place(use))
+        finally:
+            if use.slot is not None:
+                use.slot.users.discard(use)
+            self.put_back()
+        self.leave()
+        return out
+
+    @contextmanager
+    def placed(self) -> Iterator[Slot]:
+        """Do as `run` does while a block runs. After Ctrl-C the use may last as long as the traceback is kept.
+
+        Raises:
+            OffloadError, torch.OutOfMemoryError: as `hold` raises them.
+        """
+        use = Use()
+        try:
+            yield self._place(use)
+        finally:
+            if use.slot is not None:
+                use.slot.users.discard(use)
+            self.put_back()
+        self.leave()
+
+    def _place(self, use: Use) -> Slot:
+        with self._engine.lock, plainly():
+            # Where another call has them; which need not be where new calls of the group find theirs.
+            slot = self._cells[0].slot() if self._cells else None
+            if slot is None:
+                slot = self.hold(use)
+            else:
+                self._engine.join(use, slot)
+            views = slot.views(self.group.store)
+            for cell in self._cells:
+                cell.take_away(use, views[cell.name])
+        return slot
+
+    def put_back(self) -> None:
+        """Put to rest what no call uses any more."""
+        with self._engine.lock, plainly():
+            for cell in self._cells:
+                cell.put_back(self.group.store.tensors)
+
+    def is_used(self) -> bool:
+        """Ask whether a call has the leaf's tensors on the device."""
+        with self._engine.lock:
+            return any(cell.is_used() for cell in self._cells)

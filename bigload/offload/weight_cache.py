@@ -1,0 +1,183 @@
+"""Weights that rest on a disk: read where the checkpoint has them, or quantized once into files of a folder.
+
+A file holds one weight, and is named by all that its bytes depend on: the checkpoint's file (its header, size and
+time), which tensors of it, the format, the dtypes, bitsandbytes' version and the kind of device that quantized. So
+another device map finds it too, and a changed checkpoint does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from ..checkpoint.checkpoint import read_header
+from ..errors import CheckpointError, OffloadError
+from ..io.tensors import LazyTensor, StoredTensor
+from ..planning.planned_tensors import PlannedTensor
+from ..planning.sources import Source
+from ..quantization.bnb import library
+from .files import FilePart
+
+logger = logging.getLogger(__name__)
+
+# Counted up when the same weight would be written otherwise.
+_VERSION = 1
+_SAMPLE_BYTES = 2**12
+# Files are written in a folder of ours within the user's, as save_file makes some of its own beside them; one for each
+# user, where several may write.
+_WRITING = f".writing-{os.getuid()}" if hasattr(os, "getuid") else ".writing"
+# No weight takes so long to write.
+_LEFT_BEHIND_S = 3600
+
+
+class WeightCache:
+    """The files of one folder."""
+
+    def __init__(self, folder: str | os.PathLike[str] | None, torch_dtype: torch.dtype) -> None:
+        """Use a folder, which is made when something is put into it.
+
+        Args:
+            folder: None where nothing is written, as the plan has seen to.
+            torch_dtype: what weights are cast to before they are quantized.
+        """
+        self._folder = None if folder is None else Path(folder).expanduser().absolute()
+        self._torch_dtype = torch_dtype
+        self._known_files: dict[Path, list[object]] = {}
+        self._is_swept = False
+
+    def parts(self, planned: PlannedTensor) -> dict[str, FilePart] | None:
+        """Find a tensor's parts in files, by their names in its format; None where they have yet to be written."""
+        stored = planned.stored_as_is
+        if stored is not None:
+            return {"weight": FilePart(stored.file, stored.offset, planned.format.parts(planned.shape)["weight"])}
+        path = self._path(planned)
+        return _found(path, planned) if path.is_file() else None
+
+    def put(self, planned: PlannedTensor, tensors: Mapping[str, torch.Tensor]) -> dict[str, FilePart]:
+        """Write a tensor's parts.
+
+        Args:
+            planned: the tensor.
+            tensors: its parts by their names in its format, on any device.
+
+        Raises:
+            OffloadError: the folder cannot be written, for instance because the disk is full.
+        """
+        path = self._path(planned)
+        partial = path.parent / _WRITING / f"{path.name}.{os.getpid()}.{threading.get_ident()}"
+        try:
+            self._make_folder(partial.parent)
+            partial.touch()
+            mode = partial.stat().st_mode  # as the user's umask has it, where save_file lets nobody else read
+            save_file({part: tensor.detach().cpu().contiguous() for part, tensor in tensors.items()}, partial)
+            partial.chmod(mode)
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            _name(partial, path, planned)
+        except (OSError, SafetensorError) as error:
+            raise OffloadError(f"offload_folder '{self._folder}' cannot be written: {error}") from error
+        finally:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+        found = _found(path, planned)
+        if found is None:
+            raise OffloadError(f"'{path}' is not what was written there: is another program writing it?")
+        return found
+
+    def _make_folder(self, folder: Path) -> None:
+        """Make the folder that is written in, and sweep out what others left there that were killed as they wrote."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._is_swept:
+            return
+        for path in folder.iterdir():
+            with suppress(OSError):
+                if time.time() - path.stat().st_mtime > _LEFT_BEHIND_S:
+                    path.unlink()
+        self._is_swept = True
+
+    def _path(self, planned: PlannedTensor) -> Path:
+        assert self._folder is not None
+        said = {
+            "version": _VERSION,
+            "bitsandbytes": library().__version__,
+            "device": planned.device.type,
+            "format": str(planned.format),
+            "dtype": str(self._torch_dtype),
+            "shape": planned.shape,
+            "sources": [self._origin(source) for source in planned.sources],
+        }
+        return self._folder / f"{hashlib.sha256(json.dumps(said).encode()).hexdigest()[:40]}.safetensors"
+
+    def _origin(self, source: Source) -> list[object]:
+        """Say where values come from."""
+        tensor = source.tensor
+        how = [str(source.region), source.transposed]
+        if isinstance(tensor, torch.Tensor):  # the model's own
+            values = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            return [hashlib.sha256(values.numpy().tobytes()).hexdigest(), str(tensor.dtype), *how]
+        if tensor.file not in self._known_files:
+            stat = tensor.file.stat()
+            self._known_files[tensor.file] = [_header_of(tensor.file), stat.st_size, stat.st_mtime_ns]
+        known = [*self._known_files[tensor.file], tensor.name, str(tensor.dtype), tensor.offset, *how]
+        return known if isinstance(tensor, LazyTensor) else [*known, _sample(tensor)]
+
+
+def _name(partial: Path, path: Path, planned: PlannedTensor) -> None:
+    """Give a whole file its name, unless another thread or program was faster: a model may be using that one."""
+    try:
+        os.link(partial, path)
+    except OSError:  # there is one, or the file system has no links
+        if not path.is_file() or _found(path, planned) is None:
+            partial.replace(path)
+
+
+def _sample(tensor: StoredTensor) -> str:
+    """Hash a little of a tensor: two checkpoints of one shape may have been given one time, too."""
+    found = hashlib.sha256()
+    with tensor.file.open("rb") as opened:
+        for at in (0, tensor.nbytes // 2, max(0, tensor.nbytes - _SAMPLE_BYTES)):
+            found.update(os.pread(opened.fileno(), min(_SAMPLE_BYTES, tensor.nbytes), tensor.offset + at))
+    return found.hexdigest()
+
+
+def _header_of(file: Path) -> str:
+    """Hash a file's header, which for safetensors is as long as its first eight bytes say."""
+    with file.open("rb") as opened:
+        begin = opened.read(8)
+        length = int.from_bytes(begin, "little") if file.suffix == ".safetensors" else 0
+        return hashlib.sha256(begin + opened.read(length)).hexdigest()
+
+
+def _found(path: Path, planned: PlannedTensor) -> dict[str, FilePart] | None:
+    """Read a file's header; None where the file is not whole, or not what its name says.
+
+    Raises:
+        OffloadError: it may not be read.
+    """
+    expected = planned.format.parts(planned.shape)
+    try:
+        there = read_header(path)
+    except PermissionError as error:
+        raise OffloadError(
+            f"'{path}' is another's, and cannot be read ({error}): name an offload_folder of your own"
+        ) from error
+    except (CheckpointError, OSError) as error:
+        logger.warning("'%s' is damaged and will be made again: %s", path, error)
+        return None
+    if {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in there.items()} != {
+        name: tuple(part) for name, part in expected.items()
+    }:
+        logger.warning("'%s' holds something else and will be made again", path)
+        return None
+    return {name: FilePart(path, there[name].offset, part) for name, part in expected.items()}

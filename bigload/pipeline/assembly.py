@@ -1,0 +1,126 @@
+"""What has landed goes into the model in one step: all of it, or on any failure none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..model.empty import like_parameter
+from ..model.tensors import ModelTensor
+from ..model.tree import modules_by_path
+from ..planning.plan import Plan
+from ..quantization.layers import make_layer
+from . import attributes
+from .attributes import ABSENT, Edit
+from .execute import Landed
+
+
+class Assembly:
+    """The new parts of a model: made as the weights land, put into it in one step when all have."""
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        """Prepare for a plan's weights. The model is not touched before `commit`."""
+        self._model, self._plan = model, plan
+        self._weights = {f"{path}.weight".lstrip("."): layer for path, layer in plan.layers.items()}
+        self._planned = {planned.tensor.name: planned for planned in plan.tensors}
+        self._landed: dict[str, Landed] = {}
+        self._new_layers: dict[nn.Module, nn.Module] = {}
+
+    def add(self, name: str, value: Landed) -> None:
+        """Take a tensor of the plan, by its first name, and make the layer that it is the weight of."""
+        self._landed[name] = value
+        layer = next((self._weights[n] for n in self._planned[name].tensor.names if n in self._weights), None)
+        if layer is not None:
+            planned = self._planned[name]
+            self._new_layers[layer] = make_layer(layer, value, planned.shape, self._plan.config, planned.device)
+
+    def commit(self, then: Callable[[nn.Module], object] = lambda model: None) -> nn.Module:
+        """Put the weights into the model and its quantized layers into their places.
+
+        Until all of its new parts are made the model is unchanged; it is restored if the exchange is interrupted.
+
+        Args:
+            then: what is to be done with the model that has them; if it fails, the model is restored too.
+
+        Returns:
+            The model; where the model itself is the one layer to quantize, the layer that replaces it.
+        """
+        model, new_layers = self._model, self._new_layers
+        modules = modules_by_path(model)
+        edits: list[Edit] = []
+        for planned in self._plan.tensors:
+            value = _value(planned.tensor, planned.device, self._landed.get(planned.tensor.name))
+            for name in planned.tensor.names:
+                path, _, leaf = name.rpartition(".")
+                owner = modules[path]
+                if owner not in new_layers:
+                    slots = owner._parameters if planned.tensor.is_parameter else owner._buffers
+                    edits.append((slots, leaf, value))
+                elif leaf == "bias":
+                    new_layers[owner]._parameters["bias"] = self._bias(planned.tensor, value)
+        for module in dict.fromkeys(modules.values()):
+            edits += [
+                (module._modules, key, new_layers[child]) for key, child in _children(module) if child in new_layers
+            ]
+            edits += _without_fused_path(module, new_layers)
+        root = new_layers.get(model, model)
+        apply_edits(edits + attributes.attributes(root, self._plan), lambda: then(root))
+        return root
+
+    def _bias(self, tensor: ModelTensor, value: Any) -> nn.Parameter:
+        """Freeze a layer's bias with its weight, as the peers have it, unless others share it."""
+        if self._plan.config.llm_int8_has_fp16_weight or len(tensor.names) > 1:
+            return value  # type: ignore[no-any-return]
+        return nn.Parameter(value.data, requires_grad=False)
+
+
+def _value(tensor: ModelTensor, device: torch.device, value: Landed | None) -> torch.Tensor | None:
+    """The parameter or buffer to set; None for a weight that is quantized, which goes in with its layer."""
+    if value is None:
+        return tensor.value.to(device)
+    if not isinstance(value, torch.Tensor):
+        return None
+    old = tensor.value
+    if not tensor.is_parameter:
+        return value
+    unchanged = value.data_ptr() == old.data_ptr() and value.dtype == old.dtype and not old.is_meta
+    return old if unchanged else like_parameter(old, value)  # type: ignore[arg-type]
+
+
+def _without_fused_path(module: nn.Module, new_layers: Mapping[nn.Module, nn.Module]) -> list[Edit]:
+    """Turn off the fused path of torch's own encoder layer, which reads its Linears' weights past their forward."""
+    if not isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
+        return []
+    if not any(inner in new_layers for inner in module.modules()):
+        return []
+    if isinstance(module, nn.TransformerEncoder):
+        return [(module.__dict__, "use_nested_tensor", False)]  # which only the fused path takes
+    return [(module.__dict__, "activation_relu_or_gelu", 0)]  # what it sets itself for any other activation
+
+
+def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(key, child) for key, child in module._modules.items() if child is not None]
+
+
+def apply_edits(edits: list[Edit], then: Callable[[], object] = lambda: None) -> None:
+    """Make all of several assignments and do what comes then; if that fails or is interrupted, none."""
+    before: list[Edit] = []
+    try:
+        for slots, key, value in edits:
+            before.append((slots, key, slots.get(key, ABSENT)))
+            _set(slots, key, value)
+        then()
+    except BaseException:  # Ctrl-C too: half a model is worse than none
+        for slots, key, value in reversed(before):
+            _set(slots, key, value)
+        raise
+
+
+def _set(slots: dict[str, Any], key: str, value: Any) -> None:
+    if value is ABSENT:
+        slots.pop(key, None)
+    else:
+        slots[key] = value

@@ -1,0 +1,74 @@
+"""What a load did, in figures."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import psutil
+import torch
+
+from ..sizes import show
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """The figures of one load.
+
+    Attributes:
+        mode: the quantization mode's short name.
+        bytes_read: bytes of the weights that went in: the checkpoint's, or the model's own.
+        elapsed_s: seconds of the call, without the import of bitsandbytes.
+        device_bytes: bytes of the loaded model on each device.
+        peak_bytes: the most that the load took of each device at once, the model included: of a GPU what torch had
+            allocated, of "cpu" what was resident. A device is left out whose highest use of the process came before.
+    """
+
+    mode: str
+    bytes_read: int
+    elapsed_s: float
+    device_bytes: dict[torch.device, int] = field(default_factory=dict)
+    peak_bytes: dict[torch.device, int] = field(default_factory=dict)
+
+    @property
+    def gb_per_s(self) -> float:
+        """Checkpoint bytes per second, in units of 10^9."""
+        return self.bytes_read / self.elapsed_s / 1e9
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the loaded model on all devices."""
+        return sum(self.device_bytes.values())
+
+    def __str__(self) -> str:
+        homes = ", ".join(f"{show(count)} on {device}" for device, count in self.device_bytes.items())
+        speed = f"read {self.bytes_read / 1e9:.3f} GB in {self.elapsed_s:.2f} s at {self.gb_per_s:.2f} GB/s"
+        peaks = ", ".join(f"{show(count)} on {device}" for device, count in self.peak_bytes.items())
+        return f"{speed} into {homes} as {self.mode}" + (f", at most {peaks} on the way" if peaks else "")
+
+
+class PeakMemory:
+    """What devices hold at most from here on, as far as it can be known without resetting anyone's statistics."""
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        """Begin to watch GPUs, and the CPU in any case."""
+        watched = dict.fromkeys([*devices, torch.device("cpu")])
+        self._before = {device: _used_and_highest(device) for device in watched}
+
+    def since(self) -> dict[torch.device, int]:
+        """Give the bytes that each device held at most since, above what it held; only where that was a new record."""
+        peaks = {}
+        for device, (used, highest) in self._before.items():
+            now = _used_and_highest(device)[1]
+            if now > highest:
+                peaks[device] = max(0, now - used)
+        return peaks
+
+
+def _used_and_highest(device: torch.device) -> tuple[int, int]:
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return psutil.Process().memory_info().rss, highest * (1 if sys.platform == "darwin" else 1024)

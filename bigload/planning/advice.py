@@ -1,0 +1,97 @@
+"""What to say when a model does not fit: by how much, where, and what would help."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+
+from ..errors import PlacementError, listed
+from ..hardware.devices import Place
+from ..quantization import formats
+from ..quantization.formats import FourBit, Plain
+from ..sizes import show
+from .plan import Account
+from .request import longest_match
+from .solver import DoesNotFitError
+from .units import Unit
+
+_SMALLER = {name: FourBit("nf4", 64, name == "nf4-dq", torch.uint8) for name in ("nf4", "nf4-dq")}
+
+
+def no_room(
+    error: DoesNotFitError,
+    units: Sequence[Unit],
+    devices: Sequence[torch.device],
+    reserve: int,
+    *,
+    may_use_disk: bool,
+    may_leave_out: bool,
+) -> PlacementError:
+    """Say by how much it does not fit, where, and what would help."""
+    is_device = isinstance(error.place, int)
+    place = devices[error.place] if isinstance(error.place, int) else error.place
+    allowed = max(error.allowed, 0)
+    lacking = error.needed - error.allowed
+    alone = units[error.item].name if error.item is not None else ""
+    extra = f", beside {show(reserve)} kept for activations" if is_device and reserve else ""
+    too_large = f"'{alone}' alone is too large for it; " if alone else ""
+    helps = _smaller_modes(units, lacking)
+    if may_use_disk:
+        helps.append("an offload_folder, so that blocks may rest on a disk")
+    helps.append(f"a budget {show(lacking)} larger there")
+    if may_leave_out:
+        helps.append(f"leaving {place} out")
+    return PlacementError(
+        f"what must be on {place} needs {show(error.needed)}, where {show(allowed)} may be used{extra}: "
+        f"{show(lacking)} too little; {too_large}what would help: {', or '.join(helps)}"
+    )
+
+
+def _smaller_modes(units: Sequence[Unit], lacking: int) -> list[str]:
+    """Name modes in which the layers that are quantized would take so much less, with what the whole model would."""
+    tensors = {id(planned): planned for unit in units for planned in unit.tensors}.values()
+    total, found = sum(planned.nbytes for planned in tensors), []
+    for mode, fmt in _SMALLER.items():
+        made = sum(
+            planned.nbytes if isinstance(planned.format, Plain) else formats.nbytes(fmt, planned.shape)
+            for planned in tensors
+        )
+        if made < total and total - made >= lacking:
+            found.append(f"{mode} ({show(made)} in all, not {show(total)})")
+    return found
+
+
+def check_accounts(accounts: Sequence[Account], limited: Collection[Place]) -> None:
+    """Refuse a plan that needs more of a place than it may have.
+
+    Args:
+        accounts: of all places.
+        limited: those whose budget is the caller's; that of the others is what is free now.
+
+    Raises:
+        PlacementError: names the place, what the plan needs there, and what it may have.
+    """
+    for account in accounts:
+        if account.free is not None and account.free < 0:
+            beside = f" (of it {show(account.reserve)} kept for activations)" if account.reserve else ""
+            allowed = "max_memory allows" if account.place in limited else "where there is free now"
+            raise PlacementError(
+                f"the model needs {show(account.needed)}{beside} on {account.place}, {allowed} "
+                f"{show(account.budget or 0)}, {show(-account.free)} too little; choose a smaller mode, another "
+                "device_map or a larger budget"
+            )
+
+
+def divided(unit: Unit, places: Mapping[str, Place], found: Sequence[Place]) -> PlacementError:
+    """Say that a device map divides what must be whole, how, and what it is."""
+    by_place: dict[Place, list[str]] = defaultdict(list)
+    for path, place in places.items():
+        if any(longest_match(name, places) == path for planned in unit.tensors for name in planned.tensor.names):
+            by_place[place].append(path)
+    said = "; ".join(f"{listed(by_place[place], 3)} on {place}" for place in found)
+    what = f"what shares a weight: {listed(unit.paths)}"
+    if len(unit.paths) == 1:
+        what = f"the block '{unit.name}'" if unit.is_block else f"the module '{unit.name}'"
+    return PlacementError(f"device_map divides {what} ({said}): one device must hold it whole")

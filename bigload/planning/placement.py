@@ -1,0 +1,241 @@
+"""From a device map in any spelling, and budgets, to a place for every tensor."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from ..hardware.devices import CPU, Place, as_place, default_device, is_strategy
+from ..hardware.free_memory import free_bytes, free_disk_bytes
+from .advice import divided, no_room
+from .plan import PlacedUnit
+from .planned_tensors import PlannedTensor
+from .request import Wishes, computing_devices, longest_match, places_of
+from .solver import DoesNotFitError, Item, OffPlace, Rules, infer
+from .units import GPU_BYTES, Unit, bytes_of, units_of
+
+_P = TypeVar("_P", bound=Place)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where everything goes.
+
+    Attributes:
+        device_map: block path -> where its weights rest.
+        devices: block path -> the device that computes it.
+        units: placed, in the order of the model.
+        budgets: what each place may give, as far as it is known.
+    """
+
+    device_map: Mapping[str, Place]
+    devices: Mapping[str, torch.device]
+    units: tuple[PlacedUnit, ...]
+    budgets: Mapping[Place, int]
+
+
+def place_whole(tensors: Sequence[PlannedTensor], device: torch.device, wishes: Wishes) -> Placement | None:
+    """Place all of a model on one device; None where a strategy must look further, since it does not fit there.
+
+    Args:
+        tensors: all of it, on that device already.
+        device: from `only_device`.
+        wishes: what the caller said.
+    """
+    on_gpu = device.type == "cuda"
+    needed = bytes_of(tensors, GPU_BYTES if on_gpu else 1) + (wishes.reserve if on_gpu else 0)
+    budgets: dict[Place, int] = dict(wishes.budgets)
+    is_free = is_strategy(wishes.device_map)
+    if wishes.must_exist or is_free:
+        budgets[device] = _budget(device, wishes, needed)
+        if is_free and needed > budgets[device]:
+            return None
+    paths = wishes.device_map if isinstance(wishes.device_map, Mapping) else ("",)
+    places = dict.fromkeys(paths, device)
+    return Placement(places, places, (), budgets)
+
+
+def place_units(model: nn.Module, tensors: Sequence[PlannedTensor], wishes: Wishes) -> Placement:
+    """Give every unit of a model its place.
+
+    Args:
+        model: read only.
+        tensors: all of it, with their formats.
+        wishes: what the caller said; its device map has been checked.
+
+    Raises:
+        PlacementError: it cannot be met.
+    """
+    units = units_of(model, tensors, wishes.no_split_module_classes)
+    device_map = wishes.device_map
+    if is_strategy(device_map):
+        return _inferred(units, str(device_map), wishes)
+    if device_map is None:
+        device_map = default_device()
+    return _given(units, places_of(device_map, wishes), wishes)
+
+
+def place_tensors(
+    tensors: Sequence[PlannedTensor], units: Sequence[PlacedUnit], *, is_mixed: bool
+) -> list[PlannedTensor]:
+    """Give tensors the places of their units.
+
+    Args:
+        tensors: in the order that they shall keep.
+        units: placed.
+        is_mixed: GPUs compute too, so that what the CPU computes is float32 there.
+    """
+    found: dict[int, PlannedTensor] = {}
+    for placed in units:
+        leaving = {id(planned) for planned in placed.unit.offloaded} if placed.home is not None else set()
+        for planned in placed.unit.tensors:
+            home = placed.home if id(planned) in leaving else None
+            if placed.device == CPU and is_mixed:
+                found[id(planned)] = planned.on_cpu()
+            else:
+                found[id(planned)] = replace(planned, device=placed.device, home=home)
+    return [found[id(planned)] for planned in tensors]
+
+
+def _inferred(units: Sequence[Unit], strategy: str, wishes: Wishes) -> Placement:
+    devices = computing_devices(wishes.budgets)
+    on_gpu = devices[0].type == "cuda"
+    reserve = wishes.reserve if on_gpu else 0
+    needed = sum(unit.gpu_bytes for unit in units) + reserve
+    budgets: dict[Place, int] = {device: _budget(device, wishes, needed) for device in devices}
+    # A GPU that others have filled, or that the caller gives nothing of, is none.
+    devices = [device for device in devices if budgets[device] > reserve] or devices
+    homes: dict[OffPlace, int] = {}
+    if on_gpu:
+        budgets[CPU] = _budget(CPU, wishes, needed)
+        homes["cpu"] = max(0, budgets[CPU] - wishes.host_ring)
+    if wishes.offload_folder is not None:
+        free = free_disk_bytes(wishes.offload_folder)
+        budgets["disk"] = homes["disk"] = wishes.budgets.get("disk", free)
+    fp32 = wishes.fp32_on_cpu and on_gpu
+    if fp32:
+        homes.pop("disk", None)
+    items = [_item(unit, on_gpu=on_gpu, fp32=fp32) for unit in units]
+    rules = Rules(strategy, wishes.offload.slots, from_end=fp32)
+    room = [budgets[device] - reserve for device in devices]
+    try:
+        assigned = infer(items, room, homes, rules)
+    except DoesNotFitError as error:
+        if error.place == "cpu":
+            error.allowed = budgets[CPU] - wishes.host_ring  # below 0 where there is not even room for the ring
+        raise no_room(
+            error,
+            units,
+            devices,
+            reserve,
+            may_use_disk=not fp32 and "disk" not in homes and (error.place == "cpu" or not homes),
+            may_leave_out=_fits_without(error.place, items, room, homes, rules),
+        ) from None
+    placed = tuple(
+        PlacedUnit(unit, CPU)
+        if fp32 and one.away
+        else PlacedUnit(unit, devices[one.device], None if one.away is None else as_place(one.away))
+        for unit, one in zip(units, assigned, strict=True)
+    )
+    return _as_placement(placed, budgets)
+
+
+def _fits_without(
+    place: int | OffPlace, items: Sequence[Item], room: Sequence[int], homes: dict[OffPlace, int], rules: Rules
+) -> bool:
+    """Ask whether all fits when a device is left out: one too small for slots takes its turn nevertheless."""
+    if not isinstance(place, int) or len(room) < 2:
+        return False
+    with suppress(DoesNotFitError):
+        infer(items, [bytes_ for number, bytes_ in enumerate(room) if number != place], homes, rules)
+        return True
+    return False
+
+
+def _as_placement(placed: tuple[PlacedUnit, ...], budgets: Mapping[Place, int]) -> Placement:
+    by_path = {path: one for one in placed for path in one.unit.paths}
+    devices = _shortened({path: one.device for path, one in by_path.items()})
+    rests = _shortened({path: one.home or one.device for path, one in by_path.items()})
+    return Placement(rests, devices, placed, budgets)
+
+
+def _shortened(places: Mapping[str, _P]) -> dict[str, _P]:
+    return {"": next(iter(places.values()))} if len(set(places.values())) == 1 else dict(places)
+
+
+def _budget(device: torch.device, wishes: Wishes, needed: int) -> int:
+    """Give what the caller allows of a device, or else what can be had now."""
+    if device in wishes.budgets:
+        return wishes.budgets[device]
+    free = free_bytes(device)
+    if free < needed:
+        gc.collect()  # a model that was let go of may be there still: bitsandbytes' layers refer to themselves
+        free = free_bytes(device)
+    return free
+
+
+def _item(unit: Unit, *, on_gpu: bool, fp32: bool) -> Item:
+    resident = unit.gpu_bytes if on_gpu else unit.nbytes
+    if not unit.has_parameters:
+        return Item(resident, resident, 0, 0, is_block=False, is_first=True)
+    if fp32:
+        return Item(resident, 0, unit.fp32_bytes, 0, is_block=unit.is_block)
+    return Item(resident, unit.staying_bytes, unit.group_bytes, unit.streamed_bytes, is_block=unit.is_block)
+
+
+def _given(units: Sequence[Unit], places: Mapping[str, Place], wishes: Wishes) -> Placement:
+    gpus = list(dict.fromkeys(p for p in places.values() if p != "disk" and p.type == "cuda"))
+    computing = gpus or [CPU]
+    on_cpu = bool(gpus) and wishes.fp32_on_cpu
+    placed: list[PlacedUnit] = []
+    turn = 0
+    for unit in units:
+        found = _places_in(unit, places)
+        devices = [place for place in found if isinstance(place, torch.device) and (place.type == "cuda" or not gpus)]
+        away = [place for place in found if place not in devices]
+        if len(devices) > 1 or len(away) > 1 or (devices and away and (on_cpu or unit.looks_up)):
+            raise divided(unit, places, found)
+        if not away:
+            placed.append(PlacedUnit(unit, devices[0]))
+        elif on_cpu and away[0] == CPU:
+            placed.append(PlacedUnit(unit, CPU))
+        else:
+            device = devices[0] if devices else computing[turn % len(computing)]
+            turn += not devices
+            part = _part(unit, away[0], places)
+            placed.append(PlacedUnit(part, device, away[0]) if part.offloaded else PlacedUnit(unit, device))
+    used = {one.device for one in placed} | {CPU for one in placed if one.home == CPU}
+    budgets: dict[Place, int] = dict(wishes.budgets)
+    if wishes.must_exist:
+        for device in used:
+            needed = sum(one.unit.gpu_bytes for one in placed if one.device == device) + wishes.reserve
+            budgets[device] = _budget(device, wishes, needed)
+    made = replace(_as_placement(tuple(placed), budgets), device_map=dict(places))
+    if used == set(places.values()) and len(used) == 1:
+        return replace(made, devices=dict.fromkeys(places, computing[0]))
+    return made
+
+
+def _places_in(unit: Unit, places: Mapping[str, Place]) -> list[Place]:
+    """List the places that a map gives a unit's tensors."""
+    found: dict[Place, None] = {}
+    for planned in unit.tensors:
+        for name in planned.tensor.names:
+            path = longest_match(name, places)
+            if path is not None:
+                found[places[path]] = None
+    return list(found)
+
+
+def _part(unit: Unit, away: Place, places: Mapping[str, Place]) -> Unit:
+    """Give a unit of which only what the map says is offloaded."""
+    leaving = [
+        planned for planned in unit.offloaded if places[longest_match(planned.tensor.name, places) or ""] == away
+    ]
+    return replace(unit, offloaded=tuple(leaving))

@@ -1,0 +1,168 @@
+"""For each tensor of a model: what it is made from, what it is held in, and where. Pure; touches no device."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..checkpoint.bitsandbytes import QuantizedTensor
+from ..config import BnbQuantizationConfig
+from ..errors import CheckpointError, ConfigError
+from ..hardware.devices import CPU, Place
+from ..io.tensors import LazyTensor, StoredTensor
+from ..model import transformers_facts
+from ..model.tensors import ModelTensor, matches
+from ..quantization import formats
+from ..quantization.formats import Format, FourBit, Int8, Plain
+from .sources import Source
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedTensor:
+    """One tensor of the model: what it is made from, what it becomes, and where.
+
+    Attributes:
+        tensor: the model's tensor.
+        shape: as the format sees it; a Conv1D weight that is quantized is (out_features, in_features) here.
+        sources: the pieces that fill it, none for a real buffer that stays as it is.
+        format: what it is held in.
+        device: that computes with it.
+        home: where it rests, if not there.
+        is_turned: the shape is that of the model's tensor turned round.
+    """
+
+    tensor: ModelTensor
+    shape: tuple[int, ...]
+    sources: tuple[Source, ...]
+    format: Format
+    device: torch.device = CPU
+    home: Place | None = None
+    is_turned: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in its home."""
+        return formats.nbytes(self.format, self.shape)
+
+    @property
+    def stored_as_is(self) -> StoredTensor | None:
+        """The checkpoint's tensor, where that is just what this one is to be."""
+        if len(self.sources) != 1 or not isinstance(self.format, Plain):
+            return None
+        (source,) = self.sources
+        tensor = source.tensor
+        if isinstance(tensor, (torch.Tensor, LazyTensor, QuantizedTensor)) or source.region or source.transposed:
+            return None
+        is_the_same = (tensor.dtype, tuple(tensor.shape)) == tuple(self.format.parts(self.shape)["weight"])
+        return tensor if is_the_same else None
+
+    def on_cpu(self) -> PlannedTensor:
+        """Give the same tensor as the CPU computes with it: in float32, and not quantized."""
+        is_floating = not isinstance(self.format, Plain) or self.format.dtype.is_floating_point
+        fmt = Plain(torch.float32) if is_floating else self.format
+        sources = tuple(source.mirrored() for source in self.sources) if self.is_turned else self.sources
+        return PlannedTensor(self.tensor, self.tensor.shape, sources, fmt, CPU)
+
+
+def formatted_tensors(
+    model: nn.Module,
+    config: BnbQuantizationConfig,
+    tensors: Sequence[ModelTensor],
+    layers: Mapping[str, nn.Module],
+    sources: Mapping[str, tuple[Source, ...]],
+    class_dtypes: Mapping[str, torch.dtype] | None = None,
+    device: torch.device = CPU,
+) -> list[PlannedTensor]:
+    """Give every tensor of the model its format.
+
+    Args:
+        model: read for the dtypes its class insists on.
+        config: resolved, without "auto".
+        tensors: the model's tensors.
+        layers: the layers to quantize, by path.
+        sources: where each tensor comes from, by its first name.
+        class_dtypes: the dtype that each tensor's class builds it in, where the class says.
+        device: where all of them are, if they are on one.
+
+    Raises:
+        CheckpointError: a weight that is stored quantized has another shape than the layer's.
+        ConfigError: a weight cannot be held in the format asked for.
+    """
+    fp32 = [*(config.keep_in_fp32_modules or ()), *transformers_facts.fp32_patterns(model, config.landing_dtype)]
+    weights = {f"{path}.weight".lstrip("."): layer for path, layer in layers.items()}
+    planned = []
+    for tensor in tensors:
+        pieces = sources.get(tensor.name, ())
+        layer = next((weights[name] for name in tensor.names if name in weights), None)
+        if layer is None:
+            usual = (class_dtypes or {}).get(tensor.name, config.landing_dtype)
+            fmt = Plain(_kept_dtype(tensor, pieces, usual, fp32))
+            planned.append(PlannedTensor(tensor, tensor.shape, pieces, fmt, device))
+        else:
+            planned.append(_of_layer(tensor, layer, pieces, config, device))
+    return planned
+
+
+def _of_layer(
+    tensor: ModelTensor,
+    layer: nn.Module,
+    pieces: tuple[Source, ...],
+    config: BnbQuantizationConfig,
+    device: torch.device,
+) -> PlannedTensor:
+    is_turned = transformers_facts.is_conv1d(layer)
+    shape = tensor.shape[::-1] if is_turned else tensor.shape
+    stored = pieces[0].tensor
+    if isinstance(stored, QuantizedTensor):
+        _require_shape(stored, shape)
+        return PlannedTensor(tensor, shape, pieces, stored.format, device)
+    fmt = _quantized_format(config)
+    _require_divisible(fmt, shape, tensor.name)
+    pieces = tuple(source.mirrored() for source in pieces) if is_turned else pieces
+    return PlannedTensor(tensor, shape, pieces, fmt, device, is_turned=is_turned)
+
+
+def _kept_dtype(
+    tensor: ModelTensor, sources: Sequence[Source], usual: torch.dtype, fp32: Collection[str]
+) -> torch.dtype:
+    if not tensor.persistent and sources:
+        return sources[0].tensor.dtype  # made again by its class, in the dtype that it chose
+    if not tensor.value.is_floating_point() or not sources:
+        return tensor.value.dtype  # integers, and buffers that the model computed itself
+    return torch.float32 if any(matches(name, fp32) for name in tensor.names) else usual
+
+
+def _quantized_format(config: BnbQuantizationConfig) -> Format:
+    if config.mode == "int8-training":
+        return Plain(config.landing_dtype if config.landing_dtype.itemsize == 2 else torch.float16)
+    if config.load_in_8bit:
+        return Int8()
+    assert isinstance(config.bnb_4bit_quant_storage, torch.dtype)
+    return FourBit(
+        config.bnb_4bit_quant_type,
+        config.bnb_4bit_blocksize,
+        config.bnb_4bit_use_double_quant,
+        config.bnb_4bit_quant_storage,
+    )
+
+
+def _require_shape(stored: QuantizedTensor, shape: tuple[int, ...]) -> None:
+    if stored.shape != shape:
+        raise CheckpointError(
+            f"'{stored.name}' has shape {stored.shape} in '{stored.file.name}', the model expects {shape}: build the "
+            "model from this checkpoint's config",
+            mismatched_shapes={stored.name: (stored.shape, shape)},
+        )
+
+
+def _require_divisible(fmt: Format, shape: tuple[int, ...], name: str) -> None:
+    try:
+        fmt.parts(shape)
+    except ValueError as error:
+        raise ConfigError(
+            f"'{name}' of shape {shape} cannot be stored as asked: {error}; use bnb_4bit_quant_storage='uint8' or add "
+            f"'{name.removesuffix('.weight')}' to skip_modules"
+        ) from error

@@ -1,0 +1,285 @@
+"""Where units go when no map says so: onto GPUs as far as they fit, what does not fit to the CPU and the disk.
+
+Pure: numbers in, places out, the same for the same. Units keep their order over the GPUs, so that activations cross
+from one to the next once. Of what must leave, the least is chosen that must be brought back for each forward; it is
+spread evenly over the depth, so that while resident blocks compute the next streamed one arrives.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import torch
+
+from ..errors import BigloadError
+
+OffPlace = Literal["cpu", "disk"]
+
+
+@dataclass(frozen=True)
+class Item:
+    """A unit, in bytes.
+
+    Attributes:
+        resident: on the device that computes.
+        staying: of those, what stays there when the unit is offloaded.
+        away: where it is offloaded to.
+        streamed: brought to the device for each forward when it is offloaded; 0 where only rows are, or where the CPU
+            computes it.
+        is_block: one of the model's repeated blocks.
+        is_first: it belongs on the first device, wherever it stands in the model: buffers that blocks share.
+    """
+
+    resident: int
+    staying: int
+    away: int
+    streamed: int
+    is_block: bool = True
+    is_first: bool = False
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What inference is to respect.
+
+    Attributes:
+        strategy: "auto", "balanced", "balanced_low_0" or "sequential".
+        slots: how many of the largest streamed unit a device holds at once.
+        from_end: offload the last blocks instead of every so many: the CPU computes them, and activations cross twice.
+    """
+
+    strategy: str = "auto"
+    slots: int = 2
+    from_end: bool = False
+
+
+@dataclass(frozen=True)
+class Assigned:
+    """Where one unit goes: the number of the device that computes it, and where it rests if not there."""
+
+    device: int
+    away: OffPlace | None = None
+
+
+@dataclass
+class DoesNotFitError(BigloadError):
+    """There is no way to place the units.
+
+    Attributes:
+        place: the number of the device, "cpu" or "disk", that is too small.
+        needed, allowed: bytes there; the first is enough, if no other place lacks any.
+        item: the number of a unit that alone is too large for any device, if there is one.
+    """
+
+    place: int | OffPlace
+    needed: int
+    allowed: int
+    item: int | None = field(default=None)
+
+
+def infer(items: Sequence[Item], devices: Sequence[int], homes: dict[OffPlace, int], rules: Rules) -> list[Assigned]:
+    """Place units.
+
+    Args:
+        items: in the order of the model.
+        devices: bytes that each device that computes may have, for units and slots.
+        homes: bytes that may be offloaded, by place; places that may not be used are left out.
+        rules: what else to respect.
+
+    Raises:
+        DoesNotFitError: no such placement exists.
+    """
+    whole = _on_devices(items, [False] * len(items), devices, rules)
+    if whole is not None:
+        return whole
+    if not homes:
+        raise _too_large(items, devices, rules, may_leave=False)
+    lacking: DoesNotFitError | None = None
+    for away in _candidates(items, devices, rules):
+        room = sum(item.away for item, gone in zip(items, away, strict=True) if gone) <= sum(homes.values())
+        if lacking is not None and not room:
+            continue  # it has been found once what is lacking
+        placed = _on_devices(items, away, devices, rules)
+        if placed is not None:
+            try:
+                return _with_homes(items, placed, away, homes)
+            except DoesNotFitError as error:
+                lacking = lacking or error
+    raise lacking or _too_large(items, devices, rules, may_leave=True)
+
+
+def _on_devices(
+    items: Sequence[Item], away: Sequence[bool], devices: Sequence[int], rules: Rules
+) -> list[Assigned] | None:
+    """Place what stays on devices, given what does not; None if it does not fit."""
+    rings = _rings(items, away, len(devices), rules)
+    capacities = [capacity - ring for capacity, ring in zip(devices, rings, strict=True)]
+    if min(capacities) < 0:
+        return None
+    placed, turn, rest = [Assigned(0)] * len(items), 0, list[int]()
+    for index, (item, gone) in enumerate(zip(items, away, strict=True)):
+        if gone:  # each device has a link of its own: they take turns
+            device = turn % len(capacities)
+            turn += item.streamed > 0
+            placed[index] = Assigned(device)
+            capacities[device] -= item.staying
+        elif item.is_first:
+            capacities[0] -= item.resident
+        else:
+            rest.append(index)
+    if min(capacities) < 0:
+        return None
+    filled = _in_order([items[index].resident for index in rest], capacities, rules.strategy)
+    if filled is None:
+        return None
+    for index, device in zip(rest, filled, strict=True):
+        placed[index] = Assigned(device)
+    return placed
+
+
+def ring_bytes(groups: Sequence[int], slots: int) -> int:
+    """Give the bytes of a device's slots: as many of the largest group as are asked for, but no more than groups."""
+    return min(slots, len(groups)) * max(groups, default=0)
+
+
+def _rings(items: Sequence[Item], away: Sequence[bool], count: int, rules: Rules) -> list[int]:
+    """Give the bytes of the slots of each of some devices, which take turns."""
+    groups = [item.streamed for item, gone in zip(items, away, strict=True) if gone and item.streamed]
+    return [ring_bytes(groups[number::count], rules.slots) for number in range(count)]
+
+
+def _in_order(sizes: Sequence[int], capacities: Sequence[int], strategy: str) -> list[int] | None:
+    """Fill devices one after the other; None if it does not fit."""
+    if len(capacities) == 1:
+        return [0] * len(sizes) if sum(sizes) <= capacities[0] else None
+    filled = _greedy(sizes, capacities)
+    if filled is None or strategy == "sequential":
+        return filled
+    if strategy == "balanced_low_0":
+        first = _least(lambda cap: _greedy(sizes, [min(cap, capacities[0]), *capacities[1:]]), capacities[0])
+        capacities = [first, *capacities[1:]]
+        even = _least(lambda cap: _greedy(sizes, [first, *(min(cap, c) for c in capacities[1:])]), max(capacities))
+        return _greedy(sizes, [first, *(min(even, c) for c in capacities[1:])])
+    even = _least(lambda cap: _greedy(sizes, [min(cap, c) for c in capacities]), max(capacities))
+    return _greedy(sizes, [min(even, c) for c in capacities])
+
+
+def _greedy(sizes: Sequence[int], capacities: Sequence[int]) -> list[int] | None:
+    """Fill each device as far as it goes: if any assignment in order fits, this one does."""
+    device, used, filled = 0, 0, []
+    for size in sizes:
+        while used + size > capacities[device]:
+            device, used = device + 1, 0
+            if device == len(capacities):
+                return None
+        used += size
+        filled.append(device)
+    return filled
+
+
+def _least(fits: Callable[[int], object], most: int) -> int:
+    """Find the least cap that fits, given that `most` does."""
+    return bisect_left(range(most + 1), True, key=lambda cap: fits(cap) is not None)
+
+
+def _candidates(items: Sequence[Item], devices: Sequence[int], rules: Rules) -> Iterable[list[bool]]:
+    """Give choices of what to offload, those first for which the least must be brought back for each forward."""
+    can_leave = [item.away > 0 and not item.is_first for item in items]
+    blocks = [index for index, item in enumerate(items) if item.is_block and can_leave[index]]
+    beside = [index for index in range(len(items)) if can_leave[index] and not items[index].is_block]
+    free = [index for index in beside if not items[index].streamed]
+    counts = range(len(blocks) + 1)
+    masks = _masks(len(blocks), from_end=rules.from_end)
+    kinds = ("resident", "staying", "away", "streamed")
+    columns = {kind: torch.tensor([getattr(items[i], kind) for i in blocks], dtype=torch.int64) for kind in kinds}
+    sums = {kind: (masks * columns[kind]).sum(1).tolist() for kind in kinds}
+    slots = (masks * columns["streamed"]).amax(1).tolist() if blocks else [0]
+    total = sum(item.resident for item in items)
+    found: list[tuple[int, int, int, int, list[int]]] = []
+    for family, others in enumerate(_distinct([[], free, beside])):
+        freed, moved, homed, slot = (
+            sum(items[i].resident - items[i].staying for i in others),
+            sum(items[i].streamed for i in others),
+            sum(items[i].away for i in others),
+            max((items[i].streamed for i in others), default=0),
+        )
+        for count in counts:
+            needed = total - freed - sums["resident"][count] + sums["staying"][count]
+            if needed + max(slot, slots[count]) <= sum(devices):  # one slot at least
+                found.append((moved + sums["streamed"][count], homed + sums["away"][count], family, count, others))
+    for _, _, _, count, others in sorted(found, key=lambda candidate: candidate[:4]):
+        away = [False] * len(items)
+        chosen = [index for index, gone in zip(blocks, masks[count].tolist(), strict=True) if gone]
+        for index in (*others, *chosen):
+            away[index] = True
+        yield away
+
+
+def _distinct(families: list[list[int]]) -> list[list[int]]:
+    return [family for index, family in enumerate(families) if family not in families[:index]]
+
+
+def _masks(count: int, *, from_end: bool) -> torch.Tensor:
+    """Choose 0 to `count` of `count` things in a row, evenly or from the end. Gives (count + 1, count) bool."""
+    chosen = torch.arange(count + 1).unsqueeze(1)
+    if from_end:
+        return torch.arange(count) >= count - chosen
+    marks = (2 * torch.arange(count + 1) * chosen + count) // max(1, 2 * count)
+    return marks[:, 1:] > marks[:, :-1]
+
+
+def _with_homes(
+    items: Sequence[Item], placed: Sequence[Assigned], away: Sequence[bool], homes: dict[OffPlace, int]
+) -> list[Assigned]:
+    """Give what is offloaded a place: the CPU, and of what it cannot hold, spread over the depth, the disk."""
+    leaving = [index for index, gone in enumerate(away) if gone]
+    sizes = [items[index].away for index in leaving]
+    cpu, disk = homes.get("cpu"), homes.get("disk")
+    masks = _masks(len(leaving), from_end=False)
+    on_disk = (masks * torch.tensor(sizes, dtype=torch.int64)).sum(1).tolist()
+    for count, moved in enumerate(on_disk):
+        if sum(sizes) - moved <= (cpu or 0) and moved <= (disk or 0):
+            to_disk = dict(zip(leaving, masks[count].tolist(), strict=True))
+            target: dict[int, OffPlace] = {index: "disk" if there else "cpu" for index, there in to_disk.items()}
+            return [Assigned(one.device, target.get(index)) for index, one in enumerate(placed)]
+    target, left = {}, sum(sizes)
+    for index in sorted(leaving, key=lambda index: -items[index].away):  # the largest first, as they are few
+        on_cpu = left <= (cpu or 0)
+        target[index] = "cpu" if on_cpu else "disk"
+        left -= 0 if on_cpu else items[index].away
+    if disk is not None and left <= (cpu or 0) and sum(sizes) - left <= disk:
+        return [Assigned(one.device, target.get(index)) for index, one in enumerate(placed)]
+    if disk is None:
+        raise DoesNotFitError("cpu", sum(sizes), cpu or 0)
+    raise DoesNotFitError("disk", sum(sizes) - left, disk)
+
+
+def _too_large(items: Sequence[Item], devices: Sequence[int], rules: Rules, *, may_leave: bool) -> DoesNotFitError:
+    """Say what is lacking, when all is offloaded that may be."""
+    largest, alone = devices.index(max(devices)), None
+    for index, item in enumerate(items):
+        least = min(item.resident, item.staying + item.streamed) if may_leave and item.away else item.resident
+        if alone is None and least > devices[largest]:
+            alone = index
+    away = [may_leave and item.away > 0 and not item.is_first for item in items]
+    rings = _rings(items, away, len(devices), rules)
+    most = max(*devices, 0) + sum(item.resident for item in items) + sum(rings)
+
+    def fits(number: int, size: int) -> object:
+        return _on_devices(items, away, [*devices[:number], size, *devices[number + 1 :]], rules)
+
+    for number in [largest] if alone is not None else reversed(range(len(devices))):
+        if fits(number, most) is not None:
+            needed = _least(partial(fits, number), most)
+            return DoesNotFitError(number, needed, devices[number], alone)
+    leaving = [item for item, gone in zip(items, away, strict=True) if gone]
+    spent = [ring + sum(item.staying for item in leaving[n :: len(devices)]) for n, ring in enumerate(rings)]
+    spent[0] += sum(item.resident for item in items if item.is_first)
+    number = max(range(len(devices)), key=lambda n: spent[n] - devices[n])
+    if spent[number] > devices[number]:  # the worst of several that lack room
+        return DoesNotFitError(number, spent[number], devices[number])
+    return DoesNotFitError(largest, most, devices[largest], alone)

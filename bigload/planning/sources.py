@@ -1,0 +1,368 @@
+"""Names in the checkpoint -> where each tensor of the model gets its values from."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, islice
+
+import torch
+
+from ..checkpoint.bitsandbytes import QuantizedTensor
+from ..checkpoint.checkpoint import Checkpoint
+from ..errors import CheckpointError, ConfigError, counted, listed
+from ..io.tensors import LazyTensor, StoredTensor, read_whole
+from ..model.tensors import ModelTensor
+from ..model.transformers_facts import KeyConversion
+from .tracing import Traced
+
+logger = logging.getLogger(__name__)
+
+KeyMapping = Mapping[str, str] | Callable[[str], str]
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """What one region of a parameter is filled from.
+
+    Attributes:
+        tensor: a tensor of the checkpoint, or a real one that the model holds already.
+        region: the part of the parameter that it fills; () is all of it.
+        transposed: its last two dimensions are swapped in the parameter.
+    """
+
+    tensor: StoredTensor | torch.Tensor
+    region: tuple[slice | int, ...] = ()
+    transposed: bool = False
+
+    def mirrored(self) -> Source:
+        """The same, where the parameter itself is transposed."""
+        return replace(self, region=(*self.region[:-2], *self.region[:-3:-1]), transposed=not self.transposed)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """All that the checkpoint has for one name of the model."""
+
+    sources: tuple[Source, ...]
+    shape: tuple[int, ...]
+    first: StoredTensor
+
+
+def sources_in_checkpoint(
+    tensors: Sequence[ModelTensor],
+    checkpoint: Checkpoint,
+    *,
+    key_mapping: KeyMapping | None = None,
+    conversion: KeyConversion | None = None,
+    ignores_key: Callable[[str], bool] = lambda key: False,
+    class_dtypes: Mapping[str, torch.dtype] | None = None,
+    rebuilt_buffers: Callable[[], Mapping[str, torch.Tensor]] = dict,
+    strict: bool = False,
+) -> dict[str, tuple[Source, ...]]:
+    """Find the sources of every tensor of the model, under any of its names.
+
+    Args:
+        tensors: what the model needs.
+        checkpoint: what there is.
+        key_mapping: renames checkpoint keys: {regex: replacement}, each applied in turn, or a function.
+        conversion: transformers' own rules, applied after `key_mapping`.
+        ignores_key: keys that may be left over without a word.
+        class_dtypes: the dtype that each tensor's class builds it in, where the class says.
+        rebuilt_buffers: gives, where the model can be built again, the buffers that are in no checkpoint; called only
+            when some are on meta or of another dtype than their class makes.
+        strict: make any other leftover key an error instead of a warning.
+
+    Returns:
+        Sources by the tensor's first name; real buffers without any are left out.
+
+    Raises:
+        CheckpointError: parameters or meta buffers without a source, wrong shapes, stored integers where floats
+            belong, or leftover keys under `strict`; each kind lists all of its cases.
+        ConfigError: two checkpoint keys are renamed to one, or a pattern is not a regular expression.
+    """
+    renamed = _renamed(checkpoint, key_mapping)
+    stored = _by_model_name(renamed, conversion)
+    found = {
+        tensor.name: next((stored[name] for name in tensor.names if name in stored), None)
+        for tensor in tensors
+        if tensor.persistent
+    }
+    _require_sources(tensors, found, stored, checkpoint)
+    _require_fit(tensors, found)
+    _warn_of_split_ties(tensors, stored)
+    buffers = _buffers_made_again(tensors, class_dtypes or {}, rebuilt_buffers)
+    places = {name for tensor in tensors for name in tensor.names}
+    unexpected = [key for key in stored if key not in places and not ignores_key(key)]
+    if unexpected:
+        message = (
+            f"{counted(len(unexpected), 'tensor')} of '{checkpoint.location}' without a place in the model: "
+            f"{listed(unexpected)}"
+        )
+        if strict:
+            raise CheckpointError(f"{message}; strict=True allows none", unexpected_keys=unexpected)
+        logger.warning("%s", message)
+    return {**{name: each.sources for name, each in found.items() if each is not None}, **buffers}
+
+
+def _renamed(checkpoint: Checkpoint, key_mapping: KeyMapping | None) -> dict[str, StoredTensor]:
+    rename = _as_function(key_mapping)
+    stored: dict[str, StoredTensor] = {}
+    for key, tensor in checkpoint.tensors.items():
+        name = rename(key)
+        if name in stored:
+            raise ConfigError(f"key_mapping renames both {stored[name].name!r} and {key!r} to {name!r}")
+        stored[name] = tensor
+    return stored
+
+
+def _by_model_name(stored: Mapping[str, StoredTensor], conversion: KeyConversion | None) -> dict[str, _Found]:
+    found: dict[str, _Found] = {}
+    groups: dict[str, dict[str, list[StoredTensor]]] = {}
+    # In the order of their numbers, as layers.10 after layers.9: merged tensors are stacked in it.
+    for key in sorted(stored, key=_natural_order) if conversion else stored:
+        name, pattern = conversion.target(key) if conversion else (key, None)
+        if pattern is None:
+            found.setdefault(name, _Found((Source(stored[key]),), stored[key].shape, stored[key]))
+        elif isinstance(stored[key], QuantizedTensor):
+            raise CheckpointError(
+                f"'{key}' is quantized already, and this model holds it combined with others as '{name}', which only "
+                "plain weights can be: give the original checkpoint"
+            )
+        else:
+            groups.setdefault(name, {}).setdefault(pattern, []).append(stored[key])
+    for name, group in groups.items():
+        assert conversion is not None
+        found.update(_combined(name, group, conversion))
+    return found
+
+
+def _natural_order(key: str) -> list[tuple[int, int, str]]:
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in key.split(".")]
+
+
+def _combined(target: str, group: Mapping[str, Sequence[StoredTensor]], conversion: KeyConversion) -> dict[str, _Found]:
+    """Where the library combines tensors: their regions, if it only rearranges them, else what it computes."""
+    stored = {tensor.name: tensor for tensors in group.values() for tensor in tensors}
+    first = next(iter(stored.values()))
+    stand_ins = {pattern: [Traced.whole(t.name, t.shape) for t in tensors] for pattern, tensors in group.items()}
+    try:
+        made = conversion.convert(target, stand_ins)
+    except Exception:  # not only NotTraceable: what fails on stand-ins may do on tensors, or is named there
+        return _computed(target, group, conversion)
+    return {
+        name: _Found(
+            tuple(Source(stored[piece.name], piece.region, piece.transposed) for piece in traced.pieces),
+            tuple(traced.shape),
+            first,
+        )
+        for name, traced in made.items()
+    }
+
+
+def _computed(target: str, group: Mapping[str, Sequence[StoredTensor]], conversion: KeyConversion) -> dict[str, _Found]:
+    first = next(iter(group.values()))[0]
+    empty = {
+        pattern: [torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for tensor in tensors]
+        for pattern, tensors in group.items()
+    }
+    try:
+        shapes = conversion.convert(target, empty)
+    except Exception as error:  # whatever torch or the library makes of tensors that do not fit together
+        names = [tensor.name for tensors in group.values() for tensor in tensors]
+        raise CheckpointError(
+            f"{listed(names)} cannot be combined into '{target}' as transformers does: {error}; the checkpoint lacks a "
+            "part, or is of another model"
+        ) from error
+
+    def load(name: str) -> torch.Tensor:
+        values = {pattern: [read_whole(tensor) for tensor in tensors] for pattern, tensors in group.items()}
+        result: torch.Tensor = conversion.convert(target, values)[name]
+        return result
+
+    return {
+        name: _Found(
+            (
+                Source(
+                    LazyTensor(
+                        name, first.file, made.dtype, tuple(made.shape), first.offset, made.nbytes, partial(load, name)
+                    )
+                ),
+            ),
+            tuple(made.shape),
+            first,
+        )
+        for name, made in shapes.items()
+    }
+
+
+def _as_function(key_mapping: KeyMapping | None) -> Callable[[str], str]:
+    if key_mapping is None:
+        return lambda key: key
+    if callable(key_mapping):
+        return partial(_renamed_by, key_mapping)
+    if not isinstance(key_mapping, Mapping):
+        raise ConfigError(f"key_mapping must be {{regex: replacement}} or a function, but it is {key_mapping!r}")
+    rules = key_mapping.items()
+
+    def rename(key: str) -> str:
+        for pattern, replacement in rules:
+            try:
+                key = re.sub(pattern, replacement, key)
+            except (re.error, IndexError, TypeError) as error:
+                raise ConfigError(
+                    f"key_mapping holds {pattern!r}: {replacement!r}, which re.sub does not take: {error}"
+                ) from error
+        return key
+
+    return rename
+
+
+def _renamed_by(function: Callable[[str], str], key: str) -> str:
+    name = function(key)
+    if not isinstance(name, str):
+        raise ConfigError(f"key_mapping must give a name for every key, but it gives {name!r} for {key!r}")
+    return name
+
+
+def _warn_of_split_ties(tensors: Sequence[ModelTensor], stored: Mapping[str, _Found]) -> None:
+    """Say when a tied weight is stored under several names with different values, of which one is taken."""
+    for tensor in tensors:
+        twins = [stored[name].first for name in tensor.names if name in stored]
+        if len(twins) > 1 and any(_differ(twin, twins[0]) for twin in twins[1:]):
+            logger.warning(
+                "%s are one weight in the model, but stored with different values; '%s' is taken: build the model "
+                "without the tie if they are two",
+                listed(tensor.names),
+                twins[0].name,
+            )
+
+
+def _differ(one: StoredTensor, other: StoredTensor) -> bool:
+    same_place = (one.file, one.offset) == (other.file, other.offset)
+    return not same_place and one.dtype == other.dtype and _ends(one) != _ends(other)
+
+
+def _ends(tensor: StoredTensor, nbytes: int = 65536) -> tuple[bytes, bytes]:
+    """Read a little of a tensor at both ends, which tells two weights apart as well as all of them would."""
+    if isinstance(tensor, QuantizedTensor):
+        return _ends(tensor.parts["weight"], nbytes)
+    if isinstance(tensor, LazyTensor):
+        raw = tensor.load().detach().contiguous().view(-1).view(torch.uint8)
+        return raw[:nbytes].numpy().tobytes(), raw[-nbytes:].numpy().tobytes()
+    count = min(nbytes, tensor.nbytes)
+    with tensor.file.open("rb") as file:
+        file.seek(tensor.offset)
+        first = file.read(count)
+        file.seek(tensor.offset + tensor.nbytes - count)
+        return first, file.read(count)
+
+
+def _buffers_made_again(
+    tensors: Sequence[ModelTensor],
+    class_dtypes: Mapping[str, torch.dtype],
+    rebuilt_buffers: Callable[[], Mapping[str, torch.Tensor]],
+) -> dict[str, tuple[Source, ...]]:
+    transient = [tensor for tensor in tensors if not tensor.persistent]
+    wanted = [t for t in transient if t.value.is_meta or class_dtypes.get(t.name, t.value.dtype) != t.value.dtype]
+    if not wanted:
+        return {}
+    made = rebuilt_buffers()
+    lost = [tensor.name for tensor in wanted if tensor.name not in made]
+    if lost:
+        raise CheckpointError(
+            f"non-persistent buffers are on meta and in no checkpoint: {listed(lost)}; build the model under "
+            "bigload.init_empty_weights(), which leaves buffers real",
+            missing_keys=lost,
+        )
+    return {tensor.name: (Source(made[tensor.name]),) for tensor in wanted}
+
+
+def _require_sources(
+    tensors: Sequence[ModelTensor],
+    found: Mapping[str, _Found | None],
+    stored: Mapping[str, _Found],
+    checkpoint: Checkpoint,
+) -> None:
+    missing = [t for t in tensors if t.persistent and found[t.name] is None and (t.is_parameter or t.value.is_meta)]
+    if missing:
+        names = [tensor.name for tensor in missing]
+        places = {name for tensor in tensors for name in tensor.names}
+        spare = [key for key in stored if key not in places]
+        hints = list(islice(chain(_prefix_hint(names, spare), _likely_ties(missing, tensors, found)), 3))
+        raise CheckpointError(
+            f"{counted(len(names), 'tensor')} of the model without a source in '{checkpoint.location}': "
+            + "; ".join([listed(names, limit=100), *(hints or ["is it the checkpoint of this model?"])]),
+            missing_keys=names,
+        )
+
+
+def _prefix_hint(missing: Sequence[str], spare: Sequence[str]) -> Iterator[str]:
+    """Tell the prefix that the checkpoint's spare names have and the model's missing ones lack, or the reverse."""
+    name = missing[0]
+    longer = next((key for key in spare if key.endswith(f".{name}")), None)
+    if longer is not None:
+        prefix = longer.removesuffix(name)
+        yield f"the checkpoint has '{longer}': try key_mapping={{{'^' + re.escape(prefix)!r}: ''}}"
+    shorter = next((key for key in spare if name.endswith(f".{key}") and "." in key), None)
+    if shorter is not None:
+        prefix = name.removesuffix(shorter)
+        yield f"the checkpoint has '{shorter}': try key_mapping={{'^': {prefix!r}}}"
+
+
+def _likely_ties(
+    missing: Sequence[ModelTensor], tensors: Sequence[ModelTensor], found: Mapping[str, _Found | None]
+) -> Iterator[str]:
+    """Name matrices that missing ones are probably tied to: the only other of that shape, as embedding and head are."""
+    by_shape: dict[tuple[int, ...], list[str]] = {}
+    for tensor in tensors:
+        if tensor.is_parameter and found.get(tensor.name) is not None:
+            by_shape.setdefault(tensor.shape, []).append(tensor.name)
+    for tensor in missing:
+        same = by_shape.get(tensor.shape, ())
+        is_matrix = tensor.is_parameter and len(tensor.shape) == 2 and tensor.shape[0] != tensor.shape[1]
+        if is_matrix and len(same) == 1:
+            yield (
+                f"'{tensor.name}' has the shape of '{same[0]}': if they are one weight, pass "
+                f"tied_parameters=[('{same[0]}', '{tensor.name}')]"
+            )
+
+
+def _require_fit(tensors: Sequence[ModelTensor], found: Mapping[str, _Found | None]) -> None:
+    pairs = [(tensor, each) for tensor in tensors if (each := found.get(tensor.name)) is not None]
+    # A Conv1D weight, (in, out) in the model, is quantized and stored as (out, in); which of both it is shows later.
+    fits = {t.name for t, each in pairs if isinstance(each.first, QuantizedTensor) and each.shape == t.shape[::-1]}
+    wrong = {
+        t.name: (each.shape, t.shape, each.first) for t, each in pairs if each.shape != t.shape and t.name not in fits
+    }
+    if wrong:
+        cases = [
+            f"'{name}' has shape {stored} in '{tensor.file.name}', the model expects {expected}"
+            for name, (stored, expected, tensor) in wrong.items()
+        ]
+        shown = "; ".join(cases[:10]) + (f"; and {len(cases) - 10} more" if len(cases) > 10 else "")
+        raise CheckpointError(
+            f"{shown}: build the model from this checkpoint's config",
+            mismatched_shapes={name: (stored, expected) for name, (stored, expected, _) in wrong.items()},
+        )
+    rounded = [t.name for t, each in pairs if not t.value.is_floating_point() and each.first.dtype.is_floating_point]
+    if rounded:
+        raise CheckpointError(f"{listed(rounded)}: stored as floating numbers, where the model has integers")
+    packed = [
+        each.first
+        for t, each in pairs
+        if t.value.is_floating_point()
+        and each.first.dtype not in _FLOATS
+        and not isinstance(each.first, QuantizedTensor)
+    ]
+    if packed:
+        verb = "is" if len(packed) == 1 else "are"
+        raise CheckpointError(
+            f"{listed(s.name for s in packed)} {verb} stored as {packed[0].dtype} in '{packed[0].file.name}', the "
+            "model expects a 16 to 64 bit floating dtype, or what bitsandbytes writes with its scales beside it; give "
+            "the original checkpoint"
+        )

@@ -1,0 +1,231 @@
+"""A model cut into units, which are placed whole: its repeated blocks, and what lies beside them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import nn
+
+from ..errors import listed
+from ..model import transformers_facts
+from ..model.tree import modules_by_path
+from ..model.weight_readers import weights_read
+from ..quantization import formats
+from ..quantization.formats import Plain
+from .planned_tensors import PlannedTensor
+
+logger = logging.getLogger(__name__)
+
+# What torch's allocator on a GPU rounds each tensor up to, and what parts that travel together begin at multiples of.
+GPU_BYTES = 512
+GROUP_BYTES = 256
+# Tensors below this stay on the device that computes when their unit is offloaded: norms, biases, tables.
+RESIDENT_BYTES = 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """What is placed whole.
+
+    Attributes:
+        paths: of its modules, or single parameters: one, but for units that share a tied weight.
+        is_block: one of the model's repeated blocks.
+        tensors: all of it.
+        offloaded: those of them that leave the device when the unit is offloaded.
+        looks_up: an embedding, which looks up where it lies: nothing of it is ever brought to the device.
+    """
+
+    paths: tuple[str, ...]
+    is_block: bool
+    tensors: tuple[PlannedTensor, ...]
+    offloaded: tuple[PlannedTensor, ...]
+    looks_up: bool
+
+    @property
+    def name(self) -> str:
+        """The first of its paths; "" for what is a whole model."""
+        return self.paths[0]
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of its tensors, without any rounding."""
+        return sum(planned.nbytes for planned in self.tensors)
+
+    @cached_property
+    def gpu_bytes(self) -> int:
+        """Bytes that it takes of a GPU."""
+        return bytes_of(self.tensors, GPU_BYTES)
+
+    @cached_property
+    def staying_bytes(self) -> int:
+        """Bytes that it takes of a GPU when it is offloaded, for good."""
+        away = set(map(id, self.offloaded))
+        return bytes_of([planned for planned in self.tensors if id(planned) not in away], GPU_BYTES)
+
+    @cached_property
+    def group_bytes(self) -> int:
+        """Bytes that it takes of host memory or a disk when it is offloaded."""
+        return bytes_of(self.offloaded, GROUP_BYTES)
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes that are brought to the device for each forward when it is offloaded."""
+        return 0 if self.looks_up else self.group_bytes
+
+    @cached_property
+    def fp32_bytes(self) -> int:
+        """Bytes that it takes when the CPU computes it in float32."""
+        return bytes_of([planned.on_cpu() for planned in self.tensors])
+
+    @property
+    def has_parameters(self) -> bool:
+        """Ask whether it is more than buffers."""
+        return any(planned.tensor.is_parameter for planned in self.tensors)
+
+
+def bytes_of(tensors: Sequence[PlannedTensor], multiple: int = 1) -> int:
+    """Count bytes of tensors, each part of which is rounded up to a multiple."""
+    return sum(formats.nbytes(planned.format, planned.shape, multiple) for planned in tensors)
+
+
+def units_of(
+    model: nn.Module, tensors: Sequence[PlannedTensor], no_split_module_classes: Collection[str] | None = None
+) -> list[Unit]:
+    """Cut a model into units, in the order of its modules.
+
+    Not cut are modules whose children hold nothing, modules that read a child's weight past the child's forward, and
+    blocks.
+
+    Args:
+        model: read only.
+        tensors: all of the model's, with their formats.
+        no_split_module_classes: names of the classes of blocks; by default what the model's own `_no_split_modules`
+            says, else the class that its largest list of modules repeats.
+    """
+    modules = modules_by_path(model)
+    by_name = {name: planned for planned in tensors for name in planned.tensor.names}
+    if no_split_module_classes is None:
+        blocks = transformers_facts.no_split_classes(model) or _repeated_classes(modules, by_name)
+    else:
+        blocks = set(no_split_module_classes)
+        unknown = blocks - {type(module).__name__ for module in modules.values()}
+        if unknown:
+            logger.warning("no_split_module_classes names %s, which no module is of", listed(sorted(unknown)))
+    read = _modules_read(modules)
+    pieces = [
+        (path, type(module).__name__ in blocks, names) for path, module, names in _walk("", model, blocks) if names
+    ]
+    return [_unit(merged, by_name, modules, read) for merged in _merged(pieces, by_name)]
+
+
+_Piece = tuple[str, bool, list[str]]
+
+
+def _walk(path: str, module: nn.Module, blocks: Collection[str]) -> Iterator[tuple[str, nn.Module | None, list[str]]]:
+    """Give the pieces of a module: their path, the module where it is one, and the names of their tensors."""
+    children = [(name, child) for name, child in _children(module) if _holds(child)]
+    if not children or type(module).__name__ in blocks or weights_read(module):
+        yield path, module, [name for name, _ in _tensors_under(path, module)]
+        return
+    for name in _own(module):
+        full = f"{path}.{name}".lstrip(".")
+        yield full, None, [full]
+    for name, child in children:
+        yield from _walk(f"{path}.{name}".lstrip("."), child, blocks)
+
+
+def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, child) for name, child in module._modules.items() if child is not None]
+
+
+def _own(module: nn.Module) -> list[str]:
+    slots = (*module._parameters.items(), *module._buffers.items())
+    return [name for name, tensor in slots if tensor is not None]
+
+
+def _tensors_under(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    waiting = [(path, module)]
+    while waiting:
+        at, inner = waiting.pop()
+        for name in _own(inner):
+            yield f"{at}.{name}".lstrip("."), inner
+        waiting += [(f"{at}.{name}".lstrip("."), child) for name, child in _children(inner)]
+
+
+_CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+
+
+def _repeated_classes(modules: Mapping[str, nn.Module], by_name: Mapping[str, PlannedTensor]) -> set[str]:
+    """Name the classes of the elements of the largest list of modules; what is in a sequence must be alike."""
+    largest: tuple[int, set[str]] = (0, set())
+    for path, module in modules.items():
+        elements = [child for _, child in _children(module)]
+        classes = {type(child).__name__ for child in elements}
+        is_list = isinstance(module, nn.ModuleList) or (isinstance(module, nn.Sequential) and len(classes) == 1)
+        are_blocks = all(child._modules and not isinstance(child, _CONTAINERS) for child in elements)
+        if is_list and are_blocks and len(elements) > 1:
+            held = {id(by_name[name]): by_name[name].nbytes for name, _ in _tensors_under(path, module)}
+            largest = max(largest, (sum(held.values()), classes), key=lambda found: found[0])
+    return largest[1]
+
+
+def _modules_read(modules: Mapping[str, nn.Module]) -> set[nn.Module]:
+    return {owner.get_submodule(path) for owner in set(modules.values()) for path in weights_read(owner)}
+
+
+def _merged(pieces: Sequence[_Piece], by_name: Mapping[str, PlannedTensor]) -> list[list[_Piece]]:
+    """Put pieces that share a tensor together, at the place of the first."""
+    group_of: dict[int, list[_Piece]] = {}
+    groups: dict[int, list[_Piece]] = {}
+    for piece in pieces:
+        shared = {id(group): group for name in piece[2] if (group := group_of.get(id(by_name[name]))) is not None}
+        group = next(iter(shared.values()), None)
+        if group is None:
+            group = []
+            groups[id(group)] = group
+        for other in list(shared.values())[1:]:
+            group += other
+            del groups[id(other)]
+            group_of.update({key: group for key, value in group_of.items() if value is other})
+        group.append(piece)
+        group_of.update({id(by_name[name]): group for name in piece[2]})
+    return list(groups.values())
+
+
+def _unit(
+    pieces: Sequence[_Piece],
+    by_name: Mapping[str, PlannedTensor],
+    modules: Mapping[str, nn.Module],
+    read: Collection[nn.Module],
+) -> Unit:
+    tensors = list({id(by_name[name]): by_name[name] for _, _, names in pieces for name in names}.values())
+    offloaded = tuple(planned for planned in tensors if _can_leave(planned, modules, read))
+    owners = {type(_owner(planned, modules)) for planned in offloaded}
+    paths = tuple(path for path, _, _ in pieces)
+    return Unit(paths, any(block for _, block, _ in pieces), tuple(tensors), offloaded, owners == {nn.Embedding})
+
+
+def _owner(planned: PlannedTensor, modules: Mapping[str, nn.Module]) -> nn.Module:
+    return modules[planned.tensor.name.rpartition(".")[0]]
+
+
+def _can_leave(planned: PlannedTensor, modules: Mapping[str, nn.Module], read: Collection[nn.Module]) -> bool:
+    """Ask whether a tensor is one module's own, which has no children and whose forward alone reads it."""
+    if not planned.tensor.is_parameter or planned.nbytes < RESIDENT_BYTES:
+        return False
+    owners = {modules[name.rpartition(".")[0]] for name in planned.tensor.names}
+    (owner,) = owners if len(owners) == 1 else (None,)
+    is_plain = not isinstance(planned.format, Plain) or planned.format.dtype.is_floating_point
+    return owner is not None and is_plain and _is_leaf(owner) and owner not in read
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    """Ask whether what a module has is its own, and none of a child's: an activation function has nothing."""
+    return not any(_holds(child) for _, child in _children(module))
+
+
+def _holds(module: nn.Module) -> bool:
+    return bool(_own(module)) or not _is_leaf(module)

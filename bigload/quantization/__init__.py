@@ -1,0 +1,1 @@
+"""The quantized formats, bitsandbytes' kernels and layers, and forwards that are right on the CPU."""

@@ -1,0 +1,144 @@
+"""bitsandbytes itself, imported when first needed, and a weight as it holds it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..optional import import_optional
+
+
+@functools.cache
+def library() -> Any:
+    """Import bitsandbytes, which takes seconds and initializes the GPU.
+
+    Raises:
+        MissingDependencyError: it is not installed, or its native library does not load.
+    """
+    cpu_log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = cpu_log.level
+    cpu_log.setLevel(logging.ERROR)  # it warns of a kernel from the hub that it can do without
+    try:
+        return import_optional("bitsandbytes", "pip install bitsandbytes")
+    finally:
+        cpu_log.setLevel(level)
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """A weight as bitsandbytes holds it.
+
+    Attributes:
+        data: the packed 4-bit bytes in quant_storage, (n, 1), or the int8 rows, (out_features, in_features).
+        quant_state: of a 4-bit weight, a `bitsandbytes.functional.QuantState`.
+        row_scales: of an int8 weight, its SCB: fp32, (out_features,).
+    """
+
+    data: torch.Tensor
+    quant_state: Any = None
+    row_scales: torch.Tensor | None = None
+
+    @property
+    def scales(self) -> list[torch.Tensor]:
+        """What is not finite if any weight was not: SCB, absmax, or offset and scales of double-quantized absmax."""
+        if self.row_scales is not None:
+            return [self.row_scales]
+        if self.quant_state.nested:
+            return [self.quant_state.offset, self.quant_state.state2.absmax]
+        return [self.quant_state.absmax]
+
+
+def quantize_4bit_into(
+    values: torch.Tensor, blocksize: int, quant_type: str, packed: torch.Tensor, absmax: torch.Tensor
+) -> None:
+    """Quantize to 4 bit into memory that is there.
+
+    Args:
+        values: (n,), floating point, contiguous; n < 2**31.
+        blocksize: values that share a scale.
+        quant_type: "nf4" or "fp4".
+        packed: ((n + 1) // 2,), uint8; filled.
+        absmax: (ceil(n / blocksize),), fp32; filled.
+    """
+    kernel = _own_kernel("cquantize_blockwise_{}_" + quant_type, values, _FOUR_BIT_ARGUMENTS)
+    if kernel is not None:
+        with torch.cuda.device(values.device):  # the function only knows pointers, and launches on the current GPU
+            kernel(None, values.data_ptr(), absmax.data_ptr(), packed.data_ptr(), blocksize, len(values))
+        return
+    quantized, scales = torch.ops.bitsandbytes.quantize_4bit.default(values, blocksize, quant_type, torch.uint8)
+    packed.copy_(quantized.view(-1))
+    absmax.copy_(scales)
+
+
+def quantize_int8_into(rows: torch.Tensor, data: torch.Tensor, scales: torch.Tensor) -> None:
+    """Quantize rows to int8 into memory that is there.
+
+    Args:
+        rows: (n, in_features), floating point, contiguous.
+        data: (n, in_features), int8; filled.
+        scales: (n,), fp32; filled.
+    """
+    rows = rows.to(torch.float16)
+    kernel = _own_kernel("cint8_vector_quant", rows, _INT8_ARGUMENTS)
+    if kernel is not None:
+        stream = torch.cuda.current_stream(rows.device).cuda_stream
+        with torch.cuda.device(rows.device):  # as above
+            kernel(rows.data_ptr(), data.data_ptr(), scales.data_ptr(), 0.0, *rows.shape, stream)
+        return
+    quantized, row_scales, _ = library().functional.int8_vectorwise_quant(rows)
+    data.copy_(quantized)
+    scales.copy_(row_scales)
+
+
+# (code, values, absmax, packed, blocksize, n), on the default stream.
+_FOUR_BIT_ARGUMENTS = (*[ctypes.c_void_p] * 4, ctypes.c_int32, ctypes.c_int32)
+# (rows, data, scales, threshold, n, in_features, stream).
+_INT8_ARGUMENTS = (*[ctypes.c_void_p] * 3, ctypes.c_float, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p)
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def _own_kernel(name: str, values: torch.Tensor, arguments: tuple[Any, ...]) -> Callable[..., None] | None:
+    """Give the function of bitsandbytes' own library that its operator calls, on a GPU.
+
+    The operator allocates what it returns, to be copied then; beside a thread that copies and reads, each of those
+    steps waits for the interpreter's lock: 0.9 ms for a piece of 48 MiB, which takes the GPU 0.3.
+    """
+    if values.device.type != "cuda" or values.dtype not in _NAMES:
+        return None
+    return _exported(name.format(_NAMES[values.dtype]), arguments)
+
+
+@functools.cache
+def _exported(name: str, arguments: tuple[Any, ...]) -> Callable[..., None] | None:
+    """Give a function of bitsandbytes' library; None in versions whose functions were not looked at."""
+    if not re.match(r"0\.50\.", library().__version__) or torch.version.hip:
+        return None
+    native = library().cextension.lib
+    # Only a launch: letting go of the interpreter's lock for it would take longer.
+    has_it = getattr(native, "compiled_with_cuda", False) is True
+    return ctypes.PYFUNCTYPE(None, *arguments)((name, native._lib)) if has_it else None
+
+
+def dequantize_4bit(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
+    """Dequantize a 4-bit weight of any shape.
+
+    As one row of all its elements: then bitsandbytes' CPU kernel counts the blocks as they were quantized. An odd
+    number of elements is padded to the whole byte it lies in, which stays within the last block.
+    """
+    absmax = state.absmax
+    if state.nested:
+        inner = state.state2
+        blockwise = torch.ops.bitsandbytes.dequantize_blockwise.default
+        absmax = blockwise(absmax, inner.absmax, inner.code, inner.blocksize, inner.dtype) + state.offset
+    packed = packed.view(torch.uint8).view(-1, 1)
+    flat = torch.ops.bitsandbytes.dequantize_4bit.default(
+        packed, absmax, state.blocksize, state.quant_type, [1, 2 * packed.numel()], dtype
+    )
+    return flat.view(-1)[: state.shape.numel()].view(state.shape)  # type: ignore[no-any-return]

@@ -1,0 +1,115 @@
+"""Host memory of a group: aligned parts, just their size, each tensor its own, freed when nobody views it."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from groups import at_rest, parts_of
+from models import equal
+
+from bigload.hardware import pinned
+from bigload.hardware.pinned import ALIGNMENT, HostGroup, Layout
+from bigload.quantization.formats import Part
+
+PARTS = {
+    "packed": Part(torch.uint8, (33, 1)),
+    "scales": Part(torch.float32, (5,)),
+    "offset": Part(torch.float32, ()),
+    "none": Part(torch.bfloat16, (0, 4)),
+    "rows": Part(torch.int8, (3, 7)),
+}
+
+
+def filled():
+    return {
+        name: torch.randint(0, 256, (part.nbytes,), dtype=torch.uint8).view(part.dtype).view(part.shape)
+        for name, part in PARTS.items()
+    }
+
+
+def test_parts_begin_at_multiples_of_the_alignment_and_do_not_overlap():
+    layout = Layout(PARTS)
+    end = 0
+    for name, part in PARTS.items():
+        assert layout.offsets[name] % ALIGNMENT == 0
+        assert 0 <= layout.offsets[name] - end < ALIGNMENT
+        end = layout.offsets[name] + part.nbytes
+    assert layout.nbytes == end
+
+
+def test_size_is_that_of_the_parts():
+    parts = {str(index): Part(torch.uint8, (300_000 + index, 1)) for index in range(20)}
+    nbytes = sum(part.nbytes for part in parts.values())
+    assert nbytes <= Layout(parts).nbytes < 1.001 * nbytes
+
+
+def test_copied_tensors_lie_in_the_source_where_the_layout_says(device):
+    tensors = filled()
+    group = at_rest({name: tensor.to(device) for name, tensor in tensors.items()}, device)
+    assert group.source.numel() == group.layout.nbytes
+    for name, tensor in tensors.items():
+        assert equal(group.tensors[name], tensor)
+        assert equal(group.source_of(name), tensor)
+        assert group.tensors[name].data_ptr() % ALIGNMENT == 0
+    assert group.is_pinned == (device.type == "cuda")
+    assert parts_of(group.tensors) == PARTS
+
+
+def test_what_is_written_to_a_part_is_in_the_source(device):
+    group = HostGroup(PARTS, device)
+    for name, tensor in filled().items():
+        group.tensors[name].copy_(tensor)
+        assert equal(group.source_of(name), tensor)
+
+
+def test_each_part_has_a_storage_of_its_own(device):
+    group = HostGroup(PARTS, device)
+    for name, part in PARTS.items():
+        assert group.tensors[name].untyped_storage().nbytes() == part.nbytes
+
+
+def test_group_without_bytes_is_no_error(device):
+    assert HostGroup({}, device).source.numel() == 0
+    assert HostGroup({"none": Part(torch.float32, (0,))}, device).tensors["none"].shape == (0,)
+
+
+def test_memory_is_freed_when_the_last_view_is_gone(device):
+    group = HostGroup(PARTS, device)
+    mapping = weakref.ref(group._mapping)
+    view = group.tensors["scales"].fill_(3)
+    group.release()
+    gc.collect()
+    assert mapping() is not None
+    assert view.tolist() == [3] * 5
+    assert not group.is_pinned
+    del view
+    gc.collect()
+    assert mapping() is None
+
+
+def test_made_under_inference_mode_it_can_be_trained_with(device):
+    with torch.inference_mode():
+        group = HostGroup(PARTS, device)
+    assert not any(tensor.is_inference() for tensor in group.tensors.values())
+
+
+@pytest.mark.cuda
+def test_memory_that_cannot_be_pinned_is_pageable_right_and_warned_of_once(monkeypatch, caplog):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    gpu = torch.device("cuda", 0)
+
+    class Refusing:
+        def cudaHostRegister(self, address, nbytes, flags):  # noqa: N802
+            return torch.cuda.cudart().cudaHostRegister(0, nbytes, flags)  # an error that CUDA itself keeps
+
+    monkeypatch.setattr(pinned, "_cudart", Refusing)
+    monkeypatch.setattr(pinned, "_has_warned", False)
+    for _ in range(2):
+        group = at_rest(filled(), gpu)
+        assert not group.is_pinned
+        assert torch.ones(3, device=gpu).sum().item() == 3  # the error is forgotten
+        assert equal(group.source.to(gpu).cpu(), group.source)
+    assert len(caplog.records) == 1
+    assert "cannot be pinned" in caplog.text

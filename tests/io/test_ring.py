@@ -1,0 +1,529 @@
+"""The ring of host memory: its knobs, its slots, memory that cannot be pinned, and what is kept between loads."""
+
+import contextlib
+import gc
+import logging
+import os
+import threading
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import GPT, save_checkpoint
+
+import bigload.io.ring as room
+from bigload import ConfigError, init_empty_weights, load_and_quantize_model, release_buffers
+from bigload.io.ring import Ring, pin_ahead, reader_threads, ring_bytes, slot_bytes, take_ring
+
+GPU = torch.device("cuda", 0)
+EMPTY = torch.empty
+
+
+@pytest.fixture(autouse=True)
+def small_and_released(monkeypatch):
+    """Rings of 4 KiB, and none from or for another test."""
+    release_buffers()
+    monkeypatch.setenv("BIGLOAD_RING_BYTES", "4KiB")
+    yield
+    release_buffers()
+
+
+@pytest.fixture
+def pinning(monkeypatch):
+    """Pinned memory without a GPU: it is only written down, by its size. More than `most` of it there is not."""
+
+    class Pinning:
+        sizes, most = [], 2**40
+
+        def empty(self, *args, pin_memory=False, **kwargs):
+            if pin_memory:
+                self.sizes.append(args[0])
+                if args[0] > self.most:
+                    raise RuntimeError("CUDA error: out of memory")
+            return EMPTY(*args, **kwargs)
+
+    watched = Pinning()
+    watched.sizes = []
+    monkeypatch.setattr(torch, "empty", watched.empty)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    return watched
+
+
+@pytest.fixture
+def gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return GPU
+
+
+def empty_model():
+    with init_empty_weights():
+        return GPT()
+
+
+# Knobs
+
+
+@pytest.mark.parametrize(("given", "threads"), [("1", 1), ("2", 2), ("012", 12), ("64", 64)])
+def test_threads_are_as_many_as_asked(monkeypatch, given, threads):
+    monkeypatch.setenv("BIGLOAD_THREADS", given)
+    assert reader_threads() == threads
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "abc", "", " ", "1.5", "2 threads", "²", "0x4", "+3"])
+def test_what_is_no_number_of_threads_is_refused_as_it_was_written(monkeypatch, given):
+    monkeypatch.setenv("BIGLOAD_THREADS", given)
+    with pytest.raises(ConfigError) as raised:
+        reader_threads()
+    assert "BIGLOAD_THREADS" in str(raised.value)
+    assert repr(given) in str(raised.value)
+
+
+@pytest.mark.parametrize("cores", [1, 2, 5, 12, 64])
+def test_threads_are_by_default_those_of_the_cores_it_may_use_within_reason(monkeypatch, cores):
+    monkeypatch.delenv("BIGLOAD_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    assert 2 <= reader_threads() <= max(2, cores)
+    assert reader_threads() <= 16
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [
+        ("1024", 2**10),
+        ("1KiB", 2**10),
+        ("1.5KiB", 1536),
+        ("2KB", 2000),
+        ("1 MiB", 2**20),
+        (" 3 mib ", 3 * 2**20),
+        ("1GB", 10**9),
+        ("4GiB", 2**32),
+    ],
+)
+def test_ring_is_as_large_as_asked(monkeypatch, given, size):
+    monkeypatch.setenv("BIGLOAD_RING_BYTES", given)
+    assert ring_bytes() == size
+
+
+@pytest.mark.parametrize(
+    "given", ["0", "1", "1023", "1KB", "0.5KiB", "abc", "", "-1", "-1KiB", "1Kb", "nan", "9" * 5000]
+)
+def test_what_is_no_size_of_a_ring_is_refused_as_it_was_written(monkeypatch, given):
+    monkeypatch.setenv("BIGLOAD_RING_BYTES", given)
+    with pytest.raises(ConfigError) as raised:
+        ring_bytes()
+    assert "BIGLOAD_RING_BYTES" in str(raised.value)
+    assert repr(given) in str(raised.value)
+
+
+@pytest.mark.parametrize("knob", ["BIGLOAD_RING_BYTES", "BIGLOAD_THREADS"])
+def test_bad_knob_stops_a_load_before_the_model_is_touched(tmp_path, monkeypatch, knob):
+    save_checkpoint(GPT(), tmp_path)
+    model = empty_model()
+    monkeypatch.setenv(knob, "0")
+    with pytest.raises(ConfigError, match=f"{knob} is '0'"):
+        load_and_quantize_model(model, "nf4", tmp_path, device_map="cpu")
+    assert all(parameter.is_meta for parameter in model.parameters())
+    monkeypatch.delenv(knob)
+    load_and_quantize_model(model, "nf4", tmp_path, device_map="cpu")
+
+
+# Slots
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(2**10, 2**34))
+def test_a_ring_of_any_size_has_two_slots_at_least_each_a_power_of_two(size):
+    with mock.patch.dict(os.environ, {"BIGLOAD_RING_BYTES": str(size)}):
+        slot = slot_bytes()
+    assert slot & (slot - 1) == 0
+    assert slot >= 512
+    assert 2 * slot <= size
+
+
+@pytest.mark.parametrize("size", ["1KiB", "1025", "3000", "4KiB", "1MiB", "3MB"])
+@pytest.mark.parametrize("pinned", [False, True])
+def test_slots_are_apart_within_the_memory_that_was_asked_for(monkeypatch, pinning, size, pinned):
+    monkeypatch.setenv("BIGLOAD_RING_BYTES", size)
+    ring = Ring(ring_bytes(), pinned=pinned)
+    assert len(ring.slots) == len(ring.buffers) == ring.count >= 2
+    assert ring.count * ring.slot_bytes <= ring_bytes()
+    for number, buffer in enumerate(ring.buffers):
+        buffer[:] = bytes([number % 256]) * ring.slot_bytes
+    for number, slot in enumerate(ring.slots):
+        assert slot.dtype == torch.uint8
+        assert slot.data_ptr() % 16 == 0
+        assert torch.equal(slot, torch.full((ring.slot_bytes,), number % 256, dtype=torch.uint8))
+
+
+def test_memory_of_a_load_onto_the_cpu_is_bounded_whatever_the_knob_allows(monkeypatch):
+    monkeypatch.setenv("BIGLOAD_RING_BYTES", "64GiB")  # of which nothing is touched
+    ring = Ring(ring_bytes(), pinned=False)
+    assert ring.count * ring.slot_bytes <= 2**28
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_ring_has_slots_of_its_own_size_whatever_the_knob_says_meanwhile(monkeypatch, pinning, pinned):
+    """It is pinned in a thread: what was asked for counts, not what the variable holds by then."""
+    monkeypatch.setenv("BIGLOAD_RING_BYTES", "1GiB")
+    ring = Ring(4096, pinned=pinned)
+    assert ring.count >= 2
+    assert ring.count * ring.slot_bytes <= 4096
+
+
+# Memory that cannot be pinned
+
+
+def test_where_not_all_can_be_pinned_half_of_it_is_and_so_on(pinning, caplog, monkeypatch):
+    monkeypatch.setattr(room, "SLOT_BYTES", 1024)
+    monkeypatch.setenv("BIGLOAD_RING_BYTES", "16KiB")
+    pinning.most = 4096
+    ring = Ring(2**14, pinned=True)
+    assert pinning.sizes == [2**14, 2**13, 2**12]
+    assert ring.count * ring.slot_bytes <= 4096
+    assert ring.count >= 2
+    assert caplog.records == []
+
+
+def test_where_none_can_be_pinned_one_warning_says_so_and_loads_go_on(pinning, caplog):
+    pinning.most = 0
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            with take_ring(pinned=True) as ring:
+                assert ring.count >= 2
+                assert ring.count * ring.slot_bytes <= 4096
+    assert min(pinning.sizes) >= 2 * ring.slot_bytes
+    assert len(pinning.sizes) == len(set(pinning.sizes))
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "pinned" in caplog.text
+
+
+# Kept between loads
+
+
+def test_pinned_ring_is_lent_again(pinning):
+    with take_ring(pinned=True) as first:
+        pass
+    with take_ring(pinned=True) as second:
+        assert second is first
+    assert len(pinning.sizes) == 1
+
+
+def test_ring_of_a_load_that_failed_is_lent_again(pinning):
+    with pytest.raises(KeyboardInterrupt), take_ring(pinned=True) as first:
+        raise KeyboardInterrupt
+    with take_ring(pinned=True) as second:
+        assert second is first
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_loads_at_once_have_rings_of_their_own_of_which_one_is_kept(pinning, before):
+    for _ in range(before):
+        with take_ring(pinned=True):
+            pass
+    with take_ring(pinned=True) as first, take_ring(pinned=True) as second:
+        assert first is not second
+        assert first.slots[0].data_ptr() != second.slots[0].data_ptr()
+        refs = [weakref.ref(first), weakref.ref(second)]
+    del first, second
+    gc.collect()
+    assert sum(ref() is not None for ref in refs) == 1
+
+
+def test_ring_of_another_size_is_not_lent(pinning, monkeypatch):
+    with take_ring(pinned=True):
+        pass
+    monkeypatch.setenv("BIGLOAD_RING_BYTES", "8KiB")
+    with take_ring(pinned=True) as ring:
+        assert ring.count * ring.slot_bytes == 8192
+    assert pinning.sizes == [4096, 8192]
+
+
+def test_loads_onto_the_cpu_neither_pin_nor_keep_nor_take_what_is_kept(pinning):
+    with take_ring(pinned=False) as ring:
+        seen = weakref.ref(ring)
+    del ring
+    gc.collect()
+    assert seen() is None
+    assert pinning.sizes == []
+    with take_ring(pinned=True) as pinned:
+        pass
+    with take_ring(pinned=False) as ring:
+        assert ring is not pinned
+    with take_ring(pinned=True) as again:
+        assert again is pinned
+
+
+def test_release_frees_what_is_kept(pinning):
+    with take_ring(pinned=True) as ring:
+        seen = weakref.ref(ring)
+    del ring
+    release_buffers()
+    gc.collect()
+    assert seen() is None
+    release_buffers()  # nothing there: nothing to do
+    with take_ring(pinned=True):
+        pass
+    assert len(pinning.sizes) == 2
+
+
+def test_release_leaves_a_ring_that_is_lent(pinning):
+    with take_ring(pinned=True) as ring:
+        release_buffers()
+        ring.buffers[0][:] = bytes(ring.slot_bytes)
+        assert ring.slots[0].sum() == 0
+
+
+# Pinned ahead
+
+
+def test_ring_is_pinned_ahead_once(pinning):
+    for _ in range(3):
+        pin_ahead(GPU)
+    with take_ring(pinned=True):
+        pin_ahead(GPU)
+    pin_ahead(GPU)
+    with take_ring(pinned=True):
+        pass
+    # The second is for a load that comes while the first ring is lent.
+    assert len(pinning.sizes) <= 2
+
+
+def test_nothing_is_pinned_ahead_where_a_ring_is_kept(pinning):
+    with take_ring(pinned=True) as kept:
+        pass
+    pin_ahead(GPU)
+    with take_ring(pinned=True) as ring:
+        assert ring is kept
+    assert len(pinning.sizes) == 1
+
+
+def test_kept_ring_of_another_size_is_freed_before_one_is_pinned_ahead(pinning, monkeypatch):
+    with take_ring(pinned=True) as ring:
+        seen = weakref.ref(ring)
+    del ring
+    monkeypatch.setenv("BIGLOAD_RING_BYTES", "8KiB")
+    pin_ahead(GPU)
+    with take_ring(pinned=True) as ring:
+        assert ring.count * ring.slot_bytes == 8192
+    gc.collect()
+    assert seen() is None
+    assert pinning.sizes == [4096, 8192]
+
+
+@pytest.fixture
+def held(monkeypatch, pinning):
+    """Pinning that takes until the test says go."""
+    begun, go = threading.Event(), threading.Event()
+    empty = torch.empty
+
+    def waiting(*args, pin_memory=False, **kwargs):
+        if pin_memory:
+            begun.set()
+            assert go.wait(20)
+        return empty(*args, pin_memory=pin_memory, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", waiting)
+    return begun, go
+
+
+def test_load_waits_for_the_ring_that_is_being_pinned(pinning, held):
+    begun, go = held
+    pin_ahead(GPU)
+    assert begun.wait(20)
+    with ThreadPoolExecutor(1) as pool:
+
+        def load():
+            with take_ring(pinned=True) as ring:
+                return ring.count
+
+        count = pool.submit(load)
+        time.sleep(0.05)
+        assert not count.done()
+        go.set()
+        assert count.result(20) >= 2
+    assert len(pinning.sizes) == 1
+
+
+def test_release_while_a_ring_is_being_pinned_frees_it_too(pinning, held):
+    begun, go = held
+    running = threading.active_count()
+    pin_ahead(GPU)
+    assert begun.wait(20)
+    with ThreadPoolExecutor(1) as pool:
+        released = pool.submit(release_buffers)
+        time.sleep(0.05)
+        assert not released.done()
+        go.set()
+        released.result(20)
+    assert room._store.kept is None
+    assert threading.active_count() == running
+    with take_ring(pinned=True):
+        pass
+    assert len(pinning.sizes) == 2
+
+
+def test_knob_that_is_turned_while_a_ring_is_pinned_ends_in_a_ring_that_works(pinning, held, monkeypatch):
+    begun, go = held
+    pin_ahead(GPU)
+    assert begun.wait(20)
+    monkeypatch.setenv("BIGLOAD_RING_BYTES", "16KiB")
+    go.set()
+    with take_ring(pinned=True) as ring:
+        assert ring.count >= 2
+        assert ring.count * ring.slot_bytes == 2**14
+
+
+def test_any_order_of_taking_pinning_ahead_and_releasing_in_threads_ends(pinning):
+    def work(number):
+        for step in range(20):
+            if (number + step) % 3 == 0:
+                pin_ahead(GPU)
+            elif (number + step) % 7 == 0:
+                release_buffers()
+            with take_ring(pinned=True) as ring:
+                mark = bytes([number]) * ring.slot_bytes
+                for buffer in ring.buffers:
+                    buffer[:] = mark
+                time.sleep(0.001)
+                assert all(buffer == mark for buffer in ring.buffers)  # lent to nobody else
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(6)))
+    release_buffers()
+    assert room._store.kept is None
+
+
+# On a GPU
+
+
+def pinned_bytes():
+    """Host memory that torch holds pinned, in use or not."""
+    return torch.cuda.host_memory_stats()["allocated_bytes.current"]
+
+
+@pytest.mark.cuda
+def test_ring_is_really_pinned_and_its_slots_too(gpu):
+    pin_ahead(gpu)
+    with take_ring(pinned=True) as ring:
+        assert all(slot.is_pinned() for slot in ring.slots)
+
+
+@pytest.mark.cuda
+def test_pinned_ahead_twice_and_loaded_twice_there_is_one_ring(gpu, tmp_path):
+    save_checkpoint(GPT(), tmp_path)
+    pin_ahead(gpu)
+    pin_ahead(gpu)
+    kept = []
+    for _ in range(2):
+        load_and_quantize_model(empty_model(), "nf4", tmp_path, device_map=0)
+        kept.append(room._store.kept)
+    assert kept[0] is kept[1] is not None
+
+
+@pytest.mark.cuda
+def test_release_gives_the_system_its_memory_back(gpu, monkeypatch):
+    if not hasattr(torch.cuda, "host_memory_stats") or not hasattr(torch._C, "_host_emptyCache"):
+        pytest.skip("this torch neither counts nor frees pinned memory")
+    torch.zeros(1, device=gpu)
+    monkeypatch.setenv("BIGLOAD_RING_BYTES", "64MiB")
+    release_buffers()
+    before = pinned_bytes()
+    with take_ring(pinned=True):
+        assert pinned_bytes() >= before + 2**26
+    release_buffers()
+    assert pinned_bytes() <= before
+
+
+@pytest.mark.cuda
+def test_release_while_pinning_on_a_gpu_leaves_nothing_pinned(gpu, monkeypatch):
+    monkeypatch.setenv("BIGLOAD_RING_BYTES", "256MiB")
+    for _ in range(3):
+        pin_ahead(gpu)
+        release_buffers()
+        assert room._store.kept is None
+        assert room._store.pinning is None
+
+
+@pytest.mark.cuda
+def test_two_loads_at_once_on_a_gpu_have_rings_of_their_own(gpu, tmp_path):
+    full = GPT()
+    save_checkpoint(full, tmp_path)
+    expected = load_and_quantize_model(empty_model(), "nf4", tmp_path, device_map=0).state_dict()
+    release_buffers()
+
+    def load(_):
+        pin_ahead(gpu)
+        return load_and_quantize_model(empty_model(), "nf4", tmp_path, device_map=0).state_dict()
+
+    with ThreadPoolExecutor(2) as pool:
+        states = list(pool.map(load, range(8)))
+    assert all(torch.equal(state[name], expected[name]) for state in states for name in expected)
+    assert room._store.kept is not None
+
+
+@pytest.mark.cuda
+def test_load_with_memory_that_cannot_be_pinned_is_right(gpu, tmp_path, monkeypatch, caplog):
+    save_checkpoint(GPT(), tmp_path)
+    expected = load_and_quantize_model(empty_model(), "nf4", tmp_path, device_map=0).state_dict()
+    release_buffers()
+
+    def refusing(*args, pin_memory=False, **kwargs):
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return EMPTY(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", refusing)
+    with caplog.at_level(logging.WARNING, logger="bigload"):
+        for _ in range(2):
+            found = load_and_quantize_model(empty_model(), "nf4", tmp_path, device_map=0).state_dict()
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert [record.levelname for record in caplog.records if "pinned" in record.message] == ["WARNING"]
+
+
+def test_ring_that_is_still_written_to_is_not_kept_for_the_next_load(tmp_path, monkeypatch):
+    """A second Ctrl-C ends the wait for threads that hang on a slow disk: what they write must reach no other load."""
+    from safetensors.torch import save_file
+
+    from bigload.checkpoint.checkpoint import open_checkpoint
+    from bigload.io import reader, transfer
+    from bigload.io.extents import Delivery
+
+    save_file({"w": torch.randn(1000)}, tmp_path / "w.safetensors")
+    entry = open_checkpoint(tmp_path / "w.safetensors").tensors["w"]
+    rings = []
+    leave = reader.Reader.__exit__
+
+    def interrupted_again(self, *raised):
+        rings.append(self._ring)
+        leave(self, *raised)
+        self._reads.is_done = False  # as if the wait had been cut short
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reader.Reader, "__exit__", interrupted_again)
+    with pytest.raises(KeyboardInterrupt):
+        transfer.deliver([Delivery(entry, torch.device("cpu"), lambda values, begin: None)])
+    assert not rings[0].is_quiet
+    monkeypatch.setattr(room._store, "kept", None)
+    monkeypatch.setattr(room, "Ring", lambda nbytes, pinned: rings[0])
+    with take_ring(pinned=True):
+        pass
+    assert room._store.kept is None
+
+
+def test_pinning_ahead_that_cannot_start_a_thread_leaves_the_load_as_it_was(monkeypatch):
+    def no_more(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(room._store, "kept", None)
+    monkeypatch.setattr(room._store, "pinning", None)
+    monkeypatch.setattr(threading.Thread, "start", no_more)
+    pin_ahead(torch.device("cuda", 0))
+    assert room._store.pinning is None
+    with take_ring(pinned=False) as lent:
+        assert lent.count >= 2

@@ -1,0 +1,45 @@
+"""The walk over a model gives what torch's own does."""
+
+import torch
+from models import GPT, Attended, llama
+from torch import nn
+
+from bigload.model.tree import first_paths, leaves, modules_by_path, walked_once
+
+
+class Shared(nn.Module):
+    """One module under two names, one parameter under two, a child and a buffer that are None."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+        self.second = self.first
+        self.tied = nn.Linear(2, 3)
+        self.tied.weight = self.first[0].weight
+        self.nothing = None
+        self.register_module("absent", None)
+        self.register_buffer("no_buffer", None)
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+def test_modules_parameters_and_buffers_are_torchs_own_in_its_order():
+    for model in (Shared(), GPT(tied=True), Attended(), llama(True), nn.Linear(2, 3)):
+        modules = modules_by_path(model)
+        assert [(path, module) for module, path in first_paths(model).items()] == list(model.named_modules())
+        assert list(modules.items()) == list(model.named_modules(remove_duplicate=False))
+        for kind, expected in (("_parameters", model.named_parameters), ("_buffers", model.named_buffers)):
+            found, named = leaves(modules, kind), dict(expected(remove_duplicate=False))
+            assert list(found) == list(named)
+            assert all(found[name] is named[name] for name in named)
+
+
+def test_walk_is_made_once_within_the_block_and_for_that_model_alone():
+    model, other = Shared(), GPT()
+    with walked_once(model):
+        assert modules_by_path(model) is modules_by_path(model)
+        assert list(modules_by_path(other)) == [path for path, _ in other.named_modules(remove_duplicate=False)]
+        with walked_once(other):
+            assert modules_by_path(other) is modules_by_path(other)
+        assert modules_by_path(model) is modules_by_path(model)
+    model.added = nn.Linear(1, 1)
+    assert "added" in modules_by_path(model)

@@ -1,0 +1,331 @@
+"""Models whose parts compute on several devices; here the second is "meta", and what is moved is written down."""
+
+import copy
+import threading
+from typing import NamedTuple
+
+import pytest
+import torch
+from models import GPT, llama
+from torch import nn
+
+from bigload.offload import device_hooks
+from bigload.offload.device_hooks import connect
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+@pytest.fixture
+def moves(monkeypatch):
+    """Give a list of what was moved: the tensor and its device."""
+    found = []
+
+    def moved(tensor, device):
+        if tensor.device == device:
+            return tensor
+        found.append((tensor, device))
+        return torch.zeros_like(tensor, device=device)  # from meta there is nothing to copy
+
+    monkeypatch.setattr(device_hooks, "_moved", moved)
+    return found
+
+
+class Cache:
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+class Point(NamedTuple):
+    x: torch.Tensor
+    y: int
+
+
+class Part(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.given = None
+
+    def forward(self, x, mask=None, cache=None, **others):
+        self.given = (mask, cache, others)
+        return self.fc(x)
+
+
+class Stack(nn.Module):
+    def __init__(self, count=6):
+        super().__init__()
+        self.parts = nn.ModuleList(Part() for _ in range(count))
+        self.fails = False
+
+    def forward(self, x, mask=None, **others):
+        for part in self.parts:
+            x = part(x, mask=mask, **others)
+            if self.fails:
+                raise ValueError("on the way")
+        return {"x": x}
+
+
+def stack(places="001122"):
+    """Make a stack whose parts are on the CPU where their digit is even, and on meta where it is odd."""
+    model = Stack(len(places))
+    devices = {f"parts.{n}": META if int(place) % 2 else CPU for n, place in enumerate(places)}
+    for path, device in devices.items():
+        model.get_submodule(path).to(device)
+    return model, devices
+
+
+def test_activations_move_where_the_device_changes(moves):
+    model, devices = stack("000111")
+    connect(model, devices)
+    out = model(torch.ones(2, 4))
+    assert [(tuple(tensor.shape), device) for tensor, device in moves] == [((2, 4), META), ((2, 4), CPU)]
+    assert out["x"].device == CPU  # where the input was
+
+
+def test_what_parts_share_moves_once_for_each_forward(moves):
+    model, devices = stack("0101011")
+    connect(model, devices)
+    mask = torch.ones(3)
+    for _ in range(2):
+        moves.clear()
+        model(torch.ones(2, 4), mask=mask)
+        assert sum(tensor is mask for tensor, _ in moves) == 1
+        assert all(part.given[0].device == device for part, device in zip(model.parts, devices.values(), strict=True))
+
+
+def test_a_mask_that_is_changed_on_the_way_moves_again(moves):
+    model, devices = stack("0101")
+    connect(model, devices)
+    mask = torch.ones(3)
+    model.parts[2].register_forward_hook(lambda *given: (mask.add_(1), None)[1])
+    model(torch.ones(2, 4), mask=mask)
+    assert sum(tensor is mask for tensor, _ in moves) == 2
+
+
+def test_nested_arguments_move_and_other_objects_stay(moves):
+    model, devices = stack("01")
+    connect(model, devices)
+    cache, pair = Cache(torch.ones(1)), (torch.ones(2), [torch.ones(3)])
+    model(torch.ones(2, 4), cache=cache, pair=pair, point=Point(torch.ones(1), 5), table={"a": torch.ones(1)}, n=3)
+    _, given, others = model.parts[1].given
+    assert given is cache
+    assert cache.tensor.device == CPU
+    assert [others["pair"][0].device, others["pair"][1][0].device] == [META, META]
+    assert isinstance(others["pair"][1], list)
+    assert isinstance(others["point"], Point)
+    assert (others["point"].x.device, others["point"].y, others["table"]["a"].device, others["n"]) == (META, 5, META, 3)
+
+
+@pytest.mark.parametrize("names", ["held", ["held", "more"]], ids=repr)
+def test_what_a_module_says_is_left_alone_is(moves, names):
+    model, devices = stack("01")
+    model._skip_keys_device_placement = names
+    connect(model, devices)
+    model(torch.ones(2, 4), held=torch.ones(1), other=torch.ones(1))
+    assert {name: value.device for name, value in model.parts[1].given[2].items()} == {"held": CPU, "other": META}
+
+
+def test_nothing_is_kept_after_a_forward_that_ended_or_failed(moves):
+    model, devices = stack("01")
+    memo = connect(model, devices)._memo
+    model(torch.ones(2, 4), mask=torch.ones(3))
+    assert (memo.is_on, memo.moved) == (False, {})
+    model.fails = True
+    with pytest.raises(ValueError, match="on the way"):
+        model(torch.ones(2, 4), mask=torch.ones(3))
+    assert (memo.is_on, memo.moved) == (False, {})
+
+
+def test_nothing_is_kept_of_a_forward_that_was_interrupted(moves):
+    model, devices = stack("0101")
+    memo = connect(model, devices)._memo
+    handle = model.parts[3].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.ones(2, 4), mask=torch.ones(3))
+    handle.remove()
+    for _ in range(3):
+        model(torch.ones(2, 4), mask=torch.ones(3))
+        assert not memo.moved
+
+
+def interrupt(*given):
+    raise KeyboardInterrupt
+
+
+def test_what_was_moved_without_gradients_is_moved_anew_for_them(moves):
+    model, devices = stack("0101")
+    connect(model, devices)
+    mask = torch.ones(3, requires_grad=True)
+    model.parts[1].register_forward_hook(lambda *given: torch.set_grad_enabled(True) and None)
+    try:
+        with torch.no_grad():
+            model(torch.ones(2, 4), mask=mask)
+    finally:
+        torch.set_grad_enabled(True)
+    assert sum(tensor is mask for tensor, _ in moves) == 2
+
+
+def test_caches_that_go_into_blocks_in_float32_keep_their_dtype(moves):
+    class Held(nn.Module):
+        _skip_keys_device_placement = "held"
+
+        def forward(self, x, held, other):
+            self.seen = held.dtype, other.dtype
+            return x
+
+    class Holding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.ModuleList([nn.Identity(), Held()])
+
+        def forward(self, x):
+            half = torch.ones(1, dtype=torch.bfloat16)
+            return self.parts[1](self.parts[0](x), held=half, other=half)
+
+    model = Holding()
+    connect(model, {"parts.0": META, "parts.1": CPU}, ["parts.1"], torch.bfloat16)
+    model(torch.ones(2, 4, dtype=torch.bfloat16))
+    assert model.parts[1].seen == (torch.bfloat16, torch.float32)
+
+
+def test_caches_in_outputs_stay_where_they_are(moves):
+    class Giving(Stack):
+        _skip_keys_device_placement = "held"
+
+        def forward(self, x):
+            return {"x": self.parts[1](self.parts[0](x)), "held": torch.ones(1, device=META)}
+
+    model = Giving(2)
+    model.parts[1].to(META)
+    connect(model, {"parts.0": CPU, "parts.1": META})
+    assert {name: value.device for name, value in model(torch.ones(2, 4)).items()} == {"x": CPU, "held": META}
+
+
+def test_one_device_needs_no_hooks():
+    model, devices = stack("0000")
+    handles = connect(model, devices)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert not handles._handles
+
+
+def test_hooks_are_put_on_once_and_come_off(moves):
+    model, devices = stack("01")
+    connect(model, devices)
+    handles = connect(model, devices)
+    assert len(model.parts[0]._forward_pre_hooks) == 1
+    handles.remove()
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_copies_of_a_model_are_hooked_for_themselves(moves):
+    model, devices = stack("01")
+    connect(model, devices)
+    twin = copy.deepcopy(model)
+    twin(torch.ones(2, 4), mask=torch.ones(3))
+    assert len(moves) == 3
+    assert twin.__dict__["_bigload_crossings"]._memo is not model.__dict__["_bigload_crossings"]._memo
+
+
+def test_threads_do_not_share_what_they_moved(moves):
+    model, devices = stack("0101")
+    connect(model, devices)
+    masks = [torch.ones(3) for _ in range(4)]
+    threads = [threading.Thread(target=lambda m=mask: model(torch.ones(2, 4), mask=m)) for mask in masks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(sum(tensor is mask for tensor, _ in moves) == 1 for mask in masks)
+
+
+def test_inference_tensors_have_no_version_and_are_not_kept(moves):
+    model, devices = stack("0101")
+    connect(model, devices)
+    with torch.inference_mode():
+        mask = torch.ones(3)
+        model(torch.ones(2, 4), mask=mask)
+    assert sum(tensor is mask for tensor, _ in moves) == 2
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.cuda
+@pytest.mark.parametrize("build", [lambda: GPT(layers=4), lambda: llama(tied=False, num_hidden_layers=4)])
+def test_model_on_two_gpus_gives_the_bits_and_gradients_of_one(build, tmp_path):
+    from models import assert_same_bits, empty, save_checkpoint
+
+    from bigload import load_and_quantize_model
+
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    folder, tokens = save_checkpoint(build().bfloat16(), tmp_path), torch.arange(12, device="cuda:0").view(2, 6)
+    logits, gradients = [], []
+    for options in ({"device_map": 0}, {"device_map": "balanced", "max_memory": {0: "1GiB", 1: "1GiB"}}):
+        model = load_and_quantize_model(empty(build), "nf4", folder, **options).eval()
+        made = model(tokens)
+        logits.append(getattr(made, "logits", made))
+        logits[-1].float().square().mean().backward()
+        gradients.append({name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None})
+    assert len(set(model.hf_device_map.values())) == 2
+    assert torch.equal(*(made.detach().cpu() for made in logits))
+    assert len(gradients[0]) > 4
+    assert_same_bits(*gradients)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.cuda
+@pytest.mark.parametrize("source", ["own", "pickled"])
+@pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "fp4", "int8", "int8-training"])
+def test_weights_that_come_from_memory_are_quantized_on_every_gpu(tmp_path, mode, source):
+    from models import assert_same_bits, empty
+
+    from bigload import load_and_quantize_model
+
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    full = GPT(layers=4).bfloat16()
+    location = tmp_path / "pickled.bin"
+    torch.save(full.state_dict(), location)
+    states = []
+    for device_map in ({"": 0}, {"": 1, "transformer.h.1": 0, "transformer.h.3": 0}, {"": 0, "transformer.h.2": 1}):
+        model = empty(lambda: GPT(layers=4)) if source == "pickled" else copy.deepcopy(full)
+        model = load_and_quantize_model(model, mode, location if source == "pickled" else None, device_map=device_map)
+        states.append({name: tensor.cpu() for name, tensor in model.state_dict().items()})
+    for state in states[1:]:
+        assert_same_bits(state, states[0])
+
+
+def test_what_nothing_floating_goes_into_gives_the_models_dtype(moves):
+    model = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4).to(torch.bfloat16).to(META))
+    connect(model, {"0": CPU, "1": META}, ["0"], torch.bfloat16)
+    assert model(torch.tensor([1, 2])).dtype == torch.bfloat16
+
+
+def test_blocks_in_float32_take_and_give_what_the_others_compute_in(moves):
+    model, devices = stack("10")
+    model.parts[0].to(torch.bfloat16)
+    connect(model, devices, ["parts.1"], torch.bfloat16)
+    seen = []
+    model.parts[1].fc.register_forward_hook(lambda module, args, out: seen.append((args[0].dtype, out.dtype)))
+    assert model(torch.ones(2, 4, dtype=torch.bfloat16))["x"].dtype == torch.bfloat16
+    assert seen == [(torch.float32, torch.float32)]
+
+
+def test_containers_of_other_classes_keep_them(moves):
+    from collections import OrderedDict, defaultdict
+
+    from transformers.modeling_outputs import BaseModelOutput
+
+    model, devices = stack("01")
+    connect(model, devices)
+    given = {
+        "table": defaultdict(list, a=torch.ones(1)),
+        "ordered": OrderedDict(a=torch.ones(1)),
+        "output": BaseModelOutput(last_hidden_state=torch.ones(1)),
+        "packed": nn.utils.rnn.pack_sequence([torch.ones(2)]),
+    }
+    model(torch.ones(2, 4), **given)
+    found = model.parts[1].given[2]
+    assert {name: type(value) for name, value in found.items()} == {n: type(value) for n, value in given.items()}
+    assert found["table"]["a"].device == found["ordered"]["a"].device == META
+    assert found["output"].last_hidden_state.device == META
+    assert given["output"].last_hidden_state.device == CPU

@@ -1,0 +1,264 @@
+"""Groups whose weights rest in files: the same bits, files untouched, clear errors, recovery after them."""
+
+import ctypes
+import mmap
+import os
+import threading
+import time
+import weakref
+from concurrent.futures import thread as pools
+from pathlib import Path
+
+import pytest
+import torch
+from groups import parts_of, tensors_of
+from models import assert_same_bits, equal
+from test_streaming import MODES, linears, resident, tokens
+
+from bigload.errors import OffloadError
+from bigload.io.async_reads import Reads
+from bigload.offload.engine import Engine
+from bigload.offload.files import FileGroup, FilePart, _drop_from_page_cache, spare_page_cache
+from bigload.offload.groups import Group
+
+
+def written(tensors, file):
+    """Write tensors one after the other, 8 bytes apart as in safetensors, and say where."""
+    parts, content = {}, b"header--"
+    for name, part in parts_of(tensors).items():
+        parts[name] = FilePart(file, len(content), part)
+        values = tensors[name].cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        content += values + b"-" * (-len(values) % 8)
+    file.write_bytes(content)
+    return parts
+
+
+def stream_from_disk(model, device, folder, slots=2):
+    groups = []
+    for index in range(len(model.transformer["h"])):
+        leaves = tuple(linears(model, f"transformer.h.{index}."))
+        groups.append(Group(f"h.{index}", leaves, FileGroup(written(tensors_of(leaves), folder / f"{index}.bin"))))
+    return Engine(model, groups, device, slots)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("mode", MODES)
+def test_logits_and_state_are_those_of_the_resident_model(mode, slots, device, tmp_path):
+    expected, model = resident(mode, device), resident(mode, device)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    engine = stream_from_disk(model, device, tmp_path, slots)
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with context():
+            assert equal(model(tokens(device)), expected(tokens(device)))
+    assert engine.stats().slots == slots
+    assert_same_bits(model.state_dict(), state)
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+    engine.remove()
+    assert equal(model(tokens(device)), expected(tokens(device)))
+
+
+def twice(model, x):
+    """Run what may be there still from the last time, and what is not."""
+    model(x)
+    model(x)
+
+
+@pytest.mark.parametrize("way", ["deleted", "cut short", "written again"])
+def test_lost_file_gives_a_clear_error_and_when_it_is_back_the_model_runs(way, device, tmp_path):
+    expected, model = resident("nf4", device), resident("nf4", device)
+    engine = stream_from_disk(model, device, tmp_path)
+    model(tokens(device))
+    file = tmp_path / "1.bin"
+    content = file.read_bytes()
+    file.rename(tmp_path / "aside")
+    if way == "cut short":
+        file.write_bytes(content[:100])
+    elif way == "written again":
+        file.write_bytes(bytes(len(content)))
+    for _ in range(2):
+        with pytest.raises(OffloadError, match=r"h\.1\..* cannot be read.*1\.bin"):
+            twice(model, tokens(device))
+    assert not any(slot.users for slot in engine._slots)
+    (tmp_path / "aside").replace(file)
+    for _ in range(2):
+        assert equal(model(tokens(device)), expected(tokens(device)))
+
+
+@pytest.mark.parametrize("same", ["inode", "time"])
+def test_file_that_is_not_the_one_that_was_is_told_by_its_inode_or_its_time(same, tmp_path):
+    group = FileGroup(written({"weight": torch.ones(64)}, tmp_path / "0"))
+    stat, content = (tmp_path / "0").stat(), (tmp_path / "0").read_bytes()
+    if same == "inode":
+        time.sleep(0.02)
+        with (tmp_path / "0").open("r+b") as file:
+            file.write(bytes(len(content)))
+    else:
+        (tmp_path / "new").write_bytes(bytes(len(content)))
+        os.utime(tmp_path / "new", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        (tmp_path / "new").replace(tmp_path / "0")
+    with pytest.raises(OffloadError, match="written again since"):
+        group.read_into(torch.empty(256, dtype=torch.uint8))
+
+
+def test_what_comes_in_pieces_is_read_to_its_end(tmp_path, monkeypatch):
+    """The system may give less than was asked for."""
+    values = torch.arange(2**18, dtype=torch.float32)
+    group = FileGroup(written({"weight": values}, tmp_path / "0"))
+    begin, asked = Reads.begin, []
+
+    def less(self, file, buffers, offset):
+        asked.append(len(buffers[0]))
+        return begin(self, file, [buffers[0][: max(1, len(buffers[0]) // 3)]], offset)
+
+    monkeypatch.setattr(Reads, "begin", less)
+    memory = torch.zeros(values.nbytes, dtype=torch.uint8)
+    group.read_into(memory)
+    assert equal(memory.view(torch.float32), values)
+    assert len(asked) > 5
+
+
+def test_groups_of_one_file_map_it_once(tmp_path):
+    where = written({"a": torch.ones(2**12), "b": torch.ones(2**12)}, tmp_path / "shard")
+    groups = [FileGroup({name: part}) for name, part in where.items()]
+    assert equal(groups[0].tensors["a"], groups[1].tensors["b"])
+    assert Path("/proc/self/maps").read_text().count(str(tmp_path / "shard")) == 1
+
+
+def test_of_a_file_with_several_groups_only_those_that_have_no_room_are_dropped(tmp_path):
+    where = written({str(index): torch.randn(2**21) for index in range(4)}, tmp_path / "shard")
+    require_droppable(where["0"])
+    groups = [FileGroup({name: part}) for name, part in where.items()]
+    memory = torch.empty(2**23, dtype=torch.uint8)
+    spare_page_cache(groups, 3 * 2**23)
+    assert [group.stays_in_page_cache for group in groups] == [True, True, True, False]
+    for group in groups:
+        group.read_into(memory)
+    assert 0.7 < in_page_cache(tmp_path / "shard") < 0.8
+
+
+def test_file_that_is_missing_or_too_short_at_the_start_is_refused(tmp_path):
+    parts = written({"weight": torch.ones(64)}, tmp_path / "0.bin")
+    (tmp_path / "0.bin").write_bytes(b"header--")
+    with pytest.raises(OffloadError, match="does not lie wholly"):
+        FileGroup(parts)
+    (tmp_path / "0.bin").unlink()
+    with pytest.raises(OffloadError, match="cannot be opened"):
+        FileGroup(parts)
+
+
+def in_page_cache(file):
+    """Give the share of a file's pages that the system has in memory."""
+    size = file.stat().st_size
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), size, access=mmap.ACCESS_COPY) as mapping:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+        pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), pages) == 0
+        return sum(page & 1 for page in pages) / len(pages)
+
+
+def require_droppable(part):
+    """Skip where a file's pages cannot be dropped: some file systems keep their files in memory."""
+    with part.file.open("rb") as file:
+        os.fsync(file.fileno())  # pages that have yet to be written cannot be
+    before = in_page_cache(part.file)
+    _drop_from_page_cache(part)
+    if in_page_cache(part.file) == before:
+        pytest.skip("this file system keeps its files in memory")
+
+
+def test_what_the_page_cache_has_no_room_for_is_dropped_after_reading_and_the_rest_stays(tmp_path):
+    groups = []
+    for index in range(8):
+        (part,) = written({"weight": torch.randn(2**18)}, tmp_path / str(index)).values()
+        require_droppable(part)
+        groups.append(FileGroup({"weight": part}))
+    memory = torch.empty(2**20, dtype=torch.uint8)
+
+    def stay():
+        for group in groups:
+            group.read_into(memory)
+        # To the percent: the page that a file's header shares with its weights is not dropped.
+        return [round(in_page_cache(tmp_path / str(index)), 2) for index in range(8)]
+
+    assert stay() == [1.0] * 8
+    spare_page_cache(groups, 3 * 2**20)
+    assert stay() == [1, 0, 1, 0, 0, 1, 0, 0]
+    spare_page_cache(groups, 8 * 2**20)
+    assert stay() == [1.0] * 8
+
+
+def test_files_of_weights_are_not_kept_open(tmp_path):
+    files = [written({"weight": torch.ones(64)}, tmp_path / str(index)) for index in range(8)]
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    groups = [FileGroup(where) for where in files]
+    assert all(equal(group.tensors["weight"], torch.ones(64)) for group in groups)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_reader_thread_ends_with_its_engine(device, tmp_path):
+    before = set(threading.enumerate())
+    model = resident("fp32", device)
+    engine = stream_from_disk(model, device, tmp_path)
+    model(tokens(device))
+    (reader,) = set(threading.enumerate()) - before
+    assert reader.name == "bigload-reader"
+    engine.remove()
+    reader.join(5)
+    assert not reader.is_alive()
+
+
+def test_engine_that_the_collector_finds_ends_without_taking_a_lock(device, tmp_path):
+    """The collector may run in a thread that holds any lock: those of Python's pools, for instance."""
+    before = set(threading.enumerate())
+    model = resident("fp32", device)
+    engine = stream_from_disk(model, device, tmp_path)
+    model(tokens(device))
+    (reader,) = set(threading.enumerate()) - before
+    held = pools._global_shutdown_lock
+    with held:
+        engine._close()  # what the collector calls
+    reader.join(5)
+    assert not reader.is_alive()
+
+
+def test_model_can_be_let_go_of_while_its_files_are_read(device, tmp_path, monkeypatch):
+    import gc
+
+    gate, own = threading.Event(), FileGroup.read_into
+    monkeypatch.setattr(FileGroup, "read_into", lambda *args: (gate.wait(20), own(*args)))
+    before = set(threading.enumerate())
+    model = resident("nf4", device)
+    engine = weakref.ref(stream_from_disk(model, device, tmp_path))
+    linears(model, "transformer.h.2.")[-1].module.register_forward_pre_hook(lambda *_: gate.clear())
+    gate.set()
+    model(tokens(device))
+    (reader,) = (each for each in set(threading.enumerate()) - before if each.name == "bigload-reader")
+    del model
+    gc.collect()
+    assert engine() is None
+    gate.set()
+    reader.join(5)
+    assert not reader.is_alive()
+
+
+def test_model_that_is_let_go_of_takes_its_engine_thread_and_files_with_it(device, tmp_path):
+    import gc
+
+    def held():
+        gc.collect()
+        return sum(thread.name == "bigload-reader" for thread in threading.enumerate())
+
+    before = held()
+    for _ in range(3):
+        model = resident("nf4", device)
+        engine = weakref.ref(stream_from_disk(model, device, tmp_path))
+        model(tokens(device))
+        del model
+        gc.collect()
+        assert engine() is None
+    for thread in threading.enumerate():
+        if thread.name == "bigload-reader":
+            thread.join(5)
+    assert held() <= before

@@ -1,0 +1,424 @@
+"""Models loaded with part of their weights off the device that computes: the outputs are those of the whole on it.
+
+On the CPU the "device" is the CPU too: a plan is changed so that blocks rest in host memory and pass through slots.
+"""
+
+import copy
+import dataclasses
+import gc
+
+import pytest
+import torch
+from models import GPT, assert_same_bits, empty, llama, lora_losses, save_checkpoint
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from bigload import ConfigError, OffloadConfig, PlacementError, load_and_quantize_model
+from bigload.planning import planner
+from bigload.planning.plan import PlacedUnit
+
+CPU = torch.device("cpu")
+TOKENS = torch.arange(10).view(2, 5)
+
+
+@pytest.fixture(autouse=True)
+def small_parts_stream(monkeypatch):
+    """Let tensors of a few KB leave a device, as those of a real model do.
+
+    And let no resident layer use the packed kernel of some CPUs, which rounds its scales and takes no streamed weight.
+    """
+    monkeypatch.setattr("bigload.planning.units.RESIDENT_BYTES", 2000)
+    monkeypatch.setattr("bigload.quantization.layers._PACKED_ROWS", 2**40)
+
+
+@pytest.fixture
+def options(device, monkeypatch):
+    """Give a function from the names of units to the options that offload them."""
+
+    def offloading(*names):
+        if device.type == "cuda":
+            return {"device_map": {"": 0} | dict.fromkeys(names, "cpu")}
+        place = planner.place_units
+
+        def placed(*given):
+            made = place(*given)
+            units = tuple(PlacedUnit(one.unit, CPU, CPU) if one.unit.name in names else one for one in made.units)
+            assert set(names) <= {one.unit.name for one in units}
+            return dataclasses.replace(made, units=units)
+
+        monkeypatch.setattr(planner, "place_units", placed)
+        monkeypatch.setattr(planner, "only_device", lambda wishes: None)
+        return {"device_map": "cpu"}
+
+    return offloading
+
+
+def built(kind):
+    return {"gpt": lambda: GPT(layers=4), "llama": lambda: llama(tied=False, num_hidden_layers=4)}[kind]
+
+
+BLOCKS = {"gpt": [f"transformer.h.{n}" for n in range(4)], "llama": [f"model.layers.{n}" for n in range(4)]}
+FP32 = {"load_in_4bit": True, "skip_modules": ["*"], "torch_dtype": "fp32"}
+EMBEDDING = {"gpt": "transformer.wte", "llama": "model.embed_tokens"}
+MODES = ["nf4", "nf4-dq", "fp4", "int8", {"load_in_4bit": True, "skip_modules": ["*"], "torch_dtype": "bf16"}]
+
+
+def logits(model, tokens, device):
+    with torch.no_grad():
+        made = model.eval()(tokens.to(device))
+    return getattr(made, "logits", made)
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode if isinstance(mode, str) else "none")
+@pytest.mark.parametrize("kind", ["gpt", "llama"])
+def test_offloaded_blocks_give_the_same_bits(tmp_path, device, options, kind, mode, slots):
+    build = built(kind)
+    folder = save_checkpoint(build().bfloat16(), tmp_path)
+    whole = load_and_quantize_model(empty(build), mode, folder, device_map=device)
+    names = [BLOCKS[kind][0], BLOCKS[kind][2], BLOCKS[kind][3], EMBEDDING[kind]]
+    model = load_and_quantize_model(empty(build), mode, folder, offload=OffloadConfig(slots=slots), **options(*names))
+    for _ in range(3):
+        assert torch.equal(logits(model, TOKENS, device), logits(whole, TOKENS, device))
+    stats = model.offload.stats()
+    assert stats.nbytes > 0
+    assert stats.slots == slots
+    assert model.hf_device_map == whole.hf_device_map
+    expected = whole.state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value.cpu(), expected[name].cpu()), name
+    model.offload.remove()
+    assert torch.equal(logits(model, TOKENS, device), logits(whole, TOKENS, device))
+    assert {parameter.device for parameter in model.parameters()} == {device}
+
+
+@pytest.mark.parametrize("source", ["own", "pickled"])
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode if isinstance(mode, str) else "none")
+@pytest.mark.parametrize("kind", ["gpt", "llama"])
+def test_weights_that_come_from_memory_are_streamed(tmp_path, device, options, kind, mode, source):
+    """Above all those that are not quantized, which nothing makes anew on their way."""
+    build, names = built(kind), [*BLOCKS[kind], EMBEDDING[kind], "lm_head"]
+    full, location = build().bfloat16(), None
+    if source == "pickled":
+        location = tmp_path / "pickled.bin"
+        torch.save(full.state_dict(), location)
+    whole, model = (copy.deepcopy(full) if source == "own" else empty(build) for _ in range(2))
+    whole = load_and_quantize_model(whole, mode, location, device_map=device)
+    model = load_and_quantize_model(model, mode, location, **options(*names))
+    for _ in range(2):
+        assert torch.equal(logits(model, TOKENS, device), logits(whole, TOKENS, device))
+    assert_same_bits(model.state_dict(), whole.state_dict())
+    model.offload.remove()
+    assert torch.equal(logits(model, TOKENS, device), logits(whole, TOKENS, device))
+
+
+def test_what_is_offloaded_rests_in_host_memory(tmp_path, device, options):
+    folder = save_checkpoint(GPT(layers=4).bfloat16(), tmp_path)
+    model = load_and_quantize_model(empty(lambda: GPT(layers=4)), "nf4", folder, **options("transformer.h.1"))
+    block = model.transformer["h"][1]
+    assert block.mlp["c_fc"].weight.device == CPU
+    assert block.mlp["c_fc"].weight.quant_state.absmax.device == CPU
+    assert block.ln_1.weight.device == device
+    with model.offload.materialize(block):
+        assert block.mlp["c_fc"].weight.device == device
+
+
+def test_quantized_checkpoint_is_offloaded_as_it_is_stored(tmp_path, device, options):
+    from bigload import quantize_checkpoint
+
+    build = built("gpt")
+    quantize_checkpoint(
+        save_checkpoint(build().bfloat16(), tmp_path / "source"),
+        tmp_path / "made",
+        "nf4",
+        model=empty(build),
+        device=device,
+    )
+    whole = load_and_quantize_model(empty(build), None, tmp_path / "made", device_map=device)
+    model = load_and_quantize_model(empty(build), None, tmp_path / "made", **options(*BLOCKS["gpt"]))
+    assert torch.equal(logits(model, TOKENS, device), logits(whole, TOKENS, device))
+
+
+def test_tokens_are_generated_as_by_the_whole_model(tmp_path, device, options):
+    build = built("llama")
+    folder = save_checkpoint(build().bfloat16(), tmp_path)
+    whole = load_and_quantize_model(empty(build), "nf4", folder, device_map=device).eval()
+    model = load_and_quantize_model(empty(build), "nf4", folder, **options(*BLOCKS["llama"])).eval()
+    tokens = TOKENS.to(device)
+    for more in ({}, {"num_beams": 2}, {"cache_implementation": "static"}):
+        made = [
+            one.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=8,
+                do_sample=False,
+                pad_token_id=0,
+                **more,
+            )
+            for one in (model, whole)
+        ]
+        assert torch.equal(*made)
+
+
+def test_adapters_are_trained_as_on_the_whole_model(tmp_path, device, options):
+    pytest.importorskip("peft")
+    build = built("llama")
+    folder = save_checkpoint(build().bfloat16(), tmp_path)
+    losses = []
+    for options_ in ({"device_map": device}, options(*BLOCKS["llama"][::2])):
+        model = load_and_quantize_model(empty(build), "nf4", folder, **options_)
+        losses.append(lora_losses(model, TOKENS.to(device), 5))
+    assert losses[0] == losses[1]
+    assert losses[0][-1] < losses[0][0]
+
+
+def test_load_that_has_no_room_for_the_slots_leaves_the_model_as_it_was(tmp_path, device, options, monkeypatch):
+    folder, model = save_checkpoint(GPT(layers=4), tmp_path), empty(lambda: GPT(layers=4))
+    given = options("transformer.h.1")
+
+    def failing(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bigload.offload.slots.Lane.make_slot", failing)
+        patch.setattr("bigload.offload.slots.CudaLane.make_slot", failing)
+        with pytest.raises(PlacementError, match="no room on the GPU"):
+            load_and_quantize_model(model, "nf4", folder, **given)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert type(model.transformer["h"][1].mlp["c_fc"]) is nn.Linear
+    model = load_and_quantize_model(model, "nf4", folder, **given)
+    assert logits(model, TOKENS, device).isfinite().all()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("mode", ["int8", "nf4"])
+def test_blocks_in_fp32_on_the_cpu(tmp_path, mode):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    build = built("llama")
+    folder = save_checkpoint(build(), tmp_path)
+    config = {"llm_int8_enable_fp32_cpu_offload": True, "torch_dtype": "bf16"}
+    config |= {"load_in_8bit": True} if mode == "int8" else {"load_in_4bit": True}
+    model = load_and_quantize_model(empty(build), config, folder, device_map={"": 0, "model.layers.2": "cpu"})
+    block = model.model.layers[2]
+    original = torch.nn.Module.state_dict(load_and_quantize_model(empty(build), FP32, folder, device_map="cpu"))
+    for name, value in block.state_dict().items():
+        assert value.dtype == torch.float32
+        assert value.device == CPU
+        assert torch.equal(value, original[f"model.layers.2.{name}"])
+    held = {id(tensor.untyped_storage()) for tensor in _on_gpu()}
+    assert not held & {id(tensor.untyped_storage()) for tensor in (*block.parameters(), *block.buffers())}
+    seen = []
+    block.register_forward_hook(lambda _, args, kwargs, out: seen.append((args, kwargs, out)), with_kwargs=True)
+    found = logits(model, TOKENS, "cuda")
+    assert found.dtype == torch.bfloat16
+    ((args, kwargs, out),) = seen
+    exact = load_and_quantize_model(empty(build), FP32, folder, device_map="cpu").eval()
+    args, kwargs = tree_map_only(
+        torch.Tensor,
+        lambda tensor: tensor.float().cpu() if tensor.is_floating_point() else tensor.cpu(),
+        (args, kwargs),
+    )
+    with torch.no_grad():
+        alone = exact.model.layers[2](*args, **(kwargs | {"past_key_values": None}))
+    assert torch.equal(out.cpu().to(torch.float32), alone.to(torch.bfloat16).to(torch.float32))
+    whole = load_and_quantize_model(empty(build), config, folder, device_map=0)
+    wanted = logits(exact, TOKENS, "cpu")
+    error, quantized = ((one.float().cpu() - wanted).norm() for one in (found, logits(whole, TOKENS, "cuda")))
+    assert error < 1.1 * quantized  # of what a whole model in this mode is off by
+
+
+def _on_gpu():
+    return [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and each.is_cuda]
+
+
+@pytest.mark.parametrize("slots", [1, 2, 5])
+def test_plan_counts_the_slots_that_there_are(tmp_path, options, slots):
+    """No more than blocks: of one block, one."""
+    build = built("gpt")
+    folder = save_checkpoint(build().bfloat16(), tmp_path)
+    for names in (BLOCKS["gpt"][:1], BLOCKS["gpt"]):
+        model = load_and_quantize_model(
+            empty(build), "nf4", folder, offload=OffloadConfig(slots=slots), **options(*names)
+        )
+        planned = {account.place.type: account.ring for account in model.offload.plan.accounts}
+        held = sum(slot.memory.nbytes for engine in model.offload._engines for slot in engine._slots)
+        assert planned["cuda" if torch.cuda.is_available() else "cpu"] == held
+        model.offload.remove()
+
+
+def test_host_memory_is_that_of_the_bytes_and_each_byte_is_read_once(tmp_path, device, options):
+    build = built("gpt")
+    folder = save_checkpoint(build().bfloat16(), tmp_path)
+    whole = load_and_quantize_model(empty(build), "nf4", folder, device_map=device)
+    model = load_and_quantize_model(empty(build), "nf4", folder, **options(*BLOCKS["gpt"]))
+    assert model.load_report.bytes_read == whole.load_report.bytes_read
+    for engine in model.offload._engines:
+        for group in engine.groups:
+            own = sum(tensor.nbytes for tensor in group.store.tensors.values())
+            assert own <= len(group.store._mapping) <= own + 256 * len(group.store.tensors)
+
+
+def test_hooks_of_a_removed_engine_are_off_and_accelerates_never_on(tmp_path, device, options):
+    build = built("gpt")
+    folder = save_checkpoint(build().bfloat16(), tmp_path)
+    model = load_and_quantize_model(empty(build), "nf4", folder, **options(*BLOCKS["gpt"]))
+    assert not any(hasattr(module, "_hf_hook") for module in model.modules())
+    assert any(module._forward_pre_hooks for module in model.modules())
+    model.offload.remove()
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not hasattr(model, "offload")
+
+
+def test_what_is_no_module_cannot_be_materialized(tmp_path, device, options):
+    build = built("gpt")
+    folder = save_checkpoint(build().bfloat16(), tmp_path)
+    model = load_and_quantize_model(empty(build), "nf4", folder, **options(*BLOCKS["gpt"]))
+    with pytest.raises(ConfigError, match="takes a module of the model, not 'x'"), model.offload.materialize("x"):
+        pass
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("mode", ["nf4", "int8", "none"])
+def test_gpu_holds_what_was_planned_and_no_more_however_long_it_generates(tmp_path, mode):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+    def build():
+        return llama(tied=False, num_hidden_layers=8, hidden_size=512, intermediate_size=2048)
+
+    gpu, config = torch.device("cuda", 0), {"none": FP32 | {"torch_dtype": "bf16"}}.get(mode, mode)
+    folder = save_checkpoint(build().bfloat16(), tmp_path)
+    tokens = TOKENS.to(gpu)
+    gc.collect()
+    before = torch.cuda.memory_allocated(gpu)
+    away = {f"model.layers.{n}": "cpu" for n in range(0, 8, 2)}
+    model = load_and_quantize_model(empty(build), config, folder, device_map={"": 0} | away).eval()
+    (planned,) = (account.needed for account in model.offload.plan.accounts if account.place == gpu)
+    torch.cuda.reset_peak_memory_stats(gpu)
+    held = []
+    for count in (2, 64, 64):
+        model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            min_new_tokens=count,
+            max_new_tokens=count,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        held.append(torch.cuda.memory_allocated(gpu))
+    assert held[1] == held[2]
+    assert torch.cuda.max_memory_allocated(gpu) - before <= planned
+
+
+def test_parameters_that_others_put_into_a_streamed_block_are_brought_to_its_device(monkeypatch):
+    from bigload import plan_device_map
+    from bigload.offload import handle
+
+    brought = []
+    monkeypatch.setattr(handle, "_bring", lambda parameter, device: brought.append((parameter, device)))
+    model = GPT(layers=2)
+    (placed,) = plan_device_map(model, "nf4", device_map={"": 0, "transformer.h.1": "cpu"}).offloaded
+    block = model.transformer["h"][1]
+    hook = handle.Adopting(model, placed)
+    stay = {planned.tensor.name for planned in placed.unit.offloaded}
+    others = [p for name, p in block.named_parameters(prefix="transformer.h.1") if name not in stay]
+    assert len(stay) == 4
+    block.adapter = nn.Linear(4, 4)
+    hook(block, ())
+    assert [id(p) for p, _ in brought] == [id(p) for p in (*others, *block.adapter.parameters())]
+    assert {device for _, device in brought} == {torch.device("cuda", 0)}
+    brought.clear()
+    with torch.no_grad():
+        hook(block, ())  # an inference that goes on has no time for it
+    assert not brought
+    hook(block, ())
+    assert brought
+
+
+def test_offloaded_model_is_saved_and_dequantized_only_when_its_weights_are_back(tmp_path, device, options):
+    from bigload import QuantizationError, dequantize_model, save_quantized_model
+
+    folder = save_checkpoint(GPT(layers=4).bfloat16(), tmp_path / "source")
+    model = load_and_quantize_model(empty(lambda: GPT(layers=4)), "nf4", folder, **options("transformer.h.1"))
+    expected = logits(model, TOKENS, device)
+    save_quantized_model(model, tmp_path / "saved")
+    again = load_and_quantize_model(empty(lambda: GPT(layers=4)), None, tmp_path / "saved", device_map=device)
+    assert torch.equal(logits(again, TOKENS, device), expected)
+    with pytest.raises(QuantizationError, match=r"offload\.remove\(\)"):
+        dequantize_model(model)
+    model.offload.remove()
+    assert logits(dequantize_model(model), TOKENS, device).isfinite().all()
+
+
+def test_copies_of_an_offloaded_model_are_refused(tmp_path, device, options):
+    import copy
+
+    from bigload import OffloadError
+
+    folder = save_checkpoint(GPT(layers=4).bfloat16(), tmp_path)
+    model = load_and_quantize_model(empty(lambda: GPT(layers=4)), "nf4", folder, **options("transformer.h.1"))
+    with pytest.raises(OffloadError, match=r"remove\(\)"):
+        copy.deepcopy(model)
+    model.offload.remove()
+    assert torch.equal(logits(copy.deepcopy(model), TOKENS, device), logits(model, TOKENS, device))
+
+
+def test_state_dict_that_is_loaded_counts_at_once(tmp_path, device, options):
+    build = built("gpt")
+    folder = save_checkpoint(build().bfloat16(), tmp_path / "source")
+    model = load_and_quantize_model(empty(build), MODES[-1], folder, **options(*BLOCKS["gpt"]))
+    logits(model, TOKENS, device)
+    torch.manual_seed(7)
+    other = load_and_quantize_model(build().bfloat16(), MODES[-1], device_map=device)
+    model.load_state_dict(other.state_dict())
+    for _ in range(2):
+        assert torch.equal(logits(model, TOKENS, device), logits(other, TOKENS, device))
+
+
+def test_a_second_load_into_an_offloaded_model_is_refused_until_its_weights_are_back(tmp_path, device, options):
+    from bigload import ConfigError
+
+    build = built("gpt")
+    folder = save_checkpoint(build().bfloat16(), tmp_path / "source")
+    given = options(*BLOCKS["gpt"])
+    model = load_and_quantize_model(empty(build), MODES[-1], folder, **given)
+    expected = logits(model, TOKENS, device)
+    with pytest.raises(ConfigError, match=r"offload\.remove\(\)"):
+        load_and_quantize_model(model, MODES[-1], folder, **given)
+    model.offload.remove()
+    assert not hasattr(model, "offload")
+    model = load_and_quantize_model(model, MODES[-1], folder, **given)
+    assert torch.equal(logits(model, TOKENS, device), expected)
+
+
+@pytest.mark.parametrize("call", [1, 3, 6])
+def test_interrupted_while_leaves_are_taken_over_the_model_is_as_it_was(tmp_path, device, options, monkeypatch, call):
+    import itertools
+
+    from bigload.offload import engine
+
+    build, own, calls = built("gpt"), engine.StreamedForward, itertools.count(1)
+    folder = save_checkpoint(build().bfloat16(), tmp_path / "source")
+    given, model = options(*BLOCKS["gpt"]), empty(build)
+
+    def interrupted(*arguments):
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return own(*arguments)
+
+    monkeypatch.setattr(engine, "StreamedForward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load_and_quantize_model(model, MODES[-1], folder, **given)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not any("forward" in vars(module) for module in model.modules())
+    model = load_and_quantize_model(model, MODES[-1], folder, **given)
+    assert logits(model, TOKENS, device).isfinite().all()
+
+
+def test_int8_training_leaves_nothing_off_the_device(tmp_path, device, options):
+    from bigload import ConfigError
+
+    folder = save_checkpoint(GPT(layers=4), tmp_path / "source")
+    with pytest.raises(ConfigError, match="int8-training"):
+        load_and_quantize_model(empty(lambda: GPT(layers=4)), "int8-training", folder, **options(BLOCKS["gpt"][1]))

@@ -1,0 +1,192 @@
+"""The way onto a GPU, its streams and events replaced by ones that write down what is asked of them: values and order.
+
+What the events are for shows only on a GPU (test_races.py); that each stands where it must can be seen anywhere.
+"""
+
+import threading
+from contextlib import nullcontext
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from bigload.checkpoint.checkpoint import open_checkpoint
+from bigload.io import transfer
+from bigload.io.extents import Delivery
+
+CPU = torch.device("cpu")
+
+
+class Event:
+    def __init__(self, log):
+        self.log, self.recorded_on = log, None
+
+    def record(self, stream):
+        self.recorded_on = stream.name
+        self.log.append(("record", stream.name, self))
+
+    def synchronize(self):
+        self.log.append(("synchronize", self))
+
+
+class Stream:
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def wait_event(self, event):
+        self.log.append(("wait", self.name, event))
+
+    def wait_stream(self, other):
+        self.log.append(("wait_stream", self.name, other.name))
+
+    def synchronize(self):
+        self.log.append(("synchronize", self.name))
+
+
+class Log(list):
+    """What is asked of the streams, in order."""
+
+
+@pytest.fixture
+def log(monkeypatch):
+    """Put the CPU in the place of a GPU; gives what is asked of its streams, in order."""
+    log = Log()
+    default = Stream("default", log)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: default)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("copies", log))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: log.append(("set", stream.name)))
+    monkeypatch.setattr(transfer, "_event", lambda: Event(log))
+    monkeypatch.setattr(transfer, "_way", lambda device: transfer._Lane(device))
+    monkeypatch.setattr("bigload.io.extents._is_direct", lambda delivery: False)
+    monkeypatch.setattr(transfer, "PLACE_BYTES", 1024)
+    monkeypatch.setenv("BIGLOAD_RING_BYTES", "4KiB")
+    return log
+
+
+@pytest.fixture
+def stored(tmp_path):
+    tensors = {
+        "big": torch.randn(37, 64),
+        "half": torch.randn(700).half(),
+        "small": torch.randn(3),
+        "one": torch.ones(()),
+    }
+    tensors["other"] = torch.randn(900)
+    save_file(tensors, tmp_path / "w.safetensors")
+    return tensors, open_checkpoint(tmp_path / "w.safetensors").tensors
+
+
+def delivered(stored, log, *, taken=(), granule=1):
+    """Bring all tensors over, those named in `taken` through `take`, the others home. Gives what arrived, flat."""
+    tensors, entries = stored
+    made = {name: torch.zeros(tensor.numel(), dtype=tensor.dtype) for name, tensor in tensors.items()}
+    counts = dict.fromkeys(tensors, 0)
+
+    def delivery(name, entry):
+        def take(values, begin):
+            assert begin % granule == 0
+            log.append(("take", name))
+            made[name][begin : begin + len(values)] = values
+
+        def arrived(count):
+            counts[name] += count
+            log.append(("arrived", name))
+
+        home = None if name in taken else made[name].view(torch.uint8)
+        return Delivery(entry, CPU, take, home, granule, arrived)
+
+    ordered = sorted(entries.items(), key=lambda item: item[1].offset)
+    transfer.deliver([delivery(name, entry) for name, entry in ordered])
+    assert counts == {name: tensor.numel() for name, tensor in tensors.items()}
+    return made
+
+
+@pytest.mark.parametrize(
+    "taken", [(), ("big",), ("big", "half", "one"), ("big", "half", "small", "one", "other")], ids=str
+)
+@pytest.mark.parametrize("granule", [1, 64])
+def test_values_arrive_whichever_way_they_go(stored, log, taken, granule):
+    made = delivered(stored, log, taken=taken, granule=granule)
+    for name, tensor in stored[0].items():
+        assert torch.equal(made[name], tensor.reshape(-1)), name
+
+
+def test_what_is_taken_has_been_copied_and_its_place_is_free_again_only_afterwards(stored, log):
+    delivered(stored, log, taken=("big", "half", "other"))
+    takes = [at for at, entry in enumerate(log) if entry[0] == "take"]
+    assert len(takes) > 2 * transfer._WINDOW  # places are used again
+    waited_for = []
+    for number, at in enumerate(takes):
+        waits = [entry for entry in log[:at] if entry[:2] == ("wait", "default")]
+        copied = waits[-1][2]
+        assert log.index(("record", "copies", copied)) < at
+        worked = next(entry[2] for entry in log[at:] if entry[:2] == ("record", "default"))
+        waited_for.append(worked)
+        if number >= transfer._WINDOW:
+            earlier = waited_for[number - transfer._WINDOW]
+            begun = takes[number - transfer._WINDOW]
+            assert ("wait", "copies", earlier) in log[begun:at]
+
+
+def test_what_came_home_is_announced_only_when_the_default_stream_waits_for_its_copy(stored, log, monkeypatch):
+    copy = torch._foreach_copy_
+
+    def copying(*args, **kwargs):
+        log.append(("home",))
+        copy(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", copying)
+    delivered(stored, log)
+    homes = [at for at, entry in enumerate(log) if entry == ("home",)]
+    records = [at for at, entry in enumerate(log) if entry[:2] == ("record", "copies")]
+    waits = [at for at, entry in enumerate(log) if entry[:2] == ("wait", "default")]
+    assert len(homes) == len(records) == len(waits) > 4  # of each extent one
+    for home, record, wait in zip(homes, records, waits, strict=True):
+        assert home < record < wait
+        assert log[record][2] is log[wait][2]
+    assert min(at for at, entry in enumerate(log) if entry[0] == "arrived") > waits[0]
+
+
+def test_streams_meet_before_the_first_copy_and_after_the_last(stored, log):
+    delivered(stored, log)
+    meetings = [at for at, entry in enumerate(log) if entry[0] == "wait_stream"]
+    assert log[meetings[0]] == ("wait_stream", "copies", "default")
+    assert log[meetings[-1]] == ("wait_stream", "default", "copies")
+    assert meetings[0] == 0
+    assert meetings[-1] > max(at for at, entry in enumerate(log) if entry[0] == "record")
+
+
+def test_an_error_waits_for_the_copies(stored, log):
+    _, entries = stored
+    before = threading.active_count()
+
+    def take(values, begin):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        transfer.deliver([Delivery(entries["big"], CPU, take)])
+    assert ("synchronize", "copies") in log
+    assert threading.active_count() == before
+
+
+def test_copies_are_asked_for_by_a_thread_of_their_own_and_what_came_is_worked_on_by_the_caller(stored, log):
+    threads = {"set": set(), "take": set(), "arrived": set()}
+    log.append = lambda entry: threads.get(entry[0], set()).add(threading.get_ident()) or list.append(log, entry)
+    delivered(stored, log, taken=("big", "half"))
+    assert threads["take"] == threads["arrived"] == {threading.get_ident()}
+    assert threads["set"].isdisjoint(threads["take"])
+
+
+def test_devices_take_turns_and_each_keeps_its_order(tmp_path):
+    tensors = {f"t{n}": torch.zeros(64, dtype=torch.uint8) for n in range(9)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    places = [torch.device("cuda", int(n > 4)) for n in range(9)]
+    ways = [Delivery(checkpoint.tensors[f"t{n}"], device, lambda piece, begin: None) for n, device in enumerate(places)]
+    extents = transfer._in_turns(transfer.cut(ways, 64))
+    assert [extent.device.index for extent in extents] == [0, 1, 0, 1, 0, 1, 0, 1, 0]
+    for index in (0, 1):
+        offsets = [extent.offset for extent in extents if extent.device.index == index]
+        assert offsets == sorted(offsets)
+    assert sum(extent.nbytes for extent in extents) == 9 * 64

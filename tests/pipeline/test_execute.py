@@ -1,0 +1,172 @@
+"""A Plan is executed as written: several sources to one parameter, transposes, each byte once and in file order."""
+
+import itertools
+import weakref
+
+import pytest
+import torch
+from models import GPT, quantize_as_bitsandbytes, save_checkpoint
+from safetensors.torch import save_file
+from torch import nn
+
+from bigload import BnbQuantizationConfig, init_empty_weights, load_and_quantize_model
+from bigload.checkpoint.checkpoint import open_checkpoint
+from bigload.hardware.allocation import DeviceStore
+from bigload.io.async_reads import Reads
+from bigload.model.tensors import ModelTensor
+from bigload.pipeline.execute import execute
+from bigload.planning.plan import Plan
+from bigload.planning.planned_tensors import PlannedTensor
+from bigload.planning.sources import Source
+from bigload.quantization.formats import FourBit, Plain
+
+CONFIG = BnbQuantizationConfig.from_mode("nf4").resolved(torch.float32)
+
+
+def plan_of(shape, sources, fmt, device):
+    tensor = ModelTensor(("made",), torch.empty(shape, device="meta"), True, True)
+    return Plan((PlannedTensor(tensor, shape, tuple(sources), fmt, device),), {}, {"": device}, CONFIG)
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """Three matrices in two files."""
+    tensors = {"a": torch.randn(40, 60), "b": torch.randn(40, 60), "c": torch.randn(60, 40)}
+    save_file({"a": tensors["a"], "c": tensors["c"]}, tmp_path / "one.safetensors")
+    save_file({"b": tensors["b"]}, tmp_path / "two.safetensors")
+    entries = {}
+    for name in ("one", "two"):
+        entries |= open_checkpoint(tmp_path / f"{name}.safetensors").tensors
+    return tensors, entries
+
+
+@pytest.mark.parametrize("ring", ["1KiB", "3000", "2MiB"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_several_sources_fill_the_regions_of_one_parameter(stored, device, monkeypatch, ring, dtype):
+    monkeypatch.setenv("BIGLOAD_RING_BYTES", ring)
+    tensors, entries = stored
+    sources = [
+        Source(entries["b"], region=(1, slice(0, 40))),
+        Source(entries["a"], region=(0, slice(0, 40))),
+        Source(entries["c"], region=(1, slice(40, 80)), transposed=True),
+        Source(tensors["a"] + 1, region=(0, slice(40, 80))),
+    ]
+    made = execute(plan_of((2, 80, 60), sources, Plain(dtype), device))["made"]
+    expected = torch.stack([torch.cat([tensors["a"], tensors["a"] + 1]), torch.cat([tensors["b"], tensors["c"].T])])
+    assert torch.equal(made.cpu(), expected.to(dtype))
+
+
+def test_regions_that_are_columns_are_filled_too(stored, device):
+    tensors, entries = stored
+    sources = [
+        Source(entries["a"], region=(slice(None), slice(0, 60))),
+        Source(entries["b"], region=(..., slice(60, 120))),
+    ]
+    made = execute(plan_of((40, 120), sources, Plain(torch.float32), device))["made"]
+    assert torch.equal(made.cpu(), torch.cat([tensors["a"], tensors["b"]], dim=1))
+
+
+def test_transposed_weight_is_quantized_as_its_transpose(tmp_path, device):
+    weight = torch.randn(128, 64)
+    save_file({"w": weight}, tmp_path / "w.safetensors")
+    entry = open_checkpoint(tmp_path / "w.safetensors").tensors["w"]
+    fmt = FourBit("nf4", 64, False, torch.uint8)
+    made = execute(plan_of((64, 128), [Source(entry, transposed=True)], fmt, device))["made"]
+    expected = quantize_as_bitsandbytes(weight.T.contiguous().to(device), "nf4")
+    assert torch.equal(made.data, expected["weight"])
+    assert torch.equal(made.quant_state.absmax, expected["absmax"])
+
+
+def test_weights_that_are_put_together_are_held_one_at_a_time(tmp_path, monkeypatch):
+    names = [f"w{i}" for i in range(4)]
+    save_file({name: torch.randn(128, 64) for name in names}, tmp_path / "w.safetensors")
+    entries = open_checkpoint(tmp_path / "w.safetensors").tensors
+    fmt = FourBit("nf4", 64, False, torch.uint8)
+    held, most = weakref.WeakSet(), []
+    allocate = DeviceStore.allocate
+
+    def watched(self, shape, dtype):
+        made = allocate(self, shape, dtype)
+        held.add(made)
+        most.append(len(held))
+        return made
+
+    monkeypatch.setattr(DeviceStore, "allocate", watched)
+    planned = [
+        PlannedTensor(
+            ModelTensor((name,), torch.empty(64, 128, device="meta"), True, True),
+            (64, 128),
+            (Source(entries[name], transposed=True),),
+            fmt,
+            torch.device("cpu"),
+        )
+        for name in names
+    ]
+    made = execute(Plan(tuple(planned), {}, {"": torch.device("cpu")}, CONFIG))
+    assert made.keys() == set(names)
+    assert max(most) == 1
+
+
+def test_empty_and_zero_dimensional_tensors_arrive(tmp_path, device):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scalar = nn.Parameter(torch.tensor(3.5))
+            self.empty = nn.Parameter(torch.empty(0, 4))
+            self.register_buffer("count", torch.tensor(9))
+
+    save_checkpoint(Odd(), tmp_path)
+    with init_empty_weights():
+        model = Odd()
+    model.count.zero_()
+    model = load_and_quantize_model(model, "nf4", tmp_path, device_map=device)
+    assert model.scalar.item() == 3.5
+    assert model.empty.shape == (0, 4)
+    assert model.count.item() == 9
+    assert not model.empty.is_meta
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_each_byte_is_read_once_and_in_file_order(tmp_path, monkeypatch, threads):
+    reads = []
+    begin = Reads.begin
+
+    def watched(self, file, buffers, offset):
+        reads.append((file, offset, sum(map(len, buffers))))
+        return begin(self, file, buffers, offset)
+
+    monkeypatch.setattr(Reads, "begin", watched)
+    monkeypatch.setenv("BIGLOAD_THREADS", str(threads))
+    monkeypatch.setenv("BIGLOAD_RING_BYTES", "8KiB")
+    save_checkpoint(GPT(), tmp_path, shards=3)
+    with init_empty_weights():
+        model = GPT()
+    seen = []
+    monkeypatch.setattr("tqdm.tqdm.update", lambda self, count=1: seen.append(count))
+    load_and_quantize_model(model, "nf4", tmp_path, device_map="cpu")
+    assert reads == sorted(reads)
+    assert all(a[0] != b[0] or a[1] + a[2] <= b[1] for a, b in itertools.pairwise(reads))
+    total = sum(tensor.nbytes for tensor in open_checkpoint(tmp_path).tensors.values())
+    assert sum(count for *_, count in reads) == total == sum(seen)
+
+
+@pytest.mark.cuda
+def test_pinned_ring_is_kept_for_the_next_load_until_it_is_released(tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    from bigload import release_buffers
+    from bigload.io import ring
+
+    save_checkpoint(GPT(), tmp_path)
+    for _ in range(2):
+        with init_empty_weights():
+            model = GPT()
+        load_and_quantize_model(model, "nf4", tmp_path, device_map=0)
+        assert ring._store.kept is not None
+    kept = ring._store.kept
+    with init_empty_weights():
+        model = GPT()
+    load_and_quantize_model(model, "nf4", tmp_path, device_map=0)
+    assert ring._store.kept is kept
+    release_buffers()
+    assert ring._store.kept is None

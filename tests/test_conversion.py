@@ -1,0 +1,383 @@
+"""A checkpoint quantized file to file has the bits of one that was loaded and saved, whatever became of the run."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from models import (
+    FOUR_BIT,
+    GPT,
+    Layers,
+    assert_same_bits,
+    contents,
+    empty,
+    failing_at,
+    llama,
+    loaded,
+    save,
+    save_checkpoint,
+    stored,
+)
+from torch import nn
+
+from bigload import (
+    BnbQuantizationConfig,
+    CheckpointError,
+    ConfigError,
+    QuantizationError,
+    conversion,
+    load_and_quantize_model,
+    quantize_checkpoint,
+    save_quantized_model,
+)
+from bigload.cli import main
+
+MODES = (*FOUR_BIT, "int8")
+
+
+def source(folder, build=Layers, dtype=torch.bfloat16, **options):
+    torch.manual_seed(0)
+    return save_checkpoint(build(), folder, dtype=dtype, **options)
+
+
+def without_padding(state):
+    """A double-quantized weight is described in JSON whose length no value changes: spaces follow it."""
+    return {
+        name: torch.tensor(list(bytes(tensor.numpy()).rstrip())) if ".quant_state." in name else tensor
+        for name, tensor in state.items()
+    }
+
+
+@pytest.mark.parametrize("ring", ["1KiB", "128MiB"])
+@pytest.mark.parametrize("max_shard_size", ["5GB", 2_000, 1])
+@pytest.mark.parametrize("mode", MODES)
+def test_files_hold_what_a_load_makes(tmp_path, device, monkeypatch, mode, max_shard_size, ring):
+    folder = source(tmp_path / "source", shards=3)
+    model = loaded(folder, device, mode)
+    monkeypatch.setenv("BIGLOAD_RING_BYTES", ring)  # the least: a row of int8 does not fit a slot
+    quantize_checkpoint(folder, tmp_path / "made", mode, model=empty(), max_shard_size=max_shard_size, device=device)
+    again = loaded(tmp_path / "made", device)
+    assert_same_bits(again.state_dict(), model.state_dict())
+    save_quantized_model(model, tmp_path / "saved", max_shard_size)
+    assert_same_bits(without_padding(stored(tmp_path / "made")), without_padding(stored(tmp_path / "saved")))
+    made, saved = (json.loads((tmp_path / name / "bigload.json").read_text()) for name in ("made", "saved"))
+    assert made | {"layout": ""} == saved | {"layout": ""}  # the padding is part of it
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("blocksize", [64, 128])
+def test_every_choice_of_the_config_counts(tmp_path, device, blocksize, storage):
+    folder = source(tmp_path / "source", dtype=torch.float32)
+    config = BnbQuantizationConfig.from_mode(
+        "nf4-dq",
+        bnb_4bit_blocksize=blocksize,
+        bnb_4bit_quant_storage=storage,
+        torch_dtype="fp16",
+        skip_modules=["proj", "head"],
+        keep_in_fp32_modules=["norm"],
+        bnb_4bit_compute_dtype="fp32",
+    )
+    model = loaded(folder, device, config)
+    quantize_checkpoint(folder, tmp_path / "made", config, model=empty(), device=device)
+    again = loaded(tmp_path / "made", device)
+    assert_same_bits(again.state_dict(), model.state_dict())
+    assert type(again.proj) is nn.Linear
+    assert again.norm.weight.dtype == torch.float32
+    assert again.c_proj.compute_dtype == torch.float32
+
+
+@pytest.mark.parametrize("mode", ["nf4-dq", "int8"])
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "gpt2", "t5", "mixtral"])
+def test_from_files_and_a_config_alone(tmp_path, device, name, mode):
+    """GPT-2's weights are transposed, Mixtral's experts merged from others; transformers reads what was made."""
+    sys.path.insert(0, str(Path(__file__).parent / "interop"))
+    from architectures import build
+
+    torch.manual_seed(0)
+    full = build(name).bfloat16()
+    full.save_pretrained(tmp_path / "source")
+    (tmp_path / "source" / "tokenizer.json").write_text("{}")
+    quantize_checkpoint(tmp_path / "source", tmp_path / "made", mode, max_shard_size="20KB", device=device)
+    assert (tmp_path / "made" / "tokenizer.json").read_text() == "{}"
+    model = load_and_quantize_model(
+        empty(lambda: type(full)(full.config)), mode, tmp_path / "source", device_map=device
+    )
+    again = load_and_quantize_model(
+        empty(lambda: type(full)(full.config)), None, tmp_path / "made", device_map=device, strict=True
+    )
+    assert_same_bits(again.state_dict(), model.state_dict())
+    theirs = type(full).from_pretrained(tmp_path / "made", device_map={"": device})
+    assert_same_bits(theirs.state_dict(), model.state_dict())
+
+
+def test_pickled_checkpoint(tmp_path, device):
+    torch.manual_seed(0)
+    full = Layers().half()
+    (tmp_path / "source").mkdir()
+    torch.save(full.state_dict(), tmp_path / "source" / "pytorch_model.bin")
+    quantize_checkpoint(tmp_path / "source", tmp_path / "made", "nf4", model=empty(), device=device)
+    model = loaded(tmp_path / "source", device, "nf4")
+    assert_same_bits(loaded(tmp_path / "made", device).state_dict(), model.state_dict())
+
+
+def test_command_quantizes_and_says_what_it_made(tmp_path, capsys):
+    llama(False).bfloat16().save_pretrained(tmp_path / "source")
+    assert (
+        main(["quantize", str(tmp_path / "source"), str(tmp_path / "made"), "--quant", "int8", "--device", "cpu"]) == 0
+    )
+    assert "as int8" in capsys.readouterr().out
+    assert main(["quantize", str(tmp_path / "source"), str(tmp_path / "made"), "--device", "cpu"]) == 1
+    assert "not empty" in capsys.readouterr().err
+    again = [str(tmp_path / "source"), str(tmp_path / "made"), "--device", "cpu", "--overwrite"]
+    assert main(["quantize", *again]) == 0
+    assert "as nf4" in capsys.readouterr().out
+
+
+# Runs that do not reach their end.
+
+
+@pytest.mark.parametrize("call", [1, 5, 20])
+def test_full_disk_leaves_nothing(tmp_path, device, monkeypatch, call):
+    folder = source(tmp_path / "source")
+    before = contents(tmp_path)
+    monkeypatch.setattr(os, "pwrite", failing_at(call, OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(CheckpointError, match=r"made' cannot be written.*No space left"):
+        quantize_checkpoint(folder, tmp_path / "made", "nf4", model=empty(), max_shard_size="4KB", device=device)
+    assert contents(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("mode", ["nf4-dq", "int8"])
+@pytest.mark.parametrize("call", [1, 4, 9, 15])
+def test_interrupted_run_goes_on_and_ends_with_the_same_bytes(tmp_path, device, monkeypatch, mode, call):
+    folder = source(tmp_path / "source", shards=2)
+
+    def run(name):
+        quantize_checkpoint(folder, tmp_path / name, mode, model=empty(), max_shard_size="4KB", device=device)
+
+    run("expected")
+    monkeypatch.setattr(os, "pwrite", failing_at(call, KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        run("made")
+    monkeypatch.undo()
+    assert not (tmp_path / "made").exists()
+    finished = sorted((tmp_path / ".made.partial").glob("*.safetensors"))
+    times = {path.name: path.stat().st_mtime_ns for path in finished}
+    run("made")
+    assert contents(tmp_path / "made") == contents(tmp_path / "expected")
+    assert {name: (tmp_path / "made" / name).stat().st_mtime_ns for name in times} == times  # kept, not made again
+    assert call < 15 or times
+    assert not (tmp_path / ".made.partial").exists()
+
+
+def test_finished_files_of_another_run_are_not_taken(tmp_path, device, monkeypatch):
+    folder = source(tmp_path / "source")
+    for mode, error in (("nf4", KeyboardInterrupt()), ("fp4", None)):
+        if error:
+            monkeypatch.setattr(os, "pwrite", failing_at(25, error))
+            with pytest.raises(KeyboardInterrupt):
+                quantize_checkpoint(folder, tmp_path / "made", mode, model=empty(), max_shard_size=1, device=device)
+            monkeypatch.undo()
+            assert list((tmp_path / ".made.partial").glob("*.safetensors"))
+        else:
+            quantize_checkpoint(folder, tmp_path / "made", mode, model=empty(), max_shard_size=1, device=device)
+    assert_same_bits(loaded(tmp_path / "made", device).state_dict(), loaded(folder, device, "fp4").state_dict())
+
+
+KILLED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import torch
+from models import GPT, empty
+from bigload import quantize_checkpoint
+torch.set_num_threads(1)
+print("ready", flush=True)
+model = empty(lambda: GPT(layers=24))
+quantize_checkpoint({source!r}, {target!r}, "nf4-dq", model=model, max_shard_size="30KB", device="cpu")
+"""
+
+
+def test_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(tmp_path):
+    def build():
+        return GPT(layers=24)
+
+    folder = source(tmp_path / "source", build)
+    quantize_checkpoint(
+        folder, tmp_path / "expected", "nf4-dq", model=empty(build), max_shard_size="30KB", device="cpu"
+    )
+    code = KILLED.format(tests=str(Path(__file__).parent), source=str(folder), target=str(tmp_path / "made"))
+    kept = []
+    for pause_s in (0.05, 0.1, 0.2):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+        )
+        process.stdout.readline()
+        time.sleep(pause_s)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kept.append(len(list((tmp_path / ".made.partial").glob("*.safetensors"))))
+        if (tmp_path / "made").exists():
+            break
+    if not (tmp_path / "made").exists():
+        quantize_checkpoint(
+            folder, tmp_path / "made", "nf4-dq", model=empty(build), max_shard_size="30KB", device="cpu"
+        )
+    assert contents(tmp_path / "made") == contents(tmp_path / "expected")
+
+
+def test_finished_files_made_of_other_tensors_are_not_taken(tmp_path, device, monkeypatch):
+    """By a run that read the same checkpoint by other names."""
+    torch.manual_seed(0)
+    one, other = Layers().state_dict(), Layers().state_dict()
+    state = {f"model.{name}": value for name, value in one.items()}
+    state |= {f"ema.{name}": value.clone() for name, value in other.items()}
+    save(state, tmp_path / "source")
+    save(other, tmp_path / "other")
+
+    def run(prefix):
+        mapping = {f"^{prefix}": ""}
+        options = {"model": empty(), "max_shard_size": 1, "device": device, "key_mapping": mapping}
+        quantize_checkpoint(tmp_path / "source", tmp_path / "made", "nf4", **options)
+
+    monkeypatch.setattr(os, "pwrite", failing_at(30, KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        run("model.")
+    monkeypatch.undo()
+    assert list((tmp_path / ".made.partial").glob("*.safetensors"))
+    run("ema.")
+    assert_same_bits(
+        loaded(tmp_path / "made", device).state_dict(), loaded(tmp_path / "other", device, "nf4").state_dict()
+    )
+
+
+def test_a_second_run_for_the_same_folder_is_refused_while_one_is_at_work(tmp_path, device):
+    folder = source(tmp_path / "source")
+
+    def run(**options):
+        quantize_checkpoint(folder, tmp_path / "made", "nf4", model=empty(), device=device, **options)
+
+    with conversion._alone(tmp_path / "made"), pytest.raises(CheckpointError, match="another run is making"):
+        run()
+    run()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "source"]
+
+
+def test_what_comes_to_the_target_meanwhile_is_not_lost(tmp_path, device, monkeypatch):
+    folder, describe = source(tmp_path / "source"), conversion._describe
+
+    def appearing(*arguments):
+        describe(*arguments)
+        (tmp_path / "made").mkdir()
+        (tmp_path / "made" / "thesis.txt").write_text("mine")
+
+    monkeypatch.setattr(conversion, "_describe", appearing)
+    with pytest.raises(CheckpointError, match="not empty"):
+        quantize_checkpoint(folder, tmp_path / "made", "nf4", model=empty(), device=device)
+    assert contents(tmp_path / "made") == {"thesis.txt": b"mine"}
+
+
+def test_other_files_of_source_and_target_are_there_whole(tmp_path, device, monkeypatch):
+    folder = source(tmp_path / "source")
+    (folder / "tokenizer.json").write_text("{}" * 500)
+    (folder / "more").mkdir()
+
+    def run(**more):
+        quantize_checkpoint(folder, tmp_path / "made", "nf4", model=empty(), device=device, **more)
+
+    copy = shutil.copyfile
+
+    def half(path, other):
+        other.write_bytes(path.read_bytes()[:10])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "copyfile", half)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    monkeypatch.setattr(shutil, "copyfile", copy)
+    run()
+    assert (tmp_path / "made" / "tokenizer.json").read_text() == "{}" * 500
+    assert not (tmp_path / "made" / "more").exists()
+    (tmp_path / "made" / "NOTES.md").write_text("mine")
+    run(overwrite=True)
+    assert (tmp_path / "made" / "NOTES.md").read_text() == "mine"
+
+
+def test_home_is_meant_by_a_tilde(tmp_path, device, monkeypatch):
+    source(tmp_path / "source")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    quantize_checkpoint("~/source", "~/made", "nf4", model=empty(), device=device)
+    save_quantized_model(loaded("~/made", device), "~/saved")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "saved", "source"]
+
+
+def test_a_file_may_be_quantized_into_a_folder_beside_it(tmp_path, device):
+    folder = source(tmp_path)
+    (tmp_path / "mine.txt").write_text("mine")
+    quantize_checkpoint(folder / "model.safetensors", tmp_path / "made", "nf4", model=empty(), device=device)
+    assert sorted(path.name for path in (tmp_path / "made").iterdir()) == ["bigload.json", "model.safetensors"]
+    assert_same_bits(
+        loaded(tmp_path / "made", device).state_dict(),
+        loaded(tmp_path / "model.safetensors", device, "nf4").state_dict(),
+    )
+
+
+def test_command_loads_what_the_command_quantized(tmp_path, capsys):
+    llama(False).bfloat16().save_pretrained(tmp_path / "source")
+    made = str(tmp_path / "made")
+    assert main(["quantize", str(tmp_path / "source"), made, "--quant", "nf4-dq", "--device", "cpu"]) == 0
+    capsys.readouterr()
+    assert main(["load", made, "--device-map", "cpu"]) == 0
+    assert "as nf4-dq" in capsys.readouterr().out
+
+
+# What is refused.
+
+
+def test_target_where_the_source_is(tmp_path, device):
+    folder = source(tmp_path / "source")
+    (tmp_path / "link").symlink_to(folder)
+    before = contents(folder)
+    for target in (folder, folder / "inside", tmp_path / "link", tmp_path / "link" / "inside", tmp_path):
+        with pytest.raises(CheckpointError, match=r"lies where the checkpoint is|holds .source"):
+            quantize_checkpoint(folder, target, "nf4", model=empty(), device=device, overwrite=True)
+    assert contents(folder) == before
+
+
+def test_what_cannot_be_quantized(tmp_path, device):
+    folder = source(tmp_path / "source")
+    quantize_checkpoint(folder, tmp_path / "made", "nf4", model=empty(), device=device)
+    with pytest.raises(CheckpointError, match="quantized already"):
+        quantize_checkpoint(tmp_path / "made", tmp_path / "other", "nf4", model=empty(), device=device)
+    with pytest.raises(ConfigError, match="int8-training"):
+        quantize_checkpoint(folder, tmp_path / "other", "int8-training", model=empty(), device=device)
+    config = BnbQuantizationConfig.from_mode("nf4", skip_modules=["*"])
+    with pytest.raises(ConfigError, match="nothing in this Layers would be quantized"):
+        quantize_checkpoint(folder, tmp_path / "other", config, model=empty(), device=device)
+    for target in (None, "", 3):
+        with pytest.raises(ConfigError, match="expected a path"):
+            quantize_checkpoint(folder, target, "nf4", model=empty(), device=device)
+    with pytest.raises(CheckpointError, match=r"no config\.json.*model="):
+        quantize_checkpoint(folder, tmp_path / "other", "nf4", device=device)
+    with pytest.raises(CheckpointError, match=r"missing|without a source|not in the checkpoint"):
+        quantize_checkpoint(folder, tmp_path / "other", "nf4", model=empty(GPT), device=device)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "source"]
+
+
+@pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "int8"])
+def test_values_that_the_format_cannot_hold_are_named(tmp_path, device, mode):
+    full = Layers()
+    with torch.no_grad():
+        full.proj.weight[3, 3] = float("inf")
+    save_checkpoint(full, tmp_path / "source")
+    with pytest.raises(QuantizationError, match=r"'proj\.weight': values that are not finite"):
+        quantize_checkpoint(tmp_path / "source", tmp_path / "made", mode, model=empty(), device=device)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
