@@ -5,8 +5,8 @@ import weakref
 
 import pytest
 import torch
-from groups import at_rest, parts_of
 from models import equal
+from streaming import at_rest, parts_of
 
 from bigload.hardware import pinned
 from bigload.hardware.pinned import ALIGNMENT, HostGroup, Layout

@@ -98,4 +98,4 @@ def test_model_built_on_meta_gets_its_buffers_back(saved, name):
 
 def test_table_of_the_default_skip_sets_in_the_docs_is_the_one_made_here():
     path = architectures.DOCUMENT
-    assert path.read_text() == architectures.document(), "run: python tests/interop/architectures.py"
+    assert path.read_text() == architectures.document(), "run: python tests/helpers/architectures.py"

@@ -10,9 +10,9 @@ import threading
 
 import pytest
 import torch
-from groups import at_rest, group_of, tensors_of
 from models import GPT, Attended, assert_same_bits, equal
 from safetensors.torch import load_file, save_file
+from streaming import MODES, assert_at_rest, at_rest, group_of, linears, poison, resident, stream, tensors_of, tokens
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,66 +23,6 @@ from bigload.offload.engine import Engine
 from bigload.offload.groups import Group
 from bigload.offload.leaves import Leaf
 from bigload.offload.slots import CudaLane, Lane
-from bigload.quantization.layers import streamed_forward
-
-MODES = ("fp32", "bf16", "int8", "nf4", "nf4-dq", "fp4")
-
-
-class Poisoned(HostGroup):
-    """Holds its bytes where nobody views them; what is viewed at rest is 0xFF: NaN, -1, the last entry of a table."""
-
-    @property
-    def source(self):
-        return self.truth
-
-
-def poison(group):
-    store = group.store
-    store.truth = store._memory.clone()
-    store._memory.fill_(0xFF)
-    store.__class__ = Poisoned
-
-
-def resident(mode, device, layers=3):
-    """A model whose weights are on its device; on the CPU its 4-bit layers keep no packed twin, as streamed ones."""
-    torch.manual_seed(7)
-    model = GPT(layers=layers).eval()
-    if mode in ("fp32", "bf16"):
-        model.to(device, torch.float32 if mode == "fp32" else torch.bfloat16)
-    else:
-        model = load_and_quantize_model(model, mode, device_map=device)
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.forward = streamed_forward(module)
-    return model.requires_grad_(False)
-
-
-def linears(model, path):
-    return [Leaf(name, m) for name, m in model.named_modules() if name.startswith(path) and isinstance(m, nn.Linear)]
-
-
-def stream(model, device, slots=2, poisoned=True):
-    groups = [
-        group_of(f"h.{i}", linears(model, f"transformer.h.{i}."), device) for i in range(len(model.transformer["h"]))
-    ]
-    if poisoned:
-        for group in groups:
-            poison(group)
-    return Engine(model, groups, device, slots)
-
-
-def tokens(device, time=16):
-    return torch.randint(0, 96, (2, time), generator=torch.Generator().manual_seed(3)).to(device)
-
-
-def assert_at_rest(engine):
-    assert not any(slot.users for slot in engine._slots)
-    for group, by_leaf in engine._cells.items():
-        for cells in by_leaf.values():
-            for cell in cells:
-                assert not cell.is_used()
-                assert not cell.is_away
-                assert cell.get().data_ptr() == group.store.tensors[cell.name].data_ptr()
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])

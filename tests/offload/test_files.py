@@ -11,26 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from groups import parts_of, tensors_of
 from models import assert_same_bits, equal
-from test_streaming import MODES, linears, resident, tokens
+from streaming import MODES, linears, resident, tensors_of, tokens, written
 
 from bigload.errors import OffloadError
 from bigload.io.async_reads import Reads
 from bigload.offload.engine import Engine
-from bigload.offload.files import FileGroup, FilePart, _drop_from_page_cache, spare_page_cache
+from bigload.offload.files import FileGroup, _drop_from_page_cache, spare_page_cache
 from bigload.offload.groups import Group
-
-
-def written(tensors, file):
-    """Write tensors one after the other, 8 bytes apart as in safetensors, and say where."""
-    parts, content = {}, b"header--"
-    for name, part in parts_of(tensors).items():
-        parts[name] = FilePart(file, len(content), part)
-        values = tensors[name].cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        content += values + b"-" * (-len(values) % 8)
-    file.write_bytes(content)
-    return parts
 
 
 def stream_from_disk(model, device, folder, slots=2):

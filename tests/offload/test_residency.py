@@ -10,10 +10,8 @@ import weakref
 
 import pytest
 import torch
-from groups import at_rest, group_of, tensors_of
 from models import equal
-from test_disk import written
-from test_streaming import assert_at_rest, linears, poison, resident, stream, tokens
+from streaming import assert_at_rest, at_rest, group_of, linears, poison, resident, stream, tensors_of, tokens, written
 from torch import nn
 
 from bigload.errors import ConfigError, OffloadError

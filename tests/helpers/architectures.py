@@ -109,7 +109,7 @@ _INTRODUCTION = """# What is quantized by default, family by family
 
 Given the same explicit list of modules to skip, bigload and transformers' own loader make the same bits for each of
 these families (`tests/interop/test_architectures.py`). Without a list each follows its own rules, and this is where
-they differ; "the rest" is quantized by both. This table is made by `python tests/interop/architectures.py`.
+they differ; "the rest" is quantized by both. This table is made by `python tests/helpers/architectures.py`.
 
 | family | model | quantized by bigload only | by transformers only |
 |---|---|---|---|

@@ -1,0 +1,108 @@
+"""Models whose weights are streamed, from host memory or files, as a load leaves them."""
+
+import torch
+from models import GPT
+from torch import nn
+
+from bigload import load_and_quantize_model
+from bigload.hardware.pinned import HostGroup
+from bigload.offload.engine import Engine
+from bigload.offload.files import FilePart
+from bigload.offload.groups import Group
+from bigload.offload.leaves import Leaf, cells_of
+from bigload.quantization.formats import Part
+from bigload.quantization.layers import streamed_forward
+
+MODES = ("fp32", "bf16", "int8", "nf4", "nf4-dq", "fp4")
+
+
+def parts_of(tensors):
+    """Describe tensors as parts."""
+    return {name: Part(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def tensors_of(leaves):
+    """Give what is streamed of leaves, by name."""
+    return {cell.name: cell.get() for leaf in leaves for cell in cells_of(leaf)}
+
+
+def at_rest(tensors, device):
+    """Copy tensors into host memory, from which they are brought to a device."""
+    store = HostGroup(parts_of(tensors), device)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            store.tensors[name].copy_(tensor)
+    return store
+
+
+def group_of(name, leaves, device):
+    """Copy the weights of leaves into host memory."""
+    return Group(name, tuple(leaves), at_rest(tensors_of(leaves), device))
+
+
+def written(tensors, file):
+    """Write tensors one after the other, 8 bytes apart as in safetensors, and say where."""
+    parts, content = {}, b"header--"
+    for name, part in parts_of(tensors).items():
+        parts[name] = FilePart(file, len(content), part)
+        values = tensors[name].cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        content += values + b"-" * (-len(values) % 8)
+    file.write_bytes(content)
+    return parts
+
+
+class Poisoned(HostGroup):
+    """Holds its bytes where nobody views them; what is viewed at rest is 0xFF: NaN, -1, the last entry of a table."""
+
+    @property
+    def source(self):
+        return self.truth
+
+
+def poison(group):
+    store = group.store
+    store.truth = store._memory.clone()
+    store._memory.fill_(0xFF)
+    store.__class__ = Poisoned
+
+
+def resident(mode, device, layers=3):
+    """A model whose weights are on its device; on the CPU its 4-bit layers keep no packed twin, as streamed ones."""
+    torch.manual_seed(7)
+    model = GPT(layers=layers).eval()
+    if mode in ("fp32", "bf16"):
+        model.to(device, torch.float32 if mode == "fp32" else torch.bfloat16)
+    else:
+        model = load_and_quantize_model(model, mode, device_map=device)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.forward = streamed_forward(module)
+    return model.requires_grad_(False)
+
+
+def linears(model, path):
+    return [Leaf(name, m) for name, m in model.named_modules() if name.startswith(path) and isinstance(m, nn.Linear)]
+
+
+def stream(model, device, slots=2, poisoned=True):
+    groups = [
+        group_of(f"h.{i}", linears(model, f"transformer.h.{i}."), device) for i in range(len(model.transformer["h"]))
+    ]
+    if poisoned:
+        for group in groups:
+            poison(group)
+    return Engine(model, groups, device, slots)
+
+
+def tokens(device, time=16):
+    return torch.randint(0, 96, (2, time), generator=torch.Generator().manual_seed(3)).to(device)
+
+
+def assert_at_rest(engine):
+    assert not any(slot.users for slot in engine._slots)
+    for group, by_leaf in engine._cells.items():
+        for cells in by_leaf.values():
+            for cell in cells:
+                assert not cell.is_used()
+                assert not cell.is_away
+                assert cell.get().data_ptr() == group.store.tensors[cell.name].data_ptr()
