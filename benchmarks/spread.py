@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .checkpoints import build
-from .config import begin, step_seconds, timed
+from .offload import begin, step_seconds, timed
 from .files import shards, total_bytes, warm
 from .limits import describe_machine, measure_limits
 

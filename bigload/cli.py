@@ -132,10 +132,11 @@ def _load(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from .checkpoint.writer import WEIGHTS
+    from .checkpoint.folders import WEIGHTS
     from .model.transformers_facts import empty_model
+    from .planning.plan import plan_table
     from .planning.planner import plan_device_map
-    from .planning.report import draw_plan, plan_json, plan_table
+    from .planning.report import draw_plan, plan_json
 
     folder = options.path
     has_weights = folder.is_dir() and any(path.name.endswith(WEIGHTS) for path in folder.iterdir())

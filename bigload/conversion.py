@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from .checkpoint.checkpoint import Checkpoint, WeightsLocation, open_checkpoint
+from .checkpoint.folders import checked_target, copy_the_rest, put_in_place
 from .checkpoint.record import FORMAT_VERSION, RECORD_NAME, Record
-from .checkpoint.writer import ShardWriter, checked_target, copy_the_rest, put_in_place, write_json
+from .checkpoint.writer import ShardWriter, write_json
 from .config import as_config
 from .errors import CheckpointError, ConfigError
 from .hardware.devices import Device

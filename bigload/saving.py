@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .checkpoint.folders import new_folder
 from .checkpoint.record import RECORD_NAME, Record
-from .checkpoint.writer import Entry, ShardWriter, new_folder, write_json
+from .checkpoint.writer import Entry, ShardWriter, write_json
 from .config import BnbQuantizationConfig
 from .errors import ConfigError, QuantizationError, listed
 from .model import transformers_facts

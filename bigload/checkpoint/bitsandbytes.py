@@ -12,20 +12,16 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from ..config import BLOCKSIZES, STORAGES, BnbQuantizationConfig
-from ..errors import CheckpointError, ConfigError, listed
+from ..config import BLOCKSIZES, STORAGES
+from ..errors import CheckpointError, listed
 from ..io.tensors import StoredTensor, read_whole
 from ..quantization.formats import NESTED_BLOCKSIZE, TABLES, FourBit, Int8
 
-if TYPE_CHECKING:
-    from .checkpoint import Checkpoint
-
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(nf4|fp4)")
 _FOUR_BIT_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
@@ -69,65 +65,6 @@ def gathered(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{listed(orphans)}: parts of quantized weights whose quant_state is missing")
     # Each in the place of its weight, so that the order stays that of the file.
     return {name: made.get(name, tensor) for name, tensor in tensors.items() if name in made or name not in taken}
-
-
-def config_of(checkpoint: Checkpoint, given: BnbQuantizationConfig | None) -> BnbQuantizationConfig:
-    """Give the config of a checkpoint that is quantized already.
-
-    Args:
-        checkpoint: its weights and, beside it, perhaps a config.json with a `quantization_config`.
-        given: the caller's, which may choose what is not in the weights: compute dtype, threshold, torch_dtype.
-
-    Raises:
-        CheckpointError: its weights are quantized in more than one way.
-        ConfigError: `given` asks for another way.
-    """
-    formats = {tensor.format: tensor for tensor in checkpoint.tensors.values() if isinstance(tensor, QuantizedTensor)}
-    if len(formats) > 1:
-        one, other = list(formats.values())[:2]
-        raise CheckpointError(
-            f"'{one.name}' is stored as {one.format}, '{other.name}' as {other.format}: a model has one of them"
-        )
-    (fmt,) = formats
-    fields: dict[str, Any] = {"load_in_8bit": isinstance(fmt, Int8), "load_in_4bit": isinstance(fmt, FourBit)}
-    if isinstance(fmt, FourBit):
-        fields["bnb_4bit_quant_type"] = fmt.quant_type
-        fields["bnb_4bit_use_double_quant"] = fmt.double_quant
-        fields["bnb_4bit_blocksize"] = fmt.blocksize
-        fields["bnb_4bit_quant_storage"] = fmt.quant_storage
-    if given is None:
-        if checkpoint.record is None:
-            return BnbQuantizationConfig(**fields, **_said_beside(checkpoint.location))
-        given = checkpoint.record.config
-    fields["llm_int8_has_fp16_weight"] = False
-    asked = {name: getattr(given, name) for name in fields}
-    wrong = [f"{name}={asked[name]}, not {value}" for name, value in fields.items() if asked[name] != value]
-    if wrong:
-        raise ConfigError(
-            f"'{checkpoint.location}' is quantized already, otherwise than the config says ({'; '.join(wrong)}): pass "
-            "None for the checkpoint's own config, or give the original checkpoint"
-        )
-    return given
-
-
-def _said_beside(location: Path) -> dict[str, Any]:
-    """Give what a config.json beside the weights says of how they compute, which the weights do not."""
-    said: dict[str, Any] = {"torch_dtype": "auto", "bnb_4bit_compute_dtype": "auto"}
-    try:
-        model = json.loads((location.parent / "config.json").read_text())
-        config = model["quantization_config"]
-        threshold, compute_dtype = config.get("llm_int8_threshold"), config.get("bnb_4bit_compute_dtype")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return said  # no such file, or of another model's
-    # Where a model of transformers is kept in float32 in part, most bytes may be float32.
-    dtype = model.get("dtype", model.get("torch_dtype"))
-    if isinstance(dtype, str) and dtype in _DTYPES:
-        said["torch_dtype"] = dtype
-    if isinstance(compute_dtype, str) and compute_dtype in _DTYPES:
-        said["bnb_4bit_compute_dtype"] = compute_dtype
-    if isinstance(threshold, (int, float)) and not isinstance(threshold, bool) and threshold >= 0:
-        said["llm_int8_threshold"] = float(threshold)
-    return said
 
 
 def _weight_of(name: str) -> str | None:
@@ -194,8 +131,8 @@ def _described(name: str, match: re.Match[str], blob: StoredTensor) -> dict[str,
         raise wrong(f"blocksize is {blocksize!r}")
     if not isinstance(shape, list) or not all(isinstance(size, int) and size >= 0 for size in shape):
         raise wrong(f"shape is {shape!r}")
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise wrong(f"dtype is {dtype!r}, none of {', '.join(_DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in FLOATS:
+        raise wrong(f"dtype is {dtype!r}, none of {', '.join(FLOATS)}")
     nested = "nested_blocksize" in state
     offset = state.get("nested_offset") if nested else 0.0
     if nested and (state["nested_blocksize"] != NESTED_BLOCKSIZE or state.get("nested_dtype") != "float32"):
@@ -205,7 +142,7 @@ def _described(name: str, match: re.Match[str], blob: StoredTensor) -> dict[str,
     return {
         "blocksize": blocksize,
         "shape": tuple(shape),
-        "dtype": _DTYPES[dtype],
+        "dtype": FLOATS[dtype],
         "nested": nested,
         "nested_offset": float(offset),
     }

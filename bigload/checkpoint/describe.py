@@ -12,8 +12,9 @@ from ..errors import counted
 from ..io.tensors import StoredTensor
 from ..quantization.formats import FourBit, Int8
 from ..sizes import show
-from .bitsandbytes import QuantizedTensor, config_of
+from .bitsandbytes import QuantizedTensor
 from .checkpoint import Checkpoint, WeightsLocation, open_checkpoint
+from .stored_config import config_of
 
 
 def describe_checkpoint(weights_location: WeightsLocation) -> str:

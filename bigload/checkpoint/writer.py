@@ -9,27 +9,25 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from ..errors import CheckpointError, ConfigError, listed
+from ..errors import CheckpointError
 from ..io.ring import as_bytes, pinned_memory
-from .checkpoint import DTYPES, NOT_WEIGHTS
-from .record import RECORD_NAME, layout_of
-from .syncing import Syncing
+from .record import layout_of
+from .safetensors import DTYPES
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX_NAME = "model.safetensors.index.json"
-# How files of weights, and their indexes, end.
-WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
-
+# Steps that may wait for the disk at once; each holds a file open.
+_MOST_WAITING = 4
 
 # Bytes after which a file is sent to the disk, while more of it is written: the system by itself would wait for longer.
 _SYNC_BYTES = 256 * 2**20
@@ -251,111 +249,33 @@ def _write(descriptor: int, buffer: memoryview, offset: int) -> None:
         buffer, offset = buffer[written:], offset + written
 
 
-@contextmanager
-def new_folder(target: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
-    """Fill a folder that is not there before all of it is: under another name beside it, then renamed.
+class Syncing(AbstractContextManager["Syncing"]):
+    """Takes steps that wait for the disk, in their order, in a thread of its own; none outlives the `with` block.
 
-    Args:
-        target: where it is to be; nothing is lost there if the block fails.
-        overwrite: whether what is there may be replaced.
-
-    Yields:
-        The folder to fill.
-
-    Raises:
-        CheckpointError: something is there that may not be replaced, or the folder cannot be written.
+    An error of a step is raised by the next call.
     """
-    target = checked_target(target, overwrite=overwrite)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:
-        raise CheckpointError(f"'{target}' cannot be written: {error}") from error
-    try:
-        made.chmod(0o777 & ~_umask())  # as any other folder: mkdtemp's is its owner's alone
-        yield made
-        put_in_place(made, checked_target(target, overwrite=overwrite))  # something may have come there meanwhile
-    except OSError as error:
-        raise CheckpointError(f"'{target}' cannot be written: {error}; nothing there has been changed") from error
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
 
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._going: deque[Future[object]] = deque()
 
-def checked_target(given: str | os.PathLike[str], *, overwrite: bool) -> Path:
-    """Give the real path of a folder that may be written.
+    @property
+    def is_idle(self) -> bool:
+        """Ask whether nothing waits for the disk."""
+        return all(step.done() for step in self._going)
 
-    Raises:
-        CheckpointError: something is there that may not be replaced, or cannot be.
-        ConfigError: not a path.
-    """
-    if not given or not isinstance(given, (str, os.PathLike)):
-        raise ConfigError(f"the folder to write is {given!r}; expected a path")
-    target = Path(os.path.realpath(Path(given).expanduser()))
-    if not target.exists():
-        return target
-    if not target.is_dir():
-        raise CheckpointError(f"'{target}' is a file: name a folder")
-    if os.path.ismount(target) or target == Path(os.path.realpath(Path.cwd())) or target in Path.cwd().parents:
-        raise CheckpointError(f"'{target}' cannot be put in place as a whole: name a folder inside it")
-    held = list(target.iterdir())
-    if held and not overwrite:
-        raise CheckpointError(
-            f"'{target}' is not empty: name another folder, or pass overwrite=True (--overwrite) to replace it"
-        )
-    inner = [path.name for path in held if path.is_dir()]
-    if inner or (held and not any(path.name.endswith(WEIGHTS) for path in held)):
-        raise CheckpointError(
-            f"'{target}' holds {listed(inner or [path.name for path in held])}: overwrite=True replaces a checkpoint, "
-            "and that is something else; name another folder"
-        )
-    return target
+    def begin(self, step: Callable[[], object]) -> None:
+        """Begin a step, or wait until fewer are going on."""
+        self._keep(_MOST_WAITING - 1)
+        self._going.append(self._pool.submit(step))
 
+    def finish(self) -> None:
+        """Wait for all steps that were begun."""
+        self._keep(0)
 
-def copy_the_rest(source: Path, made: Path) -> None:
-    """Copy a checkpoint's files that are no weights, a tokenizer for instance, where there are none of the name."""
-    for path in sorted(source.iterdir()):
-        is_weights = path.name.endswith(WEIGHTS) and not NOT_WEIGHTS.fullmatch(path.name)
-        if path.is_file() and not is_weights and path.name != RECORD_NAME and not (made / path.name).exists():
-            partial = made / f"{path.name}.partial"  # whole or not there
-            shutil.copyfile(path, partial)
-            _sync(partial)
-            partial.rename(made / path.name)
+    def _keep(self, most: int) -> None:
+        while self._going and (len(self._going) > most or self._going[0].done()):
+            self._going.popleft().result()
 
-
-def put_in_place(made: Path, target: Path) -> None:
-    """Give a folder its name, in place of a checkpoint that has it, whose other files stay; on the same file system.
-
-    Raises:
-        OSError: the file system refuses; then what was there is there still.
-    """
-    if target.exists():
-        copy_the_rest(target, made)
-    _sync(made)
-    if target.exists():
-        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
-            target.rename(aside)  # onto an empty folder
-            made.rename(target)
-        except BaseException:
-            if not target.exists():
-                aside.rename(target)
-            raise
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    else:
-        made.rename(target)
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)  # it cannot be asked for without being set
-    os.umask(mask)
-    return mask
+    def __exit__(self, *raised: object) -> None:
+        self._pool.shutdown()  # what is whole is worth the wait

@@ -7,7 +7,7 @@ import time
 import torch
 from torch.nn import functional
 
-from ..quantization.formats import Part
+from .layout import TensorSpec
 from .pinned import HostGroup
 
 _LINK_BYTES = 256 * 2**20
@@ -20,7 +20,7 @@ def link_gb_per_s(device: torch.device) -> float:
     Returns:
         10^9 bytes a second: the best of five copies, 256 MiB each.
     """
-    rest = HostGroup({"bytes": Part(torch.uint8, (_LINK_BYTES,))}, device)
+    rest = HostGroup({"bytes": TensorSpec(torch.uint8, (_LINK_BYTES,))}, device)
     target = torch.empty(_LINK_BYTES, dtype=torch.uint8, device=device)
     stream, best_ms = torch.cuda.current_stream(device), float("inf")
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import mmap
 import weakref
 from collections.abc import Callable, Mapping
@@ -12,51 +11,13 @@ from typing import Any
 
 import torch
 
-from ..quantization.formats import Part, Shape
 from ..sizes import show
 from .allocation import advise_huge_pages
+from .layout import Layout, TensorSpec, in_mapping
 
 logger = logging.getLogger(__name__)
 
-# Where a part of a group may begin: what CUDA's kernels and copies like best.
-ALIGNMENT = 256
-
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every GPU
-
-
-class Layout:
-    """Where the parts of a group lie in one piece of memory, the same on the host and on the device.
-
-    Attributes:
-        parts: what they are, by name.
-        offsets: where they begin, in bytes.
-        nbytes: of the whole.
-    """
-
-    def __init__(self, parts: Mapping[str, Part]) -> None:
-        self.parts = dict(parts)
-        self.offsets: dict[str, int] = {}
-        self.nbytes = 0
-        for name, part in parts.items():
-            self.offsets[name] = aligned(self.nbytes)
-            self.nbytes = self.offsets[name] + part.nbytes
-
-    @torch.inference_mode(False)
-    def views(self, memory: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Give the parts as tensors in a piece of memory.
-
-        Args:
-            memory: (nbytes or more,), uint8.
-        """
-        return {
-            name: memory[self.offsets[name] : self.offsets[name] + part.nbytes].view(part.dtype).view(part.shape)
-            for name, part in self.parts.items()
-        }
-
-
-def aligned(nbytes: int) -> int:
-    """Round up to where the next part may begin."""
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 class Store:
@@ -105,7 +66,7 @@ class HostGroup(Store):
     """
 
     @torch.inference_mode(False)
-    def __init__(self, parts: Mapping[str, Part], device: torch.device) -> None:
+    def __init__(self, parts: Mapping[str, TensorSpec], device: torch.device) -> None:
         """Make room for parts.
 
         Args:
@@ -152,14 +113,6 @@ class HostGroup(Store):
 
 class _Mapping(mmap.mmap):
     """Memory of just the size that is asked for; torch's own, if pinned, is rounded up to a power of two."""
-
-
-def in_mapping(mapping: Any, dtype: torch.dtype, offset: int, shape: Shape) -> torch.Tensor:
-    """Give a tensor in a mapping, or another buffer, which stays as long as it is viewed."""
-    count = math.prod(shape)
-    if not count:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(mapping, dtype=dtype, count=count, offset=offset).view(shape)
 
 
 def _pin(mapping: _Mapping, memory: torch.Tensor, device: torch.device) -> Callable[[], object] | None:

@@ -14,10 +14,10 @@ from weakref import WeakValueDictionary
 import torch
 
 from ..errors import OffloadError
-from ..hardware.pinned import Layout, Store, in_mapping
+from ..hardware.layout import Layout, TensorSpec, in_mapping
+from ..hardware.pinned import Store
 from ..io.async_reads import Read, Reads
 from ..io.ring import reader_threads
-from ..quantization.formats import Part
 
 # That read one group at once, while another is computed with.
 _THREADS = 8
@@ -39,7 +39,7 @@ class FilePart:
 
     file: Path
     offset: int
-    part: Part
+    part: TensorSpec
 
 
 class FileGroup(Store):

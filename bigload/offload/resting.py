@@ -10,11 +10,12 @@ from contextlib import AbstractContextManager
 import torch
 
 from ..hardware.devices import CPU
+from ..hardware.layout import TensorSpec
 from ..hardware.pinned import HostGroup, Store
 from ..planning.plan import PlacedUnit, Plan
 from ..planning.planned_tensors import PlannedTensor
 from ..quantization.bnb import QuantizedWeight
-from ..quantization.formats import Part, Plain
+from ..quantization.formats import Plain
 from ..quantization.quantizer import weight_of
 from .files import FileGroup, FilePart
 from .weight_cache import WeightCache
@@ -115,7 +116,7 @@ class Resting(AbstractContextManager["Resting"]):
         self._pool.shutdown()
 
 
-def _parts(placed: PlacedUnit) -> dict[str, Part]:
+def _parts(placed: PlacedUnit) -> dict[str, TensorSpec]:
     return {
         planned.tensor.name + _NAMES[part]: size
         for planned in placed.unit.offloaded

@@ -8,7 +8,8 @@ from typing import TypeGuard
 import torch
 
 from ..hardware.allocation import DeviceStore
-from ..hardware.pinned import HostGroup, Store, aligned
+from ..hardware.layout import aligned
+from ..hardware.pinned import HostGroup, Store
 from .background import Background, Landing
 from .files import Staging
 

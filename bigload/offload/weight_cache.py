@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..checkpoint.checkpoint import read_header
+from ..checkpoint.safetensors import read_header
 from ..errors import CheckpointError, OffloadError
 from ..io.tensors import LazyTensor, StoredTensor
 from ..planning.planned_tensors import PlannedTensor

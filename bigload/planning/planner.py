@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint.bitsandbytes import QuantizedTensor, config_of
+from ..checkpoint.bitsandbytes import QuantizedTensor
 from ..checkpoint.checkpoint import Checkpoint, WeightsLocation, open_checkpoint
 from ..checkpoint.record import Record
+from ..checkpoint.stored_config import config_of
 from ..config import BnbQuantizationConfig, OffloadConfig, as_config, as_offload_config
 from ..errors import CheckpointError, ConfigError, PlacementError, listed
 from ..hardware.devices import CPU, Device, DeviceMap

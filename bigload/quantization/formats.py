@@ -6,28 +6,15 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
-Shape = tuple[int, ...]
+from ..hardware.layout import Shape, TensorSpec
 
 # Scales of one double-quantized block, bitsandbytes' own constant.
 NESTED_BLOCKSIZE = 256
 # bitsandbytes' code tables, and how many values they have.
 TABLES = {"quant_map": 16, "nested_quant_map": 256}
-
-
-class Part(NamedTuple):
-    """One tensor of a weight as it lies in memory."""
-
-    dtype: torch.dtype
-    shape: Shape
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the part, without the allocator's rounding."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -36,18 +23,18 @@ class Plain:
 
     dtype: torch.dtype
 
-    def parts(self, shape: Shape) -> dict[str, Part]:
+    def parts(self, shape: Shape) -> dict[str, TensorSpec]:
         """Give the tensors that hold a weight of this shape, by name."""
-        return {"weight": Part(self.dtype, shape)}
+        return {"weight": TensorSpec(self.dtype, shape)}
 
 
 @dataclass(frozen=True)
 class Int8:
     """LLM.int8() rows: weight = CB * SCB / 127, one scale a row (arXiv 2208.07339, section 2)."""
 
-    def parts(self, shape: Shape) -> dict[str, Part]:
+    def parts(self, shape: Shape) -> dict[str, TensorSpec]:
         """Give the tensors that hold a weight of (out_features, in_features), by name."""
-        return {"weight": Part(torch.int8, shape), "SCB": Part(torch.float32, shape[:1])}
+        return {"weight": TensorSpec(torch.int8, shape), "SCB": TensorSpec(torch.float32, shape[:1])}
 
     def granule(self, shape: Shape) -> int:
         """Count the values that have one scale, and so are quantized together: a row."""
@@ -66,7 +53,7 @@ class FourBit:
     double_quant: bool
     quant_storage: torch.dtype
 
-    def parts(self, shape: Shape) -> dict[str, Part]:
+    def parts(self, shape: Shape) -> dict[str, TensorSpec]:
         """Give the tensors that hold a weight of this shape, by name.
 
         Raises:
@@ -76,14 +63,14 @@ class FourBit:
         packed, blocks = (numel + 1) // 2, -(-numel // self.blocksize)
         if packed % self.quant_storage.itemsize:
             raise ValueError(f"{packed} packed bytes do not divide into elements of {self.quant_storage}")
-        weight = Part(self.quant_storage, (packed // self.quant_storage.itemsize, 1))
+        weight = TensorSpec(self.quant_storage, (packed // self.quant_storage.itemsize, 1))
         if not self.double_quant:
-            return {"weight": weight, "absmax": Part(torch.float32, (blocks,)), "quant_map": _table("quant_map")}
+            return {"weight": weight, "absmax": TensorSpec(torch.float32, (blocks,)), "quant_map": _table("quant_map")}
         return {
             "weight": weight,
-            "absmax": Part(torch.uint8, (blocks,)),
-            "nested_absmax": Part(torch.float32, (-(-blocks // NESTED_BLOCKSIZE),)),
-            "nested_offset": Part(torch.float32, ()),
+            "absmax": TensorSpec(torch.uint8, (blocks,)),
+            "nested_absmax": TensorSpec(torch.float32, (-(-blocks // NESTED_BLOCKSIZE),)),
+            "nested_offset": TensorSpec(torch.float32, ()),
             "quant_map": _table("quant_map"),
             "nested_quant_map": _table("nested_quant_map"),
         }
@@ -93,8 +80,8 @@ class FourBit:
         return self.blocksize
 
 
-def _table(name: str) -> Part:
-    return Part(torch.float32, (TABLES[name],))
+def _table(name: str) -> TensorSpec:
+    return TensorSpec(torch.float32, (TABLES[name],))
 
 
 Format = Plain | Int8 | FourBit

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from bigload.checkpoint.checkpoint import Checkpoint, open_checkpoint, read_header
+from bigload.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from bigload.checkpoint.safetensors import read_header
 from bigload.errors import CheckpointError
 from bigload.io.tensors import StoredTensor, read_whole
 

@@ -9,15 +9,15 @@ from models import equal
 from streaming import at_rest, parts_of
 
 from bigload.hardware import pinned
-from bigload.hardware.pinned import ALIGNMENT, HostGroup, Layout
-from bigload.quantization.formats import Part
+from bigload.hardware.layout import Layout, TensorSpec
+from bigload.hardware.pinned import ALIGNMENT, HostGroup
 
 PARTS = {
-    "packed": Part(torch.uint8, (33, 1)),
-    "scales": Part(torch.float32, (5,)),
-    "offset": Part(torch.float32, ()),
-    "none": Part(torch.bfloat16, (0, 4)),
-    "rows": Part(torch.int8, (3, 7)),
+    "packed": TensorSpec(torch.uint8, (33, 1)),
+    "scales": TensorSpec(torch.float32, (5,)),
+    "offset": TensorSpec(torch.float32, ()),
+    "none": TensorSpec(torch.bfloat16, (0, 4)),
+    "rows": TensorSpec(torch.int8, (3, 7)),
 }
 
 
@@ -39,7 +39,7 @@ def test_parts_begin_at_multiples_of_the_alignment_and_do_not_overlap():
 
 
 def test_size_is_that_of_the_parts():
-    parts = {str(index): Part(torch.uint8, (300_000 + index, 1)) for index in range(20)}
+    parts = {str(index): TensorSpec(torch.uint8, (300_000 + index, 1)) for index in range(20)}
     nbytes = sum(part.nbytes for part in parts.values())
     assert nbytes <= Layout(parts).nbytes < 1.001 * nbytes
 
@@ -71,7 +71,7 @@ def test_each_part_has_a_storage_of_its_own(device):
 
 def test_group_without_bytes_is_no_error(device):
     assert HostGroup({}, device).source.numel() == 0
-    assert HostGroup({"none": Part(torch.float32, (0,))}, device).tensors["none"].shape == (0,)
+    assert HostGroup({"none": TensorSpec(torch.float32, (0,))}, device).tensors["none"].shape == (0,)
 
 
 def test_memory_is_freed_when_the_last_view_is_gone(device):

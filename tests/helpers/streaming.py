@@ -5,12 +5,12 @@ from models import GPT
 from torch import nn
 
 from bigload import load_and_quantize_model
+from bigload.hardware.layout import TensorSpec
 from bigload.hardware.pinned import HostGroup
 from bigload.offload.engine import Engine
 from bigload.offload.files import FilePart
 from bigload.offload.groups import Group
 from bigload.offload.leaves import Leaf, cells_of
-from bigload.quantization.formats import Part
 from bigload.quantization.layers import streamed_forward
 
 MODES = ("fp32", "bf16", "int8", "nf4", "nf4-dq", "fp4")
@@ -18,7 +18,7 @@ MODES = ("fp32", "bf16", "int8", "nf4", "nf4-dq", "fp4")
 
 def parts_of(tensors):
     """Describe tensors as parts."""
-    return {name: Part(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def tensors_of(leaves):

@@ -11,7 +11,8 @@ from torch import nn
 
 from bigload import BnbQuantizationConfig, load_and_quantize_model, plan_device_map
 from bigload.cli import main
-from bigload.planning.report import plan_json, plan_table, step_seconds
+from bigload.planning.plan import plan_table, step_seconds
+from bigload.planning.report import plan_json
 from bigload.quantization.layers import quantized_layers
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

@@ -6,13 +6,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigload.quantization.formats import FourBit, Int8, Part, Plain, nbytes
+from bigload.hardware.layout import TensorSpec
+from bigload.quantization.formats import FourBit, Int8, Plain, nbytes
 
 SHAPES = st.tuples(st.integers(1, 60), st.integers(1, 80))
 
 
 def facts(tensors):
-    return {name: Part(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def tensors_of_4bit(weight, fmt):

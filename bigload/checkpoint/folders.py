@@ -1,0 +1,127 @@
+"""Folders of checkpoints that are there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import CheckpointError, ConfigError, listed
+from .checkpoint import NOT_WEIGHTS
+from .record import RECORD_NAME
+
+# How files of weights, and their indexes, end.
+WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
+
+
+@contextmanager
+def new_folder(target: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
+    """Fill a folder that is not there before all of it is: under another name beside it, then renamed.
+
+    Args:
+        target: where it is to be; nothing is lost there if the block fails.
+        overwrite: whether what is there may be replaced.
+
+    Yields:
+        The folder to fill.
+
+    Raises:
+        CheckpointError: something is there that may not be replaced, or the folder cannot be written.
+    """
+    target = checked_target(target, overwrite=overwrite)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise CheckpointError(f"'{target}' cannot be written: {error}") from error
+    try:
+        made.chmod(0o777 & ~_umask())  # as any other folder: mkdtemp's is its owner's alone
+        yield made
+        put_in_place(made, checked_target(target, overwrite=overwrite))  # something may have come there meanwhile
+    except OSError as error:
+        raise CheckpointError(f"'{target}' cannot be written: {error}; nothing there has been changed") from error
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def checked_target(given: str | os.PathLike[str], *, overwrite: bool) -> Path:
+    """Give the real path of a folder that may be written.
+
+    Raises:
+        CheckpointError: something is there that may not be replaced, or cannot be.
+        ConfigError: not a path.
+    """
+    if not given or not isinstance(given, (str, os.PathLike)):
+        raise ConfigError(f"the folder to write is {given!r}; expected a path")
+    target = Path(os.path.realpath(Path(given).expanduser()))
+    if not target.exists():
+        return target
+    if not target.is_dir():
+        raise CheckpointError(f"'{target}' is a file: name a folder")
+    if os.path.ismount(target) or target == Path(os.path.realpath(Path.cwd())) or target in Path.cwd().parents:
+        raise CheckpointError(f"'{target}' cannot be put in place as a whole: name a folder inside it")
+    held = list(target.iterdir())
+    if held and not overwrite:
+        raise CheckpointError(
+            f"'{target}' is not empty: name another folder, or pass overwrite=True (--overwrite) to replace it"
+        )
+    inner = [path.name for path in held if path.is_dir()]
+    if inner or (held and not any(path.name.endswith(WEIGHTS) for path in held)):
+        raise CheckpointError(
+            f"'{target}' holds {listed(inner or [path.name for path in held])}: overwrite=True replaces a checkpoint, "
+            "and that is something else; name another folder"
+        )
+    return target
+
+
+def copy_the_rest(source: Path, made: Path) -> None:
+    """Copy a checkpoint's files that are no weights, a tokenizer for instance, where there are none of the name."""
+    for path in sorted(source.iterdir()):
+        is_weights = path.name.endswith(WEIGHTS) and not NOT_WEIGHTS.fullmatch(path.name)
+        if path.is_file() and not is_weights and path.name != RECORD_NAME and not (made / path.name).exists():
+            partial = made / f"{path.name}.partial"  # whole or not there
+            shutil.copyfile(path, partial)
+            _sync(partial)
+            partial.rename(made / path.name)
+
+
+def put_in_place(made: Path, target: Path) -> None:
+    """Give a folder its name, in place of a checkpoint that has it, whose other files stay; on the same file system.
+
+    Raises:
+        OSError: the file system refuses; then what was there is there still.
+    """
+    if target.exists():
+        copy_the_rest(target, made)
+    _sync(made)
+    if target.exists():
+        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            target.rename(aside)  # onto an empty folder
+            made.rename(target)
+        except BaseException:
+            if not target.exists():
+                aside.rename(target)
+            raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    else:
+        made.rename(target)
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)  # it cannot be asked for without being set
+    os.umask(mask)
+    return mask

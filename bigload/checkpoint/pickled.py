@@ -1,0 +1,57 @@
+"""Pickled checkpoints, by torch's own reader, which runs none of their code (weights_only) and maps the file."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError, listed
+from ..io.tensors import LazyTensor, StoredTensor
+
+
+def read_pickle(path: Path) -> dict[str, StoredTensor]:
+    """Map a pickled state_dict.
+
+    Raises:
+        CheckpointError: the file is damaged, wants to run code, or holds something else.
+    """
+    try:
+        state = _load_mapped(path)
+    except pickle.UnpicklingError as error:
+        strange = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"names '{strange[1]}', code that no state_dict needs" if strange else "is damaged or not a pickle"
+        raise CheckpointError(
+            f"'{path}' {what}; nothing of it was run. If you trust it, save its state_dict alone, best as safetensors"
+        ) from error
+    except Exception as error:  # a file that is cut fails in as many ways as there are places to cut it
+        raise CheckpointError(f"'{path}' is damaged or not a checkpoint of torch: {error}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"'{path}' holds a {type(state).__name__}, expected a state_dict of tensors by name")
+    strangers = [str(name) for name, value in state.items() if not (isinstance(name, str) and _is_plain(value))]
+    if strangers:
+        raise CheckpointError(
+            f"'{path}' holds {listed(strangers)}, which are no plain tensors by name; expected a state_dict: save that "
+            "part alone"
+        )
+    return {
+        name: LazyTensor(name, path, value.dtype, tuple(value.shape), rank, value.nbytes, partial(_itself, value))
+        for rank, (name, value) in enumerate(state.items())
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
+
+
+def _itself(value: torch.Tensor) -> torch.Tensor:
+    return value
+
+
+def _load_mapped(path: Path) -> Any:
+    is_zip = path.open("rb").read(2) == b"PK"  # files from before torch 1.6 cannot be mapped
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
