@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from .checkpoints import build
-from .offload import begin, step_seconds, timed
 from .files import shards, total_bytes, warm
 from .limits import describe_machine, measure_limits
+from .offload import begin, step_seconds, timed
 
 _LINK_BYTES = 256 * 2**20
 _COPIES = 8

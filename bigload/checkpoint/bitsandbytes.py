@@ -19,7 +19,7 @@ import torch
 from ..config import BLOCKSIZES, STORAGES
 from ..errors import CheckpointError, listed
 from ..io.tensors import StoredTensor, read_whole
-from ..quantization.formats import NESTED_BLOCKSIZE, TABLES, FourBit, Int8
+from ..quantization.formats import NESTED_BLOCKSIZE, TABLES, FourBit, Int8, part_name
 
 FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(nf4|fp4)")
@@ -39,6 +39,39 @@ class QuantizedTensor(StoredTensor):
     format: FourBit | Int8
     parts: Mapping[str, StoredTensor]
     nested_offset: float = 0.0
+
+
+# The longest that JSON makes of a float.
+_LONGEST_FLOAT = 25
+
+
+def stored_name(weight: str, part: str) -> str:
+    """Name a part of a weight as bitsandbytes does: those of an int8 weight lie beside it, those of others under it."""
+    if part in ("SCB", "weight_format"):
+        return f"{weight.removesuffix('weight')}{part}"
+    return part_name(weight, part)
+
+
+def described(fmt: FourBit, shape: tuple[int, ...], dtype: torch.dtype, offset: float) -> bytes:
+    """Give the JSON that bitsandbytes describes a 4-bit weight by, of a length that no offset changes.
+
+    Args:
+        fmt: its format.
+        shape: (out_features, in_features).
+        dtype: what it is dequantized to.
+        offset: what was taken from its scales before they were quantized, if they were.
+    """
+    said: dict[str, Any] = {
+        "quant_type": fmt.quant_type,
+        "blocksize": fmt.blocksize,
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": list(shape),
+    }
+    if not fmt.double_quant:
+        return json.dumps(said).encode()
+    said |= {"nested_blocksize": NESTED_BLOCKSIZE, "nested_dtype": "float32"}
+    longest = len(json.dumps(said | {"nested_offset": 0})) - 1 + _LONGEST_FLOAT
+    return json.dumps(said | {"nested_offset": offset}).encode().ljust(longest)
 
 
 def gathered(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -83,12 +116,13 @@ def _four_bit(
     described = _described(name, match, tensors[match[0]])
     nested = described["nested"]
     wanted = ["quant_map", "absmax", *(("nested_absmax", "nested_quant_map") if nested else ())]
-    missing = [key for key in (name, *(f"{name}.{part}" for part in wanted)) if key not in tensors]
+    names = {part: stored_name(name, part) for part in ("weight", *wanted)}
+    missing = [key for key in names.values() if key not in tensors]
     if missing:
         raise CheckpointError(
             f"'{name}' is stored as {match[2]}, but {listed(missing)} is missing", missing_keys=missing
         )
-    parts = {"weight": tensors[name], **{part: tensors[f"{name}.{part}"] for part in wanted}}
+    parts = {part: tensors[key] for part, key in names.items()}
     storage = parts["weight"].dtype
     if storage not in STORAGES.values():
         raise CheckpointError(
@@ -149,12 +183,12 @@ def _described(name: str, match: re.Match[str], blob: StoredTensor) -> dict[str,
 
 
 def _int8(name: str, tensors: Mapping[str, StoredTensor]) -> tuple[QuantizedTensor, Iterable[str]]:
-    prefix = name.removesuffix("weight")
+    scales, layout_name = stored_name(name, "SCB"), stored_name(name, "weight_format")
     if name not in tensors:
-        raise CheckpointError(f"'{prefix}SCB' is stored, but '{name}' is missing", missing_keys=[name])
-    parts = {"weight": tensors[name], "SCB": tensors[f"{prefix}SCB"]}
+        raise CheckpointError(f"'{scales}' is stored, but '{name}' is missing", missing_keys=[name])
+    parts = {"weight": tensors[name], "SCB": tensors[scales]}
     _require_sizes(name, Int8(), parts["weight"].shape, parts)
-    layout = tensors.get(f"{prefix}weight_format")
+    layout = tensors.get(layout_name)
     if layout is not None and read_whole(layout).any():
         raise CheckpointError(
             f"'{name}' is stored in a layout of its own ('{layout.name}' is not 0); only rows are read"
@@ -169,7 +203,7 @@ def _int8(name: str, tensors: Mapping[str, StoredTensor]) -> tuple[QuantizedTens
         Int8(),
         parts,
     )
-    return quantized, [f"{prefix}weight_format", *(part.name for part in parts.values())]
+    return quantized, [layout_name, *(part.name for part in parts.values())]
 
 
 def _require_sizes(name: str, fmt: FourBit | Int8, shape: tuple[int, ...], parts: Mapping[str, StoredTensor]) -> None:

@@ -16,6 +16,8 @@ from torch import nn
 from torch.nn import functional
 
 from ..quantization.bnb import library
+from ..quantization.formats import part_name
+from ..quantization.quantized_weight import state_around, state_holders
 from .leaves import Leaf, is_quantized
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
@@ -56,11 +58,9 @@ def _linear(layer: nn.Linear, name: str, tensors: Tensors) -> Forward:
 
 
 def _linear_4bit(layer: Any, name: str, tensors: Tensors) -> Forward:
-    weight, state = tensors[name], copy.copy(layer.weight.quant_state)
-    state.absmax, state.code = tensors[f"{name}.absmax"], tensors[f"{name}.code"]
-    if state.nested:
-        state.offset, state.state2 = tensors[f"{name}.offset"], copy.copy(state.state2)
-        state.state2.absmax, state.state2.code = tensors[f"{name}.state2.absmax"], tensors[f"{name}.state2.code"]
+    state = layer.weight.quant_state
+    parts = {part: tensors[part_name(name, part)] for part in state_holders(state)}
+    weight, state = tensors[name], state_around(state, parts)
     matmul = library().matmul_4bit
 
     def forward(x: torch.Tensor) -> torch.Tensor:
@@ -73,7 +73,7 @@ def _linear_4bit(layer: Any, name: str, tensors: Tensors) -> Forward:
 
 def _linear_8bit(layer: Any, name: str, tensors: Tensors) -> Forward:
     weight, state = tensors[name], copy.copy(layer.state)
-    state.CB, state.SCB = weight, tensors[f"{name}.SCB"]
+    state.CB, state.SCB = weight, tensors[part_name(name, "SCB")]
     matmul = library().matmul
 
     def forward(x: torch.Tensor) -> torch.Tensor:

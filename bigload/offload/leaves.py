@@ -12,9 +12,11 @@ from torch import nn
 
 from ..errors import OffloadError
 from ..quantization.bnb import library
+from ..quantization.formats import part_name
+from ..quantization.quantized_weight import state_holders
 from .slots import Slot, Use
 
-# By the name of what is held: the objects that hold it, and the attribute of each.
+# By the part of a weight: the objects that hold it, and the attribute of each.
 _Places = dict[str, list[tuple[Any, str]]]
 
 
@@ -121,13 +123,13 @@ def cells_of(leaf: Leaf) -> list[Cell]:
         parameter = owner._parameters.get(key)
         if parameter is None:
             raise OffloadError(f"{leaf.path!r} has no parameter {path!r} to stream")
-        places: _Places = {"": [(parameter, "data")]}
+        places: _Places = {"weight": [(parameter, "data")]}
         if key == "weight" and is_quantized(owner):
             if owner is not leaf.module:
                 raise OffloadError(f"{leaf.path!r}: {owner_path!r} in it is quantized, and must be a leaf itself")
             places = _places_8bit(leaf.path, owner) if hasattr(owner, "state") else _places_4bit(leaf.path, owner)
         prefix = f"{leaf.path}.{path}" if leaf.path else path
-        cells += [Cell(f"{prefix}.{part}" if part else prefix, held, owner, key) for part, held in places.items()]
+        cells += [Cell(part_name(prefix, part), held, owner, key) for part, held in places.items()]
     return cells
 
 
@@ -142,14 +144,7 @@ def _places_4bit(path: str, layer: Any) -> _Places:
     state = getattr(layer.weight, "quant_state", None)
     if state is None or getattr(state, "packing_format_for_cpu", False):
         raise OffloadError(f"{path!r} is not quantized yet, or packed by bitsandbytes for this CPU: load it anew")
-    places: _Places = {"": [(layer.weight, "data")], "absmax": [(state, "absmax")], "code": [(state, "code")]}
-    if state.nested:
-        places |= {
-            "offset": [(state, "offset")],
-            "state2.absmax": [(state.state2, "absmax")],
-            "state2.code": [(state.state2, "code")],
-        }
-    return places
+    return {"weight": [(layer.weight, "data")]} | {part: [held] for part, held in state_holders(state).items()}
 
 
 def _places_8bit(path: str, layer: Any) -> _Places:
@@ -159,4 +154,4 @@ def _places_8bit(path: str, layer: Any) -> _Places:
         layer.init_8bit_state()  # as its first forward does: from here on all is held by the state
     if layer.state.CB is None or layer.state.SCB is None:
         raise OffloadError(f"{path!r} is not quantized yet; move the model to its device first")
-    return {"": [(layer.weight, "data"), (layer.state, "CB")], "SCB": [(layer.state, "SCB")]}
+    return {"weight": [(layer.weight, "data"), (layer.state, "CB")], "SCB": [(layer.state, "SCB")]}

@@ -9,27 +9,17 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from ..checkpoint.bitsandbytes import QuantizedTensor
 from ..hardware.devices import CPU
 from ..hardware.layout import TensorSpec
 from ..hardware.pinned import HostGroup, Store
 from ..planning.plan import PlacedUnit, Plan
 from ..planning.planned_tensors import PlannedTensor
-from ..quantization.bnb import QuantizedWeight
-from ..quantization.formats import Plain
-from ..quantization.quantizer import weight_of
+from ..quantization.formats import Plain, part_name
+from ..quantization.quantized_weight import QuantizedWeight
 from .files import FileGroup, FilePart
 from .weight_cache import WeightCache
 
-# How what streams a layer names the parts of its weight, after the weight's own name: see cells.py.
-_NAMES = {
-    "weight": "",
-    "absmax": ".absmax",
-    "quant_map": ".code",
-    "nested_offset": ".offset",
-    "nested_absmax": ".state2.absmax",
-    "nested_quant_map": ".state2.code",
-    "SCB": ".SCB",
-}
 # Pinning is the system's work more than the cores'.
 _THREADS = 2
 
@@ -69,7 +59,7 @@ class Resting(AbstractContextManager["Resting"]):
             return self._groups[id(placed)].result()
         return FileGroup(
             {
-                planned.tensor.name + _NAMES[part]: where
+                part_name(planned.tensor.name, part): where
                 for planned in placed.unit.offloaded
                 for part, where in self._files[planned.tensor.name].items()
             }
@@ -81,7 +71,7 @@ class Resting(AbstractContextManager["Resting"]):
         if placed is None:
             return {}
         tensors, name = self._groups[id(placed)].result().tensors, planned.tensor.name
-        return {part: tensors[name + end] for part, end in _NAMES.items() if name + end in tensors}
+        return {part: tensors[part_name(name, part)] for part in planned.format.parts(planned.shape)}
 
     def known(self, planned: PlannedTensor) -> torch.Tensor | QuantizedWeight | None:
         """Give a tensor that is in files already, as it rests there; None for one that must be read first."""
@@ -98,19 +88,22 @@ class Resting(AbstractContextManager["Resting"]):
             OffloadError: a file cannot be written.
         """
         if planned.home == "disk":
-            return self._in_files(planned, self._cache.put(planned, _tensors_of(value)))
+            return self._in_files(planned, self._cache.put(planned, _parts_of(value)))
         memory = self.memory(planned)
-        parts = {part: _copied(tensor, memory.get(part)) for part, tensor in _tensors_of(value).items()}
-        if isinstance(value, torch.Tensor):
-            return parts["weight"]
-        return weight_of(planned, self._torch_dtype, parts)
+        parts = {part: _copied(tensor, memory.get(part)) for part, tensor in _parts_of(value).items()}
+        return self._around(planned, parts)
 
     def _in_files(self, planned: PlannedTensor, parts: dict[str, FilePart]) -> torch.Tensor | QuantizedWeight:
         self._files[planned.tensor.name] = parts
-        tensors = FileGroup(parts).tensors
+        return self._around(planned, FileGroup(parts).tensors)
+
+    def _around(self, planned: PlannedTensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor | QuantizedWeight:
+        """Make the weight whose parts are at rest."""
         if isinstance(planned.format, Plain):
-            return tensors["weight"]
-        return weight_of(planned, self._torch_dtype, tensors)
+            return parts["weight"]
+        stored = planned.sources[0].tensor
+        dtype = stored.dtype if isinstance(stored, QuantizedTensor) else self._torch_dtype
+        return QuantizedWeight.from_parts(planned.format, planned.shape, dtype, parts)
 
     def __exit__(self, *raised: object) -> None:
         self._pool.shutdown()
@@ -118,24 +111,14 @@ class Resting(AbstractContextManager["Resting"]):
 
 def _parts(placed: PlacedUnit) -> dict[str, TensorSpec]:
     return {
-        planned.tensor.name + _NAMES[part]: size
+        part_name(planned.tensor.name, part): size
         for planned in placed.unit.offloaded
         for part, size in planned.format.parts(planned.shape).items()
     }
 
 
-def _tensors_of(value: torch.Tensor | QuantizedWeight) -> dict[str, torch.Tensor]:
-    """Give the parts of what has landed, by their names in its format."""
-    if isinstance(value, torch.Tensor):
-        return {"weight": value}
-    if value.row_scales is not None:
-        return {"weight": value.data, "SCB": value.row_scales}
-    state = value.quant_state
-    parts = {"weight": value.data, "absmax": state.absmax, "quant_map": state.code}
-    if state.nested:
-        inner = state.state2
-        parts |= {"nested_offset": state.offset, "nested_absmax": inner.absmax, "nested_quant_map": inner.code}
-    return parts
+def _parts_of(value: torch.Tensor | QuantizedWeight) -> Mapping[str, torch.Tensor]:
+    return {"weight": value} if isinstance(value, torch.Tensor) else value.parts
 
 
 def _copied(tensor: torch.Tensor, there: torch.Tensor | None) -> torch.Tensor:

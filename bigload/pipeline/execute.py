@@ -24,9 +24,9 @@ from ..offload.resting import Resting
 from ..planning.plan import Plan
 from ..planning.planned_tensors import PlannedTensor
 from ..planning.sources import Source
-from ..quantization.bnb import QuantizedWeight
 from ..quantization.formats import FourBit, Int8, Plain
-from ..quantization.quantizer import Quantizer, from_parts, quantize
+from ..quantization.quantized_weight import QuantizedWeight
+from ..quantization.quantizer import Quantizer, quantize
 from ..sizes import show
 
 Landed = torch.Tensor | QuantizedWeight
@@ -232,11 +232,19 @@ def _prepared(torch_dtype: torch.dtype, rest: Mapping[str, torch.Tensor], planne
             for name, part in stored.parts.items()
         }
         filling = [filling_of(parts[name], Source(part)) for name, part in stored.parts.items()]
-        return filling, lambda: from_parts(stored, parts)
+        return filling, lambda: _from_stored(stored, parts)
     if isinstance(planned.format, Plain):
         values = rest["weight"] if rest else store.allocate(planned.shape, planned.format.dtype)
         return [filling_of(values, source) for source in planned.sources], lambda: values
     return _quantizing(planned, planned.format, torch_dtype)
+
+
+def _from_stored(stored: QuantizedTensor, parts: Mapping[str, torch.Tensor]) -> QuantizedWeight:
+    """Make a weight that was stored quantized; of its parts one is a number in the description of the others."""
+    if "nested_absmax" in parts:
+        offset = torch.tensor(stored.nested_offset, dtype=torch.float32, device=parts["weight"].device)
+        parts = {**parts, "nested_offset": offset}
+    return QuantizedWeight.from_parts(stored.format, stored.shape, stored.dtype, parts)
 
 
 def _quantizing(planned: PlannedTensor, fmt: FourBit | Int8, torch_dtype: torch.dtype) -> _Prepared:

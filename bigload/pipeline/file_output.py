@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
+from ..checkpoint.bitsandbytes import described, stored_name
 from ..checkpoint.writer import Entry, ShardWriter
 from ..config import BnbQuantizationConfig
 from ..errors import QuantizationError
+from ..hardware.layout import TensorSpec
 from ..io.extents import Delivery
 from ..planning.planned_tensors import PlannedTensor
-from ..quantization.formats import NESTED_BLOCKSIZE, TABLES, FourBit, Int8, Plain
+from ..quantization.formats import FourBit, Int8, Plain
 from ..quantization.quantizer import Quantizer, code_table, quantize_scales
 from .execute import Finish, put_together, streamed
-
-# The longest that JSON makes of a float.
-_LONGEST_FLOAT = 25
 
 
 @dataclass
@@ -38,25 +35,14 @@ class Output:
 
     def __post_init__(self) -> None:
         planned, name, fmt = self.planned, self.planned.tensor.name, self.planned.format
-        if isinstance(fmt, Plain):
-            shape = planned.shape
-            self.entries = {"weight": Entry(name, fmt.dtype, shape)}
-            return
         sizes = dict(fmt.parts(planned.shape))
         if isinstance(fmt, Int8):
-            prefix = name.removesuffix("weight")
-            self.entries = {
-                "weight": Entry(name, *sizes["weight"]),
-                "SCB": Entry(f"{prefix}SCB", *sizes["SCB"]),
-                "weight_format": Entry(f"{prefix}weight_format", torch.uint8, ()),
-            }
-            return
-        self.entries = {"weight": Entry(name, *sizes["weight"])}
-        for part in ("absmax", "nested_absmax", *TABLES):
-            if part in sizes:
-                self.entries[part] = Entry(f"{name}.{part}", *sizes[part])
-        part = f"quant_state.bitsandbytes__{fmt.quant_type}"
-        self.entries["described"] = Entry(f"{name}.{part}", torch.uint8, (len(self.described(0.0)),))
+            sizes["weight_format"] = TensorSpec(torch.uint8, ())
+        elif isinstance(fmt, FourBit):
+            sizes.pop("nested_offset", None)  # which is a number in the description
+            part = f"quant_state.bitsandbytes__{fmt.quant_type}"
+            sizes[part] = TensorSpec(torch.uint8, (len(self.described(0.0)),))
+        self.entries = {part: Entry(stored_name(name, part), *size) for part, size in sizes.items()}
 
     @property
     def names(self) -> list[str]:
@@ -64,20 +50,9 @@ class Output:
         return [entry.name for entry in self.entries.values()]
 
     def described(self, offset: float) -> bytes:
-        """Give the JSON that bitsandbytes describes a 4-bit weight by, of a length that no value changes."""
-        fmt = self.planned.format
-        assert isinstance(fmt, FourBit)
-        said: dict[str, Any] = {
-            "quant_type": fmt.quant_type,
-            "blocksize": fmt.blocksize,
-            "dtype": str(self.config.landing_dtype).removeprefix("torch."),
-            "shape": list(self.planned.shape),
-        }
-        if not fmt.double_quant:
-            return json.dumps(said).encode()
-        said |= {"nested_blocksize": NESTED_BLOCKSIZE, "nested_dtype": "float32"}
-        longest = len(json.dumps(said | {"nested_offset": 0})) - 1 + _LONGEST_FLOAT
-        return json.dumps(said | {"nested_offset": offset}).encode().ljust(longest)
+        """Give the JSON that describes a 4-bit weight."""
+        assert isinstance(self.planned.format, FourBit)
+        return described(self.planned.format, self.planned.shape, self.config.landing_dtype, offset)
 
 
 def prepare_pieces(output: Output, writer: ShardWriter, planned: PlannedTensor) -> tuple[list[Delivery], Finish]:
@@ -144,30 +119,21 @@ class _QuantizedPieces(_Pieces):
         self._writer.write_values(name, begin if isinstance(fmt, Int8) else begin // 2, made.data)
 
     def finish(self) -> None:
-        fmt, entries, write = self._format, self._output.entries, self._write
+        fmt, entries = self._format, self._output.entries
         if not bool(self._scales.isfinite().all()):
             raise QuantizationError(
                 f"'{self._output.planned.tensor.name}': values that are not finite in this format; if the checkpoint's "
                 "own are finite, add it to skip_modules or choose another mode or torch_dtype"
             )
         if isinstance(fmt, Int8):
-            write("SCB", self._scales)
-            write("weight_format", torch.zeros((), dtype=torch.uint8))
+            parts = {"SCB": self._scales, "weight_format": torch.zeros((), dtype=torch.uint8)}
         else:
-            write("quant_map", code_table(fmt.quant_type, self._scales.device))
-            offset = 0.0
-            if fmt.double_quant:
-                scales, taken, nested = quantize_scales(self._scales)
-                offset = taken.item()
-                write("absmax", scales)
-                write("nested_absmax", nested.absmax)
-                write("nested_quant_map", nested.code)
-            else:
-                write("absmax", self._scales)
-            described = bytearray(self._output.described(offset))
-            write("described", torch.frombuffer(described, dtype=torch.uint8))
+            parts = {"quant_map": code_table(fmt.quant_type, self._scales.device)}
+            parts |= quantize_scales(self._scales) if fmt.double_quant else {"absmax": self._scales}
+            offset = parts.pop("nested_offset").item() if fmt.double_quant else 0.0
+            said = bytearray(self._output.described(offset))
+            parts[f"quant_state.bitsandbytes__{fmt.quant_type}"] = torch.frombuffer(said, dtype=torch.uint8)
+        for part, tensor in parts.items():
+            self._writer.write(entries[part].name, tensor)
         self._writer.complete(entries["weight"].name)
         del self._scales
-
-    def _write(self, part: str, tensor: torch.Tensor) -> None:
-        self._writer.write(self._output.entries[part].name, tensor)

@@ -1,4 +1,4 @@
-"""bitsandbytes itself, imported when first needed, and a weight as it holds it."""
+"""bitsandbytes itself, imported when first needed, and its kernels on memory that is there already."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import functools
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,30 +28,6 @@ def library() -> Any:
         return import_optional("bitsandbytes", "pip install bitsandbytes")
     finally:
         cpu_log.setLevel(level)
-
-
-@dataclass(frozen=True, eq=False)
-class QuantizedWeight:
-    """A weight as bitsandbytes holds it.
-
-    Attributes:
-        data: the packed 4-bit bytes in quant_storage, (n, 1), or the int8 rows, (out_features, in_features).
-        quant_state: of a 4-bit weight, a `bitsandbytes.functional.QuantState`.
-        row_scales: of an int8 weight, its SCB: fp32, (out_features,).
-    """
-
-    data: torch.Tensor
-    quant_state: Any = None
-    row_scales: torch.Tensor | None = None
-
-    @property
-    def scales(self) -> list[torch.Tensor]:
-        """What is not finite if any weight was not: SCB, absmax, or offset and scales of double-quantized absmax."""
-        if self.row_scales is not None:
-            return [self.row_scales]
-        if self.quant_state.nested:
-            return [self.quant_state.offset, self.quant_state.state2.absmax]
-        return [self.quant_state.absmax]
 
 
 def quantize_4bit_into(

@@ -17,6 +17,11 @@ NESTED_BLOCKSIZE = 256
 TABLES = {"quant_map": 16, "nested_quant_map": 256}
 
 
+def part_name(weight: str, part: str) -> str:
+    """Name a part of a weight among others: its values by the weight's own name, what belongs to them under that."""
+    return weight if part == "weight" else f"{weight}.{part}"
+
+
 @dataclass(frozen=True)
 class Plain:
     """Not quantized."""

@@ -30,7 +30,8 @@ from torch.nn import functional
 from ..config import BnbQuantizationConfig
 from ..errors import QuantizationError, listed
 from ..model.tree import first_paths
-from .bnb import QuantizedWeight, dequantize_4bit, library
+from .bnb import dequantize_4bit, library
+from .quantized_weight import QuantizedWeight
 
 # Attributes of the layers that are made here, which mean nothing on others.
 _OF_OUR_LAYERS = frozenset(

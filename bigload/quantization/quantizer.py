@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 
-from ..checkpoint.bitsandbytes import QuantizedTensor
 from ..model.empty import default_dtype
-from ..planning.planned_tensors import PlannedTensor
-from .bnb import QuantizedWeight, library, quantize_4bit_into, quantize_int8_into
+from .bnb import library, quantize_4bit_into, quantize_int8_into
 from .cpu_kernels import quantize_blocks
-from .formats import NESTED_BLOCKSIZE, FourBit, Int8, Plain
+from .formats import NESTED_BLOCKSIZE, FourBit, Int8
+from .quantized_weight import QuantizedWeight
 
 # Values that bitsandbytes' CPU kernel takes at once before they fall out of the cache.
 _CPU_PIECE = 2**18
@@ -95,34 +92,25 @@ class Quantizer:
             self._allocate()
         data, scales = self._data, self._scales
         self._data = self._bytes = self._scales = torch.empty(0)
+        parts = {"weight": data}
         if isinstance(self._format, Int8):
-            return QuantizedWeight(data, row_scales=scales)
-        return QuantizedWeight(data, quant_state=self._state(scales, self._format))
-
-    def _state(self, absmax: torch.Tensor, fmt: FourBit) -> object:
-        state = functools.partial(
-            library().functional.QuantState,
-            shape=torch.Size(self._shape),
+            parts["SCB"] = scales
+        else:
             # Each weight has tables of its own: tensors that share memory cannot be saved as safetensors.
-            code=code_table(fmt.quant_type, self._device).clone(),
-            blocksize=fmt.blocksize,
-            quant_type=fmt.quant_type,
-            dtype=self._dtype,
-        )
-        if not fmt.double_quant:
-            return state(absmax=absmax)
-        quantized, offset, nested = quantize_scales(absmax)
-        return state(absmax=quantized, offset=offset, state2=nested)
+            parts["quant_map"] = code_table(self._format.quant_type, self._device).clone()
+            parts |= quantize_scales(scales) if self._format.double_quant else {"absmax": scales}
+        return QuantizedWeight.from_parts(self._format, self._shape, self._dtype, parts)
 
 
-def quantize_scales(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
+def quantize_scales(absmax: torch.Tensor) -> dict[str, torch.Tensor]:
     """Quantize a weight's scales in their turn.
 
     Args:
         absmax: (blocks,), fp32, all of the weight's.
 
     Returns:
-        The scales, (blocks,) uint8; what was taken from them before, () fp32; and bitsandbytes' state of them.
+        By their names in the format: `absmax`, (blocks,) uint8; `nested_offset`, () fp32, what was taken from the
+        scales before; `nested_absmax` and `nested_quant_map`, fp32, what gives the scales back.
 
     Source: QLoRA, arXiv 2305.14314, section 3, "Double Quantization".
     """
@@ -130,7 +118,8 @@ def quantize_scales(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, A
     quantized, state = library().functional.quantize_blockwise(
         absmax - offset, code=code_table("dynamic", absmax.device), blocksize=NESTED_BLOCKSIZE
     )
-    return quantized, offset, state
+    nested = {"nested_offset": offset, "nested_absmax": state.absmax, "nested_quant_map": state.code}
+    return {"absmax": quantized, **nested}
 
 
 def quantize(weight: torch.Tensor, fmt: FourBit | Int8) -> QuantizedWeight:
@@ -146,59 +135,6 @@ def quantize(weight: torch.Tensor, fmt: FourBit | Int8) -> QuantizedWeight:
     if weight.numel():
         quantizer.add(weight.contiguous().view(-1), 0)
     return quantizer.finish()
-
-
-def from_parts(stored: QuantizedTensor, parts: Mapping[str, torch.Tensor]) -> QuantizedWeight:
-    """Make a weight of parts that were stored quantized.
-
-    Args:
-        stored: how.
-        parts: by the same names, on the weight's device; kept.
-    """
-    if isinstance(stored.format, FourBit) and stored.format.double_quant:
-        device = parts["weight"].device
-        parts = {**parts, "nested_offset": torch.tensor(stored.nested_offset, dtype=torch.float32, device=device)}
-    return _weight_of(stored.format, stored.shape, stored.dtype, parts)
-
-
-def weight_of(planned: PlannedTensor, dtype: torch.dtype, parts: Mapping[str, torch.Tensor]) -> QuantizedWeight:
-    """Make a weight of the parts that its format has, by their names in it; kept.
-
-    Args:
-        planned: a tensor that is quantized.
-        dtype: what it computes back to, unless it was stored quantized.
-        parts: on one device.
-    """
-    assert not isinstance(planned.format, Plain)
-    stored = planned.sources[0].tensor
-    computes_to = stored.dtype if isinstance(stored, QuantizedTensor) else dtype
-    return _weight_of(planned.format, planned.shape, computes_to, parts)
-
-
-def _weight_of(
-    fmt: FourBit | Int8, shape: tuple[int, ...], dtype: torch.dtype, parts: Mapping[str, torch.Tensor]
-) -> QuantizedWeight:
-    if isinstance(fmt, Int8):
-        return QuantizedWeight(parts["weight"], row_scales=parts["SCB"])
-    make = library().functional.QuantState
-    state = functools.partial(
-        make,
-        absmax=parts["absmax"],
-        shape=torch.Size(shape),
-        code=parts["quant_map"],
-        blocksize=fmt.blocksize,
-        quant_type=fmt.quant_type,
-        dtype=dtype,
-    )
-    if not fmt.double_quant:
-        return QuantizedWeight(parts["weight"], quant_state=state())
-    nested = make(
-        absmax=parts["nested_absmax"],
-        code=parts["nested_quant_map"],
-        blocksize=NESTED_BLOCKSIZE,
-        dtype=torch.float32,
-    )
-    return QuantizedWeight(parts["weight"], quant_state=state(offset=parts["nested_offset"], state2=nested))
 
 
 @functools.cache
