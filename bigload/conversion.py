@@ -30,7 +30,7 @@ from .model import transformers_facts
 from .model.tensors import plain_linears
 from .model.tree import walked_once
 from .pipeline.execute import deliver_all, deliveries_for
-from .pipeline.file_output import Output, prepare_pieces
+from .pipeline.file_output import Output, file_sink
 from .pipeline.progress import progress_bar
 from .planning.plan import Plan
 from .planning.planned_tensors import PlannedTensor
@@ -214,8 +214,8 @@ def _convert(plan: Plan, folder: Path, most: int, progress: bool | None) -> str:
                 if all(map(writer.is_written, output.names)):
                     bar.update(sum(source.tensor.nbytes for source in output.planned.sources))
                 elif output.planned.sources:
-                    prepare = functools.partial(prepare_pieces, output, writer)
-                    deliveries += deliveries_for(output.planned, prepare, lambda done: None)
+                    make_sink = functools.partial(file_sink, output, writer)
+                    deliveries += deliveries_for(output.planned, make_sink, lambda done: None)
                 else:
                     writer.write(output.planned.tensor.name, output.planned.tensor.value)
             deliver_all(deliveries, plan, on_bytes=bar.update)

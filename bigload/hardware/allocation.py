@@ -1,4 +1,4 @@
-"""Homes for bytes. In this version one: the memory of the device that computes."""
+"""Memory of devices, asked for so that it is fast to get."""
 
 from __future__ import annotations
 
@@ -17,22 +17,16 @@ import torch
 _WORTH_HUGE_PAGES = 4 * 2**20
 
 
-class DeviceStore:
-    """Weights in the memory of the device that computes with them."""
+def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Make room for one tensor, uninitialized; on the CPU in huge pages where that is worth it.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Make room for one tensor, uninitialized.
-
-        Raises:
-            torch.OutOfMemoryError: the device has no room.
-        """
-        made = torch.empty(shape, dtype=dtype, device=self.device)
-        if self.device.type == "cpu" and made.nbytes >= _WORTH_HUGE_PAGES:
-            advise_huge_pages(made)
-        return made
+    Raises:
+        torch.OutOfMemoryError: the device has no room.
+    """
+    made = torch.empty(shape, dtype=dtype, device=device)
+    if device.type == "cpu" and made.nbytes >= _WORTH_HUGE_PAGES:
+        advise_huge_pages(made)
+    return made
 
 
 def reserve(device: torch.device, nbytes: int) -> None:

@@ -7,7 +7,7 @@ from typing import TypeGuard
 
 import torch
 
-from ..hardware.allocation import DeviceStore
+from ..hardware.allocation import allocate
 from ..hardware.layout import aligned
 from ..hardware.pinned import HostGroup, Store
 from .background import Background, Landing
@@ -44,7 +44,7 @@ class Slot:
 
     def __init__(self, device: torch.device, nbytes: int) -> None:
         with torch.inference_mode(False):
-            self.memory = DeviceStore(device).allocate((nbytes,), torch.uint8)
+            self.memory = allocate((nbytes,), torch.uint8, device)
         self.store: Store | None = None
         self.users: set[Use] = set()
         self.used = 0

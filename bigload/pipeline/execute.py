@@ -14,20 +14,19 @@ import torch
 
 from ..checkpoint.bitsandbytes import QuantizedTensor
 from ..errors import CheckpointError, PlacementError, QuantizationError, listed
-from ..hardware.allocation import DeviceStore, reserve
+from ..hardware.allocation import allocate, reserve
 from ..hardware.devices import CPU
 from ..io.extents import Delivery
 from ..io.ring import slot_bytes
-from ..io.tensors import LazyTensor, StoredTensor
+from ..io.tensors import LazyTensor
 from ..io.transfer import WINDOW_BYTES, default_stream, deliver
 from ..offload.resting import Resting
 from ..planning.plan import Plan
 from ..planning.planned_tensors import PlannedTensor
-from ..planning.sources import Source
-from ..quantization.formats import FourBit, Int8, Plain
+from ..quantization.formats import Plain
 from ..quantization.quantized_weight import QuantizedWeight
-from ..quantization.quantizer import Quantizer, quantize
 from ..sizes import show
+from .sinks import CopySink, QuantizeSink, Sink, StoredPartsSink, gathered_if_needed, numel
 
 Landed = torch.Tensor | QuantizedWeight
 _NO_MEMORY: Mapping[str, torch.Tensor] = {}
@@ -80,8 +79,8 @@ def execute(
         if _is_itself(planned):
             keep(name, _named(functools.partial(_at, planned), _itself)(planned))
             return []
-        prepare = functools.partial(_prepared, plan.config.landing_dtype, rest)
-        return deliveries_for(planned, prepare, functools.partial(keep, name))
+        make_sink = functools.partial(_sink, plan.config.landing_dtype, rest)
+        return deliveries_for(planned, make_sink, functools.partial(keep, name))
 
     with ExitStack() as streams:
         for device in {planned.device for planned in plan.tensors}:
@@ -141,23 +140,20 @@ def _walk(delivery: Delivery, tensor: torch.Tensor) -> None:
     delivery.arrived(len(values))
 
 
-Finish = Callable[[], Any]
-Prepare = Callable[[PlannedTensor], tuple[list[Delivery], Finish]]
-
-
-def deliveries_for(planned: PlannedTensor, prepare: Prepare, kept: Callable[[Any], object]) -> list[Delivery]:
+def deliveries_for(
+    planned: PlannedTensor, make_sink: Callable[[PlannedTensor], Sink], kept: Callable[[Any], object]
+) -> list[Delivery]:
     """Make ready for one tensor that is read, or made of several.
 
     Args:
         planned: the tensor.
-        prepare: takes the memory that it needs from the start, and gives a delivery for each source and what to do when
-            all have arrived.
-        kept: is given what that returned.
+        make_sink: makes what takes its values, with the memory that it needs from the start.
+        kept: is given what the sink made, when all values have arrived.
     """
     where = functools.partial(_at, planned)
-    deliveries, finish = _named(where, prepare)(planned)
-    finish = _named(where, finish)
-    pending = sum(_numel(delivery.tensor) for delivery in deliveries)
+    sink = _named(where, make_sink)(planned)
+    deliveries, finish = sink.deliveries(), _named(where, sink.finish)
+    pending = sum(numel(delivery.tensor) for delivery in deliveries)
 
     def arrived(count: int) -> None:
         nonlocal pending
@@ -173,6 +169,26 @@ def deliveries_for(planned: PlannedTensor, prepare: Prepare, kept: Callable[[Any
     return [delivery for delivery in deliveries if delivery.tensor.nbytes]
 
 
+def _sink(torch_dtype: torch.dtype, memory: Mapping[str, torch.Tensor], planned: PlannedTensor) -> Sink:
+    """Choose what takes a tensor's values.
+
+    Args:
+        torch_dtype: what weights are cast to before they are quantized.
+        memory: where its parts are to lie, by their names in its format, as far as it is there already.
+        planned: the tensor.
+    """
+    stored, fmt = planned.sources[0].tensor, planned.format
+
+    def room(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return memory[name] if name in memory else allocate(shape, dtype, planned.device)
+
+    if isinstance(stored, QuantizedTensor):
+        return StoredPartsSink(stored, {name: room(name, p.shape, p.dtype) for name, p in stored.parts.items()})
+    if isinstance(fmt, Plain):
+        return CopySink(planned, room("weight", planned.shape, fmt.dtype))
+    return gathered_if_needed(QuantizeSink(planned, fmt, torch_dtype))
+
+
 def _is_itself(planned: PlannedTensor) -> bool:
     """Ask whether it is a tensor of the model's own, and of nothing else."""
     own = planned.sources[0]
@@ -186,17 +202,6 @@ def _itself(planned: PlannedTensor) -> torch.Tensor:
     assert isinstance(planned.format, Plain)
     tensor = own.tensor.detach().mT if own.transposed else own.tensor.detach()
     return tensor.to(planned.device).to(planned.format.dtype)
-
-
-def _numel(tensor: StoredTensor | torch.Tensor) -> int:
-    return tensor.nbytes // tensor.dtype.itemsize
-
-
-def _stored(tensor: StoredTensor | torch.Tensor) -> StoredTensor:
-    """Give where a source's values are, the model's own as such that need no reading."""
-    if isinstance(tensor, StoredTensor):
-        return tensor
-    return LazyTensor("", Path(), tensor.dtype, tuple(tensor.shape), 0, tensor.nbytes, lambda: tensor)
 
 
 def _named(where: Callable[[], str], call: Callable[..., Any]) -> Callable[..., Any]:
@@ -218,135 +223,6 @@ def _at(planned: PlannedTensor) -> str:
 def _on_the_way(plan: Plan) -> str:
     devices = listed(map(str, plan.device_bytes))
     return f"{devices} ran out of memory for what is on its way there ({show(WINDOW_BYTES)} beside the model)"
-
-
-_Prepared = tuple[list[Delivery], Callable[[], Landed]]
-
-
-def _prepared(torch_dtype: torch.dtype, rest: Mapping[str, torch.Tensor], planned: PlannedTensor) -> _Prepared:
-    """Give a delivery for each source, and what makes the tensor when all have arrived."""
-    stored, store = planned.sources[0].tensor, DeviceStore(planned.device)
-    if isinstance(stored, QuantizedTensor):
-        parts = {
-            name: rest[name] if name in rest else store.allocate(part.shape, part.dtype)
-            for name, part in stored.parts.items()
-        }
-        filling = [filling_of(parts[name], Source(part)) for name, part in stored.parts.items()]
-        return filling, lambda: _from_stored(stored, parts)
-    if isinstance(planned.format, Plain):
-        values = rest["weight"] if rest else store.allocate(planned.shape, planned.format.dtype)
-        return [filling_of(values, source) for source in planned.sources], lambda: values
-    return _quantizing(planned, planned.format, torch_dtype)
-
-
-def _from_stored(stored: QuantizedTensor, parts: Mapping[str, torch.Tensor]) -> QuantizedWeight:
-    """Make a weight that was stored quantized; of its parts one is a number in the description of the others."""
-    if "nested_absmax" in parts:
-        offset = torch.tensor(stored.nested_offset, dtype=torch.float32, device=parts["weight"].device)
-        parts = {**parts, "nested_offset": offset}
-    return QuantizedWeight.from_parts(stored.format, stored.shape, stored.dtype, parts)
-
-
-def _quantizing(planned: PlannedTensor, fmt: FourBit | Int8, torch_dtype: torch.dtype) -> _Prepared:
-    quantizer = Quantizer(planned.shape, fmt, torch_dtype, planned.device)
-    deliveries = streamed(planned, torch_dtype, quantizer.granule, quantizer.add)
-    if deliveries is None:
-        return put_together(planned, torch_dtype, lambda weight: quantize(weight, fmt))
-    return deliveries, quantizer.finish
-
-
-def streamed(
-    planned: PlannedTensor, torch_dtype: torch.dtype, granule: int, add: Callable[[torch.Tensor, int], object]
-) -> list[Delivery] | None:
-    """Give a delivery for each source whose pieces are used as they come, if they are runs of the tensor.
-
-    Args:
-        planned: the tensor.
-        torch_dtype: what pieces are cast to first.
-        granule: values that must stay together.
-        add: is given each piece, and the index of its first value in the flattened tensor.
-
-    Returns:
-        None where sources lie across the tensor, or a granule does not fit a slot: see `put_together`.
-    """
-    begins = [_flat_begin(source, planned.shape, granule) for source in planned.sources]
-    room = slot_bytes()
-    fits = all(granule * source.tensor.dtype.itemsize <= room for source in planned.sources)
-    if not fits or any(begin is None for begin in begins):
-        return None
-
-    def delivery(source: Source, base: int) -> Delivery:
-        def take(piece: torch.Tensor, begin: int) -> None:
-            add(piece.to(torch_dtype), base + begin)
-
-        return Delivery(_stored(source.tensor), planned.device, take, granule=granule)
-
-    return [delivery(source, begin or 0) for source, begin in zip(planned.sources, begins, strict=True)]
-
-
-def put_together(
-    planned: PlannedTensor, torch_dtype: torch.dtype, use: Callable[[torch.Tensor], Any]
-) -> tuple[list[Delivery], Finish]:
-    """Put a tensor together before it is used, since its pieces are not runs of it: transposed, or too long.
-
-    Memory for it is taken when the first piece is there and let go of when it was used: one such tensor at a time.
-    """
-    held: list[torch.Tensor] = []
-
-    def delivery(source: Source) -> Delivery:
-        filling: list[Delivery] = []
-
-        def take(piece: torch.Tensor, begin: int) -> None:
-            if not held:
-                held.append(DeviceStore(planned.device).allocate(planned.shape, torch_dtype))
-            if not filling:
-                filling.append(filling_of(held[0], source))
-            filling[0].take(piece, begin)
-            if begin + len(piece) == _numel(source.tensor):
-                filling.clear()
-
-        return Delivery(_stored(source.tensor), planned.device, take)
-
-    return [delivery(source) for source in planned.sources], lambda: use(held.pop())
-
-
-def _flat_begin(source: Source, shape: tuple[int, ...], granule: int) -> int | None:
-    """Give the index in the flattened tensor where a source's values begin, if they follow each other from there."""
-    if source.transposed:
-        return None
-    whole = torch.empty(shape, device="meta")
-    part = whole[source.region] if source.region else whole
-    begin = int(part.storage_offset())
-    # A granule may not be shared with the next source.
-    is_run = part.is_contiguous() and begin % granule == 0
-    is_last = begin + part.numel() == whole.numel()
-    return begin if is_run and (is_last or part.numel() % granule == 0) else None
-
-
-def filling_of(values: torch.Tensor, source: Source) -> Delivery:
-    """Fill a source's region of a tensor."""
-    target = values[source.region] if source.region else values
-    target = target.mT if source.transposed else target
-    if target.is_contiguous():
-        flat = target.view(-1)
-
-        def copy(piece: torch.Tensor, begin: int) -> None:
-            flat[begin : begin + len(piece)].copy_(piece)
-
-        home = flat.view(torch.uint8) if source.tensor.dtype == flat.dtype else None
-        return Delivery(_stored(source.tensor), values.device, copy, home)
-    gathered: list[torch.Tensor] = []
-
-    def gather(piece: torch.Tensor, begin: int) -> None:
-        # Columns or a transpose: from a copy that is whole and contiguous, which lives until then.
-        if not gathered:
-            gathered.append(torch.empty(target.shape, dtype=piece.dtype, device=piece.device))
-        whole = gathered[0].view(-1)
-        whole[begin : begin + len(piece)].copy_(piece)
-        if begin + len(piece) == len(whole):
-            target.copy_(gathered.pop())
-
-    return Delivery(_stored(source.tensor), values.device, gather)
 
 
 def _require_finite(landed: dict[str, Landed], plan: Plan) -> None:

@@ -12,11 +12,10 @@ from ..checkpoint.writer import Entry, ShardWriter
 from ..config import BnbQuantizationConfig
 from ..errors import QuantizationError
 from ..hardware.layout import TensorSpec
-from ..io.extents import Delivery
 from ..planning.planned_tensors import PlannedTensor
 from ..quantization.formats import FourBit, Int8, Plain
 from ..quantization.quantizer import Quantizer, code_table, quantize_scales
-from .execute import Finish, put_together, streamed
+from .sinks import PieceSink, Sink, gathered_if_needed
 
 
 @dataclass
@@ -55,59 +54,40 @@ class Output:
         return described(self.planned.format, self.planned.shape, self.config.landing_dtype, offset)
 
 
-def prepare_pieces(output: Output, writer: ShardWriter, planned: PlannedTensor) -> tuple[list[Delivery], Finish]:
-    """Give a delivery for each source, whose pieces are written as they come: see `pipeline.deliveries_for`.
-
-    The finish raises a QuantizationError where values are not finite in the format.
-    """
-    fmt, dtype, granule = planned.format, output.config.landing_dtype, 1
-    pieces: _Pieces
+def file_sink(output: Output, writer: ShardWriter, planned: PlannedTensor) -> Sink:
+    """Make what writes a tensor's values, as they come, in the format that they shall have in files."""
+    fmt = planned.format
     if isinstance(fmt, Plain):
-        dtype, pieces = fmt.dtype, _PlainPieces(output, writer)
-    else:
-        granule, pieces = fmt.granule(planned.shape), _QuantizedPieces(output, writer, fmt)
-    deliveries = streamed(planned, dtype, granule, pieces.add)
-    if deliveries is not None:
-        return deliveries, pieces.finish
-
-    def use(whole: torch.Tensor) -> None:
-        pieces.add(whole.contiguous().view(-1), 0)
-        pieces.finish()
-
-    return put_together(planned, dtype, use)
+        return gathered_if_needed(_PlainFileSink(output, writer, planned, fmt))
+    return gathered_if_needed(_QuantizedFileSink(output, writer, planned, fmt))
 
 
-class _Pieces:
-    """Takes a tensor in pieces and writes what becomes of each."""
+class _PlainFileSink(PieceSink):
+    """Writes values as they are."""
 
-    def __init__(self, output: Output, writer: ShardWriter) -> None:
-        self._output, self._writer = output, writer
+    def __init__(self, output: Output, writer: ShardWriter, planned: PlannedTensor, fmt: Plain) -> None:
+        super().__init__(planned, fmt.dtype)
+        self._name, self._writer = output.entries["weight"].name, writer
 
-    def add(self, values: torch.Tensor, begin: int) -> None:
-        """Take values, from the index of the first of them in the flattened tensor on."""
-        raise NotImplementedError
+    def take(self, values: torch.Tensor, begin: int) -> None:
+        self._writer.write_values(self._name, begin * values.dtype.itemsize, values)
 
     def finish(self) -> None:
-        """Write what is known only when all values have been taken."""
-        for name in self._output.names:
-            self._writer.complete(name)
+        self._writer.complete(self._name)
 
 
-class _PlainPieces(_Pieces):
-    def add(self, values: torch.Tensor, begin: int) -> None:
-        self._writer.write_values(self._output.planned.tensor.name, begin * values.dtype.itemsize, values)
+class _QuantizedFileSink(PieceSink):
+    """Quantizes values and writes them; the scales are held until all are there."""
 
+    def __init__(self, output: Output, writer: ShardWriter, planned: PlannedTensor, fmt: FourBit | Int8) -> None:
+        self._per_scale = fmt.granule(planned.shape)
+        super().__init__(planned, output.config.landing_dtype, self._per_scale)
+        self._output, self._writer, self._format = output, writer, fmt
+        scales = -(-math.prod(planned.shape) // self._per_scale)
+        self._scales = torch.empty(scales, dtype=torch.float32, device=planned.device)
 
-class _QuantizedPieces(_Pieces):
-    def __init__(self, output: Output, writer: ShardWriter, fmt: FourBit | Int8) -> None:
-        super().__init__(output, writer)
-        self._format = fmt
-        self._per_scale = fmt.granule(output.planned.shape)
-        scales = -(-math.prod(output.planned.shape) // self._per_scale)
-        self._scales = torch.empty(scales, dtype=torch.float32, device=output.planned.device)
-
-    def add(self, values: torch.Tensor, begin: int) -> None:
-        fmt, name = self._format, self._output.planned.tensor.name
+    def take(self, values: torch.Tensor, begin: int) -> None:
+        fmt, name = self._format, self._output.entries["weight"].name
         shape = (len(values) // self._per_scale, self._per_scale) if isinstance(fmt, Int8) else (1, len(values))
         alone = fmt if isinstance(fmt, Int8) else FourBit(fmt.quant_type, fmt.blocksize, False, torch.uint8)
         quantizer = Quantizer(shape, alone, values.dtype, values.device)

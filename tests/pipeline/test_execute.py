@@ -11,9 +11,9 @@ from torch import nn
 
 from bigload import BnbQuantizationConfig, init_empty_weights, load_and_quantize_model
 from bigload.checkpoint.checkpoint import open_checkpoint
-from bigload.hardware.allocation import DeviceStore
 from bigload.io.async_reads import Reads
 from bigload.model.tensors import ModelTensor
+from bigload.pipeline import sinks
 from bigload.pipeline.execute import execute
 from bigload.planning.plan import Plan
 from bigload.planning.planned_tensors import PlannedTensor
@@ -83,15 +83,15 @@ def test_weights_that_are_put_together_are_held_one_at_a_time(tmp_path, monkeypa
     entries = open_checkpoint(tmp_path / "w.safetensors").tensors
     fmt = FourBit("nf4", 64, False, torch.uint8)
     held, most = weakref.WeakSet(), []
-    allocate = DeviceStore.allocate
+    allocate = sinks.allocate
 
-    def watched(self, shape, dtype):
-        made = allocate(self, shape, dtype)
+    def watched(*asked):
+        made = allocate(*asked)
         held.add(made)
         most.append(len(held))
         return made
 
-    monkeypatch.setattr(DeviceStore, "allocate", watched)
+    monkeypatch.setattr(sinks, "allocate", watched)
     planned = [
         PlannedTensor(
             ModelTensor((name,), torch.empty(64, 128, device="meta"), True, True),
