@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from forks import exit_status, needs_fork
 
 from bigload.io import async_reads
 from bigload.io.async_reads import Reads
@@ -211,14 +212,15 @@ def test_memory_of_a_read_that_was_not_waited_for_is_kept(file, with_functions, 
     assert reads.is_done
 
 
+@needs_fork
 def test_forked_process_reads_by_threads_of_its_own(file, data):
     """The C library's stay in the parent, and it would wait for them."""
-    with Reads(3) as reads:
-        reads.finish(reads.begin(file, memory(100_000), 0))
-    child = os.fork()
-    if not child:
+
+    def read():
         buffers = memory(100_000)
         with Reads(3) as reads:
             reads.finish(reads.begin(file, buffers, 0))
-        os._exit(0 if buffers[0] == data[:100_000] else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert buffers[0] == data[:100_000]
+
+    read()
+    assert exit_status(read) == 0

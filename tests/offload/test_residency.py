@@ -10,6 +10,7 @@ import weakref
 
 import pytest
 import torch
+from forks import exit_status, needs_fork
 from models import equal
 from streaming import assert_at_rest, at_rest, group_of, linears, poison, resident, stream, tensors_of, tokens, written
 from torch import nn
@@ -45,6 +46,19 @@ def groups_of(model, device, folder=None):
             yield group_of(str(index), leaves, device)
         else:
             yield Group(str(index), tuple(leaves), FileGroup(written(tensors_of(leaves), folder / str(index))))
+
+
+def brought(engine):
+    """Bring each leaf's weight in its turn, and copy it there."""
+    copies = []
+    for weights in engine._weights:
+        with weights.placed():
+            copies.append(weights.leaf.module.weight.clone())
+    return copies
+
+
+def assert_all_equal(tensors, others):
+    assert all(equal(one, other) for one, other in zip(tensors, others, strict=True))
 
 
 @pytest.mark.parametrize("where", ["host", "disk"])
@@ -441,26 +455,29 @@ def test_weights_that_a_call_left_away_are_at_rest_before_others_are_loaded(devi
     assert equal(model(tokens(device)), other(tokens(device)))
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@needs_fork
 def test_process_that_is_forked_while_its_parent_reads_reads_for_itself(tmp_path, monkeypatch):
-    cpu, gate = torch.device("cpu"), threading.Event()
+    cpu, parent, is_reading, gate = torch.device("cpu"), os.getpid(), threading.Event(), threading.Event()
     model = pairs(nn.Linear).requires_grad_(False)
-    x = torch.randn(3, 64)
-    expected = model(x)
-    Engine(model, list(groups_of(model, cpu, tmp_path)), cpu)
-    gate.set()
+    expected = [layer.weight.clone() for pair in model for layer in pair]
+    engine = Engine(model, list(groups_of(model, cpu, tmp_path)), cpu)
+    brought(engine)
+    engine._lane.finish()
     own = FileGroup.read_into
-    monkeypatch.setattr(FileGroup, "read_into", lambda *args: (gate.wait(10), own(*args)))
-    model(x)
-    gate.clear()
-    model[0](x)  # what comes after it is being read for ever, so far
-    child = os.fork()
-    if not child:
+
+    def read_into(*args):
+        if os.getpid() == parent:
+            is_reading.set()
+            gate.wait()
+        own(*args)
+
+    monkeypatch.setattr(FileGroup, "read_into", read_into)
+    model[0](torch.randn(3, 64))  # what comes after it is being read for ever, so far
+    assert is_reading.wait(60)
+    try:
+        assert exit_status(lambda: assert_all_equal(brought(engine), expected)) == 0
+    finally:
         gate.set()
-        signal.alarm(20)
-        os._exit(0 if equal(model(x), expected) else 1)
-    gate.set()
-    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_slot_is_not_let_go_of_while_it_is_read_into(tmp_path):
@@ -564,19 +581,15 @@ def test_forward_that_another_wrapped_around_ours_runs_after_it_was_removed(devi
     assert equal(model(tokens(device)), expected(tokens(device)))
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@needs_fork
 def test_forked_process_reads_for_itself(tmp_path):
     cpu = torch.device("cpu")
     model = pairs(nn.Linear).requires_grad_(False)
-    x = torch.randn(3, 64)
-    expected = model(x)
-    Engine(model, list(groups_of(model, cpu, tmp_path)), cpu)
-    model(x)
-    child = os.fork()
-    if not child:
-        signal.alarm(20)
-        os._exit(0 if equal(model(x), expected) else 1)
-    assert os.waitpid(child, 0)[1] == 0
+    expected = [layer.weight.clone() for pair in model for layer in pair]
+    engine = Engine(model, list(groups_of(model, cpu, tmp_path)), cpu)
+    brought(engine)
+    engine._lane.finish()
+    assert exit_status(lambda: assert_all_equal(brought(engine), expected)) == 0
 
 
 # The thread that brings what must be read.
