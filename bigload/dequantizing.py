@@ -100,4 +100,6 @@ def _empty(kind: type[nn.Module], shape: torch.Size, has_bias: bool) -> nn.Modul
     with torch.device("meta"):
         if transformers_facts.is_conv1d_class(kind):
             return kind(*shape)
-        return kind(shape[1], shape[0], bias=has_bias)
+        layer = nn.Linear(shape[1], shape[0], bias=has_bias)
+    layer.__class__ = kind  # type: ignore[assignment]  # whose constructor may take anything; what it set is carried over
+    return layer

@@ -185,9 +185,10 @@ def test_tied_weights_are_stored_once_and_tied_again(tmp_path, device, made_on_m
     assert_same_bits(again.state_dict(), model.state_dict())
 
 
-def test_a_subclass_of_linear_that_was_quantized_is_so_again(tmp_path, device):
+def test_a_subclass_of_linear_that_was_named_quantizable_is_quantized_again(tmp_path, device):
     class Own(nn.Linear):
-        pass
+        def merged(self):
+            return self.weight
 
     def build():
         return nn.ModuleDict({"fc": Own(64, 64), "plain": Own(64, 64), "head": nn.Linear(64, 2)})

@@ -15,6 +15,7 @@ from torch import nn
 from ..config import BnbQuantizationConfig
 from ..errors import CheckpointError, ConfigError, listed
 from . import transformers_facts
+from .linears import acts_as_linear, class_acts_as_linear
 from .tree import first_paths, leaves, modules_by_path
 from .weight_readers import weights_read
 
@@ -148,7 +149,7 @@ def layers_to_quantize(
     tensors: Sequence[ModelTensor],
     quantizable: Sequence[type[nn.Linear]] = (),
 ) -> dict[str, nn.Module]:
-    """Choose the layers to quantize, by path: exactly nn.Linear and GPT-2's Conv1D, less those that are skipped.
+    """Choose the layers to quantize, by path: nn.Linear, what acts as it does, GPT-2's Conv1D, less what is skipped.
 
     Skipped are tied weights, layers whose owner reads their weight past their forward, modules kept in fp32 by the
     config or the transformers class, and `skip_modules` or, where that is None, the output head.
@@ -157,7 +158,7 @@ def layers_to_quantize(
         model: read only.
         config: what it skips.
         tensors: of the model, from `tensors_of`.
-        quantizable: subclasses of nn.Linear to quantize too.
+        quantizable: further subclasses of nn.Linear to quantize.
 
     Raises:
         ConfigError: a class in `quantizable` does not do what nn.Linear does.
@@ -265,9 +266,11 @@ def _check_quantizable(quantizable: Any) -> None:
 
 
 def _require_linear_forward(cls: Any) -> None:
-    """Run a small layer of a subclass against nn.Linear's own computation."""
+    """Run a small layer of a subclass, made as it makes them, against nn.Linear's own computation."""
     if not (isinstance(cls, type) and issubclass(cls, nn.Linear)):
         raise ConfigError(f"quantizable must hold subclasses of nn.Linear, but it holds {cls!r}")
+    if class_acts_as_linear(cls):
+        return
     x = torch.linspace(-1, 1, 180).view(5, 6, 6)
     try:
         with torch.random.fork_rng(devices=[]):
@@ -303,11 +306,18 @@ def _default_head(model: nn.Module) -> nn.Module | None:
 
 
 def _is_quantizable(module: nn.Module, quantizable: Sequence[type[nn.Linear]]) -> bool:
-    """Ask whether a module is a Linear in all it does: its class, its own forward, and two plain parameters."""
+    """Ask whether a module is a Linear in all it does: its class, its own forward, and nothing but two parameters."""
     return (
-        (type(module) is nn.Linear or type(module) in quantizable or transformers_facts.is_conv1d(module))
+        (isinstance(module, nn.Linear) or transformers_facts.is_conv1d(module))
         and "forward" not in module.__dict__
         and module._parameters.keys() == {"weight", "bias"}
         and module._parameters["weight"] is not None
         and module._parameters["weight"].is_floating_point()
+        and not (module._buffers or module._modules)
+        and (
+            type(module) is nn.Linear
+            or type(module) in quantizable
+            or transformers_facts.is_conv1d(module)
+            or acts_as_linear(module)
+        )
     )

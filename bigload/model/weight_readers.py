@@ -51,11 +51,11 @@ def _methods_naming_weights(cls: type) -> tuple[FunctionType, ...]:
         if isinstance(function, FunctionType)
     ]
     # Nearly no method does, which is seen at the cost of a look at its names.
-    return tuple(m for m in members if isinstance(m, FunctionType) and "weight" in _names(m.__code__))
+    return tuple(m for m in members if isinstance(m, FunctionType) and "weight" in names_in(m.__code__))
 
 
 def _read_by(function: FunctionType, owner: nn.Module) -> Iterator[str]:
-    names = _names(function.__code__)
+    names = names_in(function.__code__)
     me = function.__code__.co_varnames[0] if function.__code__.co_argcount else ""
     children = [name for name, child in owner._modules.items() if child is not None and name in names]
     if not children:
@@ -68,8 +68,9 @@ def _read_by(function: FunctionType, owner: nn.Module) -> Iterator[str]:
 
 
 @functools.cache
-def _names(code: CodeType) -> frozenset[str]:
-    inner = (_names(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+def names_in(code: CodeType) -> frozenset[str]:
+    """Name all that a function's code, and functions inside it, call something by: globals, attributes."""
+    inner = (names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType))
     return frozenset(code.co_names).union(*inner)
 
 

@@ -326,7 +326,10 @@ def test_model_that_is_itself_the_layer_is_replaced_by_a_quantized_one(tmp_path,
 
 
 class Named(nn.Linear):
-    """A subclass that does what nn.Linear does."""
+    """A subclass that does what nn.Linear does, and is asked for more."""
+
+    def merged(self):
+        return self.weight
 
 
 class Other(nn.Linear):

@@ -3,10 +3,14 @@
 Run as a program it writes the table of default skip sets in docs/architectures.md.
 """
 
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import transformers as tf
+from torch import nn
 
 _TEXT = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 _LLAMA = _TEXT | {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -85,6 +89,26 @@ ARCHITECTURES = {
 }
 
 
+# The module and name of the subclass of nn.Linear that a family is made of.
+SUBCLASSES = {"falcon": ("transformers.models.falcon.modeling_falcon", "FalconLinear")}
+
+
+@contextmanager
+def plain_linears(name: str) -> Iterator[None]:
+    """Have a family made of nn.Linear, which is all that transformers quantizes in its newer versions."""
+    module, attribute = SUBCLASSES.get(name, (None, None))
+    if module is None:
+        yield
+        return
+    room = importlib.import_module(module)
+    own = getattr(room, attribute)
+    setattr(room, attribute, nn.Linear)
+    try:
+        yield
+    finally:
+        setattr(room, attribute, own)
+
+
 def build(name: str):
     """A model with random weights, in eval mode."""
     model_class, config_class, fields, _ = ARCHITECTURES[name]
@@ -110,6 +134,10 @@ _INTRODUCTION = """# What is quantized by default, family by family
 Given the same explicit list of modules to skip, bigload and transformers' own loader make the same bits for each of
 these families (`tests/interop/test_architectures.py`). Without a list each follows its own rules, and this is where
 they differ; "the rest" is quantized by both. This table is made by `python tests/helpers/architectures.py`.
+
+Falcon is made of `FalconLinear`, a subclass of `nn.Linear` with the same arithmetic. bigload quantizes such subclasses,
+as accelerate does and transformers 5.0 did; transformers from 5.17 on leaves them in 16 bit. The bits are those that it
+makes when the model is built of `nn.Linear`.
 
 | family | model | quantized by bigload only | by transformers only |
 |---|---|---|---|

@@ -3,6 +3,7 @@
 import architectures
 import pytest
 import torch
+from torch import nn
 
 from bigload import BnbQuantizationConfig, load_and_quantize_model
 from bigload.model.transformers_facts import empty_model
@@ -43,9 +44,10 @@ def test_state_and_output_equal_those_of_transformers_own_loader(saved, device, 
     folder = saved(name)
     config = BnbQuantizationConfig.from_mode(mode, skip_modules=skip, bnb_4bit_compute_dtype="fp32")
     ours = load_and_quantize_model(empty_model(folder), config, folder, device_map=device)
-    theirs = model_class.from_pretrained(
-        folder, quantization_config=config.to_transformers(), device_map={"": device}, dtype=torch.float32
-    )
+    with architectures.plain_linears(name):
+        theirs = model_class.from_pretrained(
+            folder, quantization_config=config.to_transformers(), device_map={"": device}, dtype=torch.float32
+        )
     found, expected = state_bits(ours), state_bits(theirs)
     assert found.keys() == expected.keys()
     for key in found:
@@ -63,9 +65,10 @@ def test_dtypes_of_a_16_bit_load_are_those_of_transformers_own_loader(saved, nam
     folder = saved(name)
     config = BnbQuantizationConfig.from_mode("int8", skip_modules=skip, torch_dtype=dtype)
     ours = load_and_quantize_model(empty_model(folder), config, folder, device_map="cpu")
-    theirs = model_class.from_pretrained(
-        folder, quantization_config=config.to_transformers(), device_map={"": "cpu"}, dtype=dtype
-    )
+    with architectures.plain_linears(name):
+        theirs = model_class.from_pretrained(
+            folder, quantization_config=config.to_transformers(), device_map={"": "cpu"}, dtype=dtype
+        )
     found, expected = state_bits(ours), state_bits(theirs)
     assert found.keys() == expected.keys()
     different = {key: (found[key][0], expected[key][0]) for key in found if found[key][0] != expected[key][0]}
@@ -94,6 +97,13 @@ def test_model_built_on_meta_gets_its_buffers_back(saved, name):
     assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
     inputs = architectures.inputs(name)
     assert torch.equal(output(model, inputs), output(usual, inputs))
+
+
+def test_every_layer_of_a_familys_own_subclass_of_linear_is_quantized(saved):
+    for name in architectures.SUBCLASSES:
+        model = load_and_quantize_model(empty_model(saved(name)), "nf4", saved(name), device_map="cpu")
+        left = [path for path, m in model.named_modules() if isinstance(m, nn.Linear) and m.weight.is_floating_point()]
+        assert left == ["lm_head"]
 
 
 def test_table_of_the_default_skip_sets_in_the_docs_is_the_one_made_here():

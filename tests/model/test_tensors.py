@@ -35,7 +35,10 @@ class Net(nn.Module):
 
 
 class LinearSubclass(nn.Linear):
-    pass
+    """Does what nn.Linear does, and is asked for more: left alone unless it is named."""
+
+    def merged(self):
+        return self.weight
 
 
 class WithHead(Net):
@@ -103,9 +106,13 @@ def test_star_matches_whatever_it_replaced(name, pattern, star):
         assert matches(".".join(name), [".".join(pattern)])
 
 
-def test_exactly_linear_is_quantized_and_never_a_subclass():
-    model = Net(plain=nn.Linear(4, 4), sub=LinearSubclass(4, 4), conv=nn.Conv1d(4, 4, 1), norm=nn.LayerNorm(4))
-    assert quantized(model) == {"plain"}
+class NewName(nn.Linear):
+    pass
+
+
+def test_linear_is_quantized_and_a_subclass_that_is_no_more_than_that():
+    model = Net(plain=nn.Linear(4, 4), renamed=NewName(4, 4), sub=LinearSubclass(4, 4), conv=nn.Conv1d(4, 4, 1))
+    assert quantized(model) == {"plain", "renamed"}
 
 
 def test_conv1d_of_gpt2_is_quantized():
@@ -113,7 +120,7 @@ def test_conv1d_of_gpt2_is_quantized():
 
 
 def test_class_that_is_only_called_conv1d_is_left_alone():
-    assert quantized(Net(attn=nn.Conv1d(4, 4, 1), other=type("Conv1D", (nn.Linear,), {})(4, 4))) == set()
+    assert quantized(Net(attn=nn.Conv1d(4, 4, 1), other=type("Conv1D", (nn.Conv1d,), {})(4, 4, 1))) == set()
 
 
 def test_out_projection_of_multihead_attention_is_left_alone():
@@ -324,7 +331,7 @@ class OtherForward(nn.Linear):
         return super().forward(x) * 2
 
 
-class OtherArguments(nn.Linear):
+class OtherArguments(OtherForward):
     def __init__(self, features, *, scale):
         super().__init__(features, features)
 

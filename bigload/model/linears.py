@@ -1,0 +1,162 @@
+"""Subclasses of nn.Linear that do what it does and no more: a quantized layer may take their place.
+
+Falcon's layers write out nn.Linear's arithmetic, those of OpenAI's Whisper cast the weight to the input's dtype, others
+have a constructor of their own. They are known by running them on small weights of our own. One that scales, adds noise
+or returns a tuple is seen by its values, one that depends on what an instance holds (a scale that is 1 in most) by what
+it reads, and one that other modules may ask for more than its output by its methods.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import re
+from collections.abc import Iterator, Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import BackwardCFunction
+from torch.nn import functional
+
+from .weight_readers import names_in
+
+_IN, _OUT = 6, 4
+# The attributes that the output may depend on.
+_VALUES = {"weight", "bias", "in_features", "out_features"}
+_OF_AN_INSTANCE = vars(nn.Linear(1, 1, device="meta")).keys()
+# Methods that nobody calls once the layer has its weight.
+_ASIDE = re.compile(r"__init__|__repr__|extra_repr|_*reset_parameters|_*init_.*")
+
+
+def acts_as_linear(module: nn.Module) -> bool:
+    """Ask whether a module, of a subclass of nn.Linear, does what nn.Linear does and no more. It is not run.
+
+    One that has hooks does not: they may change its output, or belong to this very object.
+    """
+    names = _names_used(type(module), type(module).forward)  # type: ignore[arg-type]
+    own, weight = vars(module), module._parameters.get("weight")
+    return (
+        names is not None
+        and names.isdisjoint(own.keys() - _OF_AN_INSTANCE)
+        and weight is not None
+        and (own.get("out_features"), own.get("in_features")) == tuple(weight.shape)
+        and not any(value for name, value in own.items() if "_hook" in name and isinstance(value, dict))
+    )
+
+
+def class_acts_as_linear(cls: type[nn.Module]) -> bool:
+    """Ask whether instances of a class, as far as it alone decides, do what nn.Linear does and no more."""
+    return _names_used(cls, cls.forward) is not None  # type: ignore[arg-type]
+
+
+@functools.cache  # by the forward too, which others may exchange
+def _names_used(cls: type[nn.Module], forward: Any) -> frozenset[str] | None:
+    """Name what the code of a class's forward uses; None where it does not do what nn.Linear does and no more."""
+    bases = [base for base in cls.__mro__ if base not in nn.Linear.__mro__]
+    own = [(name, value) for base in bases for name, value in vars(base).items()]
+    # A metaclass, or __init_subclass__, could do anything when a class is derived from it.
+    if not issubclass(cls, nn.Linear) or type(cls) is not type or any(name == "__init_subclass__" for name, _ in own):
+        return None
+    used = _names_in_use(forward, own)
+    if not all(name in used or name == "forward" or _is_aside(name, value) for name, value in own):
+        return None
+    try:
+        read = _read_where_same(cls, forward) if len(inspect.signature(forward).parameters) == 2 else None
+    except Exception:  # whatever others' code raises where its constructor has not run
+        return None
+    methods = {name for name, value in own if isinstance(value, FunctionType)}
+    return None if read is None or read - _VALUES - methods else frozenset(used | read) - _VALUES
+
+
+def _names_in_use(forward: Any, own: Sequence[tuple[str, Any]]) -> set[str]:
+    """Name what the code of a forward uses, and of its class's methods that it names."""
+    used: set[str] = set()
+    waiting = [forward, *(value for name, value in own if name == "forward")]  # it may call its parents'
+    while waiting:
+        function = inspect.unwrap(waiting.pop())
+        if isinstance(function, FunctionType):
+            new = names_in(function.__code__) - used
+            used |= new
+            waiting += [value for name, value in own if name in new]
+    return used
+
+
+def _is_aside(name: str, value: Any) -> bool:
+    """Ask whether an attribute of a class matters to nobody who has a layer of it; a public one may."""
+    if isinstance(value, FunctionType):
+        return bool(_ASIDE.fullmatch(name)) or (name.startswith("_") and not hasattr(nn.Linear, name))
+    return name.startswith("__") and name.endswith("__")
+
+
+def _read_where_same(cls: type[nn.Module], forward: Any) -> set[str] | None:
+    """Run a class's forward; name the attributes that it read, or give None where its values are not nn.Linear's."""
+    read: set[str] = set()
+
+    def reading(layer: nn.Module, name: str) -> Any:
+        read.add(name)
+        return object.__getattribute__(layer, name)
+
+    watched = type(cls.__name__, (cls,), {"__getattribute__": reading})
+    # On the CPU and in the dtypes that are given, whatever the caller has set.
+    with (
+        torch.device("cpu"),
+        torch.autocast("cpu", enabled=False),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.random.fork_rng(devices=[]),
+    ):
+        kinds = [(dtype, has_bias) for dtype in (torch.float32, torch.bfloat16) for has_bias in (True, False)]
+        is_same = all(_is_same(watched, forward, x, has_bias) for dtype, has_bias in kinds for x in _inputs(dtype))
+    return read if is_same else None
+
+
+def _inputs(dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """Give inputs of one to four dimensions, small ones, and such as no clipping lets through."""
+    for shape in ((_IN,), (5, _IN), (2, 3, _IN), (2, 2, 3, _IN)):
+        x = torch.linspace(-1, 1, math.prod(shape)).view(shape)
+        yield from (x.to(dtype), (x * 1e-3).to(dtype))
+    for strange in (math.inf, -math.inf, math.nan):
+        x = torch.ones(3, _IN, dtype=dtype)
+        x[1, 2] = strange
+        yield x
+
+
+def _is_same(cls: type[nn.Module], forward: Any, x: torch.Tensor, has_bias: bool) -> bool:
+    """Ask whether a forward gives what nn.Linear's would, by operations of torch's own alone."""
+    # No weight is zero, which times infinity is no number.
+    weight = nn.Parameter(torch.linspace(-1, 1.1, _OUT * _IN).view(_OUT, _IN).to(x.dtype))
+    bias = nn.Parameter(torch.linspace(0.3, -0.7, _OUT).to(x.dtype)) if has_bias else None
+    layer = object.__new__(cls)  # without its constructor, which may take anything
+    for name, value in {"weight": weight, "bias": bias, "in_features": _IN, "out_features": _OUT}.items():
+        object.__setattr__(layer, name, value)
+    given = x.clone().requires_grad_()
+    out: Any = forward(layer, given)
+    if type(out) is not torch.Tensor or out.dtype != x.dtype or not _are_reached([given, weight], out):
+        return False
+    with torch.no_grad():
+        expected = functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    # A few roundings: of the product, of the sum with the bias.
+    rounding = 4 * torch.finfo(x.dtype).eps
+    largest = float(expected.nan_to_num(0, 0, 0).abs().max())
+    same = functools.partial(torch.allclose, rtol=rounding, atol=rounding * largest, equal_nan=True)
+    return out.shape == expected.shape and same(out.detach().float(), expected)
+
+
+def _are_reached(tensors: Sequence[torch.Tensor], out: torch.Tensor) -> bool:
+    """Ask whether gradients come from a result to all of some tensors, with no step that a program has made up.
+
+    The graph is walked, not run: torch's engine starts threads, after which a forked process could not use it.
+    """
+    waiting, found, reached = [out.grad_fn], set[Any](), set[int]()
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, BackwardCFunction):
+            return False
+        if node is not None and node not in found:
+            found.add(node)
+            reached.add(id(getattr(node, "variable", None)))
+            waiting += [before for before, _ in node.next_functions]
+    return all(id(tensor) in reached for tensor in tensors)
