@@ -15,7 +15,7 @@ from .pipeline.assembly import apply_edits
 from .pipeline.attributes import Edit, forgotten_attributes
 from .quantization.bnb import dequantize_4bit, library
 from .quantization.formats import dominant_dtype
-from .quantization.layers import carry_over, quantized_layers, require_whole_layers, row_scales
+from .quantization.layers import carry_over, quantized_layers, require_whole_layers, row_scales, source_class
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -83,7 +83,7 @@ def _plain(layer: Any, dtype: torch.dtype | None, own: torch.dtype) -> nn.Module
     else:
         # LLM.int8(), arXiv 2208.07339, section 2: each row by its largest value over 127.
         values = (weight.data * (row_scales(layer) / 127).unsqueeze(1)).to(dtype or own)
-    kind = vars(layer).get("source_cls", nn.Linear)
+    kind = source_class(layer)
     new = _empty(kind, values.shape, layer.bias is not None)
     if transformers_facts.is_conv1d_class(kind):
         values = values.mT.contiguous()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from .model.tensors import plain_linears
 from .model.tree import leaves, modules_by_path
 from .pipeline.attributes import skip_list
 from .quantization.formats import dominant_dtype
-from .quantization.layers import config_of_layer, quantized_layers, require_whole_layers
+from .quantization.layers import config_of_layer, quantized_layers, require_whole_layers, source_class
 from .sizes import parse_size
+
+logger = logging.getLogger(__name__)
 
 
 def save_quantized_model(
@@ -88,14 +91,27 @@ def write_configs(
     folder: Path,
     config: BnbQuantizationConfig,
     kept: Iterable[str],
-    layers: Collection[str],
+    layers: Mapping[str, nn.Module],
     dtype: Any,
 ) -> None:
-    """Write the configs by which transformers makes the same layers, of a model of its own."""
-    if transformers_facts.is_pretrained(model):
-        quantization = config.to_transformers()
-        quantization.llm_int8_skip_modules = skip_list(kept, layers)
-        transformers_facts.save_configs(model, folder, quantization, dtype)
+    """Write the configs by which transformers makes the same layers, of a model of its own; warn where it cannot."""
+    if not transformers_facts.is_pretrained(model):
+        return
+    quantization = config.to_transformers()
+    quantization.llm_int8_skip_modules = skip_list(kept, layers)
+    transformers_facts.save_configs(model, folder, quantization, dtype)
+    classes = dict.fromkeys(map(source_class, layers.values()))
+    unknown = [
+        cls.__name__ for cls in classes if not transformers_facts.is_quantized_by_transformers(cls, quantization)
+    ]
+    if unknown:
+        logger.warning(
+            "from_pretrained will not read what is saved of this %s: transformers %s makes no quantized layers of "
+            "subclasses of nn.Linear, which %s is; load it with load_and_quantize_model(model, None, folder)",
+            type(model).__name__,
+            transformers_facts.import_transformers().__version__,
+            listed(unknown),
+        )
 
 
 def _config(model: nn.Module, layers: Mapping[str, Any]) -> BnbQuantizationConfig:

@@ -87,6 +87,23 @@ def is_conv1d_class(cls: type) -> bool:
     return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
 
 
+def is_quantized_by_transformers(cls: type, quantization: Any) -> bool:
+    """Ask whether the library's own loader makes layers of bitsandbytes of a class: versions differ on subclasses.
+
+    Args:
+        cls: nn.Linear, a subclass of it, or Conv1D.
+        quantization: a `BitsAndBytesConfig`.
+    """
+    if cls is nn.Linear or is_conv1d_class(cls):
+        return True
+    layer = nn.Linear(1, 1, device="meta")
+    layer.__class__ = cls
+    # With one that it does quantize, since it warns where there is none.
+    model = nn.ModuleDict({"layer": layer, "linear": nn.Linear(1, 1, device="meta")})
+    replace = importlib.import_module("transformers.integrations.bitsandbytes").replace_with_bnb_linear
+    return bool(replace(model, [], quantization)["layer"] is not layer)
+
+
 def config_dtype(model: nn.Module) -> torch.dtype | None:
     """Give the floating dtype that a transformers model's config says its checkpoint is in, if it does."""
     dtype = getattr(getattr(model, "config", None), "dtype", None) if is_pretrained(model) else None

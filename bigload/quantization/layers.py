@@ -77,6 +77,12 @@ def quantized_layers(model: nn.Module) -> dict[str, Any]:
     return {path: module for module, path in first_paths(model).items() if isinstance(module, kinds)}
 
 
+def source_class(layer: nn.Module) -> type[nn.Module]:
+    """Give the class of the plain layer that a layer, of bitsandbytes or not, stands for."""
+    is_plain = not type(layer).__module__.startswith("bitsandbytes.")
+    return type(layer) if is_plain else vars(layer).get("source_cls", nn.Linear)
+
+
 def require_whole_layers(model: nn.Module, layers: Mapping[str, Any]) -> None:
     """Refuse a model whose quantized layers are not all there to be read as such.
 

@@ -2,11 +2,12 @@
 
 import copy
 import json
+import logging
 
 import pytest
 import torch
 import transformers
-from architectures import build, inputs
+from architectures import build, inputs, plain_linears
 from models import assert_same_bits, save_checkpoint
 from torch import nn
 
@@ -17,12 +18,13 @@ from bigload import (
     dequantize_model,
     init_empty_weights,
     load_and_quantize_model,
+    quantize_checkpoint,
     save_quantized_model,
 )
 from bigload.quantization.layers import quantized_layers
 
 MODES = ("nf4", "nf4-dq", "fp4", "int8")
-ARCHITECTURES = ("llama", "llama_tied", "gpt2", "t5", "bert", "mixtral")
+ARCHITECTURES = ("llama", "llama_tied", "gpt2", "t5", "bert", "mixtral", "falcon")
 
 
 @pytest.fixture(params=MODES)
@@ -62,7 +64,8 @@ def test_bigload_and_transformers_both_read_it(tmp_path, name, mode, ran):
     if ran:  # on a CPU with AVX512-BF16 bitsandbytes' own layers would be packed now
         outputs(model, name)
     save_quantized_model(model, tmp_path / "saved", "50KB")
-    theirs = type(full).from_pretrained(tmp_path / "saved", device_map="cpu").eval()
+    with plain_linears(name):
+        theirs = type(full).from_pretrained(tmp_path / "saved", device_map="cpu").eval()
     ours = load_and_quantize_model(empty_like(full), None, tmp_path / "saved", device_map="cpu", strict=True).eval()
     expected = model.state_dict()
     assert_same_bits(ours.state_dict(), expected)
@@ -70,6 +73,30 @@ def test_bigload_and_transformers_both_read_it(tmp_path, name, mode, ran):
     assert quantized_layers(theirs).keys() == quantized_layers(model).keys() == quantized_layers(ours).keys()
     assert torch.equal(outputs(ours, name), outputs(model, name))
     assert torch.equal(outputs(theirs, name), outputs(model, name))
+
+
+def said_by_bigload(caplog):
+    return [record.getMessage() for record in caplog.records if record.name.startswith("bigload")]
+
+
+def test_saving_warns_of_layers_that_transformers_does_not_make(tmp_path, caplog):
+    model, full = loaded("falcon", "nf4", tmp_path / "source")
+    with caplog.at_level(logging.WARNING, "bigload"):
+        save_quantized_model(model, tmp_path / "saved")
+        quantize_checkpoint(tmp_path / "source", tmp_path / "converted", "nf4", model=empty_like(full))
+    said = said_by_bigload(caplog)
+    assert len(said) == 2
+    assert all("FalconForCausalLM" in message and "'FalconLinear'" in message for message in said)
+    with pytest.raises(RuntimeError):
+        type(full).from_pretrained(tmp_path / "saved", device_map="cpu")
+
+
+def test_saving_says_nothing_where_transformers_makes_all_layers(tmp_path, caplog):
+    for name in ("llama", "gpt2"):
+        model, _ = loaded(name, "nf4", tmp_path / name)
+        with caplog.at_level(logging.WARNING, "bigload"):
+            save_quantized_model(model, tmp_path / f"{name}_saved")
+    assert not said_by_bigload(caplog)
 
 
 class Suffixes(nn.Module):
@@ -148,7 +175,8 @@ def test_model_that_transformers_quantized_is_saved_and_comes_back(tmp_path, nam
     full = build(name).eval()
     full.save_pretrained(tmp_path / "source")
     config = BnbQuantizationConfig.from_mode(mode, bnb_4bit_compute_dtype="fp32").to_transformers()
-    theirs = type(full).from_pretrained(tmp_path / "source", quantization_config=config, device_map="cpu")
+    with plain_linears(name):
+        theirs = type(full).from_pretrained(tmp_path / "source", quantization_config=config, device_map="cpu")
     save_quantized_model(theirs, tmp_path / "saved")
     ours = load_and_quantize_model(empty_like(full), None, tmp_path / "saved", device_map="cpu")
     assert_same_bits(ours.state_dict(), theirs.state_dict())

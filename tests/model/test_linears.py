@@ -6,12 +6,19 @@ import math
 import bitsandbytes as bnb
 import pytest
 import torch
-from models import assert_same_bits
+from models import assert_same_bits, empty, save_checkpoint
 from torch import nn
 from torch.nn import functional
 
-from bigload import dequantize_model, load_and_quantize_model
+from bigload import (
+    dequantize_model,
+    load_and_quantize_model,
+    plan_device_map,
+    quantize_checkpoint,
+    save_quantized_model,
+)
 from bigload.model.linears import acts_as_linear, class_acts_as_linear
+from bigload.quantization.layers import quantized_layers
 
 
 class Inherits(nn.Linear):
@@ -362,6 +369,53 @@ def test_subclass_that_does_as_linear_does_is_quantized_to_the_same_bits_and_com
     assert_same_bits(plain.state_dict(), dequantize_model(usual).state_dict())
     with torch.no_grad():
         assert plain(x).isfinite().all()
+
+
+class Model(nn.Module):
+    """Two layers of a class, one of nn.Linear between them, and a head."""
+
+    def __init__(self, cls, width=64):
+        super().__init__()
+        self.body = nn.Sequential(made(cls, width, 2 * width), nn.Linear(2 * width, width), made(cls, width, width))
+        self.head = nn.Linear(width, 8)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+@pytest.mark.parametrize("cls", [WrittenOut, OddArguments])
+@pytest.mark.parametrize("mode", ["nf4-dq", "int8"])
+def test_saved_model_and_converted_checkpoint_come_back_with_the_bits_of_a_load(tmp_path, device, cls, mode):
+    build = functools.partial(Model, cls)
+    save_checkpoint(build(), tmp_path / "source")
+    model = load_and_quantize_model(empty(build), mode, tmp_path / "source", device_map=device)
+    assert quantized_layers(model).keys() == {"body.0", "body.1", "body.2"}
+    save_quantized_model(model, tmp_path / "saved")
+    quantize_checkpoint(tmp_path / "source", tmp_path / "converted", mode, model=empty(build), device=device)
+    for folder in ("saved", "converted"):
+        again = load_and_quantize_model(empty(build), None, tmp_path / folder, device_map=device, strict=True)
+        assert_same_bits(again.state_dict(), model.state_dict())
+        assert type(dequantize_model(again).body[2]) is cls
+
+
+def test_plan_counts_subclasses_as_the_linears_they_are(device):
+    plans = [plan_device_map(Model(cls), "nf4", device_map=device) for cls in (nn.Linear, WrittenOut)]
+    assert plans[0].device_bytes == plans[1].device_bytes
+    assert plans[0].layers.keys() == plans[1].layers.keys()
+
+
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
+def test_offloaded_subclasses_compute_what_resident_ones_do(tmp_path, device, mode):
+    build = functools.partial(Model, WrittenOut, 1024)  # what is smaller than 1 MiB is not offloaded
+    save_checkpoint(build(), tmp_path)
+    resident = load_and_quantize_model(empty(build), mode, tmp_path, device_map=device)
+    offloaded = load_and_quantize_model(
+        empty(build), mode, tmp_path, device_map={"": device, "body": "disk"}, offload_folder=tmp_path / "offload"
+    )
+    x = torch.randn(3, 1024, device=device)
+    with torch.no_grad():
+        assert torch.equal(offloaded(x), resident(x))
+    assert offloaded.offload.stats().fetches
 
 
 def test_dequantized_layer_of_a_class_with_odd_arguments_holds_what_it_was_told(device):
