@@ -19,8 +19,9 @@ from .errors import BigloadError, PlacementError
 from .hardware.devices import Device, DeviceMap, named_devices
 from .io.ring import pin_ahead
 from .model.tree import walked_once
-from .offload.device_hooks import connect
+from .offload.device_hooks import connect, disconnect
 from .offload.handle import Offload, require_not_offloaded
+from .offload.model_device import entries
 from .offload.resting import Resting
 from .pipeline.assembly import Assembly
 from .pipeline.execute import execute
@@ -155,15 +156,16 @@ def _resting(plan: Plan, wishes: Wishes) -> Resting:
 
 def _set_to_run(model: nn.Module, plan: Plan, offload: OffloadConfig, resting: Resting) -> None:
     """Hook what must be hooked where weights do not all lie on the one device that computes."""
-    crossings = connect(model, plan.execution_map, plan.in_fp32, plan.config.landing_dtype)
+    execution, landing_dtype = plan.execution_map, plan.config.landing_dtype
+    connect(model, execution, plan.in_fp32, landing_dtype, entries=entries(model, plan))
     try:
         if plan.offloaded:
             model.offload = Offload(model, plan, offload, resting)  # type: ignore[assignment]
     except torch.OutOfMemoryError as error:
-        crossings.remove()
+        disconnect(model)
         raise PlacementError(f"no room on the GPU for what is streamed through it: {error}") from error
     except BaseException:
-        crossings.remove()
+        disconnect(model)
         raise
 
 

@@ -1,7 +1,8 @@
-"""A model whose parts compute on several devices: what goes into a part is brought to its device.
+"""A model whose parts compute on several devices, or of which part is streamed to one: what goes in is brought there.
 
 A hook on each part, not on each leaf: what is there already costs a comparison. Activations move where the device
-changes. What every part is given by name, a mask or position embeddings, moves once per device and forward.
+changes. What every part is given by name, a mask or position embeddings, moves once per device and forward. Where one
+device computes, the hooks are on its entries alone: the model, and the models in it that are called by themselves.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Crossings:
         in_fp32: Collection[str],
         dtype: torch.dtype | None,
     ) -> None:
-        """Hook the parts of a model, and the model itself."""
+        """Hook the parts of a model, and the model itself, where its outputs leave it."""
         skipped = _skipped(model)
         for path, device in devices.items():
             part = model.get_submodule(path)
@@ -44,7 +45,7 @@ class Crossings:
                 casts = _Casts(left, dtype)
                 self._handles.append(part.register_forward_pre_hook(casts.begin, with_kwargs=True))
                 self._handles.append(part.register_forward_hook(casts.end, with_kwargs=True, always_call=True))
-        ends = _Ends(self._memo)
+        ends = _Ends(self._memo, skipped)
         self._handles.append(model.register_forward_pre_hook(ends.begin, prepend=True, with_kwargs=True))
         self._handles.append(model.register_forward_hook(ends.end, with_kwargs=True, always_call=True))
 
@@ -60,6 +61,8 @@ def connect(
     devices: Mapping[str, torch.device],
     in_fp32: Collection[str] = (),
     dtype: torch.dtype | None = None,
+    *,
+    entries: Mapping[str, torch.device] | None = None,
 ) -> Crossings:
     """Let each part of a model find what it is given on its own device, and the caller what comes out on theirs.
 
@@ -68,26 +71,41 @@ def connect(
         devices: path of a part -> the device that computes it.
         in_fp32: paths of parts that compute in float32, and give what goes into them.
         dtype: that they give where nothing floating goes in, as into an embedding.
+        entries: path of a module that a caller may call with what lies elsewhere, "" for the model -> the device that
+            computes the first of it.
 
     Returns:
-        The hooks: none, where all is on one device.
+        The hooks: none, where all is on one device and there are no entries.
     """
-    before = model.__dict__.pop(_KEPT_AS, None)
-    if isinstance(before, Crossings):
-        before.remove()
+    disconnect(model)
     crossings = Crossings()
+    hooked = dict(entries or {})
     if len(set(devices.values())) > 1:
         modules = dict(model.named_modules(remove_duplicate=False))
-        crossings.add(model, {path: device for path, device in devices.items() if path in modules}, in_fp32, dtype)
+        hooked |= {path: device for path, device in devices.items() if path in modules}
+    if hooked:
+        crossings.add(model, hooked, in_fp32, dtype)
         model.__dict__[_KEPT_AS] = crossings
     return crossings
 
 
+def disconnect(model: nn.Module) -> None:
+    """Take the hooks off that a model has from `connect`, if it has any."""
+    crossings = model.__dict__.pop(_KEPT_AS, None)
+    if isinstance(crossings, Crossings):
+        crossings.remove()
+
+
 class _Memo(threading.local):
-    """What has been moved by name in this thread's forward: by the tensor's identity and the device."""
+    """What has been moved by name in this thread's forward: by the tensor's identity and the device.
+
+    Attributes:
+        origins: of the calls of the model that go on, the inner ones last: where what they were given was.
+    """
 
     def __init__(self) -> None:
         self.is_on = False
+        self.origins: list[torch.device | None] = []
         self.moved: dict[tuple[int, torch.device, bool], tuple[torch.Tensor, int, torch.Tensor]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Memo:
@@ -123,7 +141,7 @@ class _Entering:
             return None
         # By position come the activations, which are new for each part: they are not kept.
         args = tuple(_brought(value, lambda tensor: _moved(tensor, device)) for value in args)
-        kept = self._memo.get if self._memo.is_on else _moved
+        kept = self._memo.get if self._memo.is_on and not torch.compiler.is_compiling() else _moved
         named = {
             name: value if name in skipped else _brought(value, lambda tensor: kept(tensor, device))
             for name, value in kwargs.items()
@@ -172,25 +190,28 @@ def _in_fp32(tensor: torch.Tensor) -> torch.Tensor:
 class _Ends:
     """Hooks on the model: what was moved by name is kept for one forward, and what comes out goes where input was."""
 
-    def __init__(self, memo: _Memo) -> None:
-        self._memo = memo
+    def __init__(self, memo: _Memo, skipped: Collection[str]) -> None:
+        self._memo, self._skipped = memo, frozenset(skipped)
 
     def begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._memo.moved.clear()  # of a forward that was interrupted: hooks at the end are not called then
         self._memo.is_on = True
+        given = (args, [value for name, value in kwargs.items() if name not in self._skipped])
+        first = next(_tensors(given), None)
+        self._memo.origins.append(None if first is None else first.device)
 
     def end(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         self._memo.moved.clear()
         self._memo.is_on = False
-        first = next(_tensors((args, kwargs)), None)
-        if first is None or output is None:
+        device = self._memo.origins.pop() if self._memo.origins else None
+        if device is None or output is None:
             return None
-        left = _skipped(model)
-        kept = {name: output[name] for name in left if isinstance(output, dict) and name in output}
-        made = _brought(output, lambda tensor: _moved(tensor, first.device))
-        for name, value in kept.items():
-            made[name] = value
-        return made
+        is_named = isinstance(output, dict)
+        leaving = {name: value for name, value in output.items() if name not in self._skipped} if is_named else output
+        if _is_there(leaving, device):
+            return None
+        made = _brought(leaving, lambda tensor: _moved(tensor, device))
+        return _with(output, made) if is_named else made
 
 
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -224,11 +245,16 @@ def _brought(value: Any, move: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_brought(inner, move) for inner in value)
     if isinstance(value, dict):
-        made = copy.copy(value)  # of whatever class: transformers' outputs are dicts
-        for key, inner in value.items():
-            made[key] = _brought(inner, move)
-        return made
+        return _with(value, {key: _brought(inner, move) for key, inner in value.items()})
     return value
+
+
+def _with(table: Any, values: Mapping[Any, Any]) -> Any:
+    """Copy a dict, of whatever class, transformers' outputs for instance, with other values for some of its keys."""
+    made = copy.copy(table)
+    for key, value in values.items():
+        made[key] = value
+    return made
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

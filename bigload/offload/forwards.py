@@ -46,6 +46,10 @@ class OwnForward(Uncopyable):
         self.__wrapped__ = own  # for inspect.signature
         vars(module)["forward"] = self
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute what the module's own forward does."""
+        return self.own(*args, **kwargs)
+
     def remove(self) -> None:
         """Give the module its own forward back; once more does no harm."""
         self.is_over = True  # for whoever has put a forward there since that calls this one
@@ -142,7 +146,7 @@ class StreamedForward(OwnForward):
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _uncompiled(forward: StreamedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _uncompiled(forward: OwnForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run outside of what is compiled, where nothing knows that weights come and go."""
     return forward(*args, **kwargs)
 
@@ -244,6 +248,8 @@ class HostForward(OwnForward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute on the host; tensors go there and their results come back."""
+        if torch.compiler.is_compiling():
+            return _uncompiled(self, args, kwargs)
         if self.is_over:
             return self.own(*args, **kwargs)
         if self._require_there is not None:

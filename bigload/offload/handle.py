@@ -17,11 +17,13 @@ from ..hardware.devices import CPU
 from ..hardware.free_memory import free_bytes
 from ..hardware.pinned import Store
 from ..planning.plan import PlacedUnit, Plan
+from .device_hooks import disconnect
 from .engine import Engine, StreamStats
 from .files import FileGroup, spare_page_cache
 from .forwards import OwnForward
 from .groups import Group
 from .leaves import Leaf
+from .model_device import ModelDevices
 from .resting import Resting
 
 
@@ -48,7 +50,7 @@ class Offload:
         self.plan = plan
         self._model = weakref.ref(model)
         self._engines: list[Engine] = []
-        self._handles = [
+        self._handles: list[Any] = [
             model.get_submodule(path).register_forward_pre_hook(Adopting(model, placed), prepend=True)
             for placed in plan.offloaded
             for path in placed.unit.paths
@@ -62,6 +64,7 @@ class Offload:
             for device, units in by_device.items():
                 self._engines.append(_engine(model, units, device, config, resting))
             self._spare_page_cache()
+            self._handles.append(ModelDevices(model, plan))
         except BaseException:
             self.remove()
             raise
@@ -111,7 +114,11 @@ class Offload:
         for handle in self._handles:
             handle.remove()
         model = self._model()
-        if model is not None and vars(model).get("offload") is self:
+        if model is None:
+            return
+        if len(set(self.plan.execution_map.values())) == 1:
+            disconnect(model)  # all is on the device that computes
+        if vars(model).get("offload") is self:
             del model.offload
 
 

@@ -117,6 +117,13 @@ class Plan:
             return self.devices
         return {path: place for path, place in self.device_map.items() if isinstance(place, torch.device)}
 
+    def device_of(self, path: str) -> torch.device | None:
+        """Give the device that computes with the first parameters of a module, "" for all; None where it has none."""
+        for placed in self.units:
+            if placed.unit.has_parameters and any(_is_in(one, path) or _is_in(path, one) for one in placed.unit.paths):
+                return placed.device
+        return None
+
     @cached_property
     def is_mixed(self) -> bool:
         """Ask whether GPUs compute: then what the CPU computes is float32."""
@@ -187,6 +194,10 @@ def accounts_of(
         else account
         for account in ordered
     )
+
+
+def _is_in(path: str, other: str) -> bool:
+    return not other or path == other or path.startswith(f"{other}.")
 
 
 def _is_gpu(place: Place) -> bool:

@@ -1,0 +1,125 @@
+"""What an offloaded model says is its device: the one that computes it, not where its weights rest.
+
+transformers' `device` is that of a model's first parameter, which for an embedding in host memory is the CPU. It is a
+property of the class, so the class is exchanged for one of the same name that answers otherwise, as torch's FSDP2 and
+its parametrizations exchange classes too. `parameters()` stays as it is: its order is that of optimizers and of
+`named_parameters()`, and its first is what `dtype` is read from.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..model.tree import first_paths, modules_by_path
+from ..planning.plan import Plan
+
+# Where a module keeps the device that computes it.
+_KEPT_AS = "_bigload_device"
+# What `inspect` finds a class and its source by.
+_OF_A_CLASS = ("__module__", "__qualname__", "__doc__", "__firstlineno__")
+
+
+def entries(model: nn.Module, plan: Plan) -> dict[str, torch.device]:
+    """List the modules that may be called with what lies elsewhere, with the device that computes the first of each.
+
+    Args:
+        model: loaded.
+        plan: by which.
+
+    Returns:
+        Path -> device, of the model ("") and the models of transformers in it; nothing, where all of it lies on the
+        one device that computes.
+    """
+    if not plan.offloaded and len(set(plan.execution_map.values())) == 1:
+        return {}
+    called = [path for module, path in first_paths(model).items() if not path or _says_its_device(module)]
+    return {path: device for path in called if (device := plan.device_of(path)) is not None}
+
+
+class ModelDevices:
+    """The models in an offloaded model, itself included, say which device computes them."""
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        """Exchange the classes of those that have weights elsewhere; the others say so by themselves.
+
+        Args:
+            model: is changed.
+            plan: where its weights rest, and what computes with them.
+        """
+        self._before: list[tuple[nn.Module, Any]] = []
+        modules = modules_by_path(model)
+        away = [planned.tensor.name for placed in plan.offloaded for planned in placed.unit.offloaded]
+        try:
+            for path in {path for name in away for path in _paths_above(name)}:
+                device = plan.device_of(path)
+                if device is not None and _says_its_device(modules[path]):
+                    self._exchange(modules[path], device)
+        except BaseException:
+            self.remove()
+            raise
+
+    def _exchange(self, module: nn.Module, device: torch.device) -> None:
+        own: Any = type(module)
+        self._before.append((module, own))
+        vars(module)[_KEPT_AS] = device
+        module.__class__ = _computed_elsewhere(own)
+
+    def remove(self) -> None:
+        """Give the modules their own classes back; once more does no harm."""
+        while self._before:
+            module, own = self._before[-1]
+            if type(module) is _computed_elsewhere(own):  # and no other has exchanged it since
+                module.__class__ = own
+            vars(module).pop(_KEPT_AS, None)
+            self._before.pop()
+
+
+class ComputedElsewhere:
+    """Comes before a model's own class, in a class that has that one's name."""
+
+    def __init_subclass__(cls) -> None:
+        """Keep it from bases that list, or check, what derives from them: this is no new kind of model."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device that computes the first of the model."""
+        device = getattr(self, _KEPT_AS, None)
+        return super().device if device is None else device  # type: ignore[misc,no-any-return]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy as the own class: a copy has its weights where they say that they are."""
+        made = super().__reduce_ex__(protocol)
+        if isinstance(made, str):
+            return made
+        function, given, *more = made
+        own = tuple(type(self).__bases__[1] if one is type(self) else one for one in given)
+        # pickle would have copyreg's own function make nothing but what it was given.
+        return (_new if function is copyreg.__newobj__ else function, own, *more)  # type: ignore[attr-defined]
+
+
+def _new(cls: Any, *given: Any) -> Any:
+    return cls.__new__(cls, *given)
+
+
+@functools.cache
+def _computed_elsewhere(own: Any) -> Any:
+    if issubclass(own, ComputedElsewhere):
+        return own
+    kept = {name: vars(own)[name] for name in _OF_A_CLASS if name in vars(own)}
+    return type(own)(own.__name__, (ComputedElsewhere, own), kept)
+
+
+def _says_its_device(module: nn.Module) -> bool:
+    """Ask whether a module has a `device` that its class finds out, as those of transformers and diffusers do."""
+    return isinstance(getattr(type(module), "device", None), property)
+
+
+def _paths_above(name: str) -> list[str]:
+    """List the paths of the modules that a parameter is in, "" for the model."""
+    parts = name.split(".")[:-1]
+    return [".".join(parts[:count]) for count in range(len(parts) + 1)]

@@ -1,0 +1,206 @@
+"""Models whose embedding, the first parameter, rests elsewhere: all that makes tensors on `model.device` works.
+
+What they give is, bit for bit, what the model gives that is wholly on the device.
+"""
+
+import pytest
+import torch
+from models import empty, llama, save_checkpoint
+from transformers import (
+    BertConfig,
+    CLIPConfig,
+    CLIPModel,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    pipeline,
+)
+
+from bigload import load_and_quantize_model
+
+TOKENS = torch.arange(1, 11).view(2, 5)
+GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+
+
+@pytest.fixture(autouse=True)
+def small_parts_stream(monkeypatch):
+    monkeypatch.setattr("bigload.planning.units.RESIDENT_BYTES", 2000)
+    monkeypatch.setattr("bigload.quantization.layers._PACKED_ROWS", 2**40)
+
+
+@pytest.fixture
+def loaded(tmp_path, device):
+    """Give a function that loads a model wholly onto the device, and again with parts of it elsewhere."""
+
+    def loading(build, *away, mode="nf4"):
+        torch.manual_seed(0)
+        folder = save_checkpoint(build().bfloat16(), tmp_path / f"of {len(list(tmp_path.iterdir()))}")
+        place = "cpu" if device.type == "cuda" else "disk"
+        return (
+            load_and_quantize_model(empty(build), mode, folder, device_map=device).eval(),
+            load_and_quantize_model(
+                empty(build),
+                mode,
+                folder,
+                device_map={"": device} | dict.fromkeys(away, place),
+                offload_folder=folder / "cache",
+            ).eval(),
+        )
+
+    return loading
+
+
+def decoder():
+    return llama(tied=False)
+
+
+def t5():
+    sizes = {"vocab_size": 128, "d_model": 64, "d_ff": 128, "num_layers": 2, "num_heads": 4, "d_kv": 16}
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1))
+
+
+def berts():
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 32}
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(**sizes), BertConfig(**sizes))
+    config.decoder_start_token_id, config.pad_token_id = 2, 0
+    return EncoderDecoderModel(config)
+
+
+def clip():
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = sizes | {"vocab_size": 128, "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 1}
+    vision = sizes | {"image_size": 32, "patch_size": 16}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=32))
+
+
+OFF = {"embedding": ["model.embed_tokens"], "most": ["model.embed_tokens", "model.layers.0", "lm_head"]}
+
+
+def same(found, expected):
+    return torch.equal(found.cpu(), expected.cpu())
+
+
+@pytest.fixture(params=OFF)
+def models(loaded, request):
+    return loaded(decoder, *OFF[request.param])
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["its device", "cpu"])
+def test_tokens_are_generated_from_wherever_the_prompt_is(models, device, there):
+    whole, part = models
+    assert part.device == part.model.device == device
+    tokens = TOKENS.to(device if there else "cpu")
+    for more in ({}, {"attention_mask": torch.ones_like(tokens)}, {"num_beams": 2}, {"cache_implementation": "static"}):
+        found = part.generate(tokens, **GREEDY, **more)
+        more = {name: value.to(device) if torch.is_tensor(value) else value for name, value in more.items()}
+        assert same(found, whole.generate(TOKENS.to(device), **GREEDY, **more))
+
+
+def test_logits_come_back_to_where_the_prompt_is(models, device):
+    whole, part = models
+    with torch.no_grad():
+        expected = whole(TOKENS.to(device), labels=TOKENS.to(device))
+        for tokens in (TOKENS, TOKENS.to(device)):
+            out = part(tokens, labels=tokens)
+            assert out.logits.device == out.loss.device == tokens.device
+            assert same(out.logits, expected.logits)
+            assert same(out.loss, expected.loss)
+
+
+def test_models_within_it_may_be_called(models, device):
+    whole, part = models
+    with torch.no_grad():
+        expected = whole.model(TOKENS.to(device)).last_hidden_state
+        for tokens in (TOKENS, TOKENS.to(device)):
+            found = part.model(tokens, attention_mask=torch.ones_like(tokens)).last_hidden_state
+            assert found.device == device
+            assert same(found, expected)
+
+
+def test_embeddings_may_be_given_and_looked_up_by_the_caller(models, device):
+    whole, part = models
+    embeds = part.get_input_embeddings()(TOKENS)
+    assert embeds.device == device
+    expected = whole.generate(inputs_embeds=whole.get_input_embeddings()(TOKENS.to(device)), **GREEDY)
+    assert same(part.generate(inputs_embeds=embeds, **GREEDY), expected)
+
+
+def test_assistant_helps_that_is_offloaded_itself(models, loaded, device):
+    whole, part = models
+    helping, helped = loaded(lambda: llama(tied=False, num_hidden_layers=1), "model.embed_tokens")
+    tokens = TOKENS[:1].to(device)
+    expected = whole.generate(tokens, assistant_model=helping, **GREEDY)
+    assert same(part.generate(tokens, assistant_model=helped, **GREEDY), expected)
+    assert same(whole.generate(tokens, assistant_model=helped, **GREEDY), expected)
+
+
+def test_prompts_are_looked_up_for_tokens(models, device):
+    whole, part = models
+    tokens = TOKENS[:1].to(device).repeat(1, 3)
+    expected = whole.generate(tokens, prompt_lookup_num_tokens=2, **GREEDY)
+    assert same(part.generate(tokens, prompt_lookup_num_tokens=2, **GREEDY), expected)
+
+
+def tokenizer():
+    """A tokenizer of 128 words, "w0" to "w127"."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{n}": n for n in range(128)}, unk_token="w0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", pad_token="w0")
+
+
+def test_pipelines_run(models):
+    whole, part = models
+    texts = []
+    for model in (whole, part):
+        generates = pipeline("text-generation", model=model, tokenizer=tokenizer(), return_full_text=False)
+        texts.append(generates("w5 w6 w7", **GREEDY)[0]["generated_text"])
+    assert len(texts[0].split()) == 6
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("build", "away"),
+    [
+        (t5, ["encoder.block.0", "decoder.block.0"]),
+        (berts, ["encoder.embeddings", "decoder.bert.encoder.layer.0"]),
+    ],
+    ids=["t5", "berts"],
+)
+def test_encoder_may_be_called_and_what_it_gives_be_decoded(loaded, device, build, away):
+    whole, part = loaded(build, *away)
+    assert part.device == device
+    encoded = [
+        whole.get_encoder()(TOKENS.to(device)),
+        part.get_encoder()(TOKENS),
+        part.get_encoder()(TOKENS.to(device), attention_mask=torch.ones_like(TOKENS)),
+    ]
+    assert all(same(one.last_hidden_state, encoded[0].last_hidden_state) for one in encoded)
+    expected = whole.generate(TOKENS.to(device), **GREEDY)
+    assert same(part.generate(TOKENS, **GREEDY), expected)
+    assert same(part.generate(TOKENS.to(device), **GREEDY), expected)
+    assert same(part.generate(encoder_outputs=encoded[1], **GREEDY), expected)
+
+
+def test_towers_of_an_image_model_may_be_called(loaded, device):
+    whole, part = loaded(clip, "text_model.embeddings", "vision_model.encoder.layers.0", "text_model.encoder.layers.1")
+    assert part.text_model.device == part.vision_model.device == device
+    pixels = torch.rand(2, 3, 32, 32).bfloat16()
+    with torch.no_grad():
+        for call, given in (("get_image_features", pixels), ("get_text_features", TOKENS)):
+            found = [
+                getattr(made, "pooler_output", made)
+                for made in (
+                    getattr(whole, call)(given.to(device)),
+                    getattr(part, call)(given),
+                    getattr(part, call)(given.to(device)),
+                )
+            ]
+            assert found[1].device == device
+            assert same(found[1], found[0])
+            assert same(found[2], found[0])
+        expected = whole(input_ids=TOKENS.to(device), pixel_values=pixels.to(device)).logits_per_text
+        assert same(part(input_ids=TOKENS, pixel_values=pixels).logits_per_text, expected)

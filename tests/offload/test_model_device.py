@@ -1,0 +1,300 @@
+"""What an offloaded model says is its device, and what goes into it from elsewhere.
+
+A plan for a GPU that is not here is made for a model on the CPU; "meta" takes the place of that GPU where things move.
+"""
+
+import copy
+import inspect
+import pickle
+from typing import ClassVar
+
+import pytest
+import torch
+from models import GPT, empty, llama, save_checkpoint
+from torch import nn
+from transformers import CLIPConfig, CLIPModel, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+from bigload import OffloadError, load_and_quantize_model, plan_device_map
+from bigload.offload import device_hooks
+from bigload.offload.device_hooks import connect
+from bigload.offload.model_device import ModelDevices, entries
+
+CPU, META, GPU, OTHER = torch.device("cpu"), torch.device("meta"), torch.device("cuda", 0), torch.device("cuda", 1)
+TOKENS = torch.arange(10).view(2, 5)
+
+
+@pytest.fixture(autouse=True)
+def small_parts_stream(monkeypatch):
+    monkeypatch.setattr("bigload.planning.units.RESIDENT_BYTES", 2000)
+    monkeypatch.setattr("bigload.quantization.layers._PACKED_ROWS", 2**40)
+
+
+def build():
+    return llama(tied=False)
+
+
+def clip():
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = sizes | {"vocab_size": 128, "max_position_embeddings": 16}
+    return CLIPModel(
+        CLIPConfig(text_config=text, vision_config=sizes | {"image_size": 32, "patch_size": 16}, projection_dim=32)
+    )
+
+
+def t5():
+    sizes = {"vocab_size": 128, "d_model": 64, "d_ff": 128, "num_layers": 2, "num_heads": 4, "d_kv": 16}
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+
+
+def planned(model, *away, **more):
+    return plan_device_map(model, "nf4", device_map={"": 0} | dict.fromkeys(away, "cpu") | more)
+
+
+@pytest.fixture
+def offloaded(tmp_path):
+    """Give a model whose embedding and first block rest in files, and a function that loads it."""
+    folder = save_checkpoint(build().bfloat16(), tmp_path / "source")
+    device_map = {"": "cpu", "model.embed_tokens": "disk", "model.layers.0": "disk"}
+
+    def loaded(model, mode="nf4"):
+        return load_and_quantize_model(
+            model, mode, folder, device_map=device_map, offload_folder=tmp_path / "cache"
+        ).eval()
+
+    return loaded(empty(build)), loaded
+
+
+def test_device_is_the_one_that_computes():
+    model = build()
+    plan = planned(model, "model.embed_tokens", **{"lm_head": 1})
+    assert model.device == CPU
+    devices = ModelDevices(model, plan)
+    assert (model.device, model.model.device) == (GPU, GPU)
+    assert next(model.parameters()).device == CPU
+    devices.remove()
+    assert (model.device, model.model.device) == (CPU, CPU)
+
+
+def test_device_of_a_model_in_it_is_that_of_its_own_first_part():
+    model = clip()
+    plan = planned(model, "text_model.embeddings", "vision_model.encoder.layers.0", vision_model=1)
+    assert entries(model, plan) == {"": GPU, "text_model": GPU, "vision_model": OTHER}
+    devices = ModelDevices(model, plan)
+    assert (model.device, model.text_model.device, model.vision_model.device) == (GPU, GPU, OTHER)
+    devices.remove()
+    assert model.vision_model.device == CPU
+
+
+def test_models_without_weights_elsewhere_are_left_alone():
+    model = clip()
+    ModelDevices(model, planned(model, "text_model.encoder.layers.0"))
+    assert type(model) is not CLIPModel
+    assert type(model.vision_model) is type(clip().vision_model)
+    assert copy.deepcopy(model.vision_model).device == CPU
+
+
+def test_a_tied_embedding_is_computed_where_its_first_name_is():
+    model = t5()
+    assert entries(model, planned(model, "decoder.block.0")) == dict.fromkeys(["", "encoder", "decoder"], GPU)
+
+
+def test_whole_models_have_no_entries_and_their_own_classes(tmp_path, device):
+    folder = save_checkpoint(build(), tmp_path)
+    model = load_and_quantize_model(empty(build), "nf4", folder, device_map=device)
+    assert type(model) is LlamaForCausalLM
+    assert not entries(model, planned(build()))
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_class_is_what_it_was_to_all_who_ask(offloaded, tmp_path):
+    model, _ = offloaded
+    cls = type(model)
+    assert cls is not LlamaForCausalLM
+    assert isinstance(model, LlamaForCausalLM)
+    for name in ("__name__", "__qualname__", "__module__", "__doc__", "config_class"):
+        assert getattr(cls, name) == getattr(LlamaForCausalLM, name)
+    assert repr(cls) == repr(LlamaForCausalLM)
+    assert inspect.getsource(cls) == inspect.getsource(LlamaForCausalLM)
+    assert inspect.signature(cls.forward) == inspect.signature(LlamaForCausalLM.forward)
+    assert inspect.signature(cls) == inspect.signature(LlamaForCausalLM)
+    with torch.device("meta"):
+        another = cls(model.config)
+    assert another.device == META
+    model.save_pretrained(tmp_path / "saved")
+    assert LlamaForCausalLM.config_class.from_pretrained(tmp_path / "saved").architectures == ["LlamaForCausalLM"]
+
+
+def test_bases_that_list_what_derives_from_them_hear_of_nothing():
+    class Listing(nn.Module):
+        listed: ClassVar = []
+
+        def __init_subclass__(cls):
+            Listing.listed.append(cls)
+
+    class Own(Listing):
+        @property
+        def device(self):
+            return next(self.parameters()).device
+
+        def __init__(self):
+            super().__init__()
+            self.gpt = GPT()
+
+    model = Own()
+    ModelDevices(model, planned(model, "gpt.transformer.wte"))
+    assert model.device == GPU
+    assert Listing.listed == [Own]
+
+
+def test_copies_are_of_the_own_class_or_refused(offloaded):
+    model, _ = offloaded
+    shallow = copy.copy(model)
+    assert type(shallow) is LlamaForCausalLM
+    assert shallow.model is model.model
+    for copied in (copy.deepcopy, pickle.dumps, lambda model: pickle.dumps(model, protocol=0)):
+        with pytest.raises(OffloadError, match=r"remove\(\)"):
+            copied(model)
+
+
+def test_remove_gives_back_what_was_changed_and_a_second_load_changes_it_again(offloaded):
+    model, loaded = empty(build), offloaded[1]
+    plain = {"load_in_4bit": True, "skip_modules": ["*"]}
+    expected = None
+    for _ in range(2):
+        model = loaded(model, plain)
+        assert type(model) is not LlamaForCausalLM
+        assert len(model._forward_hooks) == 1
+        with torch.no_grad():
+            found = model(TOKENS).logits
+        assert expected is None or torch.equal(found, expected)
+        expected = found
+        model.offload.remove()
+        assert type(model) is LlamaForCausalLM
+        assert set(vars(model)) - set(vars(build())) == {"load_report", "hf_device_map", "is_loaded_in_4bit"} | {
+            "is_loaded_in_8bit"
+        }
+        assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_load_that_fails_leaves_class_and_hooks_as_they_were(offloaded, monkeypatch):
+    _, loaded = offloaded
+    model = empty(build)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelDevices, "_exchange", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            loaded(model)
+    assert type(model) is LlamaForCausalLM
+    assert set(vars(model)) == set(vars(build()))
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert loaded(model)(TOKENS).logits.isfinite().all()
+
+
+def test_adapters_of_peft_come_onto_it(offloaded):
+    peft = pytest.importorskip("peft")
+    model, _ = offloaded
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    assert adapted.get_base_model() is model
+    assert adapted.device == model.device
+    assert adapted(TOKENS).logits.isfinite().all()
+
+
+@pytest.fixture
+def moves(monkeypatch):
+    """Give a list of the devices that something was moved to."""
+    found = []
+
+    def moved(tensor, device):
+        if tensor.device == device:
+            return tensor
+        found.append(device)
+        return torch.zeros_like(tensor, device=device)  # from meta there is nothing to copy
+
+    monkeypatch.setattr(device_hooks, "_moved", moved)
+    return found
+
+
+ENTERED = {
+    "forward": lambda model: model(TOKENS, position_ids=torch.arange(5)[None]).logits,
+    "inner": lambda model: model.model(TOKENS, position_ids=torch.arange(5)[None]).last_hidden_state,
+}
+
+
+@pytest.mark.parametrize("entry", ENTERED)
+def test_inputs_from_elsewhere_are_brought_and_outputs_of_the_model_sent_back(moves, entry):
+    with META:
+        model = build()
+    connect(model, {"": META}, entries={"": META, "model": META})
+    out = ENTERED[entry](model)
+    assert moves == [META, META] + [CPU] * (entry == "forward")
+    assert out.device == (CPU if entry == "forward" else META)
+
+
+def test_tower_is_brought_what_it_is_called_with(moves):
+    with META:
+        model = clip()
+    connect(model, {"": META}, entries=dict.fromkeys(["", "text_model", "vision_model"], META))
+    found = model.get_image_features(pixel_values=torch.ones(1, 3, 32, 32))
+    assert moves == [META]
+    assert getattr(found, "pooler_output", found).device == META
+
+
+def test_encoder_is_brought_what_it_is_called_with(moves):
+    with META:
+        model = t5()
+    connect(model, {"": META}, entries=dict.fromkeys(["", "encoder", "decoder"], META))
+    assert model.get_encoder()(TOKENS).last_hidden_state.device == META
+    assert moves == [META]
+
+
+def test_caches_are_left_where_they_are_and_do_not_say_where_the_input_was(moves):
+    class Holding(nn.Module):
+        _skip_keys_device_placement = "held"
+
+        def forward(self, held=None, x=None):
+            return {"x": x, "held": held}
+
+    model = Holding()
+    connect(model, {"": META}, entries={"": META})
+    out = model(held=torch.ones(1, device=META), x=torch.ones(2))
+    assert (out["x"].device, out["held"].device) == (CPU, META)
+    assert moves == [META, CPU]
+
+
+def test_calls_within_a_call_go_back_to_where_each_came_from(moves):
+    class Twice(nn.Module):
+        def forward(self, x, again=True):
+            if again:
+                assert self(torch.ones(3), again=False).device == CPU
+                assert self(torch.ones(3, device=META), again=False).device == META
+            return x
+
+    model = Twice()
+    connect(model, {"": META}, entries={"": META})
+    assert model(torch.ones(2)).device == CPU
+    assert model.__dict__["_bigload_crossings"]._memo.origins == []
+
+
+def test_what_is_there_already_passes_as_it_is(moves):
+    class Passing(nn.Module):
+        def forward(self, x):
+            return x
+
+    model = Passing()
+    connect(model, {"": CPU}, entries={"": CPU})
+    given = {"x": torch.ones(2), "n": 3}
+    assert model(given) is given
+    assert not moves
+
+
+def test_gradients_come_back_through_what_was_moved(monkeypatch):
+    monkeypatch.setattr(device_hooks, "_moved", lambda tensor, device: tensor if device == CPU else tensor * 1)
+    model = nn.Linear(2, 2)
+    connect(model, {"": META}, entries={"": META})
+    x = torch.ones(1, 2, requires_grad=True)
+    model(x).sum().backward()
+    assert torch.equal(x.grad, model.weight.sum(0, keepdim=True))
