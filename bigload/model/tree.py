@@ -48,6 +48,12 @@ def first_paths(model: nn.Module) -> dict[nn.Module, str]:
     return found
 
 
+def paths_above(path: str) -> list[str]:
+    """List the paths of the modules that a module, or a parameter, is in, from "" for the model on."""
+    parts = path.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts))]
+
+
 def leaves(modules: dict[str, nn.Module], kind: str) -> dict[str, Any]:
     """List parameters or buffers under all their names.
 

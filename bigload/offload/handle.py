@@ -24,6 +24,7 @@ from .forwards import OwnForward
 from .groups import Group
 from .leaves import Leaf
 from .model_device import ModelDevices
+from .moving import StayingAtRest
 from .resting import Resting
 
 
@@ -65,6 +66,8 @@ class Offload:
                 self._engines.append(_engine(model, units, device, config, resting))
             self._spare_page_cache()
             self._handles.append(ModelDevices(model, plan))
+            away = {leaf: placed.device for placed in plan.offloaded for leaf in leaves_of(model, placed)}
+            self._handles.append(StayingAtRest(model, away))
         except BaseException:
             self.remove()
             raise

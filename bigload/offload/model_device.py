@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..model.tree import first_paths, modules_by_path
+from ..model.tree import first_paths, modules_by_path, paths_above
 from ..planning.plan import Plan
 
 # Where a module keeps the device that computes it.
@@ -55,7 +55,7 @@ class ModelDevices:
         modules = modules_by_path(model)
         away = [planned.tensor.name for placed in plan.offloaded for planned in placed.unit.offloaded]
         try:
-            for path in {path for name in away for path in _paths_above(name)}:
+            for path in {path for name in away for path in paths_above(name)}:
                 device = plan.device_of(path)
                 if device is not None and _says_its_device(modules[path]):
                     self._exchange(modules[path], device)
@@ -117,9 +117,3 @@ def _computed_elsewhere(own: Any) -> Any:
 def _says_its_device(module: nn.Module) -> bool:
     """Ask whether a module has a `device` that its class finds out, as those of transformers and diffusers do."""
     return isinstance(getattr(type(module), "device", None), property)
-
-
-def _paths_above(name: str) -> list[str]:
-    """List the paths of the modules that a parameter is in, "" for the model."""
-    parts = name.split(".")[:-1]
-    return [".".join(parts[:count]) for count in range(len(parts) + 1)]

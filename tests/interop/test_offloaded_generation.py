@@ -18,7 +18,7 @@ from transformers import (
     pipeline,
 )
 
-from bigload import load_and_quantize_model
+from bigload import OffloadError, load_and_quantize_model
 
 TOKENS = torch.arange(1, 11).view(2, 5)
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
@@ -118,6 +118,16 @@ def test_models_within_it_may_be_called(models, device):
             found = part.model(tokens, attention_mask=torch.ones_like(tokens)).last_hidden_state
             assert found.device == device
             assert same(found, expected)
+
+
+def test_moved_to_its_device_it_gives_what_it_gave(models, device):
+    whole, part = models
+    expected = whole.generate(TOKENS.to(device), **GREEDY)
+    assert part.to(device) is part
+    assert same(getattr(part, device.type)().generate(TOKENS, **GREEDY), expected)
+    with pytest.raises(OffloadError, match=r"cannot be moved to meta.*offload\.remove\(\)"):
+        part.to("meta")
+    assert same(part.generate(TOKENS, **GREEDY), expected)
 
 
 def test_embeddings_may_be_given_and_looked_up_by_the_caller(models, device):
