@@ -3,20 +3,25 @@
 transformers' `device` is that of a model's first parameter, which for an embedding in host memory is the CPU. It is a
 property of the class, so the class is exchanged for one of the same name that answers otherwise, as torch's FSDP2 and
 its parametrizations exchange classes too. `parameters()` stays as it is: its order is that of optimizers and of
-`named_parameters()`, and its first is what `dtype` is read from.
+`named_parameters()`, and its first is what `dtype` is read from. The class also refuses to resize what is streamed,
+which would be exchanged for a module that lies where the old one rests.
 """
 
 from __future__ import annotations
 
 import copyreg
 import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..errors import OffloadError
 from ..model.tree import first_paths, modules_by_path, paths_above
 from ..planning.plan import Plan
+from .forwards import StreamedForward
 
 # Where a module keeps the device that computes it.
 _KEPT_AS = "_bigload_device"
@@ -111,7 +116,46 @@ def _computed_elsewhere(own: Any) -> Any:
     if issubclass(own, ComputedElsewhere):
         return own
     kept = {name: vars(own)[name] for name in _OF_A_CLASS if name in vars(own)}
+    if hasattr(own, "resize_token_embeddings"):
+        kept["resize_token_embeddings"] = _resizing(own.resize_token_embeddings)
     return type(own)(own.__name__, (ComputedElsewhere, own), kept)
+
+
+def _resizing(resize: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(resize)
+    def resize_token_embeddings(model: Any, *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(resize).bind(model, *args, **kwargs).arguments
+        _require_resizable(model, given.get("new_num_tokens"), given.get("pad_to_multiple_of"))
+        return resize(model, *args, **kwargs)
+
+    return resize_token_embeddings
+
+
+def _require_resizable(model: Any, rows: int | None, multiple: int | None) -> None:
+    """Refuse to resize an embedding or a head that is streamed; one that looks up on the host may be.
+
+    Args:
+        model: of transformers.
+        rows: that are wanted; None for those that there are.
+        multiple: that their number is rounded up to.
+
+    Raises:
+        OffloadError: says which is streamed.
+    """
+    if rows is None and multiple is None:
+        return
+    for module in (model.get_input_embeddings(), hf.output_head(model)):
+        forward = vars(module).get("forward") if isinstance(module, nn.Module) else None
+        if not isinstance(forward, StreamedForward):
+            continue
+        there = forward.module.get_parameter("weight").shape[0]
+        wanted, step = rows or there, multiple or 1
+        if -(-wanted // step) * step != there:
+            raise OffloadError(
+                f"{forward.path!r} is streamed and cannot be resized from {there} tokens; take the model off its "
+                "engine first (model.offload.remove()), then resize it, or load it with a device_map that keeps it on "
+                "its device"
+            )
 
 
 def _says_its_device(module: nn.Module) -> bool:

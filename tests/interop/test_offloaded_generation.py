@@ -130,6 +130,45 @@ def test_moved_to_its_device_it_gives_what_it_gave(models, device):
     assert same(part.generate(TOKENS, **GREEDY), expected)
 
 
+@pytest.mark.parametrize("rows", [140, 120])
+@pytest.mark.parametrize("mean_resizing", [True, False])
+def test_embedding_that_looks_up_on_the_host_may_be_resized(loaded, device, rows, mean_resizing):
+    whole, part = loaded(decoder, "model.embed_tokens", "model.layers.0")
+    for model in (whole, part):
+        model.resize_token_embeddings(rows, mean_resizing=mean_resizing)
+    assert part.get_input_embeddings().weight.shape == part.lm_head.weight.shape == (rows, 64)
+    assert part.lm_head.weight.device == device
+    known = min(rows, 128)
+    with torch.no_grad():
+        expected = whole(TOKENS.to(device)).logits[..., :known]
+        assert same(part(TOKENS.to(device)).logits[..., :known], expected)
+        added = part(torch.full((1, 2), rows - 1)).logits
+    assert added.isfinite().all()
+    part.lm_head.weight = whole.lm_head.weight  # whose new rows are drawn on another device
+    expected = whole.generate(TOKENS.to(device), **GREEDY, suppress_tokens=list(range(known, rows)) or None)
+    found = part.generate(TOKENS, **GREEDY, suppress_tokens=list(range(known, rows)) or None)
+    assert same(found, expected)
+    part.offload.remove()
+    assert part.get_input_embeddings().weight.device == device
+    assert same(part.generate(TOKENS, **GREEDY, suppress_tokens=list(range(known, rows)) or None), expected)
+
+
+def test_head_that_is_streamed_is_resized_only_when_it_is_back(loaded, device):
+    whole, part = loaded(decoder, *OFF["most"])
+    assert part.resize_token_embeddings() is part.get_input_embeddings()
+    part.resize_token_embeddings(128)
+    part.resize_token_embeddings(100, pad_to_multiple_of=128)
+    for given in ({"new_num_tokens": 140}, {"pad_to_multiple_of": 100}, {"new_num_tokens": 64}):
+        with pytest.raises(OffloadError, match=r"'lm_head'.* 128 tokens.*offload\.remove\(\)"):
+            part.resize_token_embeddings(**given)
+        assert part.config.vocab_size == len(part.get_input_embeddings().weight) == 128
+    assert same(part.generate(TOKENS.to(device), **GREEDY), whole.generate(TOKENS.to(device), **GREEDY))
+    part.offload.remove()
+    for model in (whole, part):
+        model.resize_token_embeddings(120)
+    assert same(part.generate(TOKENS.to(device), **GREEDY), whole.generate(TOKENS.to(device), **GREEDY))
+
+
 def test_embeddings_may_be_given_and_looked_up_by_the_caller(models, device):
     whole, part = models
     embeds = part.get_input_embeddings()(TOKENS)
