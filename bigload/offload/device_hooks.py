@@ -96,6 +96,11 @@ def disconnect(model: nn.Module) -> None:
         crossings.remove()
 
 
+def bring(values: Any, device: torch.device) -> Any:
+    """Move the tensors in tuples, lists and dicts to a device, if they are not all there."""
+    return values if _is_there(values, device) else _brought(values, lambda tensor: _moved(tensor, device))
+
+
 class _Memo(threading.local):
     """What has been moved by name in this thread's forward: by the tensor's identity and the device.
 
@@ -208,9 +213,9 @@ class _Ends:
             return None
         is_named = isinstance(output, dict)
         leaving = {name: value for name, value in output.items() if name not in self._skipped} if is_named else output
-        if _is_there(leaving, device):
+        made = bring(leaving, device)
+        if made is leaving:
             return None
-        made = _brought(leaving, lambda tensor: _moved(tensor, device))
         return _with(output, made) if is_named else made
 
 

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..errors import OffloadError
 from ..quantization.layers import input_gradient, streamed_forward
+from .device_hooks import bring
 from .functional import Forward, forward_maker
 from .leaves import is_quantized
 from .residency import Residency
@@ -92,11 +93,14 @@ class StreamedForward(OwnForward):
         return self.weights.run(functools.partial(self._with_gradients, args, kwargs))
 
     def _with_gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> Any:
+        args, kwargs = bring((args, kwargs), slot.memory.device)
         with torch.autograd.graph.saved_tensors_hooks(functools.partial(_pack, slot.memory), self._unpack):
             out = self.own(*args, **kwargs)
         return _apart(out, slot.memory)
 
     def _in_place(self, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> Any:
+        # Some models send what goes into a convolution to where its weight says that it is.
+        args, kwargs = bring((args, kwargs), slot.memory.device)
         out = self.own(*args, **kwargs)
         return out if self._gives_its_own else _apart(out, slot.memory)
 

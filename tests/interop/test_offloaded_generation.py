@@ -5,7 +5,7 @@ What they give is, bit for bit, what the model gives that is wholly on the devic
 
 import pytest
 import torch
-from models import empty, llama, save_checkpoint
+from models import empty, llama, lora_losses, save_checkpoint
 from transformers import (
     BertConfig,
     CLIPConfig,
@@ -18,7 +18,7 @@ from transformers import (
     pipeline,
 )
 
-from bigload import OffloadError, load_and_quantize_model
+from bigload import OffloadConfig, OffloadError, load_and_quantize_model
 
 TOKENS = torch.arange(1, 11).view(2, 5)
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
@@ -253,3 +253,54 @@ def test_towers_of_an_image_model_may_be_called(loaded, device):
             assert same(found[2], found[0])
         expected = whole(input_ids=TOKENS.to(device), pixel_values=pixels.to(device)).logits_per_text
         assert same(part(input_ids=TOKENS, pixel_values=pixels).logits_per_text, expected)
+
+
+def test_adapters_are_trained_on_batches_from_wherever_they_are(models, device):
+    pytest.importorskip("peft")
+    whole, part = models
+    expected = lora_losses(whole, TOKENS.to(device), 3)
+    assert lora_losses(part, TOKENS, 3) == expected
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["its device", "cpu"])
+def test_compiled_it_gives_what_it_gives(models, device, there):
+    whole, part = models
+    tokens = TOKENS.to(device if there else "cpu")
+    compiled = torch.compile(part, backend="eager")
+    with torch.no_grad():
+        found = compiled(tokens).logits
+        assert found.device == tokens.device
+        assert same(found, whole(TOKENS.to(device)).logits)
+
+
+@pytest.mark.cuda
+def test_embedding_that_the_cpu_computes_gives_the_same(tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    folder = save_checkpoint(decoder().bfloat16(), tmp_path)
+    whole = load_and_quantize_model(empty(decoder), "nf4", folder, device_map=0).eval()
+    device_map, offload = {"": 0, "model.embed_tokens": "cpu"}, OffloadConfig(execute="cpu")
+    part = load_and_quantize_model(empty(decoder), "nf4", folder, device_map=device_map, offload=offload).eval()
+    expected = whole.generate(TOKENS.cuda(), **GREEDY)
+    for tokens in (TOKENS, TOKENS.cuda()):
+        assert same(part(tokens).logits, whole(TOKENS.cuda()).logits)
+        assert same(part.generate(tokens, **GREEDY), expected)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.cuda
+def test_two_gpus_generate_with_an_embedding_on_neither(tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    folder = save_checkpoint(decoder().bfloat16(), tmp_path)
+    whole = load_and_quantize_model(empty(decoder), "nf4", folder, device_map=0).eval()
+    device_map = {"": 0, "model.embed_tokens": "cpu", "model.layers.1": 1}
+    part = load_and_quantize_model(empty(decoder), "nf4", folder, device_map=device_map).eval()
+    assert part.device == part.model.device == torch.device("cuda", 0)
+    expected = whole.generate(TOKENS.cuda(), **GREEDY)
+    for device in ("cpu", 0, 1):
+        assert part(TOKENS.to(device)).logits.device == TOKENS.to(device).device
+        assert same(part.model(TOKENS.to(device)).last_hidden_state, whole.model(TOKENS.cuda()).last_hidden_state)
+    assert same(part.generate(TOKENS, **GREEDY), expected)
+    part.offload.remove()
+    assert same(part.generate(TOKENS.cuda(), **GREEDY), expected)

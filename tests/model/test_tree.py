@@ -4,7 +4,7 @@ import torch
 from models import GPT, Attended, llama
 from torch import nn
 
-from bigload.model.tree import first_paths, leaves, modules_by_path, walked_once
+from bigload.model.tree import first_paths, leaves, modules_by_path, paths_above, walked_once
 
 
 class Shared(nn.Module):
@@ -43,3 +43,12 @@ def test_walk_is_made_once_within_the_block_and_for_that_model_alone():
         assert modules_by_path(model) is modules_by_path(model)
     model.added = nn.Linear(1, 1)
     assert "added" in modules_by_path(model)
+
+
+def test_paths_above_are_those_of_the_modules_that_it_is_in():
+    model = GPT()
+    assert paths_above("lm_head") == [""]
+    above = paths_above("transformer.h.0.attn.c_attn")
+    assert above == ["", "transformer", "transformer.h", "transformer.h.0", "transformer.h.0.attn"]
+    inner = model.get_submodule("transformer.h.0.attn.c_attn")
+    assert all(inner in model.get_submodule(path).modules() for path in above)

@@ -203,6 +203,45 @@ def test_adapters_of_peft_come_onto_it(offloaded):
     assert adapted(TOKENS).logits.isfinite().all()
 
 
+class Patches(nn.Module):
+    """Sends what goes into a convolution to where its weight is, as transformers' Mllama does."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(32)
+        self.conv = nn.Conv1d(8, 64, 3)
+        self.head = nn.Linear(64, 8)
+
+    def forward(self, x):
+        x = self.norm(x)
+        return self.head(self.conv(x.to(self.conv.weight.device)).transpose(1, 2))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_input_that_is_sent_to_where_a_weight_rests_comes_back(tmp_path, device, grad):
+    folder, place = save_checkpoint(Patches(), tmp_path / "source"), "cpu" if device.type == "cuda" else "disk"
+    made = []
+    for device_map in ({"": device}, {"": device, "conv": place}):
+        options = {"device_map": device_map, "offload_folder": tmp_path / "cache"}
+        model = load_and_quantize_model(empty(Patches), "nf4", folder, **options).requires_grad_(False)
+        with torch.set_grad_enabled(grad):
+            made += [
+                model(torch.arange(512.0, device=where).view(2, 8, 32)) for where in (device, "cpu")[: len(made) + 1]
+            ]
+    assert made[-1].device == CPU
+    assert all(torch.equal(one.cpu(), made[0].cpu()) for one in made)
+
+
+def test_streamed_leaf_is_brought_what_it_is_given(tmp_path, moves):
+    folder = save_checkpoint(Patches(), tmp_path / "source")
+    device_map = {"": "cpu", "conv": "disk"}
+    model = load_and_quantize_model(empty(Patches), "nf4", folder, device_map=device_map, offload_folder=tmp_path / "c")
+    with torch.no_grad():
+        assert model.conv(torch.ones(2, 8, 32, device=META)).device == CPU
+    assert model.conv.requires_grad_(False)(torch.ones(2, 8, 32, device=META)).device == CPU
+    assert moves == [CPU, CPU]
+
+
 @pytest.fixture
 def moves(monkeypatch):
     """Give a list of the devices that something was moved to."""
