@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..errors import OffloadError
+from ..model import transformers_facts
 from ..model.tree import first_paths, modules_by_path, paths_above
 from ..planning.plan import Plan
 from .forwards import StreamedForward
@@ -144,7 +145,7 @@ def _require_resizable(model: Any, rows: int | None, multiple: int | None) -> No
     """
     if rows is None and multiple is None:
         return
-    for module in (model.get_input_embeddings(), hf.output_head(model)):
+    for module in (model.get_input_embeddings(), transformers_facts.output_head(model)):
         forward = vars(module).get("forward") if isinstance(module, nn.Module) else None
         if not isinstance(forward, StreamedForward):
             continue
