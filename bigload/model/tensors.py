@@ -168,12 +168,12 @@ def layers_to_quantize(
     tied = {name for tensor in tensors if _has_several_owners(modules, tensor) for name in tensor.names}
     # What the class keeps in fp32 in any 16-bit dtype must not be quantized in any: it ruins T5's `wo`.
     always = [*(config.keep_in_fp32_modules or ()), *transformers_facts.fp32_patterns(model, torch.float16)]
-    head = _default_head(model) if config.skip_modules is None else None
+    head = default_head(model) if config.skip_modules is None else None
     skip = config.skip_modules or []
     paths: dict[nn.Module, list[str]] = {}
     for path, module in modules.items():
         paths.setdefault(module, []).append(f"{path}.weight".lstrip("."))
-    read = {owner.get_submodule(path) for owner in modules.values() for path in weights_read(owner)}
+    read = modules_read(model)
     layers = {}
     for path, module in plain_linears(model, quantizable).items():
         if module is head or module in read or not _weight(module).numel():
@@ -258,6 +258,11 @@ def plain_linears(model: nn.Module, quantizable: Sequence[type[nn.Linear]] = ())
     return {path: module for module, path in first_paths(model).items() if _is_quantizable(module, quantizable)}
 
 
+def modules_read(model: nn.Module) -> set[nn.Module]:
+    """List the modules whose weight their owner reads past their forward."""
+    return {owner.get_submodule(path) for owner in modules_by_path(model).values() for path in weights_read(owner)}
+
+
 def _check_quantizable(quantizable: Any) -> None:
     if not isinstance(quantizable, (tuple, list)):
         raise ConfigError(f"quantizable must be a list of subclasses of nn.Linear, but it is {quantizable!r}")
@@ -296,7 +301,7 @@ def _has_several_owners(modules: Mapping[str, nn.Module], tensor: ModelTensor) -
     return len(tensor.names) > 1 and len({id(_owner(modules, name)[0]) for name in tensor.names}) > 1
 
 
-def _default_head(model: nn.Module) -> nn.Module | None:
+def default_head(model: nn.Module) -> nn.Module | None:
     """The head that the model names, else its last direct child when that is itself a Linear."""
     head = transformers_facts.output_head(model)
     if head is None:

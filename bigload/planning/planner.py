@@ -27,6 +27,7 @@ from ..model.tree import leaves, modules_by_path, walked_once
 from ..quantization.formats import FourBit, dominant_dtype
 from .advice import check_accounts
 from .cpu_or_gpu import is_faster_on_cpu
+from .leftover import warn_of_leftover
 from .placement import Placement, place_tensors, place_units, place_whole
 from .plan import Plan, accounts_of
 from .planned_tensors import PlannedTensor, formatted_tensors
@@ -108,6 +109,7 @@ def plan_load(
         layers = layers_recorded(model, record.layers, quantizable)
     else:
         layers = layers_to_quantize(model, resolved, tensors, quantizable)
+        warn_of_leftover(model, resolved, tensors, layers)
     device = None if is_hypothetical else only_device(wishes)  # a plan that is looked at has its units
     planned = formatted_tensors(model, resolved, tensors, layers, sources, class_dtypes, device or CPU)
     kept = wishes.offload.reserve_bytes(_dequantized_bytes(planned, resolved))

@@ -1,0 +1,113 @@
+"""What a mode leaves as it is although nobody asked for that: said where it is most of a model."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from ..config import BnbQuantizationConfig
+from ..model import transformers_facts
+from ..model.tensors import ModelTensor, default_head, matches, modules_read
+from ..model.tree import modules_by_path
+from ..sizes import show
+
+logger = logging.getLogger(__name__)
+
+# Classes that a warning names; there may be dozens.
+_NAMED = 4
+
+
+def warn_of_leftover(
+    model: nn.Module,
+    config: BnbQuantizationConfig,
+    tensors: Sequence[ModelTensor],
+    layers: Mapping[str, nn.Module],
+) -> None:
+    """Warn where less than half of a model's weights is quantized, and say which classes hold the rest.
+
+    Embeddings, the output head and what is skipped, or kept in fp32, by name or by the model's class do not count.
+
+    Args:
+        model: read only.
+        config: resolved, without "auto".
+        tensors: of the model, from `tensors_of`.
+        layers: those to quantize, by path.
+    """
+    taken = {f"{path}.weight".lstrip(".") for path in layers}
+    weights = [t for t in tensors if t.is_parameter and len(t.shape) > 1 and t.value.is_floating_point()]
+    left = [tensor for tensor in weights if taken.isdisjoint(tensor.names)]
+    quantized = _elements(weights) - _elements(left)
+    if _elements(left) <= quantized:
+        return  # nearly always, and at once
+    left = _not_meant_to_stay(model, config, left)
+    if _elements(left) <= quantized:
+        return
+    dtype = config.landing_dtype
+    amount = f"of {_size(_elements(left) + quantized, dtype)} only {_size(quantized, dtype)} are quantized"
+    logger.warning(
+        "%s was asked for, but %s, embeddings and head aside; left in %s: %s. Only nn.Linear is quantized, and "
+        "subclasses that do what it does or are named in quantizable=(...); name what shall stay in skip_modules",
+        config.mode,
+        amount if quantized else "nothing is quantized",
+        str(dtype).removeprefix("torch."),
+        _by_class(model, left, dtype),
+    )
+
+
+def _not_meant_to_stay(
+    model: nn.Module, config: BnbQuantizationConfig, tensors: Sequence[ModelTensor]
+) -> list[ModelTensor]:
+    modules = modules_by_path(model)
+    named = [
+        *(config.skip_modules or ()),
+        *(config.keep_in_fp32_modules or ()),
+        *transformers_facts.fp32_patterns(model, torch.float16),
+    ]
+    head = default_head(model) if config.skip_modules is None else None
+
+    def is_meant(name: str) -> bool:
+        owner = modules[name.rpartition(".")[0]]
+        return owner is head or isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) or matches(name, named)
+
+    return [tensor for tensor in tensors if not any(map(is_meant, tensor.names))]
+
+
+def _by_class(model: nn.Module, tensors: Sequence[ModelTensor], dtype: torch.dtype) -> str:
+    """Write which classes hold some weights, the largest share first, and why each is not quantized."""
+    modules = modules_by_path(model)
+    read = modules_read(model)
+    groups: dict[tuple[str, str], list[ModelTensor]] = {}
+    for tensor in tensors:
+        owner = modules[tensor.name.rpartition(".")[0]]
+        groups.setdefault((type(owner).__name__, _reason(owner, tensor, read)), []).append(tensor)
+    shares = sorted(groups.items(), key=lambda group: -_elements(group[1]))
+    said = []
+    for (name, reason), held in shares[:_NAMED]:
+        owners = {tensor.name.rpartition(".")[0] for tensor in held}
+        said.append(f"{_size(_elements(held), dtype)} in {len(owners)} {name} ({reason})")
+    more = [tensor for _, held in shares[_NAMED:] for tensor in held]
+    return ", ".join(said + ([f"{_size(_elements(more), dtype)} in {len(shares) - _NAMED} other classes"] * bool(more)))
+
+
+def _reason(owner: nn.Module, tensor: ModelTensor, read: set[nn.Module]) -> str:
+    if not (isinstance(owner, nn.Linear) or transformers_facts.is_conv1d(owner)):
+        return "no nn.Linear"
+    if owner in read:
+        return "their owner reads their weight"
+    if len(tensor.names) > 1:
+        return "tied"
+    if type(owner) is nn.Linear or transformers_facts.is_conv1d(owner):
+        return "changed after they were made"
+    return "do not do just what nn.Linear does"
+
+
+def _elements(tensors: Sequence[ModelTensor]) -> int:
+    return sum(math.prod(tensor.shape) for tensor in tensors)
+
+
+def _size(elements: int, dtype: torch.dtype) -> str:
+    return show(elements * dtype.itemsize)
