@@ -9,8 +9,8 @@ from models import equal
 from streaming import at_rest, parts_of
 
 from bigload.hardware import pinned
-from bigload.hardware.layout import Layout, TensorSpec
-from bigload.hardware.pinned import ALIGNMENT, HostGroup
+from bigload.hardware.layout import ALIGNMENT, Layout, TensorSpec
+from bigload.hardware.pinned import HostGroup
 
 PARTS = {
     "packed": TensorSpec(torch.uint8, (33, 1)),
