@@ -95,7 +95,7 @@ def load_and_quantize_model(
         key_mapping: renames checkpoint keys: {regex: replacement} applied in turn, or a function.
         tied_parameters: pairs of parameters that are one weight, where neither the model's own sharing nor its
             transformers class says so.
-        quantizable: subclasses of nn.Linear to quantize too, whose forward must be its own.
+        quantizable: subclasses of nn.Linear to quantize beside those that do what it does and no more.
         strict: make checkpoint tensors without a place in the model an error instead of a warning.
         progress: show a bar in bytes; by default where standard error is a terminal.
 

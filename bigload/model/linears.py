@@ -64,11 +64,16 @@ def _names_used(cls: type[nn.Module], forward: Any) -> frozenset[str] | None:
     if not all(name in used or name == "forward" or _is_aside(name, value) for name, value in own):
         return None
     try:
-        read = _read_where_same(cls, forward) if len(inspect.signature(forward).parameters) == 2 else None
+        read = _read_where_same(cls, forward) if _takes_one(forward) else None
     except Exception:  # whatever others' code raises where its constructor has not run
         return None
     methods = {name for name, value in own if isinstance(value, FunctionType)}
     return None if read is None or read - _VALUES - methods else frozenset(used | read) - _VALUES
+
+
+def _takes_one(forward: Any) -> bool:
+    parameters = inspect.signature(forward).parameters.values()
+    return len(parameters) == 2 and all(one.kind <= one.POSITIONAL_OR_KEYWORD for one in parameters)
 
 
 def _names_in_use(forward: Any, own: Sequence[tuple[str, Any]]) -> set[str]:

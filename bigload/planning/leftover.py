@@ -17,8 +17,8 @@ from ..sizes import show
 
 logger = logging.getLogger(__name__)
 
-# Classes that a warning names; there may be dozens.
-_NAMED = 4
+# Classes that a warning names, if they hold that part of what is left: there may be dozens.
+_NAMED, _SHARE = 4, 0.01
 
 
 def warn_of_leftover(
@@ -49,7 +49,7 @@ def warn_of_leftover(
     dtype = config.landing_dtype
     amount = f"of {_size(_elements(left) + quantized, dtype)} only {_size(quantized, dtype)} are quantized"
     logger.warning(
-        "%s was asked for, but %s, embeddings and head aside; left in %s: %s. Only nn.Linear is quantized, and "
+        "%s was asked for, but %s; left in %s, beside embeddings and the head: %s. Only nn.Linear is quantized, and "
         "subclasses that do what it does or are named in quantizable=(...); name what shall stay in skip_modules",
         config.mode,
         amount if quantized else "nothing is quantized",
@@ -85,12 +85,14 @@ def _by_class(model: nn.Module, tensors: Sequence[ModelTensor], dtype: torch.dty
         owner = modules[tensor.name.rpartition(".")[0]]
         groups.setdefault((type(owner).__name__, _reason(owner, tensor, read)), []).append(tensor)
     shares = sorted(groups.items(), key=lambda group: -_elements(group[1]))
+    least = _SHARE * _elements(tensors)
+    named = [group for group in shares[:_NAMED] if _elements(group[1]) >= least]
     said = []
-    for (name, reason), held in shares[:_NAMED]:
+    for (name, reason), held in named:
         owners = {tensor.name.rpartition(".")[0] for tensor in held}
         said.append(f"{_size(_elements(held), dtype)} in {len(owners)} {name} ({reason})")
-    more = [tensor for _, held in shares[_NAMED:] for tensor in held]
-    return ", ".join(said + ([f"{_size(_elements(more), dtype)} in {len(shares) - _NAMED} other classes"] * bool(more)))
+    others = _elements(tensors) - sum(_elements(held) for _, held in named)
+    return ", ".join([*said, f"{_size(others, dtype)} in others"] if others >= least else said)
 
 
 def _reason(owner: nn.Module, tensor: ModelTensor, read: set[nn.Module]) -> str:

@@ -211,6 +211,11 @@ class TakesAnything(nn.Linear):
         return super().forward(x)
 
 
+class TakesAnyNumber(nn.Linear):
+    def forward(self, *inputs):
+        return super().forward(inputs[0])
+
+
 class WritesToItsInput(nn.Linear):
     def forward(self, x):
         out = super().forward(x)
@@ -316,6 +321,7 @@ OTHER = [
     Transposed,
     TakesMore,
     TakesAnything,
+    TakesAnyNumber,
     WritesToItsInput,
     Counts,
     StopsGradients,

@@ -67,7 +67,9 @@ def test_little_is_said_with_what_is_left_and_in_which_class(device, said):
     assert message.startswith(
         f"nf4 was asked for, but of {in_bf16(experts + linears)} only {in_bf16(linears)} are quantized"
     )
-    assert f"left in bfloat16: {in_bf16(experts)} in 3 Experts (no nn.Linear). " in message
+    assert (
+        f"left in bfloat16, beside embeddings and the head: {in_bf16(experts)} in 3 Experts (no nn.Linear). " in message
+    )
 
 
 @pytest.mark.parametrize("mode", ["nf4", "int8"])
@@ -87,7 +89,18 @@ def test_largest_classes_are_named_and_the_others_counted(said):
     load_and_quantize_model(model.bfloat16(), "nf4", device_map="cpu")
     (message,) = said()
     assert [name for name in (cls.__name__ for cls in kinds) if name in message] == ["Kind3", "Kind4", "Kind5", "Kind6"]
-    assert f"{in_bf16(64 * 64 * (1 + 2 + 3))} in 3 other classes" in message
+    assert f"{in_bf16(64 * 64 * (1 + 2 + 3))} in others." in message
+
+
+def test_class_that_holds_less_than_a_hundredth_of_the_rest_is_not_named(said):
+    class Tiny(Scaled):
+        pass
+
+    plan_device_map(Net(large=Scaled(640, 640), tiny=Tiny(8, 8), norm=nn.LayerNorm(8)), "nf4", device_map="cpu")
+    (message,) = said()
+    assert "1 Scaled" in message
+    assert "Tiny" not in message
+    assert "others" not in message
 
 
 class ReadsItsChild(nn.Module):
