@@ -60,11 +60,11 @@ def _names_used(cls: type[nn.Module], forward: Any) -> frozenset[str] | None:
     # A metaclass, or __init_subclass__, could do anything when a class is derived from it.
     if not issubclass(cls, nn.Linear) or type(cls) is not type or any(name == "__init_subclass__" for name, _ in own):
         return None
-    used = _names_in_use(forward, own)
-    if not all(name in used or name == "forward" or _is_aside(name, value) for name, value in own):
-        return None
     try:
-        read = _read_where_same(cls, forward) if _takes_one(forward) else None
+        used = _names_in_use(forward, own)
+        if not _takes_one(forward) or not all(_is_aside(name, value, used) for name, value in own):
+            return None
+        read = _read_where_same(cls, forward)
     except Exception:  # whatever others' code raises where its constructor has not run
         return None
     methods = {name for name, value in own if isinstance(value, FunctionType)}
@@ -89,10 +89,16 @@ def _names_in_use(forward: Any, own: Sequence[tuple[str, Any]]) -> set[str]:
     return used
 
 
-def _is_aside(name: str, value: Any) -> bool:
-    """Ask whether an attribute of a class matters to nobody who has a layer of it; a public one may."""
+def _is_aside(name: str, value: Any, used: set[str]) -> bool:
+    """Ask whether whoever has a layer of a class can do without what the class has here; a public method may be asked.
+
+    Its forward's own methods are needed by that alone.
+    """
+    if name == "forward":
+        return True
     if isinstance(value, FunctionType):
-        return bool(_ASIDE.fullmatch(name)) or (name.startswith("_") and not hasattr(nn.Linear, name))
+        is_new = not hasattr(nn.Linear, name)
+        return bool(_ASIDE.fullmatch(name)) or (is_new and (name.startswith("_") or name in used))
     return name.startswith("__") and name.endswith("__")
 
 

@@ -270,6 +270,27 @@ class MovesItsWeightItself(nn.Linear):
         return self
 
 
+class MovesAndIsNamedSo(Casts):
+    """Its forward calls another `to`, that of the weight."""
+
+    def to(self, *args, **kwargs):
+        return self
+
+
+class ScalesOnGpusByItsClass(nn.Linear):
+    scale = 2.0
+
+    def forward(self, x):
+        return super().forward(x * self.scale if x.is_cuda else x)
+
+
+class WrapsItself(nn.Linear):
+    def forward(self, x):
+        return super().forward(x)
+
+    forward.__wrapped__ = forward
+
+
 class StoresItOtherwise(nn.Linear):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         destination[f"{prefix}packed"] = self.weight
@@ -330,6 +351,9 @@ OTHER = [
     IsAskedForMore,
     HasAProperty,
     MovesItsWeightItself,
+    MovesAndIsNamedSo,
+    ScalesOnGpusByItsClass,
+    WrapsItself,
     StoresItOtherwise,
     Derived,
     AdaptedBy,
