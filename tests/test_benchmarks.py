@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -170,12 +171,27 @@ def test_every_byte_is_read_once_whatever_the_threads(tiny):
         assert buffer == whole
 
 
-def test_host_memory_is_what_the_block_took_at_most():
+def wait_until_it_looked(watcher):
+    """Let a process that sleeps between two looks fall asleep twice more: it has begun and ended one since."""
+
+    def sleeps():
+        lines = Path(f"/proc/{watcher.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("voluntary_ctxt_switches"))
+
+    before = sleeps()
+    while sleeps() < before + 2:
+        time.sleep(0.001)
+
+
+def test_host_memory_is_what_the_block_took_at_most(monkeypatch):
     from benchmarks.host import watched_host
 
+    own, started = subprocess.Popen, []
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kw: started.append(own(*args, **kw)) or started[-1])
     with watched_host(on_gpu=False) as host:
         filled = torch.ones(2**26)  # 256 MiB
-        torch.ones(2**10)[: len(filled[:1])].sum()
+        for watcher in started:
+            wait_until_it_looked(watcher)
         del filled
     if host.over_start_gib is None:
         pytest.skip("the system does not tell a process's memory")
@@ -187,6 +203,8 @@ def test_host_memory_is_what_the_block_took_at_most():
 
 
 def test_load_measures_each_peer_in_each_mode_and_appends(tiny, tmp_path):
+    from benchmarks.limits import floor
+
     out = tmp_path / "out.json"
     options = ("--device", "cpu", "--out", out, "--commit", "abc")
     run("load", tiny, *options, "--peers", "bigload", "safetensors", "--modes", "none", "int8")
@@ -200,9 +218,12 @@ def test_load_measures_each_peer_in_each_mode_and_appends(tiny, tmp_path):
         assert row["first_s"] > 0
         assert row["second_s"] > 0
         assert row["imports_s"] > 0.1
-        assert row["ratio_first"] == pytest.approx(row["first_s"] / row["floor_s"], rel=0.1)
-        assert row["ratio_second"] == pytest.approx(row["second_s"] / row["floor_s"], rel=0.1)
-        assert row["gb_per_s"] == pytest.approx(result["checkpoint_bytes"] / 1e9 / row["second_s"], rel=0.1)
+        # To the decimals that are kept.
+        best = floor(result["checkpoint_bytes"], result["limits"], row["mode"])
+        assert row["floor_s"] == pytest.approx(best, abs=1e-4)
+        assert row["ratio_first"] == pytest.approx(row["first_s"] / best, abs=1e-3)
+        assert row["ratio_second"] == pytest.approx(row["second_s"] / best, abs=1e-3)
+        assert row["gb_per_s"] == pytest.approx(result["checkpoint_bytes"] / 1e9 / row["second_s"], abs=1e-4)
         assert row["gpu_peak_over_final_gib"] is None
         assert (row["build_s"] is None) == (row["peer"] == "safetensors")
     assert result["checkpoint_bytes"] > 10**6
@@ -221,7 +242,7 @@ def test_cold_load_is_one(many):
     result = compare(job(many, peers=("safetensors",), modes=("none",), cold=True))
     (row,) = result["rows"]
     assert row["second_s"] is None
-    assert row["gb_per_s"] == pytest.approx(result["checkpoint_bytes"] / 1e9 / row["first_s"], rel=0.1)
+    assert row["gb_per_s"] == pytest.approx(result["checkpoint_bytes"] / 1e9 / row["first_s"], abs=1e-4)
     assert "cached_share_after_drop" in row
 
 
@@ -409,11 +430,18 @@ def test_quantizing_file_to_file_is_held_against_reading_and_writing(tmp_path, i
         result["checkpoint_bytes"] / limits["read_gb_per_s"], result["written_bytes"] / limits["write_gb_per_s"]
     )
     assert result["floor_s"] == pytest.approx(slower / 1e9, rel=0.01, abs=1e-4)
-    assert result["share_of_floor"] == pytest.approx(result["floor_s"] / result["seconds"], abs=0.002)
+    assert result["share_of_floor"] == pytest.approx(slower / 1e9 / result["seconds"], rel=0.01, abs=1e-3)
     assert 0 <= result["host_over_start_gib"] < result["ring_gib"] + 0.1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "tiny"]
 
 
+@pytest.fixture
+def few_steps(monkeypatch, importable):
+    monkeypatch.setattr("benchmarks.offload.GENERATED", 4)
+    monkeypatch.setattr("benchmarks.offload._REPEATS", 3)
+
+
+@pytest.mark.usefixtures("few_steps")
 def test_offloading_is_timed_from_the_disk_too_and_written_as_a_table(tiny, tmp_path, monkeypatch):
     from benchmarks.report import offload_table
 
@@ -439,6 +467,7 @@ def test_what_a_peer_cannot_do_is_a_row_that_says_why(tiny, tmp_path):
     assert row["error"]
 
 
+@pytest.mark.usefixtures("few_steps")
 def test_a_model_over_devices_is_held_against_the_same_on_one(tiny, tmp_path):
     out = tmp_path / "out.json"
     run("spread", tiny, "--devices", "cpu", "--out", out)

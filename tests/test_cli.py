@@ -1,8 +1,11 @@
 """The command line does what the README says, and says what is wrong without a traceback."""
 
+import configparser
 import json
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 from models import llama
@@ -193,9 +196,13 @@ def test_interrupt_is_status_130(folder, capsys, monkeypatch):
 
 
 def test_module_and_console_script_are_the_same_program():
-    for command in ([sys.executable, "-m", "bigload"], ["bigload"]):
-        done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
-        assert done.stdout.startswith("bigload ")
+    done = subprocess.run([sys.executable, "-m", "bigload", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("bigload ")
+    setup = configparser.ConfigParser()
+    setup.read(Path(__file__).parent.parent / "setup.cfg")
+    name, target = setup["options.entry_points"]["console_scripts"].strip().split(" = ")
+    assert name == "bigload"
+    assert EntryPoint(name, target, "console_scripts").load() is main
 
 
 def test_importing_bigload_imports_neither_bitsandbytes_nor_transformers():

@@ -63,7 +63,7 @@ def checked_target(given: str | os.PathLike[str], *, overwrite: bool) -> Path:
         raise CheckpointError(f"'{target}' is a file: name a folder")
     if os.path.ismount(target) or target == Path(os.path.realpath(Path.cwd())) or target in Path.cwd().parents:
         raise CheckpointError(f"'{target}' cannot be put in place as a whole: name a folder inside it")
-    held = list(target.iterdir())
+    held = sorted(target.iterdir())
     if held and not overwrite:
         raise CheckpointError(
             f"'{target}' is not empty: name another folder, or pass overwrite=True (--overwrite) to replace it"

@@ -2,21 +2,16 @@
 
 import gc
 import os
-import threading
-from pathlib import Path
 
 import bitsandbytes as bnb
 import pytest
 import torch
 from models import GPT, save_checkpoint
+from resources import open_and_running
 
 from bigload import CheckpointError, PlacementError, init_empty_weights, load_and_quantize_model
 from bigload.io.async_reads import Reads
 from bigload.quantization.quantizer import Quantizer
-
-
-def resources():
-    return len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
 
 
 @pytest.fixture
@@ -46,17 +41,17 @@ def fail_at(monkeypatch, owner, name, call, error):
 def check_untouched_then_loads(model, folder, expected, monkeypatch):
     before = [(name, id(p)) for name, p in model.named_parameters()], [id(m) for m in model.modules()]
     attributes = set(model.__dict__)
-    used = resources()
+    held_before = open_and_running()
     with pytest.raises(expected):
         load_and_quantize_model(model, "nf4", folder, device_map="cpu")
-    assert resources() == used
+    assert not open_and_running() - held_before
     assert ([(name, id(p)) for name, p in model.named_parameters()], [id(m) for m in model.modules()]) == before
     assert set(model.__dict__) == attributes
     monkeypatch.undo()
     model = load_and_quantize_model(model, "nf4", folder, device_map="cpu")
     assert isinstance(model.transformer["h"][0].attn.c_attn, bnb.nn.Linear4bit)
     model(torch.zeros(1, 4, dtype=torch.long))
-    assert resources() == used
+    assert not open_and_running() - held_before
 
 
 @pytest.mark.parametrize("call", [1, 7, 20])

@@ -4,11 +4,10 @@ import dataclasses
 import errno
 import os
 import random
-import threading
-from pathlib import Path
 
 import pytest
 from forks import exit_status, needs_fork
+from resources import open_and_running, open_files
 
 from bigload.io import async_reads
 from bigload.io.async_reads import Reads
@@ -16,17 +15,13 @@ from bigload.io.async_reads import Reads
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 
-def open_files():
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
 @pytest.fixture
 def nothing_left():
-    """Descriptors and threads of Python's are those from before."""
+    """No descriptor and no thread of Python's is left that was not there before."""
     async_reads._library()
-    before = open_files(), threading.active_count()
+    before = open_and_running()
     yield
-    assert (open_files(), threading.active_count()) == before
+    assert not open_and_running() - before
 
 
 @pytest.fixture(params=["library", "pool"])
@@ -129,7 +124,7 @@ def test_closed_file_is_opened_again(reader, file, data):
             reads.finish(reads.begin(file, buffers, 3))
             assert buffers[0] == data[3:20_003]
             reads.close(file)
-            assert open_files() == before
+            assert not open_files() - before
 
 
 def test_file_that_is_not_there_is_an_error(reader, tmp_path):

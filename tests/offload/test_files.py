@@ -4,7 +4,6 @@ import ctypes
 import mmap
 import os
 import threading
-import time
 import weakref
 from concurrent.futures import thread as pools
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import assert_same_bits, equal
+from resources import open_files
 from streaming import MODES, linears, resident, tensors_of, tokens, written
 
 from bigload.errors import OffloadError
@@ -19,6 +19,9 @@ from bigload.io.async_reads import Reads
 from bigload.offload.engine import Engine
 from bigload.offload.files import FileGroup, _drop_from_page_cache, spare_page_cache
 from bigload.offload.groups import Group
+
+# Later than a file's time by what the coarsest clock of a file system can tell.
+CLOCK_NS = 10 * 10**9
 
 
 def stream_from_disk(model, device, folder, slots=2):
@@ -78,9 +81,9 @@ def test_file_that_is_not_the_one_that_was_is_told_by_its_inode_or_its_time(same
     group = FileGroup(written({"weight": torch.ones(64)}, tmp_path / "0"))
     stat, content = (tmp_path / "0").stat(), (tmp_path / "0").read_bytes()
     if same == "inode":
-        time.sleep(0.02)
         with (tmp_path / "0").open("r+b") as file:
             file.write(bytes(len(content)))
+        os.utime(tmp_path / "0", ns=(stat.st_atime_ns, stat.st_mtime_ns + CLOCK_NS))
     else:
         (tmp_path / "new").write_bytes(bytes(len(content)))
         os.utime(tmp_path / "new", ns=(stat.st_atime_ns, stat.st_mtime_ns))
@@ -113,16 +116,18 @@ def test_groups_of_one_file_map_it_once(tmp_path):
     assert Path("/proc/self/maps").read_text().count(str(tmp_path / "shard")) == 1
 
 
-def test_of_a_file_with_several_groups_only_those_that_have_no_room_are_dropped(tmp_path):
+def test_of_a_file_with_several_groups_only_those_that_have_no_room_are_dropped(tmp_path, dropped):
     where = written({str(index): torch.randn(2**21) for index in range(4)}, tmp_path / "shard")
     require_droppable(where["0"])
+    dropped.clear()
     groups = [FileGroup({name: part}) for name, part in where.items()]
     memory = torch.empty(2**23, dtype=torch.uint8)
     spare_page_cache(groups, 3 * 2**23)
     assert [group.stays_in_page_cache for group in groups] == [True, True, True, False]
     for group in groups:
         group.read_into(memory)
-    assert 0.7 < in_page_cache(tmp_path / "shard") < 0.8
+    assert [offset // 2**23 for _, offset in dropped] == [3]
+    assert in_page_cache(where["3"]) == 0
 
 
 def test_file_that_is_missing_or_too_short_at_the_start_is_refused(tmp_path):
@@ -135,79 +140,100 @@ def test_file_that_is_missing_or_too_short_at_the_start_is_refused(tmp_path):
         FileGroup(parts)
 
 
-def in_page_cache(file):
-    """Give the share of a file's pages that the system has in memory."""
-    size = file.stat().st_size
-    with file.open("rb") as opened, mmap.mmap(opened.fileno(), size, access=mmap.ACCESS_COPY) as mapping:
+def in_page_cache(part):
+    """Count the pages of a part that the system has in memory."""
+    size = part.file.stat().st_size
+    with part.file.open("rb") as opened, mmap.mmap(opened.fileno(), size, access=mmap.ACCESS_COPY) as mapping:
         address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
         pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
         libc = ctypes.CDLL(None, use_errno=True)
         assert libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), pages) == 0
-        return sum(page & 1 for page in pages) / len(pages)
+    end = part.offset + part.part.nbytes
+    return sum(page & 1 for page in pages[part.offset // mmap.PAGESIZE : -(-end // mmap.PAGESIZE)])
 
 
 def require_droppable(part):
     """Skip where a file's pages cannot be dropped: some file systems keep their files in memory."""
     with part.file.open("rb") as file:
         os.fsync(file.fileno())  # pages that have yet to be written cannot be
-    before = in_page_cache(part.file)
+    before = in_page_cache(part)
     _drop_from_page_cache(part)
-    if in_page_cache(part.file) == before:
+    if in_page_cache(part) == before:
         pytest.skip("this file system keeps its files in memory")
 
 
-def test_what_the_page_cache_has_no_room_for_is_dropped_after_reading_and_the_rest_stays(tmp_path):
-    groups = []
+@pytest.fixture
+def dropped(monkeypatch):
+    """Give what the system is asked to drop, by file and offset: what else leaves its cache is its own affair."""
+    asked, own = [], os.posix_fadvise
+
+    def watched(descriptor, offset, nbytes, advice):
+        assert advice == os.POSIX_FADV_DONTNEED
+        asked.append((Path(f"/proc/self/fd/{descriptor}").readlink().name, offset))
+        own(descriptor, offset, nbytes, advice)
+
+    monkeypatch.setattr(os, "posix_fadvise", watched)
+    return asked
+
+
+def test_what_the_page_cache_has_no_room_for_is_dropped_after_reading_and_the_rest_stays(tmp_path, dropped):
+    parts, groups = [], []
     for index in range(8):
         (part,) = written({"weight": torch.randn(2**18)}, tmp_path / str(index)).values()
         require_droppable(part)
+        parts.append(part)
         groups.append(FileGroup({"weight": part}))
     memory = torch.empty(2**20, dtype=torch.uint8)
 
     def stay():
+        dropped.clear()
         for group in groups:
             group.read_into(memory)
-        # To the percent: the page that a file's header shares with its weights is not dropped.
-        return [round(in_page_cache(tmp_path / str(index)), 2) for index in range(8)]
+        without = {name for name, _ in dropped}
+        assert not any(in_page_cache(part) for part in parts if part.file.name in without)
+        return [part.file.name not in without for part in parts]
 
-    assert stay() == [1.0] * 8
+    assert stay() == [True] * 8
     spare_page_cache(groups, 3 * 2**20)
-    assert stay() == [1, 0, 1, 0, 0, 1, 0, 0]
+    assert stay() == [True, False, True, False, False, True, False, False]
     spare_page_cache(groups, 8 * 2**20)
-    assert stay() == [1.0] * 8
+    assert stay() == [True] * 8
 
 
 def test_files_of_weights_are_not_kept_open(tmp_path):
     files = [written({"weight": torch.ones(64)}, tmp_path / str(index)) for index in range(8)]
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = open_files()
     groups = [FileGroup(where) for where in files]
     assert all(equal(group.tensors["weight"], torch.ones(64)) for group in groups)
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert not open_files() - before
+
+
+def readers():
+    return {thread for thread in threading.enumerate() if thread.name == "bigload-reader"}
 
 
 def test_reader_thread_ends_with_its_engine(device, tmp_path):
-    before = set(threading.enumerate())
+    before = readers()
     model = resident("fp32", device)
     engine = stream_from_disk(model, device, tmp_path)
     model(tokens(device))
-    (reader,) = set(threading.enumerate()) - before
-    assert reader.name == "bigload-reader"
+    (reader,) = readers() - before
     engine.remove()
-    reader.join(5)
+    reader.join(60)
     assert not reader.is_alive()
 
 
 def test_engine_that_the_collector_finds_ends_without_taking_a_lock(device, tmp_path):
     """The collector may run in a thread that holds any lock: those of Python's pools, for instance."""
-    before = set(threading.enumerate())
+    before = readers()
     model = resident("fp32", device)
     engine = stream_from_disk(model, device, tmp_path)
     model(tokens(device))
-    (reader,) = set(threading.enumerate()) - before
+    (reader,) = readers() - before
     held = pools._global_shutdown_lock
     with held:
         engine._close()  # what the collector calls
-    reader.join(5)
+    reader.join(60)
     assert not reader.is_alive()
 
 
@@ -215,30 +241,26 @@ def test_model_can_be_let_go_of_while_its_files_are_read(device, tmp_path, monke
     import gc
 
     gate, own = threading.Event(), FileGroup.read_into
-    monkeypatch.setattr(FileGroup, "read_into", lambda *args: (gate.wait(20), own(*args)))
-    before = set(threading.enumerate())
+    monkeypatch.setattr(FileGroup, "read_into", lambda *args: (gate.wait(60), own(*args)))
+    before = readers()
     model = resident("nf4", device)
     engine = weakref.ref(stream_from_disk(model, device, tmp_path))
     linears(model, "transformer.h.2.")[-1].module.register_forward_pre_hook(lambda *_: gate.clear())
     gate.set()
     model(tokens(device))
-    (reader,) = (each for each in set(threading.enumerate()) - before if each.name == "bigload-reader")
+    (reader,) = readers() - before
     del model
     gc.collect()
     assert engine() is None
     gate.set()
-    reader.join(5)
+    reader.join(60)
     assert not reader.is_alive()
 
 
 def test_model_that_is_let_go_of_takes_its_engine_thread_and_files_with_it(device, tmp_path):
     import gc
 
-    def held():
-        gc.collect()
-        return sum(thread.name == "bigload-reader" for thread in threading.enumerate())
-
-    before = held()
+    before = readers()
     for _ in range(3):
         model = resident("nf4", device)
         engine = weakref.ref(stream_from_disk(model, device, tmp_path))
@@ -246,7 +268,6 @@ def test_model_that_is_let_go_of_takes_its_engine_thread_and_files_with_it(devic
         del model
         gc.collect()
         assert engine() is None
-    for thread in threading.enumerate():
-        if thread.name == "bigload-reader":
-            thread.join(5)
-    assert held() <= before
+    for reader in readers() - before:
+        reader.join(60)
+        assert not reader.is_alive()

@@ -7,12 +7,25 @@ import signal
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from forks import exit_status, needs_fork
 from models import equal
-from streaming import assert_at_rest, at_rest, group_of, linears, poison, resident, stream, tensors_of, tokens, written
+from streaming import (
+    CLOCK_NS,
+    assert_at_rest,
+    at_rest,
+    group_of,
+    linears,
+    poison,
+    resident,
+    stream,
+    tensors_of,
+    tokens,
+    written,
+)
 from torch import nn
 
 from bigload.errors import ConfigError, OffloadError
@@ -61,6 +74,7 @@ def assert_all_equal(tensors, others):
     assert all(equal(one, other) for one, other in zip(tensors, others, strict=True))
 
 
+@pytest.mark.timeout(method="thread")  # the other way has the signal that this takes
 @pytest.mark.parametrize("where", ["host", "disk"])
 @pytest.mark.parametrize("kind", [nn.Linear, Own], ids=["direct", "placed"])
 def test_ctrl_c_at_any_moment_leaves_no_user_and_the_next_forward_exact(kind, where, tmp_path):
@@ -226,7 +240,9 @@ def test_engine_is_removed_while_threads_run_the_model(kind, device):
             except OffloadError:  # one runs just now
                 continue
             break
-        time.sleep(0.01)
+        ran = len(found)
+        while len(found) == ran:  # they run after it too
+            time.sleep(0.001)
         stop.set()
         for thread in threads:
             thread.join()
@@ -345,21 +361,20 @@ def test_weights_are_not_taken_from_a_file_that_is_not_what_it_was(way, damage, 
     expected = model(x)
     engine = Engine(model, list(groups_of(model, device, tmp_path)), device)
     file = tmp_path / "2"
-    content = file.read_bytes()
-    time.sleep(0.02)  # as coarse as some clocks of file systems
+    content, stat = file.read_bytes(), file.stat()
     with file.open("r+b") as opened:
         if damage == "cut short":
             opened.truncate(100)
         else:
             opened.write(bytes(len(content)))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + CLOCK_NS))
     take = engine.remove if way == "remove" else model.state_dict
     with pytest.raises(OffloadError, match=r"'2\.0\.weight' cannot be read"):
         take()
     assert len(engine._slots) == 2
     if damage == "written again in place":
-        stat = file.stat()
         file.write_bytes(content)
-        os.utime(file, ns=(stat.st_atime_ns, next(iter(engine.groups[2].store._stamps.values()))[2]))
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
         take()
         assert equal(model(x), expected)
 
@@ -376,7 +391,7 @@ def test_what_could_not_be_read_ahead_is_read_when_it_is_needed(device, tmp_path
         file.rename(file.with_suffix(".away"))
     model[0](x)
     model[1](x)  # those after it are asked for
-    time.sleep(0.1)
+    engine._lane.finish()
     for file in away:
         file.with_suffix(".away").rename(file)
     demanded = engine.stats().demand_fetches
@@ -524,18 +539,15 @@ def test_each_thread_has_a_place_of_its_own(device):
     for _ in range(2):
         model(x)
     ahead = dict(engine._succession._next)
-    barrier = threading.Barrier(2)
+    barrier = threading.Barrier(2, timeout=60)
 
     def run(order):
         for index in order:
-            barrier.wait(10)
+            barrier.wait()
             model[index](x)
 
-    threads = [threading.Thread(target=run, args=(order,)) for order in ((0, 1, 2), (3, 4, 5))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, ((0, 1, 2), (3, 4, 5))))
     assert engine._succession._next == ahead
 
 
@@ -602,9 +614,10 @@ def test_copies_wait_for_what_is_read_into_their_slot(tmp_path):
     slot = lane.make_slot(64)
     slow = FileGroup(written({"a": torch.zeros(16)}, tmp_path / "slow"))
     own = slow.read_into
-    slow.read_into = lambda memory: (gate.wait(10), own(memory))
+    slow.read_into = lambda memory: (gate.wait(10), own(memory))  # to its end where nobody waits: too late
     lane.copy(slow, slot)
-    threading.Timer(0.1, gate.set).start()
+    wait = slot.landing.wait
+    slot.landing.wait = lambda: (gate.set(), wait())
     lane.copy(at_rest({"a": torch.ones(16)}, cpu), slot)
     lane.finish()
     assert equal(slot.memory.view(torch.float32)[:16], torch.ones(16))
