@@ -1,4 +1,4 @@
-"""Fixtures that every room's tests share."""
+"""Fixtures that every room's tests share, and which tests this machine can run."""
 
 import logging
 
@@ -12,13 +12,35 @@ settings.load_profile("any machine")
 
 # What a user may have set, and each test sets for itself if it needs it.
 SETTINGS = ("BIGLOAD_THREADS", "BIGLOAD_RING_BYTES", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+LEFT_OUT = pytest.StashKey[int]()
+
+
+@pytest.hookimpl(trylast=True)  # of what -m and -k have left
+def pytest_collection_modifyitems(config, items):
+    """Leave out what needs more GPUs than there are, all at once: skipped, each would have a line of its own."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    left_out = [item for item in items if gpus_needed(item) > gpus]
+    config.stash[LEFT_OUT] = len(left_out)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if gpus_needed(item) <= gpus]
+
+
+def gpus_needed(item):
+    if item.get_closest_marker("multi_gpu"):
+        return 2
+    return 1 if item.get_closest_marker("cuda") else 0
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    count = config.stash.get(LEFT_OUT, 0)
+    if count:
+        terminalreporter.write_line(f"left out (deselected), for want of a GPU or of a second one: {count}")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request):
     """Each test that asks for it runs on the CPU, and on a GPU where there is one."""
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     return torch.device(request.param, 0) if request.param == "cuda" else torch.device("cpu")
 
 

@@ -47,8 +47,6 @@ class Stack(nn.Module):
 @pytest.fixture(autouse=True)
 def narrow(monkeypatch):
     """Two slots of 1 MiB and two places of 3 MiB: all of them are used many times in one load."""
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     release_buffers()
     monkeypatch.setenv("BIGLOAD_RING_BYTES", "2MiB")
     monkeypatch.setattr(room, "PLACE_BYTES", 3 * 2**20)
@@ -61,8 +59,6 @@ def narrow(monkeypatch):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """In bfloat16, but for every other norm, which is cast when it lands."""
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     torch.manual_seed(0)
     norms = [f"layers.{i}." for i in range(1, 24, 4)]
     state = {

@@ -255,8 +255,6 @@ def test_model_on_two_gpus_gives_the_bits_and_gradients_of_one(build, tmp_path):
 
     from bigload import load_and_quantize_model
 
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     folder, tokens = save_checkpoint(build().bfloat16(), tmp_path), torch.arange(12, device="cuda:0").view(2, 6)
     logits, gradients = [], []
     for options in ({"device_map": 0}, {"device_map": "balanced", "max_memory": {0: "1GiB", 1: "1GiB"}}):

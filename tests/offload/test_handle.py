@@ -193,8 +193,6 @@ def test_load_that_has_no_room_for_the_slots_leaves_the_model_as_it_was(tmp_path
 @pytest.mark.cuda
 @pytest.mark.parametrize("mode", ["int8", "nf4"])
 def test_blocks_in_fp32_on_the_cpu(tmp_path, mode):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     build = built("llama")
     folder = save_checkpoint(build(), tmp_path)
     config = {"llm_int8_enable_fp32_cpu_offload": True, "torch_dtype": "bf16"}
@@ -281,8 +279,6 @@ def test_what_is_no_module_cannot_be_materialized(tmp_path, device, options):
 @pytest.mark.cuda
 @pytest.mark.parametrize("mode", ["nf4", "int8", "none"])
 def test_gpu_holds_what_was_planned_and_no_more_however_long_it_generates(tmp_path, mode):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
 
     def build():
         return llama(tied=False, num_hidden_layers=8, hidden_size=512, intermediate_size=2048)

@@ -652,8 +652,6 @@ def test_error_of_a_landing_is_its_waiters():
 @pytest.mark.cuda
 def test_copy_that_failed_is_waited_for_by_the_next_into_its_slot(tmp_path):
     """The kernels that read the slot are to be done before the copy that succeeds, too."""
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     gpu = torch.device("cuda", 0)
     model = pairs(nn.Linear, device=gpu).requires_grad_(False)
     x = torch.randn(3, 64, device=gpu)

@@ -152,8 +152,6 @@ def test_each_byte_is_read_once_and_in_file_order(tmp_path, monkeypatch, threads
 
 @pytest.mark.cuda
 def test_pinned_ring_is_kept_for_the_next_load_until_it_is_released(tmp_path):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     from bigload import release_buffers
     from bigload.io import ring
 

@@ -224,8 +224,6 @@ def test_int8_training_layer_evaluates_with_the_weights_of_the_last_step():
 @pytest.mark.cuda
 @pytest.mark.parametrize("mode", FOUR_BIT)
 def test_layer_that_ran_on_the_cpu_moves_to_a_gpu_with_its_exact_weight(mode):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     for shape in [(64, 128), (64, 96)]:
         plain, layer = quantized(shape, mode)
         x = torch.randn(3, shape[1])
