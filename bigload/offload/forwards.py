@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
 from ..errors import OffloadError
+from ..quantization.bnb import library
+from ..quantization.formats import part_name
 from ..quantization.layers import input_gradient, streamed_forward
+from ..quantization.quantized_weight import state_around, state_holders
 from .device_hooks import bring
-from .functional import Forward, forward_maker
-from .leaves import is_quantized
+from .leaves import Leaf, Uncopyable, is_quantized
 from .residency import Residency
 from .slots import Slot, Use
-
-
-class Uncopyable:
-    """What a copied model would share with the first: so there is no copy."""
-
-    def __deepcopy__(self, memo: object) -> NoReturn:
-        raise OffloadError(
-            "a model that is given its weights as it runs cannot be copied or pickled; save its state_dict, or bring "
-            "its weights back first (model.offload.remove())"
-        )
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        self.__deepcopy__(None)
 
 
 class OwnForward(Uncopyable):
@@ -260,3 +251,67 @@ class HostForward(OwnForward):
             self._require_there()
         args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.to("cpu"), (args, kwargs))
         return tree_map_only(torch.Tensor, lambda tensor: tensor.to(self._device), self.own(*args, **kwargs))
+
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
+# What is streamed of a layer, where it lies now, by the names of its cells.
+Tensors = Mapping[str, torch.Tensor]
+
+
+def forward_maker(leaf: Leaf, own: Callable[..., Any]) -> Callable[[Tensors], Forward] | None:
+    """Give what makes a layer's forward, but for its gradients, around weights that lie elsewhere.
+
+    Args:
+        leaf: the layer, and what of it is streamed.
+        own: its own forward.
+
+    Returns:
+        None for a layer that must be given its weights: of another kind, or with a forward that is not its class's.
+    """
+    forward = getattr(own, "__func__", None) or getattr(own, "func", None)
+    if leaf.parameters != ("weight",) or forward is not type(leaf.module).forward:
+        return None
+    make = _makers(with_bitsandbytes=is_quantized(leaf.module)).get(forward)
+    if make is _linear_4bit and not (leaf.module.compute_type_is_set and leaf.module.compute_dtype):
+        return None  # its first forward decides in what it computes
+    name = f"{leaf.path}.weight" if leaf.path else "weight"
+    return None if make is None else functools.partial(make, leaf.module, name)
+
+
+def _makers(*, with_bitsandbytes: bool) -> dict[Any, Callable[[Any, str, Tensors], Forward]]:
+    if not with_bitsandbytes:
+        return {nn.Linear.forward: _linear}
+    layers = library().nn
+    return {layers.Linear4bit.forward: _linear_4bit, layers.Linear8bitLt.forward: _linear_8bit}
+
+
+def _linear(layer: nn.Linear, name: str, tensors: Tensors) -> Forward:
+    weight = tensors[name]
+    return lambda x: functional.linear(x, weight, layer.bias)
+
+
+def _linear_4bit(layer: Any, name: str, tensors: Tensors) -> Forward:
+    state = layer.weight.quant_state
+    parts = {part: tensors[part_name(name, part)] for part in state_holders(state)}
+    weight, state = tensors[name], state_around(state, parts)
+    matmul = library().matmul_4bit
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        dtype, bias = layer.compute_dtype, layer.bias
+        out = matmul(x.to(dtype), weight, bias=None if bias is None else bias.to(dtype), quant_state=state)
+        return out.to(x.dtype)  # type: ignore[no-any-return]
+
+    return forward
+
+
+def _linear_8bit(layer: Any, name: str, tensors: Tensors) -> Forward:
+    weight, state = tensors[name], copy.copy(layer.state)
+    state.CB, state.SCB = weight, tensors[part_name(name, "SCB")]
+    matmul = library().matmul
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        bias, state.is_training, state.threshold = layer.bias, layer.training, layer.state.threshold
+        bias = None if bias is None else bias.to(x.dtype)
+        return matmul(x, weight, bias=bias, state=state)  # type: ignore[no-any-return]
+
+    return forward

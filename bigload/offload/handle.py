@@ -17,15 +17,15 @@ from ..hardware.devices import CPU
 from ..hardware.free_memory import free_bytes
 from ..hardware.pinned import Store
 from ..planning.plan import PlacedUnit, Plan
+from .at_rest import StayingAtRest
 from .device_hooks import disconnect
-from .engine import Engine, StreamStats
+from .engine import Engine
 from .files import FileGroup, spare_page_cache
 from .forwards import OwnForward
-from .groups import Group
-from .leaves import Leaf
+from .leaves import Group, Leaf
 from .model_device import ModelDevices
-from .moving import StayingAtRest
 from .resting import Resting
+from .slot_pool import StreamStats
 
 
 class Offload:

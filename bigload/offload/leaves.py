@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
 from ..errors import OffloadError
+from ..hardware.pinned import Store
+from ..model.tree import leaves, modules_by_path
 from ..quantization.bnb import library
 from ..quantization.formats import part_name
 from ..quantization.quantized_weight import state_holders
@@ -18,6 +20,19 @@ from .slots import Slot, Use
 
 # By the part of a weight: the objects that hold it, and the attribute of each.
 _Places = dict[str, list[tuple[Any, str]]]
+
+
+class Uncopyable:
+    """What a copied model would share with the first: so there is no copy."""
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        raise OffloadError(
+            "a model that is given its weights as it runs cannot be copied or pickled; save its state_dict, or bring "
+            "its weights back first (model.offload.remove())"
+        )
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        self.__deepcopy__(None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,3 +170,60 @@ def _places_8bit(path: str, layer: Any) -> _Places:
     if layer.state.CB is None or layer.state.SCB is None:
         raise OffloadError(f"{path!r} is not quantized yet; move the model to its device first")
     return {"weight": [(layer.weight, "data"), (layer.state, "CB")], "SCB": [(layer.state, "SCB")]}
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Leaves whose weights come to the device together.
+
+    Attributes:
+        name: of the group, such as the path of a decoder layer.
+        leaves: its modules.
+        store: where the weights rest; its parts are named as the cells of its leaves.
+    """
+
+    name: str
+    leaves: tuple[Leaf, ...]
+    store: Store
+
+
+def cells_by_leaf(group: Group) -> dict[Leaf, list[Cell]]:
+    """List the cells of each leaf, one and the same for a tensor that several leaves share.
+
+    Raises:
+        OffloadError: the store lacks one.
+    """
+    known: dict[tuple[int, str], Cell] = {}
+    found: dict[Leaf, list[Cell]] = {}
+    modules: set[nn.Module] = set()
+    for leaf in group.leaves:
+        if leaf.module in modules:
+            raise OffloadError(f"{leaf.path!r} is twice in the group {group.name!r}")
+        modules.add(leaf.module)
+        found[leaf] = [known.setdefault(cell.identity, cell) for cell in cells_of(leaf)]
+    for cell in known.values():
+        part = group.store.layout.parts.get(cell.name)
+        there = cell.get()
+        if part is None or (part.dtype, part.shape) != (there.dtype, tuple(there.shape)):
+            raise OffloadError(f"{cell.name!r} is {there.dtype} {tuple(there.shape)}, its store holds {part}")
+    return found
+
+
+def require_owned(model: nn.Module, cells: dict[Group, dict[Leaf, list[Cell]]], embeddings: Collection[Leaf]) -> None:
+    """Refuse weights that a module reads which is not given them.
+
+    Raises:
+        OffloadError: one is in two groups, or held by a module that is in none.
+    """
+    group_of: dict[int, Group] = {}
+    allowed = {module for leaf in embeddings for module in leaf.module.modules()}
+    for group, by_leaf in cells.items():
+        for leaf, own in by_leaf.items():
+            allowed.update(leaf.module.modules())
+            for cell in own:
+                if cell.parameter is not None and group_of.setdefault(id(cell.parameter), group) is not group:
+                    raise OffloadError(f"{cell.name!r} is in two groups; weights that are tied must be in one")
+    modules = modules_by_path(model)
+    for name, parameter in leaves(modules, "_parameters").items():
+        if id(parameter) in group_of and modules[name.rpartition(".")[0]] not in allowed:
+            raise OffloadError(f"{name!r} is streamed for another module, and this one would not find it on the device")

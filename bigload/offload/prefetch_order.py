@@ -8,8 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from .groups import Group
-from .leaves import Leaf
+from .leaves import Group, Leaf
 
 # After so many nobody guesses any more when a step is over: the first may be of what was guessed, not learned.
 _MISTAKES = 2

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 
-from .groups import Group
-from .leaves import Cell, Leaf
+from .leaves import Cell, Group, Leaf
+from .slot_pool import SlotPool
 from .slots import Slot, Use
-
-if TYPE_CHECKING:
-    from .engine import Engine
 
 _T = TypeVar("_T")
 
@@ -34,16 +31,16 @@ class Residency:
         parameters: of it, that are streamed.
     """
 
-    def __init__(self, engine: Engine, group: Group, leaf: Leaf, cells: Sequence[Cell]) -> None:
+    def __init__(self, pool: SlotPool, group: Group, leaf: Leaf, cells: Sequence[Cell]) -> None:
         """Describe the leaf.
 
         Args:
-            engine: that streams it.
+            pool: of the slots that it is brought into.
             group: which it is of.
             leaf: itself.
             cells: what is streamed of it.
         """
-        self._engine, self.group, self.leaf, self._cells = engine, group, leaf, cells
+        self._pool, self.group, self.leaf, self._cells = pool, group, leaf, cells
         self._owned = [cell for cell in cells if cell.parameter is not None]
         self.parameters = [cell.parameter for cell in self._owned if cell.parameter is not None]
 
@@ -54,8 +51,8 @@ class Residency:
             OffloadError: a weight was replaced or moved since, or cannot be read.
             torch.OutOfMemoryError: the device has no room.
         """
-        with self._engine.lock, plainly():
-            return self._engine.enter(use, self.group, self.leaf, self._owned)
+        with self._pool.lock, plainly():
+            return self._pool.enter(use, self.group, self.leaf, self._owned)
 
     def leave(self) -> None:
         """Say that a call of the leaf is over, and what comes after it may be brought.
@@ -63,8 +60,8 @@ class Residency:
         Raises:
             torch.OutOfMemoryError: the device has no room.
         """
-        with self._engine.lock:
-            self._engine.leave(self.group, self.leaf)
+        with self._pool.lock:
+            self._pool.leave(self.group, self.leaf)
 
     def run(self, compute: Callable[[Slot], _T]) -> _T:
         """Call something while the leaf's tensors are those on the device; it is given the slot.
@@ -99,13 +96,13 @@ class Residency:
         self.leave()
 
     def _place(self, use: Use) -> Slot:
-        with self._engine.lock, plainly():
+        with self._pool.lock, plainly():
             # Where another call has them; which need not be where new calls of the group find theirs.
             slot = self._cells[0].slot() if self._cells else None
             if slot is None:
                 slot = self.hold(use)
             else:
-                self._engine.join(use, slot)
+                self._pool.join(use, slot)
             views = slot.views(self.group.store)
             for cell in self._cells:
                 cell.take_away(use, views[cell.name])
@@ -113,11 +110,11 @@ class Residency:
 
     def put_back(self) -> None:
         """Put to rest what no call uses any more."""
-        with self._engine.lock, plainly():
+        with self._pool.lock, plainly():
             for cell in self._cells:
                 cell.put_back(self.group.store.tensors)
 
     def is_used(self) -> bool:
         """Ask whether a call has the leaf's tensors on the device."""
-        with self._engine.lock:
+        with self._pool.lock:
             return any(cell.is_used() for cell in self._cells)

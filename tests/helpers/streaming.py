@@ -9,10 +9,11 @@ from bigload.hardware.layout import TensorSpec
 from bigload.hardware.pinned import HostGroup
 from bigload.offload.engine import Engine
 from bigload.offload.files import FilePart
-from bigload.offload.groups import Group
-from bigload.offload.leaves import Leaf, cells_of
+from bigload.offload.leaves import Group, Leaf, cells_of
 from bigload.quantization.layers import streamed_forward
 
+# Later than a file's time by what the coarsest clock of a file system can tell.
+CLOCK_NS = 10 * 10**9
 MODES = ("fp32", "bf16", "int8", "nf4", "nf4-dq", "fp4")
 
 
@@ -99,7 +100,7 @@ def tokens(device, time=16):
 
 
 def assert_at_rest(engine):
-    assert not any(slot.users for slot in engine._slots)
+    assert not any(slot.users for slot in engine.pool.slots)
     for group, by_leaf in engine._cells.items():
         for cells in by_leaf.values():
             for cell in cells:

@@ -20,8 +20,7 @@ from bigload import load_and_quantize_model
 from bigload.errors import OffloadError
 from bigload.hardware.pinned import HostGroup
 from bigload.offload.engine import Engine
-from bigload.offload.groups import Group
-from bigload.offload.leaves import Leaf
+from bigload.offload.leaves import Group, Leaf
 from bigload.offload.slots import CudaLane, Lane
 
 
@@ -73,7 +72,7 @@ def test_the_next_but_one_is_fetched_as_soon_as_a_group_is_over(device):
         model(tokens(device))
     held = []
     for leaf in leaves:
-        leaf.register_forward_hook(lambda *_: held.append([slot.store for slot in engine._slots]))
+        leaf.register_forward_hook(lambda *_: held.append([slot.store for slot in engine.pool.slots]))
     model(tokens(device))
     a, b, c, d, e = (group.store for group in engine.groups)
     ahead = {a: b, b: c, c: d, d: e, e: a}
@@ -496,11 +495,11 @@ def test_next_forward_after_an_error_is_exact(place, error, device, monkeypatch)
             leaf._forwards.clear()
         elif place == "grow":
             calls[0] = 1
-            engine._slots.clear()
-            patch.setattr(engine._lane, "make_slot", failing(engine._lane.make_slot))
+            engine.pool.slots.clear()
+            patch.setattr(engine.pool.lane, "make_slot", failing(engine.pool.lane.make_slot))
         else:
             name = {"copy": "_copy", "wait": "await_copy"}[place]
-            patch.setattr(engine._lane, name, failing(getattr(engine._lane, name)))
+            patch.setattr(engine.pool.lane, name, failing(getattr(engine.pool.lane, name)))
         with pytest.raises(error):
             model(tokens(device))
     assert calls[0] >= 2
@@ -615,13 +614,13 @@ def test_forwards_leave_no_tensor_behind(mode, device):
     with torch.no_grad():
         for _ in range(3):
             model(tokens(device))
-        before, slots = storages(), [id(slot.memory) for slot in engine._slots]
+        before, slots = storages(), [id(slot.memory) for slot in engine.pool.slots]
         for _ in range(5):
             model(tokens(device))
     assert storages() <= before  # other tests leave garbage that goes meanwhile
-    assert [id(slot.memory) for slot in engine._slots] == slots
+    assert [id(slot.memory) for slot in engine.pool.slots] == slots
 
 
 def test_lane_is_the_cpus_on_the_cpu(device):
     engine = stream(resident("fp32", device), device)
-    assert (type(engine._lane) is Lane) == (device.type == "cpu")
+    assert (type(engine.pool.lane) is Lane) == (device.type == "cpu")

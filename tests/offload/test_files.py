@@ -12,16 +12,13 @@ import pytest
 import torch
 from models import assert_same_bits, equal
 from resources import open_files
-from streaming import MODES, linears, resident, tensors_of, tokens, written
+from streaming import CLOCK_NS, MODES, linears, resident, tensors_of, tokens, written
 
 from bigload.errors import OffloadError
 from bigload.io.async_reads import Reads
 from bigload.offload.engine import Engine
 from bigload.offload.files import FileGroup, _drop_from_page_cache, spare_page_cache
-from bigload.offload.groups import Group
-
-# Later than a file's time by what the coarsest clock of a file system can tell.
-CLOCK_NS = 10 * 10**9
+from bigload.offload.leaves import Group
 
 
 def stream_from_disk(model, device, folder, slots=2):
@@ -70,7 +67,7 @@ def test_lost_file_gives_a_clear_error_and_when_it_is_back_the_model_runs(way, d
     for _ in range(2):
         with pytest.raises(OffloadError, match=r"h\.1\..* cannot be read.*1\.bin"):
             twice(model, tokens(device))
-    assert not any(slot.users for slot in engine._slots)
+    assert not any(slot.users for slot in engine.pool.slots)
     (tmp_path / "aside").replace(file)
     for _ in range(2):
         assert equal(model(tokens(device)), expected(tokens(device)))

@@ -240,7 +240,7 @@ def test_plan_counts_the_slots_that_there_are(tmp_path, options, slots):
             empty(build), "nf4", folder, offload=OffloadConfig(slots=slots), **options(*names)
         )
         planned = {account.place.type: account.ring for account in model.offload.plan.accounts}
-        held = sum(slot.memory.nbytes for engine in model.offload._engines for slot in engine._slots)
+        held = sum(slot.memory.nbytes for engine in model.offload._engines for slot in engine.pool.slots)
         assert planned["cuda" if torch.cuda.is_available() else "cpu"] == held
         model.offload.remove()
 

@@ -34,8 +34,7 @@ from bigload.offload.background import Background, Landing
 from bigload.offload.engine import Engine
 from bigload.offload.files import FileGroup
 from bigload.offload.forwards import OwnForward
-from bigload.offload.groups import Group
-from bigload.offload.leaves import Leaf
+from bigload.offload.leaves import Group, Leaf
 from bigload.offload.slots import Lane
 
 
@@ -106,7 +105,7 @@ def test_ctrl_c_at_any_moment_leaves_no_user_and_the_next_forward_exact(kind, wh
                     kept.append(error)  # with its traceback, as notebooks do
                     hits += 1
                     longest_s *= 1.05
-                assert not any(slot.users for slot in engine._slots)
+                assert not any(slot.users for slot in engine.pool.slots)
                 assert equal(model(x), expected)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -124,7 +123,7 @@ def test_tensors_go_to_rest_when_the_last_of_two_calls_is_over(device, end):
     with torch.no_grad():
         one.__enter__()
         other.__enter__()
-        memory = engine._slots[0].memory.untyped_storage().data_ptr()
+        memory = engine.pool.slots[0].memory.untyped_storage().data_ptr()
         (one if end else other).__exit__(None, None, None)
         assert weights.leaf.module.weight.untyped_storage().data_ptr() == memory
         (other if end else one).__exit__(None, None, None)
@@ -199,16 +198,16 @@ def test_calls_of_one_layer_at_once_find_its_weights_in_one_place_until_both_are
 def test_forward_goes_on_with_the_slots_there_are_where_memory_for_more_is_gone(device, monkeypatch):
     expected, model = resident("nf4", device), resident("nf4", device)
     engine = stream(model, device)
-    engine._free(engine._slots[0])
+    engine.pool.free(engine.pool.slots[0])
 
     def failing(nbytes):
         raise torch.OutOfMemoryError("injected")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._lane, "make_slot", failing)
+        patch.setattr(engine.pool.lane, "make_slot", failing)
         assert equal(model(tokens(device)), expected(tokens(device)))
     for group in engine.groups:
-        engine.forget(group)  # so that one is waited for
+        engine.pool.forget(group)  # so that one is waited for
     assert equal(model(tokens(device)), expected(tokens(device)))
     assert engine.stats().slots == 2
 
@@ -290,7 +289,7 @@ def test_backward_after_the_engine_was_removed_is_right_or_refused(mode, device)
 def test_what_was_brought_before_memory_ran_out_is_gone_when_slots_are_made_again(device, monkeypatch):
     model = resident("nf4", device)
     engine = stream(model, device)
-    bring, make, alive = engine._bring_all, engine._lane.make_slot, []
+    bring, make, alive = engine._bring_all, engine.pool.lane.make_slot, []
 
     def failing(brought):
         bring(brought)
@@ -302,7 +301,7 @@ def test_what_was_brought_before_memory_ran_out_is_gone_when_slots_are_made_agai
         return make(nbytes)
 
     monkeypatch.setattr(engine, "_bring_all", failing)
-    monkeypatch.setattr(engine._lane, "make_slot", counting)
+    monkeypatch.setattr(engine.pool.lane, "make_slot", counting)
     with pytest.raises(torch.OutOfMemoryError):
         engine.remove()
     assert len(alive) > 9
@@ -313,7 +312,7 @@ def test_slots_are_no_more_than_groups(device):
     model = pairs(Own, 1, device).requires_grad_(False)
     engine = Engine(model, list(groups_of(model, device)), device, slots=3)
     with engine._weights[0].placed():
-        engine.forget(engine.groups[0])
+        engine.pool.forget(engine.groups[0])
         model(torch.randn(3, 64, device=device))
     model(torch.randn(3, 64, device=device))
     assert engine.stats().slots == 1
@@ -371,7 +370,7 @@ def test_weights_are_not_taken_from_a_file_that_is_not_what_it_was(way, damage, 
     take = engine.remove if way == "remove" else model.state_dict
     with pytest.raises(OffloadError, match=r"'2\.0\.weight' cannot be read"):
         take()
-    assert len(engine._slots) == 2
+    assert len(engine.pool.slots) == 2
     if damage == "written again in place":
         file.write_bytes(content)
         os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
@@ -391,7 +390,7 @@ def test_what_could_not_be_read_ahead_is_read_when_it_is_needed(device, tmp_path
         file.rename(file.with_suffix(".away"))
     model[0](x)
     model[1](x)  # those after it are asked for
-    engine._lane.finish()
+    engine.pool.lane.finish()
     for file in away:
         file.with_suffix(".away").rename(file)
     demanded = engine.stats().demand_fetches
@@ -407,7 +406,7 @@ def test_slot_that_was_used_last_is_the_last_to_be_filled_again(device):
     for index in (0, 1, 2, 3, 4) * 2:
         model[index](x)
     stores = {group.store: group.name for group in engine.groups}
-    assert {stores[slot.store] for slot in engine._slots} == {"0", "1", "2"}  # what comes next, and nothing twice
+    assert {stores[slot.store] for slot in engine.pool.slots} == {"0", "1", "2"}  # what comes next, and nothing twice
     before = engine.stats()
     for index in (0, 1, 2):
         model[index](x)
@@ -420,7 +419,7 @@ def test_slots_that_were_needed_at_once_are_let_go_of(device):
     engine = Engine(model, list(groups_of(model, device)), device, slots=1)
     with engine._weights[0].placed(), engine._weights[2].placed(), engine._weights[4].placed():
         assert engine.stats().slots == 3
-        memories = [weakref.ref(slot.memory) for slot in engine._slots]
+        memories = [weakref.ref(slot.memory) for slot in engine.pool.slots]
     x = torch.randn(3, 64, device=device)
     model(x)
     assert engine.stats().slots == 1
@@ -433,7 +432,7 @@ def test_removed_engine_holds_neither_host_memory_nor_slots(device):
     engine = stream(model, device, poisoned=False)
     model(tokens(device))
     mappings = [weakref.ref(group.store._mapping) for group in engine.groups]
-    slots = [weakref.ref(slot.memory) for slot in engine._slots]
+    slots = [weakref.ref(slot.memory) for slot in engine.pool.slots]
     engine.remove()
     gc.collect()
     assert not any(mapping() for mapping in mappings)
@@ -445,7 +444,7 @@ def test_layer_that_runs_last_is_learned(device):
     model = pairs(nn.Linear, 5, device).requires_grad_(False)
     engine = Engine(model, list(groups_of(model, device)), device)
     x, held, demanded = torch.randn(3, 64, device=device), [], []
-    model[1][0].register_forward_hook(lambda *_: held.append({slot.store for slot in engine._slots}))
+    model[1][0].register_forward_hook(lambda *_: held.append({slot.store for slot in engine.pool.slots}))
     for _ in range(4):
         for pair in model:
             pair[0](pair[1](x))
@@ -466,7 +465,7 @@ def test_weights_that_a_call_left_away_are_at_rest_before_others_are_loaded(devi
     cell.is_away = True
     model.load_state_dict(other.state_dict())
     slot.memory.fill_(0xFF)
-    engine.forget(engine.groups[0])
+    engine.pool.forget(engine.groups[0])
     assert equal(model(tokens(device)), other(tokens(device)))
 
 
@@ -477,7 +476,7 @@ def test_process_that_is_forked_while_its_parent_reads_reads_for_itself(tmp_path
     expected = [layer.weight.clone() for pair in model for layer in pair]
     engine = Engine(model, list(groups_of(model, cpu, tmp_path)), cpu)
     brought(engine)
-    engine._lane.finish()
+    engine.pool.lane.finish()
     own = FileGroup.read_into
 
     def read_into(*args):
@@ -538,7 +537,7 @@ def test_each_thread_has_a_place_of_its_own(device):
     x = torch.randn(3, 64, device=device)
     for _ in range(2):
         model(x)
-    ahead = dict(engine._succession._next)
+    ahead = dict(engine.pool.order._next)
     barrier = threading.Barrier(2, timeout=60)
 
     def run(order):
@@ -548,7 +547,7 @@ def test_each_thread_has_a_place_of_its_own(device):
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(run, ((0, 1, 2), (3, 4, 5))))
-    assert engine._succession._next == ahead
+    assert engine.pool.order._next == ahead
 
 
 def test_wrong_count_of_arguments_is_the_layers_own_error(device):
@@ -600,7 +599,7 @@ def test_forked_process_reads_for_itself(tmp_path):
     expected = [layer.weight.clone() for pair in model for layer in pair]
     engine = Engine(model, list(groups_of(model, cpu, tmp_path)), cpu)
     brought(engine)
-    engine._lane.finish()
+    engine.pool.lane.finish()
     assert exit_status(lambda: assert_all_equal(brought(engine), expected)) == 0
 
 
@@ -665,7 +664,7 @@ def test_copy_that_failed_is_waited_for_by_the_next_into_its_slot(tmp_path):
     torch.cuda._sleep(int(3e7))  # what uses the first slot is late
     found = model[0](x)
     model[1](x)  # asks for the third group, in the slot of the first, in vain
-    engine._lane._background.finish()
+    engine.pool.lane._background.finish()
     (tmp_path / "away").rename(file)
     model[2](x)
     assert equal(found, first)

@@ -1,11 +1,14 @@
-"""`.to()`, and all else that changes a module's tensors one by one, of a model with weights that rest elsewhere.
+"""What PyTorch does to modules whose weights rest elsewhere: their state_dicts, and `.to()`.
 
 `to`, `cuda`, `cpu`, `half` and their like call a module's `_apply`, which calls its children's. What would leave a
 weight as it is, were it on the device that computes, leaves it at rest; all else is refused before anything changed.
+A state_dict that is taken shows the weights at rest, and one that is loaded counts at once.
 """
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,9 +17,12 @@ import torch
 from torch import nn
 
 from ..errors import OffloadError
+from ..hardware.pinned import Store
 from ..model.tree import paths_above
-from .forwards import Uncopyable
-from .leaves import Leaf
+from .files import FileGroup
+from .leaves import Group, Leaf, Uncopyable
+from .residency import Residency
+from .slot_pool import SlotPool
 
 
 class StayingAtRest:
@@ -102,3 +108,64 @@ def _require_unchanged(
         f"{path!r} is given its weights as it runs, in {dtype} on {device}: they cannot {change}; take the model off "
         "its engine first (model.offload.remove()), then change it"
     )
+
+
+def hook_state_dicts(weights: Residency, pool: SlotPool) -> list[Any]:
+    """Let state_dicts of a leaf be those of its weights at rest, and what is loaded into it count at once.
+
+    Returns:
+        What takes the hooks off.
+    """
+    module, store = weights.leaf.module, weights.group.store
+    return [
+        module.register_state_dict_post_hook(functools.partial(_show_at_rest, pool, store)),  # type: ignore[no-untyped-call]
+        module._register_load_state_dict_pre_hook(functools.partial(_prepare_to_load, weights)),  # type: ignore[no-untyped-call]
+        module.register_load_state_dict_post_hook(_Refreshing(pool, weights.group)),  # type: ignore[no-untyped-call]
+    ]
+
+
+def _prepare_to_load(weights: Residency, state: Mapping[str, object], prefix: str, *_: object) -> None:
+    """Make ready to load a state_dict into a leaf, or refuse it.
+
+    Raises:
+        OffloadError: its weights lie in files, which are never written, or are on the device for a call.
+    """
+    leaf = weights.leaf
+    if not any(prefix + name in state for name in leaf.parameters):
+        return
+    if isinstance(weights.group.store, FileGroup):
+        raise OffloadError(
+            f"the weights of {leaf.path!r} lie in files, which a load_state_dict does not change; take the model off "
+            "its engine first (model.offload.remove()), then load them"
+        )
+    if weights.is_used():
+        raise OffloadError(f"the weights of {leaf.path!r} are on the device for now: load a state_dict when it has run")
+    weights.put_back()
+
+
+class _Refreshing:
+    """A hook that has a group copied anew when a state_dict was loaded into one of its leaves."""
+
+    def __init__(self, pool: SlotPool, group: Group) -> None:
+        self._pool, self._group = weakref.ref(pool), group
+
+    def __call__(self, module: nn.Module, keys: object) -> None:
+        pool = self._pool()
+        if pool is not None:
+            pool.forget(self._group)
+
+
+def _show_at_rest(
+    pool: SlotPool, store: Store, module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: object
+) -> None:
+    """Give a state_dict that is taken while a leaf runs the tensors that will not be overwritten.
+
+    Raises:
+        OffloadError: they lie in a file that is not what it was.
+    """
+    store.require_unchanged()
+    memories = {slot.memory.untyped_storage().data_ptr() for slot in pool.slots}
+    for name, tensor in state.items():
+        is_own = name.startswith(prefix) and type(tensor) is torch.Tensor
+        if is_own and tensor.untyped_storage().data_ptr() in memories:
+            state[name] = store.at_rest(tensor)
