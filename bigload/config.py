@@ -162,7 +162,7 @@ class BnbQuantizationConfig:
         return dataclasses.replace(self, torch_dtype=torch_dtype, bnb_4bit_compute_dtype=compute_dtype)  # type: ignore[arg-type]
 
     @property
-    def landing_dtype(self) -> torch.dtype:
+    def load_dtype(self) -> torch.dtype:
         """`torch_dtype` of a config that is resolved: what weights are cast to as they land."""
         assert isinstance(self.torch_dtype, torch.dtype), "resolved() was not called"
         return self.torch_dtype
@@ -238,7 +238,7 @@ class BnbQuantizationConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the fields as values that JSON holds; dtypes by their torch names."""
+        """Return the fields as values that JSON holds; dtypes by their torch names."""
         fields = dataclasses.asdict(self)
         return {
             name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
@@ -355,7 +355,7 @@ class OffloadConfig:
             raise ConfigError(f"OffloadConfig: reserve is {self.reserve!r}; expected bytes, or '512MiB'") from error
 
     def reserve_bytes(self, dequantized: int) -> int:
-        """Give the reserve in bytes.
+        """Return the reserve in bytes.
 
         Args:
             dequantized: bytes of the largest 4-bit layer when it is dequantized.

@@ -24,18 +24,18 @@ from .checkpoint.writer import ShardWriter, write_json
 from .config import as_config
 from .errors import CheckpointError, ConfigError
 from .hardware.devices import Device
-from .io.extents import Delivery
+from .io.extents import ReadTask
 from .io.transfer import default_stream
 from .model import transformers_facts
 from .model.tensors import plain_linears
 from .model.tree import walked_once
-from .pipeline.execute import deliver_all, deliveries_for
+from .pipeline.execute import read_and_load, read_tasks_for
 from .pipeline.file_output import Output, file_sink
 from .pipeline.progress import progress_bar
 from .planning.plan import Plan
 from .planning.planned_tensors import PlannedTensor
 from .planning.planner import plan_load
-from .planning.request import Wishes
+from .planning.request import PlacementRequest
 from .planning.sources import KeyMapping
 from .quantization import bnb
 from .saving import shard_bytes, write_configs
@@ -85,7 +85,7 @@ def quantize_checkpoint(
     config = as_config(bnb_quantization_config)
     if config.llm_int8_has_fp16_weight:
         raise ConfigError("int8-training keeps its weights in 16 bit: there is nothing to quantize beforehand")
-    most = shard_bytes(max_shard_size)
+    max_shard_bytes = shard_bytes(max_shard_size)
     checkpoint = open_checkpoint(src)
     # Of a file, or an index, that was named, nothing beside it is meant.
     is_folder = not Path(src).expanduser().is_file()
@@ -97,18 +97,18 @@ def quantize_checkpoint(
             model,
             config,
             checkpoint,
-            Wishes(device),
+            PlacementRequest(device),
             key_mapping=key_mapping,
             tied_parameters=tied_parameters,
             quantizable=quantizable,
         )
         if not plan.layers:
             raise ConfigError(f"nothing in this {type(model).__name__} would be quantized: there is nothing to do")
-        with _alone(target), _folder_to_go_on_in(target, _fingerprint(plan, checkpoint, most)) as made:
+        with _alone(target), _folder_to_go_on_in(target, _fingerprint(plan, checkpoint, max_shard_bytes)) as made:
             kept = [path for path in plain_linears(model) if path not in plan.layers]
             # What can fail goes before what takes long.
-            write_configs(model, made, plan.config, kept, plan.layers, plan.config.landing_dtype)
-            layout = _convert(plan, made, most, progress)
+            write_configs(model, made, plan.config, kept, plan.layers, plan.config.load_dtype)
+            layout = _convert(plan, made, max_shard_bytes, progress)
             _describe(plan, made, layout, kept)
             if is_folder:
                 copy_the_rest(checkpoint.location.parent, made)
@@ -159,7 +159,7 @@ def _checked(given: str | os.PathLike[str], checkpoint: Checkpoint, *, is_folder
 
 @contextmanager
 def _folder_to_go_on_in(target: Path, fingerprint: str) -> Iterator[Path]:
-    """Give a folder beside the target, with what an earlier run for the same has finished, and put it in place."""
+    """Return a folder beside the target, with what an earlier run for the same has finished, and put it in place."""
     made = target.with_name(f".{target.name}.partial")
     progress = made / _PROGRESS_NAME
     try:
@@ -179,7 +179,7 @@ def _folder_to_go_on_in(target: Path, fingerprint: str) -> Iterator[Path]:
         raise
 
 
-def _fingerprint(plan: Plan, checkpoint: Checkpoint, most: int) -> str:
+def _fingerprint(plan: Plan, checkpoint: Checkpoint, max_shard_bytes: int) -> str:
     """Tell runs apart that would not write the same bytes: by files, config, layers, layout and versions."""
     files = sorted({tensor.file for tensor in checkpoint.tensors.values()})
     said = {
@@ -188,7 +188,7 @@ def _fingerprint(plan: Plan, checkpoint: Checkpoint, most: int) -> str:
         "files": [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
         "config": plan.config.to_dict(),
         "tensors": [(p.tensor.names, p.shape, str(p.format), p.device.type, _origin(p)) for p in plan.tensors],
-        "max_shard_bytes": most,
+        "max_shard_bytes": max_shard_bytes,
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
@@ -202,23 +202,23 @@ def _origin(planned: PlannedTensor) -> list[str]:
     return [f"{t.file} {t.name} {t.offset} {source.region} {source.transposed}" for t, source in stored]
 
 
-def _convert(plan: Plan, folder: Path, most: int, progress: bool | None) -> str:
+def _convert(plan: Plan, folder: Path, max_shard_bytes: int, progress: bool | None) -> str:
     """Write the weights. Returns their layout."""
     tensors = sorted(plan.tensors, key=_in_file_order)
     outputs = [Output(planned, plan.config) for planned in tensors if planned.tensor.persistent]
-    writer = ShardWriter(folder, [entry for output in outputs for entry in output.entries.values()], most)
+    writer = ShardWriter(folder, [entry for output in outputs for entry in output.entries.values()], max_shard_bytes)
     with progress_bar(plan.source_bytes, "quantizing", progress) as bar, default_stream(plan.tensors[0].device):
         try:
-            deliveries: list[Delivery] = []
+            tasks: list[ReadTask] = []
             for output in outputs:
                 if all(map(writer.is_written, output.names)):
                     bar.update(sum(source.tensor.nbytes for source in output.planned.sources))
                 elif output.planned.sources:
                     make_sink = functools.partial(file_sink, output, writer)
-                    deliveries += deliveries_for(output.planned, make_sink, lambda done: None)
+                    tasks += read_tasks_for(output.planned, make_sink, lambda done: None)
                 else:
                     writer.write(output.planned.tensor.name, output.planned.tensor.value)
-            deliver_all(deliveries, plan, on_bytes=bar.update)
+            read_and_load(tasks, plan, on_bytes=bar.update)
             writer.finish()
             return writer.layout
         finally:

@@ -76,5 +76,5 @@ def embed(model: nn.Module, tokenizer: Any) -> torch.Tensor:
 
 
 def nearest(vectors: torch.Tensor) -> str:
-    """Give the sentence whose embedding lies nearest to the query's."""
+    """Return the sentence whose embedding lies nearest to the query's."""
     return SENTENCES[int((vectors[1:] @ vectors[0]).argmax())]

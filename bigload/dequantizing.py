@@ -12,7 +12,7 @@ from .model import transformers_facts
 from .model.tree import first_paths
 from .offload.forwards import OwnForward
 from .pipeline.assembly import apply_edits
-from .pipeline.attributes import Edit, forgotten_attributes
+from .pipeline.attributes import Edit, clear_attributes
 from .quantization.bnb import dequantize_4bit, library
 from .quantization.formats import dominant_dtype
 from .quantization.layers import carry_over, quantized_layers, require_whole_layers, row_scales, source_class
@@ -54,7 +54,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
         if child in plain
     ]
     root = plain.get(model, model)
-    apply_edits(edits + forgotten_attributes(root))
+    apply_edits(edits + clear_attributes(root))
     return root
 
 

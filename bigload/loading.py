@@ -19,17 +19,17 @@ from .errors import BigloadError, PlacementError
 from .hardware.devices import Device, DeviceMap, named_devices
 from .io.ring import pin_ahead
 from .model.tree import walked_once
-from .offload.device_hooks import connect, disconnect
+from .offload.device_hooks import attach, detach
 from .offload.handle import Offload, require_not_offloaded
 from .offload.model_device import entries
-from .offload.resting import Resting
+from .offload.targets import OffloadTargets
 from .pipeline.assembly import Assembly
 from .pipeline.execute import execute
 from .pipeline.progress import progress_bar
 from .pipeline.report import LoadReport, PeakMemory
 from .planning.plan import Plan
-from .planning.planner import config_for, plan_load, wishes_for
-from .planning.request import Wishes
+from .planning.planner import config_for, placement_request, plan_load
+from .planning.request import PlacementRequest
 from .planning.sources import KeyMapping
 from .quantization import bnb
 from .sizes import show
@@ -113,24 +113,24 @@ def load_and_quantize_model(
     """
     origin = "the model's own weights" if weights_location is None else f"{weights_location!r}"
     context = f"loading {origin} with device_map={device_map!r}"
-    with _named(context):
+    with _with_context(context):
         given = None if bnb_quantization_config is None else as_config(bnb_quantization_config)
         bnb.library()  # its import takes seconds, which are not the load's
         started = time.perf_counter()
         checkpoint = None if weights_location is None else open_checkpoint(weights_location)
         config = config_for(given, checkpoint)
     # Tensors made under inference_mode could never be trained through.
-    with _named(f"{context} as {config.mode}"), torch.inference_mode(False), torch.no_grad(), walked_once(model):
+    with _with_context(f"{context} as {config.mode}"), torch.inference_mode(False), torch.no_grad(), walked_once(model):
         if "offload" in vars(model):
             require_not_offloaded(model)
-        wishes = wishes_for(config, device_map, no_split_module_classes, max_memory, offload_folder, offload)
+        request = placement_request(config, device_map, no_split_module_classes, max_memory, offload_folder, offload)
         if checkpoint is not None:
             _begin_to_pin(device_map)  # while the plan is made
         plan = plan_load(
             model,
             config,
             checkpoint,
-            wishes,
+            request,
             key_mapping=key_mapping,
             tied_parameters=tied_parameters,
             quantizable=quantizable,
@@ -139,33 +139,35 @@ def load_and_quantize_model(
         for device, nbytes in plan.device_bytes.items():
             logger.info("plan: %s on %s, %d layers as %s", show(nbytes), device, len(plan.layers), config.mode)
         peaks = PeakMemory(plan.device_bytes)
-        with progress_bar(plan.source_bytes, "loading", progress) as bar, _resting(plan, wishes) as rest:
+        with progress_bar(plan.source_bytes, "loading", progress) as bar, _offload_targets(plan, request) as targets:
             assembly = Assembly(model, plan)
-            execute(plan, on_bytes=bar.update, on_landed=assembly.add, resting=rest)
-            model = assembly.commit(lambda made: _set_to_run(made, plan, wishes.offload, rest))
+            execute(plan, on_bytes=bar.update, on_loaded=assembly.add, targets=targets)
+            model = assembly.commit(lambda made: _set_to_run(made, plan, request.offload, targets))
     elapsed_s = time.perf_counter() - started
-    report = LoadReport(config.mode, plan.source_bytes - rest.spared_bytes, elapsed_s, plan.device_bytes, peaks.since())
+    report = LoadReport(
+        config.mode, plan.source_bytes - targets.spared_bytes, elapsed_s, plan.device_bytes, peaks.since()
+    )
     model.load_report = report  # type: ignore[assignment]
     logger.info("%s", report)
     return model
 
 
-def _resting(plan: Plan, wishes: Wishes) -> Resting:
-    return Resting(plan, pin=wishes.offload.pin, folder=wishes.offload_folder)
+def _offload_targets(plan: Plan, request: PlacementRequest) -> OffloadTargets:
+    return OffloadTargets(plan, pin=request.offload.pin, folder=request.offload_folder)
 
 
-def _set_to_run(model: nn.Module, plan: Plan, offload: OffloadConfig, resting: Resting) -> None:
+def _set_to_run(model: nn.Module, plan: Plan, offload: OffloadConfig, targets: OffloadTargets) -> None:
     """Hook what must be hooked where weights do not all lie on the one device that computes."""
-    execution, landing_dtype = plan.execution_map, plan.config.landing_dtype
-    connect(model, execution, plan.in_fp32, landing_dtype, entries=entries(model, plan))
+    execution, load_dtype = plan.execution_map, plan.config.load_dtype
+    attach(model, execution, plan.in_fp32, load_dtype, entries=entries(model, plan))
     try:
         if plan.offloaded:
-            model.offload = Offload(model, plan, offload, resting)  # type: ignore[assignment]
+            model.offload = Offload(model, plan, offload, targets)  # type: ignore[assignment]
     except torch.OutOfMemoryError as error:
-        disconnect(model)
+        detach(model)
         raise PlacementError(f"no room on the GPU for what is streamed through it: {error}") from error
     except BaseException:
-        disconnect(model)
+        detach(model)
         raise
 
 
@@ -177,7 +179,7 @@ def _begin_to_pin(device_map: DeviceMap) -> None:
 
 
 @contextmanager
-def _named(context: str) -> Iterator[None]:
+def _with_context(context: str) -> Iterator[None]:
     """Say in every error what was being loaded, how and where to."""
     try:
         yield

@@ -53,7 +53,7 @@ def save_quantized_model(
         QuantizationError: the model cannot be given back as it is: weights on meta, layers of several formats, weights
             that bitsandbytes has packed for the CPU.
     """
-    most = shard_bytes(max_shard_size)
+    max_shard_bytes = shard_bytes(max_shard_size)
     model = getattr(model, "_orig_mod", model)  # of torch.compile: what it compiled
     layers = quantized_layers(model)
     config = _config(model, layers)
@@ -61,7 +61,7 @@ def save_quantized_model(
     kept = [path for path in plain_linears(model) if path not in layers]
     with new_folder(folder, overwrite=overwrite) as made:
         write_configs(model, made, config, kept, layers, getattr(model, "dtype", None))
-        writer = ShardWriter(made, [Entry(n, t.dtype, tuple(t.shape)) for n, t in state.items()], most)
+        writer = ShardWriter(made, [Entry(n, t.dtype, tuple(t.shape)) for n, t in state.items()], max_shard_bytes)
         try:
             for name, tensor in state.items():
                 writer.write(name, tensor)
@@ -115,7 +115,7 @@ def write_configs(
 
 
 def _config(model: nn.Module, layers: Mapping[str, Any]) -> BnbQuantizationConfig:
-    """Give the config that makes such layers of plain ones; its `torch_dtype` is what most other weights are in."""
+    """Return the config that makes such layers of plain ones; its `torch_dtype` is what most other weights are in."""
     if not layers:
         raise ConfigError(
             f"this {type(model).__name__} has no layer that bitsandbytes quantized; save it as any other model"
@@ -140,7 +140,7 @@ def _config(model: nn.Module, layers: Mapping[str, Any]) -> BnbQuantizationConfi
 
 
 def _stored_once(model: nn.Module, layers: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], list[tuple[str, ...]]]:
-    """Give the model's state_dict, of tied parameters only the first, and the names of those that are tied."""
+    """Return the model's state_dict, of tied parameters only the first, and the names of those that are tied."""
     state: dict[str, torch.Tensor] = model.state_dict()
     strange = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
     if strange:

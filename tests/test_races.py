@@ -164,11 +164,11 @@ def slowed(monkeypatch, owner, name, stream_of, chance, seed=0, cycles=CYCLES):
 
 def slow_copies(monkeypatch, chance=0.3, **options):
     for name in ("bring", "_gather"):
-        slowed(monkeypatch, room._Lane, name, lambda lane: lane._stream, chance, **options)
+        slowed(monkeypatch, room.CudaTransfer, name, lambda copier: copier._stream, chance, **options)
 
 
 def slow_work(monkeypatch, chance=0.3, **options):
-    slowed(monkeypatch, room._Lane, "_hand_over", lambda lane: lane._default, chance, **options)
+    slowed(monkeypatch, room.CudaTransfer, "_hand_over", lambda copier: copier._default, chance, **options)
     slowed(monkeypatch, Quantizer, "add", lambda quantizer: torch.cuda.current_stream(GPU), chance, **options)
 
 
@@ -332,7 +332,7 @@ def test_weight_that_is_put_together_first_is_whole_when_it_is_quantized(tmp_pat
 @pytest.mark.parametrize("mode", ["nf4", "bf16"])
 def test_load_that_is_stopped_writes_nothing_afterwards(folder, expected, monkeypatch, mode):
     slow_copies(monkeypatch, chance=1.0)
-    bring = room._Lane.bring
+    bring = room.CudaTransfer.bring
     for stopped_at in (1, 2, 5, 12):
         count = itertools.count(1)
 
@@ -341,10 +341,10 @@ def test_load_that_is_stopped_writes_nothing_afterwards(folder, expected, monkey
             if next(count) == stopped_at:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(room._Lane, "bring", stopping)
+        monkeypatch.setattr(room.CudaTransfer, "bring", stopping)
         with contextlib.suppress(KeyboardInterrupt):
             load(folder, mode)
-        monkeypatch.setattr(room._Lane, "bring", bring)
+        monkeypatch.setattr(room.CudaTransfer, "bring", bring)
         gc.collect()
         stream = torch.cuda.current_stream(GPU)
         assert stream == torch.cuda.default_stream(GPU)

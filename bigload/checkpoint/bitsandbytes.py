@@ -53,7 +53,7 @@ def stored_name(weight: str, part: str) -> str:
 
 
 def described(fmt: FourBit, shape: tuple[int, ...], dtype: torch.dtype, offset: float) -> bytes:
-    """Give the JSON that bitsandbytes describes a 4-bit weight by, of a length that no offset changes.
+    """Return the JSON that bitsandbytes describes a 4-bit weight by, of a length that no offset changes.
 
     Args:
         fmt: its format.
@@ -74,7 +74,7 @@ def described(fmt: FourBit, shape: tuple[int, ...], dtype: torch.dtype, offset: 
     return json.dumps(said | {"nested_offset": offset}).encode().ljust(longest)
 
 
-def gathered(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+def merge_quantized_parts(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Put the parts of each quantized weight together; all other tensors stay as they are.
 
     Raises:

@@ -13,7 +13,7 @@ import torch
 from ..errors import CheckpointError, listed
 from ..io.tensors import StoredTensor
 from ..quantization import formats
-from .bitsandbytes import QuantizedTensor, gathered
+from .bitsandbytes import QuantizedTensor, merge_quantized_parts
 from .hub import hub_folder, is_hub_id
 from .pickled import read_pickle
 from .record import Record, layout_of, read_record
@@ -57,7 +57,7 @@ class Checkpoint:
 
     @property
     def is_quantized(self) -> bool:
-        """Ask whether it holds weights that bitsandbytes has quantized."""
+        """Whether it holds weights that bitsandbytes has quantized."""
         return any(isinstance(tensor, QuantizedTensor) for tensor in self.tensors.values())
 
     @property
@@ -103,7 +103,7 @@ def _open(location: Path) -> Checkpoint:
         )
     tensors = _read_index(location) if location.name.endswith(".json") else _read_file(location)
     layout = layout_of((tensor.name, tensor.dtype, tensor.shape) for tensor in tensors.values())
-    return Checkpoint(location, gathered(tensors), read_record(location.parent, layout))
+    return Checkpoint(location, merge_quantized_parts(tensors), read_record(location.parent, layout))
 
 
 def _find_in_folder(folder: Path) -> Path:

@@ -48,7 +48,7 @@ def new_folder(target: str | os.PathLike[str], *, overwrite: bool) -> Iterator[P
 
 
 def checked_target(given: str | os.PathLike[str], *, overwrite: bool) -> Path:
-    """Give the real path of a folder that may be written.
+    """Return the real path of a folder that may be written.
 
     Raises:
         CheckpointError: something is there that may not be replaced, or cannot be.
@@ -89,7 +89,7 @@ def copy_the_rest(source: Path, made: Path) -> None:
 
 
 def put_in_place(made: Path, target: Path) -> None:
-    """Give a folder its name, in place of a checkpoint that has it, whose other files stay; on the same file system.
+    """Return a folder its name, in place of a checkpoint that has it, whose other files stay; on the same file system.
 
     Raises:
         OSError: the file system refuses; then what was there is there still.

@@ -15,7 +15,7 @@ _PICKLES = ["*.bin", "*.json"]
 
 
 def is_hub_id(location: str) -> bool:
-    """Ask whether a string has the form "org/name" or "org/name@revision"."""
+    """Whether a string has the form "org/name" or "org/name@revision"."""
     return _HUB_ID.fullmatch(location) is not None and not location.endswith(_FILES)
 
 

@@ -39,7 +39,7 @@ def read_pickle(path: Path) -> dict[str, StoredTensor]:
             "part alone"
         )
     return {
-        name: LazyTensor(name, path, value.dtype, tuple(value.shape), rank, value.nbytes, partial(_itself, value))
+        name: LazyTensor(name, path, value.dtype, tuple(value.shape), rank, value.nbytes, partial(_own_tensor, value))
         for rank, (name, value) in enumerate(state.items())
     }
 
@@ -48,7 +48,7 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
 
 
-def _itself(value: torch.Tensor) -> torch.Tensor:
+def _own_tensor(value: torch.Tensor) -> torch.Tensor:
     return value
 
 

@@ -40,7 +40,7 @@ class Record:
     ties: tuple[tuple[str, ...], ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Give it as values that JSON holds."""
+        """Return it as values that JSON holds."""
         return {
             "format_version": FORMAT_VERSION,
             "layout": self.layout,

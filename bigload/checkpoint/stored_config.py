@@ -14,7 +14,7 @@ from .checkpoint import Checkpoint
 
 
 def config_of(checkpoint: Checkpoint, given: BnbQuantizationConfig | None) -> BnbQuantizationConfig:
-    """Give the config of a checkpoint that is quantized already.
+    """Return the config of a checkpoint that is quantized already.
 
     Args:
         checkpoint: its weights and, beside it, perhaps a config.json with a `quantization_config`.
@@ -53,7 +53,7 @@ def config_of(checkpoint: Checkpoint, given: BnbQuantizationConfig | None) -> Bn
 
 
 def _said_beside(location: Path) -> dict[str, Any]:
-    """Give what a config.json beside the weights says of how they compute, which the weights do not."""
+    """Return what a config.json beside the weights says of how they compute, which the weights do not."""
     said: dict[str, Any] = {"torch_dtype": "auto", "bnb_4bit_compute_dtype": "auto"}
     try:
         model = json.loads((location.parent / "config.json").read_text())

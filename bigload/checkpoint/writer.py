@@ -27,7 +27,7 @@ from .safetensors import DTYPES
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX_NAME = "model.safetensors.index.json"
 # Steps that may wait for the disk at once; each holds a file open.
-_MOST_WAITING = 4
+_MAX_WAITING = 4
 
 # Bytes after which a file is sent to the disk, while more of it is written: the system by itself would wait for longer.
 _SYNC_BYTES = 256 * 2**20
@@ -64,12 +64,12 @@ class ShardWriter:
             CheckpointError: a dtype that safetensors does not have.
         """
         self._folder = folder
-        self._syncing = Syncing()
+        self._syncing = FsyncQueue()
         self._staged: torch.Tensor | None = None
-        divided = _divided(entries, max_shard_bytes)
+        split_unit_error = _divided(entries, max_shard_bytes)
         self._shards = [
-            _Shard(folder / _file_name(number, len(divided)), alike, self._syncing)
-            for number, alike in enumerate(divided, 1)
+            _Shard(folder / _file_name(number, len(split_unit_error)), alike, self._syncing)
+            for number, alike in enumerate(split_unit_error, 1)
         ]
         self._shard_of = {name: shard for shard in self._shards for name in shard.entries}
 
@@ -80,7 +80,7 @@ class ShardWriter:
         return layout_of((entry.name, entry.dtype, entry.shape) for entry in entries)
 
     def is_written(self, name: str) -> bool:
-        """Ask whether a tensor is in a file that is whole."""
+        """Whether a tensor is in a file that is whole."""
         return self._shard_of[name].is_whole
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
@@ -153,7 +153,7 @@ class _Shard:
         is_whole: all of it is there.
     """
 
-    def __init__(self, path: Path, entries: Sequence[Entry], syncing: Syncing) -> None:
+    def __init__(self, path: Path, entries: Sequence[Entry], syncing: FsyncQueue) -> None:
         self.path, self._syncing = path, syncing
         self.entries = {entry.name: entry for entry in entries}
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -227,11 +227,11 @@ def write_json(path: Path, content: object) -> None:
         os.fsync(file.fileno())
 
 
-def _divided(entries: Iterable[Entry], most: int) -> list[list[Entry]]:
+def _divided(entries: Iterable[Entry], max_bytes: int) -> list[list[Entry]]:
     groups: list[list[Entry]] = [[]]
     filled = 0
     for entry in entries:
-        if groups[-1] and filled + entry.nbytes > most:
+        if groups[-1] and filled + entry.nbytes > max_bytes:
             groups.append([])
             filled = 0
         groups[-1].append(entry)
@@ -249,7 +249,7 @@ def _write(descriptor: int, buffer: memoryview, offset: int) -> None:
         buffer, offset = buffer[written:], offset + written
 
 
-class Syncing(AbstractContextManager["Syncing"]):
+class FsyncQueue(AbstractContextManager["FsyncQueue"]):
     """Takes steps that wait for the disk, in their order, in a thread of its own; none outlives the `with` block.
 
     An error of a step is raised by the next call.
@@ -261,20 +261,20 @@ class Syncing(AbstractContextManager["Syncing"]):
 
     @property
     def is_idle(self) -> bool:
-        """Ask whether nothing waits for the disk."""
+        """Whether nothing waits for the disk."""
         return all(step.done() for step in self._going)
 
     def begin(self, step: Callable[[], object]) -> None:
         """Begin a step, or wait until fewer are going on."""
-        self._keep(_MOST_WAITING - 1)
+        self._keep(_MAX_WAITING - 1)
         self._going.append(self._pool.submit(step))
 
     def finish(self) -> None:
         """Wait for all steps that were begun."""
         self._keep(0)
 
-    def _keep(self, most: int) -> None:
-        while self._going and (len(self._going) > most or self._going[0].done()):
+    def _keep(self, max_bytes: int) -> None:
+        while self._going and (len(self._going) > max_bytes or self._going[0].done()):
             self._going.popleft().result()
 
     def __exit__(self, *raised: object) -> None:

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def is_strategy(device_map: DeviceMap) -> bool:
-    """Ask whether a device map leaves it to bigload where blocks go."""
+    """Whether a device map leaves it to bigload where blocks go."""
     return isinstance(device_map, str) and device_map in STRATEGIES
 
 
@@ -53,7 +53,7 @@ def as_device(device: Device, *, must_exist: bool = True) -> torch.device:
 
 
 def default_device() -> torch.device:
-    """Give the current GPU, or the CPU where there is none."""
+    """Return the current GPU, or the CPU where there is none."""
     return as_device("cuda") if torch.cuda.is_available() else torch.device("cpu")
 
 

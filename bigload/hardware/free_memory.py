@@ -85,7 +85,7 @@ def _mounts(text: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _below(path: str, top: str) -> PurePosixPath:
-    """Give a cgroup's path below the top of its mount.
+    """Return a cgroup's path below the top of its mount.
 
     In a container the mount often begins at the container's own cgroup, whose path is that of the host or "/". Where
     the two do not meet, or the cgroup lies outside of the container's namespace ("/.."), the mount's top stands for it.

@@ -45,7 +45,7 @@ class Layout:
 
     @torch.inference_mode(False)
     def views(self, memory: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Give the parts as tensors in a piece of memory.
+        """Return the parts as tensors in a piece of memory.
 
         Args:
             memory: (nbytes or more,), uint8.
@@ -62,7 +62,7 @@ def aligned(nbytes: int) -> int:
 
 
 def in_mapping(mapping: Any, dtype: torch.dtype, offset: int, shape: Shape) -> torch.Tensor:
-    """Give a tensor in a mapping, or another buffer, which stays as long as it is viewed."""
+    """Return a tensor in a mapping, or another buffer, which stays as long as it is viewed."""
     count = math.prod(shape)
     if not count:
         return torch.empty(shape, dtype=dtype)

@@ -32,7 +32,7 @@ class Store:
     tensors: dict[str, torch.Tensor]
 
     def source_of(self, name: str) -> torch.Tensor:
-        """Give the values of one part, to copy."""
+        """Return the values of one part, to copy."""
         return self.tensors[name]
 
     def read_into(self, memory: torch.Tensor) -> None:
@@ -40,7 +40,7 @@ class Store:
         raise NotImplementedError
 
     def at_rest(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Give the twin at rest of a part that lies in a slot."""
+        """Return the twin at rest of a part that lies in a slot."""
         begin = tensor.storage_offset() * tensor.itemsize
         return next(self.tensors[name] for name, offset in self.layout.offsets.items() if offset == begin)
 
@@ -98,7 +98,7 @@ class HostGroup(Store):
         memory[: self.layout.nbytes].copy_(self.source)
 
     def source_of(self, name: str) -> torch.Tensor:
-        """Give one part of the source."""
+        """Return one part of the source."""
         return self.layout.views(self.source)[name]
 
     def release(self) -> None:

@@ -27,7 +27,7 @@ BLOCK_BYTES = 4 * 2**20
 SMALL_BYTES = 2**16
 
 _LIO_NOWAIT, _LIO_READ, _SIGEV_NONE = 1, 0, 1
-_MOST_THREADS = 64
+_MAX_THREADS = 64
 
 
 class _Event(ctypes.Structure):
@@ -75,13 +75,13 @@ class _Library:
 
 @functools.cache
 def _library() -> _Library | None:
-    """Give the C library where it is glibc on a 64-bit system, whose structures are those above; None elsewhere."""
+    """Return the C library where it is glibc on a 64-bit system, whose structures are those above; None elsewhere."""
     if os.name != "posix" or ctypes.sizeof(ctypes.c_long) != 8:
         return None
     waiting, looking = ctypes.CDLL(None, use_errno=True), ctypes.PyDLL(None)
     if not hasattr(waiting, "gnu_get_libc_version") or not hasattr(waiting, "lio_listio"):
         return None
-    waiting.aio_init(ctypes.byref(_Init(threads=_MOST_THREADS, num=_MOST_THREADS)))
+    waiting.aio_init(ctypes.byref(_Init(threads=_MAX_THREADS, num=_MAX_THREADS)))
     waiting.lio_listio.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
     waiting.aio_suspend.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
     looking.aio_error.argtypes = looking.aio_return.argtypes = (ctypes.c_void_p,)
@@ -201,7 +201,7 @@ class Read:
         """Wait for its end, whatever that is."""
 
     def received(self) -> int:
-        """Give the bytes that were read before the first that were not.
+        """Return the bytes that were read before the first that were not.
 
         Raises:
             OSError: the file could not be read.

@@ -11,11 +11,11 @@ import torch
 from .tensors import StoredTensor
 
 # Buffers that one call of preadv fills on every system.
-_MOST_PARTS = 1000
+_MAX_SLICES = 1000
 
 
 @dataclass(eq=False)
-class Delivery:
+class ReadTask:
     """One stored tensor on its way.
 
     Attributes:
@@ -24,7 +24,7 @@ class Delivery:
         take: is given its values piece by piece, in order, each on the device and in the stored dtype, and the index
             of the first of them; not called for what arrives in `home` by itself.
         home: the bytes where its values lie in the end, flat, uint8, where they can be copied there as they are.
-        granule: values that must stay together in one piece, except at the end.
+        values_per_scale: values that must stay together in one piece, except at the end.
         arrived: is told how many values have arrived, whichever way.
     """
 
@@ -32,23 +32,23 @@ class Delivery:
     device: torch.device
     take: Callable[[torch.Tensor, int], None]
     home: torch.Tensor | None = None
-    granule: int = 1
+    values_per_scale: int = 1
     arrived: Callable[[int], None] = lambda count: None
 
 
 @dataclass(eq=False)
-class Part:
+class ExtentSlice:
     """A piece of a tensor within an extent.
 
     Attributes:
-        delivery: the tensor.
+        task: the tensor.
         begin: index of its first value.
         count: values.
         at: the byte of the extent where it begins.
         nbytes: bytes of the piece.
     """
 
-    delivery: Delivery
+    task: ReadTask
     begin: int
     count: int
     at: int
@@ -57,10 +57,10 @@ class Part:
     @property
     def home(self) -> torch.Tensor | None:
         """The piece's bytes in their final memory, if they can be copied there as they are."""
-        home = self.delivery.home
-        if home is None or self.nbytes == self.delivery.tensor.nbytes:
+        home = self.task.home
+        if home is None or self.nbytes == self.task.tensor.nbytes:
             return home
-        begin = self.begin * self.delivery.tensor.dtype.itemsize
+        begin = self.begin * self.task.tensor.dtype.itemsize
         return home[begin : begin + self.nbytes]
 
     def bytes_in(self, slot: torch.Tensor) -> torch.Tensor:
@@ -69,7 +69,7 @@ class Part:
 
     def values_in(self, slot: torch.Tensor) -> torch.Tensor:
         """Cut the piece out of an extent's bytes, in the stored dtype."""
-        return self.bytes_in(slot).view(self.delivery.tensor.dtype)
+        return self.bytes_in(slot).view(self.task.tensor.dtype)
 
 
 @dataclass(eq=False)
@@ -89,66 +89,66 @@ class Extent:
     offset: int
     device: torch.device
     is_direct: bool
-    parts: list[Part] = field(default_factory=list)
+    parts: list[ExtentSlice] = field(default_factory=list)
     nbytes: int = 0
 
-    def continues_with(self, delivery: Delivery, offset: int) -> bool:
-        """Ask whether a tensor's bytes from `offset` of its file on may be read with this extent."""
+    def continues_with(self, task: ReadTask, offset: int) -> bool:
+        """Whether a tensor's bytes from `offset` of its file on may be read with this extent."""
         return (
-            self.file == delivery.tensor.file
+            self.file == task.tensor.file
             and self.offset + self.nbytes == offset
-            and self.device == delivery.device
-            and self.is_direct == _is_direct(delivery)
-            and len(self.parts) < _MOST_PARTS
+            and self.device == task.device
+            and self.is_direct == _is_direct(task)
+            and len(self.parts) < _MAX_SLICES
             # What lies in a slot is seen in its dtype, which must be aligned.
-            and (self.is_direct or self.nbytes % delivery.tensor.dtype.itemsize == 0)
+            and (self.is_direct or self.nbytes % task.tensor.dtype.itemsize == 0)
         )
 
     def name_at(self, offset: int) -> str:
         """Name the tensor that a byte of the file belongs to."""
-        ends = ((part.at + part.nbytes, part.delivery.tensor.name) for part in self.parts)
+        ends = ((part.at + part.nbytes, part.task.tensor.name) for part in self.parts)
         return next(name for end, name in ends if offset - self.offset < end)
 
-    def append(self, delivery: Delivery, begin: int, room: int) -> int:
+    def append(self, task: ReadTask, begin: int, room: int) -> int:
         """Take on values of a tensor, as many as there is room for.
 
         Returns:
             How many.
         """
-        itemsize = delivery.tensor.dtype.itemsize
-        left = delivery.tensor.nbytes // itemsize - begin
+        itemsize = task.tensor.dtype.itemsize
+        left = task.tensor.nbytes // itemsize - begin
         count = min(left, (room - self.nbytes) // itemsize)
         if count < left:
-            count -= count % delivery.granule
+            count -= count % task.values_per_scale
         if count:
-            self.parts.append(Part(delivery, begin, count, self.nbytes, count * itemsize))
+            self.parts.append(ExtentSlice(task, begin, count, self.nbytes, count * itemsize))
             self.nbytes += count * itemsize
         return count
 
 
-def cut(deliveries: Sequence[Delivery], room: int) -> list[Extent]:
+def cut(tasks: Sequence[ReadTask], room: int) -> list[Extent]:
     """Cut what is read into extents: large tensors are divided, small neighbours read together.
 
     Args:
-        deliveries: in the order of reading; a granule of each must fit the room.
+        tasks: in the order of reading; values that stay together must fit the room.
         room: the most bytes of an extent.
     """
     extents: list[Extent] = []
     extent: Extent | None = None
-    for delivery in deliveries:
-        itemsize, offset = delivery.tensor.dtype.itemsize, delivery.tensor.offset
-        begin, total = 0, delivery.tensor.nbytes // itemsize
+    for task in tasks:
+        itemsize, offset = task.tensor.dtype.itemsize, task.tensor.offset
+        begin, total = 0, task.tensor.nbytes // itemsize
         while begin < total:
-            if extent is None or not extent.continues_with(delivery, offset + begin * itemsize):
-                file, device = delivery.tensor.file, delivery.device
-                extent = Extent(file, offset + begin * itemsize, device, _is_direct(delivery))
+            if extent is None or not extent.continues_with(task, offset + begin * itemsize):
+                file, device = task.tensor.file, task.device
+                extent = Extent(file, offset + begin * itemsize, device, _is_direct(task))
                 extents.append(extent)
-            count = extent.append(delivery, begin, room)
+            count = extent.append(task, begin, room)
             begin += count
             if not count:
                 extent = None  # full
     return extents
 
 
-def _is_direct(delivery: Delivery) -> bool:
-    return delivery.home is not None and delivery.device.type == "cpu"
+def _is_direct(task: ReadTask) -> bool:
+    return task.home is not None and task.device.type == "cpu"

@@ -38,11 +38,11 @@ class Reader(AbstractContextManager["Reader"]):
 
     @property
     def is_done(self) -> bool:
-        """Ask whether nothing reads any more."""
+        """Whether nothing reads any more."""
         return self._reads.is_done
 
     def __iter__(self) -> Iterator[tuple[Extent, int | None, torch.Tensor | None]]:
-        """Give the extents in their order, each when it is filled, with its slot's number and bytes if it has one."""
+        """Return the extents in their order, each when it is filled, with its slot's number and bytes if it has one."""
         begun = 0
         for index, extent in enumerate(self._extents):
             while begun < min(len(self._extents), index + self._ahead):

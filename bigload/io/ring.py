@@ -80,7 +80,7 @@ class Ring:
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """Give a contiguous tensor's memory, to read into."""
+    """Return a contiguous tensor's memory, to read into."""
     return memoryview(tensor.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
@@ -101,7 +101,7 @@ def pinned_memory(nbytes: int, slot_bytes: int) -> torch.Tensor:
     return torch.empty(nbytes, dtype=torch.uint8)
 
 
-class _Store:
+class _KeptRing:
     """The ring that is kept between loads: pinning costs 0.4 s a GiB."""
 
     def __init__(self) -> None:
@@ -110,7 +110,7 @@ class _Store:
         self.pinning: threading.Thread | None = None
 
 
-_store = _Store()
+_kept_ring = _KeptRing()
 
 
 def pin_ahead(device: torch.device) -> None:
@@ -123,23 +123,23 @@ def pin_ahead(device: torch.device) -> None:
         except Exception as error:  # the load will meet it again, where it can be told
             logger.debug("pinning ahead failed: %s", error)
             return
-        with _store.lock:
-            _store.kept = _store.kept or ring
+        with _kept_ring.lock:
+            _kept_ring.kept = _kept_ring.kept or ring
 
     nbytes = ring_bytes()
-    with _store.lock:
-        if _store.pinning is None and (_store.kept is None or _store.kept.asked != (nbytes, True)):
-            _store.kept = None
+    with _kept_ring.lock:
+        if _kept_ring.pinning is None and (_kept_ring.kept is None or _kept_ring.kept.asked != (nbytes, True)):
+            _kept_ring.kept = None
             # No daemon: a program that ends must wait for it, or torch would abort it.
             thread = threading.Thread(target=pin)
             with suppress(RuntimeError):  # no more threads are to be had: the load pins by itself
                 thread.start()
-                _store.pinning = thread
+                _kept_ring.pinning = thread
 
 
 def _wait_for_pinning() -> None:
-    with _store.lock:
-        thread, _store.pinning = _store.pinning, None
+    with _kept_ring.lock:
+        thread, _kept_ring.pinning = _kept_ring.pinning, None
     if thread is not None:
         thread.join()
 
@@ -149,24 +149,24 @@ def take_ring(*, pinned: bool) -> Iterator[Ring]:
     """Lend a ring: the kept one, or where that is lent already or of another size, a new one."""
     nbytes = ring_bytes()
     _wait_for_pinning()
-    with _store.lock:
+    with _kept_ring.lock:
         ring = None
-        if _store.kept is not None and _store.kept.asked == (nbytes, pinned):
-            ring, _store.kept = _store.kept, None
+        if _kept_ring.kept is not None and _kept_ring.kept.asked == (nbytes, pinned):
+            ring, _kept_ring.kept = _kept_ring.kept, None
     ring = ring or Ring(nbytes, pinned=pinned)
     try:
         yield ring
     finally:
         if pinned and ring.is_quiet:
-            with _store.lock:
-                _store.kept = ring
+            with _kept_ring.lock:
+                _kept_ring.kept = ring
 
 
 def release_buffers() -> None:
     """Free the pinned host memory (128 MiB, unless set otherwise) that is kept from one load for the next."""
     _wait_for_pinning()
-    with _store.lock:
-        _store.kept = None
+    with _kept_ring.lock:
+        _kept_ring.kept = None
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         # torch keeps freed pinned memory for itself; without this the system would not get it back.
         empty_cache = getattr(torch._C, "_host_emptyCache", None)

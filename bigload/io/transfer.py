@@ -18,7 +18,7 @@ from queue import SimpleQueue
 
 import torch
 
-from .extents import Delivery, Extent, Part, cut
+from .extents import Extent, ExtentSlice, ReadTask, cut
 from .reader import Reader
 from .ring import take_ring
 
@@ -38,43 +38,43 @@ _BATCH_BYTES = 64 * 2**20
 _Step = Callable[[], object] | None
 
 
-def deliver(deliveries: Sequence[Delivery], *, on_bytes: Callable[[int], object] = lambda count: None) -> None:
+def read_all(tasks: Sequence[ReadTask], *, on_bytes: Callable[[int], object] = lambda count: None) -> None:
     """Read tensors, each byte once, and bring them where they go.
 
     Homes must have been allocated, and what else is to be reused must have been freed, before this is called: the
     copies wait for what the default stream holds now.
 
     Args:
-        deliveries: in the order of reading.
+        tasks: in the order of reading.
         on_bytes: called with the count of bytes that have arrived since the last call.
 
     Raises:
         CheckpointError: a file cannot be read, or ended before a tensor did.
     """
-    if not deliveries:
+    if not tasks:
         return
-    devices = {delivery.device for delivery in deliveries}
+    devices = {task.device for task in tasks}
     with take_ring(pinned=any(device.type == "cuda" for device in devices)) as ring:
-        ways = {device: _way(device) for device in devices}
-        copies = any(way.copies for way in ways.values())
-        reader = Reader(_in_turns(cut(deliveries, ring.slot_bytes)), ring, copied=_COPIED if copies else 0)
-        steps = _steps(reader, ways, on_bytes)
-        ahead = _Ahead(steps) if copies else None
+        transfers = {device: _transfer(device) for device in devices}
+        copies = any(transfer.copies for transfer in transfers.values())
+        reader = Reader(_in_turns(cut(tasks, ring.slot_bytes)), ring, copied=_COPIED if copies else 0)
+        steps = _steps(reader, transfers, on_bytes)
+        ahead = ReadAheadThread(steps) if copies else None
         try:
             with ExitStack() as entered:
-                for way in ways.values():
-                    entered.enter_context(way)
+                for transfer in transfers.values():
+                    entered.enter_context(transfer)
                 entered.enter_context(reader)
                 if ahead is not None:
                     steps = entered.enter_context(ahead)
-                    entered.callback(_stop, reader, ways)
+                    entered.callback(_stop, reader, transfers)
                 for step in steps:
                     if step is not None:
                         step()
         finally:
             # A second Ctrl-C stops the waiting for threads and copies: then the ring is theirs, and not kept.
             is_done = reader.is_done and (ahead is None or ahead.is_done)
-            ring.is_quiet = is_done and all(way.is_done for way in ways.values())
+            ring.is_quiet = is_done and all(transfer.is_done for transfer in transfers.values())
 
 
 def _in_turns(extents: Sequence[Extent]) -> list[Extent]:
@@ -86,11 +86,13 @@ def _in_turns(extents: Sequence[Extent]) -> list[Extent]:
     return [extent for turn in rounds for extent in turn if extent is not None]
 
 
-def _steps(reader: Reader, ways: dict[torch.device, _Way], on_bytes: Callable[[int], object]) -> Iterator[_Step]:
+def _steps(
+    reader: Reader, transfers: dict[torch.device, Transfer], on_bytes: Callable[[int], object]
+) -> Iterator[_Step]:
     """Bring extents on their way, one by one, and say what the caller's thread must do for each."""
     nbytes = 0
     for extent, slot, filled in reader:
-        yield from ways[extent.device].bring(extent, slot, filled, reader)
+        yield from transfers[extent.device].bring(extent, slot, filled, reader)
         yield partial(on_bytes, extent.nbytes)
         nbytes += extent.nbytes
         if nbytes >= _BATCH_BYTES:
@@ -98,13 +100,13 @@ def _steps(reader: Reader, ways: dict[torch.device, _Way], on_bytes: Callable[[i
             yield None
 
 
-def _stop(reader: Reader, ways: dict[torch.device, _Way]) -> None:
+def _stop(reader: Reader, transfers: dict[torch.device, Transfer]) -> None:
     reader.stop()
-    for way in ways.values():
-        way.stop()
+    for transfer in transfers.values():
+        transfer.stop()
 
 
-class _Ahead(AbstractContextManager[Iterator[_Step]]):
+class ReadAheadThread(AbstractContextManager[Iterator[_Step]]):
     """Steps that a thread of their own finds ahead of their use, so that copies wait for no work on what was copied."""
 
     def __init__(self, steps: Iterator[_Step]) -> None:
@@ -140,7 +142,7 @@ def _raise(error: BaseException) -> None:
     raise error
 
 
-class _Way(AbstractContextManager["_Way"]):
+class Transfer(AbstractContextManager["Transfer"]):
     """The way of extents to one device.
 
     Attributes:
@@ -172,23 +174,23 @@ class _Way(AbstractContextManager["_Way"]):
         pass
 
 
-class _Here(_Way):
+class CpuTransfer(Transfer):
     """The way to the CPU: what was read is there."""
 
     def bring(self, extent: Extent, slot: int | None, filled: torch.Tensor | None, reader: Reader) -> Iterator[_Step]:
         for part in extent.parts:
             if filled is not None:
                 yield partial(_take, part, filled)
-            yield partial(part.delivery.arrived, part.count)
+            yield partial(part.task.arrived, part.count)
         yield partial(reader.release, slot, None)
         yield None
 
 
-def _take(part: Part, filled: torch.Tensor) -> None:
-    part.delivery.take(part.values_in(filled), part.begin)
+def _take(part: ExtentSlice, filled: torch.Tensor) -> None:
+    part.task.take(part.values_in(filled), part.begin)
 
 
-class _Lane(_Way):
+class CudaTransfer(Transfer):
     """The way onto one GPU: copies on a stream of their own, into homes or into a window on the device.
 
     A place of the window gathers a tensor, or as much of it as it holds, before the default stream takes it: few large
@@ -206,7 +208,7 @@ class _Lane(_Way):
         self._place: _Place | None = None
         self._copied: defaultdict[int, torch.cuda.Event] = defaultdict(_event)  # by slot
 
-    def __enter__(self) -> _Lane:
+    def __enter__(self) -> CudaTransfer:
         self.is_done = False
         for _ in range(_WINDOW):
             self._free.put(_Place(self._device))
@@ -218,12 +220,12 @@ class _Lane(_Way):
         assert slot is not None
         assert filled is not None
         torch.cuda.set_stream(self._stream)  # this thread's: a context would take ten times as long
-        at_home = [part for part in extent.parts if part.delivery.home is not None]
+        at_home = [part for part in extent.parts if part.task.home is not None]
         if at_home:
             homes = [part.home for part in at_home if part.home is not None]
             torch._foreach_copy_(homes, [part.bytes_in(filled) for part in at_home], non_blocking=True)
         for part in extent.parts:
-            if part.delivery.home is None:
+            if part.task.home is None:
                 yield from self._gather(part, part.bytes_in(filled))
         copied = self._copied[slot]
         copied.record(self._stream)
@@ -231,17 +233,17 @@ class _Lane(_Way):
         if at_home:
             yield partial(self._arrive, at_home, copied)
 
-    def _arrive(self, at_home: Sequence[Part], copied: torch.cuda.Event) -> None:
+    def _arrive(self, at_home: Sequence[ExtentSlice], copied: torch.cuda.Event) -> None:
         with torch.cuda.device(self._device):
             self._default.wait_event(copied)  # what is done with a tensor that is whole is done there
             for part in at_home:
-                part.delivery.arrived(part.count)
+                part.task.arrived(part.count)
 
-    def _gather(self, part: Part, values: torch.Tensor) -> Iterator[_Step]:
+    def _gather(self, part: ExtentSlice, values: torch.Tensor) -> Iterator[_Step]:
         """Copy a piece's bytes into the place of its tensor, and what does not fit there into the next."""
-        delivery = part.delivery
-        itemsize = delivery.tensor.dtype.itemsize
-        room = PLACE_BYTES // itemsize // delivery.granule * delivery.granule * itemsize
+        task = part.task
+        itemsize = task.tensor.dtype.itemsize
+        room = PLACE_BYTES // itemsize // task.values_per_scale * task.values_per_scale * itemsize
         begin, copied = part.begin * itemsize, 0
         while copied < part.nbytes:
             place = self._place or self._next_place()
@@ -253,10 +255,10 @@ class _Lane(_Way):
             target.copy_(values[copied : copied + count], non_blocking=True)
             place.gathered += count
             copied += count
-            if place.gathered == room or begin + copied == delivery.tensor.nbytes:
+            if place.gathered == room or begin + copied == task.tensor.nbytes:
                 place.copied.record(self._stream)
                 self._place = None
-                yield partial(self._hand_over, delivery, place, (begin + copied - place.gathered) // itemsize)
+                yield partial(self._hand_over, task, place, (begin + copied - place.gathered) // itemsize)
                 yield None
 
     def _next_place(self) -> _Place | None:
@@ -267,12 +269,12 @@ class _Lane(_Way):
             self._stream.wait_event(place.worked)
         return place
 
-    def _hand_over(self, delivery: Delivery, place: _Place, begin: int) -> None:
+    def _hand_over(self, task: ReadTask, place: _Place, begin: int) -> None:
         with torch.cuda.device(self._device):  # the caller's may be another
             self._default.wait_event(place.copied)
-            values = place.memory[: place.gathered].view(delivery.tensor.dtype)
-            delivery.take(values, begin)
-            delivery.arrived(len(values))
+            values = place.memory[: place.gathered].view(task.tensor.dtype)
+            task.take(values, begin)
+            task.arrived(len(values))
             place.worked.record(self._default)
         place.gathered = 0
         self._free.put(place)
@@ -300,8 +302,8 @@ def _event() -> torch.cuda.Event:
     return torch.cuda.Event()  # type: ignore[no-untyped-call]
 
 
-def _way(device: torch.device) -> _Way:
-    return _Lane(device) if device.type == "cuda" else _Here()
+def _transfer(device: torch.device) -> Transfer:
+    return CudaTransfer(device) if device.type == "cuda" else CpuTransfer()
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def _install_hook() -> None:
 
 
 def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-    """Give the empty parameter to register, or None to leave the one there is."""
+    """Return the empty parameter to register, or None to leave the one there is."""
     if not _building.blocks or parameter is None or parameter.is_meta:
         return None
     if isinstance(parameter, nn.UninitializedParameter):

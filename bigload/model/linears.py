@@ -32,7 +32,7 @@ _ASIDE = re.compile(r"__init__|__repr__|extra_repr|_*reset_parameters|_*init_.*"
 
 
 def acts_as_linear(module: nn.Module) -> bool:
-    """Ask whether a module, of a subclass of nn.Linear, does what nn.Linear does and no more. It is not run.
+    """Whether a module, of a subclass of nn.Linear, does what nn.Linear does and no more. It is not run.
 
     One that has hooks does not: they may change its output, or belong to this very object.
     """
@@ -48,7 +48,7 @@ def acts_as_linear(module: nn.Module) -> bool:
 
 
 def class_acts_as_linear(cls: type[nn.Module]) -> bool:
-    """Ask whether instances of a class, as far as it alone decides, do what nn.Linear does and no more."""
+    """Whether instances of a class, as far as it alone decides, do what nn.Linear does and no more."""
     return _names_used(cls, cls.forward) is not None  # type: ignore[arg-type]
 
 
@@ -90,7 +90,7 @@ def _names_in_use(forward: Any, own: Sequence[tuple[str, Any]]) -> set[str]:
 
 
 def _is_aside(name: str, value: Any, used: set[str]) -> bool:
-    """Ask whether whoever has a layer of a class can do without what the class has here; a public method may be asked.
+    """Whether whoever has a layer of a class can do without what the class has here; a public method may be asked.
 
     Its forward's own methods are needed by that alone.
     """
@@ -125,7 +125,7 @@ def _read_where_same(cls: type[nn.Module], forward: Any) -> set[str] | None:
 
 
 def _inputs(dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """Give inputs of one to four dimensions, small ones, and such as no clipping lets through."""
+    """Return inputs of one to four dimensions, small ones, and such as no clipping lets through."""
     for shape in ((_IN,), (5, _IN), (2, 3, _IN), (2, 2, 3, _IN)):
         x = torch.linspace(-1, 1, math.prod(shape)).view(shape)
         yield from (x.to(dtype), (x * 1e-3).to(dtype))
@@ -136,7 +136,7 @@ def _inputs(dtype: torch.dtype) -> Iterator[torch.Tensor]:
 
 
 def _is_same(cls: type[nn.Module], forward: Any, x: torch.Tensor, has_bias: bool) -> bool:
-    """Ask whether a forward gives what nn.Linear's would, by operations of torch's own alone."""
+    """Whether a forward gives what nn.Linear's would, by operations of torch's own alone."""
     # No weight is zero, which times infinity is no number.
     weight = nn.Parameter(torch.linspace(-1, 1.1, _OUT * _IN).view(_OUT, _IN).to(x.dtype))
     bias = nn.Parameter(torch.linspace(0.3, -0.7, _OUT).to(x.dtype)) if has_bias else None
@@ -157,7 +157,7 @@ def _is_same(cls: type[nn.Module], forward: Any, x: torch.Tensor, has_bias: bool
 
 
 def _are_reached(tensors: Sequence[torch.Tensor], out: torch.Tensor) -> bool:
-    """Ask whether gradients come from a result to all of some tensors, with no step that a program has made up.
+    """Whether gradients come from a result to all of some tensors, with no step that a program has made up.
 
     The graph is walked, not run: torch's engine starts threads, after which a forked process could not use it.
     """

@@ -133,7 +133,7 @@ def _owner(modules: Mapping[str, nn.Module], name: str) -> tuple[nn.Module, str]
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Ask whether a run of whole components of a dotted name is one of the patterns; a star is any characters."""
+    """Whether a run of whole components of a dotted name is one of the patterns; a star is any characters."""
     return any(_compiled(pattern).search(name) for pattern in patterns)
 
 
@@ -311,7 +311,7 @@ def default_head(model: nn.Module) -> nn.Module | None:
 
 
 def _is_quantizable(module: nn.Module, quantizable: Sequence[type[nn.Linear]]) -> bool:
-    """Ask whether a module is a Linear in all it does: its class, its own forward, and nothing but two parameters."""
+    """Whether a module is a Linear in all it does: its class, its own forward, and nothing but two parameters."""
     return (
         (isinstance(module, nn.Linear) or transformers_facts.is_conv1d(module))
         and "forward" not in module.__dict__

@@ -78,17 +78,17 @@ def save_configs(model: Any, folder: Path, quantization: Any, dtype: torch.dtype
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Ask whether a module is GPT-2's Conv1D: a Linear whose weight is stored (in_features, out_features)."""
+    """Whether a module is GPT-2's Conv1D: a Linear whose weight is stored (in_features, out_features)."""
     return is_conv1d_class(type(module))
 
 
 def is_conv1d_class(cls: type) -> bool:
-    """Ask whether a class is GPT-2's Conv1D."""
+    """Whether a class is GPT-2's Conv1D."""
     return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
 
 
 def is_quantized_by_transformers(cls: type, quantization: Any) -> bool:
-    """Ask whether the library's own loader makes layers of bitsandbytes of a class: versions differ on subclasses.
+    """Whether the library's own loader makes layers of bitsandbytes of a class: versions differ on subclasses.
 
     Args:
         cls: nn.Linear, a subclass of it, or Conv1D.
@@ -105,7 +105,7 @@ def is_quantized_by_transformers(cls: type, quantization: Any) -> bool:
 
 
 def config_dtype(model: nn.Module) -> torch.dtype | None:
-    """Give the floating dtype that a transformers model's config says its checkpoint is in, if it does."""
+    """Return the floating dtype that a transformers model's config says its checkpoint is in, if it does."""
     dtype = getattr(getattr(model, "config", None), "dtype", None) if is_pretrained(model) else None
     dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
@@ -118,7 +118,7 @@ def no_split_classes(model: nn.Module) -> set[str]:
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """Give the output head that the model itself names, if it names one."""
+    """Return the output head that the model itself names, if it names one."""
     get_head = getattr(model, "get_output_embeddings", None)
     try:
         head = get_head() if callable(get_head) else None
@@ -128,13 +128,13 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 
 def tied_pairs(model: nn.Module) -> list[tuple[str, str]]:
-    """Give the pairs of parameter names that the model's class ties, whether or not they are one object now."""
+    """Return the pairs of parameter names that the model's class ties, whether or not they are one object now."""
     tied = getattr(model, "all_tied_weights_keys", None)
     return list(tied.items()) if isinstance(tied, dict) else []
 
 
 def fp32_patterns(model: nn.Module, torch_dtype: torch.dtype) -> list[str]:
-    """Give the names of modules that the library keeps in fp32 when it loads in this dtype.
+    """Return the names of modules that the library keeps in fp32 when it loads in this dtype.
 
     `_keep_in_fp32_modules` counts under float16 only, `_keep_in_fp32_modules_strict` under both 16-bit dtypes.
     """
@@ -212,7 +212,7 @@ class KeyConversion:
 
 
 def key_conversion(model: nn.Module) -> KeyConversion | None:
-    """Give the library's key rules for a model of its own; None for any other."""
+    """Return the library's key rules for a model of its own; None for any other."""
     return KeyConversion(model) if is_pretrained(model) else None
 
 
@@ -238,7 +238,7 @@ _known_dtypes: dict[str, tuple[tuple[type, str, torch.dtype], Mapping[str, torch
 
 
 def class_dtypes(model: Any, torch_dtype: torch.dtype) -> Mapping[str, torch.dtype]:
-    """Give the dtype that each floating tensor of a transformers model has when its class builds it in `torch_dtype`.
+    """Return the dtype that each floating tensor of a transformers model has when its class builds it in `torch_dtype`.
 
     Its own loader builds every model so, and keeps what the class makes in a dtype of its own choice: one `A_log` in
     fp32, a table of positions in bf16. Empty for other models, which are built in one dtype.
@@ -275,7 +275,7 @@ def rebuilt_buffers(model: Any, torch_dtype: torch.dtype) -> dict[str, torch.Ten
 
 
 def is_pretrained(model: nn.Module) -> bool:
-    """Ask whether a model is of one of transformers' classes."""
+    """Whether a model is of one of transformers' classes."""
     return _is_pretrained_class(type(model))  # type: ignore[arg-type]
 
 
@@ -285,6 +285,6 @@ def _is_pretrained_class(cls: type) -> bool:
 
 
 def ignores_key(model: nn.Module, key: str) -> bool:
-    """Ask whether the model's class says that this checkpoint key may be left over."""
+    """Whether the model's class says that this checkpoint key may be left over."""
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     return any(re.search(pattern, key) for pattern in patterns)

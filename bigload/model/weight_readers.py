@@ -28,7 +28,7 @@ _FACTS = {"dtype", "device", "shape", "size", "dim", "ndim", "is_meta", "require
 
 
 def weights_read(owner: nn.Module) -> set[str]:
-    """Give the paths, from the owner, of the modules whose weight the owner's own methods read.
+    """Return the paths, from the owner, of the modules whose weight the owner's own methods read.
 
     Reads under an `if` that this instance makes false are left out. Where a method's source is not to be had, every
     child that it names counts, if it names `weight` at all.

@@ -48,7 +48,7 @@ class StayingAtRest:
             raise
 
     def remove(self) -> None:
-        """Give the modules their own `_apply` back; once more does no harm."""
+        """Return the modules their own `_apply` back; once more does no harm."""
         while self._guards:
             self._guards[-1].remove()
             self._guards.pop()
@@ -140,7 +140,7 @@ def _prepare_to_load(weights: Residency, state: Mapping[str, object], prefix: st
         )
     if weights.is_used():
         raise OffloadError(f"the weights of {leaf.path!r} are on the device for now: load a state_dict when it has run")
-    weights.put_back()
+    weights.swap_out()
 
 
 class _Refreshing:
@@ -158,7 +158,7 @@ class _Refreshing:
 def _show_at_rest(
     pool: SlotPool, store: Store, module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: object
 ) -> None:
-    """Give a state_dict that is taken while a leaf runs the tensors that will not be overwritten.
+    """Return a state_dict that is taken while a leaf runs the tensors that will not be overwritten.
 
     Raises:
         OffloadError: they lie in a file that is not what it was.

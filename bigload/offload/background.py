@@ -14,7 +14,7 @@ import torch
 from ..errors import OffloadError
 
 
-class Landing:
+class BackgroundRead:
     """What the thread has been asked to bring, and whether it is there.
 
     A lock and two attributes, where a Future has a condition in Python: Ctrl-C within that leaves it locked for ever.
@@ -59,23 +59,23 @@ class Landing:
 
 
 @dataclass(frozen=True)
-class Background:
+class BackgroundReader:
     """The thread, by what it is given, in order; None ends it.
 
     No pool of Python's: those take a lock of the whole process, which the collector of cycles, when it lets go of an
     engine, may find taken by the very thread that it interrupts.
     """
 
-    given: SimpleQueue[Landing | None]
+    given: SimpleQueue[BackgroundRead | None]
     _process: int = field(default_factory=os.getpid)
 
     @property
     def is_there(self) -> bool:
-        """Ask whether the thread is of this process, and not of one that it was forked from."""
+        """Whether the thread is of this process, and not of one that it was forked from."""
         return self._process == os.getpid()
 
     @classmethod
-    def start(cls, at_end: Callable[[], object]) -> Background:
+    def start(cls, at_end: Callable[[], object]) -> BackgroundReader:
         """Start the thread, which calls `at_end` at its end."""
         started = cls(SimpleQueue())
         threading.Thread(target=_run_all, args=(started.given, at_end), name="bigload-reader", daemon=True).start()
@@ -83,8 +83,8 @@ class Background:
 
     def finish(self) -> None:
         """Wait until all is there that was asked for, and no memory of it is held."""
-        self.given.put(Landing(_nothing))
-        last = Landing(_nothing)
+        self.given.put(BackgroundRead(_nothing))
+        last = BackgroundRead(_nothing)
         self.given.put(last)
         last.wait()
 
@@ -93,7 +93,7 @@ def _nothing() -> None:
     pass
 
 
-def _run_all(given: SimpleQueue[Landing | None], at_end: Callable[[], object]) -> None:
+def _run_all(given: SimpleQueue[BackgroundRead | None], at_end: Callable[[], object]) -> None:
     # The memory of the last two is held, whose copies may go on; staging has two buffers, so no more do.
     held: deque[torch.Tensor | None] = deque(maxlen=2)
     while _run_next(given, held):
@@ -101,11 +101,11 @@ def _run_all(given: SimpleQueue[Landing | None], at_end: Callable[[], object]) -
     at_end()
 
 
-def _run_next(given: SimpleQueue[Landing | None], held: deque[torch.Tensor | None]) -> bool:
+def _run_next(given: SimpleQueue[BackgroundRead | None], held: deque[torch.Tensor | None]) -> bool:
     """Run one; of it nothing but its memory is held while the next is waited for, least of all the engine."""
-    landing = given.get()
-    if landing is None:
+    pending = given.get()
+    if pending is None:
         return False
-    held.append(landing.memory)
-    landing.run()
+    held.append(pending.memory)
+    pending.run()
     return True

@@ -17,10 +17,10 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 # Where the hooks of a model are kept, on the model itself.
-_KEPT_AS = "_bigload_crossings"
+_KEPT_AS = "_bigload_device_hooks"
 
 
-class Crossings:
+class DeviceHooks:
     """The hooks of a model."""
 
     def __init__(self) -> None:
@@ -56,14 +56,14 @@ class Crossings:
         self._handles.clear()
 
 
-def connect(
+def attach(
     model: nn.Module,
     devices: Mapping[str, torch.device],
     in_fp32: Collection[str] = (),
     dtype: torch.dtype | None = None,
     *,
     entries: Mapping[str, torch.device] | None = None,
-) -> Crossings:
+) -> DeviceHooks:
     """Let each part of a model find what it is given on its own device, and the caller what comes out on theirs.
 
     Args:
@@ -77,8 +77,8 @@ def connect(
     Returns:
         The hooks: none, where all is on one device and there are no entries.
     """
-    disconnect(model)
-    crossings = Crossings()
+    detach(model)
+    crossings = DeviceHooks()
     hooked = dict(entries or {})
     if len(set(devices.values())) > 1:
         modules = dict(model.named_modules(remove_duplicate=False))
@@ -89,10 +89,10 @@ def connect(
     return crossings
 
 
-def disconnect(model: nn.Module) -> None:
+def detach(model: nn.Module) -> None:
     """Take the hooks off that a model has from `connect`, if it has any."""
     crossings = model.__dict__.pop(_KEPT_AS, None)
-    if isinstance(crossings, Crossings):
+    if isinstance(crossings, DeviceHooks):
         crossings.remove()
 
 
@@ -120,7 +120,7 @@ class _Memo(threading.local):
         return _Memo, ()
 
     def get(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """Give a tensor on a device, moved once for as long as it is not changed in place."""
+        """Return a tensor on a device, moved once for as long as it is not changed in place."""
         if tensor.is_inference():  # nobody counts the writes to it
             return _moved(tensor, device)
         # What was moved without gradients has lost them.
@@ -228,7 +228,7 @@ def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def _skipped(module: nn.Module) -> set[str]:
-    """Give the names of arguments that a module says must be left where they are: caches."""
+    """Return the names of arguments that a module says must be left where they are: caches."""
     names = getattr(module, "_skip_keys_device_placement", None)
     return {names} if isinstance(names, str) else set(names or ())
 

@@ -20,7 +20,7 @@ from ..errors import ConfigError
 from ..hardware.pinned import Store
 from .at_rest import hook_state_dicts
 from .forwards import HostForward, OwnForward, StreamedForward
-from .leaves import Group, Leaf, Uncopyable, cells_by_leaf, require_owned
+from .leaves import Group, Leaf, Uncopyable, require_owned, streamed_by_leaf
 from .residency import Residency
 from .slot_pool import SlotPool, StreamStats
 from .slots import Slot
@@ -61,8 +61,8 @@ class Engine(Uncopyable):
             raise ConfigError(f"slots is {slots}; expected 1 or more")
         self.groups, self.device = tuple(groups), device
         self._embeddings = dict(embeddings)
-        self._cells = {group: cells_by_leaf(group) for group in groups}
-        require_owned(model, self._cells, embeddings)
+        self._streamed = {group: streamed_by_leaf(group) for group in groups}
+        require_owned(model, self._streamed, embeddings)
         self.pool = SlotPool(groups, device, slots, self._forget)
         self._weights: list[Residency] = []
         self._forwards: list[OwnForward] = []
@@ -71,18 +71,18 @@ class Engine(Uncopyable):
             self._take_over()
         except BaseException:  # Ctrl-C too: the leaves are as they were
             self._let_go()
-            self.pool.lane.close()
+            self.pool.copier.close()
             raise
         # Slots must not be another's while a copy into them goes on.
-        self._close = weakref.finalize(self, self.pool.lane.close)
+        self._close = weakref.finalize(self, self.pool.copier.close)
         self._close.atexit = False
 
     def _take_over(self) -> None:
-        for group, by_leaf in self._cells.items():
-            for leaf, cells in by_leaf.items():
-                for cell in cells:
-                    cell.put(group.store.tensors[cell.name])
-                weights = Residency(self.pool, group, leaf, cells)
+        for group, by_leaf in self._streamed.items():
+            for leaf, streamed in by_leaf.items():
+                for each in streamed:
+                    each.put(group.store.tensors[each.name])
+                weights = Residency(self.pool, group, leaf, streamed)
                 self._weights.append(weights)
                 self._forwards.append(StreamedForward(weights))
                 self._state_hooks += hook_state_dicts(weights, self.pool)
@@ -127,7 +127,7 @@ class Engine(Uncopyable):
                 self.pool.trim()
 
     def remove(self) -> None:
-        """Give the model its weights back, on the device and there to stay, and free the slots and the host memory.
+        """Return the model its weights back, on the device and there to stay, and free the slots and the host memory.
 
         What is interrupted is finished by a second call.
 
@@ -148,8 +148,8 @@ class Engine(Uncopyable):
             for put, tensor in brought:
                 put(tensor)
             self._let_go()
-            while self._cells:
-                group, _ = self._cells.popitem()
+            while self._streamed:
+                group, _ = self._streamed.popitem()
                 self.pool.drop(group)
                 group.store.release()
             self._embeddings = {}
@@ -165,12 +165,12 @@ class Engine(Uncopyable):
             OffloadError: a file is not what it was.
             torch.OutOfMemoryError: the device has no room.
         """
-        stores = [group.store for group in self._cells] + [files for files in self._embeddings.values() if files]
+        stores = [group.store for group in self._streamed] + [files for files in self._embeddings.values() if files]
         for store in stores:
             store.require_unchanged()  # before: a map of a file that was cut short ends the process
-        for group, by_leaf in self._cells.items():
-            for cell in {cell for cells in by_leaf.values() for cell in cells}:
-                brought.append((cell.settle, group.store.source_of(cell.name).to(self.device, copy=True)))
+        for group, by_leaf in self._streamed.items():
+            for each in {each for streamed in by_leaf.values() for each in streamed}:
+                brought.append((each.restore, group.store.source_of(each.name).to(self.device, copy=True)))
         for leaf in self._embeddings:
             for own in leaf.module.parameters():
                 brought.append((functools.partial(setattr, own, "data"), own.data.to(self.device, copy=True)))

@@ -88,15 +88,15 @@ class FileGroup(Store):
             for name, where in self._parts.items():
                 begin = self.layout.offsets[name]
                 part = target[begin : begin + where.part.nbytes]
-                with _named(name, where.file):
+                with _saying_what(name, where.file):
                     going.append((name, where, part, reads.begin(where.file, [part], where.offset)))
             for name, where, part, read in going:
-                with _named(name, where.file):
+                with _saying_what(name, where.file):
                     _finish(reads, read, where, part)
         self.require_unchanged()
         if not self.stays_in_page_cache:
             for name, where in self._parts.items():
-                with _named(name, where.file):
+                with _saying_what(name, where.file):
                     _drop_from_page_cache(where)
 
     def require_unchanged(self) -> None:
@@ -107,7 +107,7 @@ class FileGroup(Store):
         """
         for file, stamp in self._stamps.items():
             name = next(name for name, where in self._parts.items() if where.file == file)
-            with _named(name, file):
+            with _saying_what(name, file):
                 if _stamp(file.stat()) != stamp:
                     raise OSError("it was cut short or written again since the model was loaded; load the model anew")
 
@@ -117,7 +117,7 @@ def _stamp(stat: os.stat_result) -> _Stamp:
 
 
 @contextmanager
-def _named(name: str, file: Path) -> Iterator[None]:
+def _saying_what(name: str, file: Path) -> Iterator[None]:
     """Say of an error what could not be read from where."""
     try:
         yield
@@ -196,7 +196,7 @@ class Staging:
         self._buffers: list[tuple[torch.Tensor, torch.cuda.Event]] = []
 
     def take(self, nbytes: int) -> tuple[torch.Tensor, torch.cuda.Event]:
-        """Give a buffer that nobody copies from, (nbytes or more,), and the event to record after the copy."""
+        """Return a buffer that nobody copies from, (nbytes or more,), and the event to record after the copy."""
         with torch.inference_mode(False):
             if len(self._buffers) < 2:
                 event = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -43,7 +43,7 @@ class OwnForward(Uncopyable):
         return self.own(*args, **kwargs)
 
     def remove(self) -> None:
-        """Give the module its own forward back; once more does no harm."""
+        """Return the module its own forward back; once more does no harm."""
         self.is_over = True  # for whoever has put a forward there since that calls this one
         own = vars(self.module)
         if own.get("forward") is self and self._before is None:
@@ -155,7 +155,7 @@ class _InSlot(NamedTuple):
     offset: int
 
     def found_in(self, memory: torch.Tensor) -> torch.Tensor:
-        """Give the tensor in a slot that the group is in, (n,), uint8."""
+        """Return the tensor in a slot that the group is in, (n,), uint8."""
         return memory.view(self.dtype).as_strided(self.shape, self.stride, self.offset)
 
 
@@ -254,12 +254,12 @@ class HostForward(OwnForward):
 
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
-# What is streamed of a layer, where it lies now, by the names of its cells.
+# What is streamed of a layer, where it lies now, by the names of its streamed tensors.
 Tensors = Mapping[str, torch.Tensor]
 
 
 def forward_maker(leaf: Leaf, own: Callable[..., Any]) -> Callable[[Tensors], Forward] | None:
-    """Give what makes a layer's forward, but for its gradients, around weights that lie elsewhere.
+    """Return what makes a layer's forward, but for its gradients, around weights that lie elsewhere.
 
     Args:
         leaf: the layer, and what of it is streamed.

@@ -18,14 +18,14 @@ from ..hardware.free_memory import free_bytes
 from ..hardware.pinned import Store
 from ..planning.plan import PlacedUnit, Plan
 from .at_rest import StayingAtRest
-from .device_hooks import disconnect
+from .device_hooks import detach
 from .engine import Engine
 from .files import FileGroup, spare_page_cache
 from .forwards import OwnForward
 from .leaves import Group, Leaf
 from .model_device import ModelDevices
-from .resting import Resting
 from .slot_pool import StreamStats
+from .targets import OffloadTargets
 
 
 class Offload:
@@ -35,14 +35,14 @@ class Offload:
         plan: where each of them rests and is computed.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, config: OffloadConfig, resting: Resting) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, config: OffloadConfig, targets: OffloadTargets) -> None:
         """Hook a model whose offloaded weights are in host memory, as the load has left them.
 
         Args:
             model: loaded.
             plan: by which.
             config: how many slots there are.
-            resting: the memory that the weights are in.
+            targets: the memory that the weights are in.
 
         Raises:
             OffloadError: a weight cannot be streamed.
@@ -63,7 +63,7 @@ class Offload:
                 by_device[placed.device].append(placed)
         try:
             for device, units in by_device.items():
-                self._engines.append(_engine(model, units, device, config, resting))
+                self._engines.append(_engine(model, units, device, config, targets))
             self._spare_page_cache()
             self._handles.append(ModelDevices(model, plan))
             away = {leaf: placed.device for placed in plan.offloaded for leaf in leaves_of(model, placed)}
@@ -120,7 +120,7 @@ class Offload:
         if model is None:
             return
         if len(set(self.plan.execution_map.values())) == 1:
-            disconnect(model)  # all is on the device that computes
+            detach(model)  # all is on the device that computes
         if vars(model).get("offload") is self:
             del model.offload
 
@@ -166,17 +166,17 @@ def _bring(parameter: nn.Parameter, device: torch.device) -> None:
 
 
 def _engine(
-    model: nn.Module, units: Sequence[PlacedUnit], device: torch.device, config: OffloadConfig, resting: Resting
+    model: nn.Module, units: Sequence[PlacedUnit], device: torch.device, config: OffloadConfig, targets: OffloadTargets
 ) -> Engine:
     groups = [
-        Group(placed.unit.name, tuple(leaves_of(model, placed)), resting.group(placed))
+        Group(placed.unit.name, tuple(leaves_of(model, placed)), targets.group(placed))
         for placed in units
         if placed.streamed_bytes
     ]
     embeddings: dict[Leaf, Store | None] = {}
     for placed in units:
-        if placed.unit.looks_up:
-            files = resting.group(placed) if placed.home == "disk" else None
+        if placed.unit.is_embedding:
+            files = targets.group(placed) if placed.home == "disk" else None
             embeddings |= dict.fromkeys(leaves_of(model, placed), files)
     return Engine(model, groups, device, config.slots, embeddings)
 

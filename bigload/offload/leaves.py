@@ -50,7 +50,7 @@ class Leaf:
     parameters: tuple[str, ...] = ("weight",)
 
 
-class Cell:
+class StreamedTensor:
     """One tensor that is streamed, wherever it is held.
 
     Attributes:
@@ -70,7 +70,7 @@ class Cell:
         self._users: list[Use] = []
 
     def get(self) -> torch.Tensor:
-        """Give the tensor that is there."""
+        """Return the tensor that is there."""
         tensor: torch.Tensor = getattr(*self._places[0])
         return tensor.detach() if isinstance(tensor, nn.Parameter) else tensor
 
@@ -79,7 +79,7 @@ class Cell:
         for holder, attribute in self._places:
             setattr(holder, attribute, tensor)
 
-    def take_away(self, use: Use, there: torch.Tensor) -> None:
+    def swap_in(self, use: Use, there: torch.Tensor) -> None:
         """Put the device's tensor there for a call; for others of the same slot it is there already."""
         is_first = not self.is_used()
         self._users.append(use)
@@ -87,23 +87,23 @@ class Cell:
             self.is_away = True
             self.put(there)
 
-    def put_back(self, rest: Mapping[str, torch.Tensor]) -> None:
+    def swap_out(self, rest: Mapping[str, torch.Tensor]) -> None:
         """Put its tensor of those at rest there, unless a call uses the device's."""
         if self.is_away and not self.is_used():
             self.put(rest[self.name])
             self.is_away = False
 
-    def settle(self, tensor: torch.Tensor) -> None:
+    def restore(self, tensor: torch.Tensor) -> None:
         """Put a tensor there to stay, whatever a call that is over has yet to put back."""
         self.is_away = False
         self.put(tensor)
 
     def is_used(self) -> bool:
-        """Ask whether a call uses the device's tensor."""
+        """Whether a call uses the device's tensor."""
         return self.slot() is not None
 
     def slot(self) -> Slot | None:
-        """Give the slot that the tensor of calls lies in; one that has left its slot does not count."""
+        """Return the slot that the tensor of calls lies in; one that has left its slot does not count."""
         if self._users:
             self._users = [use for use in self._users if use.slot is not None and use in use.slot.users]
         return self._users[0].slot if self._users else None
@@ -125,13 +125,13 @@ class Cell:
             )
 
 
-def cells_of(leaf: Leaf) -> list[Cell]:
+def streamed_tensors_of(leaf: Leaf) -> list[StreamedTensor]:
     """List what is streamed of a leaf: of a quantized weight also what bitsandbytes dequantizes it with.
 
     Raises:
         OffloadError: a parameter is not there, or quantized in a way that cannot be streamed.
     """
-    cells = []
+    streamed = []
     for path in leaf.parameters:
         owner_path, _, key = path.rpartition(".")
         owner: Any = leaf.module.get_submodule(owner_path)
@@ -144,12 +144,12 @@ def cells_of(leaf: Leaf) -> list[Cell]:
                 raise OffloadError(f"{leaf.path!r}: {owner_path!r} in it is quantized, and must be a leaf itself")
             places = _places_8bit(leaf.path, owner) if hasattr(owner, "state") else _places_4bit(leaf.path, owner)
         prefix = f"{leaf.path}.{path}" if leaf.path else path
-        cells += [Cell(part_name(prefix, part), held, owner, key) for part, held in places.items()]
-    return cells
+        streamed += [StreamedTensor(part_name(prefix, part), held, owner, key) for part, held in places.items()]
+    return streamed
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Ask whether a module is a layer of bitsandbytes."""
+    """Whether a module is a layer of bitsandbytes."""
     if "bitsandbytes" not in sys.modules:
         return False
     return isinstance(module, (library().nn.Linear4bit, library().nn.Linear8bitLt))
@@ -179,7 +179,7 @@ class Group:
     Attributes:
         name: of the group, such as the path of a decoder layer.
         leaves: its modules.
-        store: where the weights rest; its parts are named as the cells of its leaves.
+        store: where the weights rest; its parts are named as the streamed tensors of its leaves.
     """
 
     name: str
@@ -187,29 +187,31 @@ class Group:
     store: Store
 
 
-def cells_by_leaf(group: Group) -> dict[Leaf, list[Cell]]:
-    """List the cells of each leaf, one and the same for a tensor that several leaves share.
+def streamed_by_leaf(group: Group) -> dict[Leaf, list[StreamedTensor]]:
+    """List the streamed tensors of each leaf, one and the same for a tensor that several leaves share.
 
     Raises:
         OffloadError: the store lacks one.
     """
-    known: dict[tuple[int, str], Cell] = {}
-    found: dict[Leaf, list[Cell]] = {}
+    known: dict[tuple[int, str], StreamedTensor] = {}
+    found: dict[Leaf, list[StreamedTensor]] = {}
     modules: set[nn.Module] = set()
     for leaf in group.leaves:
         if leaf.module in modules:
             raise OffloadError(f"{leaf.path!r} is twice in the group {group.name!r}")
         modules.add(leaf.module)
-        found[leaf] = [known.setdefault(cell.identity, cell) for cell in cells_of(leaf)]
-    for cell in known.values():
-        part = group.store.layout.parts.get(cell.name)
-        there = cell.get()
+        found[leaf] = [known.setdefault(each.identity, each) for each in streamed_tensors_of(leaf)]
+    for each in known.values():
+        part = group.store.layout.parts.get(each.name)
+        there = each.get()
         if part is None or (part.dtype, part.shape) != (there.dtype, tuple(there.shape)):
-            raise OffloadError(f"{cell.name!r} is {there.dtype} {tuple(there.shape)}, its store holds {part}")
+            raise OffloadError(f"{each.name!r} is {there.dtype} {tuple(there.shape)}, its store holds {part}")
     return found
 
 
-def require_owned(model: nn.Module, cells: dict[Group, dict[Leaf, list[Cell]]], embeddings: Collection[Leaf]) -> None:
+def require_owned(
+    model: nn.Module, streamed: dict[Group, dict[Leaf, list[StreamedTensor]]], embeddings: Collection[Leaf]
+) -> None:
     """Refuse weights that a module reads which is not given them.
 
     Raises:
@@ -217,12 +219,12 @@ def require_owned(model: nn.Module, cells: dict[Group, dict[Leaf, list[Cell]]], 
     """
     group_of: dict[int, Group] = {}
     allowed = {module for leaf in embeddings for module in leaf.module.modules()}
-    for group, by_leaf in cells.items():
+    for group, by_leaf in streamed.items():
         for leaf, own in by_leaf.items():
             allowed.update(leaf.module.modules())
-            for cell in own:
-                if cell.parameter is not None and group_of.setdefault(id(cell.parameter), group) is not group:
-                    raise OffloadError(f"{cell.name!r} is in two groups; weights that are tied must be in one")
+            for each in own:
+                if each.parameter is not None and group_of.setdefault(id(each.parameter), group) is not group:
+                    raise OffloadError(f"{each.name!r} is in two groups; weights that are tied must be in one")
     modules = modules_by_path(model)
     for name, parameter in leaves(modules, "_parameters").items():
         if id(parameter) in group_of and modules[name.rpartition(".")[0]] not in allowed:

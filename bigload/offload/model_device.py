@@ -76,7 +76,7 @@ class ModelDevices:
         module.__class__ = _computed_elsewhere(own)
 
     def remove(self) -> None:
-        """Give the modules their own classes back; once more does no harm."""
+        """Return the modules their own classes back; once more does no harm."""
         while self._before:
             module, own = self._before[-1]
             if type(module) is _computed_elsewhere(own):  # and no other has exchanged it since
@@ -160,5 +160,5 @@ def _require_resizable(model: Any, rows: int | None, multiple: int | None) -> No
 
 
 def _says_its_device(module: nn.Module) -> bool:
-    """Ask whether a module has a `device` that its class finds out, as those of transformers and diffusers do."""
+    """Whether a module has a `device` that its class finds out, as those of transformers and diffusers do."""
     return isinstance(getattr(type(module), "device", None), property)

@@ -35,7 +35,7 @@ class _Places(threading.local):
         self.own = _Place()
 
 
-class Succession:
+class PrefetchOrder:
     """What comes after what. Each thread has a place of its own; what they learn is for all.
 
     Backward goes on where the last forward was, whatever thread it runs in: for a GPU autograd has one of its own.
@@ -77,15 +77,15 @@ class Succession:
         return step
 
     def current(self, group: Group, leaf: Leaf, *, is_backward: bool) -> Step | None:
-        """Give the step that a thread is in; None if it has left for another group or leaf since."""
+        """Return the step that a thread is in; None if it has left for another group or leaf since."""
         place = self._place(is_backward=is_backward)
         return place.step if place.leaf is leaf and place.step is not None and place.step.group is group else None
 
     def is_over(self, step: Step, leaf: Leaf) -> bool:
-        """Ask whether a step's group is likely not wanted any more after a leaf."""
+        """Whether a step's group is likely not wanted any more after a leaf."""
         return self._last.get(step) is leaf and self._mistakes[step] < _MISTAKES
 
-    def was_not_over(self, step: Step) -> None:
+    def record_misprediction(self, step: Step) -> None:
         """Learn that a step that seemed to be over was not."""
         self._mistakes[step] += 1
 

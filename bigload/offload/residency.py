@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from .leaves import Cell, Group, Leaf
+from .leaves import Group, Leaf, StreamedTensor
 from .slot_pool import SlotPool
 from .slots import Slot, Use
 
@@ -31,18 +31,18 @@ class Residency:
         parameters: of it, that are streamed.
     """
 
-    def __init__(self, pool: SlotPool, group: Group, leaf: Leaf, cells: Sequence[Cell]) -> None:
+    def __init__(self, pool: SlotPool, group: Group, leaf: Leaf, streamed: Sequence[StreamedTensor]) -> None:
         """Describe the leaf.
 
         Args:
             pool: of the slots that it is brought into.
             group: which it is of.
             leaf: itself.
-            cells: what is streamed of it.
+            streamed: what is streamed of it.
         """
-        self._pool, self.group, self.leaf, self._cells = pool, group, leaf, cells
-        self._owned = [cell for cell in cells if cell.parameter is not None]
-        self.parameters = [cell.parameter for cell in self._owned if cell.parameter is not None]
+        self._pool, self.group, self.leaf, self._streamed = pool, group, leaf, streamed
+        self._owned = [each for each in streamed if each.parameter is not None]
+        self.parameters = [each.parameter for each in self._owned if each.parameter is not None]
 
     def hold(self, use: Use) -> Slot:
         """Bring the weights to the device, if they are not there, until `use` leaves the users of the slot.
@@ -75,7 +75,7 @@ class Residency:
         finally:
             if use.slot is not None:
                 use.slot.users.discard(use)
-            self.put_back()
+            self.swap_out()
         self.leave()
         return out
 
@@ -92,29 +92,29 @@ class Residency:
         finally:
             if use.slot is not None:
                 use.slot.users.discard(use)
-            self.put_back()
+            self.swap_out()
         self.leave()
 
     def _place(self, use: Use) -> Slot:
         with self._pool.lock, plainly():
             # Where another call has them; which need not be where new calls of the group find theirs.
-            slot = self._cells[0].slot() if self._cells else None
+            slot = self._streamed[0].slot() if self._streamed else None
             if slot is None:
                 slot = self.hold(use)
             else:
                 self._pool.join(use, slot)
             views = slot.views(self.group.store)
-            for cell in self._cells:
-                cell.take_away(use, views[cell.name])
+            for each in self._streamed:
+                each.swap_in(use, views[each.name])
         return slot
 
-    def put_back(self) -> None:
+    def swap_out(self) -> None:
         """Put to rest what no call uses any more."""
         with self._pool.lock, plainly():
-            for cell in self._cells:
-                cell.put_back(self.group.store.tensors)
+            for each in self._streamed:
+                each.swap_out(self.group.store.tensors)
 
     def is_used(self) -> bool:
-        """Ask whether a call has the leaf's tensors on the device."""
+        """Whether a call has the leaf's tensors on the device."""
         with self._pool.lock:
-            return any(cell.is_used() for cell in self._cells)
+            return any(each.is_used() for each in self._streamed)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import OffloadError
-from .leaves import Cell, Group, Leaf, Uncopyable
-from .prefetch_order import Step, Succession
-from .slots import Slot, Use, lane_to
+from .leaves import Group, Leaf, StreamedTensor, Uncopyable
+from .prefetch_order import PrefetchOrder, Step
+from .slots import Slot, Use, copier_to
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,12 @@ class SlotPool(Uncopyable):
         Raises:
             torch.OutOfMemoryError: the device has no room for them.
         """
-        self._groups, self._most_slots, self._on_free = set(groups), min(slots, len(groups)), on_free
+        self._groups, self._max_slots, self._on_free = set(groups), min(slots, len(groups)), on_free
         self._slot_nbytes = max((group.store.layout.nbytes for group in groups), default=0)
-        self.lane = lane_to(device)
+        self.copier = copier_to(device)
         self.lock = threading.RLock()
         self.slots: list[Slot] = []
-        self.order = Succession(groups)
+        self.order = PrefetchOrder(groups)
         self._clock = self._nbytes = self._fetches = self._demand_fetches = 0
         self.make_slots()
 
@@ -76,17 +76,17 @@ class SlotPool(Uncopyable):
         Raises:
             torch.OutOfMemoryError: the device has no room for them.
         """
-        while len(self.slots) < self._most_slots:
-            self.slots.append(self.lane.make_slot(self._slot_nbytes))
+        while len(self.slots) < self._max_slots:
+            self.slots.append(self.copier.make_slot(self._slot_nbytes))
 
-    def enter(self, use: Use, group: Group, leaf: Leaf, cells: Sequence[Cell]) -> Slot:
+    def enter(self, use: Use, group: Group, leaf: Leaf, streamed: Sequence[StreamedTensor]) -> Slot:
         """Bring a group to the device, or find it there, and those that are likely next; under the lock.
 
         Args:
             use: for which; its slot is set.
             group: to bring.
             leaf: of it, that will run.
-            cells: those of the leaf that are parameters.
+            streamed: those of the leaf that are parameters.
 
         Raises:
             OffloadError: a weight of the leaf was replaced or moved since, or cannot be read, or is streamed no more.
@@ -97,17 +97,17 @@ class SlotPool(Uncopyable):
         is_backward = _is_backward()
         step = self.order.arrive(group, leaf, is_backward=is_backward)
         rest = group.store.tensors
-        for cell in cells:
-            cell.require_at_rest(rest[cell.name])
+        for each in streamed:
+            each.require_at_rest(rest[each.name])
         slot = self._slot_of(group)
-        if slot is None or self.lane.has_failed(slot):  # what could not be read ahead may be there now
+        if slot is None or self.copier.has_failed(slot):  # what could not be read ahead may be there now
             slot = self._room()
             self._fetch(group, slot)
             self._demand_fetches += 1
             if step is None:
                 step = self.order.current(group, leaf, is_backward=is_backward)
                 assert step is not None  # it has just arrived there
-                self.order.was_not_over(step)
+                self.order.record_misprediction(step)
         slot.used = self._clock = self._clock + 1
         self.join(use, slot)
         self.trim()
@@ -119,7 +119,7 @@ class SlotPool(Uncopyable):
         """Use a slot that is in use; under the lock."""
         use.slot = slot
         slot.users.add(use)
-        self.lane.await_copy(slot)
+        self.copier.await_copy(slot)
 
     def leave(self, group: Group, leaf: Leaf) -> None:
         """Bring what is likely next into the slot of a group that is likely not wanted any more; under the lock.
@@ -158,24 +158,24 @@ class SlotPool(Uncopyable):
         return min(free, key=lambda slot: (slot.store is not None, slot.used), default=None)
 
     def _room(self) -> Slot:
-        """Give a slot that may be filled: a new one where there are too few, or all are in use.
+        """Return a slot that may be filled: a new one where there are too few, or all are in use.
 
         Raises:
             torch.OutOfMemoryError: the device has no room, and none is free.
         """
         free = self._free_slot(keep=())
-        if free is not None and len(self.slots) < self._most_slots:
+        if free is not None and len(self.slots) < self._max_slots:
             with suppress(torch.OutOfMemoryError):
                 return self._grow()
         return free or self._grow()  # to wait for one could be to wait for ever
 
     def _grow(self) -> Slot:
-        slot = self.lane.make_slot(self._slot_nbytes)
+        slot = self.copier.make_slot(self._slot_nbytes)
         self.slots.append(slot)
         return slot
 
     def _fetch(self, group: Group, slot: Slot) -> None:
-        self.lane.copy(group.store, slot)
+        self.copier.copy(group.store, slot)
         slot.store = group.store
         slot.used = self._clock = self._clock + 1
         self._fetches += 1
@@ -183,7 +183,7 @@ class SlotPool(Uncopyable):
 
     def trim(self) -> None:
         """Free the slots that are more than were asked for, as soon as nobody uses them; under the lock."""
-        while len(self.slots) > self._most_slots:
+        while len(self.slots) > self._max_slots:
             slot = self._free_slot(keep=())
             if slot is None:
                 return
@@ -191,7 +191,7 @@ class SlotPool(Uncopyable):
 
     def free(self, slot: Slot) -> None:
         """Let go of a slot that nobody uses; under the lock."""
-        self.lane.discard(slot)
+        self.copier.discard(slot)
         self.slots.remove(slot)
         self._on_free(slot)
 
@@ -210,16 +210,16 @@ class SlotPool(Uncopyable):
         """
         if any(slot.users for slot in self.slots):
             raise OffloadError("leaves are running: the engine cannot be removed from within their forward")
-        self.lane.finish()
+        self.copier.finish()
         while self.slots:
             self.free(self.slots[0])
 
     def drop(self, group: Group) -> None:
         """Bring a group no more; under the lock."""
         self._groups.discard(group)
-        self._most_slots = min(self._most_slots, len(self._groups))
+        self._max_slots = min(self._max_slots, len(self._groups))
 
     def stats(self) -> StreamStats:
         """Tell what was brought so far."""
-        rate = self.lane.timed_bytes / self.lane.timed_s / 1e9 if self.lane.timed_s else 0.0
+        rate = self.copier.timed_bytes / self.copier.timed_s / 1e9 if self.copier.timed_s else 0.0
         return StreamStats(self._nbytes, self._fetches, self._demand_fetches, len(self.slots), rate)

@@ -10,7 +10,7 @@ import torch
 from ..hardware.allocation import allocate
 from ..hardware.layout import aligned
 from ..hardware.pinned import HostGroup, Store
-from .background import Background, Landing
+from .background import BackgroundRead, BackgroundReader
 from .files import Staging
 
 
@@ -54,11 +54,11 @@ class Slot:
         self.begun: torch.cuda.Event | None = None
         self.ready: torch.cuda.Event | None = None
         self.nbytes_copied = 0
-        self.landing: Landing | None = None
+        self.pending: BackgroundRead | None = None
         self._views: dict[int, dict[str, torch.Tensor]] = {}
 
     def views(self, store: Store) -> dict[str, torch.Tensor]:
-        """Give a group's parts as they lie in this slot."""
+        """Return a group's parts as they lie in this slot."""
         found = self._views.get(id(store))
         if found is None:
             found = self._views[id(store)] = store.layout.views(self.memory)
@@ -69,7 +69,7 @@ class Slot:
 _TIMED = 8
 
 
-class Lane:
+class SlotCopier:
     """The way into slots of the host's own memory: a copy is there when it has been asked for.
 
     Attributes:
@@ -79,7 +79,7 @@ class Lane:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.timed_bytes, self.timed_s = 0, 0.0
-        self._background: Background | None = None  # before there is something to bring
+        self._background: BackgroundReader | None = None  # before there is something to bring
 
     def make_slot(self, nbytes: int) -> Slot:
         """Allocate a slot.
@@ -92,18 +92,18 @@ class Lane:
     def copy(self, store: Store, slot: Slot) -> None:
         """Begin to copy a group into a slot that nobody uses; it holds the group from then on."""
         slot.store = None  # until it is whole
-        if slot.landing is not None:
-            slot.landing.wait()
-            slot.landing = None
+        if slot.pending is not None:
+            slot.pending.wait()
+            slot.pending = None
         self._order_after_users(slot)
         if self._can_begin_at_once(store):
             self._copy(store.source, slot)
         else:
             if self._background is None or not self._background.is_there:
-                self._background = Background.start(self._wait_for_copies)
-            landing, ask = Landing(partial(self._land, store, slot), slot.memory), self._background.given.put
-            slot.landing = landing
-            ask(landing)  # a call in C that follows at once: Ctrl-C cannot come between
+                self._background = BackgroundReader.start(self._wait_for_copies)
+            pending, ask = BackgroundRead(partial(self._read, store, slot), slot.memory), self._background.given.put
+            slot.pending = pending
+            ask(pending)  # a call in C that follows at once: Ctrl-C cannot come between
 
     def _can_begin_at_once(self, store: Store) -> TypeGuard[HostGroup]:
         return isinstance(store, HostGroup)
@@ -114,18 +114,18 @@ class Lane:
     def _copy(self, source: torch.Tensor, slot: Slot) -> None:
         slot.memory[: len(source)].copy_(source)
 
-    def _land(self, store: Store, slot: Slot) -> None:
+    def _read(self, store: Store, slot: Slot) -> None:
         store.read_into(slot.memory)
 
     def has_failed(self, slot: Slot) -> bool:
         """Wait until what a thread brings into a slot is there; ask whether it could not be, so that nothing is."""
-        landing = slot.landing
-        if landing is None:
+        pending = slot.pending
+        if pending is None:
             return False
-        landing.wait()
-        if landing.error is None:
+        pending.wait()
+        if pending.error is None:
             return False
-        slot.store = slot.landing = None
+        slot.store = slot.pending = None
         return True
 
     def await_copy(self, slot: Slot) -> None:
@@ -134,18 +134,18 @@ class Lane:
         Raises:
             OffloadError: the group's files cannot be read.
         """
-        landing = slot.landing
-        if landing is not None:
-            landing.wait()
-            slot.landing = None
-            if landing.error is not None:
+        pending = slot.pending
+        if pending is not None:
+            pending.wait()
+            slot.pending = None
+            if pending.error is not None:
                 slot.store = None
-                raise landing.error
+                raise pending.error
 
     def discard(self, slot: Slot) -> None:
         """Let go of a slot, whose memory may be another's as soon as what is asked of it now is done."""
-        if slot.landing is not None:
-            slot.landing.wait()
+        if slot.pending is not None:
+            slot.pending.wait()
 
     def finish(self) -> None:
         """Wait until nothing is brought, copied, or computed, any more."""
@@ -164,7 +164,7 @@ class Lane:
         pass
 
 
-class CudaLane(Lane):
+class CudaSlotCopier(SlotCopier):
     """The way into a GPU's memory, on a stream of its own; the host waits for nothing."""
 
     def __init__(self, device: torch.device) -> None:
@@ -186,7 +186,7 @@ class CudaLane(Lane):
         return int(torch._C._cuda_getCurrentRawStream(self._index))  # to make a Stream takes ten times as long
 
     def _can_begin_at_once(self, store: Store) -> TypeGuard[HostGroup]:
-        """Ask whether a copy need not pass through staging: of pinned memory alone does it let the host go on."""
+        """Whether a copy need not pass through staging: of pinned memory alone does it let the host go on."""
         return isinstance(store, HostGroup) and store.is_pinned
 
     def _order_after_users(self, slot: Slot) -> None:
@@ -216,7 +216,7 @@ class CudaLane(Lane):
             slot.ready.record(self._stream)
         slot.nbytes_copied = len(source) if is_timed else 0
 
-    def _land(self, store: Store, slot: Slot) -> None:
+    def _read(self, store: Store, slot: Slot) -> None:
         memory, copied = self._staging.take(aligned(store.layout.nbytes))
         store.read_into(memory)
         with torch.inference_mode(False):
@@ -264,6 +264,6 @@ def _timing_event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
-def lane_to(device: torch.device) -> Lane:
-    """Give the way to a device."""
-    return CudaLane(device) if device.type == "cuda" else Lane(device)
+def copier_to(device: torch.device) -> SlotCopier:
+    """Return the way to a device."""
+    return CudaSlotCopier(device) if device.type == "cuda" else SlotCopier(device)

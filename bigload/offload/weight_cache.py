@@ -134,7 +134,7 @@ class WeightCache:
 
 
 def _name(partial: Path, path: Path, planned: PlannedTensor) -> None:
-    """Give a whole file its name, unless another thread or program was faster: a model may be using that one."""
+    """Return a whole file its name, unless another thread or program was faster: a model may be using that one."""
     try:
         os.link(partial, path)
     except OSError:  # there is one, or the file system has no links

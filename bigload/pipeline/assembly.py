@@ -15,7 +15,7 @@ from ..planning.plan import Plan
 from ..quantization.layers import make_layer
 from . import attributes
 from .attributes import ABSENT, Edit
-from .execute import Landed
+from .execute import LoadedTensor
 
 
 class Assembly:
@@ -26,10 +26,10 @@ class Assembly:
         self._model, self._plan = model, plan
         self._weights = {f"{path}.weight".lstrip("."): layer for path, layer in plan.layers.items()}
         self._planned = {planned.tensor.name: planned for planned in plan.tensors}
-        self._landed: dict[str, Landed] = {}
+        self._landed: dict[str, LoadedTensor] = {}
         self._new_layers: dict[nn.Module, nn.Module] = {}
 
-    def add(self, name: str, value: Landed) -> None:
+    def add(self, name: str, value: LoadedTensor) -> None:
         """Take a tensor of the plan, by its first name, and make the layer that it is the weight of."""
         self._landed[name] = value
         layer = next((self._weights[n] for n in self._planned[name].tensor.names if n in self._weights), None)
@@ -77,7 +77,7 @@ class Assembly:
         return nn.Parameter(value.data, requires_grad=False)
 
 
-def _value(tensor: ModelTensor, device: torch.device, value: Landed | None) -> torch.Tensor | None:
+def _value(tensor: ModelTensor, device: torch.device, value: LoadedTensor | None) -> torch.Tensor | None:
     """The parameter or buffer to set; None for a weight that is quantized, which goes in with its layer."""
     if value is None:
         return tensor.value.to(device)

@@ -22,7 +22,7 @@ ABSENT = object()
 
 
 def attributes(model: nn.Module, plan: Plan) -> list[Edit]:
-    """Give what accelerate sets on a loaded model, and for a model of transformers what its own loader sets.
+    """Return what accelerate sets on a loaded model, and for a model of transformers what its own loader sets.
 
     The first is read by PEFT and Trainer on any model. The second come all or none: `is_quantized` alone makes
     Trainer refuse the model, and `save_pretrained` writes the quantization_config from which `from_pretrained` reloads.
@@ -51,7 +51,7 @@ def _of_transformers(model: Any, plan: Plan) -> list[Edit]:
     return [(model.__dict__, name, value) for name, value in own.items()] + _with_configs(model, copies)
 
 
-def forgotten_attributes(model: nn.Module) -> list[Edit]:
+def clear_attributes(model: nn.Module) -> list[Edit]:
     """Take back what `attributes` gave, of a model that is quantized no more."""
     own: dict[str, Any] = {"is_loaded_in_4bit": False, "is_loaded_in_8bit": False}
     own |= dict.fromkeys(("is_quantized", "quantization_method", "hf_quantizer"), ABSENT)

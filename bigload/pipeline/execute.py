@@ -16,11 +16,11 @@ from ..checkpoint.bitsandbytes import QuantizedTensor
 from ..errors import CheckpointError, PlacementError, QuantizationError, listed
 from ..hardware.allocation import allocate, reserve
 from ..hardware.devices import CPU
-from ..io.extents import Delivery
+from ..io.extents import ReadTask
 from ..io.ring import slot_bytes
 from ..io.tensors import LazyTensor
-from ..io.transfer import WINDOW_BYTES, default_stream, deliver
-from ..offload.resting import Resting
+from ..io.transfer import WINDOW_BYTES, default_stream, read_all
+from ..offload.targets import OffloadTargets
 from ..planning.plan import Plan
 from ..planning.planned_tensors import PlannedTensor
 from ..quantization.formats import Plain
@@ -28,7 +28,7 @@ from ..quantization.quantized_weight import QuantizedWeight
 from ..sizes import show
 from .sinks import CopySink, QuantizeSink, Sink, StoredPartsSink, gathered_if_needed, numel
 
-Landed = torch.Tensor | QuantizedWeight
+LoadedTensor = torch.Tensor | QuantizedWeight
 _NO_MEMORY: Mapping[str, torch.Tensor] = {}
 
 
@@ -36,16 +36,16 @@ def execute(
     plan: Plan,
     *,
     on_bytes: Callable[[int], object] = lambda count: None,
-    on_landed: Callable[[str, Landed], object] = lambda name, value: None,
-    resting: Resting | None = None,
-) -> dict[str, Landed]:
+    on_loaded: Callable[[str, LoadedTensor], object] = lambda name, value: None,
+    targets: OffloadTargets | None = None,
+) -> dict[str, LoadedTensor]:
     """Bring every tensor of a plan into its home. The model is not touched.
 
     Args:
         plan: what to do.
         on_bytes: called with the count of checkpoint bytes that have landed since the last call.
-        on_landed: called with each tensor, by its first name, as soon as it is whole; others are still being read.
-        resting: where what is offloaded comes to rest.
+        on_loaded: called with each tensor, by its first name, as soon as it is whole; others are still being read.
+        targets: where what is offloaded comes to rest.
 
     Returns:
         By the tensor's first name: the weight, plain or quantized. Tensors without sources are left out.
@@ -55,45 +55,45 @@ def execute(
         PlacementError: a device ran out of memory.
         QuantizationError: a weight has values that its format cannot hold.
     """
-    landed: dict[str, Landed] = {}
+    loaded: dict[str, LoadedTensor] = {}
     homes = {planned.tensor.name: planned for planned in plan.tensors if planned.home is not None}
 
-    def keep(name: str, value: Landed) -> None:
-        if resting is not None and name in homes:
-            value = resting.put(homes[name], value)
+    def keep(name: str, value: LoadedTensor) -> None:
+        if targets is not None and name in homes:
+            value = targets.put(homes[name], value)
         arrive(name, value)
 
-    def arrive(name: str, value: Landed) -> None:
-        landed[name] = value
-        on_landed(name, value)
+    def arrive(name: str, value: LoadedTensor) -> None:
+        loaded[name] = value
+        on_loaded(name, value)
 
-    def begin(planned: PlannedTensor) -> list[Delivery]:
-        name, rest = planned.tensor.name, _NO_MEMORY
-        if resting is not None and planned.home is not None:
-            known = resting.known(planned)
-            if known is not None:
-                arrive(name, known)
+    def begin(planned: PlannedTensor) -> list[ReadTask]:
+        name, memory = planned.tensor.name, _NO_MEMORY
+        if targets is not None and planned.home is not None:
+            cached = targets.cached(planned)
+            if cached is not None:
+                arrive(name, cached)
                 on_bytes(sum(source.tensor.nbytes for source in planned.sources))
                 return []
-            rest, planned = resting.memory(planned), _read_at_home(planned)
-        if _is_itself(planned):
-            keep(name, _named(functools.partial(_at, planned), _itself)(planned))
+            memory, planned = targets.memory(planned), _read_at_home(planned)
+        if _is_own_tensor(planned):
+            keep(name, _saying_where(functools.partial(_at, planned), _own_tensor)(planned))
             return []
-        make_sink = functools.partial(_sink, plan.config.landing_dtype, rest)
-        return deliveries_for(planned, make_sink, functools.partial(keep, name))
+        make_sink = functools.partial(_sink, plan.config.load_dtype, memory)
+        return read_tasks_for(planned, make_sink, functools.partial(keep, name))
 
     with ExitStack() as streams:
         for device in {planned.device for planned in plan.tensors}:
             streams.enter_context(default_stream(device))
         for device, nbytes in plan.device_bytes.items():
             reserve(device, nbytes)
-        deliveries = [way for planned in plan.tensors if planned.sources for way in begin(planned)]
-        deliver_all(deliveries, plan, on_bytes=on_bytes)
+        tasks = [task for planned in plan.tensors if planned.sources for task in begin(planned)]
+        read_and_load(tasks, plan, on_bytes=on_bytes)
         if homes:
             _finish(plan)  # what went home is looked at there
-        _require_finite(landed, plan)
+        _require_finite(loaded, plan)
     _finish(plan)
-    return landed
+    return loaded
 
 
 def _finish(plan: Plan) -> None:
@@ -110,39 +110,39 @@ def _read_at_home(planned: PlannedTensor) -> PlannedTensor:
     return dataclasses.replace(planned, device=CPU) if planned.home is not None and is_ready else planned
 
 
-def deliver_all(deliveries: Sequence[Delivery], plan: Plan, *, on_bytes: Callable[[int], object]) -> None:
+def read_and_load(tasks: Sequence[ReadTask], plan: Plan, *, on_bytes: Callable[[int], object]) -> None:
     """Read what lies in files, in their order, and take the rest from memory.
 
     Raises:
         CheckpointError: a file could not be read to its end.
         PlacementError: a device ran out of memory.
     """
-    ordered = _in_file_order([way for way in deliveries if not isinstance(way.tensor, LazyTensor)])
-    _named(functools.partial(_on_the_way, plan), functools.partial(deliver, on_bytes=on_bytes))(ordered)
-    for delivery in deliveries:
-        if isinstance(delivery.tensor, LazyTensor):
-            _walk(delivery, delivery.tensor.load())
-            on_bytes(delivery.tensor.nbytes)
+    ordered = _in_file_order([task for task in tasks if not isinstance(task.tensor, LazyTensor)])
+    _saying_where(functools.partial(_on_the_way, plan), functools.partial(read_all, on_bytes=on_bytes))(ordered)
+    for task in tasks:
+        if isinstance(task.tensor, LazyTensor):
+            _walk(task, task.tensor.load())
+            on_bytes(task.tensor.nbytes)
 
 
-def _in_file_order(deliveries: list[Delivery]) -> list[Delivery]:
-    files = {delivery.tensor.file for delivery in deliveries}
+def _in_file_order(tasks: list[ReadTask]) -> list[ReadTask]:
+    files = {task.tensor.file for task in tasks}
     rank: dict[Path, int] = {file: rank for rank, file in enumerate(sorted(files))}
-    return sorted(deliveries, key=lambda delivery: (rank[delivery.tensor.file], delivery.tensor.offset))
+    return sorted(tasks, key=lambda task: (rank[task.tensor.file], task.tensor.offset))
 
 
-def _walk(delivery: Delivery, tensor: torch.Tensor) -> None:
+def _walk(task: ReadTask, tensor: torch.Tensor) -> None:
     """Take values from memory."""
     values = tensor.detach().contiguous().view(-1)
-    step = max(1, slot_bytes() // tensor.dtype.itemsize // delivery.granule) * delivery.granule
+    step = max(1, slot_bytes() // tensor.dtype.itemsize // task.values_per_scale) * task.values_per_scale
     for begin in range(0, len(values), step):
-        delivery.take(values[begin : begin + step].to(delivery.device), begin)
-    delivery.arrived(len(values))
+        task.take(values[begin : begin + step].to(task.device), begin)
+    task.arrived(len(values))
 
 
-def deliveries_for(
+def read_tasks_for(
     planned: PlannedTensor, make_sink: Callable[[PlannedTensor], Sink], kept: Callable[[Any], object]
-) -> list[Delivery]:
+) -> list[ReadTask]:
     """Make ready for one tensor that is read, or made of several.
 
     Args:
@@ -151,9 +151,9 @@ def deliveries_for(
         kept: is given what the sink made, when all values have arrived.
     """
     where = functools.partial(_at, planned)
-    sink = _named(where, make_sink)(planned)
-    deliveries, finish = sink.deliveries(), _named(where, sink.finish)
-    pending = sum(numel(delivery.tensor) for delivery in deliveries)
+    sink = _saying_where(where, make_sink)(planned)
+    tasks, finish = sink.tasks(), _saying_where(where, sink.finish)
+    pending = sum(numel(task.tensor) for task in tasks)
 
     def arrived(count: int) -> None:
         nonlocal pending
@@ -164,9 +164,9 @@ def deliveries_for(
     if not pending:
         arrived(0)
         return []
-    for delivery in deliveries:
-        delivery.take, delivery.arrived = _named(where, delivery.take), arrived
-    return [delivery for delivery in deliveries if delivery.tensor.nbytes]
+    for task in tasks:
+        task.take, task.arrived = _saying_where(where, task.take), arrived
+    return [task for task in tasks if task.tensor.nbytes]
 
 
 def _sink(torch_dtype: torch.dtype, memory: Mapping[str, torch.Tensor], planned: PlannedTensor) -> Sink:
@@ -189,14 +189,14 @@ def _sink(torch_dtype: torch.dtype, memory: Mapping[str, torch.Tensor], planned:
     return gathered_if_needed(QuantizeSink(planned, fmt, torch_dtype))
 
 
-def _is_itself(planned: PlannedTensor) -> bool:
-    """Ask whether it is a tensor of the model's own, and of nothing else."""
+def _is_own_tensor(planned: PlannedTensor) -> bool:
+    """Whether it is a tensor of the model's own, and of nothing else."""
     own = planned.sources[0]
     return isinstance(planned.format, Plain) and isinstance(own.tensor, torch.Tensor) and not own.region
 
 
-def _itself(planned: PlannedTensor) -> torch.Tensor:
-    """Give the model's own tensor: the very object where nothing about it changes."""
+def _own_tensor(planned: PlannedTensor) -> torch.Tensor:
+    """Return the model's own tensor: the very object where nothing about it changes."""
     own = planned.sources[0]
     assert isinstance(own.tensor, torch.Tensor)
     assert isinstance(planned.format, Plain)
@@ -204,7 +204,7 @@ def _itself(planned: PlannedTensor) -> torch.Tensor:
     return tensor.to(planned.device).to(planned.format.dtype)
 
 
-def _named(where: Callable[[], str], call: Callable[..., Any]) -> Callable[..., Any]:
+def _saying_where(where: Callable[[], str], call: Callable[..., Any]) -> Callable[..., Any]:
     """Make a call say where memory ran out, if it does."""
 
     def named(*args: Any) -> Any:
@@ -225,14 +225,14 @@ def _on_the_way(plan: Plan) -> str:
     return f"{devices} ran out of memory for what is on its way there ({show(WINDOW_BYTES)} beside the model)"
 
 
-def _require_finite(landed: dict[str, Landed], plan: Plan) -> None:
+def _require_finite(loaded: dict[str, LoadedTensor], plan: Plan) -> None:
     """Refuse weights that the format turned to infinity: their rows would be zeros or noise. One sync for all."""
     main_weights = (
         {f"{path}.weight".lstrip(".") for path in plan.layers} if plan.config.llm_int8_has_fp16_weight else set()
     )
     stored = {p.tensor.name for p in plan.tensors if p.sources and isinstance(p.sources[0].tensor, QuantizedTensor)}
     checked: list[tuple[str, torch.Tensor]] = []
-    for name, value in landed.items():
+    for name, value in loaded.items():
         if isinstance(value, QuantizedWeight):
             checked += [(name, scales) for scales in value.scales if scales.numel()]
         elif name in main_weights:

@@ -49,9 +49,9 @@ class Output:
         return [entry.name for entry in self.entries.values()]
 
     def described(self, offset: float) -> bytes:
-        """Give the JSON that describes a 4-bit weight."""
+        """Return the JSON that describes a 4-bit weight."""
         assert isinstance(self.planned.format, FourBit)
-        return described(self.planned.format, self.planned.shape, self.config.landing_dtype, offset)
+        return described(self.planned.format, self.planned.shape, self.config.load_dtype, offset)
 
 
 def file_sink(output: Output, writer: ShardWriter, planned: PlannedTensor) -> Sink:
@@ -80,8 +80,8 @@ class _QuantizedFileSink(PieceSink):
     """Quantizes values and writes them; the scales are held until all are there."""
 
     def __init__(self, output: Output, writer: ShardWriter, planned: PlannedTensor, fmt: FourBit | Int8) -> None:
-        self._per_scale = fmt.granule(planned.shape)
-        super().__init__(planned, output.config.landing_dtype, self._per_scale)
+        self._per_scale = fmt.values_per_scale(planned.shape)
+        super().__init__(planned, output.config.load_dtype, self._per_scale)
         self._output, self._writer, self._format = output, writer, fmt
         scales = -(-math.prod(planned.shape) // self._per_scale)
         self._scales = torch.empty(scales, dtype=torch.float32, device=planned.device)

@@ -58,7 +58,7 @@ class PeakMemory:
         self._before = {device: _used_and_highest(device) for device in watched}
 
     def since(self) -> dict[torch.device, int]:
-        """Give the bytes that each device held at most since, above what it held; only where that was a new record."""
+        """Return the most bytes that each device held since, above what it held; only where that was a new record."""
         peaks = {}
         for device, (used, highest) in self._before.items():
             now = _used_and_highest(device)[1]

@@ -11,7 +11,7 @@ import torch
 
 from ..checkpoint.bitsandbytes import QuantizedTensor
 from ..hardware.allocation import allocate
-from ..io.extents import Delivery
+from ..io.extents import ReadTask
 from ..io.ring import slot_bytes
 from ..io.tensors import LazyTensor, StoredTensor
 from ..planning.planned_tensors import PlannedTensor
@@ -25,12 +25,12 @@ class Sink(ABC):
     """Takes what one tensor is made of: the values of each source in order, several sources in any."""
 
     @abstractmethod
-    def deliveries(self) -> list[Delivery]:
+    def tasks(self) -> list[ReadTask]:
         """List what is to be read: one delivery for each source."""
 
     @abstractmethod
     def finish(self) -> Any:
-        """Give what was made, when all values have arrived; called once."""
+        """Return what was made, when all values have arrived; called once."""
 
 
 class CopySink(Sink):
@@ -40,7 +40,7 @@ class CopySink(Sink):
         """Fill `values`, of the planned tensor's shape, in the dtype that it shall have."""
         self._planned, self._values = planned, values
 
-    def deliveries(self) -> list[Delivery]:
+    def tasks(self) -> list[ReadTask]:
         return [copy_into(self._values, source) for source in self._planned.sources]
 
     def finish(self) -> torch.Tensor:
@@ -54,7 +54,7 @@ class StoredPartsSink(Sink):
         """Fill `parts`, by their names in the format."""
         self._stored, self._parts = stored, dict(parts)
 
-    def deliveries(self) -> list[Delivery]:
+    def tasks(self) -> list[ReadTask]:
         return [copy_into(self._parts[name], Source(part)) for name, part in self._stored.parts.items()]
 
     def finish(self) -> QuantizedWeight:
@@ -96,29 +96,29 @@ class PieceSink(Sink):
         return self.finish()
 
     def begins(self) -> list[int] | None:
-        """Give where each source begins in the flattened tensor; None if one is no run, or a piece is too long."""
+        """Return where each source begins in the flattened tensor; None if one is no run, or a piece is too long."""
         shape, together = self.planned.shape, self._values_per_scale
         begins = [_begin_of_run(source, shape, together) for source in self.planned.sources]
         fits = all(together * source.tensor.dtype.itemsize <= slot_bytes() for source in self.planned.sources)
         return [begin for begin in begins if begin is not None] if fits and None not in begins else None
 
-    def deliveries(self) -> list[Delivery]:
+    def tasks(self) -> list[ReadTask]:
         return [
-            self._delivery(source, base) for source, base in zip(self.planned.sources, self.begins() or (), strict=True)
+            self._task(source, base) for source, base in zip(self.planned.sources, self.begins() or (), strict=True)
         ]
 
-    def _delivery(self, source: Source, base: int) -> Delivery:
+    def _task(self, source: Source, base: int) -> ReadTask:
         def take(piece: torch.Tensor, begin: int) -> None:
             self.take(piece.to(self.dtype), base + begin)
 
-        return Delivery(stored_form(source.tensor), self.planned.device, take, granule=self._values_per_scale)
+        return ReadTask(stored_form(source.tensor), self.planned.device, take, values_per_scale=self._values_per_scale)
 
 
 class QuantizeSink(PieceSink):
     """Quantizes values as they come, into memory of the final size."""
 
     def __init__(self, planned: PlannedTensor, fmt: FourBit | Int8, dtype: torch.dtype) -> None:
-        super().__init__(planned, dtype, fmt.granule(planned.shape))
+        super().__init__(planned, dtype, fmt.values_per_scale(planned.shape))
         self._format, self._quantizer = fmt, Quantizer(planned.shape, fmt, dtype, planned.device)
 
     def take(self, values: torch.Tensor, begin: int) -> None:
@@ -141,11 +141,11 @@ class GatherSink(Sink):
         self._sink = sink
         self._whole: list[torch.Tensor] = []
 
-    def deliveries(self) -> list[Delivery]:
-        return [self._delivery(source) for source in self._sink.planned.sources]
+    def tasks(self) -> list[ReadTask]:
+        return [self._task(source) for source in self._sink.planned.sources]
 
-    def _delivery(self, source: Source) -> Delivery:
-        planned, filling = self._sink.planned, list[Delivery]()
+    def _task(self, source: Source) -> ReadTask:
+        planned, filling = self._sink.planned, list[ReadTask]()
 
         def take(piece: torch.Tensor, begin: int) -> None:
             if not self._whole:
@@ -156,19 +156,19 @@ class GatherSink(Sink):
             if begin + len(piece) == numel(source.tensor):
                 filling.clear()
 
-        return Delivery(stored_form(source.tensor), planned.device, take)
+        return ReadTask(stored_form(source.tensor), planned.device, take)
 
     def finish(self) -> Any:
         return self._sink.take_whole(self._whole.pop())
 
 
 def gathered_if_needed(sink: PieceSink) -> Sink:
-    """Give the sink itself where its sources come as runs of the tensor, else one that gathers the tensor for it."""
+    """Return the sink itself where its sources come as runs of the tensor, else one that gathers the tensor for it."""
     return sink if sink.begins() is not None else GatherSink(sink)
 
 
 def _begin_of_run(source: Source, shape: tuple[int, ...], together: int) -> int | None:
-    """Give the index in the flattened tensor where a source's values begin, if they follow each other from there."""
+    """Return the index in the flattened tensor where a source's values begin, if they follow each other from there."""
     if source.transposed:
         return None
     whole = torch.empty(shape, device="meta")
@@ -180,7 +180,7 @@ def _begin_of_run(source: Source, shape: tuple[int, ...], together: int) -> int 
     return begin if is_run and (is_last or part.numel() % together == 0) else None
 
 
-def copy_into(values: torch.Tensor, source: Source) -> Delivery:
+def copy_into(values: torch.Tensor, source: Source) -> ReadTask:
     """Fill a source's region of a tensor."""
     target = values[source.region] if source.region else values
     target = target.mT if source.transposed else target
@@ -191,7 +191,7 @@ def copy_into(values: torch.Tensor, source: Source) -> Delivery:
             flat[begin : begin + len(piece)].copy_(piece)
 
         home = flat.view(torch.uint8) if source.tensor.dtype == flat.dtype else None
-        return Delivery(stored_form(source.tensor), values.device, copy, home)
+        return ReadTask(stored_form(source.tensor), values.device, copy, home)
     gathered: list[torch.Tensor] = []
 
     def gather(piece: torch.Tensor, begin: int) -> None:
@@ -203,7 +203,7 @@ def copy_into(values: torch.Tensor, source: Source) -> Delivery:
         if begin + len(piece) == len(whole):
             target.copy_(gathered.pop())
 
-    return Delivery(stored_form(source.tensor), values.device, gather)
+    return ReadTask(stored_form(source.tensor), values.device, gather)
 
 
 def numel(tensor: StoredTensor | torch.Tensor) -> int:
@@ -212,7 +212,7 @@ def numel(tensor: StoredTensor | torch.Tensor) -> int:
 
 
 def stored_form(tensor: StoredTensor | torch.Tensor) -> StoredTensor:
-    """Give where a source's values are, the model's own as such that need no reading."""
+    """Return where a source's values are, the model's own as such that need no reading."""
     if isinstance(tensor, StoredTensor):
         return tensor
     return LazyTensor("", Path(), tensor.dtype, tuple(tensor.shape), 0, tensor.nbytes, lambda: tensor)

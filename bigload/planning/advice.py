@@ -20,7 +20,7 @@ from .units import Unit
 _SMALLER = {name: FourBit("nf4", 64, name == "nf4-dq", torch.uint8) for name in ("nf4", "nf4-dq")}
 
 
-def no_room(
+def does_not_fit_error(
     error: DoesNotFitError,
     units: Sequence[Unit],
     devices: Sequence[torch.device],
@@ -84,7 +84,7 @@ def check_accounts(accounts: Sequence[Account], limited: Collection[Place]) -> N
             )
 
 
-def divided(unit: Unit, places: Mapping[str, Place], found: Sequence[Place]) -> PlacementError:
+def split_unit_error(unit: Unit, places: Mapping[str, Place], found: Sequence[Place]) -> PlacementError:
     """Say that a device map divides what must be whole, how, and what it is."""
     by_place: dict[Place, list[str]] = defaultdict(list)
     for path, place in places.items():

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def is_faster_on_cpu(units: Sequence[PlacedUnit]) -> bool:
-    """Ask whether the CPU would compute what rests in host memory sooner than a GPU could be sent it.
+    """Whether the CPU would compute what rests in host memory sooner than a GPU could be sent it.
 
     For one token that is a question of bytes: a GPU is sent what is quantized over its link, the CPU reads float32 from
     its memory. Both rates are measured for a moment. With more tokens at once the GPU only gains.

@@ -46,7 +46,7 @@ def warn_of_leftover(
     left = _not_meant_to_stay(model, config, left)
     if _elements(left) <= quantized:
         return
-    dtype = config.landing_dtype
+    dtype = config.load_dtype
     amount = f"of {_size(_elements(left) + quantized, dtype)} only {_size(quantized, dtype)} are quantized"
     logger.warning(
         "%s was asked for, but %s; left in %s, beside embeddings and the head: %s. Only nn.Linear is quantized, and "

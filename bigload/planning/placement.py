@@ -13,11 +13,11 @@ from torch import nn
 
 from ..hardware.devices import CPU, Place, as_place, default_device, is_strategy
 from ..hardware.free_memory import free_bytes, free_disk_bytes
-from .advice import divided, no_room
+from .advice import does_not_fit_error, split_unit_error
 from .plan import PlacedUnit
 from .planned_tensors import PlannedTensor
-from .request import Wishes, computing_devices, longest_match, places_of
-from .solver import DoesNotFitError, Item, OffPlace, Rules, infer
+from .request import PlacementRequest, computing_devices, longest_match, places_of
+from .solver import DoesNotFitError, Item, OffPlace, Rules, solve_placement
 from .units import GPU_BYTES, Unit, bytes_of, units_of
 
 _P = TypeVar("_P", bound=Place)
@@ -40,51 +40,51 @@ class Placement:
     budgets: Mapping[Place, int]
 
 
-def place_whole(tensors: Sequence[PlannedTensor], device: torch.device, wishes: Wishes) -> Placement | None:
+def place_whole(tensors: Sequence[PlannedTensor], device: torch.device, request: PlacementRequest) -> Placement | None:
     """Place all of a model on one device; None where a strategy must look further, since it does not fit there.
 
     Args:
         tensors: all of it, on that device already.
         device: from `only_device`.
-        wishes: what the caller said.
+        request: what the caller said.
     """
     on_gpu = device.type == "cuda"
-    needed = bytes_of(tensors, GPU_BYTES if on_gpu else 1) + (wishes.reserve if on_gpu else 0)
-    budgets: dict[Place, int] = dict(wishes.budgets)
-    is_free = is_strategy(wishes.device_map)
-    if wishes.must_exist or is_free:
-        budgets[device] = _budget(device, wishes, needed)
+    needed = bytes_of(tensors, GPU_BYTES if on_gpu else 1) + (request.reserve if on_gpu else 0)
+    budgets: dict[Place, int] = dict(request.budgets)
+    is_free = is_strategy(request.device_map)
+    if request.must_exist or is_free:
+        budgets[device] = _budget(device, request, needed)
         if is_free and needed > budgets[device]:
             return None
-    paths = wishes.device_map if isinstance(wishes.device_map, Mapping) else ("",)
+    paths = request.device_map if isinstance(request.device_map, Mapping) else ("",)
     places = dict.fromkeys(paths, device)
     return Placement(places, places, (), budgets)
 
 
-def place_units(model: nn.Module, tensors: Sequence[PlannedTensor], wishes: Wishes) -> Placement:
-    """Give every unit of a model its place.
+def place_units(model: nn.Module, tensors: Sequence[PlannedTensor], request: PlacementRequest) -> Placement:
+    """Return every unit of a model its place.
 
     Args:
         model: read only.
         tensors: all of it, with their formats.
-        wishes: what the caller said; its device map has been checked.
+        request: what the caller said; its device map has been checked.
 
     Raises:
         PlacementError: it cannot be met.
     """
-    units = units_of(model, tensors, wishes.no_split_module_classes)
-    device_map = wishes.device_map
+    units = units_of(model, tensors, request.no_split_module_classes)
+    device_map = request.device_map
     if is_strategy(device_map):
-        return _inferred(units, str(device_map), wishes)
+        return _inferred(units, str(device_map), request)
     if device_map is None:
         device_map = default_device()
-    return _given(units, places_of(device_map, wishes), wishes)
+    return _given(units, places_of(device_map, request), request)
 
 
 def place_tensors(
     tensors: Sequence[PlannedTensor], units: Sequence[PlacedUnit], *, is_mixed: bool
 ) -> list[PlannedTensor]:
-    """Give tensors the places of their units.
+    """Return tensors the places of their units.
 
     Args:
         tensors: in the order that they shall keep.
@@ -103,33 +103,33 @@ def place_tensors(
     return [found[id(planned)] for planned in tensors]
 
 
-def _inferred(units: Sequence[Unit], strategy: str, wishes: Wishes) -> Placement:
-    devices = computing_devices(wishes.budgets)
+def _inferred(units: Sequence[Unit], strategy: str, request: PlacementRequest) -> Placement:
+    devices = computing_devices(request.budgets)
     on_gpu = devices[0].type == "cuda"
-    reserve = wishes.reserve if on_gpu else 0
+    reserve = request.reserve if on_gpu else 0
     needed = sum(unit.gpu_bytes for unit in units) + reserve
-    budgets: dict[Place, int] = {device: _budget(device, wishes, needed) for device in devices}
+    budgets: dict[Place, int] = {device: _budget(device, request, needed) for device in devices}
     # A GPU that others have filled, or that the caller gives nothing of, is none.
     devices = [device for device in devices if budgets[device] > reserve] or devices
     homes: dict[OffPlace, int] = {}
     if on_gpu:
-        budgets[CPU] = _budget(CPU, wishes, needed)
-        homes["cpu"] = max(0, budgets[CPU] - wishes.host_ring)
-    if wishes.offload_folder is not None:
-        free = free_disk_bytes(wishes.offload_folder)
-        budgets["disk"] = homes["disk"] = wishes.budgets.get("disk", free)
-    fp32 = wishes.fp32_on_cpu and on_gpu
+        budgets[CPU] = _budget(CPU, request, needed)
+        homes["cpu"] = max(0, budgets[CPU] - request.host_ring)
+    if request.offload_folder is not None:
+        free = free_disk_bytes(request.offload_folder)
+        budgets["disk"] = homes["disk"] = request.budgets.get("disk", free)
+    fp32 = request.fp32_on_cpu and on_gpu
     if fp32:
         homes.pop("disk", None)
     items = [_item(unit, on_gpu=on_gpu, fp32=fp32) for unit in units]
-    rules = Rules(strategy, wishes.offload.slots, from_end=fp32)
+    rules = Rules(strategy, request.offload.slots, from_end=fp32)
     room = [budgets[device] - reserve for device in devices]
     try:
-        assigned = infer(items, room, homes, rules)
+        assigned = solve_placement(items, room, homes, rules)
     except DoesNotFitError as error:
         if error.place == "cpu":
-            error.allowed = budgets[CPU] - wishes.host_ring  # below 0 where there is not even room for the ring
-        raise no_room(
+            error.allowed = budgets[CPU] - request.host_ring  # below 0 where there is not even room for the ring
+        raise does_not_fit_error(
             error,
             units,
             devices,
@@ -149,11 +149,11 @@ def _inferred(units: Sequence[Unit], strategy: str, wishes: Wishes) -> Placement
 def _fits_without(
     place: int | OffPlace, items: Sequence[Item], room: Sequence[int], homes: dict[OffPlace, int], rules: Rules
 ) -> bool:
-    """Ask whether all fits when a device is left out: one too small for slots takes its turn nevertheless."""
+    """Whether all fits when a device is left out: one too small for slots takes its turn nevertheless."""
     if not isinstance(place, int) or len(room) < 2:
         return False
     with suppress(DoesNotFitError):
-        infer(items, [bytes_ for number, bytes_ in enumerate(room) if number != place], homes, rules)
+        solve_placement(items, [bytes_ for number, bytes_ in enumerate(room) if number != place], homes, rules)
         return True
     return False
 
@@ -169,10 +169,10 @@ def _shortened(places: Mapping[str, _P]) -> dict[str, _P]:
     return {"": next(iter(places.values()))} if len(set(places.values())) == 1 else dict(places)
 
 
-def _budget(device: torch.device, wishes: Wishes, needed: int) -> int:
-    """Give what the caller allows of a device, or else what can be had now."""
-    if device in wishes.budgets:
-        return wishes.budgets[device]
+def _budget(device: torch.device, request: PlacementRequest, needed: int) -> int:
+    """Return what the caller allows of a device, or else what can be had now."""
+    if device in request.budgets:
+        return request.budgets[device]
     free = free_bytes(device)
     if free < needed:
         gc.collect()  # a model that was let go of may be there still: bitsandbytes' layers refer to themselves
@@ -189,18 +189,18 @@ def _item(unit: Unit, *, on_gpu: bool, fp32: bool) -> Item:
     return Item(resident, unit.staying_bytes, unit.group_bytes, unit.streamed_bytes, is_block=unit.is_block)
 
 
-def _given(units: Sequence[Unit], places: Mapping[str, Place], wishes: Wishes) -> Placement:
+def _given(units: Sequence[Unit], places: Mapping[str, Place], request: PlacementRequest) -> Placement:
     gpus = list(dict.fromkeys(p for p in places.values() if p != "disk" and p.type == "cuda"))
     computing = gpus or [CPU]
-    on_cpu = bool(gpus) and wishes.fp32_on_cpu
+    on_cpu = bool(gpus) and request.fp32_on_cpu
     placed: list[PlacedUnit] = []
     turn = 0
     for unit in units:
         found = _places_in(unit, places)
         devices = [place for place in found if isinstance(place, torch.device) and (place.type == "cuda" or not gpus)]
         away = [place for place in found if place not in devices]
-        if len(devices) > 1 or len(away) > 1 or (devices and away and (on_cpu or unit.looks_up)):
-            raise divided(unit, places, found)
+        if len(devices) > 1 or len(away) > 1 or (devices and away and (on_cpu or unit.is_embedding)):
+            raise split_unit_error(unit, places, found)
         if not away:
             placed.append(PlacedUnit(unit, devices[0]))
         elif on_cpu and away[0] == CPU:
@@ -211,11 +211,11 @@ def _given(units: Sequence[Unit], places: Mapping[str, Place], wishes: Wishes) -
             part = _part(unit, away[0], places)
             placed.append(PlacedUnit(part, device, away[0]) if part.offloaded else PlacedUnit(unit, device))
     used = {one.device for one in placed} | {CPU for one in placed if one.home == CPU}
-    budgets: dict[Place, int] = dict(wishes.budgets)
-    if wishes.must_exist:
+    budgets: dict[Place, int] = dict(request.budgets)
+    if request.must_exist:
         for device in used:
-            needed = sum(one.unit.gpu_bytes for one in placed if one.device == device) + wishes.reserve
-            budgets[device] = _budget(device, wishes, needed)
+            needed = sum(one.unit.gpu_bytes for one in placed if one.device == device) + request.reserve
+            budgets[device] = _budget(device, request, needed)
     made = replace(_as_placement(tuple(placed), budgets), device_map=dict(places))
     if used == set(places.values()) and len(used) == 1:
         return replace(made, devices=dict.fromkeys(places, computing[0]))
@@ -234,7 +234,7 @@ def _places_in(unit: Unit, places: Mapping[str, Place]) -> list[Place]:
 
 
 def _part(unit: Unit, away: Place, places: Mapping[str, Place]) -> Unit:
-    """Give a unit of which only what the map says is offloaded."""
+    """Return a unit of which only what the map says is offloaded."""
     leaving = [
         planned for planned in unit.offloaded if places[longest_match(planned.tensor.name, places) or ""] == away
     ]

@@ -18,7 +18,7 @@ from ..quantization import formats
 from ..quantization.formats import Plain
 from ..sizes import show
 from .planned_tensors import PlannedTensor
-from .solver import ring_bytes
+from .solver import slots_bytes
 from .units import GPU_BYTES, GROUP_BYTES, Unit
 
 
@@ -118,7 +118,7 @@ class Plan:
         return {path: place for path, place in self.device_map.items() if isinstance(place, torch.device)}
 
     def device_of(self, path: str) -> torch.device | None:
-        """Give the device that computes with the first parameters of a module, "" for all; None where it has none."""
+        """Return the device that computes with the first parameters of a module, "" for all; None where it has none."""
         for placed in self.units:
             if placed.unit.has_parameters and any(_is_in(one, path) or _is_in(path, one) for one in placed.unit.paths):
                 return placed.device
@@ -126,7 +126,7 @@ class Plan:
 
     @cached_property
     def is_mixed(self) -> bool:
-        """Ask whether GPUs compute: then what the CPU computes is float32."""
+        """Whether GPUs compute: then what the CPU computes is float32."""
         return any(placed.device.type == "cuda" for placed in self.units)
 
     @property
@@ -181,7 +181,7 @@ def accounts_of(
             groups[placed.device].append(placed.streamed_bytes)
     places = dict.fromkeys([*(placed.device for placed in units), *weights])
     accounts = [
-        Account(place, weights[place], states[place], ring_bytes(groups[place], slots), budget=budgets.get(place))
+        Account(place, weights[place], states[place], slots_bytes(groups[place], slots), budget=budgets.get(place))
         for place in places
     ]
     uses_gpu = any(_is_gpu(account.place) for account in accounts)
@@ -205,7 +205,7 @@ def _is_gpu(place: Place) -> bool:
 
 
 def _divided(planned: PlannedTensor, multiple: int) -> tuple[int, int]:
-    """Give the bytes of a tensor's values, and of what a quantized one has beside them."""
+    """Return the bytes of a tensor's values, and of what a quantized one has beside them."""
     if isinstance(planned.format, Plain):
         return formats.nbytes(planned.format, planned.shape, multiple), 0
     parts = planned.format.parts(planned.shape)
@@ -237,7 +237,7 @@ def _account_row(account: Account) -> tuple[str, ...]:
 
 
 def _unit_rows(units: Sequence[PlacedUnit]) -> Iterator[tuple[str, ...]]:
-    """Give a row for each run of alike units."""
+    """Return a row for each run of alike units."""
 
     def key(placed: PlacedUnit) -> tuple[object, ...]:
         return placed.unit.is_block, placed.unit.nbytes, placed.home, placed.device
@@ -267,7 +267,7 @@ def _summary(plan: Plan, link_gb_per_s: float | None) -> Iterator[str]:
 
 
 def step_seconds(plan: Plan, link_gb_per_s: float) -> float:
-    """Give the seconds that streaming takes for each forward: GPUs have a link each, and stream at once."""
+    """Return the seconds that streaming takes for each forward: GPUs have a link each, and stream at once."""
     by_device: dict[object, int] = {}
     for placed in plan.units:
         by_device[placed.device] = by_device.get(placed.device, 0) + placed.streamed_bytes

@@ -31,7 +31,7 @@ class PlannedTensor:
         format: what it is held in.
         device: that computes with it.
         home: where it rests, if not there.
-        is_turned: the shape is that of the model's tensor turned round.
+        is_transposed: the shape is that of the model's tensor turned round.
     """
 
     tensor: ModelTensor
@@ -40,7 +40,7 @@ class PlannedTensor:
     format: Format
     device: torch.device = CPU
     home: Place | None = None
-    is_turned: bool = False
+    is_transposed: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -60,10 +60,10 @@ class PlannedTensor:
         return tensor if is_the_same else None
 
     def on_cpu(self) -> PlannedTensor:
-        """Give the same tensor as the CPU computes with it: in float32, and not quantized."""
+        """Return the same tensor as the CPU computes with it: in float32, and not quantized."""
         is_floating = not isinstance(self.format, Plain) or self.format.dtype.is_floating_point
         fmt = Plain(torch.float32) if is_floating else self.format
-        sources = tuple(source.mirrored() for source in self.sources) if self.is_turned else self.sources
+        sources = tuple(source.transpose() for source in self.sources) if self.is_transposed else self.sources
         return PlannedTensor(self.tensor, self.tensor.shape, sources, fmt, CPU)
 
 
@@ -76,7 +76,7 @@ def formatted_tensors(
     class_dtypes: Mapping[str, torch.dtype] | None = None,
     device: torch.device = CPU,
 ) -> list[PlannedTensor]:
-    """Give every tensor of the model its format.
+    """Return every tensor of the model its format.
 
     Args:
         model: read for the dtypes its class insists on.
@@ -91,14 +91,14 @@ def formatted_tensors(
         CheckpointError: a weight that is stored quantized has another shape than the layer's.
         ConfigError: a weight cannot be held in the format asked for.
     """
-    fp32 = [*(config.keep_in_fp32_modules or ()), *transformers_facts.fp32_patterns(model, config.landing_dtype)]
+    fp32 = [*(config.keep_in_fp32_modules or ()), *transformers_facts.fp32_patterns(model, config.load_dtype)]
     weights = {f"{path}.weight".lstrip("."): layer for path, layer in layers.items()}
     planned = []
     for tensor in tensors:
         pieces = sources.get(tensor.name, ())
         layer = next((weights[name] for name in tensor.names if name in weights), None)
         if layer is None:
-            usual = (class_dtypes or {}).get(tensor.name, config.landing_dtype)
+            usual = (class_dtypes or {}).get(tensor.name, config.load_dtype)
             fmt = Plain(_kept_dtype(tensor, pieces, usual, fp32))
             planned.append(PlannedTensor(tensor, tensor.shape, pieces, fmt, device))
         else:
@@ -113,16 +113,16 @@ def _of_layer(
     config: BnbQuantizationConfig,
     device: torch.device,
 ) -> PlannedTensor:
-    is_turned = transformers_facts.is_conv1d(layer)
-    shape = tensor.shape[::-1] if is_turned else tensor.shape
+    is_transposed = transformers_facts.is_conv1d(layer)
+    shape = tensor.shape[::-1] if is_transposed else tensor.shape
     stored = pieces[0].tensor
     if isinstance(stored, QuantizedTensor):
         _require_shape(stored, shape)
         return PlannedTensor(tensor, shape, pieces, stored.format, device)
     fmt = _quantized_format(config)
     _require_divisible(fmt, shape, tensor.name)
-    pieces = tuple(source.mirrored() for source in pieces) if is_turned else pieces
-    return PlannedTensor(tensor, shape, pieces, fmt, device, is_turned=is_turned)
+    pieces = tuple(source.transpose() for source in pieces) if is_transposed else pieces
+    return PlannedTensor(tensor, shape, pieces, fmt, device, is_transposed=is_transposed)
 
 
 def _kept_dtype(
@@ -137,7 +137,7 @@ def _kept_dtype(
 
 def _quantized_format(config: BnbQuantizationConfig) -> Format:
     if config.mode == "int8-training":
-        return Plain(config.landing_dtype if config.landing_dtype.itemsize == 2 else torch.float16)
+        return Plain(config.load_dtype if config.load_dtype.itemsize == 2 else torch.float16)
     if config.load_in_8bit:
         return Int8()
     assert isinstance(config.bnb_4bit_quant_storage, torch.dtype)

@@ -31,12 +31,12 @@ from .leftover import warn_of_leftover
 from .placement import Placement, place_tensors, place_units, place_whole
 from .plan import Plan, accounts_of
 from .planned_tensors import PlannedTensor, formatted_tensors
-from .request import Wishes, check_map, only_device, resolve_budgets
+from .request import PlacementRequest, check_map, only_device, resolve_budgets
 from .sources import KeyMapping, Source, sources_in_checkpoint
 
 
 def config_for(given: BnbQuantizationConfig | None, checkpoint: Checkpoint | None) -> BnbQuantizationConfig:
-    """Give the caller's config or, where None is given, that of a checkpoint which is quantized already.
+    """Return the caller's config or, where None is given, that of a checkpoint which is quantized already.
 
     Raises:
         CheckpointError: the checkpoint's weights are quantized in more than one way.
@@ -53,7 +53,7 @@ def plan_load(
     model: nn.Module,
     config: BnbQuantizationConfig,
     checkpoint: Checkpoint | None,
-    wishes: Wishes,
+    request: PlacementRequest,
     *,
     key_mapping: KeyMapping | None = None,
     tied_parameters: Sequence[tuple[str, str]] | None = None,
@@ -67,7 +67,7 @@ def plan_load(
         model: read only.
         config: from `config_for`.
         checkpoint: where the weights are; None means the model's own.
-        wishes: what the caller said of places.
+        request: what the caller said of places.
         key_mapping, tied_parameters, quantizable, strict: as `load_and_quantize_model` takes them.
         is_hypothetical: the model's own weights may be on meta, as if a checkpoint held them.
 
@@ -78,16 +78,16 @@ def plan_load(
     """
     record = None if checkpoint is None else checkpoint.record
     tensors = tensors_of(model, _ties(model, record) if tied_parameters is None else tied_parameters)
-    check_map(wishes.device_map, tensors, modules_by_path(model), must_exist=wishes.must_exist)
+    check_map(request.device_map, tensors, modules_by_path(model), must_exist=request.must_exist)
     if checkpoint is None:
         sources, dtype = _own_weights(tensors, may_be_empty=is_hypothetical)
         dtype = (transformers_facts.config_dtype(model) or dtype) if is_hypothetical else dtype
         resolved, class_dtypes = config.resolved(dtype), None  # a real model has the dtypes it was given
         if is_hypothetical:
-            class_dtypes = transformers_facts.class_dtypes(model, resolved.landing_dtype)
+            class_dtypes = transformers_facts.class_dtypes(model, resolved.load_dtype)
     else:
         resolved = config.resolved(checkpoint.dominant_dtype)
-        class_dtypes = transformers_facts.class_dtypes(model, resolved.landing_dtype)
+        class_dtypes = transformers_facts.class_dtypes(model, resolved.load_dtype)
         sources = sources_in_checkpoint(
             tensors,
             checkpoint,
@@ -95,7 +95,7 @@ def plan_load(
             conversion=transformers_facts.key_conversion(model),
             ignores_key=lambda key: transformers_facts.ignores_key(model, key),
             class_dtypes=class_dtypes,
-            rebuilt_buffers=lambda: transformers_facts.rebuilt_buffers(model, resolved.landing_dtype),
+            rebuilt_buffers=lambda: transformers_facts.rebuilt_buffers(model, resolved.load_dtype),
             strict=strict,
         )
     if record is not None:
@@ -110,29 +110,29 @@ def plan_load(
     else:
         layers = layers_to_quantize(model, resolved, tensors, quantizable)
         warn_of_leftover(model, resolved, tensors, layers)
-    device = None if is_hypothetical else only_device(wishes)  # a plan that is looked at has its units
+    device = None if is_hypothetical else only_device(request)  # a plan that is looked at has its units
     planned = formatted_tensors(model, resolved, tensors, layers, sources, class_dtypes, device or CPU)
-    kept = wishes.offload.reserve_bytes(_dequantized_bytes(planned, resolved))
-    wishes = replace(wishes, reserve=max(kept, WINDOW_BYTES))
-    placement = None if device is None else place_whole(planned, device, wishes)
-    placement = placement or _placement(model, planned, wishes)
-    return _placed(planned, layers, resolved, placement, wishes)
+    kept = request.offload.reserve_bytes(_dequantized_bytes(planned, resolved))
+    request = replace(request, reserve=max(kept, WINDOW_BYTES))
+    placement = None if device is None else place_whole(planned, device, request)
+    placement = placement or _placement(model, planned, request)
+    return _placed(planned, layers, resolved, placement, request)
 
 
 def _dequantized_bytes(tensors: Sequence[PlannedTensor], config: BnbQuantizationConfig) -> int:
     """Tell what the largest 4-bit layer takes when bitsandbytes dequantizes it."""
     in_4bit = (math.prod(planned.shape) for planned in tensors if isinstance(planned.format, FourBit))
     computed = config.bnb_4bit_compute_dtype
-    return max(in_4bit, default=0) * (computed if isinstance(computed, torch.dtype) else config.landing_dtype).itemsize
+    return max(in_4bit, default=0) * (computed if isinstance(computed, torch.dtype) else config.load_dtype).itemsize
 
 
-def _placement(model: nn.Module, tensors: Sequence[PlannedTensor], wishes: Wishes) -> Placement:
+def _placement(model: nn.Module, tensors: Sequence[PlannedTensor], request: PlacementRequest) -> Placement:
     """Place a model's units; "auto" lets the CPU compute what rests there if that is faster, and possible."""
-    placement = place_units(model, tensors, wishes)
-    may_choose = wishes.offload.execute == "auto" and not wishes.fp32_on_cpu
+    placement = place_units(model, tensors, request)
+    may_choose = request.offload.execute == "auto" and not request.fp32_on_cpu
     if may_choose and not any(map(_is_quantized, tensors)) and is_faster_on_cpu(placement.units):
         with suppress(PlacementError):  # no room for float32
-            return place_units(model, tensors, replace(wishes, fp32_on_cpu=True))
+            return place_units(model, tensors, replace(request, fp32_on_cpu=True))
     return placement
 
 
@@ -141,7 +141,7 @@ def _placed(
     layers: Mapping[str, nn.Module],
     config: BnbQuantizationConfig,
     placement: Placement,
-    wishes: Wishes,
+    request: PlacementRequest,
 ) -> Plan:
     is_mixed = any(placed.device.type == "cuda" for placed in placement.units)
     made = place_tensors(tensors, placement.units, is_mixed=is_mixed) if placement.units else list(tensors)
@@ -150,7 +150,7 @@ def _placed(
             "int8-training trains its weights, which must be on the device that computes: leave none off it"
         )
     homeless = [p.tensor.name for p in made if p.home == "disk" and p.stored_as_is is None]
-    if homeless and wishes.offload_folder is None:
+    if homeless and request.offload_folder is None:
         raise PlacementError(
             f"{listed(homeless)}: to rest on the disk, and not as the checkpoint has them: name an offload_folder"
         )
@@ -169,11 +169,11 @@ def _placed(
         made,
         placement.units,
         placement.budgets,
-        slots=wishes.offload.slots,
-        reserve=wishes.reserve,
-        host_ring=wishes.host_ring,
+        slots=request.offload.slots,
+        reserve=request.reserve,
+        host_ring=request.host_ring,
     )
-    check_accounts(accounts, wishes.budgets)
+    check_accounts(accounts, request.budgets)
     return Plan(tuple(made), layers, placement.device_map, config, placement.devices, placement.units, accounts)
 
 
@@ -214,7 +214,7 @@ def plan_device_map(
     given = None if bnb_quantization_config is None else as_config(bnb_quantization_config)
     checkpoint = None if weights_location is None else open_checkpoint(weights_location)
     config = config_for(given, checkpoint)
-    wishes = wishes_for(
+    request = placement_request(
         config,
         device_map,
         no_split_module_classes,
@@ -228,7 +228,7 @@ def plan_device_map(
             model,
             config,
             checkpoint,
-            wishes,
+            request,
             key_mapping=key_mapping,
             tied_parameters=tied_parameters,
             quantizable=quantizable,
@@ -236,7 +236,7 @@ def plan_device_map(
         )
 
 
-def wishes_for(
+def placement_request(
     config: BnbQuantizationConfig,
     device_map: DeviceMap,
     no_split_module_classes: Sequence[str] | None = None,
@@ -245,7 +245,7 @@ def wishes_for(
     offload: OffloadConfig | None = None,
     *,
     must_exist: bool = True,
-) -> Wishes:
+) -> PlacementRequest:
     """Gather what a caller said of places.
 
     Raises:
@@ -261,7 +261,7 @@ def wishes_for(
     if offload_folder is not None and (not isinstance(offload_folder, (str, os.PathLike)) or not str(offload_folder)):
         raise ConfigError(f"offload_folder is {offload_folder!r}; expected the path of a folder, or None")
     kept = as_offload_config(offload)
-    return Wishes(
+    return PlacementRequest(
         device_map,
         resolve_budgets(max_memory, must_exist=must_exist),
         no_split_module_classes,
@@ -274,7 +274,7 @@ def wishes_for(
 
 
 def _ties(model: Any, record: Record | None) -> list[tuple[str, str]]:
-    """Give the ties that a saved model had, as far as this one has both ends: made on meta it may have lost them."""
+    """Return the ties that a saved model had, as far as this one has both ends: made on meta it may have lost them."""
     if record is None or not isinstance(model, nn.Module):
         return []
     names = leaves(modules_by_path(model), "_parameters")
@@ -283,7 +283,7 @@ def _ties(model: Any, record: Record | None) -> list[tuple[str, str]]:
 
 
 def _classes(model: nn.Module, record: Record) -> list[type[nn.Linear]]:
-    """Give the subclasses of Linear whose layers were quantized when the model was saved."""
+    """Return the subclasses of Linear whose layers were quantized when the model was saved."""
     modules = modules_by_path(model)
     classes = {type(modules[path]) for path in record.layers if path in modules}
     return [cls for cls in classes if issubclass(cls, nn.Linear) and cls is not nn.Linear]

@@ -10,7 +10,7 @@ from .plan import Plan, step_seconds
 
 
 def plan_json(plan: Plan, link_gb_per_s: float | None = None) -> dict[str, Any]:
-    """Give a plan as what JSON can hold; all sizes in bytes."""
+    """Return a plan as what JSON can hold; all sizes in bytes."""
     return {
         "mode": plan.config.mode,
         "places": [

@@ -16,7 +16,7 @@ from ..sizes import parse_size
 
 
 @dataclass(frozen=True)
-class Wishes:
+class PlacementRequest:
     """What the caller said of places.
 
     Attributes:
@@ -111,27 +111,27 @@ def longest_match(name: str, paths: Collection[str]) -> str | None:
     return path
 
 
-def only_device(wishes: Wishes) -> torch.device | None:
-    """Give the device that all of a model goes to, or may go to where a strategy decides; None where there are more."""
-    device_map = wishes.device_map
+def only_device(request: PlacementRequest) -> torch.device | None:
+    """Return the device that all of a model goes to, or may go to by a strategy; None where there are more."""
+    device_map = request.device_map
     if is_strategy(device_map):
-        devices = computing_devices(wishes.budgets)
+        devices = computing_devices(request.budgets)
         return devices[0] if len(devices) == 1 else None
     if device_map is None:
         return default_device()
-    places = set(places_of(device_map, wishes).values())
+    places = set(places_of(device_map, request).values())
     (place,) = places if len(places) == 1 else (None,)
     return None if place == "disk" else place
 
 
-def places_of(device_map: Device | Mapping[str, Device], wishes: Wishes) -> dict[str, Place]:
-    """Give the place that each path of a map has, or "" where there is one for all.
+def places_of(device_map: Device | Mapping[str, Device], request: PlacementRequest) -> dict[str, Place]:
+    """Return the place that each path of a map has, or "" where there is one for all.
 
     Raises:
         PlacementError: no such device.
     """
     given = device_map if isinstance(device_map, Mapping) else {"": device_map}
-    return {path: as_place(place, must_exist=wishes.must_exist) for path, place in given.items()}
+    return {path: as_place(place, must_exist=request.must_exist) for path, place in given.items()}
 
 
 def computing_devices(budgets: Mapping[Place, int]) -> list[torch.device]:

@@ -81,7 +81,9 @@ class DoesNotFitError(BigloadError):
     item: int | None = field(default=None)
 
 
-def infer(items: Sequence[Item], devices: Sequence[int], homes: dict[OffPlace, int], rules: Rules) -> list[Assigned]:
+def solve_placement(
+    items: Sequence[Item], devices: Sequence[int], homes: dict[OffPlace, int], rules: Rules
+) -> list[Assigned]:
     """Place units.
 
     Args:
@@ -141,15 +143,15 @@ def _on_devices(
     return placed
 
 
-def ring_bytes(groups: Sequence[int], slots: int) -> int:
-    """Give the bytes of a device's slots: as many of the largest group as are asked for, but no more than groups."""
+def slots_bytes(groups: Sequence[int], slots: int) -> int:
+    """Return the bytes of a device's slots: as many of the largest group as are asked for, but no more than groups."""
     return min(slots, len(groups)) * max(groups, default=0)
 
 
 def _rings(items: Sequence[Item], away: Sequence[bool], count: int, rules: Rules) -> list[int]:
-    """Give the bytes of the slots of each of some devices, which take turns."""
+    """Return the bytes of the slots of each of some devices, which take turns."""
     groups = [item.streamed for item, gone in zip(items, away, strict=True) if gone and item.streamed]
-    return [ring_bytes(groups[number::count], rules.slots) for number in range(count)]
+    return [slots_bytes(groups[number::count], rules.slots) for number in range(count)]
 
 
 def _in_order(sizes: Sequence[int], capacities: Sequence[int], strategy: str) -> list[int] | None:
@@ -181,13 +183,13 @@ def _greedy(sizes: Sequence[int], capacities: Sequence[int]) -> list[int] | None
     return filled
 
 
-def _least(fits: Callable[[int], object], most: int) -> int:
+def _least(fits: Callable[[int], object], enough: int) -> int:
     """Find the least cap that fits, given that `most` does."""
-    return bisect_left(range(most + 1), True, key=lambda cap: fits(cap) is not None)
+    return bisect_left(range(enough + 1), True, key=lambda cap: fits(cap) is not None)
 
 
 def _candidates(items: Sequence[Item], devices: Sequence[int], rules: Rules) -> Iterable[list[bool]]:
-    """Give choices of what to offload, those first for which the least must be brought back for each forward."""
+    """Return choices of what to offload, those first for which the least must be brought back for each forward."""
     can_leave = [item.away > 0 and not item.is_first for item in items]
     blocks = [index for index, item in enumerate(items) if item.is_block and can_leave[index]]
     beside = [index for index in range(len(items)) if can_leave[index] and not items[index].is_block]
@@ -235,7 +237,7 @@ def _masks(count: int, *, from_end: bool) -> torch.Tensor:
 def _with_homes(
     items: Sequence[Item], placed: Sequence[Assigned], away: Sequence[bool], homes: dict[OffPlace, int]
 ) -> list[Assigned]:
-    """Give what is offloaded a place: the CPU, and of what it cannot hold, spread over the depth, the disk."""
+    """Return what is offloaded a place: the CPU, and of what it cannot hold, spread over the depth, the disk."""
     leaving = [index for index, gone in enumerate(away) if gone]
     sizes = [items[index].away for index in leaving]
     cpu, disk = homes.get("cpu"), homes.get("disk")
@@ -267,14 +269,14 @@ def _too_large(items: Sequence[Item], devices: Sequence[int], rules: Rules, *, m
             alone = index
     away = [may_leave and item.away > 0 and not item.is_first for item in items]
     rings = _rings(items, away, len(devices), rules)
-    most = max(*devices, 0) + sum(item.resident for item in items) + sum(rings)
+    enough = max(*devices, 0) + sum(item.resident for item in items) + sum(rings)
 
     def fits(number: int, size: int) -> object:
         return _on_devices(items, away, [*devices[:number], size, *devices[number + 1 :]], rules)
 
     for number in [largest] if alone is not None else reversed(range(len(devices))):
-        if fits(number, most) is not None:
-            needed = _least(partial(fits, number), most)
+        if fits(number, enough) is not None:
+            needed = _least(partial(fits, number), enough)
             return DoesNotFitError(number, needed, devices[number], alone)
     leaving = [item for item, gone in zip(items, away, strict=True) if gone]
     spent = [ring + sum(item.staying for item in leaving[n :: len(devices)]) for n, ring in enumerate(rings)]
@@ -282,4 +284,4 @@ def _too_large(items: Sequence[Item], devices: Sequence[int], rules: Rules, *, m
     number = max(range(len(devices)), key=lambda n: spent[n] - devices[n])
     if spent[number] > devices[number]:  # the worst of several that lack room
         return DoesNotFitError(number, spent[number], devices[number])
-    return DoesNotFitError(largest, most, devices[largest], alone)
+    return DoesNotFitError(largest, enough, devices[largest], alone)

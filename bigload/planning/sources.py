@@ -17,7 +17,7 @@ from ..errors import CheckpointError, ConfigError, counted, listed
 from ..io.tensors import LazyTensor, StoredTensor, read_whole
 from ..model.tensors import ModelTensor
 from ..model.transformers_facts import KeyConversion
-from .tracing import Traced
+from .tracing import TracedTensor
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class Source:
     region: tuple[slice | int, ...] = ()
     transposed: bool = False
 
-    def mirrored(self) -> Source:
+    def transpose(self) -> Source:
         """The same, where the parameter itself is transposed."""
         return replace(self, region=(*self.region[:-2], *self.region[:-3:-1]), transposed=not self.transposed)
 
@@ -149,7 +149,7 @@ def _combined(target: str, group: Mapping[str, Sequence[StoredTensor]], conversi
     """Where the library combines tensors: their regions, if it only rearranges them, else what it computes."""
     stored = {tensor.name: tensor for tensors in group.values() for tensor in tensors}
     first = next(iter(stored.values()))
-    stand_ins = {pattern: [Traced.whole(t.name, t.shape) for t in tensors] for pattern, tensors in group.items()}
+    stand_ins = {pattern: [TracedTensor.whole(t.name, t.shape) for t in tensors] for pattern, tensors in group.items()}
     try:
         made = conversion.convert(target, stand_ins)
     except Exception:  # not only NotTraceable: what fails on stand-ins may do on tensors, or is named there

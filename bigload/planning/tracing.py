@@ -18,7 +18,7 @@ class NotTraceable(Exception):  # noqa: N818 - a question answered with no, not 
 
 
 @dataclass(frozen=True)
-class Piece:
+class TracedRegion:
     """One stored tensor, whole, in a region of a larger one.
 
     Attributes:
@@ -32,18 +32,20 @@ class Piece:
     transposed: bool = False
 
 
-class Traced:
+class TracedTensor:
     """A tensor that knows only its shape and what it is made of."""
 
-    def __init__(self, shape: Sequence[int], pieces: Sequence[Piece], dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, shape: Sequence[int], pieces: Sequence[TracedRegion], dtype: torch.dtype = torch.float32
+    ) -> None:
         self.shape = torch.Size(shape)
         self.pieces = tuple(pieces)
         self.dtype = dtype
 
     @classmethod
-    def whole(cls, name: str, shape: Sequence[int]) -> Traced:
+    def whole(cls, name: str, shape: Sequence[int]) -> TracedTensor:
         """Stand in for one stored tensor."""
-        return cls(shape, [Piece(name, tuple(slice(0, size) for size in shape))])
+        return cls(shape, [TracedRegion(name, tuple(slice(0, size) for size in shape))])
 
     @classmethod
     def __torch_function__(
@@ -55,16 +57,18 @@ class Traced:
             NotTraceable: any other function.
         """
         handlers: dict[Any, Callable[..., Any]] = {torch.stack: _stack, torch.cat: _cat, torch.transpose: _transpose}
-        mixed = args and isinstance(args[0], (list, tuple)) and not all(isinstance(each, Traced) for each in args[0])
+        mixed = (
+            args and isinstance(args[0], (list, tuple)) and not all(isinstance(each, TracedTensor) for each in args[0])
+        )
         if func not in handlers or mixed:
             raise NotTraceable(getattr(func, "__name__", str(func)))
         return handlers[func](*args, **(kwargs or {}))
 
-    def contiguous(self) -> Traced:
-        """Give itself: it has no layout."""
+    def contiguous(self) -> TracedTensor:
+        """Return itself: it has no layout."""
         return self
 
-    def transpose(self, dim0: int, dim1: int) -> Traced:
+    def transpose(self, dim0: int, dim1: int) -> TracedTensor:
         """Swap two dimensions."""
         return _transpose(self, dim0, dim1)
 
@@ -78,7 +82,7 @@ class Traced:
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __matmul__ = _refuse
 
 
-def _stack(tensors: Sequence[Traced], dim: int = 0) -> Traced:
+def _stack(tensors: Sequence[TracedTensor], dim: int = 0) -> TracedTensor:
     first = tensors[0].shape
     if any(tensor.shape != first for tensor in tensors):
         raise NotTraceable("stack of different shapes")
@@ -90,10 +94,10 @@ def _stack(tensors: Sequence[Traced], dim: int = 0) -> Traced:
     ]
     if any(piece.transposed for piece in pieces) and dim > len(first) - 2:
         raise NotTraceable("stack between transposed dimensions")
-    return Traced((*first[:dim], len(tensors), *first[dim:]), pieces)
+    return TracedTensor((*first[:dim], len(tensors), *first[dim:]), pieces)
 
 
-def _cat(tensors: Sequence[Traced], dim: int = 0) -> Traced:
+def _cat(tensors: Sequence[TracedTensor], dim: int = 0) -> TracedTensor:
     first = tensors[0].shape
     dim %= len(first)
     if any((*t.shape[:dim], *t.shape[dim + 1 :]) != (*first[:dim], *first[dim + 1 :]) for t in tensors):
@@ -102,7 +106,7 @@ def _cat(tensors: Sequence[Traced], dim: int = 0) -> Traced:
     for tensor in tensors:
         pieces += [replace(piece, region=_shifted(piece.region, dim, offset)) for piece in tensor.pieces]
         offset += tensor.shape[dim]
-    return Traced((*first[:dim], offset, *first[dim + 1 :]), pieces)
+    return TracedTensor((*first[:dim], offset, *first[dim + 1 :]), pieces)
 
 
 def _shifted(region: tuple[slice | int, ...], dim: int, offset: int) -> tuple[slice | int, ...]:
@@ -111,7 +115,7 @@ def _shifted(region: tuple[slice | int, ...], dim: int, offset: int) -> tuple[sl
     return (*region[:dim], moved, *region[dim + 1 :])
 
 
-def _transpose(tensor: Traced, dim0: int, dim1: int) -> Traced:
+def _transpose(tensor: TracedTensor, dim0: int, dim1: int) -> TracedTensor:
     last = len(tensor.shape) - 1
     if {dim0 % (last + 1), dim1 % (last + 1)} != {last - 1, last}:
         raise NotTraceable("transpose of other than the last two dimensions")
@@ -121,4 +125,4 @@ def _transpose(tensor: Traced, dim0: int, dim1: int) -> Traced:
         replace(piece, region=(*piece.region[:-2], *piece.region[:-3:-1]), transposed=not piece.transposed)
         for piece in tensor.pieces
     ]
-    return Traced((*tensor.shape[:-2], tensor.shape[-1], tensor.shape[-2]), pieces)
+    return TracedTensor((*tensor.shape[:-2], tensor.shape[-1], tensor.shape[-2]), pieces)

@@ -35,14 +35,14 @@ class Unit:
         is_block: one of the model's repeated blocks.
         tensors: all of it.
         offloaded: those of them that leave the device when the unit is offloaded.
-        looks_up: an embedding, which looks up where it lies: nothing of it is ever brought to the device.
+        is_embedding: an embedding, which looks up where it lies: nothing of it is ever brought to the device.
     """
 
     paths: tuple[str, ...]
     is_block: bool
     tensors: tuple[PlannedTensor, ...]
     offloaded: tuple[PlannedTensor, ...]
-    looks_up: bool
+    is_embedding: bool
 
     @property
     def name(self) -> str:
@@ -73,7 +73,7 @@ class Unit:
     @property
     def streamed_bytes(self) -> int:
         """Bytes that are brought to the device for each forward when it is offloaded."""
-        return 0 if self.looks_up else self.group_bytes
+        return 0 if self.is_embedding else self.group_bytes
 
     @cached_property
     def fp32_bytes(self) -> int:
@@ -82,7 +82,7 @@ class Unit:
 
     @property
     def has_parameters(self) -> bool:
-        """Ask whether it is more than buffers."""
+        """Whether it is more than buffers."""
         return any(planned.tensor.is_parameter for planned in self.tensors)
 
 
@@ -125,7 +125,7 @@ _Piece = tuple[str, bool, list[str]]
 
 
 def _walk(path: str, module: nn.Module, blocks: Collection[str]) -> Iterator[tuple[str, nn.Module | None, list[str]]]:
-    """Give the pieces of a module: their path, the module where it is one, and the names of their tensors."""
+    """Return the pieces of a module: their path, the module where it is one, and the names of their tensors."""
     children = [(name, child) for name, child in _children(module) if _holds(child)]
     if not children or type(module).__name__ in blocks or weights_read(module):
         yield path, module, [name for name, _ in _tensors_under(path, module)]
@@ -213,7 +213,7 @@ def _owner(planned: PlannedTensor, modules: Mapping[str, nn.Module]) -> nn.Modul
 
 
 def _can_leave(planned: PlannedTensor, modules: Mapping[str, nn.Module], read: Collection[nn.Module]) -> bool:
-    """Ask whether a tensor is one module's own, which has no children and whose forward alone reads it."""
+    """Whether a tensor is one module's own, which has no children and whose forward alone reads it."""
     if not planned.tensor.is_parameter or planned.nbytes < RESIDENT_BYTES:
         return False
     owners = {modules[name.rpartition(".")[0]] for name in planned.tensor.names}
@@ -223,7 +223,7 @@ def _can_leave(planned: PlannedTensor, modules: Mapping[str, nn.Module], read: C
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    """Ask whether what a module has is its own, and none of a child's: an activation function has nothing."""
+    """Whether what a module has is its own, and none of a child's: an activation function has nothing."""
     return not any(_holds(child) for _, child in _children(module))
 
 

@@ -80,7 +80,7 @@ _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def _own_kernel(name: str, values: torch.Tensor, arguments: tuple[Any, ...]) -> Callable[..., None] | None:
-    """Give the function of bitsandbytes' own library that its operator calls, on a GPU.
+    """Return the function of bitsandbytes' own library that its operator calls, on a GPU.
 
     The operator allocates what it returns, to be copied then; beside a thread that copies and reads, each of those
     steps waits for the interpreter's lock: 0.9 ms for a piece of 48 MiB, which takes the GPU 0.3.
@@ -92,7 +92,7 @@ def _own_kernel(name: str, values: torch.Tensor, arguments: tuple[Any, ...]) -> 
 
 @functools.cache
 def _exported(name: str, arguments: tuple[Any, ...]) -> Callable[..., None] | None:
-    """Give a function of bitsandbytes' library; None in versions whose functions were not looked at."""
+    """Return a function of bitsandbytes' library; None in versions whose functions were not looked at."""
     if not re.match(r"0\.50\.", library().__version__) or torch.version.hip:
         return None
     native = library().cextension.lib

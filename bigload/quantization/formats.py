@@ -29,7 +29,7 @@ class Plain:
     dtype: torch.dtype
 
     def parts(self, shape: Shape) -> dict[str, TensorSpec]:
-        """Give the tensors that hold a weight of this shape, by name."""
+        """Return the tensors that hold a weight of this shape, by name."""
         return {"weight": TensorSpec(self.dtype, shape)}
 
 
@@ -38,10 +38,10 @@ class Int8:
     """LLM.int8() rows: weight = CB * SCB / 127, one scale a row (arXiv 2208.07339, section 2)."""
 
     def parts(self, shape: Shape) -> dict[str, TensorSpec]:
-        """Give the tensors that hold a weight of (out_features, in_features), by name."""
+        """Return the tensors that hold a weight of (out_features, in_features), by name."""
         return {"weight": TensorSpec(torch.int8, shape), "SCB": TensorSpec(torch.float32, shape[:1])}
 
-    def granule(self, shape: Shape) -> int:
+    def values_per_scale(self, shape: Shape) -> int:
         """Count the values that have one scale, and so are quantized together: a row."""
         return max(1, shape[-1])
 
@@ -59,7 +59,7 @@ class FourBit:
     quant_storage: torch.dtype
 
     def parts(self, shape: Shape) -> dict[str, TensorSpec]:
-        """Give the tensors that hold a weight of this shape, by name.
+        """Return the tensors that hold a weight of this shape, by name.
 
         Raises:
             ValueError: the packed bytes do not fill whole elements of `quant_storage`.
@@ -80,7 +80,7 @@ class FourBit:
             "nested_quant_map": _table("nested_quant_map"),
         }
 
-    def granule(self, shape: Shape) -> int:
+    def values_per_scale(self, shape: Shape) -> int:
         """Count the values that have one scale, and so are quantized together: a block, whatever the shape."""
         return self.blocksize
 
@@ -93,7 +93,7 @@ Format = Plain | Int8 | FourBit
 
 
 def dominant_dtype(tensors: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:
-    """Give the 16 or 32 bit floating dtype that most bytes are in; float32 where there is none.
+    """Return the 16 or 32 bit floating dtype that most bytes are in; float32 where there is none.
 
     Args:
         tensors: dtype and bytes of each.

@@ -78,7 +78,7 @@ def quantized_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def source_class(layer: nn.Module) -> type[nn.Module]:
-    """Give the class of the plain layer that a layer, of bitsandbytes or not, stands for."""
+    """Return the class of the plain layer that a layer, of bitsandbytes or not, stands for."""
     is_plain = not type(layer).__module__.startswith("bitsandbytes.")
     return type(layer) if is_plain else vars(layer).get("source_cls", nn.Linear)
 
@@ -113,12 +113,12 @@ def require_whole_layers(model: nn.Module, layers: Mapping[str, Any]) -> None:
 
 
 def row_scales(layer: Any) -> Any:
-    """Give an int8 layer's scales, which bitsandbytes moves from the weight to the state when the layer first runs."""
+    """Return an int8 layer's scales, which bitsandbytes moves from the weight to the state at the first forward."""
     return layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
 
 
 def config_of_layer(layer: Any) -> dict[str, Any]:
-    """Give the fields of a config that say how a layer of bitsandbytes is quantized and how it computes."""
+    """Return the fields of a config that say how a layer of bitsandbytes is quantized and how it computes."""
     if isinstance(layer, library().nn.Linear8bitLt):
         return {
             "load_in_8bit": True,
@@ -218,7 +218,7 @@ def carry_over(new: nn.Module, old: nn.Module) -> None:
 
 
 def _adapt_to_cpu(layer: Any, shape: tuple[int, ...], config: BnbQuantizationConfig) -> None:
-    """Give a layer on the CPU a forward that is right for its shape, where bitsandbytes' own is not."""
+    """Return a layer on the CPU a forward that is right for its shape, where bitsandbytes' own is not."""
     out_features, in_features = shape
     if config.load_in_4bit:
         has_packed_kernel = getattr(layer, "support_avx512bf16_for_cpu", False)
@@ -322,7 +322,7 @@ def _version(tensor: torch.Tensor) -> int:
 
 
 def streamed_forward(layer: nn.Module) -> Callable[..., Any]:
-    """Give the forward that a layer shall have while its weight comes and goes: one that keeps no packed twin of it.
+    """Return the forward that a layer shall have while its weight comes and goes: one that keeps no packed twin of it.
 
     For the layers that would use a twin it is bitsandbytes' own, which dequantizes and is right for their shapes.
     """

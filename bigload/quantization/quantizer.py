@@ -16,7 +16,7 @@ from .quantized_weight import QuantizedWeight
 # Values that bitsandbytes' CPU kernel takes at once before they fall out of the cache.
 _CPU_PIECE = 2**18
 # Values that its GPU kernel can count; a multiple of every blocksize.
-_MOST_VALUES = 2**30
+_MAX_VALUES = 2**30
 
 
 class Quantizer:
@@ -38,9 +38,9 @@ class Quantizer:
         self._data = self._bytes = self._scales = torch.empty(0)
 
     @property
-    def granule(self) -> int:
+    def values_per_scale(self) -> int:
         """Values that belong together, a row or a block: pieces begin and end at multiples of it."""
-        return self._format.granule(self._shape)
+        return self._format.values_per_scale(self._shape)
 
     def add(self, values: torch.Tensor, begin: int) -> None:
         """Quantize a piece.
@@ -60,7 +60,9 @@ class Quantizer:
         weight = self._format.parts(self._shape)["weight"]
         self._data = torch.empty(weight.shape, dtype=weight.dtype, device=self._device)
         self._bytes = self._data.view(torch.uint8).view(-1)
-        scales = self._shape[0] if isinstance(self._format, Int8) else -(-math.prod(self._shape) // self.granule)
+        scales = (
+            self._shape[0] if isinstance(self._format, Int8) else -(-math.prod(self._shape) // self.values_per_scale)
+        )
         self._scales = torch.empty(scales, dtype=torch.float32, device=self._device)
 
     def _add_rows(self, rows: torch.Tensor, begin: int) -> None:
@@ -81,13 +83,13 @@ class Quantizer:
             values, packed, scales = values[whole:], packed[whole // 2 :], scales[blocks:]
             if not len(values):
                 return
-        for piece in torch.split(values, _MOST_VALUES):
+        for piece in torch.split(values, _MAX_VALUES):
             blocks, nbytes = -(-len(piece) // fmt.blocksize), (len(piece) + 1) // 2
             quantize_4bit_into(piece, fmt.blocksize, fmt.quant_type, packed[:nbytes], scales[:blocks])
             packed, scales = packed[nbytes:], scales[blocks:]
 
     def finish(self) -> QuantizedWeight:
-        """Give the weight, when all of it has been added."""
+        """Return the weight, when all of it has been added."""
         if not self._scales.numel():
             self._allocate()
         data, scales = self._data, self._scales

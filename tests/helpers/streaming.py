@@ -9,7 +9,7 @@ from bigload.hardware.layout import TensorSpec
 from bigload.hardware.pinned import HostGroup
 from bigload.offload.engine import Engine
 from bigload.offload.files import FilePart
-from bigload.offload.leaves import Group, Leaf, cells_of
+from bigload.offload.leaves import Group, Leaf, streamed_tensors_of
 from bigload.quantization.layers import streamed_forward
 
 # Later than a file's time by what the coarsest clock of a file system can tell.
@@ -24,7 +24,7 @@ def parts_of(tensors):
 
 def tensors_of(leaves):
     """Give what is streamed of leaves, by name."""
-    return {cell.name: cell.get() for leaf in leaves for cell in cells_of(leaf)}
+    return {each.name: each.get() for leaf in leaves for each in streamed_tensors_of(leaf)}
 
 
 def at_rest(tensors, device):
@@ -101,9 +101,9 @@ def tokens(device, time=16):
 
 def assert_at_rest(engine):
     assert not any(slot.users for slot in engine.pool.slots)
-    for group, by_leaf in engine._cells.items():
-        for cells in by_leaf.values():
-            for cell in cells:
-                assert not cell.is_used()
-                assert not cell.is_away
-                assert cell.get().data_ptr() == group.store.tensors[cell.name].data_ptr()
+    for group, by_leaf in engine._streamed.items():
+        for streamed in by_leaf.values():
+            for each in streamed:
+                assert not each.is_used()
+                assert not each.is_away
+                assert each.get().data_ptr() == group.store.tensors[each.name].data_ptr()

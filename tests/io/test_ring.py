@@ -360,7 +360,7 @@ def test_release_while_a_ring_is_being_pinned_frees_it_too(pinning, held):
         assert not released.done()
         go.set()
         released.result(20)
-    assert room._store.kept is None
+    assert room._kept_ring.kept is None
     assert not open_and_running() - running
     with take_ring(pinned=True):
         pass
@@ -395,7 +395,7 @@ def test_any_order_of_taking_pinning_ahead_and_releasing_in_threads_ends(pinning
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(work, range(6)))
     release_buffers()
-    assert room._store.kept is None
+    assert room._kept_ring.kept is None
 
 
 # On a GPU
@@ -421,7 +421,7 @@ def test_pinned_ahead_twice_and_loaded_twice_there_is_one_ring(gpu, tmp_path):
     kept = []
     for _ in range(2):
         load_and_quantize_model(empty_model(), "nf4", tmp_path, device_map=0)
-        kept.append(room._store.kept)
+        kept.append(room._kept_ring.kept)
     assert kept[0] is kept[1] is not None
 
 
@@ -445,8 +445,8 @@ def test_release_while_pinning_on_a_gpu_leaves_nothing_pinned(gpu, monkeypatch):
     for _ in range(3):
         pin_ahead(gpu)
         release_buffers()
-        assert room._store.kept is None
-        assert room._store.pinning is None
+        assert room._kept_ring.kept is None
+        assert room._kept_ring.pinning is None
 
 
 @pytest.mark.cuda
@@ -463,7 +463,7 @@ def test_two_loads_at_once_on_a_gpu_have_rings_of_their_own(gpu, tmp_path):
     with ThreadPoolExecutor(2) as pool:
         states = list(pool.map(load, range(8)))
     assert all(torch.equal(state[name], expected[name]) for state in states for name in expected)
-    assert room._store.kept is not None
+    assert room._kept_ring.kept is not None
 
 
 @pytest.mark.cuda
@@ -491,7 +491,7 @@ def test_ring_that_is_still_written_to_is_not_kept_for_the_next_load(tmp_path, m
 
     from bigload.checkpoint.checkpoint import open_checkpoint
     from bigload.io import reader, transfer
-    from bigload.io.extents import Delivery
+    from bigload.io.extents import ReadTask
 
     save_file({"w": torch.randn(1000)}, tmp_path / "w.safetensors")
     entry = open_checkpoint(tmp_path / "w.safetensors").tensors["w"]
@@ -506,23 +506,23 @@ def test_ring_that_is_still_written_to_is_not_kept_for_the_next_load(tmp_path, m
 
     monkeypatch.setattr(reader.Reader, "__exit__", interrupted_again)
     with pytest.raises(KeyboardInterrupt):
-        transfer.deliver([Delivery(entry, torch.device("cpu"), lambda values, begin: None)])
+        transfer.read_all([ReadTask(entry, torch.device("cpu"), lambda values, begin: None)])
     assert not rings[0].is_quiet
-    monkeypatch.setattr(room._store, "kept", None)
+    monkeypatch.setattr(room._kept_ring, "kept", None)
     monkeypatch.setattr(room, "Ring", lambda nbytes, pinned: rings[0])
     with take_ring(pinned=True):
         pass
-    assert room._store.kept is None
+    assert room._kept_ring.kept is None
 
 
 def test_pinning_ahead_that_cannot_start_a_thread_leaves_the_load_as_it_was(monkeypatch):
     def no_more(self):
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(room._store, "kept", None)
-    monkeypatch.setattr(room._store, "pinning", None)
+    monkeypatch.setattr(room._kept_ring, "kept", None)
+    monkeypatch.setattr(room._kept_ring, "pinning", None)
     monkeypatch.setattr(threading.Thread, "start", no_more)
     pin_ahead(torch.device("cuda", 0))
-    assert room._store.pinning is None
+    assert room._kept_ring.pinning is None
     with take_ring(pinned=False) as lent:
         assert lent.count >= 2

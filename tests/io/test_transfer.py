@@ -19,8 +19,8 @@ import bigload.io.transfer as room
 from bigload import BnbQuantizationConfig, CheckpointError, PlacementError, init_empty_weights, load_and_quantize_model
 from bigload.checkpoint.checkpoint import open_checkpoint
 from bigload.io import async_reads
-from bigload.io.extents import Delivery
-from bigload.io.transfer import deliver
+from bigload.io.extents import ReadTask
+from bigload.io.transfer import read_all
 
 CPU = torch.device("cpu")
 NAMES = {torch.uint8: "U8", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
@@ -64,7 +64,7 @@ class Receiver:
         self.way, self.on_take = way, take
         self.values, self.pieces, self.arrived, self.order, self.threads = {}, {}, {}, [], set()
 
-    def delivery(self, index, tensor):
+    def task(self, index, tensor):
         name, numel = tensor.name, tensor.nbytes // tensor.dtype.itemsize
         home = torch.zeros(numel, dtype=tensor.dtype)
         self.values[name], self.pieces[name], self.arrived[name] = home.view(tensor.shape), [], 0
@@ -82,10 +82,10 @@ class Receiver:
             self.arrived[name] += count
 
         has_home = self.way == "homes" or (self.way == "mixed" and index % 2 == 0)
-        return Delivery(tensor, CPU, take, home.view(torch.uint8) if has_home else None, arrived=arrived)
+        return ReadTask(tensor, CPU, take, home.view(torch.uint8) if has_home else None, arrived=arrived)
 
     def receive(self, tensors, **options):
-        deliver([self.delivery(index, tensor) for index, tensor in enumerate(tensors)], **options)
+        read_all([self.task(index, tensor) for index, tensor in enumerate(tensors)], **options)
         return self.values
 
 
@@ -229,13 +229,13 @@ def test_tensors_left_out_leave_the_others_right(odd, tiny, way):
 def test_one_tensor_may_be_delivered_twice(odd, tiny):
     tensors = [tensor for tensor in stored_in(odd) if tensor.name == "large"] * 2
     homes = [torch.empty(3001), torch.empty(3001)]
-    deliver([Delivery(tensor, CPU, None, home.view(torch.uint8)) for tensor, home in zip(tensors, homes, strict=True)])
+    read_all([ReadTask(tensor, CPU, None, home.view(torch.uint8)) for tensor, home in zip(tensors, homes, strict=True)])
     assert all(torch.equal(home, ODD["large"]) for home in homes)
 
 
 def test_nothing_to_deliver_is_no_work(odd, monkeypatch):
     monkeypatch.setattr(threading.Thread, "start", raising(AssertionError("a thread for nothing")))
-    deliver([])
+    read_all([])
     received([tensor for tensor in stored_in(odd) if not tensor.nbytes])
 
 
@@ -252,10 +252,10 @@ def test_pieces_come_in_order_to_the_callers_thread(odd, tiny):
     assert len(receiver.pieces["large"]) >= 12_004 // 512
 
 
-def test_pieces_are_whole_granules_but_the_last(odd, tiny):
+def test_values_of_one_scale_stay_in_one_piece(odd, tiny):
     pieces = []
     (tensor,) = (tensor for tensor in stored_in(odd) if tensor.name == "large")
-    deliver([Delivery(tensor, CPU, lambda values, begin: pieces.append((begin, len(values))), granule=100)])
+    read_all([ReadTask(tensor, CPU, lambda values, begin: pieces.append((begin, len(values))), values_per_scale=100)])
     assert [begin % 100 for begin, _ in pieces] == [0] * len(pieces)
     assert [count % 100 for _, count in pieces[:-1]] == [0] * (len(pieces) - 1)
     assert sum(count for _, count in pieces) == 3001
@@ -276,7 +276,7 @@ def test_all_values_are_told_to_have_arrived_once(odd, tiny, way):
 @pytest.mark.parametrize("way", WAYS)
 def test_values_are_there_when_they_are_told_to_have_arrived(odd, tiny, way):
     receiver, wrong = Receiver(way), []
-    deliveries = [receiver.delivery(index, tensor) for index, tensor in enumerate(stored_in(odd))]
+    tasks = [receiver.task(index, tensor) for index, tensor in enumerate(stored_in(odd))]
 
     def checked(one):
         def arrived(count):
@@ -285,9 +285,9 @@ def test_values_are_there_when_they_are_told_to_have_arrived(odd, tiny, way):
             if receiver.arrived[name] == ODD[name].numel() and not same_bits(receiver.values[name], ODD[name]):
                 wrong.append(name)
 
-        return Delivery(one.tensor, CPU, one.take, one.home, arrived=arrived)
+        return ReadTask(one.tensor, CPU, one.take, one.home, arrived=arrived)
 
-    deliver([checked(one) for one in deliveries])
+    read_all([checked(one) for one in tasks])
     assert wrong == []
 
 
@@ -426,7 +426,7 @@ def test_threads_that_cannot_be_started_leave_nothing_running(odd, monkeypatch, 
 def test_memory_that_failed_to_be_had_for_the_way_names_the_device(tmp_path, monkeypatch):
     """A GPU has a window, which may be what does not fit."""
     save_checkpoint(GPT(), tmp_path)
-    monkeypatch.setattr(room, "_way", lambda device: raising(torch.OutOfMemoryError("CUDA out of memory"))())
+    monkeypatch.setattr(room, "_transfer", lambda device: raising(torch.OutOfMemoryError("CUDA out of memory"))())
     with init_empty_weights():
         model = GPT()
     with pytest.raises(PlacementError, match=r"cpu.? ran out of memory"):
@@ -495,7 +495,7 @@ def test_readers_wait_while_the_consumer_holds_a_slot(odd, monkeypatch, tiny):
         ahead.append(sum(filled) - begin * 4)
 
     monkeypatch.setattr(async_reads.Reads, "begin", counting)
-    deliver([Delivery(tensor, CPU, take)])
+    read_all([ReadTask(tensor, CPU, take)])
     assert max(ahead) <= 1024
     assert sum(filled) == tensor.nbytes
 

@@ -10,7 +10,7 @@ from models import GPT, llama
 from torch import nn
 
 from bigload.offload import device_hooks
-from bigload.offload.device_hooks import connect
+from bigload.offload.device_hooks import attach
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -76,7 +76,7 @@ def stack(places="001122"):
 
 def test_activations_move_where_the_device_changes(moves):
     model, devices = stack("000111")
-    connect(model, devices)
+    attach(model, devices)
     out = model(torch.ones(2, 4))
     assert [(tuple(tensor.shape), device) for tensor, device in moves] == [((2, 4), META), ((2, 4), CPU)]
     assert out["x"].device == CPU  # where the input was
@@ -84,7 +84,7 @@ def test_activations_move_where_the_device_changes(moves):
 
 def test_what_parts_share_moves_once_for_each_forward(moves):
     model, devices = stack("0101011")
-    connect(model, devices)
+    attach(model, devices)
     mask = torch.ones(3)
     for _ in range(2):
         moves.clear()
@@ -95,7 +95,7 @@ def test_what_parts_share_moves_once_for_each_forward(moves):
 
 def test_a_mask_that_is_changed_on_the_way_moves_again(moves):
     model, devices = stack("0101")
-    connect(model, devices)
+    attach(model, devices)
     mask = torch.ones(3)
     model.parts[2].register_forward_hook(lambda *given: (mask.add_(1), None)[1])
     model(torch.ones(2, 4), mask=mask)
@@ -104,7 +104,7 @@ def test_a_mask_that_is_changed_on_the_way_moves_again(moves):
 
 def test_nested_arguments_move_and_other_objects_stay(moves):
     model, devices = stack("01")
-    connect(model, devices)
+    attach(model, devices)
     cache, pair = Cache(torch.ones(1)), (torch.ones(2), [torch.ones(3)])
     model(torch.ones(2, 4), cache=cache, pair=pair, point=Point(torch.ones(1), 5), table={"a": torch.ones(1)}, n=3)
     _, given, others = model.parts[1].given
@@ -120,14 +120,14 @@ def test_nested_arguments_move_and_other_objects_stay(moves):
 def test_what_a_module_says_is_left_alone_is(moves, names):
     model, devices = stack("01")
     model._skip_keys_device_placement = names
-    connect(model, devices)
+    attach(model, devices)
     model(torch.ones(2, 4), held=torch.ones(1), other=torch.ones(1))
     assert {name: value.device for name, value in model.parts[1].given[2].items()} == {"held": CPU, "other": META}
 
 
 def test_nothing_is_kept_after_a_forward_that_ended_or_failed(moves):
     model, devices = stack("01")
-    memo = connect(model, devices)._memo
+    memo = attach(model, devices)._memo
     model(torch.ones(2, 4), mask=torch.ones(3))
     assert (memo.is_on, memo.moved) == (False, {})
     model.fails = True
@@ -138,7 +138,7 @@ def test_nothing_is_kept_after_a_forward_that_ended_or_failed(moves):
 
 def test_nothing_is_kept_of_a_forward_that_was_interrupted(moves):
     model, devices = stack("0101")
-    memo = connect(model, devices)._memo
+    memo = attach(model, devices)._memo
     handle = model.parts[3].register_forward_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
         model(torch.ones(2, 4), mask=torch.ones(3))
@@ -154,7 +154,7 @@ def interrupt(*given):
 
 def test_what_was_moved_without_gradients_is_moved_anew_for_them(moves):
     model, devices = stack("0101")
-    connect(model, devices)
+    attach(model, devices)
     mask = torch.ones(3, requires_grad=True)
     model.parts[1].register_forward_hook(lambda *given: torch.set_grad_enabled(True) and None)
     try:
@@ -183,7 +183,7 @@ def test_caches_that_go_into_blocks_in_float32_keep_their_dtype(moves):
             return self.parts[1](self.parts[0](x), held=half, other=half)
 
     model = Holding()
-    connect(model, {"parts.0": META, "parts.1": CPU}, ["parts.1"], torch.bfloat16)
+    attach(model, {"parts.0": META, "parts.1": CPU}, ["parts.1"], torch.bfloat16)
     model(torch.ones(2, 4, dtype=torch.bfloat16))
     assert model.parts[1].seen == (torch.bfloat16, torch.float32)
 
@@ -197,21 +197,21 @@ def test_caches_in_outputs_stay_where_they_are(moves):
 
     model = Giving(2)
     model.parts[1].to(META)
-    connect(model, {"parts.0": CPU, "parts.1": META})
+    attach(model, {"parts.0": CPU, "parts.1": META})
     assert {name: value.device for name, value in model(torch.ones(2, 4)).items()} == {"x": CPU, "held": META}
 
 
 def test_one_device_needs_no_hooks():
     model, devices = stack("0000")
-    handles = connect(model, devices)
+    handles = attach(model, devices)
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
     assert not handles._handles
 
 
 def test_hooks_are_put_on_once_and_come_off(moves):
     model, devices = stack("01")
-    connect(model, devices)
-    handles = connect(model, devices)
+    attach(model, devices)
+    handles = attach(model, devices)
     assert len(model.parts[0]._forward_pre_hooks) == 1
     handles.remove()
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
@@ -219,16 +219,16 @@ def test_hooks_are_put_on_once_and_come_off(moves):
 
 def test_copies_of_a_model_are_hooked_for_themselves(moves):
     model, devices = stack("01")
-    connect(model, devices)
+    attach(model, devices)
     twin = copy.deepcopy(model)
     twin(torch.ones(2, 4), mask=torch.ones(3))
     assert len(moves) == 3
-    assert twin.__dict__["_bigload_crossings"]._memo is not model.__dict__["_bigload_crossings"]._memo
+    assert twin.__dict__["_bigload_device_hooks"]._memo is not model.__dict__["_bigload_device_hooks"]._memo
 
 
 def test_threads_do_not_share_what_they_moved(moves):
     model, devices = stack("0101")
-    connect(model, devices)
+    attach(model, devices)
     masks = [torch.ones(3) for _ in range(4)]
     threads = [threading.Thread(target=lambda m=mask: model(torch.ones(2, 4), mask=m)) for mask in masks]
     for thread in threads:
@@ -240,7 +240,7 @@ def test_threads_do_not_share_what_they_moved(moves):
 
 def test_inference_tensors_have_no_version_and_are_not_kept(moves):
     model, devices = stack("0101")
-    connect(model, devices)
+    attach(model, devices)
     with torch.inference_mode():
         mask = torch.ones(3)
         model(torch.ones(2, 4), mask=mask)
@@ -294,14 +294,14 @@ def test_weights_that_come_from_memory_are_quantized_on_every_gpu(tmp_path, mode
 
 def test_what_nothing_floating_goes_into_gives_the_models_dtype(moves):
     model = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4).to(torch.bfloat16).to(META))
-    connect(model, {"0": CPU, "1": META}, ["0"], torch.bfloat16)
+    attach(model, {"0": CPU, "1": META}, ["0"], torch.bfloat16)
     assert model(torch.tensor([1, 2])).dtype == torch.bfloat16
 
 
 def test_blocks_in_float32_take_and_give_what_the_others_compute_in(moves):
     model, devices = stack("10")
     model.parts[0].to(torch.bfloat16)
-    connect(model, devices, ["parts.1"], torch.bfloat16)
+    attach(model, devices, ["parts.1"], torch.bfloat16)
     seen = []
     model.parts[1].fc.register_forward_hook(lambda module, args, out: seen.append((args[0].dtype, out.dtype)))
     assert model(torch.ones(2, 4, dtype=torch.bfloat16))["x"].dtype == torch.bfloat16
@@ -314,7 +314,7 @@ def test_containers_of_other_classes_keep_them(moves):
     from transformers.modeling_outputs import BaseModelOutput
 
     model, devices = stack("01")
-    connect(model, devices)
+    attach(model, devices)
     given = {
         "table": defaultdict(list, a=torch.ones(1)),
         "ordered": OrderedDict(a=torch.ones(1)),

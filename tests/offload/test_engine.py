@@ -21,7 +21,7 @@ from bigload.errors import OffloadError
 from bigload.hardware.pinned import HostGroup
 from bigload.offload.engine import Engine
 from bigload.offload.leaves import Group, Leaf
-from bigload.offload.slots import CudaLane, Lane
+from bigload.offload.slots import CudaSlotCopier, SlotCopier
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
@@ -418,7 +418,7 @@ def test_engine_that_finds_no_room_to_be_removed_streams_on(device, monkeypatch)
 def test_memory_that_could_not_be_pinned_passes_through_what_is(device, monkeypatch):
     """On the CPU nothing is pinned: there the reader is made to think so."""
     monkeypatch.setattr("bigload.hardware.pinned._pin", lambda *args: None)
-    monkeypatch.setattr(Lane, "_can_begin_at_once", lambda self, store: False)
+    monkeypatch.setattr(SlotCopier, "_can_begin_at_once", lambda self, store: False)
     expected, model = resident("nf4-dq", device), resident("nf4-dq", device)
     engine = stream(model, device)
     for _ in range(3):
@@ -446,14 +446,14 @@ def test_whichever_is_late_the_other_waits(late, slots, monkeypatch):
         wanted = expected(x)
         torch.cuda.synchronize()
         if late == "copying":
-            own = CudaLane._copy
+            own = CudaSlotCopier._copy
 
             def slow(self, source, slot):
                 with torch.cuda.stream(self._stream):
                     sleep()
                 own(self, source, slot)
 
-            monkeypatch.setattr(CudaLane, "_copy", slow)
+            monkeypatch.setattr(CudaSlotCopier, "_copy", slow)
         else:
             for block in model.transformer["h"]:
                 block.register_forward_pre_hook(lambda *_: sleep())
@@ -496,10 +496,10 @@ def test_next_forward_after_an_error_is_exact(place, error, device, monkeypatch)
         elif place == "grow":
             calls[0] = 1
             engine.pool.slots.clear()
-            patch.setattr(engine.pool.lane, "make_slot", failing(engine.pool.lane.make_slot))
+            patch.setattr(engine.pool.copier, "make_slot", failing(engine.pool.copier.make_slot))
         else:
             name = {"copy": "_copy", "wait": "await_copy"}[place]
-            patch.setattr(engine.pool.lane, name, failing(getattr(engine.pool.lane, name)))
+            patch.setattr(engine.pool.copier, name, failing(getattr(engine.pool.copier, name)))
         with pytest.raises(error):
             model(tokens(device))
     assert calls[0] >= 2
@@ -623,4 +623,4 @@ def test_forwards_leave_no_tensor_behind(mode, device):
 
 def test_lane_is_the_cpus_on_the_cpu(device):
     engine = stream(resident("fp32", device), device)
-    assert (type(engine.pool.lane) is Lane) == (device.type == "cpu")
+    assert (type(engine.pool.copier) is SlotCopier) == (device.type == "cpu")

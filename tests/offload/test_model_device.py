@@ -16,7 +16,7 @@ from transformers import CLIPConfig, CLIPModel, LlamaForCausalLM, T5Config, T5Fo
 
 from bigload import OffloadError, load_and_quantize_model, plan_device_map
 from bigload.offload import device_hooks
-from bigload.offload.device_hooks import connect
+from bigload.offload.device_hooks import attach
 from bigload.offload.model_device import ModelDevices, entries
 
 CPU, META, GPU, OTHER = torch.device("cpu"), torch.device("meta"), torch.device("cuda", 0), torch.device("cuda", 1)
@@ -267,7 +267,7 @@ ENTERED = {
 def test_inputs_from_elsewhere_are_brought_and_outputs_of_the_model_sent_back(moves, entry):
     with META:
         model = build()
-    connect(model, {"": META}, entries={"": META, "model": META})
+    attach(model, {"": META}, entries={"": META, "model": META})
     out = ENTERED[entry](model)
     assert moves == [META, META] + [CPU] * (entry == "forward")
     assert out.device == (CPU if entry == "forward" else META)
@@ -276,7 +276,7 @@ def test_inputs_from_elsewhere_are_brought_and_outputs_of_the_model_sent_back(mo
 def test_tower_is_brought_what_it_is_called_with(moves):
     with META:
         model = clip()
-    connect(model, {"": META}, entries=dict.fromkeys(["", "text_model", "vision_model"], META))
+    attach(model, {"": META}, entries=dict.fromkeys(["", "text_model", "vision_model"], META))
     found = model.get_image_features(pixel_values=torch.ones(1, 3, 32, 32))
     assert moves == [META]
     assert getattr(found, "pooler_output", found).device == META
@@ -285,7 +285,7 @@ def test_tower_is_brought_what_it_is_called_with(moves):
 def test_encoder_is_brought_what_it_is_called_with(moves):
     with META:
         model = t5()
-    connect(model, {"": META}, entries=dict.fromkeys(["", "encoder", "decoder"], META))
+    attach(model, {"": META}, entries=dict.fromkeys(["", "encoder", "decoder"], META))
     assert model.get_encoder()(TOKENS).last_hidden_state.device == META
     assert moves == [META]
 
@@ -298,7 +298,7 @@ def test_caches_are_left_where_they_are_and_do_not_say_where_the_input_was(moves
             return {"x": x, "held": held}
 
     model = Holding()
-    connect(model, {"": META}, entries={"": META})
+    attach(model, {"": META}, entries={"": META})
     out = model(held=torch.ones(1, device=META), x=torch.ones(2))
     assert (out["x"].device, out["held"].device) == (CPU, META)
     assert moves == [META, CPU]
@@ -313,9 +313,9 @@ def test_calls_within_a_call_go_back_to_where_each_came_from(moves):
             return x
 
     model = Twice()
-    connect(model, {"": META}, entries={"": META})
+    attach(model, {"": META}, entries={"": META})
     assert model(torch.ones(2)).device == CPU
-    assert model.__dict__["_bigload_crossings"]._memo.origins == []
+    assert model.__dict__["_bigload_device_hooks"]._memo.origins == []
 
 
 def test_what_is_there_already_passes_as_it_is(moves):
@@ -324,7 +324,7 @@ def test_what_is_there_already_passes_as_it_is(moves):
             return x
 
     model = Passing()
-    connect(model, {"": CPU}, entries={"": CPU})
+    attach(model, {"": CPU}, entries={"": CPU})
     given = {"x": torch.ones(2), "n": 3}
     assert model(given) is given
     assert not moves
@@ -333,7 +333,7 @@ def test_what_is_there_already_passes_as_it_is(moves):
 def test_gradients_come_back_through_what_was_moved(monkeypatch):
     monkeypatch.setattr(device_hooks, "_moved", lambda tensor, device: tensor if device == CPU else tensor * 1)
     model = nn.Linear(2, 2)
-    connect(model, {"": META}, entries={"": META})
+    attach(model, {"": META}, entries={"": META})
     x = torch.ones(1, 2, requires_grad=True)
     model(x).sum().backward()
     assert torch.equal(x.grad, model.weight.sum(0, keepdim=True))

@@ -30,12 +30,12 @@ from torch import nn
 
 from bigload.errors import ConfigError, OffloadError
 from bigload.hardware.pinned import HostGroup
-from bigload.offload.background import Background, Landing
+from bigload.offload.background import BackgroundRead, BackgroundReader
 from bigload.offload.engine import Engine
 from bigload.offload.files import FileGroup
 from bigload.offload.forwards import OwnForward
 from bigload.offload.leaves import Group, Leaf
-from bigload.offload.slots import Lane
+from bigload.offload.slots import SlotCopier
 
 
 class Own(nn.Linear):
@@ -204,7 +204,7 @@ def test_forward_goes_on_with_the_slots_there_are_where_memory_for_more_is_gone(
         raise torch.OutOfMemoryError("injected")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.pool.lane, "make_slot", failing)
+        patch.setattr(engine.pool.copier, "make_slot", failing)
         assert equal(model(tokens(device)), expected(tokens(device)))
     for group in engine.groups:
         engine.pool.forget(group)  # so that one is waited for
@@ -289,7 +289,7 @@ def test_backward_after_the_engine_was_removed_is_right_or_refused(mode, device)
 def test_what_was_brought_before_memory_ran_out_is_gone_when_slots_are_made_again(device, monkeypatch):
     model = resident("nf4", device)
     engine = stream(model, device)
-    bring, make, alive = engine._bring_all, engine.pool.lane.make_slot, []
+    bring, make, alive = engine._bring_all, engine.pool.copier.make_slot, []
 
     def failing(brought):
         bring(brought)
@@ -301,7 +301,7 @@ def test_what_was_brought_before_memory_ran_out_is_gone_when_slots_are_made_agai
         return make(nbytes)
 
     monkeypatch.setattr(engine, "_bring_all", failing)
-    monkeypatch.setattr(engine.pool.lane, "make_slot", counting)
+    monkeypatch.setattr(engine.pool.copier, "make_slot", counting)
     with pytest.raises(torch.OutOfMemoryError):
         engine.remove()
     assert len(alive) > 9
@@ -328,7 +328,7 @@ def test_remove_that_was_interrupted_is_finished_by_a_second(step, at, device, m
     engine = stream(model, device)
     model(tokens(device))
     owner, name = {
-        "put": (type(next(iter(engine._cells[engine.groups[0]].values()))[0]), "put"),
+        "put": (type(next(iter(engine._streamed[engine.groups[0]].values()))[0]), "put"),
         "rows": (HostGroup, "source_of"),
         "let go": (OwnForward, "remove"),
         "release": (HostGroup, "release"),
@@ -390,7 +390,7 @@ def test_what_could_not_be_read_ahead_is_read_when_it_is_needed(device, tmp_path
         file.rename(file.with_suffix(".away"))
     model[0](x)
     model[1](x)  # those after it are asked for
-    engine.pool.lane.finish()
+    engine.pool.copier.finish()
     for file in away:
         file.with_suffix(".away").rename(file)
     demanded = engine.stats().demand_fetches
@@ -458,11 +458,11 @@ def test_weights_that_a_call_left_away_are_at_rest_before_others_are_loaded(devi
     with torch.no_grad():
         other.transformer["h"][0].attn.c_attn.weight.mul_(2)
     engine = stream(model, device, poisoned=False)
-    weights, cell = engine._weights[0], engine._weights[0]._cells[0]
+    weights, each = engine._weights[0], engine._weights[0]._streamed[0]
     with weights.placed() as slot:
-        there = cell.get()
-    cell.put(there)  # as Ctrl-C may leave it
-    cell.is_away = True
+        there = each.get()
+    each.put(there)  # as Ctrl-C may leave it
+    each.is_away = True
     model.load_state_dict(other.state_dict())
     slot.memory.fill_(0xFF)
     engine.pool.forget(engine.groups[0])
@@ -476,7 +476,7 @@ def test_process_that_is_forked_while_its_parent_reads_reads_for_itself(tmp_path
     expected = [layer.weight.clone() for pair in model for layer in pair]
     engine = Engine(model, list(groups_of(model, cpu, tmp_path)), cpu)
     brought(engine)
-    engine.pool.lane.finish()
+    engine.pool.copier.finish()
     own = FileGroup.read_into
 
     def read_into(*args):
@@ -496,14 +496,14 @@ def test_process_that_is_forked_while_its_parent_reads_reads_for_itself(tmp_path
 
 def test_slot_is_not_let_go_of_while_it_is_read_into(tmp_path):
     cpu, done = torch.device("cpu"), []
-    lane = Lane(cpu)
-    slot = lane.make_slot(64)
+    copier = SlotCopier(cpu)
+    slot = copier.make_slot(64)
     slow = FileGroup(written({"a": torch.zeros(16)}, tmp_path / "slow"))
     slow.read_into = lambda memory: (time.sleep(0.1), done.append(1))
-    lane.copy(slow, slot)
-    lane.discard(slot)
+    copier.copy(slow, slot)
+    copier.discard(slot)
     assert done
-    lane.close()
+    copier.close()
 
 
 def test_engine_without_a_slot_is_refused(device):
@@ -599,7 +599,7 @@ def test_forked_process_reads_for_itself(tmp_path):
     expected = [layer.weight.clone() for pair in model for layer in pair]
     engine = Engine(model, list(groups_of(model, cpu, tmp_path)), cpu)
     brought(engine)
-    engine.pool.lane.finish()
+    engine.pool.copier.finish()
     assert exit_status(lambda: assert_all_equal(brought(engine), expected)) == 0
 
 
@@ -609,26 +609,26 @@ def test_forked_process_reads_for_itself(tmp_path):
 def test_copies_wait_for_what_is_read_into_their_slot(tmp_path):
     """A mixed engine of one slot: what is read slowly must not land on what was copied after it."""
     cpu = torch.device("cpu")
-    lane, gate = Lane(cpu), threading.Event()
-    slot = lane.make_slot(64)
+    copier, gate = SlotCopier(cpu), threading.Event()
+    slot = copier.make_slot(64)
     slow = FileGroup(written({"a": torch.zeros(16)}, tmp_path / "slow"))
     own = slow.read_into
     slow.read_into = lambda memory: (gate.wait(10), own(memory))  # to its end where nobody waits: too late
-    lane.copy(slow, slot)
-    wait = slot.landing.wait
-    slot.landing.wait = lambda: (gate.set(), wait())
-    lane.copy(at_rest({"a": torch.ones(16)}, cpu), slot)
-    lane.finish()
+    copier.copy(slow, slot)
+    wait = slot.pending.wait
+    slot.pending.wait = lambda: (gate.set(), wait())
+    copier.copy(at_rest({"a": torch.ones(16)}, cpu), slot)
+    copier.finish()
     assert equal(slot.memory.view(torch.float32)[:16], torch.ones(16))
 
 
 def test_finish_waits_for_all_and_nothing_of_it_is_held():
-    done, begun = [], Background.start(lambda: None)
+    done, begun = [], BackgroundReader.start(lambda: None)
     memories = [torch.zeros(4) for _ in range(3)]
     held = [weakref.ref(memory) for memory in memories]
     while memories:
         memory = memories.pop()
-        begun.given.put(Landing(lambda: (time.sleep(0.02), done.append(1)), memory))
+        begun.given.put(BackgroundRead(lambda: (time.sleep(0.02), done.append(1)), memory))
     del memory
     begun.finish()
     assert done == [1, 1, 1]
@@ -640,11 +640,11 @@ def test_error_of_a_landing_is_its_waiters():
     def fail():
         raise ValueError("injected")
 
-    begun, landing = Background.start(lambda: None), Landing(fail)
-    begun.given.put(landing)
+    begun, pending = BackgroundReader.start(lambda: None), BackgroundRead(fail)
+    begun.given.put(pending)
     for _ in range(2):
-        landing.wait()
-        assert isinstance(landing.error, ValueError)
+        pending.wait()
+        assert isinstance(pending.error, ValueError)
     begun.given.put(None)
 
 
@@ -664,7 +664,7 @@ def test_copy_that_failed_is_waited_for_by_the_next_into_its_slot(tmp_path):
     torch.cuda._sleep(int(3e7))  # what uses the first slot is late
     found = model[0](x)
     model[1](x)  # asks for the third group, in the slot of the first, in vain
-    engine.pool.lane._background.finish()
+    engine.pool.copier._background.finish()
     (tmp_path / "away").rename(file)
     model[2](x)
     assert equal(found, first)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from bigload.checkpoint.checkpoint import open_checkpoint
 from bigload.io import transfer
-from bigload.io.extents import Delivery
+from bigload.io.extents import ReadTask
 
 CPU = torch.device("cpu")
 
@@ -58,8 +58,8 @@ def log(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: log.append(("set", stream.name)))
     monkeypatch.setattr(transfer, "_event", lambda: Event(log))
-    monkeypatch.setattr(transfer, "_way", lambda device: transfer._Lane(device))
-    monkeypatch.setattr("bigload.io.extents._is_direct", lambda delivery: False)
+    monkeypatch.setattr(transfer, "_transfer", lambda device: transfer.CudaTransfer(device))
+    monkeypatch.setattr("bigload.io.extents._is_direct", lambda task: False)
     monkeypatch.setattr(transfer, "PLACE_BYTES", 1024)
     monkeypatch.setenv("BIGLOAD_RING_BYTES", "4KiB")
     return log
@@ -78,15 +78,15 @@ def stored(tmp_path):
     return tensors, open_checkpoint(tmp_path / "w.safetensors").tensors
 
 
-def delivered(stored, log, *, taken=(), granule=1):
+def delivered(stored, log, *, taken=(), values_per_scale=1):
     """Bring all tensors over, those named in `taken` through `take`, the others home. Gives what arrived, flat."""
     tensors, entries = stored
     made = {name: torch.zeros(tensor.numel(), dtype=tensor.dtype) for name, tensor in tensors.items()}
     counts = dict.fromkeys(tensors, 0)
 
-    def delivery(name, entry):
+    def task(name, entry):
         def take(values, begin):
-            assert begin % granule == 0
+            assert begin % values_per_scale == 0
             log.append(("take", name))
             made[name][begin : begin + len(values)] = values
 
@@ -95,10 +95,10 @@ def delivered(stored, log, *, taken=(), granule=1):
             log.append(("arrived", name))
 
         home = None if name in taken else made[name].view(torch.uint8)
-        return Delivery(entry, CPU, take, home, granule, arrived)
+        return ReadTask(entry, CPU, take, home, values_per_scale, arrived)
 
     ordered = sorted(entries.items(), key=lambda item: item[1].offset)
-    transfer.deliver([delivery(name, entry) for name, entry in ordered])
+    transfer.read_all([task(name, entry) for name, entry in ordered])
     assert counts == {name: tensor.numel() for name, tensor in tensors.items()}
     return made
 
@@ -106,9 +106,9 @@ def delivered(stored, log, *, taken=(), granule=1):
 @pytest.mark.parametrize(
     "taken", [(), ("big",), ("big", "half", "one"), ("big", "half", "small", "one", "other")], ids=str
 )
-@pytest.mark.parametrize("granule", [1, 64])
-def test_values_arrive_whichever_way_they_go(stored, log, taken, granule):
-    made = delivered(stored, log, taken=taken, granule=granule)
+@pytest.mark.parametrize("values_per_scale", [1, 64])
+def test_values_arrive_whichever_way_they_go(stored, log, taken, values_per_scale):
+    made = delivered(stored, log, taken=taken, values_per_scale=values_per_scale)
     for name, tensor in stored[0].items():
         assert torch.equal(made[name], tensor.reshape(-1)), name
 
@@ -166,7 +166,7 @@ def test_an_error_waits_for_the_copies(stored, log):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        transfer.deliver([Delivery(entries["big"], CPU, take)])
+        transfer.read_all([ReadTask(entries["big"], CPU, take)])
     assert ("synchronize", "copies") in log
     assert not open_and_running() - before
 
@@ -184,7 +184,7 @@ def test_devices_take_turns_and_each_keeps_its_order(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     checkpoint = open_checkpoint(tmp_path)
     places = [torch.device("cuda", int(n > 4)) for n in range(9)]
-    ways = [Delivery(checkpoint.tensors[f"t{n}"], device, lambda piece, begin: None) for n, device in enumerate(places)]
+    ways = [ReadTask(checkpoint.tensors[f"t{n}"], device, lambda piece, begin: None) for n, device in enumerate(places)]
     extents = transfer._in_turns(transfer.cut(ways, 64))
     assert [extent.device.index for extent in extents] == [0, 1, 0, 1, 0, 1, 0, 1, 0]
     for index in (0, 1):

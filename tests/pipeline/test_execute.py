@@ -160,11 +160,11 @@ def test_pinned_ring_is_kept_for_the_next_load_until_it_is_released(tmp_path):
         with init_empty_weights():
             model = GPT()
         load_and_quantize_model(model, "nf4", tmp_path, device_map=0)
-        assert ring._store.kept is not None
-    kept = ring._store.kept
+        assert ring._kept_ring.kept is not None
+    kept = ring._kept_ring.kept
     with init_empty_weights():
         model = GPT()
     load_and_quantize_model(model, "nf4", tmp_path, device_map=0)
-    assert ring._store.kept is kept
+    assert ring._kept_ring.kept is kept
     release_buffers()
-    assert ring._store.kept is None
+    assert ring._kept_ring.kept is None

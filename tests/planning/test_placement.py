@@ -292,7 +292,7 @@ def runs(model, plan, monkeypatch):
     for placed in plan.units:
         for path in placed.unit.paths:
             model.get_submodule(path).to(there[placed.device])
-    device_hooks.connect(model, {path: there[device] for path, device in plan.execution_map.items()})
+    device_hooks.attach(model, {path: there[device] for path, device in plan.execution_map.items()})
     return model(torch.arange(6).view(1, 6))
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigload.planning.solver import DoesNotFitError, Item, Rules, infer
+from bigload.planning.solver import DoesNotFitError, Item, Rules, solve_placement
 
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 
@@ -37,14 +37,14 @@ HOMES = st.fixed_dictionaries({}, optional={"cpu": st.integers(0, 800), "disk": 
 
 def attempt(units, devices, homes, rules):
     try:
-        return infer(units, devices, dict(homes), rules)
+        return solve_placement(units, devices, dict(homes), rules)
     except DoesNotFitError:
         return None
 
 
 def refusal(units, devices, homes, rules):
     try:
-        infer(units, devices, dict(homes), rules)
+        solve_placement(units, devices, dict(homes), rules)
     except DoesNotFitError as error:
         return error
 
@@ -142,7 +142,7 @@ def blocks(count, size=100, staying=4):
 def test_resident_and_streamed_blocks_are_interleaved_evenly(resident):
     units, rules = blocks(32), Rules(slots=2)
     budget = 2 * 96 + 32 * 4 + resident * 96
-    placed = infer(units, [budget], {"cpu": 10**6}, rules)
+    placed = solve_placement(units, [budget], {"cpu": 10**6}, rules)
     away = [index for index, place in enumerate(placed) if place.away]
     assert len(away) == 32 - resident
     # In every stretch of the model as many are streamed as its share of them, give or take one.
@@ -153,26 +153,26 @@ def test_resident_and_streamed_blocks_are_interleaved_evenly(resident):
 
 def test_offloaded_blocks_take_turns_on_the_links():
     units = blocks(16)
-    placed = infer(units, [500, 500], {"cpu": 10**6}, Rules(slots=1))
+    placed = solve_placement(units, [500, 500], {"cpu": 10**6}, Rules(slots=1))
     devices = [place.device for place in placed if place.away]
     assert devices == [index % 2 for index in range(len(devices))]
 
 
 def test_blocks_that_the_cpu_computes_are_the_last():
     units = [Item(100, 0, 200, 0) for _ in range(8)]
-    placed = infer(units, [500], {"cpu": 10**6}, Rules(from_end=True))
+    placed = solve_placement(units, [500], {"cpu": 10**6}, Rules(from_end=True))
     assert [place.away for place in placed] == [None] * 5 + ["cpu"] * 3
 
 
 def test_an_embedding_goes_before_any_block_is_streamed():
     units = [Item(300, 0, 300, 0, is_block=False), *blocks(4)]
-    placed = infer(units, [500], {"cpu": 10**6}, Rules())
+    placed = solve_placement(units, [500], {"cpu": 10**6}, Rules())
     assert [place.away for place in placed] == ["cpu", None, None, None, None]
 
 
 def test_the_disk_takes_what_the_cpu_cannot_hold():
     units = blocks(10)
-    placed = infer(units, [500], {"cpu": 3 * 96, "disk": 10**6}, Rules(slots=1))
+    placed = solve_placement(units, [500], {"cpu": 3 * 96, "disk": 10**6}, Rules(slots=1))
     homes = [place.away for place in placed if place.away]
     assert homes.count("cpu") == 3
     assert homes.count("disk") == len(homes) - 3
@@ -182,14 +182,17 @@ def test_the_disk_takes_what_the_cpu_cannot_hold():
 def test_balanced_is_even_and_low_0_leaves_the_first_empty():
     units = blocks(12, staying=0)
     count = {
-        strategy: [sum(place.device == n for place in infer(units, [2000] * 3, {}, Rules(strategy))) for n in range(3)]
+        strategy: [
+            sum(place.device == n for place in solve_placement(units, [2000] * 3, {}, Rules(strategy)))
+            for n in range(3)
+        ]
         for strategy in STRATEGIES
     }
     assert count == {"auto": [4, 4, 4], "balanced": [4, 4, 4], "balanced_low_0": [0, 6, 6], "sequential": [12, 0, 0]}
 
 
 def test_low_0_gives_the_first_only_what_the_others_cannot_hold():
-    placed = infer(blocks(12, staying=0), [2000, 400, 400], {}, Rules("balanced_low_0"))
+    placed = solve_placement(blocks(12, staying=0), [2000, 400, 400], {}, Rules("balanced_low_0"))
     assert [sum(place.device == n for place in placed) for n in range(3)] == [4, 4, 4]
 
 
@@ -207,11 +210,11 @@ def test_a_thousand_blocks_of_different_sizes(devices):
 
 def test_a_home_too_small_for_the_first_choice_does_not_end_the_search():
     units = [Item(1000, 0, 1000, 0, is_block=False), *(Item(100, 0, 100, 100) for _ in range(10))]
-    placed = infer(units, [1995], {"cpu": 300}, Rules())
+    placed = solve_placement(units, [1995], {"cpu": 300}, Rules())
     assert placed[0].away is None
     assert any(place.away for place in placed)
 
 
 def test_homes_are_divided_unevenly_where_no_even_division_fits():
-    placed = infer([Item(1, 0, 1, 1), Item(10, 0, 10, 10)], [10], {"cpu": 1, "disk": 10}, Rules(slots=1))
+    placed = solve_placement([Item(1, 0, 1, 1), Item(10, 0, 10, 10)], [10], {"cpu": 1, "disk": 10}, Rules(slots=1))
     assert [place.away for place in placed] == ["cpu", "disk"]

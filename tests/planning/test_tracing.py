@@ -17,7 +17,7 @@ from bigload.io.tensors import LazyTensor, read_whole
 from bigload.model.tensors import tensors_of
 from bigload.model.transformers_facts import KeyConversion
 from bigload.planning.sources import sources_in_checkpoint
-from bigload.planning.tracing import NotTraceable, Traced
+from bigload.planning.tracing import NotTraceable, TracedTensor
 
 SIZES = st.integers(1, 3)
 
@@ -36,7 +36,7 @@ def rebuilt(traced, stored):
 
 
 def traced(*shape, name="w"):
-    return Traced.whole(name, shape)
+    return TracedTensor.whole(name, shape)
 
 
 def is_transposed(each):
@@ -56,7 +56,7 @@ def rearrangements(draw):
     def store(shape):
         name = f"w{len(stored)}"
         stored[name] = torch.rand(shape)
-        pool.append((stored[name], Traced.whole(name, shape)))
+        pool.append((stored[name], TracedTensor.whole(name, shape)))
         return pool[-1]
 
     store(tuple(draw(st.lists(SIZES, min_size=1, max_size=3))))
@@ -202,7 +202,9 @@ def test_experts_traced_through_the_librarys_converters_are_rebuilt(library):
     assert groups.keys() == {MERGED + "gate_up_proj", MERGED + "down_proj"}
     for target, group in groups.items():
         real = conversion.convert(target, {pattern: [stored[key] for key in keys] for pattern, keys in group.items()})
-        stand_ins = {pattern: [Traced.whole(key, stored[key].shape) for key in keys] for pattern, keys in group.items()}
+        stand_ins = {
+            pattern: [TracedTensor.whole(key, stored[key].shape) for key in keys] for pattern, keys in group.items()
+        }
         made = conversion.convert(target, stand_ins)
         assert made.keys() == real.keys() == {target}
         assert torch.equal(rebuilt(made[target], stored), real[target])

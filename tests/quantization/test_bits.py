@@ -96,7 +96,7 @@ def test_bits_do_not_depend_on_how_the_weight_was_cut_while_it_was_read(tmp_path
 
 
 @pytest.mark.parametrize(
-    "changed", [(bnb, "_exported", lambda *names: None), (quantizer, "_MOST_VALUES", 4096)], ids=["operators", "pieces"]
+    "changed", [(bnb, "_exported", lambda *names: None), (quantizer, "_MAX_VALUES", 4096)], ids=["operators", "pieces"]
 )
 @pytest.mark.parametrize("mode", [*FOUR_BIT, "int8"])
 def test_bits_do_not_depend_on_which_of_bitsandbytes_functions_is_called(tmp_path, device, mode, monkeypatch, changed):

@@ -216,9 +216,9 @@ def check_parts(weight, expected):
         assert torch.equal(bits(found[name]), bits(value)), name
 
 
-def pieces_of(numel, granule, rng):
-    """Cut at random multiples of the granule, in random order."""
-    places = range(granule, numel, granule)
+def pieces_of(numel, values_per_scale, rng):
+    """Cut at random multiples of the values_per_scale, in random order."""
+    places = range(values_per_scale, numel, values_per_scale)
     cuts = sorted(rng.sample(places, min(len(places), rng.randint(0, 6))))
     pieces = list(itertools.pairwise([0, *cuts, numel]))
     rng.shuffle(pieces)
@@ -228,7 +228,7 @@ def pieces_of(numel, granule, rng):
 def quantized_in_pieces(weight, mode, rng, blocksize=64, storage=torch.uint8):
     quantizer = Quantizer(tuple(weight.shape), format_of(mode, blocksize, storage), weight.dtype, weight.device)
     flat = weight.contiguous().view(-1)
-    for begin, end in pieces_of(weight.numel(), quantizer.granule, rng):
+    for begin, end in pieces_of(weight.numel(), quantizer.values_per_scale, rng):
         piece = flat[begin:end].clone()
         quantizer.add(piece, begin)
         piece.zero_()  # it is read by then, in the order of the stream, and not kept

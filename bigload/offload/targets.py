@@ -24,7 +24,7 @@ from .weight_cache import WeightCache
 _THREADS = 2
 
 
-class Resting(AbstractContextManager["Resting"]):
+class OffloadTargets(AbstractContextManager["OffloadTargets"]):
     """The homes of a plan's offloaded units: host memory is made, and pinned, by threads while the load reads.
 
     Attributes:
@@ -40,7 +40,7 @@ class Resting(AbstractContextManager["Resting"]):
             folder: for what rests on the disk and is not in the checkpoint as it shall be.
         """
         self.spared_bytes = 0
-        self._torch_dtype = plan.config.landing_dtype
+        self._torch_dtype = plan.config.load_dtype
         self._cache = WeightCache(folder, self._torch_dtype)
         self._files: dict[str, dict[str, FilePart]] = {}
         self._pool = ThreadPoolExecutor(_THREADS, "bigload-pinning")
@@ -54,7 +54,7 @@ class Resting(AbstractContextManager["Resting"]):
                 self._groups[id(placed)] = self._pool.submit(HostGroup, _parts(placed), device)
 
     def group(self, placed: PlacedUnit) -> Store:
-        """Give the store of a unit that has come to rest."""
+        """Return the store of a unit that has come to rest."""
         if placed.home == CPU:
             return self._groups[id(placed)].result()
         return FileGroup(
@@ -66,15 +66,15 @@ class Resting(AbstractContextManager["Resting"]):
         )
 
     def memory(self, planned: PlannedTensor) -> Mapping[str, torch.Tensor]:
-        """Give the host memory of a tensor's parts, by their names in its format, to be filled; none if it is new."""
+        """Return the host memory of a tensor's parts, by their names in its format, to be filled; none if it is new."""
         placed = self._unit_of.get(planned.tensor.name)
         if placed is None:
             return {}
         tensors, name = self._groups[id(placed)].result().tensors, planned.tensor.name
         return {part: tensors[part_name(name, part)] for part in planned.format.parts(planned.shape)}
 
-    def known(self, planned: PlannedTensor) -> torch.Tensor | QuantizedWeight | None:
-        """Give a tensor that is in files already, as it rests there; None for one that must be read first."""
+    def cached(self, planned: PlannedTensor) -> torch.Tensor | QuantizedWeight | None:
+        """Return a tensor that is in files already, as it rests there; None for one that must be read first."""
         parts = self._cache.parts(planned) if planned.home == "disk" else None
         if parts is None:
             return None
