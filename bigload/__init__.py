@@ -1,24 +1,47 @@
 """bigload: load PyTorch models larger than your GPU, quantized by bitsandbytes as the weights stream in."""
 
-from .config import BnbQuantizationConfig, OffloadConfig
-from .conversion import quantize_checkpoint
-from .dequantizing import dequantize_model
-from .errors import (
-    BigloadError,
-    CheckpointError,
-    ConfigError,
-    MissingDependencyError,
-    OffloadError,
-    PlacementError,
-    QuantizationError,
-)
-from .io.ring import release_buffers
-from .loading import load_and_quantize_model
-from .model.empty import init_empty_weights
-from .planning.planner import plan_device_map
-from .saving import save_quantized_model
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import BnbQuantizationConfig, OffloadConfig
+    from .conversion import quantize_checkpoint
+    from .dequantizing import dequantize_model
+    from .errors import (
+        BigloadError,
+        CheckpointError,
+        ConfigError,
+        MissingDependencyError,
+        OffloadError,
+        PlacementError,
+        QuantizationError,
+    )
+    from .loading import load_and_quantize_model, release_buffers
+    from .model.empty import init_empty_weights
+    from .planning.planner import plan_device_map
+    from .saving import save_quantized_model
 
 __version__ = "0.1.0"
+
+# Imported when first asked for: `bigload --version` needs no torch, which takes seconds.
+_HOMES = {
+    "load_and_quantize_model": "loading",
+    "BnbQuantizationConfig": "config",
+    "OffloadConfig": "config",
+    "plan_device_map": "planning.planner",
+    "save_quantized_model": "saving",
+    "quantize_checkpoint": "conversion",
+    "dequantize_model": "dequantizing",
+    "init_empty_weights": "model.empty",
+    "release_buffers": "loading",
+    "BigloadError": "errors",
+    "ConfigError": "errors",
+    "CheckpointError": "errors",
+    "PlacementError": "errors",
+    "QuantizationError": "errors",
+    "OffloadError": "errors",
+    "MissingDependencyError": "errors",
+}
 
 __all__ = [
     "load_and_quantize_model",
@@ -38,3 +61,14 @@ __all__ = [
     "OffloadError",
     "MissingDependencyError",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

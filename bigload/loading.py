@@ -17,7 +17,7 @@ from .checkpoint.checkpoint import WeightsLocation, open_checkpoint
 from .config import OffloadConfig, as_config
 from .errors import BigloadError, PlacementError
 from .hardware.devices import Device, DeviceMap, named_devices
-from .io.ring import pin_ahead
+from .io.ring import pin_ahead, release_ring
 from .model.tree import walked_once
 from .offload.device_hooks import attach, detach
 from .offload.handle import Offload, require_not_offloaded
@@ -32,6 +32,7 @@ from .planning.planner import config_for, placement_request, plan_load
 from .planning.request import PlacementRequest
 from .planning.sources import KeyMapping
 from .quantization import bnb
+from .quantization.quantizer import code_table
 from .sizes import show
 
 logger = logging.getLogger(__name__)
@@ -186,3 +187,14 @@ def _with_context(context: str) -> Iterator[None]:
     except BigloadError as error:
         error.context = context
         raise
+
+
+def release_buffers() -> None:
+    """Free what is kept from one load for the next: 128 MiB of pinned host memory, and small tables on the GPUs.
+
+    Example:
+        >>> import bigload
+        >>> bigload.release_buffers()
+    """
+    release_ring()
+    code_table.cache_clear()

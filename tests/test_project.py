@@ -1,9 +1,14 @@
 """What the README and the packaging promise."""
 
+import inspect
 import json
 import re
+import subprocess
+import sys
 from importlib.metadata import metadata, requires
 from pathlib import Path
+
+import pytest
 
 import bigload
 
@@ -37,9 +42,61 @@ def test_figures_of_the_readme_are_those_of_the_result_file(monkeypatch):
         assert brief(json.loads((ROOT / name).read_text())) in readme
 
 
-def test_public_names_are_the_ones_in_all_and_have_docstrings():
-    for name in bigload.__all__:
+# Names that programs import, and the arguments that they pass by position or by name.
+PUBLIC = {
+    "load_and_quantize_model": (
+        "model bnb_quantization_config weights_location device_map no_split_module_classes max_memory offload_folder "
+        "offload_state_dict offload key_mapping tied_parameters quantizable strict progress"
+    ),
+    "plan_device_map": (
+        "model bnb_quantization_config weights_location device_map no_split_module_classes max_memory offload_folder "
+        "offload key_mapping tied_parameters quantizable"
+    ),
+    "save_quantized_model": "model folder max_shard_size overwrite",
+    "quantize_checkpoint": (
+        "src dst bnb_quantization_config model max_shard_size device key_mapping tied_parameters quantizable overwrite "
+        "progress"
+    ),
+    "dequantize_model": "model dtype",
+    "init_empty_weights": "include_buffers",
+    "release_buffers": "",
+    "OffloadConfig": "execute slots pin reserve",
+    "BnbQuantizationConfig": (
+        "load_in_8bit llm_int8_threshold load_in_4bit bnb_4bit_quant_type bnb_4bit_use_double_quant "
+        "bnb_4bit_compute_dtype torch_dtype skip_modules keep_in_fp32_modules llm_int8_enable_fp32_cpu_offload "
+        "llm_int8_has_fp16_weight bnb_4bit_quant_storage bnb_4bit_blocksize"
+    ),
+}
+ERRORS = {
+    "BigloadError": Exception,
+    "ConfigError": ValueError,
+    "CheckpointError": RuntimeError,
+    "PlacementError": ValueError,
+    "QuantizationError": RuntimeError,
+    "OffloadError": RuntimeError,
+    "MissingDependencyError": ImportError,
+}
+
+
+def test_public_names_their_arguments_and_the_errors_are_these():
+    assert sorted(bigload.__all__) == sorted([*PUBLIC, *ERRORS])
+    assert set(bigload.__all__) <= set(dir(bigload))
+    for name, arguments in PUBLIC.items():
+        assert " ".join(inspect.signature(getattr(bigload, name)).parameters) == arguments, name
         assert getattr(bigload, name).__doc__, name
+    for name, builtin in ERRORS.items():
+        assert issubclass(getattr(bigload, name), (bigload.BigloadError, builtin))
+        assert issubclass(getattr(bigload, name), builtin)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = bigload.no_such_name
+
+
+def test_loading_imports_nothing_of_torchs_compiler():
+    """It takes longer than all of bigload."""
+    code = "import sys, torch; before = set(sys.modules); import bigload.loading; print(*set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "bigload.pipeline.execute" in done.stdout.split()
+    assert not {"torch._dynamo", "sympy"} & set(done.stdout.split())
 
 
 def test_package_is_typed_and_versioned():

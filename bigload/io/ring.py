@@ -162,7 +162,7 @@ def take_ring(*, pinned: bool) -> Iterator[Ring]:
                 _kept_ring.kept = ring
 
 
-def release_buffers() -> None:
+def release_ring() -> None:
     """Free the pinned host memory (128 MiB, unless set otherwise) that is kept from one load for the next."""
     _wait_for_pinning()
     with _kept_ring.lock:

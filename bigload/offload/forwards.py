@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo
 from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
@@ -140,7 +141,8 @@ class StreamedForward(OwnForward):
         return tree_map_only(torch.Tensor, refuse, out)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+# torch.compiler.disable would import torch._dynamo here and now, which takes more than a second.
+@_disable_dynamo
 def _uncompiled(forward: OwnForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run outside of what is compiled, where nothing knows that weights come and go."""
     return forward(*args, **kwargs)
