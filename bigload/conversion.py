@@ -27,15 +27,15 @@ from .hardware.devices import Device
 from .io.extents import ReadTask
 from .io.transfer import default_stream
 from .model import transformers_facts
-from .model.tensors import plain_linears
-from .model.tree import walked_once
+from .model.quantizable import plain_linears
+from .model.view import ModelView
 from .pipeline.execute import read_and_load, read_tasks_for
 from .pipeline.file_output import Output, file_sink
 from .pipeline.progress import progress_bar
 from .planning.plan import Plan
 from .planning.planned_tensors import PlannedTensor
 from .planning.planner import plan_load
-from .planning.request import PlacementRequest
+from .planning.request import LoadRequest, PlacementRequest
 from .planning.sources import KeyMapping
 from .quantization import bnb
 from .saving import shard_bytes, write_configs
@@ -92,20 +92,21 @@ def quantize_checkpoint(
     target = _checked(dst, checkpoint, is_folder=is_folder, overwrite=overwrite)
     model = _empty_model(checkpoint.location.parent) if model is None else model
     bnb.library()
-    with torch.inference_mode(False), torch.no_grad(), walked_once(model):
-        plan = plan_load(
-            model,
-            config,
-            checkpoint,
-            PlacementRequest(device),
-            key_mapping=key_mapping,
-            tied_parameters=tied_parameters,
-            quantizable=quantizable,
-        )
+    view = ModelView(model)
+    request = LoadRequest(
+        config,
+        checkpoint,
+        PlacementRequest(device),
+        key_mapping=key_mapping,
+        tied_parameters=tied_parameters,
+        quantizable=quantizable,
+    )
+    with torch.inference_mode(False), torch.no_grad():
+        plan = plan_load(view, request)
         if not plan.layers:
             raise ConfigError(f"nothing in this {type(model).__name__} would be quantized: there is nothing to do")
         with _alone(target), _folder_to_go_on_in(target, _fingerprint(plan, checkpoint, max_shard_bytes)) as made:
-            kept = [path for path in plain_linears(model) if path not in plan.layers]
+            kept = [path for path in plain_linears(view) if path not in plan.layers]
             # What can fail goes before what takes long.
             write_configs(model, made, plan.config, kept, plan.layers, plan.config.load_dtype)
             layout = _convert(plan, made, max_shard_bytes, progress)

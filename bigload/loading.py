@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkpoint.checkpoint import WeightsLocation, open_checkpoint
-from .config import OffloadConfig, as_config
+from .checkpoint.checkpoint import WeightsLocation
+from .config import OffloadConfig
 from .errors import BigloadError, PlacementError
 from .hardware.devices import Device, DeviceMap, named_devices
 from .io.ring import pin_ahead, release_ring
-from .model.tree import walked_once
+from .model.view import ModelView
 from .offload.device_hooks import attach, detach
 from .offload.handle import Offload, require_not_offloaded
 from .offload.model_device import entries
@@ -28,8 +28,8 @@ from .pipeline.execute import execute
 from .pipeline.progress import progress_bar
 from .pipeline.report import LoadReport, PeakMemory
 from .planning.plan import Plan
-from .planning.planner import config_for, placement_request, plan_load
-from .planning.request import PlacementRequest
+from .planning.planner import plan_load
+from .planning.request import PlacementRequest, load_request
 from .planning.sources import KeyMapping
 from .quantization import bnb
 from .quantization.quantizer import code_table
@@ -115,39 +115,43 @@ def load_and_quantize_model(
     origin = "the model's own weights" if weights_location is None else f"{weights_location!r}"
     context = f"loading {origin} with device_map={device_map!r}"
     with _with_context(context):
-        given = None if bnb_quantization_config is None else as_config(bnb_quantization_config)
-        bnb.library()  # its import takes seconds, which are not the load's
-        started = time.perf_counter()
-        checkpoint = None if weights_location is None else open_checkpoint(weights_location)
-        config = config_for(given, checkpoint)
-    # Tensors made under inference_mode could never be trained through.
-    with _with_context(f"{context} as {config.mode}"), torch.inference_mode(False), torch.no_grad(), walked_once(model):
-        if "offload" in vars(model):
-            require_not_offloaded(model)
-        request = placement_request(config, device_map, no_split_module_classes, max_memory, offload_folder, offload)
-        if checkpoint is not None:
-            _begin_to_pin(device_map)  # while the plan is made
-        plan = plan_load(
-            model,
-            config,
-            checkpoint,
-            request,
+        begun = time.perf_counter()
+        request = load_request(
+            bnb_quantization_config,
+            weights_location,
+            device_map,
+            no_split_module_classes,
+            max_memory,
+            offload_folder,
+            offload,
             key_mapping=key_mapping,
             tied_parameters=tied_parameters,
             quantizable=quantizable,
             strict=strict,
         )
+        spent_s = time.perf_counter() - begun
+        bnb.library()  # its import takes seconds, which are not the load's
+        begun = time.perf_counter() - spent_s
+    mode = request.config.mode
+    # Tensors made under inference_mode could never be trained through.
+    with _with_context(f"{context} as {mode}"), torch.inference_mode(False), torch.no_grad():
+        view = ModelView(model)
+        if "offload" in vars(model):
+            require_not_offloaded(model)
+        if request.checkpoint is not None:
+            _begin_to_pin(device_map)  # while the plan is made
+        plan = plan_load(view, request)
         for device, nbytes in plan.device_bytes.items():
-            logger.info("plan: %s on %s, %d layers as %s", show(nbytes), device, len(plan.layers), config.mode)
+            logger.info("plan: %s on %s, %d layers as %s", show(nbytes), device, len(plan.layers), mode)
         peaks = PeakMemory(plan.device_bytes)
-        with progress_bar(plan.source_bytes, "loading", progress) as bar, _offload_targets(plan, request) as targets:
-            assembly = Assembly(model, plan)
+        bar = progress_bar(plan.source_bytes, "loading", progress)
+        with bar, _offload_targets(plan, request.placement) as targets:
+            assembly = Assembly(view, plan)
             execute(plan, on_bytes=bar.update, on_loaded=assembly.add, targets=targets)
-            model = assembly.commit(lambda made: _set_to_run(made, plan, request.offload, targets))
-    elapsed_s = time.perf_counter() - started
-    report = LoadReport(
-        config.mode, plan.source_bytes - targets.spared_bytes, elapsed_s, plan.device_bytes, peaks.since()
-    )
+            model = assembly.commit(lambda made: _set_to_run(made, plan, request.placement.offload, targets))
+    elapsed_s = time.perf_counter() - begun
+    bytes_read = plan.source_bytes - targets.spared_bytes
+    report = LoadReport(mode, bytes_read, elapsed_s, plan.device_bytes, peaks.since())
     model.load_report = report  # type: ignore[assignment]
     logger.info("%s", report)
     return model

@@ -18,7 +18,7 @@ from .checkpoint.writer import Entry, ShardWriter, write_json
 from .config import BnbQuantizationConfig
 from .errors import ConfigError, QuantizationError, listed
 from .model import transformers_facts
-from .model.tensors import plain_linears
+from .model.quantizable import plain_linears
 from .model.tree import leaves, modules_by_path
 from .pipeline.attributes import skip_list
 from .quantization.formats import dominant_dtype

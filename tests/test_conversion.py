@@ -97,7 +97,6 @@ def test_every_choice_of_the_config_counts(tmp_path, device, blocksize, storage)
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "gpt2", "t5", "mixtral"])
 def test_from_files_and_a_config_alone(tmp_path, device, name, mode):
     """GPT-2's weights are transposed, Mixtral's experts merged from others; transformers reads what was made."""
-    sys.path.insert(0, str(Path(__file__).parent / "interop"))
     from architectures import build
 
     torch.manual_seed(0)
@@ -223,7 +222,11 @@ def test_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(tmp_path):
     # In the midst of it each time: a few of the files that are whole wait for the disk still, and are lost.
     for function, call in (("pwrite", 250), ("fsync", 10), ("pwrite", 250)):
         code = KILLED.format(
-            tests=str(Path(__file__).parent), source=str(folder), target=str(target), function=function, call=call
+            tests=str(Path(__file__).parent / "helpers"),
+            source=str(folder),
+            target=str(target),
+            function=function,
+            call=call,
         )
         done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "HF_HUB_OFFLINE": "1"})
         assert done.returncode == -signal.SIGKILL

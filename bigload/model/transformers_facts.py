@@ -6,7 +6,7 @@ import copy
 import functools
 import importlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +18,6 @@ from torch.overrides import TorchFunctionMode
 from ..errors import CheckpointError, ConfigError
 from ..optional import import_optional
 from .empty import default_dtype, init_empty_weights
-from .tree import modules_by_path
 
 
 def import_transformers() -> ModuleType:
@@ -111,9 +110,9 @@ def config_dtype(model: nn.Module) -> torch.dtype | None:
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
 
 
-def no_split_classes(model: nn.Module) -> set[str]:
-    """Name the classes of blocks that the model and its parts say one device must hold whole."""
-    named = (getattr(module, "_no_split_modules", None) for module in (model, *pretrained_modules(model)))
+def no_split_classes(models: Iterable[nn.Module]) -> set[str]:
+    """Return the names of the classes of blocks that models say one device must hold whole."""
+    named = (getattr(model, "_no_split_modules", None) for model in models)
     return {name for names in named if isinstance(names, (list, tuple, set)) for name in names}
 
 
@@ -133,8 +132,12 @@ def tied_pairs(model: nn.Module) -> list[tuple[str, str]]:
     return list(tied.items()) if isinstance(tied, dict) else []
 
 
-def fp32_patterns(model: nn.Module, torch_dtype: torch.dtype) -> list[str]:
+def fp32_patterns(modules: Collection[nn.Module], torch_dtype: torch.dtype) -> list[str]:
     """Return the names of modules that the library keeps in fp32 when it loads in this dtype.
+
+    Args:
+        modules: all of a model.
+        torch_dtype: that the model is loaded in.
 
     `_keep_in_fp32_modules` counts under float16 only, `_keep_in_fp32_modules_strict` under both 16-bit dtypes.
     """
@@ -143,7 +146,6 @@ def fp32_patterns(model: nn.Module, torch_dtype: torch.dtype) -> list[str]:
     fields = ["_keep_in_fp32_modules_strict"]
     if torch_dtype == torch.float16:
         fields.append("_keep_in_fp32_modules")
-    modules = modules_by_path(model).values()
     # Not getattr of each module, which looks among its parameters, too, before it fails: there are thousands.
     kept: list[Any] = []
     for field in fields:
@@ -214,11 +216,6 @@ class KeyConversion:
 def key_conversion(model: nn.Module) -> KeyConversion | None:
     """Return the library's key rules for a model of its own; None for any other."""
     return KeyConversion(model) if is_pretrained(model) else None
-
-
-def pretrained_modules(model: nn.Module) -> list[Any]:
-    """List the parts of a model, itself included, that are of transformers' classes."""
-    return [module for module in dict.fromkeys(modules_by_path(model).values()) if is_pretrained(module)]
 
 
 class _NoInitialization(TorchFunctionMode):

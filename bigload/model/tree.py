@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 from torch import nn
 
-# The model that `walked_once` is about, in this thread, and its modules as soon as they have been listed.
-_walked: ContextVar[tuple[nn.Module, dict[str, nn.Module]] | None] = ContextVar("_walked", default=None)
-
-
-@contextmanager
-def walked_once(model: nn.Module) -> Iterator[None]:
-    """List a model's modules once for as long as the block runs, in which they must not change."""
-    token = _walked.set((model, {}))
-    try:
-        yield
-    finally:
-        _walked.reset(token)
-
 
 def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
     """List a model's modules under all their paths, itself as "", as `named_modules(remove_duplicate=False)` does."""
-    known = _walked.get()
-    found: dict[str, nn.Module] = known[1] if known is not None and known[0] is model else {}
-    if found:
-        return found
+    found: dict[str, nn.Module] = {}
     waiting: list[tuple[str, nn.Module]] = [("", model)]
     while waiting:
         path, module = waiting.pop()

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..model.empty import like_parameter
 from ..model.tensors import ModelTensor
-from ..model.tree import modules_by_path
+from ..model.view import ModelView
 from ..planning.plan import Plan
 from ..quantization.layers import make_layer
 from . import attributes
@@ -21,9 +21,9 @@ from .execute import LoadedTensor
 class Assembly:
     """The new parts of a model: made as the weights land, put into it in one step when all have."""
 
-    def __init__(self, model: nn.Module, plan: Plan) -> None:
+    def __init__(self, view: ModelView, plan: Plan) -> None:
         """Prepare for a plan's weights. The model is not touched before `commit`."""
-        self._model, self._plan = model, plan
+        self._view, self._plan = view, plan
         self._weights = {f"{path}.weight".lstrip("."): layer for path, layer in plan.layers.items()}
         self._planned = {planned.tensor.name: planned for planned in plan.tensors}
         self._landed: dict[str, LoadedTensor] = {}
@@ -48,26 +48,25 @@ class Assembly:
         Returns:
             The model; where the model itself is the one layer to quantize, the layer that replaces it.
         """
-        model, new_layers = self._model, self._new_layers
-        modules = modules_by_path(model)
+        view, new_layers = self._view, self._new_layers
         edits: list[Edit] = []
         for planned in self._plan.tensors:
             value = _value(planned.tensor, planned.device, self._landed.get(planned.tensor.name))
             for name in planned.tensor.names:
-                path, _, leaf = name.rpartition(".")
-                owner = modules[path]
+                leaf, owner = name.rpartition(".")[2], view.owner(name)
                 if owner not in new_layers:
                     slots = owner._parameters if planned.tensor.is_parameter else owner._buffers
                     edits.append((slots, leaf, value))
                 elif leaf == "bias":
                     new_layers[owner]._parameters["bias"] = self._bias(planned.tensor, value)
-        for module in dict.fromkeys(modules.values()):
+        for module in view.first_paths:
             edits += [
                 (module._modules, key, new_layers[child]) for key, child in _children(module) if child in new_layers
             ]
             edits += _without_fused_path(module, new_layers)
-        root = new_layers.get(model, model)
-        apply_edits(edits + attributes.attributes(root, self._plan), lambda: then(root))
+        root = new_layers.get(view.model, view.model)
+        after = view if root is view.model else ModelView(root)
+        apply_edits(edits + attributes.attributes(after, self._plan), lambda: then(root))
         return root
 
     def _bias(self, tensor: ModelTensor, value: Any) -> nn.Parameter:

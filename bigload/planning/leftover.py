@@ -11,8 +11,9 @@ from torch import nn
 
 from ..config import BnbQuantizationConfig
 from ..model import transformers_facts
-from ..model.tensors import ModelTensor, default_head, matches, modules_read
-from ..model.tree import modules_by_path
+from ..model.quantizable import default_head, matches
+from ..model.tensors import ModelTensor
+from ..model.view import ModelView
 from ..sizes import show
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ _NAMED, _SHARE = 4, 0.01
 
 
 def warn_of_leftover(
-    model: nn.Module,
+    view: ModelView,
     config: BnbQuantizationConfig,
     tensors: Sequence[ModelTensor],
     layers: Mapping[str, nn.Module],
@@ -32,7 +33,7 @@ def warn_of_leftover(
     Embeddings, the output head and what is skipped, or kept in fp32, by name or by the model's class do not count.
 
     Args:
-        model: read only.
+        view: of the model.
         config: resolved, without "auto".
         tensors: of the model, from `tensors_of`.
         layers: those to quantize, by path.
@@ -43,7 +44,7 @@ def warn_of_leftover(
     quantized = _elements(weights) - _elements(left)
     if _elements(left) <= quantized:
         return  # nearly always, and at once
-    left = _not_meant_to_stay(model, config, left)
+    left = _not_meant_to_stay(view, config, left)
     if _elements(left) <= quantized:
         return
     dtype = config.load_dtype
@@ -54,36 +55,33 @@ def warn_of_leftover(
         config.mode,
         amount if quantized else "nothing is quantized",
         str(dtype).removeprefix("torch."),
-        _by_class(model, left, dtype),
+        _by_class(view, left, dtype),
     )
 
 
 def _not_meant_to_stay(
-    model: nn.Module, config: BnbQuantizationConfig, tensors: Sequence[ModelTensor]
+    view: ModelView, config: BnbQuantizationConfig, tensors: Sequence[ModelTensor]
 ) -> list[ModelTensor]:
-    modules = modules_by_path(model)
     named = [
         *(config.skip_modules or ()),
         *(config.keep_in_fp32_modules or ()),
-        *transformers_facts.fp32_patterns(model, torch.float16),
+        *transformers_facts.fp32_patterns(view.modules.values(), torch.float16),
     ]
-    head = default_head(model) if config.skip_modules is None else None
+    head = default_head(view.model) if config.skip_modules is None else None
 
     def is_meant(name: str) -> bool:
-        owner = modules[name.rpartition(".")[0]]
+        owner = view.owner(name)
         return owner is head or isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) or matches(name, named)
 
     return [tensor for tensor in tensors if not any(map(is_meant, tensor.names))]
 
 
-def _by_class(model: nn.Module, tensors: Sequence[ModelTensor], dtype: torch.dtype) -> str:
+def _by_class(view: ModelView, tensors: Sequence[ModelTensor], dtype: torch.dtype) -> str:
     """Write which classes hold some weights, the largest share first, and why each is not quantized."""
-    modules = modules_by_path(model)
-    read = modules_read(model)
     groups: dict[tuple[str, str], list[ModelTensor]] = {}
     for tensor in tensors:
-        owner = modules[tensor.name.rpartition(".")[0]]
-        groups.setdefault((type(owner).__name__, _reason(owner, tensor, read)), []).append(tensor)
+        owner = view.owner(tensor.name)
+        groups.setdefault((type(owner).__name__, _reason(owner, tensor, view.read_by_owner)), []).append(tensor)
     shares = sorted(groups.items(), key=lambda group: -_elements(group[1]))
     least = _SHARE * _elements(tensors)
     named = [group for group in shares[:_NAMED] if _elements(group[1]) >= least]

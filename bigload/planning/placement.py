@@ -9,16 +9,16 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
-from torch import nn
 
 from ..hardware.devices import CPU, Place, as_place, default_device, is_strategy
 from ..hardware.free_memory import free_bytes, free_disk_bytes
+from ..model.view import ModelView
 from .advice import does_not_fit_error, split_unit_error
 from .plan import PlacedUnit
 from .planned_tensors import PlannedTensor
 from .request import PlacementRequest, computing_devices, longest_match, places_of
 from .solver import DoesNotFitError, Item, OffPlace, Rules, solve_placement
-from .units import GPU_BYTES, Unit, bytes_of, units_of
+from .units import GPU_BYTES, Unit, bytes_of, units_of, whole_model
 
 _P = TypeVar("_P", bound=Place)
 
@@ -58,21 +58,21 @@ def place_whole(tensors: Sequence[PlannedTensor], device: torch.device, request:
             return None
     paths = request.device_map if isinstance(request.device_map, Mapping) else ("",)
     places = dict.fromkeys(paths, device)
-    return Placement(places, places, (), budgets)
+    return Placement(places, places, (PlacedUnit(whole_model(tensors), device),), budgets)
 
 
-def place_units(model: nn.Module, tensors: Sequence[PlannedTensor], request: PlacementRequest) -> Placement:
-    """Return every unit of a model its place.
+def place_units(view: ModelView, tensors: Sequence[PlannedTensor], request: PlacementRequest) -> Placement:
+    """Choose a place for every unit of a model.
 
     Args:
-        model: read only.
+        view: of the model.
         tensors: all of it, with their formats.
         request: what the caller said; its device map has been checked.
 
     Raises:
         PlacementError: it cannot be met.
     """
-    units = units_of(model, tensors, request.no_split_module_classes)
+    units = units_of(view, tensors, request.no_split_module_classes)
     device_map = request.device_map
     if is_strategy(device_map):
         return _inferred(units, str(device_map), request)
@@ -84,7 +84,7 @@ def place_units(model: nn.Module, tensors: Sequence[PlannedTensor], request: Pla
 def place_tensors(
     tensors: Sequence[PlannedTensor], units: Sequence[PlacedUnit], *, is_mixed: bool
 ) -> list[PlannedTensor]:
-    """Return tensors the places of their units.
+    """Give tensors the places of their units.
 
     Args:
         tensors: in the order that they shall keep.
@@ -98,6 +98,8 @@ def place_tensors(
             home = placed.home if id(planned) in leaving else None
             if placed.device == CPU and is_mixed:
                 found[id(planned)] = planned.on_cpu()
+            elif (planned.device, planned.home) == (placed.device, home):
+                found[id(planned)] = planned
             else:
                 found[id(planned)] = replace(planned, device=placed.device, home=home)
     return [found[id(planned)] for planned in tensors]

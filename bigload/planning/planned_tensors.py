@@ -14,7 +14,9 @@ from ..errors import CheckpointError, ConfigError
 from ..hardware.devices import CPU, Place
 from ..io.tensors import LazyTensor, StoredTensor
 from ..model import transformers_facts
-from ..model.tensors import ModelTensor, matches
+from ..model.quantizable import matches
+from ..model.tensors import ModelTensor
+from ..model.view import ModelView, view_of
 from ..quantization import formats
 from ..quantization.formats import Format, FourBit, Int8, Plain
 from .sources import Source
@@ -68,7 +70,7 @@ class PlannedTensor:
 
 
 def formatted_tensors(
-    model: nn.Module,
+    model: nn.Module | ModelView,
     config: BnbQuantizationConfig,
     tensors: Sequence[ModelTensor],
     layers: Mapping[str, nn.Module],
@@ -91,7 +93,10 @@ def formatted_tensors(
         CheckpointError: a weight that is stored quantized has another shape than the layer's.
         ConfigError: a weight cannot be held in the format asked for.
     """
-    fp32 = [*(config.keep_in_fp32_modules or ()), *transformers_facts.fp32_patterns(model, config.load_dtype)]
+    fp32 = [
+        *(config.keep_in_fp32_modules or ()),
+        *transformers_facts.fp32_patterns(view_of(model).modules.values(), config.load_dtype),
+    ]
     weights = {f"{path}.weight".lstrip("."): layer for path, layer in layers.items()}
     planned = []
     for tensor in tensors:

@@ -7,23 +7,23 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..checkpoint.bitsandbytes import QuantizedTensor
-from ..checkpoint.checkpoint import Checkpoint, WeightsLocation, open_checkpoint
+from ..checkpoint.checkpoint import Checkpoint, WeightsLocation
 from ..checkpoint.record import Record
-from ..checkpoint.stored_config import config_of
-from ..config import BnbQuantizationConfig, OffloadConfig, as_config, as_offload_config
+from ..config import BnbQuantizationConfig, OffloadConfig
 from ..errors import CheckpointError, ConfigError, PlacementError, listed
 from ..hardware.devices import CPU, Device, DeviceMap
-from ..io.ring import ring_bytes
 from ..io.transfer import WINDOW_BYTES
 from ..model import transformers_facts
-from ..model.tensors import ModelTensor, layers_recorded, layers_stored_quantized, layers_to_quantize, tensors_of
-from ..model.tree import leaves, modules_by_path, walked_once
+from ..model.quantizable import layers_recorded, layers_stored_quantized, layers_to_quantize
+from ..model.tensors import ModelTensor, tensors_of
+from ..model.view import ModelView
 from ..quantization.formats import FourBit, dominant_dtype
 from .advice import check_accounts
 from .cpu_or_gpu import is_faster_on_cpu
@@ -31,92 +31,95 @@ from .leftover import warn_of_leftover
 from .placement import Placement, place_tensors, place_units, place_whole
 from .plan import Plan, accounts_of
 from .planned_tensors import PlannedTensor, formatted_tensors
-from .request import PlacementRequest, check_map, only_device, resolve_budgets
+from .request import LoadRequest, PlacementRequest, check_map, load_request, only_device
 from .sources import KeyMapping, Source, sources_in_checkpoint
 
 
-def config_for(given: BnbQuantizationConfig | None, checkpoint: Checkpoint | None) -> BnbQuantizationConfig:
-    """Return the caller's config or, where None is given, that of a checkpoint which is quantized already.
-
-    Raises:
-        CheckpointError: the checkpoint's weights are quantized in more than one way.
-        ConfigError: None for a checkpoint that is not quantized, or a config that contradicts one that is.
-    """
-    if checkpoint is not None and checkpoint.is_quantized:
-        return config_of(checkpoint, given)
-    if checkpoint is not None and checkpoint.record is not None and given is None:
-        return checkpoint.record.config
-    return as_config(given)
-
-
-def plan_load(
-    model: nn.Module,
-    config: BnbQuantizationConfig,
-    checkpoint: Checkpoint | None,
-    request: PlacementRequest,
-    *,
-    key_mapping: KeyMapping | None = None,
-    tied_parameters: Sequence[tuple[str, str]] | None = None,
-    quantizable: Sequence[type[nn.Linear]] = (),
-    strict: bool = False,
-    is_hypothetical: bool = False,
-) -> Plan:
+def plan_load(view: ModelView, request: LoadRequest) -> Plan:
     """Decide for every tensor of a model where it comes from, what it becomes and where it goes.
-
-    Args:
-        model: read only.
-        config: from `config_for`.
-        checkpoint: where the weights are; None means the model's own.
-        request: what the caller said of places.
-        key_mapping, tied_parameters, quantizable, strict: as `load_and_quantize_model` takes them.
-        is_hypothetical: the model's own weights may be on meta, as if a checkpoint held them.
 
     Raises:
         ConfigError: an argument cannot mean anything.
         CheckpointError: the checkpoint does not fit the model.
         PlacementError: the device map or the budgets cannot be met.
     """
-    record = None if checkpoint is None else checkpoint.record
-    tensors = tensors_of(model, _ties(model, record) if tied_parameters is None else tied_parameters)
-    check_map(request.device_map, tensors, modules_by_path(model), must_exist=request.must_exist)
+    placement = request.placement
+    ties = _saved_ties(view, request.checkpoint) if request.tied_parameters is None else request.tied_parameters
+    tensors = tensors_of(view, ties)
+    check_map(placement.device_map, tensors, view.modules, must_exist=placement.must_exist)
+    config, sources, class_dtypes = _sources(view, request, tensors)
+    layers = _layers(view, request, config, tensors, sources)
+    device = only_device(placement) if placement.must_exist else None  # a plan that is looked at shows its units
+    planned = formatted_tensors(view, config, tensors, layers, sources, class_dtypes, device or CPU)
+    reserve = placement.offload.reserve_bytes(_dequantized_bytes(planned, config))
+    placement = replace(placement, reserve=max(reserve, WINDOW_BYTES))
+    placed = None if device is None else place_whole(planned, device, placement)
+    return _placed(planned, layers, config, placed or _placement(view, planned, placement), placement)
+
+
+_Sources = Mapping[str, tuple[Source, ...]]
+
+
+def _sources(
+    view: ModelView, request: LoadRequest, tensors: Sequence[ModelTensor]
+) -> tuple[BnbQuantizationConfig, _Sources, Mapping[str, torch.dtype] | None]:
+    """Find where each tensor's values are.
+
+    Returns:
+        The config without "auto"; sources by the tensors' first names; and the dtypes that the model's class, or the
+        saved model, has its tensors in.
+    """
+    model, checkpoint = view.model, request.checkpoint
     if checkpoint is None:
-        sources, dtype = _own_weights(tensors, may_be_empty=is_hypothetical)
-        dtype = (transformers_facts.config_dtype(model) or dtype) if is_hypothetical else dtype
-        resolved, class_dtypes = config.resolved(dtype), None  # a real model has the dtypes it was given
-        if is_hypothetical:
-            class_dtypes = transformers_facts.class_dtypes(model, resolved.load_dtype)
-    else:
-        resolved = config.resolved(checkpoint.dominant_dtype)
-        class_dtypes = transformers_facts.class_dtypes(model, resolved.load_dtype)
-        sources = sources_in_checkpoint(
-            tensors,
-            checkpoint,
-            key_mapping=key_mapping,
-            conversion=transformers_facts.key_conversion(model),
-            ignores_key=lambda key: transformers_facts.ignores_key(model, key),
-            class_dtypes=class_dtypes,
-            rebuilt_buffers=lambda: transformers_facts.rebuilt_buffers(model, resolved.load_dtype),
-            strict=strict,
-        )
+        return _own_sources(view, request, tensors)
+    config = request.config.resolved(checkpoint.dominant_dtype)
+    class_dtypes = transformers_facts.class_dtypes(model, config.load_dtype)
+    sources = sources_in_checkpoint(
+        tensors,
+        checkpoint,
+        key_mapping=request.key_mapping,
+        conversion=transformers_facts.key_conversion(model),
+        ignores_key=partial(transformers_facts.ignores_key, model),
+        class_dtypes=class_dtypes,
+        rebuilt_buffers=partial(transformers_facts.rebuilt_buffers, model, config.load_dtype),
+        strict=request.strict,
+    )
+    if checkpoint.record is not None and (request.as_saved or request.config.torch_dtype == "auto"):
+        return config, sources, {name: pieces[0].tensor.dtype for name, pieces in sources.items() if pieces}
+    return config, sources, class_dtypes
+
+
+def _own_sources(
+    view: ModelView, request: LoadRequest, tensors: Sequence[ModelTensor]
+) -> tuple[BnbQuantizationConfig, _Sources, Mapping[str, torch.dtype] | None]:
+    """Take the model's own weights, which has the dtypes that it was given; on meta a plan alone may have them."""
+    sources, dtype = _own_weights(tensors, may_be_empty=not request.placement.must_exist)
+    if request.placement.must_exist:
+        return request.config.resolved(dtype), sources, None
+    config = request.config.resolved(transformers_facts.config_dtype(view.model) or dtype)
+    return config, sources, transformers_facts.class_dtypes(view.model, config.load_dtype)
+
+
+def _layers(
+    view: ModelView,
+    request: LoadRequest,
+    config: BnbQuantizationConfig,
+    tensors: Sequence[ModelTensor],
+    sources: _Sources,
+) -> dict[str, nn.Module]:
+    """Choose the layers that are quantized, by path."""
+    checkpoint, quantizable = request.checkpoint, request.quantizable
+    record = None if checkpoint is None else checkpoint.record
     if record is not None:
-        quantizable = quantizable or _classes(model, record)
-        if config is record.config or config.torch_dtype == "auto":  # what was saved comes back as it was
-            class_dtypes = {name: pieces[0].tensor.dtype for name, pieces in sources.items() if pieces}
+        quantizable = quantizable or _saved_classes(view, record)
     if checkpoint is not None and checkpoint.is_quantized:
         stored = [name for name, pieces in sources.items() if isinstance(pieces[0].tensor, QuantizedTensor)]
-        layers = layers_stored_quantized(model, resolved, tensors, stored, quantizable)
-    elif record is not None and config is record.config:
-        layers = layers_recorded(model, record.layers, quantizable)
-    else:
-        layers = layers_to_quantize(model, resolved, tensors, quantizable)
-        warn_of_leftover(model, resolved, tensors, layers)
-    device = None if is_hypothetical else only_device(request)  # a plan that is looked at has its units
-    planned = formatted_tensors(model, resolved, tensors, layers, sources, class_dtypes, device or CPU)
-    kept = request.offload.reserve_bytes(_dequantized_bytes(planned, resolved))
-    request = replace(request, reserve=max(kept, WINDOW_BYTES))
-    placement = None if device is None else place_whole(planned, device, request)
-    placement = placement or _placement(model, planned, request)
-    return _placed(planned, layers, resolved, placement, request)
+        return layers_stored_quantized(view, config, tensors, stored, quantizable)
+    if record is not None and request.as_saved:
+        return layers_recorded(view, record.layers, quantizable)
+    layers = layers_to_quantize(view, config, tensors, quantizable)
+    warn_of_leftover(view, config, tensors, layers)
+    return layers
 
 
 def _dequantized_bytes(tensors: Sequence[PlannedTensor], config: BnbQuantizationConfig) -> int:
@@ -126,13 +129,13 @@ def _dequantized_bytes(tensors: Sequence[PlannedTensor], config: BnbQuantization
     return max(in_4bit, default=0) * (computed if isinstance(computed, torch.dtype) else config.load_dtype).itemsize
 
 
-def _placement(model: nn.Module, tensors: Sequence[PlannedTensor], request: PlacementRequest) -> Placement:
+def _placement(view: ModelView, tensors: Sequence[PlannedTensor], request: PlacementRequest) -> Placement:
     """Place a model's units; "auto" lets the CPU compute what rests there if that is faster, and possible."""
-    placement = place_units(model, tensors, request)
+    placement = place_units(view, tensors, request)
     may_choose = request.offload.execute == "auto" and not request.fp32_on_cpu
     if may_choose and not any(map(_is_quantized, tensors)) and is_faster_on_cpu(placement.units):
         with suppress(PlacementError):  # no room for float32
-            return place_units(model, tensors, replace(request, fp32_on_cpu=True))
+            return place_units(view, tensors, replace(request, fp32_on_cpu=True))
     return placement
 
 
@@ -144,7 +147,7 @@ def _placed(
     request: PlacementRequest,
 ) -> Plan:
     is_mixed = any(placed.device.type == "cuda" for placed in placement.units)
-    made = place_tensors(tensors, placement.units, is_mixed=is_mixed) if placement.units else list(tensors)
+    made = place_tensors(tensors, placement.units, is_mixed=is_mixed)
     if config.llm_int8_has_fp16_weight and any(placed.home is not None for placed in placement.units):
         raise ConfigError(
             "int8-training trains its weights, which must be on the device that computes: leave none off it"
@@ -211,81 +214,35 @@ def plan_device_map(
     Raises:
         ConfigError, CheckpointError, PlacementError: as `load_and_quantize_model` raises them.
     """
-    given = None if bnb_quantization_config is None else as_config(bnb_quantization_config)
-    checkpoint = None if weights_location is None else open_checkpoint(weights_location)
-    config = config_for(given, checkpoint)
-    request = placement_request(
-        config,
+    request = load_request(
+        bnb_quantization_config,
+        weights_location,
         device_map,
         no_split_module_classes,
         max_memory,
         offload_folder,
         offload,
+        key_mapping=key_mapping,
+        tied_parameters=tied_parameters,
+        quantizable=quantizable,
         must_exist=False,
     )
-    with torch.inference_mode(False), torch.no_grad(), walked_once(model):
-        return plan_load(
-            model,
-            config,
-            checkpoint,
-            request,
-            key_mapping=key_mapping,
-            tied_parameters=tied_parameters,
-            quantizable=quantizable,
-            is_hypothetical=True,
-        )
+    with torch.inference_mode(False), torch.no_grad():
+        return plan_load(ModelView(model), request)
 
 
-def placement_request(
-    config: BnbQuantizationConfig,
-    device_map: DeviceMap,
-    no_split_module_classes: Sequence[str] | None = None,
-    max_memory: Mapping[Device, int | str] | None = None,
-    offload_folder: str | os.PathLike[str] | None = None,
-    offload: OffloadConfig | None = None,
-    *,
-    must_exist: bool = True,
-) -> PlacementRequest:
-    """Gather what a caller said of places.
-
-    Raises:
-        ConfigError: `offload`, `offload_folder` or `no_split_module_classes` is not what it should be.
-        PlacementError: `max_memory` is not.
-    """
-    if isinstance(no_split_module_classes, str) or not all(
-        isinstance(name, str) for name in no_split_module_classes or ()
-    ):
-        raise ConfigError(
-            f"no_split_module_classes must be a list of names of classes, but it is {no_split_module_classes!r}"
-        )
-    if offload_folder is not None and (not isinstance(offload_folder, (str, os.PathLike)) or not str(offload_folder)):
-        raise ConfigError(f"offload_folder is {offload_folder!r}; expected the path of a folder, or None")
-    kept = as_offload_config(offload)
-    return PlacementRequest(
-        device_map,
-        resolve_budgets(max_memory, must_exist=must_exist),
-        no_split_module_classes,
-        kept,
-        offload_folder,
-        fp32_on_cpu=config.llm_int8_enable_fp32_cpu_offload or kept.execute == "cpu",
-        host_ring=ring_bytes(),
-        must_exist=must_exist,
-    )
-
-
-def _ties(model: Any, record: Record | None) -> list[tuple[str, str]]:
+def _saved_ties(view: ModelView, checkpoint: Checkpoint | None) -> list[tuple[str, str]]:
     """Return the ties that a saved model had, as far as this one has both ends: made on meta it may have lost them."""
-    if record is None or not isinstance(model, nn.Module):
+    if checkpoint is None or checkpoint.record is None:
         return []
-    names = leaves(modules_by_path(model), "_parameters")
-    pairs = [(first, other) for first, *others in record.ties for other in others]
+    names = view.parameters
+    pairs = [(first, other) for first, *others in checkpoint.record.ties for other in others]
     return [(a, b) for a, b in pairs if a in names and b in names and names[a].shape == names[b].shape]
 
 
-def _classes(model: nn.Module, record: Record) -> list[type[nn.Linear]]:
+def _saved_classes(view: ModelView, record: Record) -> list[type[nn.Linear]]:
     """Return the subclasses of Linear whose layers were quantized when the model was saved."""
-    modules = modules_by_path(model)
-    classes = {type(modules[path]) for path in record.layers if path in modules}
+    classes = {type(view.modules[path]) for path in record.layers if path in view.modules}
     return [cls for cls in classes if issubclass(cls, nn.Linear) and cls is not nn.Linear]
 
 

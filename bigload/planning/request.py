@@ -1,18 +1,24 @@
-"""What a caller says of places: a device map in any spelling, budgets, what may not be cut."""
+"""What a caller asks of a load: the weights, how they are quantized, and where they go."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import nn
 
-from ..config import OffloadConfig
-from ..errors import PlacementError, counted, listed
+from ..checkpoint.checkpoint import Checkpoint, WeightsLocation, open_checkpoint
+from ..checkpoint.stored_config import config_of
+from ..config import BnbQuantizationConfig, OffloadConfig, as_config, as_offload_config
+from ..errors import ConfigError, PlacementError, counted, listed
 from ..hardware.devices import CPU, Device, DeviceMap, Place, as_place, default_device, is_strategy
+from ..io.ring import ring_bytes
 from ..model.tensors import ModelTensor
 from ..sizes import parse_size
+from .sources import KeyMapping
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,106 @@ class PlacementRequest:
     reserve: int = 0
     host_ring: int = 0
     must_exist: bool = True
+
+
+@dataclass(frozen=True)
+class LoadRequest:
+    """All that a caller asks of a load.
+
+    Attributes:
+        config: how to quantize; where the caller gave none, that of a checkpoint which is quantized already.
+        checkpoint: where the weights are; None means the model's own.
+        placement: where they shall go.
+        as_saved: the caller gave no config: the model comes back as `save_quantized_model` found it.
+        key_mapping, tied_parameters, quantizable, strict: as `load_and_quantize_model` takes them.
+    """
+
+    config: BnbQuantizationConfig
+    checkpoint: Checkpoint | None
+    placement: PlacementRequest
+    as_saved: bool = False
+    key_mapping: KeyMapping | None = None
+    tied_parameters: Sequence[tuple[str, str]] | None = None
+    quantizable: Sequence[type[nn.Linear]] = ()
+    strict: bool = False
+
+
+def load_request(
+    bnb_quantization_config: Any,
+    weights_location: WeightsLocation | None,
+    device_map: DeviceMap,
+    no_split_module_classes: Sequence[str] | None = None,
+    max_memory: Mapping[Device, int | str] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    offload: OffloadConfig | None = None,
+    *,
+    key_mapping: KeyMapping | None = None,
+    tied_parameters: Sequence[tuple[str, str]] | None = None,
+    quantizable: Sequence[type[nn.Linear]] = (),
+    strict: bool = False,
+    must_exist: bool = True,
+) -> LoadRequest:
+    """Check the arguments of `load_and_quantize_model`, and read the headers of the checkpoint.
+
+    Args:
+        must_exist: whether devices must be this machine's, and weights there: a plan may be for others.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is damaged or quantized in more than one way.
+        ConfigError: an argument cannot mean anything; no config for a checkpoint that is not quantized, or one that
+            contradicts how it is.
+        PlacementError: `max_memory` names what is no device or no size.
+    """
+    given = None if bnb_quantization_config is None else as_config(bnb_quantization_config)
+    checkpoint = None if weights_location is None else open_checkpoint(weights_location)
+    as_saved = given is None and checkpoint is not None and checkpoint.record is not None
+    if checkpoint is not None and checkpoint.is_quantized:
+        config = config_of(checkpoint, given)
+    elif as_saved and checkpoint is not None and checkpoint.record is not None:
+        config = checkpoint.record.config
+    else:
+        config = as_config(given)
+    placement = placement_request(
+        config, device_map, no_split_module_classes, max_memory, offload_folder, offload, must_exist=must_exist
+    )
+    return LoadRequest(config, checkpoint, placement, as_saved, key_mapping, tied_parameters, quantizable, strict)
+
+
+def placement_request(
+    config: BnbQuantizationConfig,
+    device_map: DeviceMap,
+    no_split_module_classes: Sequence[str] | None = None,
+    max_memory: Mapping[Device, int | str] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    offload: OffloadConfig | None = None,
+    *,
+    must_exist: bool = True,
+) -> PlacementRequest:
+    """Gather what a caller said of places.
+
+    Raises:
+        ConfigError: `offload`, `offload_folder` or `no_split_module_classes` is not what it should be.
+        PlacementError: `max_memory` is not.
+    """
+    if isinstance(no_split_module_classes, str) or not all(
+        isinstance(name, str) for name in no_split_module_classes or ()
+    ):
+        raise ConfigError(
+            f"no_split_module_classes must be a list of names of classes, but it is {no_split_module_classes!r}"
+        )
+    if offload_folder is not None and (not isinstance(offload_folder, (str, os.PathLike)) or not str(offload_folder)):
+        raise ConfigError(f"offload_folder is {offload_folder!r}; expected the path of a folder, or None")
+    kept = as_offload_config(offload)
+    return PlacementRequest(
+        device_map,
+        resolve_budgets(max_memory, must_exist=must_exist),
+        no_split_module_classes,
+        kept,
+        offload_folder,
+        fp32_on_cpu=config.llm_int8_enable_fp32_cpu_offload or kept.execute == "cpu",
+        host_ring=ring_bytes(),
+        must_exist=must_exist,
+    )
 
 
 def resolve_budgets(max_memory: Mapping[Device, int | str] | None, *, must_exist: bool = True) -> dict[Place, int]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import listed
 from ..model import transformers_facts
-from ..model.tree import modules_by_path
+from ..model.view import ModelView
 from ..model.weight_readers import weights_read
 from ..quantization import formats
 from ..quantization.formats import Plain
@@ -92,7 +92,7 @@ def bytes_of(tensors: Sequence[PlannedTensor], multiple: int = 1) -> int:
 
 
 def units_of(
-    model: nn.Module, tensors: Sequence[PlannedTensor], no_split_module_classes: Collection[str] | None = None
+    view: ModelView, tensors: Sequence[PlannedTensor], no_split_module_classes: Collection[str] | None = None
 ) -> list[Unit]:
     """Cut a model into units, in the order of its modules.
 
@@ -100,25 +100,25 @@ def units_of(
     blocks.
 
     Args:
-        model: read only.
+        view: of the model.
         tensors: all of the model's, with their formats.
         no_split_module_classes: names of the classes of blocks; by default what the model's own `_no_split_modules`
             says, else the class that its largest list of modules repeats.
     """
-    modules = modules_by_path(model)
     by_name = {name: planned for planned in tensors for name in planned.tensor.names}
     if no_split_module_classes is None:
-        blocks = transformers_facts.no_split_classes(model) or _repeated_classes(modules, by_name)
+        blocks = transformers_facts.no_split_classes([view.model, *view.pretrained]) or _repeated_classes(
+            view.modules, by_name
+        )
     else:
         blocks = set(no_split_module_classes)
-        unknown = blocks - {type(module).__name__ for module in modules.values()}
+        unknown = blocks - {type(module).__name__ for module in view.modules.values()}
         if unknown:
             logger.warning("no_split_module_classes names %s, which no module is of", listed(sorted(unknown)))
-    read = _modules_read(modules)
     pieces = [
-        (path, type(module).__name__ in blocks, names) for path, module, names in _walk("", model, blocks) if names
+        (path, type(module).__name__ in blocks, names) for path, module, names in _walk("", view.model, blocks) if names
     ]
-    return [_unit(merged, by_name, modules, read) for merged in _merged(pieces, by_name)]
+    return [_unit(merged, by_name, view) for merged in _merged(pieces, by_name)]
 
 
 _Piece = tuple[str, bool, list[str]]
@@ -172,10 +172,6 @@ def _repeated_classes(modules: Mapping[str, nn.Module], by_name: Mapping[str, Pl
     return largest[1]
 
 
-def _modules_read(modules: Mapping[str, nn.Module]) -> set[nn.Module]:
-    return {owner.get_submodule(path) for owner in set(modules.values()) for path in weights_read(owner)}
-
-
 def _merged(pieces: Sequence[_Piece], by_name: Mapping[str, PlannedTensor]) -> list[list[_Piece]]:
     """Put pieces that share a tensor together, at the place of the first."""
     group_of: dict[int, list[_Piece]] = {}
@@ -198,28 +194,23 @@ def _merged(pieces: Sequence[_Piece], by_name: Mapping[str, PlannedTensor]) -> l
 def _unit(
     pieces: Sequence[_Piece],
     by_name: Mapping[str, PlannedTensor],
-    modules: Mapping[str, nn.Module],
-    read: Collection[nn.Module],
+    view: ModelView,
 ) -> Unit:
     tensors = list({id(by_name[name]): by_name[name] for _, _, names in pieces for name in names}.values())
-    offloaded = tuple(planned for planned in tensors if _can_leave(planned, modules, read))
-    owners = {type(_owner(planned, modules)) for planned in offloaded}
+    offloaded = tuple(planned for planned in tensors if _can_leave(planned, view))
+    owners = {type(view.owner(planned.tensor.name)) for planned in offloaded}
     paths = tuple(path for path, _, _ in pieces)
     return Unit(paths, any(block for _, block, _ in pieces), tuple(tensors), offloaded, owners == {nn.Embedding})
 
 
-def _owner(planned: PlannedTensor, modules: Mapping[str, nn.Module]) -> nn.Module:
-    return modules[planned.tensor.name.rpartition(".")[0]]
-
-
-def _can_leave(planned: PlannedTensor, modules: Mapping[str, nn.Module], read: Collection[nn.Module]) -> bool:
+def _can_leave(planned: PlannedTensor, view: ModelView) -> bool:
     """Whether a tensor is one module's own, which has no children and whose forward alone reads it."""
     if not planned.tensor.is_parameter or planned.nbytes < RESIDENT_BYTES:
         return False
-    owners = {modules[name.rpartition(".")[0]] for name in planned.tensor.names}
+    owners = {view.owner(name) for name in planned.tensor.names}
     (owner,) = owners if len(owners) == 1 else (None,)
     is_plain = not isinstance(planned.format, Plain) or planned.format.dtype.is_floating_point
-    return owner is not None and is_plain and _is_leaf(owner) and owner not in read
+    return owner is not None and is_plain and _is_leaf(owner) and owner not in view.read_by_owner
 
 
 def _is_leaf(module: nn.Module) -> bool:
@@ -229,3 +220,8 @@ def _is_leaf(module: nn.Module) -> bool:
 
 def _holds(module: nn.Module) -> bool:
     return bool(_own(module)) or not _is_leaf(module)
+
+
+def whole_model(tensors: Sequence[PlannedTensor]) -> Unit:
+    """Return a model as one unit, for a load that puts all of it on one device: to cut it would tell nothing."""
+    return Unit(("",), False, tuple(tensors), (), False)

@@ -164,7 +164,8 @@ def _shortened(paths: set[str]) -> set[str]:
 
 def _ours(model_class, config) -> set[str]:
     from bigload import BnbQuantizationConfig, init_empty_weights
-    from bigload.model.tensors import layers_to_quantize, tensors_of
+    from bigload.model.quantizable import layers_to_quantize
+    from bigload.model.tensors import tensors_of
 
     with init_empty_weights():
         model = model_class(config)

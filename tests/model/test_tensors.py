@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from bigload import BnbQuantizationConfig, load_and_quantize_model
 from bigload.errors import ConfigError
-from bigload.model.tensors import layers_to_quantize, matches, tensors_of
+from bigload.model.quantizable import layers_to_quantize, matches
+from bigload.model.tensors import tensors_of
 
 
 def names_of(model, tied_parameters=()):

@@ -4,7 +4,8 @@ import torch
 from models import GPT, Attended, llama
 from torch import nn
 
-from bigload.model.tree import first_paths, leaves, modules_by_path, paths_above, walked_once
+from bigload.model.tree import first_paths, leaves, modules_by_path, paths_above
+from bigload.model.view import ModelView, view_of
 
 
 class Shared(nn.Module):
@@ -33,16 +34,17 @@ def test_modules_parameters_and_buffers_are_torchs_own_in_its_order():
             assert all(found[name] is named[name] for name in named)
 
 
-def test_walk_is_made_once_within_the_block_and_for_that_model_alone():
-    model, other = Shared(), GPT()
-    with walked_once(model):
-        assert modules_by_path(model) is modules_by_path(model)
-        assert list(modules_by_path(other)) == [path for path, _ in other.named_modules(remove_duplicate=False)]
-        with walked_once(other):
-            assert modules_by_path(other) is modules_by_path(other)
-        assert modules_by_path(model) is modules_by_path(model)
+def test_view_is_of_the_moment_it_was_made():
+    model = Shared()
+    view = ModelView(model)
+    assert view_of(view) is view
     model.added = nn.Linear(1, 1)
-    assert "added" in modules_by_path(model)
+    assert "added" not in view.modules
+    assert "added" in view_of(model).modules
+    assert view.first_paths == {module: path for module, path in first_paths(model).items() if path != "added"}
+    assert {name: view.owner(name) for name in view.parameters} == {
+        name: model.get_submodule(name.rpartition(".")[0]) for name in view.parameters
+    }
 
 
 def test_paths_above_are_those_of_the_modules_that_it_is_in():

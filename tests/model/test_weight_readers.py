@@ -14,7 +14,8 @@ from transformers.models.bloom.modeling_bloom import BloomAttention, BloomMLP
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from bigload import BnbQuantizationConfig, init_empty_weights, load_and_quantize_model
-from bigload.model.tensors import layers_to_quantize, tensors_of
+from bigload.model.quantizable import layers_to_quantize
+from bigload.model.tensors import tensors_of
 from bigload.model.weight_readers import weights_read
 
 

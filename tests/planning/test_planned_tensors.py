@@ -9,7 +9,8 @@ from transformers.pytorch_utils import Conv1D
 from bigload import init_empty_weights
 from bigload.config import BnbQuantizationConfig
 from bigload.errors import ConfigError
-from bigload.model.tensors import layers_to_quantize, tensors_of
+from bigload.model.quantizable import layers_to_quantize
+from bigload.model.tensors import tensors_of
 from bigload.planning.planned_tensors import formatted_tensors
 from bigload.planning.sources import Source
 from bigload.quantization.formats import FourBit, Int8, Plain

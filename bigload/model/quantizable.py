@@ -1,0 +1,216 @@
+"""Which layers of a model are quantized."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import BnbQuantizationConfig
+from ..errors import CheckpointError, ConfigError, listed
+from . import transformers_facts
+from .linears import acts_as_linear, class_acts_as_linear
+from .tensors import ModelTensor
+from .view import ModelView, view_of
+
+logger = logging.getLogger(__name__)
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a run of whole components of a dotted name is one of the patterns; a star is any characters."""
+    return any(_compiled(pattern).search(name) for pattern in patterns)
+
+
+@functools.cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    body = ".*".join(re.escape(piece) for piece in pattern.split("*"))
+    return re.compile(rf"(?:^|\.){body}(?:\.|$)")
+
+
+def layers_to_quantize(
+    model: nn.Module | ModelView,
+    config: BnbQuantizationConfig,
+    tensors: Sequence[ModelTensor],
+    quantizable: Sequence[type[nn.Linear]] = (),
+) -> dict[str, nn.Module]:
+    """Choose the layers to quantize, by path: nn.Linear, what acts as it does, GPT-2's Conv1D, less what is skipped.
+
+    Skipped are tied weights, layers whose owner reads their weight past their forward, modules kept in fp32 by the
+    config or the transformers class, and `skip_modules` or, where that is None, the output head.
+
+    Args:
+        model: read only.
+        config: what it skips.
+        tensors: of the model, from `tensors_of`.
+        quantizable: further subclasses of nn.Linear to quantize.
+
+    Raises:
+        ConfigError: a class in `quantizable` does not do what nn.Linear does.
+    """
+    _check_quantizable(quantizable)
+    view = view_of(model)
+    tied = {name for tensor in tensors if _has_several_owners(view, tensor) for name in tensor.names}
+    # What the class keeps in fp32 in any 16-bit dtype must not be quantized in any: it ruins T5's `wo`.
+    always = [
+        *(config.keep_in_fp32_modules or ()),
+        *transformers_facts.fp32_patterns(view.modules.values(), torch.float16),
+    ]
+    head = default_head(view.model) if config.skip_modules is None else None
+    skip = config.skip_modules or []
+    paths: dict[nn.Module, list[str]] = {}
+    for path, module in view.modules.items():
+        paths.setdefault(module, []).append(f"{path}.weight".lstrip("."))
+    read = view.read_by_owner
+    layers = {}
+    for path, module in plain_linears(view, quantizable).items():
+        if module is head or module in read or not _weight(module).numel():
+            continue
+        if not any(weight in tied or matches(weight, [*always, *skip]) for weight in paths[module]):
+            layers[path] = module
+    everything = [name for tensor in tensors for name in tensor.names]
+    for field, patterns in (("skip_modules", skip), ("keep_in_fp32_modules", config.keep_in_fp32_modules or [])):
+        unused = [pattern for pattern in patterns if not any(matches(name, [pattern]) for name in everything)]
+        if unused:
+            logger.warning("%s names %s, which nothing in the model matches", field, listed(unused))
+    return layers
+
+
+def layers_stored_quantized(
+    model: nn.Module | ModelView,
+    config: BnbQuantizationConfig,
+    tensors: Sequence[ModelTensor],
+    stored: Iterable[str],
+    quantizable: Sequence[type[nn.Linear]] = (),
+) -> dict[str, nn.Module]:
+    """Find the layers whose weights a checkpoint holds quantized already, by path.
+
+    Args:
+        model: read only.
+        config: the caller's, or that of the checkpoint.
+        tensors: of the model, from `tensors_of`.
+        stored: the names of those weights in the model.
+        quantizable: subclasses of nn.Linear that may be quantized too.
+
+    Raises:
+        CheckpointError: one is no weight of a layer that can be quantized, or tied to another module's.
+        ConfigError: one is to be kept plain, or a class in `quantizable` does not do what nn.Linear does.
+    """
+    _check_quantizable(quantizable)
+    view = view_of(model)
+    could_be = {f"{path}.weight".lstrip("."): path for path in plain_linears(view, quantizable)}
+    names = list(stored)
+    among = set(names)
+    shared = [t.name for t in tensors if t.name in among and _has_several_owners(view, t)]
+    if shared:
+        raise CheckpointError(
+            f"{listed(shared)}: stored quantized, but in the model tied to other modules' weights: build the model "
+            "without the tie, or give the original checkpoint"
+        )
+    strange = [name for name in names if name not in could_be]
+    if strange:
+        raise CheckpointError(
+            f"{listed(strange)}: stored quantized, but in the model no weight of an nn.Linear: build the model from "
+            "this checkpoint's config, or name its class in quantizable"
+        )
+    for field in ("skip_modules", "keep_in_fp32_modules"):
+        plain = [could_be[name] for name in names if matches(name, getattr(config, field) or ())]
+        if plain:
+            raise ConfigError(
+                f"the checkpoint is quantized already, and so are {listed(plain)}, which {field} keeps plain: leave "
+                "them out, or give the original checkpoint"
+            )
+    return {could_be[name]: view.owner(name) for name in names}
+
+
+def layers_recorded(
+    model: nn.Module | ModelView, paths: Iterable[str], quantizable: Sequence[type[nn.Linear]] = ()
+) -> dict[str, nn.Module]:
+    """Find the layers that a saved model had quantized, where the weights themselves do not say it, by path.
+
+    Raises:
+        CheckpointError: one is no layer that can be quantized.
+    """
+    _check_quantizable(quantizable)
+    could_be = plain_linears(model, quantizable)
+    strange = [path for path in paths if path not in could_be]
+    if strange:
+        raise CheckpointError(
+            f"{listed(strange)}: quantized when it was saved, but in the model no nn.Linear: build the model that was "
+            "saved, or name its class in quantizable"
+        )
+    return {path: could_be[path] for path in paths}
+
+
+def plain_linears(model: nn.Module | ModelView, quantizable: Sequence[type[nn.Linear]] = ()) -> dict[str, nn.Module]:
+    """List the layers that could be quantized, by path."""
+    return {path: module for module, path in view_of(model).first_paths.items() if _is_quantizable(module, quantizable)}
+
+
+def _check_quantizable(quantizable: Any) -> None:
+    if not isinstance(quantizable, (tuple, list)):
+        raise ConfigError(f"quantizable must be a list of subclasses of nn.Linear, but it is {quantizable!r}")
+    for cls in quantizable:
+        _require_linear_forward(cls)
+
+
+def _require_linear_forward(cls: Any) -> None:
+    """Run a small layer of a subclass, made as it makes them, against nn.Linear's own computation."""
+    if not (isinstance(cls, type) and issubclass(cls, nn.Linear)):
+        raise ConfigError(f"quantizable must hold subclasses of nn.Linear, but it holds {cls!r}")
+    if class_acts_as_linear(cls):
+        return
+    x = torch.linspace(-1, 1, 180).view(5, 6, 6)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            layer = cls(6, 4)
+        same = torch.allclose(layer(x), nn.functional.linear(x, layer.weight, layer.bias), atol=1e-6)
+    except Exception as error:
+        raise ConfigError(
+            f"quantizable holds {cls.__name__}, which cannot be tried as {cls.__name__}(6, 4): {error}"
+        ) from error
+    if not same:
+        raise ConfigError(
+            f"quantizable holds {cls.__name__}, whose forward is not nn.Linear's: quantizing would change it"
+        )
+
+
+def _weight(layer: nn.Module) -> torch.Tensor:
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    return weight
+
+
+def _has_several_owners(view: ModelView, tensor: ModelTensor) -> bool:
+    return len(tensor.names) > 1 and len({id(view.owner(name)) for name in tensor.names}) > 1
+
+
+def default_head(model: nn.Module) -> nn.Module | None:
+    """The head that the model names, else its last direct child when that is itself a Linear."""
+    head = transformers_facts.output_head(model)
+    if head is None:
+        last = list(model.children())[-1:]
+        head = last[0] if last and isinstance(last[0], nn.Linear) else None
+    return head
+
+
+def _is_quantizable(module: nn.Module, quantizable: Sequence[type[nn.Linear]]) -> bool:
+    """Whether a module is a Linear in all it does: its class, its own forward, and nothing but two parameters."""
+    return (
+        (isinstance(module, nn.Linear) or transformers_facts.is_conv1d(module))
+        and "forward" not in module.__dict__
+        and module._parameters.keys() == {"weight", "bias"}
+        and module._parameters["weight"] is not None
+        and module._parameters["weight"].is_floating_point()
+        and not (module._buffers or module._modules)
+        and (
+            type(module) is nn.Linear
+            or type(module) in quantizable
+            or transformers_facts.is_conv1d(module)
+            or acts_as_linear(module)
+        )
+    )

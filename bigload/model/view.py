@@ -1,0 +1,71 @@
+"""A model's modules as they are at one moment, listed once for all that a load asks of them."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from ..errors import ConfigError
+from .transformers_facts import is_pretrained
+from .tree import leaves, modules_by_path
+from .weight_readers import weights_read
+
+
+class ModelView:
+    """A model and its modules. It does not follow changes of the model: make a new view after one.
+
+    Attributes:
+        model: the model.
+        modules: path -> module under every path that leads to it, the model itself as "".
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """List the modules.
+
+        Raises:
+            ConfigError: `model` is not an nn.Module.
+        """
+        if not isinstance(model, nn.Module):
+            found = f"the class {model.__name__}: call it" if isinstance(model, type) else f"a {type(model).__name__}"
+            raise ConfigError(f"model must be an nn.Module, but it is {found}")
+        self.model = model
+        self.modules = modules_by_path(model)
+
+    @cached_property
+    def first_paths(self) -> dict[nn.Module, str]:
+        """Each module once, with the first of its paths."""
+        found: dict[nn.Module, str] = {}
+        for path, module in self.modules.items():
+            found.setdefault(module, path)
+        return found
+
+    @cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters under all their names."""
+        return leaves(self.modules, "_parameters")
+
+    @cached_property
+    def buffers(self) -> dict[str, Any]:
+        """Buffers under all their names."""
+        return leaves(self.modules, "_buffers")
+
+    @cached_property
+    def pretrained(self) -> list[Any]:
+        """The modules, the model included, that are models of transformers."""
+        return [module for module in self.first_paths if is_pretrained(module)]
+
+    @cached_property
+    def read_by_owner(self) -> set[nn.Module]:
+        """The modules whose weight another module reads itself, instead of calling their forward."""
+        return {owner.get_submodule(path) for owner in self.first_paths for path in weights_read(owner)}
+
+    def owner(self, name: str) -> nn.Module:
+        """Return the module that holds a parameter or buffer."""
+        return self.modules[name.rpartition(".")[0]]
+
+
+def view_of(model: nn.Module | ModelView) -> ModelView:
+    """Return a view of a model; a view is returned as it is."""
+    return model if isinstance(model, ModelView) else ModelView(model)
