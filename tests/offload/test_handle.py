@@ -13,7 +13,8 @@ from models import GPT, assert_same_bits, empty, llama, lora_losses, save_checkp
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from bigload import ConfigError, OffloadConfig, PlacementError, load_and_quantize_model
+from bigload import ConfigError, OffloadConfig, OffloadError, PlacementError, load_and_quantize_model
+from bigload.pipeline.assembly import Assembly
 from bigload.planning import planner
 from bigload.planning.plan import PlacedUnit
 
@@ -418,3 +419,23 @@ def test_int8_training_leaves_nothing_off_the_device(tmp_path, device, options):
     folder = save_checkpoint(GPT(layers=4), tmp_path / "source")
     with pytest.raises(ConfigError, match="int8-training"):
         load_and_quantize_model(empty(lambda: GPT(layers=4)), "int8-training", folder, **options(BLOCKS["gpt"][1]))
+
+
+def test_guard_of_shared_weights_sees_the_layers_that_the_load_has_made(tmp_path, options, monkeypatch):
+    """Not those that they replaced: a weight of theirs that another module holds too must not be streamed."""
+    folder = save_checkpoint(GPT(layers=4).bfloat16(), tmp_path)
+    own, other = Assembly.commit, nn.Module()
+
+    def sharing(assembly, then):
+        def shared(model):
+            other.weight = model.transformer["h"][1].mlp["c_fc"].weight
+            model.other = other
+            then(model)
+
+        return own(assembly, shared)
+
+    monkeypatch.setattr(Assembly, "commit", sharing)
+    model = empty(lambda: GPT(layers=4))
+    with pytest.raises(OffloadError, match=r"'other\.weight' is streamed for another module"):
+        load_and_quantize_model(model, "nf4", folder, **options("transformer.h.1"))
+    assert model.transformer["h"][1].mlp["c_fc"].weight.is_meta
