@@ -29,6 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_quantize(commands.add_parser("quantize", help="time quantizing a checkpoint from files to files"))
     _add_offload(commands.add_parser("offload", help="time forwards of a model of which part rests on the CPU"))
     _add_spread(commands.add_parser("spread", help="time a model over several GPUs against the same on one"))
+    _add_against(commands.add_parser("against", help="time this checkout against another one, in turn"))
     plans = commands.add_parser("plans", help="plan well-known models on usual budgets: the table in docs/plans.md")
     plans.set_defaults(run=_plans)
     _add_report(commands.add_parser("report", help="turn result files into Markdown tables and charts"))
@@ -195,6 +196,36 @@ def _spread(options: argparse.Namespace) -> None:
     for result in measure_spread(options.folder, devices, options.mode, options.commit):
         print(json.dumps(result["rows"][-1]), file=sys.stderr, flush=True)
     _give(result, options.out)
+
+
+def _add_against(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("other", type=Path, help="the root of the other checkout")
+    parser.add_argument(
+        "cases",
+        nargs="+",
+        metavar="FOLDER:MODE[:BLOCKS]",
+        help="such as 8b:nf4, many-20k:none, or 8b:nf4:32 for a token",
+    )
+    parser.add_argument("--device", help="'cpu' or 'cuda:N' (default: the first GPU, the CPU where there is none)")
+    parser.add_argument("--rounds", type=int, default=5, help="processes for each (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="where the result goes, as JSON (default: standard output)")
+    parser.add_argument("--commit", help="of this checkout, where git cannot tell")
+    parser.add_argument("--other-commit", help="of the other")
+    parser.set_defaults(run=_against)
+
+
+def _against(options: argparse.Namespace) -> None:
+    from .against import Case, compare_checkouts
+    from .limits import describe_machine
+
+    device, parts = _device(options.device), [text.split(":") for text in options.cases]
+    cases = [Case(Path(folder), mode, *map(int, blocks)) for folder, mode, *blocks in parts]
+    result = {"benchmark": "against", **describe_machine(device, options.commit), "other_commit": options.other_commit}
+    result["rows"] = []
+    for row in compare_checkouts(options.other, cases, device, options.rounds):
+        print(json.dumps({name: row[name] for name in ("case", "ratio")}), file=sys.stderr, flush=True)
+        result["rows"].append(row)
+        _give(result, options.out)
 
 
 def _plans(options: argparse.Namespace) -> None:

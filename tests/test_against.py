@@ -1,0 +1,25 @@
+"""`python -m benchmarks against`: two checkouts, here one and the same, are timed in turn."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_both_checkouts_are_timed_in_each_round(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.__main__ import main
+    from benchmarks.against import Case
+    from benchmarks.checkpoints import make_checkpoint
+
+    folder, out = make_checkpoint("many-20", tmp_path / "many-20"), tmp_path / "out.json"
+    main(["against", str(ROOT), f"{folder}:none", "--device", "cpu", "--rounds", "1", "--out", str(out)])
+    result = json.loads(out.read_text())
+    (row,) = result["rows"]
+    assert row["case"] == "many-20 none: a load"
+    assert len(row["ours_s"]) == len(row["other_s"]) == 3  # of the four loads of a process the first does not count
+    assert row["ratio"] == pytest.approx(row["ours_median_s"] / row["other_median_s"], rel=0.1)
+    assert row["case"] in capsys.readouterr().err
+    assert Case(Path("8b"), "nf4", 32).name == "8b nf4: a token with 32 blocks offloaded"
