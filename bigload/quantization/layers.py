@@ -57,12 +57,16 @@ def make_layer(
     return new
 
 
-def quantized_layers(model: nn.Module) -> dict[str, Any]:
-    """List a model's layers of bitsandbytes, each by the first of its paths."""
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a module is a layer of bitsandbytes; does not import it, since without it there is none."""
     if "bitsandbytes" not in sys.modules:
-        return {}
-    kinds = (library().nn.Linear4bit, library().nn.Linear8bitLt)
-    return {path: module for module, path in first_paths(model).items() if isinstance(module, kinds)}
+        return False
+    return isinstance(module, (library().nn.Linear4bit, library().nn.Linear8bitLt))
+
+
+def quantized_layers(model: nn.Module) -> dict[str, Any]:
+    """Return a model's layers of bitsandbytes, each by the first of its paths."""
+    return {path: module for module, path in first_paths(model).items() if is_quantized(module)}
 
 
 def source_class(layer: nn.Module) -> type[nn.Module]:
