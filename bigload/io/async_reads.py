@@ -116,9 +116,10 @@ class Reads(AbstractContextManager["Reads"]):
         """Divide what is read among so many threads."""
         self._threads = threads
         self._turn = 0
-        self._pool = None if _library() is not None and not _is_forked else ThreadPoolExecutor(threads)
+        self._library = None if _is_forked else _library()
+        self._pool = None if self._library else ThreadPoolExecutor(threads)
         self._opened: dict[Path, list[int]] = {}
-        self._going: dict[Read, None] = {}
+        self._going: dict[Read, tuple[Path, Sequence[memoryview], int]] = {}
         self.is_done = True
 
     def begin(self, file: Path, buffers: Sequence[memoryview], offset: int) -> Read:
@@ -132,29 +133,40 @@ class Reads(AbstractContextManager["Reads"]):
         descriptors = self._descriptors(file)
         pieces = list(_pieces(buffers, offset))
         if sum(map(len, buffers)) < SMALL_BYTES * len(pieces):
-            return Read(os.preadv(descriptors[0], buffers, offset))
-        self.is_done = False
-        if self._pool:
-            read: Read = _ReadByPool(self._pool, descriptors[0], pieces)
+            read = Read(os.preadv(descriptors[0], buffers, offset))
         else:
-            turns = range(self._turn, self._turn + len(pieces))  # each of the threads in its turn
-            read = _ReadByLibrary([descriptors[turn % self._threads] for turn in turns], pieces)
-            self._turn = turns.stop % self._threads
-        self._going[read] = None
+            self.is_done = False
+            read = self._begin(descriptors, pieces)
+        self._going[read] = file, buffers, offset
         return read
 
+    def _begin(self, descriptors: Sequence[int], pieces: Sequence[tuple[memoryview, int]]) -> Read:
+        if self._library is None:
+            assert self._pool is not None
+            return _ReadByPool(self._pool, descriptors[0], pieces)
+        turns = range(self._turn, self._turn + len(pieces))  # each of the threads in its turn
+        self._turn = turns.stop % self._threads
+        return _ReadByLibrary(self._library, [descriptors[turn % self._threads] for turn in turns], pieces)
+
     def finish(self, read: Read) -> int:
-        """Wait for a read's end.
+        """Wait for a read's end, and read on where the system gave less than was asked for.
 
         Returns:
-            How many of the bytes were read, before the first that were not: all of them, unless the file ends there or
-            the system gave less.
+            How many bytes were read: all of them, unless the file ends there.
 
         Raises:
             OSError: the file could not be read.
         """
+        file, buffers, offset = self._going[read]
+        total = count = self._received(read)
+        while count and (rest := _without(buffers, total)):
+            count = self._received(self.begin(file, rest, offset + total))
+            total += count
+        return total
+
+    def _received(self, read: Read) -> int:
         read.wait()
-        self._going.pop(read, None)
+        del self._going[read]
         return read.received()
 
     def close(self, file: Path) -> None:
@@ -191,6 +203,15 @@ def _pieces(buffers: Sequence[memoryview], offset: int) -> Iterator[tuple[memory
         offset += len(buffer)
 
 
+def _without(buffers: Sequence[memoryview], count: int) -> Sequence[memoryview]:
+    """Leave out the first bytes, which have been filled."""
+    for index, buffer in enumerate(buffers):
+        if count < len(buffer):
+            return [buffer[count:], *buffers[index + 1 :]]
+        count -= len(buffer)
+    return []
+
+
 class Read:
     """One read, which may go on: here one that is over."""
 
@@ -212,7 +233,8 @@ class Read:
 class _ReadByLibrary(Read):
     """A read by threads of the C library."""
 
-    def __init__(self, descriptors: Sequence[int], pieces: Sequence[tuple[memoryview, int]]) -> None:
+    def __init__(self, library: _Library, descriptors: Sequence[int], pieces: Sequence[tuple[memoryview, int]]) -> None:
+        self._library = library
         self._pieces, self._descriptor = pieces, descriptors[0]  # the pieces, whose memory must stay
         self._requests = (_Request * len(pieces))()
         size, first = ctypes.sizeof(_Request), ctypes.addressof(self._requests)
@@ -225,23 +247,23 @@ class _ReadByLibrary(Read):
             request.nbytes, request.offset = len(buffer), offset
             request.opcode, request.event.notify = _LIO_READ, _SIGEV_NONE
         # What cannot be asked for (EAGAIN) has that for its error.
-        _functions().lio_listio(_LIO_NOWAIT, self._list, len(pieces), None)
+        library.lio_listio(_LIO_NOWAIT, self._list, len(pieces), None)
 
     def wait(self) -> None:
-        functions, first = _functions(), ctypes.addressof(self._list)
+        library, first = self._library, ctypes.addressof(self._list)
         for index, address in enumerate(self._addresses):
-            while functions.aio_error(address) == errno.EINPROGRESS:  # a signal ends the wait too early
-                functions.aio_suspend(first + index * ctypes.sizeof(ctypes.c_void_p), 1, None)
+            while library.aio_error(address) == errno.EINPROGRESS:  # a signal ends the wait too early
+                library.aio_suspend(first + index * ctypes.sizeof(ctypes.c_void_p), 1, None)
 
     def received(self) -> int:
-        functions, total = _functions(), 0
+        total = 0
         for address, (buffer, offset) in zip(self._addresses, self._pieces, strict=True):
-            error = functions.aio_error(address)
+            error = self._library.aio_error(address)
             if error == errno.EAGAIN:  # too much at once: not read yet
                 return total or os.preadv(self._descriptor, [buffer], offset)
             if error:
                 raise OSError(error, os.strerror(error))
-            count = functions.aio_return(address)
+            count = self._library.aio_return(address)
             total += count
             if count < len(buffer):
                 break
@@ -267,9 +289,3 @@ class _ReadByPool(Read):
             if count.result() < len(buffer):
                 break
         return total
-
-
-def _functions() -> _Library:
-    library = _library()
-    assert library is not None
-    return library

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from queue import SimpleQueue
 
 import torch
@@ -31,7 +31,7 @@ class Reader(AbstractContextManager["Reader"]):
         self._last_of = {extent.file: index for index, extent in enumerate(extents)}
         self._ahead = max(1, ring.count - copied)
         self._reads = Reads(reader_threads())
-        self._going: deque[tuple[Read, list[memoryview], int | None]] = deque()
+        self._going: deque[tuple[Read, int | None]] = deque()
         self._free: SimpleQueue[tuple[int, torch.cuda.Event | None] | None] = SimpleQueue()
         for slot in range(ring.count):
             self._free.put((slot, None))
@@ -49,8 +49,8 @@ class Reader(AbstractContextManager["Reader"]):
                 if not self._begin(self._extents[begun]):
                     return
                 begun += 1
-            read, memory, slot = self._going.popleft()
-            self._finish(extent, read, memory)
+            read, slot = self._going.popleft()
+            self._finish(extent, read)
             if self._last_of[extent.file] == index:
                 self._reads.close(extent.file)
             yield extent, slot, None if slot is None else self._ring.slots[slot][: extent.nbytes]
@@ -76,30 +76,16 @@ class Reader(AbstractContextManager["Reader"]):
             if copied is not None:
                 copied.synchronize()
             memory = [self._ring.buffers[slot][: extent.nbytes]]
-        self._going.append((self._read(extent, memory, extent.offset), memory, slot))
+        with _naming(extent):
+            self._going.append((self._reads.begin(extent.file, memory, extent.offset), slot))
         return True
 
-    def _finish(self, extent: Extent, read: Read, memory: list[memoryview]) -> None:
-        offset = extent.offset
-        while True:
-            try:
-                received = self._reads.finish(read)
-            except OSError as error:
-                raise _failed(extent, offset, error) from error
-            offset += received
-            memory = _without(memory, received)
-            if not memory:
-                return
-            if not received:
-                name = extent.name_at(offset)
-                raise CheckpointError(f"'{extent.file}' ended while '{name}' was read: it was cut meanwhile")
-            read = self._read(extent, memory, offset)  # the system gave less than was asked for
-
-    def _read(self, extent: Extent, memory: list[memoryview], offset: int) -> Read:
-        try:
-            return self._reads.begin(extent.file, memory, offset)
-        except OSError as error:
-            raise _failed(extent, offset, error) from error
+    def _finish(self, extent: Extent, read: Read) -> None:
+        with _naming(extent):
+            received = self._reads.finish(read)
+        if received < extent.nbytes:
+            name = extent.name_at(extent.offset + received)
+            raise CheckpointError(f"'{extent.file}' ended while '{name}' was read: it was cut meanwhile")
 
     def __exit__(self, *raised: object) -> None:
         self.stop()
@@ -112,14 +98,11 @@ class Reader(AbstractContextManager["Reader"]):
             self._reads.__exit__(*raised)
 
 
-def _failed(extent: Extent, offset: int, error: OSError) -> CheckpointError:
-    return CheckpointError(f"reading '{extent.name_at(offset)}' from '{extent.file}' failed: {error}")
-
-
-def _without(buffers: list[memoryview], count: int) -> list[memoryview]:
-    """Leave out the first bytes, which have been filled."""
-    for index, buffer in enumerate(buffers):
-        if count < len(buffer):
-            return [buffer[count:], *buffers[index + 1 :]]
-        count -= len(buffer)
-    return []
+@contextmanager
+def _naming(extent: Extent) -> Iterator[None]:
+    """Name in an error what was being read: the first tensor of the extent."""
+    try:
+        yield
+    except OSError as error:
+        name = extent.name_at(extent.offset)
+        raise CheckpointError(f"reading '{name}' from '{extent.file}' failed: {error}") from error

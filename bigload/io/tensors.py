@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError
+from ..hardware.layout import in_mapping
 
 
 @dataclass(frozen=True)
@@ -36,18 +37,37 @@ class LazyTensor(StoredTensor):
 
 
 def read_whole(tensor: StoredTensor) -> torch.Tensor:
-    """Read one tensor into memory, all at once."""
+    """Read one tensor into memory, all at once.
+
+    Raises:
+        CheckpointError: the file ends before the tensor does.
+        OSError: the file cannot be read.
+    """
     if isinstance(tensor, LazyTensor):
         return tensor.load()
-    descriptor = os.open(tensor.file, os.O_RDONLY)  # several times faster than a file object: there are thousands
-    try:
-        raw = bytearray(os.pread(descriptor, tensor.nbytes, tensor.offset))
-    finally:
-        os.close(descriptor)
+    raw = read_bytes(tensor.file, tensor.offset, tensor.nbytes)
     if len(raw) < tensor.nbytes:
         raise CheckpointError(f"'{tensor.file}' ended while '{tensor.name}' was read: it was cut meanwhile")
-    return (
-        torch.frombuffer(raw, dtype=tensor.dtype).view(tensor.shape)
-        if raw
-        else torch.empty(tensor.shape, dtype=tensor.dtype)
-    )
+    return in_mapping(raw, tensor.dtype, 0, tensor.shape)
+
+
+def read_bytes(file: Path, offset: int, nbytes: int) -> bytearray:
+    """Read bytes of a file, also where the system gives less at once than was asked for (Linux: 2 GiB).
+
+    Returns:
+        `nbytes` bytes, or fewer where the file ends.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    raw = bytearray(nbytes)
+    done = 0
+    descriptor = os.open(file, os.O_RDONLY)  # several times faster than a file object: there are thousands
+    try:
+        with memoryview(raw) as memory:
+            while done < nbytes and (count := os.preadv(descriptor, [memory[done:]], offset + done)):
+                done += count
+    finally:
+        os.close(descriptor)
+    del raw[done:]
+    return raw
