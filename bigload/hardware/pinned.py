@@ -152,6 +152,29 @@ def _unregister(address: int, device: torch.device) -> None:
         _cudart().cudaHostUnregister(address)
 
 
+def pinned_memory(nbytes: int, at_least: int | None = None) -> torch.Tensor:
+    """Allocate memory by torch, pinned as far as the system allows it.
+
+    Args:
+        nbytes: how much.
+        at_least: the smallest size of use: where the system does not pin `nbytes`, half as much is tried, and so on.
+            None: all or nothing.
+
+    Returns:
+        (nbytes,), uint8; pinned memory may be shorter, down to `at_least`. Pageable, with a warning, where the system
+        does not pin even that.
+    """
+    least, size = nbytes if at_least is None else at_least, nbytes
+    while True:
+        try:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            size //= 2
+            if size < max(least, 1):
+                _warn_of_pageable_memory(least, error)
+                return torch.empty(nbytes, dtype=torch.uint8)
+
+
 _has_warned = False
 
 
@@ -160,7 +183,7 @@ def _warn_of_pageable_memory(nbytes: int, error: Exception) -> None:
     if not _has_warned:
         _has_warned = True
         logger.warning(
-            "%s of host memory cannot be pinned (%s); offloaded weights will come to the GPU more slowly. "
+            "%s of host memory cannot be pinned (%s); copies to and from the GPU will be slower. "
             "Raise the limit of locked memory (ulimit -l)",
             show(nbytes),
             str(error).partition("\n")[0],

@@ -11,7 +11,8 @@ from contextlib import contextmanager, suppress
 import torch
 
 from ..errors import ConfigError
-from ..sizes import parse_size, show
+from ..hardware.pinned import pinned_memory
+from ..sizes import parse_size
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class Ring:
         self.slot_bytes = slot_bytes(nbytes)
         if not pinned:  # what is touched costs time: no more slots than the threads keep busy
             nbytes = min(nbytes, 3 * self.slot_bytes)
-        memory = pinned_memory(nbytes, self.slot_bytes) if pinned else torch.empty(nbytes, dtype=torch.uint8)
+        memory = pinned_memory(nbytes, 2 * self.slot_bytes) if pinned else torch.empty(nbytes, dtype=torch.uint8)
         self.count = len(memory) // self.slot_bytes
         self.slots = list(memory[: self.count * self.slot_bytes].view(self.count, self.slot_bytes))
         self.buffers = [as_bytes(slot) for slot in self.slots]
@@ -82,23 +83,6 @@ class Ring:
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """Return a contiguous tensor's memory, to read into."""
     return memoryview(tensor.view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-def pinned_memory(nbytes: int, slot_bytes: int) -> torch.Tensor:
-    """Pin memory, less of it where the system allows no more, and if it allows none take what is not pinned.
-
-    Args:
-        nbytes: how much.
-        slot_bytes: half of the least that is of use.
-    """
-    size = nbytes
-    while size >= 2 * slot_bytes:
-        try:
-            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        except RuntimeError:
-            size //= 2
-    logger.warning("no %s of host memory can be pinned; loads onto a GPU will be slower", show(2 * slot_bytes))
-    return torch.empty(nbytes, dtype=torch.uint8)
 
 
 class _KeptRing:
