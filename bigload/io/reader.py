@@ -1,4 +1,4 @@
-"""Extents read ahead of their use, into the slots of a ring or straight into the memory where tensors are to lie."""
+"""Reads extents before they are needed, into the slots of a ring or straight into tensors."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ from .ring import Ring, as_bytes, reader_threads
 
 
 class Reader(AbstractContextManager["Reader"]):
-    """Fills extents ahead of their use, for one thread; nothing of it outlives the `with` block."""
+    """Prefetches extents, for one thread that iterates over it. The end of the `with` block waits for all reads."""
 
     def __init__(self, extents: Sequence[Extent], ring: Ring, *, copied: int = 0) -> None:
-        """Make ready to read.
+        """Prepare the reads; the first begin with the iteration.
 
         Args:
-            extents: in the order in which they will be asked for.
-            ring: its slots are filled.
-            copied: slots that are left alone while the first of the others is waited for, since what was read into
-                them is being copied.
+            extents: in the order in which they are read and returned.
+            ring: the slots to read into.
+            copied: slots that are not prefetched into, because their contents are being copied to a GPU.
         """
         self._extents, self._ring = extents, ring
         self._last_of = {extent.file: index for index, extent in enumerate(extents)}
@@ -38,11 +37,17 @@ class Reader(AbstractContextManager["Reader"]):
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing reads any more."""
+        """Whether no read is running any more."""
         return self._reads.is_done
 
     def __iter__(self) -> Iterator[tuple[Extent, int | None, torch.Tensor | None]]:
-        """Return the extents in their order, each when it is filled, with its slot's number and bytes if it has one."""
+        """Yield each extent when it has been read, with the number of its slot and its bytes there.
+
+        Both are None for an extent that was read straight into tensors.
+
+        Raises:
+            CheckpointError: a file cannot be read, or ends before a tensor does.
+        """
         begun = 0
         for index, extent in enumerate(self._extents):
             while begun < min(len(self._extents), index + self._ahead):
@@ -56,12 +61,12 @@ class Reader(AbstractContextManager["Reader"]):
             yield extent, slot, None if slot is None else self._ring.slots[slot][: extent.nbytes]
 
     def release(self, slot: int | None, copied: torch.cuda.Event | None) -> None:
-        """Let a slot be filled again, when the event has happened."""
+        """Let a slot be reused, once the event has happened."""
         if slot is not None:
             self._free.put((slot, copied))
 
     def stop(self) -> None:
-        """Begin no further reads, and wait for no slot."""
+        """Begin no further reads, and end the wait for a free slot."""
         self._free.put(None)
 
     def _begin(self, extent: Extent) -> bool:
@@ -93,14 +98,14 @@ class Reader(AbstractContextManager["Reader"]):
             while not self._free.empty():
                 freed = self._free.get()
                 if freed is not None and freed[1] is not None:
-                    freed[1].synchronize()  # the copy still reads the slot
+                    freed[1].synchronize()  # a copy may still read the slot
         finally:
             self._reads.__exit__(*raised)
 
 
 @contextmanager
 def _naming(extent: Extent) -> Iterator[None]:
-    """Name in an error what was being read: the first tensor of the extent."""
+    """Turn an OSError into a CheckpointError that names the file and the extent's first tensor."""
     try:
         yield
     except OSError as error:

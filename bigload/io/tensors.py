@@ -1,4 +1,4 @@
-"""One tensor of a checkpoint: where its bytes lie."""
+"""A tensor of a checkpoint: where it is stored, and how it is read at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..hardware.layout import in_mapping
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a checkpoint: `nbytes` contiguous bytes at `offset` of `file`."""
+    """A tensor of a checkpoint: `nbytes` contiguous bytes of `file`, from `offset` on."""
 
     name: str
     file: Path
@@ -27,17 +27,17 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class LazyTensor(StoredTensor):
-    """A tensor whose bytes do not lie in a file as they are: pickled, or computed from others. Offset is its rank.
+    """A tensor that is not stored as plain bytes: pickled, or computed from others. Its offset is its rank in the file.
 
     Attributes:
-        load: gives the values, on the CPU; they may be mapped, so they are copied and not kept.
+        load: returns the values, on the CPU; the caller copies them, since they may view a mapped file.
     """
 
     load: Callable[[], torch.Tensor]
 
 
 def read_whole(tensor: StoredTensor) -> torch.Tensor:
-    """Read one tensor into memory, all at once.
+    """Read one tensor into host memory.
 
     Raises:
         CheckpointError: the file ends before the tensor does.
@@ -52,10 +52,10 @@ def read_whole(tensor: StoredTensor) -> torch.Tensor:
 
 
 def read_bytes(file: Path, offset: int, nbytes: int) -> bytearray:
-    """Read bytes of a file, also where the system gives less at once than was asked for (Linux: 2 GiB).
+    """Read bytes of a file, in several steps where the system gives less than was asked for (Linux: at most 2 GiB).
 
     Returns:
-        `nbytes` bytes, or fewer where the file ends.
+        `nbytes` bytes, or those up to the end of the file.
 
     Raises:
         OSError: the file cannot be read.
