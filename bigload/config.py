@@ -17,22 +17,10 @@ from .sizes import parse_size
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
-STORAGES = {
-    "uint8": torch.uint8,
-    "int8": torch.int8,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
+# The dtypes that weights are quantized from and layers compute in, by torch's names.
+FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_SHORT_NAMES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+STORAGES = {"uint8": torch.uint8, "int8": torch.int8, **FLOATS, "float64": torch.float64}
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 _MODES: dict[str, dict[str, Any]] = {
@@ -317,8 +305,8 @@ def _require(good: bool, name: str, expected: str, found: Any) -> None:
 def _dtype(name: str, given: Any) -> torch.dtype | str:
     if given == "auto":
         return "auto"
-    dtype = _DTYPES.get(given, given) if isinstance(given, str) else given
-    _require(dtype in _DTYPES.values(), name, "a 16 or 32 bit floating dtype, 'fp32', 'fp16', 'bf16' or 'auto'", given)
+    dtype = (FLOATS | _SHORT_NAMES).get(given, given) if isinstance(given, str) else given
+    _require(dtype in FLOATS.values(), name, "a 16 or 32 bit floating dtype, 'fp32', 'fp16', 'bf16' or 'auto'", given)
     return dtype
 
 

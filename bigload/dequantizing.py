@@ -15,7 +15,8 @@ from .pipeline.assembly import apply_edits
 from .pipeline.attributes import Edit, clear_attributes
 from .quantization.bnb import dequantize_4bit, library
 from .quantization.formats import dominant_dtype
-from .quantization.layers import carry_over, quantized_layers, require_whole_layers, row_scales, source_class
+from .quantization.layers import carry_over, quantized_layers, require_whole_layers, source_class
+from .quantization.quantized_weight import row_scales
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -163,7 +163,7 @@ def slowed(monkeypatch, owner, name, stream_of, chance, seed=0, cycles=CYCLES):
 
 
 def slow_copies(monkeypatch, chance=0.3, **options):
-    for name in ("bring", "_gather"):
+    for name in ("send", "_gather"):
         slowed(monkeypatch, room.CudaTransfer, name, lambda copier: copier._stream, chance, **options)
 
 
@@ -332,19 +332,19 @@ def test_weight_that_is_put_together_first_is_whole_when_it_is_quantized(tmp_pat
 @pytest.mark.parametrize("mode", ["nf4", "bf16"])
 def test_load_that_is_stopped_writes_nothing_afterwards(folder, expected, monkeypatch, mode):
     slow_copies(monkeypatch, chance=1.0)
-    bring = room.CudaTransfer.bring
+    send = room.CudaTransfer.send
     for stopped_at in (1, 2, 5, 12):
         count = itertools.count(1)
 
         def stopping(*args, count=count, stopped_at=stopped_at):
-            yield from bring(*args)
+            yield from send(*args)
             if next(count) == stopped_at:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(room.CudaTransfer, "bring", stopping)
+        monkeypatch.setattr(room.CudaTransfer, "send", stopping)
         with contextlib.suppress(KeyboardInterrupt):
             load(folder, mode)
-        monkeypatch.setattr(room.CudaTransfer, "bring", bring)
+        monkeypatch.setattr(room.CudaTransfer, "send", send)
         gc.collect()
         stream = torch.cuda.current_stream(GPU)
         assert stream == torch.cuda.default_stream(GPU)

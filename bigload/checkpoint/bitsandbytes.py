@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 
-from ..config import BLOCKSIZES, STORAGES
+from ..config import BLOCKSIZES, FLOATS, STORAGES
 from ..errors import CheckpointError, listed
 from ..io.tensors import StoredTensor, read_whole
 from ..quantization.formats import NESTED_BLOCKSIZE, TABLES, FourBit, Int8, part_name
 
-FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(nf4|fp4)")
 _FOUR_BIT_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 

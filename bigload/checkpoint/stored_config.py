@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..config import BnbQuantizationConfig
+from ..config import FLOATS, BnbQuantizationConfig
 from ..errors import CheckpointError, ConfigError
 from ..quantization.formats import FourBit, Int8
-from .bitsandbytes import FLOATS, QuantizedTensor
+from .bitsandbytes import QuantizedTensor
 from .checkpoint import Checkpoint
 
 

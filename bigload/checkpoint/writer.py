@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError
-from ..io.ring import as_bytes, pinned_memory
+from ..hardware.pinned import pinned_memory
+from ..io.ring import as_bytes
 from .record import layout_of
 from .safetensors import DTYPES
 
@@ -116,7 +117,7 @@ class ShardWriter:
         if piece.device.type != "cuda":
             return piece.cpu()
         if self._staged is None:
-            self._staged = pinned_memory(_STAGED_BYTES, _STAGED_BYTES // 2)
+            self._staged = pinned_memory(_STAGED_BYTES)
         return self._staged[: len(piece)].copy_(piece)
 
     def complete(self, name: str) -> None:

@@ -1,1 +1,1 @@
-"""What this machine has: devices, free memory, bandwidth, memory that is pinned or allocated."""
+"""This machine: its devices, free memory and bandwidth, and how memory is allocated and pinned."""

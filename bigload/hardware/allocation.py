@@ -1,4 +1,4 @@
-"""Memory of devices, asked for so that it is fast to get."""
+"""Fast allocation: huge pages on the CPU, one request to the driver on a GPU."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from collections.abc import Callable
 
 import torch
 
-# Below this there is no whole huge page to gain.
+# Smaller tensors hold too few whole huge pages to gain anything.
 _WORTH_HUGE_PAGES = 4 * 2**20
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Make room for one tensor, uninitialized; on the CPU in huge pages where that is worth it.
+    """Allocate an uninitialized tensor, on the CPU in huge pages where that is faster.
 
     Raises:
         torch.OutOfMemoryError: the device has no room.
@@ -30,11 +30,12 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
 
 
 def reserve(device: torch.device, nbytes: int) -> None:
-    """Let torch's allocator get memory that is about to be asked for, piece by piece, from a GPU in one piece.
+    """Let torch's caching allocator ask a GPU's driver once for memory that is then allocated in pieces.
 
-    A piece of its own takes 0.1 ms each, all of it 0.4 ms. What is not to be had at once may be in pieces.
+    One request for all of it takes 0.4 ms, one for each piece 0.1 ms. Where the GPU has no free block of that size,
+    nothing is reserved. Does nothing on the CPU.
     """
-    if device.type != "cuda" or "max_split_size_mb" in _allocator_options():  # one piece could not be divided
+    if device.type != "cuda" or "max_split_size_mb" in _allocator_options():  # which forbids to split a large block
         return
     lacking = nbytes - (torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
     if lacking <= 0:
@@ -42,7 +43,7 @@ def reserve(device: torch.device, nbytes: int) -> None:
     try:
         torch.empty(lacking, dtype=torch.uint8, device=device)
     except torch.OutOfMemoryError:
-        gc.collect()  # a model that was let go of may be there still: bitsandbytes' layers refer to themselves
+        gc.collect()  # a deleted model may still be there: bitsandbytes' layers refer to themselves
         with contextlib.suppress(torch.OutOfMemoryError):
             torch.empty(lacking, dtype=torch.uint8, device=device)
 
@@ -52,12 +53,12 @@ def _allocator_options() -> str:
 
 
 def advise_huge_pages(tensor: torch.Tensor) -> None:
-    """Ask for pages of 2 MiB: reading into fresh memory is more than twice as fast, since 512 faults become one."""
+    """Ask for pages of 2 MiB: with one page fault instead of 512, reading into new memory is twice as fast."""
     advise = _madvise()
     if advise is not None:
         page = mmap.PAGESIZE
         begin = -(-tensor.data_ptr() // page) * page
-        advise(begin, tensor.data_ptr() + tensor.nbytes - begin, mmap.MADV_HUGEPAGE)  # refused: nothing is lost
+        advise(begin, tensor.data_ptr() + tensor.nbytes - begin, mmap.MADV_HUGEPAGE)  # an error changes nothing
 
 
 @functools.cache

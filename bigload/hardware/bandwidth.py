@@ -1,4 +1,4 @@
-"""How fast this machine moves bytes, measured for a moment."""
+"""How fast this machine moves bytes: measured in a fraction of a second."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ _FEATURES = 4096
 
 
 def link_gb_per_s(device: torch.device) -> float:
-    """Measure the copies onto a GPU from memory such as offloaded weights rest in.
+    """Measure copies to a GPU from the kind of memory that holds offloaded weights.
 
     Returns:
-        10^9 bytes a second: the best of five copies, 256 MiB each.
+        GB/s (10^9 bytes a second), the best of five copies of 256 MiB.
     """
-    rest = HostGroup({"bytes": TensorSpec(torch.uint8, (_LINK_BYTES,))}, device)
+    group = HostGroup({"bytes": TensorSpec(torch.uint8, (_LINK_BYTES,))}, device)
     target = torch.empty(_LINK_BYTES, dtype=torch.uint8, device=device)
     stream, best_ms = torch.cuda.current_stream(device), float("inf")
     try:
         for _ in range(5):
             begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             begun.record(stream)
-            target.copy_(rest.source, non_blocking=True)
+            target.copy_(group.source, non_blocking=True)
             ended.record(stream)
             ended.synchronize()
             best_ms = min(best_ms, begun.elapsed_time(ended))
     finally:
-        rest.release()
+        group.release()
     return _LINK_BYTES / best_ms / 1e6
 
 
 def host_gb_per_s() -> float:
-    """Measure how fast the CPU multiplies one token by weights in float32, which is as fast as it reads them.
+    """Measure how fast the CPU multiplies one token by float32 weights, which is limited by reading the weights.
 
     Returns:
-        10^9 bytes of weights a second: the best of five times 64 MiB, all different, as those of a model are.
+        GB/s (10^9 bytes of weights a second), the best of five weights of 64 MiB, none of them in the cache.
     """
     weights = torch.zeros(5, _FEATURES, _FEATURES)
     token = torch.zeros(1, _FEATURES)

@@ -1,4 +1,4 @@
-"""Devices and places in every spelling: which of this machine's are meant."""
+"""Devices in every spelling that a device map allows, as `torch.device`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import PlacementError
 
 Device = int | str | torch.device
 DeviceMap = Device | Mapping[str, Device] | None
-# Where weights rest: in the memory of a device, or in files.
+# Where weights are kept: in a device's memory or in files.
 Place = torch.device | Literal["disk"]
 
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -19,19 +19,19 @@ CPU = torch.device("cpu")
 
 
 def is_strategy(device_map: DeviceMap) -> bool:
-    """Whether a device map leaves it to bigload where blocks go."""
+    """Whether a device map names a strategy, such as "auto", instead of devices."""
     return isinstance(device_map, str) and device_map in STRATEGIES
 
 
 def as_device(device: Device, *, must_exist: bool = True) -> torch.device:
-    """Take a device in any spelling and check that it exists: 0, "cuda", "cuda:0", "cpu", a `torch.device`.
+    """Parse a device; "cuda" is the current GPU.
 
     Args:
-        device: in any spelling.
-        must_exist: whether it must be one of this machine's; a plan may be for another.
+        device: 0, "cuda", "cuda:0", "cpu" or a `torch.device`.
+        must_exist: whether this machine must have it; a plan may be for another machine.
 
     Raises:
-        PlacementError: not a device, not one of this machine, or one that bigload does not run on.
+        PlacementError: not a device, a type that bigload does not support, or a GPU that does not exist.
     """
     try:
         parsed = torch.device(f"cuda:{device}" if isinstance(device, int) or str(device).isdigit() else device)
@@ -41,7 +41,7 @@ def as_device(device: Device, *, must_exist: bool = True) -> torch.device:
             "device_map, 'auto' or a dict of block path: device)"
         ) from error
     if parsed.type == "cpu":
-        return torch.device("cpu")
+        return CPU
     if parsed.type != "cuda":
         raise PlacementError(f"device '{parsed}' is of a kind bigload does not load onto; use 'cpu' or 'cuda:N'")
     count = torch.cuda.device_count()
@@ -54,11 +54,11 @@ def as_device(device: Device, *, must_exist: bool = True) -> torch.device:
 
 def default_device() -> torch.device:
     """Return the current GPU, or the CPU where there is none."""
-    return as_device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    return as_device("cuda") if torch.cuda.is_available() else CPU
 
 
 def named_devices(device_map: DeviceMap) -> list[torch.device]:
-    """List the devices that a device map names, in its order.
+    """Return the devices that a device map names, in its order; the default device for None or a strategy.
 
     Raises:
         PlacementError: one of them does not exist.
@@ -70,11 +70,7 @@ def named_devices(device_map: DeviceMap) -> list[torch.device]:
 
 
 def as_place(place: Device, *, must_exist: bool = True) -> Place:
-    """Take a device in any spelling, or "disk".
-
-    Args:
-        place: in any spelling.
-        must_exist: as for `as_device`.
+    """Parse a device as `as_device` does, or "disk".
 
     Raises:
         PlacementError: as `as_device`.

@@ -1,4 +1,4 @@
-"""Budgets: what each device can give now, in bytes."""
+"""How many bytes of memory, and of disk space, are free now."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 
 from ..errors import PlacementError
 
-# A cgroup of the first version without a limit holds the largest number of whole pages: more than any machine has.
+# A version 1 cgroup without a limit shows a number larger than any machine's memory.
 _UNLIMITED = 2**60
 
-# The kernel's file names by the type of the mount: the limit, what counts against it, and the pages of files in
-# memory.stat, which it takes back before anyone is refused. memory.high is no limit: it slows, it never refuses.
+# The kernel's names, by the type of the mount: the file of the limit, that of the usage, and the entries of memory.stat
+# that count the page cache, which the kernel frees before it refuses memory. memory.high only slows: it is no limit.
 _FILES = {
     "cgroup2": ("memory.max", "memory.current", ("inactive_file", "active_file")),
     "cgroup": ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
@@ -24,10 +24,10 @@ _FILES = {
 
 
 def free_bytes(device: torch.device) -> int:
-    """Tell how many bytes a device can still give to this process.
+    """Return how many bytes this process can still allocate on a device.
 
-    Of a GPU, what the driver has and what torch's caching allocator holds unused there: it may be in pieces, so the
-    whole of it is an upper bound. Of the CPU, the least of what the machine has and what the cgroups allow.
+    On a GPU: what the driver has free, plus what torch's caching allocator holds unused; an upper bound, since the
+    latter may be fragmented. On the CPU: the machine's available memory, or less where a cgroup limits it.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -37,12 +37,12 @@ def free_bytes(device: torch.device) -> int:
 
 
 def cgroup_free_bytes(root: Path = Path("/")) -> int | None:
-    """Tell how many bytes the process's cgroup and all above it allow it to take, None where none has a limit.
+    """Return how many bytes the process's cgroup and its ancestors still allow it; None where none has a limit.
 
-    What cannot be read bounds nothing. Swap is not counted.
+    Files that cannot be read count as no limit. Swap is not counted.
 
     Args:
-        root: the folder that holds proc and the mount points.
+        root: the folder that contains proc and the mount points.
 
     Source: the kernel's Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
     """
@@ -51,7 +51,7 @@ def cgroup_free_bytes(root: Path = Path("/")) -> int | None:
 
 
 def _cgroups(root: Path) -> Iterator[tuple[str, Path]]:
-    """List the folders that may limit the process's memory, from its own cgroup up to the mount point."""
+    """Yield the type and folder of each cgroup that may limit the process, from its own up to the mount point."""
     own = _own_paths(_read(root / "proc/self/cgroup"))
     for kind, top, mount_point in _mounts(_read(root / "proc/self/mountinfo")):
         if kind in own:
@@ -61,7 +61,7 @@ def _cgroups(root: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _own_paths(text: str) -> dict[str, str]:
-    """Read /proc/self/cgroup: lines of "hierarchy:controllers:path", the second version being "0::path"."""
+    """Parse /proc/self/cgroup: lines of "hierarchy:controllers:path"; version 2 is "0::path"."""
     paths = {}
     for line in text.splitlines():
         hierarchy, _, rest = line.partition(":")
@@ -74,7 +74,7 @@ def _own_paths(text: str) -> dict[str, str]:
 
 
 def _mounts(text: str) -> Iterator[tuple[str, str, str]]:
-    """Read /proc/self/mountinfo. Gives the type, the cgroup at its top, and the mount point of each that counts."""
+    """Parse /proc/self/mountinfo: yield the type, the cgroup at the top, and the mount point of each cgroup mount."""
     for line in text.splitlines():
         mount, _, source = line.partition(" - ")
         fields, described = mount.split(), source.split()
@@ -85,10 +85,10 @@ def _mounts(text: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _below(path: str, top: str) -> PurePosixPath:
-    """Return a cgroup's path below the top of its mount.
+    """Return a cgroup's path relative to the cgroup at the top of its mount.
 
-    In a container the mount often begins at the container's own cgroup, whose path is that of the host or "/". Where
-    the two do not meet, or the cgroup lies outside of the container's namespace ("/.."), the mount's top stands for it.
+    In a container, the mount often begins at the container's own cgroup, while the path is the host's or "/". Where the
+    path is not below the mount's top, or is outside the container's namespace ("/.."), the mount's top is used.
     """
     try:
         below = PurePosixPath(path).relative_to(top)
@@ -119,10 +119,10 @@ def _number(text: str) -> int | None:
 
 
 def free_disk_bytes(folder: str | os.PathLike[str]) -> int:
-    """Tell how many bytes fit into a folder, which need not exist yet.
+    """Return how many bytes are free on the file system of a folder, which need not exist yet.
 
     Raises:
-        PlacementError: the file system does not say.
+        PlacementError: the file system does not tell.
     """
     path = Path(folder).absolute()
     try:

@@ -1,4 +1,4 @@
-"""Tensors in one piece of memory: what they are, where each of them lies."""
+"""Several tensors in one block of memory, at aligned offsets."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ import torch
 
 Shape = tuple[int, ...]
 
-# Where a part of a group may begin: what CUDA's kernels and copies like best.
+# Bytes that each tensor's offset is a multiple of: CUDA's kernels and copies are fastest so.
 ALIGNMENT = 256
 
 
 class TensorSpec(NamedTuple):
-    """The dtype and shape of a tensor that is to be made."""
+    """The dtype and shape of a tensor that does not exist yet."""
 
     dtype: torch.dtype
     shape: Shape
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its values, without the allocator's rounding."""
+        """Bytes of the values, without the allocator's rounding."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Layout:
-    """Where the parts of a group lie in one piece of memory, the same on the host and on the device.
+    """The offsets of a group's tensors in one block of memory, the same on the host and on the device.
 
     Attributes:
-        parts: what they are, by name.
-        offsets: where they begin, in bytes.
-        nbytes: of the whole.
+        parts: dtype and shape of each tensor, by name.
+        offsets: bytes from the beginning of the block, by name.
+        nbytes: size of the block.
     """
 
     def __init__(self, parts: Mapping[str, TensorSpec]) -> None:
@@ -45,11 +45,7 @@ class Layout:
 
     @torch.inference_mode(False)
     def views(self, memory: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the parts as tensors in a piece of memory.
-
-        Args:
-            memory: (nbytes or more,), uint8.
-        """
+        """Return the tensors as views of a block of memory: (nbytes or more,), uint8."""
         return {
             name: memory[self.offsets[name] : self.offsets[name] + part.nbytes].view(part.dtype).view(part.shape)
             for name, part in self.parts.items()
@@ -57,12 +53,19 @@ class Layout:
 
 
 def aligned(nbytes: int) -> int:
-    """Round up to where the next part may begin."""
+    """Round up to the next offset at which a tensor may begin."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def in_mapping(mapping: Any, dtype: torch.dtype, offset: int, shape: Shape) -> torch.Tensor:
-    """Return a tensor in a mapping, or another buffer, which stays as long as it is viewed."""
+    """Return a view of a mapping, or of another buffer, which it keeps alive.
+
+    Args:
+        mapping: writable; anything that supports the buffer protocol.
+        dtype: of the view.
+        offset: in bytes.
+        shape: of the view.
+    """
     count = math.prod(shape)
     if not count:
         return torch.empty(shape, dtype=dtype)

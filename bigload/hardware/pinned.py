@@ -1,4 +1,4 @@
-"""Weights at rest in host memory: one piece for each group of layers that come to the device together."""
+"""Offloaded weights in pinned host memory: one block for each group of layers that is copied at once."""
 
 from __future__ import annotations
 
@@ -21,57 +21,57 @@ _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every GPU
 
 
 class Store:
-    """Where a group's parts rest.
+    """What holds the offloaded weights of a group of layers.
 
     Attributes:
-        layout: where the parts lie in a slot.
-        tensors: the parts at rest, by name, which the model's tensors view while they are not on the device.
+        layout: the offsets of the weights' parts in a slot on the device.
+        tensors: the parts, by name; the model's tensors share their memory while they are not on the device.
     """
 
     layout: Layout
     tensors: dict[str, torch.Tensor]
 
     def source_of(self, name: str) -> torch.Tensor:
-        """Return the values of one part, to copy."""
+        """Return one part's values, to be copied."""
         return self.tensors[name]
 
     def read_into(self, memory: torch.Tensor) -> None:
-        """Bring all parts to where the layout has them in host memory, (layout.nbytes or more,), uint8."""
+        """Copy all parts to their offsets in host memory: (layout.nbytes or more,), uint8."""
         raise NotImplementedError
 
     def at_rest(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the twin at rest of a part that lies in a slot."""
+        """Return the part in the store of which `tensor` is the copy in a slot."""
         begin = tensor.storage_offset() * tensor.itemsize
         return next(self.tensors[name] for name, offset in self.layout.offsets.items() if offset == begin)
 
     def require_unchanged(self) -> None:
-        """Refuse parts that are not what they were.
+        """Check that the parts are still what they were when the store was made.
 
         Raises:
-            OffloadError: says why.
+            OffloadError: they changed or are gone.
         """
 
     def release(self) -> None:
-        """Let go of the parts; their memory is freed when nobody views it any more."""
+        """Drop the parts; their memory is freed with the last view of it."""
         self.tensors = {}
 
 
 class HostGroup(Store):
-    """A group's parts in one piece of host memory of just their size, pinned if a GPU is to read it.
+    """A store in one block of host memory of exactly the parts' size, pinned where a GPU is to read it.
 
     Attributes:
-        layout: where the parts lie.
-        tensors: the parts, by name: to be filled, and viewed by the model's tensors at rest.
-        is_pinned: the GPU reads it at the full speed of the link, while the host does something else.
+        layout: the offsets of the parts, here as in a slot.
+        tensors: the parts, by name; uninitialized until the caller fills them.
+        is_pinned: whether a GPU can copy from it asynchronously, at the full speed of the link.
     """
 
     @torch.inference_mode(False)
     def __init__(self, parts: Mapping[str, TensorSpec], device: torch.device) -> None:
-        """Make room for parts.
+        """Allocate and, for a GPU, pin the memory.
 
         Args:
-            parts: what they are, by name.
-            device: where they will be brought.
+            parts: dtype and shape of each part, by name.
+            device: where the parts will be copied to.
         """
         self.layout = Layout(parts)
         self._mapping = _Mapping(-1, max(self.layout.nbytes, 1))
@@ -79,10 +79,10 @@ class HostGroup(Store):
         advise_huge_pages(self._memory)
         self._unpin: Callable[[], object] | None = None
         if device.type == "cuda":
-            self._memory.zero_()  # on all cores; pinning would touch the pages on one
+            self._memory.zero_()  # touches the pages on all cores; pinning would touch them on one
             self._unpin = _pin(self._mapping, self._memory, device)
         self.is_pinned = self._unpin is not None
-        # Each in a storage of its own: torch.save refuses tensors of several dtypes in one.
+        # Each has its own storage: torch.save refuses tensors of several dtypes in one.
         self.tensors = {
             name: in_mapping(self._mapping, part.dtype, self.layout.offsets[name], part.shape)
             for name, part in parts.items()
@@ -90,19 +90,19 @@ class HostGroup(Store):
 
     @property
     def source(self) -> torch.Tensor:
-        """The bytes to bring to the device, (layout.nbytes,), uint8."""
+        """The whole block, to be copied to the device: (layout.nbytes,), uint8."""
         return self._memory
 
     def read_into(self, memory: torch.Tensor) -> None:
-        """Copy the source."""
+        """Copy the whole block."""
         memory[: self.layout.nbytes].copy_(self.source)
 
     def source_of(self, name: str) -> torch.Tensor:
-        """Return one part of the source."""
+        """Return a view of one part."""
         return self.layout.views(self.source)[name]
 
     def release(self) -> None:
-        """Let go of the memory: unpinned now, freed when nobody views it any more."""
+        """Unpin the memory now; it is freed with the last view of it."""
         if self._unpin is not None:
             self._unpin()
         self.is_pinned = False
@@ -112,19 +112,19 @@ class HostGroup(Store):
 
 
 class _Mapping(mmap.mmap):
-    """Memory of just the size that is asked for; torch's own, if pinned, is rounded up to a power of two."""
+    """Memory of exactly the size that is asked for; torch rounds pinned memory up to a power of two."""
 
 
 def _pin(mapping: _Mapping, memory: torch.Tensor, device: torch.device) -> Callable[[], object] | None:
-    """Pin the memory of a mapping.
+    """Pin the memory of a mapping, until the mapping is freed.
 
     Args:
-        mapping: before it is unmapped, when nobody views it any more, it is unpinned.
-        memory: (n,), uint8, in the mapping.
+        mapping: owns the memory.
+        memory: (n,), uint8, a view of the mapping.
         device: a GPU that will read it.
 
     Returns:
-        What unpins it now. None where the system does not allow to pin it.
+        A function that unpins it earlier; None where the system does not allow to pin it.
     """
     address, nbytes = memory.data_ptr(), memory.numel()
     if not nbytes:
@@ -134,11 +134,11 @@ def _pin(mapping: _Mapping, memory: torch.Tensor, device: torch.device) -> Calla
             torch.cuda.check_error(_cudart().cudaHostRegister(address, nbytes, _PORTABLE))
     except RuntimeError as error:
         with suppress(RuntimeError):
-            torch.zeros(1, device=device)  # the next launch reports what failed before, and forgets it
+            torch.zeros(1, device=device)  # CUDA reports the error once more, at the next launch, then clears it
         _warn_of_pageable_memory(nbytes, error)
         return None
     unpin = weakref.finalize(mapping, _unregister, address, device)
-    unpin.atexit = False  # the system does it then, and CUDA may be gone
+    unpin.atexit = False  # the system unpins it then, and CUDA may be gone
     return unpin
 
 
@@ -147,9 +147,31 @@ def _cudart() -> Any:
 
 
 def _unregister(address: int, device: torch.device) -> None:
-    torch.cuda.synchronize(device)  # copies may read it still
+    torch.cuda.synchronize(device)  # copies may still read it
     with torch.cuda.device(device):
         _cudart().cudaHostUnregister(address)
+
+
+def pinned_memory(nbytes: int, at_least: int | None = None) -> torch.Tensor:
+    """Allocate host memory, pinned as far as the system allows it.
+
+    Args:
+        nbytes: the size to ask for.
+        at_least: the smallest size of use. Where `nbytes` cannot be pinned, half as much is tried, and so on. None
+            stands for `nbytes`.
+
+    Returns:
+        Pinned memory, (`at_least` to `nbytes`,), uint8; or, with a warning, pageable memory, (nbytes,), uint8.
+    """
+    least, size = nbytes if at_least is None else at_least, nbytes
+    while True:
+        try:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            size //= 2
+            if size < max(least, 1):
+                _warn_of_pageable_memory(least, error)
+                return torch.empty(nbytes, dtype=torch.uint8)
 
 
 _has_warned = False
@@ -160,7 +182,7 @@ def _warn_of_pageable_memory(nbytes: int, error: Exception) -> None:
     if not _has_warned:
         _has_warned = True
         logger.warning(
-            "%s of host memory cannot be pinned (%s); offloaded weights will come to the GPU more slowly. "
+            "%s of host memory cannot be pinned (%s); copies to and from the GPU will be slower. "
             "Raise the limit of locked memory (ulimit -l)",
             show(nbytes),
             str(error).partition("\n")[0],

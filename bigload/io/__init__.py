@@ -1,1 +1,1 @@
-"""Bytes of files on their way: what to read, the reads, the ring that they pass through, the copies to devices."""
+"""From files to devices: what to read, asynchronous reads, the buffer they fill, and the copies out of it."""

@@ -1,11 +1,11 @@
-"""Reads that go on while Python does something else, several at once: POSIX's asynchronous input, by the C library.
+"""Asynchronous file reads, several at once, by POSIX's asynchronous I/O (`man 7 aio`).
 
-A thread of Python's must take the interpreter's lock again after every read, and be woken up for it; a dozen of them
-that read 4 MiB each spend longer on that than on reading. The C library's own threads know no such lock. Where it
-offers none, threads of Python's do.
+A Python thread must wake up and take the interpreter's lock after each read; with a dozen threads that read 4 MiB each,
+this takes longer than the reads. The C library's own threads need no lock. Where the C library is not glibc, Python
+threads read.
 
-glibc gives each descriptor to one thread, which does what is asked of it in order: so a file is opened as often as
-there are reads to go on at once, and none of the threads sleeps while more is asked for.
+glibc lets one thread serve all requests for a descriptor, in order. So a file is opened once for each read that shall
+run at the same time.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Bytes that one thread reads at once: to wake it up takes as long as to read a few hundred KiB. And bytes below which
-# the asking costs more than the reading.
+# The largest request: to wake up a thread takes as long as to read a few hundred KiB.
 BLOCK_BYTES = 4 * 2**20
+# Below this, to request a read costs more than to read.
 SMALL_BYTES = 2**16
 
 _LIO_NOWAIT, _LIO_READ, _SIGEV_NONE = 1, 0, 1
@@ -31,7 +31,7 @@ _MAX_THREADS = 64
 
 
 class _Event(ctypes.Structure):
-    """glibc's `struct sigevent`: here that nobody is to be told."""
+    """glibc's `struct sigevent`, which here asks for no notification."""
 
     _fields_ = (
         ("value", ctypes.c_void_p),
@@ -65,7 +65,7 @@ class _Init(ctypes.Structure):
 
 @dataclass(frozen=True)
 class _Library:
-    """Functions of the C library; those that only look at a request keep the interpreter's lock."""
+    """Functions of the C library. `aio_error` and `aio_return` return at once, so they keep the interpreter's lock."""
 
     lio_listio: Any
     aio_suspend: Any
@@ -75,7 +75,7 @@ class _Library:
 
 @functools.cache
 def _library() -> _Library | None:
-    """Return the C library where it is glibc on a 64-bit system, whose structures are those above; None elsewhere."""
+    """Return glibc's functions; None on other systems, or 32-bit ones, where the structures above would be wrong."""
     if os.name != "posix" or ctypes.sizeof(ctypes.c_long) != 8:
         return None
     waiting, looking = ctypes.CDLL(None, use_errno=True), ctypes.PyDLL(None)
@@ -89,7 +89,7 @@ def _library() -> _Library | None:
     return _Library(waiting.lio_listio, waiting.aio_suspend, looking.aio_error, looking.aio_return)
 
 
-# In a process that was forked the C library counts on threads that stayed in its parent: there Python's own read.
+# A forked process lacks the threads of its parent, which the C library still counts on: there Python threads read.
 _is_forked = False
 
 
@@ -101,64 +101,76 @@ def _after_fork() -> None:
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
-# Reads whose end was not waited for, as on a second Ctrl-C: the memory that they write must not be another's.
+# Reads that were not waited for, as on a second Ctrl-C: kept, so that the memory they write to is not reused.
 _abandoned: list[object] = []
 
 
 class Reads(AbstractContextManager["Reads"]):
-    """Reads that go on at once; none outlives the `with` block, unless the wait for it is interrupted.
+    """Asynchronous reads. The end of the `with` block waits for all of them.
 
     Attributes:
-        is_done: none goes on.
+        is_done: whether no read is running any more; False after the `with` block if its wait was interrupted.
     """
 
     def __init__(self, threads: int) -> None:
-        """Divide what is read among so many threads."""
+        """Use this many threads."""
         self._threads = threads
         self._turn = 0
-        self._pool = None if _library() is not None and not _is_forked else ThreadPoolExecutor(threads)
+        self._library = None if _is_forked else _library()
+        self._pool = None if self._library else ThreadPoolExecutor(threads)
         self._opened: dict[Path, list[int]] = {}
-        self._going: dict[Read, None] = {}
+        self._going: dict[Read, tuple[Path, Sequence[memoryview], int]] = {}
         self.is_done = True
 
     def begin(self, file: Path, buffers: Sequence[memoryview], offset: int) -> Read:
-        """Begin to fill buffers, one after the other, with the bytes of a file from `offset` on.
+        """Begin to fill buffers, one after the other, with a file's bytes from `offset` on.
 
-        What is small is read at once.
+        A small read is done at once.
 
         Raises:
-            OSError: the file cannot be opened, or not be read.
+            OSError: the file cannot be opened or read.
         """
         descriptors = self._descriptors(file)
         pieces = list(_pieces(buffers, offset))
         if sum(map(len, buffers)) < SMALL_BYTES * len(pieces):
-            return Read(os.preadv(descriptors[0], buffers, offset))
-        self.is_done = False
-        if self._pool:
-            read: Read = _ReadByPool(self._pool, descriptors[0], pieces)
+            read = Read(os.preadv(descriptors[0], buffers, offset))
         else:
-            turns = range(self._turn, self._turn + len(pieces))  # each of the threads in its turn
-            read = _ReadByLibrary([descriptors[turn % self._threads] for turn in turns], pieces)
-            self._turn = turns.stop % self._threads
-        self._going[read] = None
+            self.is_done = False
+            read = self._begin(descriptors, pieces)
+        self._going[read] = file, buffers, offset
         return read
 
+    def _begin(self, descriptors: Sequence[int], pieces: Sequence[tuple[memoryview, int]]) -> Read:
+        if self._library is None:
+            assert self._pool is not None
+            return _ReadByPool(self._pool, descriptors[0], pieces)
+        turns = range(self._turn, self._turn + len(pieces))  # threads take turns, also across reads
+        self._turn = turns.stop % self._threads
+        return _ReadByLibrary(self._library, [descriptors[turn % self._threads] for turn in turns], pieces)
+
     def finish(self, read: Read) -> int:
-        """Wait for a read's end.
+        """Wait for a read, and read the rest if the system gave less than was asked for.
 
         Returns:
-            How many of the bytes were read, before the first that were not: all of them, unless the file ends there or
-            the system gave less.
+            The number of bytes that were read: all, or those up to the end of the file.
 
         Raises:
             OSError: the file could not be read.
         """
+        file, buffers, offset = self._going[read]
+        total = count = self._received(read)
+        while count and (rest := _without(buffers, total)):
+            count = self._received(self.begin(file, rest, offset + total))
+            total += count
+        return total
+
+    def _received(self, read: Read) -> int:
         read.wait()
-        self._going.pop(read, None)
+        del self._going[read]
         return read.received()
 
     def close(self, file: Path) -> None:
-        """Close a file, of which no read goes on."""
+        """Close a file that no running read uses."""
         for descriptor in self._opened.pop(file, ()):
             os.close(descriptor)
 
@@ -184,24 +196,33 @@ class Reads(AbstractContextManager["Reads"]):
 
 
 def _pieces(buffers: Sequence[memoryview], offset: int) -> Iterator[tuple[memoryview, int]]:
-    """Cut what is to be read into blocks, each with its offset in the file."""
+    """Split buffers into requests of at most `BLOCK_BYTES`, each with its offset in the file."""
     for buffer in buffers:
         for begin in range(0, len(buffer), BLOCK_BYTES):
             yield buffer[begin : begin + BLOCK_BYTES], offset + begin
         offset += len(buffer)
 
 
+def _without(buffers: Sequence[memoryview], count: int) -> Sequence[memoryview]:
+    """Drop the first `count` bytes of the buffers."""
+    for index, buffer in enumerate(buffers):
+        if count < len(buffer):
+            return [buffer[count:], *buffers[index + 1 :]]
+        count -= len(buffer)
+    return []
+
+
 class Read:
-    """One read, which may go on: here one that is over."""
+    """One read; this class is for one that is already done."""
 
     def __init__(self, received: int) -> None:
         self._received = received
 
     def wait(self) -> None:
-        """Wait for its end, whatever that is."""
+        """Wait until the read has ended, well or not."""
 
     def received(self) -> int:
-        """Return the bytes that were read before the first that were not.
+        """Return the number of bytes that were read, up to the first gap.
 
         Raises:
             OSError: the file could not be read.
@@ -210,10 +231,11 @@ class Read:
 
 
 class _ReadByLibrary(Read):
-    """A read by threads of the C library."""
+    """A read by the C library's threads."""
 
-    def __init__(self, descriptors: Sequence[int], pieces: Sequence[tuple[memoryview, int]]) -> None:
-        self._pieces, self._descriptor = pieces, descriptors[0]  # the pieces, whose memory must stay
+    def __init__(self, library: _Library, descriptors: Sequence[int], pieces: Sequence[tuple[memoryview, int]]) -> None:
+        self._library = library
+        self._pieces, self._descriptor = pieces, descriptors[0]  # keeps the memory alive that is written to
         self._requests = (_Request * len(pieces))()
         size, first = ctypes.sizeof(_Request), ctypes.addressof(self._requests)
         self._addresses = [first + size * index for index in range(len(pieces))]
@@ -224,24 +246,24 @@ class _ReadByLibrary(Read):
             request.buffer = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
             request.nbytes, request.offset = len(buffer), offset
             request.opcode, request.event.notify = _LIO_READ, _SIGEV_NONE
-        # What cannot be asked for (EAGAIN) has that for its error.
-        _functions().lio_listio(_LIO_NOWAIT, self._list, len(pieces), None)
+        # Its result is not needed: a request that the system does not take has the error EAGAIN.
+        library.lio_listio(_LIO_NOWAIT, self._list, len(pieces), None)
 
     def wait(self) -> None:
-        functions, first = _functions(), ctypes.addressof(self._list)
+        library, first = self._library, ctypes.addressof(self._list)
         for index, address in enumerate(self._addresses):
-            while functions.aio_error(address) == errno.EINPROGRESS:  # a signal ends the wait too early
-                functions.aio_suspend(first + index * ctypes.sizeof(ctypes.c_void_p), 1, None)
+            while library.aio_error(address) == errno.EINPROGRESS:  # a signal may end the wait early
+                library.aio_suspend(first + index * ctypes.sizeof(ctypes.c_void_p), 1, None)
 
     def received(self) -> int:
-        functions, total = _functions(), 0
+        total = 0
         for address, (buffer, offset) in zip(self._addresses, self._pieces, strict=True):
-            error = functions.aio_error(address)
-            if error == errno.EAGAIN:  # too much at once: not read yet
+            error = self._library.aio_error(address)
+            if error == errno.EAGAIN:  # the system had too many requests: not read yet
                 return total or os.preadv(self._descriptor, [buffer], offset)
             if error:
                 raise OSError(error, os.strerror(error))
-            count = functions.aio_return(address)
+            count = self._library.aio_return(address)
             total += count
             if count < len(buffer):
                 break
@@ -249,7 +271,7 @@ class _ReadByLibrary(Read):
 
 
 class _ReadByPool(Read):
-    """A read by threads of Python's."""
+    """A read by Python threads."""
 
     def __init__(self, pool: ThreadPoolExecutor, descriptor: int, pieces: Sequence[tuple[memoryview, int]]) -> None:
         self._pieces = pieces
@@ -267,9 +289,3 @@ class _ReadByPool(Read):
             if count.result() < len(buffer):
                 break
         return total
-
-
-def _functions() -> _Library:
-    library = _library()
-    assert library is not None
-    return library

@@ -1,4 +1,4 @@
-"""What to read and where it goes, cut into the runs of bytes that are read at once. Pure; touches no file."""
+"""Which bytes are read together, and where they go. Pure: no file is read."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ import torch
 
 from .tensors import StoredTensor
 
-# Buffers that one call of preadv fills on every system.
+# Every system's preadv takes this many buffers.
 _MAX_SLICES = 1000
 
 
 @dataclass(eq=False)
 class ReadTask:
-    """One stored tensor on its way.
+    """One stored tensor to read, and where its values go.
 
     Attributes:
-        tensor: where it is read from.
+        tensor: where it is stored.
         device: where its values go.
-        take: is given its values piece by piece, in order, each on the device and in the stored dtype, and the index
-            of the first of them; not called for what arrives in `home` by itself.
-        home: the bytes where its values lie in the end, flat, uint8, where they can be copied there as they are.
-        values_per_scale: values that must stay together in one piece, except at the end.
-        arrived: is told how many values have arrived, whichever way.
+        take: called with each piece of the values, in order, and the index of its first value. A piece is flat, in
+            the stored dtype and on the device; its memory is reused after the call, in the order of the device's
+            default stream. Not called for a task with a home.
+        home: the tensor's final memory, (nbytes,), uint8, if the stored bytes are copied there unchanged.
+        values_per_scale: every piece but the last holds a multiple of this many values.
+        arrived: called with the number of values of each piece, after it was taken or copied home.
     """
 
     tensor: StoredTensor
@@ -38,14 +39,14 @@ class ReadTask:
 
 @dataclass(eq=False)
 class ExtentSlice:
-    """A piece of a tensor within an extent.
+    """A piece of one tensor in an extent.
 
     Attributes:
         task: the tensor.
-        begin: index of its first value.
-        count: values.
-        at: the byte of the extent where it begins.
-        nbytes: bytes of the piece.
+        begin: index in the tensor of the piece's first value.
+        count: number of values.
+        at: offset in the extent, in bytes.
+        nbytes: size of the piece.
     """
 
     task: ReadTask
@@ -56,7 +57,7 @@ class ExtentSlice:
 
     @property
     def home(self) -> torch.Tensor | None:
-        """The piece's bytes in their final memory, if they can be copied there as they are."""
+        """The piece's part of the task's home, if that has one."""
         home = self.task.home
         if home is None or self.nbytes == self.task.tensor.nbytes:
             return home
@@ -64,24 +65,24 @@ class ExtentSlice:
         return home[begin : begin + self.nbytes]
 
     def bytes_in(self, slot: torch.Tensor) -> torch.Tensor:
-        """Cut the piece out of an extent's bytes."""
+        """Return the piece's bytes as a view of the extent's, (nbytes,), uint8."""
         return slot[self.at : self.at + self.nbytes]
 
     def values_in(self, slot: torch.Tensor) -> torch.Tensor:
-        """Cut the piece out of an extent's bytes, in the stored dtype."""
+        """Return the piece's values as a view of the extent's bytes, (count,), in the stored dtype."""
         return self.bytes_in(slot).view(self.task.tensor.dtype)
 
 
 @dataclass(eq=False)
 class Extent:
-    """A run of bytes of one file, which go to one device.
+    """A run of bytes of one file, read at once and sent to one device.
 
     Attributes:
-        file: the file.
-        offset: its first byte there.
+        file: where it is read from.
+        offset: of its first byte in the file.
         device: where its values go.
-        is_direct: it is read straight into its parts' homes, past the slots.
-        parts: pieces of tensors, which fill it without gaps.
+        is_direct: whether it is read straight into the homes of its parts, instead of into a slot of the ring.
+        parts: pieces of tensors, without gaps between them.
         nbytes: its length.
     """
 
@@ -93,28 +94,24 @@ class Extent:
     nbytes: int = 0
 
     def continues_with(self, task: ReadTask, offset: int) -> bool:
-        """Whether a tensor's bytes from `offset` of its file on may be read with this extent."""
+        """Whether a tensor's bytes, from `offset` in its file on, can be appended to this extent."""
         return (
             self.file == task.tensor.file
             and self.offset + self.nbytes == offset
             and self.device == task.device
             and self.is_direct == _is_direct(task)
             and len(self.parts) < _MAX_SLICES
-            # What lies in a slot is seen in its dtype, which must be aligned.
+            # In a slot, a view in the stored dtype must be aligned.
             and (self.is_direct or self.nbytes % task.tensor.dtype.itemsize == 0)
         )
 
     def name_at(self, offset: int) -> str:
-        """Name the tensor that a byte of the file belongs to."""
+        """Return the name of the tensor that the file's byte at `offset` belongs to."""
         ends = ((part.at + part.nbytes, part.task.tensor.name) for part in self.parts)
         return next(name for end, name in ends if offset - self.offset < end)
 
     def append(self, task: ReadTask, begin: int, room: int) -> int:
-        """Take on values of a tensor, as many as there is room for.
-
-        Returns:
-            How many.
-        """
+        """Append a tensor's values from `begin` on, as many as fit into `room` bytes; return their number."""
         itemsize = task.tensor.dtype.itemsize
         left = task.tensor.nbytes // itemsize - begin
         count = min(left, (room - self.nbytes) // itemsize)
@@ -127,11 +124,11 @@ class Extent:
 
 
 def cut(tasks: Sequence[ReadTask], room: int) -> list[Extent]:
-    """Cut what is read into extents: large tensors are divided, small neighbours read together.
+    """Return the extents to read: large tensors are divided, small neighbours are read together.
 
     Args:
-        tasks: in the order of reading; values that stay together must fit the room.
-        room: the most bytes of an extent.
+        tasks: in the order of reading. `values_per_scale` values of each must fit into `room`.
+        room: the maximum size of an extent, in bytes.
     """
     extents: list[Extent] = []
     extent: Extent | None = None

@@ -1,10 +1,10 @@
-"""Extents read ahead of their use, into the slots of a ring or straight into the memory where tensors are to lie."""
+"""Reads extents before they are needed, into the slots of a ring or straight into tensors."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from queue import SimpleQueue
 
 import torch
@@ -16,52 +16,57 @@ from .ring import Ring, as_bytes, reader_threads
 
 
 class Reader(AbstractContextManager["Reader"]):
-    """Fills extents ahead of their use, for one thread; nothing of it outlives the `with` block."""
+    """Prefetches extents, for one thread that iterates over it. The end of the `with` block waits for all reads."""
 
     def __init__(self, extents: Sequence[Extent], ring: Ring, *, copied: int = 0) -> None:
-        """Make ready to read.
+        """Prepare the reads; the first begin with the iteration.
 
         Args:
-            extents: in the order in which they will be asked for.
-            ring: its slots are filled.
-            copied: slots that are left alone while the first of the others is waited for, since what was read into
-                them is being copied.
+            extents: in the order in which they are read and returned.
+            ring: the slots to read into.
+            copied: slots that are not prefetched into, because their contents are being copied to a GPU.
         """
         self._extents, self._ring = extents, ring
         self._last_of = {extent.file: index for index, extent in enumerate(extents)}
         self._ahead = max(1, ring.count - copied)
         self._reads = Reads(reader_threads())
-        self._going: deque[tuple[Read, list[memoryview], int | None]] = deque()
+        self._going: deque[tuple[Read, int | None]] = deque()
         self._free: SimpleQueue[tuple[int, torch.cuda.Event | None] | None] = SimpleQueue()
         for slot in range(ring.count):
             self._free.put((slot, None))
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing reads any more."""
+        """Whether no read is running any more."""
         return self._reads.is_done
 
     def __iter__(self) -> Iterator[tuple[Extent, int | None, torch.Tensor | None]]:
-        """Return the extents in their order, each when it is filled, with its slot's number and bytes if it has one."""
+        """Yield each extent when it has been read, with the number of its slot and its bytes there.
+
+        Both are None for an extent that was read straight into tensors.
+
+        Raises:
+            CheckpointError: a file cannot be read, or ends before a tensor does.
+        """
         begun = 0
         for index, extent in enumerate(self._extents):
             while begun < min(len(self._extents), index + self._ahead):
                 if not self._begin(self._extents[begun]):
                     return
                 begun += 1
-            read, memory, slot = self._going.popleft()
-            self._finish(extent, read, memory)
+            read, slot = self._going.popleft()
+            self._finish(extent, read)
             if self._last_of[extent.file] == index:
                 self._reads.close(extent.file)
             yield extent, slot, None if slot is None else self._ring.slots[slot][: extent.nbytes]
 
     def release(self, slot: int | None, copied: torch.cuda.Event | None) -> None:
-        """Let a slot be filled again, when the event has happened."""
+        """Let a slot be reused, once the event has happened."""
         if slot is not None:
             self._free.put((slot, copied))
 
     def stop(self) -> None:
-        """Begin no further reads, and wait for no slot."""
+        """Begin no further reads, and end the wait for a free slot."""
         self._free.put(None)
 
     def _begin(self, extent: Extent) -> bool:
@@ -76,30 +81,16 @@ class Reader(AbstractContextManager["Reader"]):
             if copied is not None:
                 copied.synchronize()
             memory = [self._ring.buffers[slot][: extent.nbytes]]
-        self._going.append((self._read(extent, memory, extent.offset), memory, slot))
+        with _naming(extent):
+            self._going.append((self._reads.begin(extent.file, memory, extent.offset), slot))
         return True
 
-    def _finish(self, extent: Extent, read: Read, memory: list[memoryview]) -> None:
-        offset = extent.offset
-        while True:
-            try:
-                received = self._reads.finish(read)
-            except OSError as error:
-                raise _failed(extent, offset, error) from error
-            offset += received
-            memory = _without(memory, received)
-            if not memory:
-                return
-            if not received:
-                name = extent.name_at(offset)
-                raise CheckpointError(f"'{extent.file}' ended while '{name}' was read: it was cut meanwhile")
-            read = self._read(extent, memory, offset)  # the system gave less than was asked for
-
-    def _read(self, extent: Extent, memory: list[memoryview], offset: int) -> Read:
-        try:
-            return self._reads.begin(extent.file, memory, offset)
-        except OSError as error:
-            raise _failed(extent, offset, error) from error
+    def _finish(self, extent: Extent, read: Read) -> None:
+        with _naming(extent):
+            received = self._reads.finish(read)
+        if received < extent.nbytes:
+            name = extent.name_at(extent.offset + received)
+            raise CheckpointError(f"'{extent.file}' ended while '{name}' was read: it was cut meanwhile")
 
     def __exit__(self, *raised: object) -> None:
         self.stop()
@@ -107,19 +98,16 @@ class Reader(AbstractContextManager["Reader"]):
             while not self._free.empty():
                 freed = self._free.get()
                 if freed is not None and freed[1] is not None:
-                    freed[1].synchronize()  # the copy still reads the slot
+                    freed[1].synchronize()  # a copy may still read the slot
         finally:
             self._reads.__exit__(*raised)
 
 
-def _failed(extent: Extent, offset: int, error: OSError) -> CheckpointError:
-    return CheckpointError(f"reading '{extent.name_at(offset)}' from '{extent.file}' failed: {error}")
-
-
-def _without(buffers: list[memoryview], count: int) -> list[memoryview]:
-    """Leave out the first bytes, which have been filled."""
-    for index, buffer in enumerate(buffers):
-        if count < len(buffer):
-            return [buffer[count:], *buffers[index + 1 :]]
-        count -= len(buffer)
-    return []
+@contextmanager
+def _naming(extent: Extent) -> Iterator[None]:
+    """Turn an OSError into a CheckpointError that names the file and the extent's first tensor."""
+    try:
+        yield
+    except OSError as error:
+        name = extent.name_at(extent.offset)
+        raise CheckpointError(f"reading '{name}' from '{extent.file}' failed: {error}") from error

@@ -1,4 +1,4 @@
-"""The ring of host memory that what is read passes through: made once, pinned for GPUs, kept for the next load."""
+"""The ring of host memory that file reads fill and copies to devices empty: pinned for GPUs, reused by later loads."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ from contextlib import contextmanager, suppress
 import torch
 
 from ..errors import ConfigError
-from ..sizes import parse_size, show
+from ..hardware.pinned import pinned_memory
+from ..sizes import parse_size
 
 logger = logging.getLogger(__name__)
 
 SLOT_BYTES = 16 * 2**20
-# Small, so that much of it stays in the CPU's cache on its way from the reads to the copies: 256 MiB were slower.
+# Small, so that much of it is still in the CPU's cache when it is copied: 256 MiB were slower.
 RING_BYTES = 128 * 2**20
 
 
 def reader_threads() -> int:
-    """Threads that read: the cores, but no more than 16.
-
-    The environment variable BIGLOAD_THREADS says otherwise.
+    """Return the number of threads that read: BIGLOAD_THREADS, or by default one a core, from 2 to 16.
 
     Raises:
-        ConfigError: it holds no number from 1 on.
+        ConfigError: BIGLOAD_THREADS is not a number, 1 or more.
     """
     asked = os.environ.get("BIGLOAD_THREADS")
     if asked is None:
@@ -38,12 +37,12 @@ def reader_threads() -> int:
 
 
 def ring_bytes() -> int:
-    """Bytes of the ring: what a load needs of host memory, beside what stays there.
+    """Return the size of the ring: BIGLOAD_RING_BYTES, or 128 MiB by default.
 
-    The environment variable BIGLOAD_RING_BYTES says otherwise.
+    It is the host memory that a load needs in addition to the weights that stay there.
 
     Raises:
-        ConfigError: it holds no size from 1 KiB on.
+        ConfigError: BIGLOAD_RING_BYTES is not a size, 1 KiB or more.
     """
     asked = os.environ.get("BIGLOAD_RING_BYTES")
     if asked is None:
@@ -58,51 +57,46 @@ def ring_bytes() -> int:
 
 
 def slot_bytes(ring: int | None = None) -> int:
-    """Bytes of one slot, the most that is read at once: 16 MiB, or less that a small ring has two."""
+    """Return the size of a slot, the most that is read at once: 16 MiB, or less, so that a small ring has two slots.
+
+    Args:
+        ring: size of the ring in bytes; None is `ring_bytes()`.
+    """
     nbytes = ring_bytes() if ring is None else ring
     return int(min(SLOT_BYTES, 2 ** ((nbytes // 2).bit_length() - 1)))
 
 
 class Ring:
-    """Slots of equal size in one piece of host memory."""
+    """Slots of equal size, at least two, in one block of host memory.
+
+    Attributes:
+        asked: the arguments it was made with: bytes, and whether to pin them.
+        is_quiet: whether nothing reads or writes it, so that another load may use it.
+        slot_bytes: size of a slot.
+        count: number of slots.
+        slots: each (slot_bytes,), uint8.
+        buffers: the same memory, to read into.
+    """
 
     def __init__(self, nbytes: int, *, pinned: bool) -> None:
-        """Allocate the slots, two at least."""
         self.asked = (nbytes, pinned)
-        self.is_quiet = True  # nothing reads or writes it
+        self.is_quiet = True
         self.slot_bytes = slot_bytes(nbytes)
-        if not pinned:  # what is touched costs time: no more slots than the threads keep busy
+        if not pinned:  # first use of memory takes time: no more slots than the threads keep busy
             nbytes = min(nbytes, 3 * self.slot_bytes)
-        memory = pinned_memory(nbytes, self.slot_bytes) if pinned else torch.empty(nbytes, dtype=torch.uint8)
+        memory = pinned_memory(nbytes, 2 * self.slot_bytes) if pinned else torch.empty(nbytes, dtype=torch.uint8)
         self.count = len(memory) // self.slot_bytes
         self.slots = list(memory[: self.count * self.slot_bytes].view(self.count, self.slot_bytes))
         self.buffers = [as_bytes(slot) for slot in self.slots]
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """Return a contiguous tensor's memory, to read into."""
+    """Return a contiguous CPU tensor's memory as a buffer."""
     return memoryview(tensor.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def pinned_memory(nbytes: int, slot_bytes: int) -> torch.Tensor:
-    """Pin memory, less of it where the system allows no more, and if it allows none take what is not pinned.
-
-    Args:
-        nbytes: how much.
-        slot_bytes: half of the least that is of use.
-    """
-    size = nbytes
-    while size >= 2 * slot_bytes:
-        try:
-            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        except RuntimeError:
-            size //= 2
-    logger.warning("no %s of host memory can be pinned; loads onto a GPU will be slower", show(2 * slot_bytes))
-    return torch.empty(nbytes, dtype=torch.uint8)
-
-
 class _KeptRing:
-    """The ring that is kept between loads: pinning costs 0.4 s a GiB."""
+    """The ring that is kept from one load for the next, since pinning takes 0.4 s a GiB."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -114,13 +108,13 @@ _kept_ring = _KeptRing()
 
 
 def pin_ahead(device: torch.device) -> None:
-    """Begin to pin a ring for a load that is about to come onto a GPU, in a thread, unless there is one."""
+    """Begin, in a thread, to pin the ring for a coming load onto a GPU, unless one is kept already."""
 
     def pin() -> None:
         try:
-            with torch.cuda.device(device):  # no other GPU is to be woken up for it
+            with torch.cuda.device(device):  # pinning initializes the current GPU
                 ring = Ring(nbytes, pinned=True)
-        except Exception as error:  # the load will meet it again, where it can be told
+        except Exception as error:  # the load meets it again, and reports it
             logger.debug("pinning ahead failed: %s", error)
             return
         with _kept_ring.lock:
@@ -130,9 +124,9 @@ def pin_ahead(device: torch.device) -> None:
     with _kept_ring.lock:
         if _kept_ring.pinning is None and (_kept_ring.kept is None or _kept_ring.kept.asked != (nbytes, True)):
             _kept_ring.kept = None
-            # No daemon: a program that ends must wait for it, or torch would abort it.
+            # Not a daemon: the interpreter must wait for it at exit, or torch would abort the process.
             thread = threading.Thread(target=pin)
-            with suppress(RuntimeError):  # no more threads are to be had: the load pins by itself
+            with suppress(RuntimeError):  # the system has no more threads: the load pins its ring itself
                 thread.start()
                 _kept_ring.pinning = thread
 
@@ -146,7 +140,7 @@ def _wait_for_pinning() -> None:
 
 @contextmanager
 def take_ring(*, pinned: bool) -> Iterator[Ring]:
-    """Lend a ring: the kept one, or where that is lent already or of another size, a new one."""
+    """Use the kept ring for a load, or a new one if that is in use or differs in size; keep it afterwards if pinned."""
     nbytes = ring_bytes()
     _wait_for_pinning()
     with _kept_ring.lock:
@@ -168,7 +162,7 @@ def release_ring() -> None:
     with _kept_ring.lock:
         _kept_ring.kept = None
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        # torch keeps freed pinned memory for itself; without this the system would not get it back.
+        # torch caches freed pinned memory; this returns it to the system.
         empty_cache = getattr(torch._C, "_host_emptyCache", None)
         if empty_cache is not None:
             empty_cache()

@@ -1,4 +1,4 @@
-"""One tensor of a checkpoint: where its bytes lie."""
+"""A tensor of a checkpoint: where it is stored, and how it is read at once."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError
+from ..hardware.layout import in_mapping
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a checkpoint: `nbytes` contiguous bytes at `offset` of `file`."""
+    """A tensor of a checkpoint: `nbytes` contiguous bytes of `file`, from `offset` on."""
 
     name: str
     file: Path
@@ -26,28 +27,47 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class LazyTensor(StoredTensor):
-    """A tensor whose bytes do not lie in a file as they are: pickled, or computed from others. Offset is its rank.
+    """A tensor that is not stored as plain bytes: pickled, or computed from others. Its offset is its rank in the file.
 
     Attributes:
-        load: gives the values, on the CPU; they may be mapped, so they are copied and not kept.
+        load: returns the values, on the CPU; the caller copies them, since they may view a mapped file.
     """
 
     load: Callable[[], torch.Tensor]
 
 
 def read_whole(tensor: StoredTensor) -> torch.Tensor:
-    """Read one tensor into memory, all at once."""
+    """Read one tensor into host memory.
+
+    Raises:
+        CheckpointError: the file ends before the tensor does.
+        OSError: the file cannot be read.
+    """
     if isinstance(tensor, LazyTensor):
         return tensor.load()
-    descriptor = os.open(tensor.file, os.O_RDONLY)  # several times faster than a file object: there are thousands
-    try:
-        raw = bytearray(os.pread(descriptor, tensor.nbytes, tensor.offset))
-    finally:
-        os.close(descriptor)
+    raw = read_bytes(tensor.file, tensor.offset, tensor.nbytes)
     if len(raw) < tensor.nbytes:
         raise CheckpointError(f"'{tensor.file}' ended while '{tensor.name}' was read: it was cut meanwhile")
-    return (
-        torch.frombuffer(raw, dtype=tensor.dtype).view(tensor.shape)
-        if raw
-        else torch.empty(tensor.shape, dtype=tensor.dtype)
-    )
+    return in_mapping(raw, tensor.dtype, 0, tensor.shape)
+
+
+def read_bytes(file: Path, offset: int, nbytes: int) -> bytearray:
+    """Read bytes of a file, in several steps where the system gives less than was asked for (Linux: at most 2 GiB).
+
+    Returns:
+        `nbytes` bytes, or those up to the end of the file.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    raw = bytearray(nbytes)
+    done = 0
+    descriptor = os.open(file, os.O_RDONLY)  # several times faster than a file object: there are thousands
+    try:
+        with memoryview(raw) as memory:
+            while done < nbytes and (count := os.preadv(descriptor, [memory[done:]], offset + done)):
+                done += count
+    finally:
+        os.close(descriptor)
+    del raw[done:]
+    return raw

@@ -1,9 +1,9 @@
-"""The one edge to devices: what threads have read into a ring of slots goes where it belongs.
+"""Moves what was read into the slots of a ring to its device.
 
-Onto a GPU it is copied on a stream of its own, by a thread of its own, into its home or into a small window on the
-device, from where the default stream takes it. On the CPU it was read into its home, or stays in the slot until it has
-been taken. A slot is filled again when the copy out of it is done, a place of the window when the default stream has
-worked on it; nothing else holds the readers back, and no memory is queued without bound.
+To a GPU, a thread copies it on a stream of its own, into the tensor's home or into a small window of staging buffers on
+the device, whose contents the default stream works on. For the CPU it was read into the tensor's home, or is taken out
+of the slot. A slot is reused when the copy out of it is done, a staging buffer when the default stream is done with it.
+Nothing else holds the reads back, and the memory in use is bounded.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ from .extents import Extent, ExtentSlice, ReadTask, cut
 from .reader import Reader
 from .ring import take_ring
 
-# Places on a GPU for what its default stream has yet to work on, and their size.
+# Staging buffers on each GPU, for what its default stream has yet to work on, and their size.
 _WINDOW = 3
 PLACE_BYTES = 48 * 2**20
 WINDOW_BYTES = _WINDOW * PLACE_BYTES
 
-# Slots that a GPU is copying from: one that it works on, and one that waits so that the link does not rest.
+# Slots that a GPU copies from: one now, and one that is ready so that the link never waits.
 _COPIED = 2
 
-# Bytes after which the caller's thread is woken up, if nothing waits for it: being woken up costs time, and two threads
-# that are awake wait for each other's lock.
+# The caller's thread is woken up after this many bytes, unless it is needed earlier: to wake up takes time, and threads
+# that are awake compete for the interpreter's lock.
 _BATCH_BYTES = 64 * 2**20
 
-# What is left to do in the caller's thread; None where its end is waited for.
+# Work for the caller's thread; None: do all that has been yielded so far now.
 _Step = Callable[[], object] | None
 
 
 def read_all(tasks: Sequence[ReadTask], *, on_bytes: Callable[[int], object] = lambda count: None) -> None:
-    """Read tensors, each byte once, and bring them where they go.
+    """Read tensors, each byte once, and move them to their devices.
 
-    Homes must have been allocated, and what else is to be reused must have been freed, before this is called: the
-    copies wait for what the default stream holds now.
+    The copies wait for the work that is in the default streams now. So allocate the homes before the call.
 
     Args:
         tasks: in the order of reading.
-        on_bytes: called with the count of bytes that have arrived since the last call.
+        on_bytes: called, like the tasks' functions, in the caller's thread, with the number of bytes that have arrived
+            since the last call.
 
     Raises:
-        CheckpointError: a file cannot be read, or ended before a tensor did.
+        CheckpointError: a file cannot be read, or ends before a tensor does.
     """
     if not tasks:
         return
@@ -72,13 +72,13 @@ def read_all(tasks: Sequence[ReadTask], *, on_bytes: Callable[[int], object] = l
                     if step is not None:
                         step()
         finally:
-            # A second Ctrl-C stops the waiting for threads and copies: then the ring is theirs, and not kept.
+            # A second Ctrl-C may have stopped the wait for threads and copies: then they still use the ring.
             is_done = reader.is_done and (ahead is None or ahead.is_done)
             ring.is_quiet = is_done and all(transfer.is_done for transfer in transfers.values())
 
 
 def _in_turns(extents: Sequence[Extent]) -> list[Extent]:
-    """Let devices take turns, each in the order of its extents: each has a link of its own, and all are to be busy."""
+    """Interleave the extents of different devices: each device has its own link, and all shall be busy."""
     by_device: dict[torch.device, list[Extent]] = defaultdict(list)
     for extent in extents:
         by_device[extent.device].append(extent)
@@ -89,10 +89,10 @@ def _in_turns(extents: Sequence[Extent]) -> list[Extent]:
 def _steps(
     reader: Reader, transfers: dict[torch.device, Transfer], on_bytes: Callable[[int], object]
 ) -> Iterator[_Step]:
-    """Bring extents on their way, one by one, and say what the caller's thread must do for each."""
+    """Send each extent to its device, and yield the work that this leaves for the caller's thread."""
     nbytes = 0
     for extent, slot, filled in reader:
-        yield from transfers[extent.device].bring(extent, slot, filled, reader)
+        yield from transfers[extent.device].send(extent, slot, filled, reader)
         yield partial(on_bytes, extent.nbytes)
         nbytes += extent.nbytes
         if nbytes >= _BATCH_BYTES:
@@ -107,7 +107,7 @@ def _stop(reader: Reader, transfers: dict[torch.device, Transfer]) -> None:
 
 
 class ReadAheadThread(AbstractContextManager[Iterator[_Step]]):
-    """Steps that a thread of their own finds ahead of their use, so that copies wait for no work on what was copied."""
+    """Iterates over the steps in a thread of its own, ahead of the caller, so that copies do not wait for its work."""
 
     def __init__(self, steps: Iterator[_Step]) -> None:
         self._steps = steps
@@ -143,41 +143,41 @@ def _raise(error: BaseException) -> None:
 
 
 class Transfer(AbstractContextManager["Transfer"]):
-    """The way of extents to one device.
+    """Sends extents to one device.
 
     Attributes:
-        copies: it takes time, in which the caller's thread can do something else.
-        is_done: nothing is under way any more.
+        copies: whether it copies asynchronously.
+        is_done: whether no copy is running any more.
     """
 
     copies = False
     is_done = True
 
-    def bring(self, extent: Extent, slot: int | None, filled: torch.Tensor | None, reader: Reader) -> Iterator[_Step]:
-        """Bring an extent on its way, and let its slot go when it may be filled again.
+    def send(self, extent: Extent, slot: int | None, filled: torch.Tensor | None, reader: Reader) -> Iterator[_Step]:
+        """Send an extent to the device, and release its slot when that may be reused.
 
         Args:
             extent: what was read.
-            slot: the number of the slot that it was read into, None where it was read into its homes.
-            filled: its bytes there.
-            reader: whose slot it is.
+            slot: the number of its slot; None where it was read into its homes.
+            filled: its bytes in the slot.
+            reader: owns the slot.
 
         Yields:
-            What is to be done in the caller's thread.
+            Work for the caller's thread.
         """
         raise NotImplementedError
 
     def stop(self) -> None:
-        """Let nobody wait for what will not come."""
+        """End all waits: the load was interrupted."""
 
     def __exit__(self, *raised: object) -> None:
         pass
 
 
 class CpuTransfer(Transfer):
-    """The way to the CPU: what was read is there."""
+    """For the CPU, where nothing has to be copied."""
 
-    def bring(self, extent: Extent, slot: int | None, filled: torch.Tensor | None, reader: Reader) -> Iterator[_Step]:
+    def send(self, extent: Extent, slot: int | None, filled: torch.Tensor | None, reader: Reader) -> Iterator[_Step]:
         for part in extent.parts:
             if filled is not None:
                 yield partial(_take, part, filled)
@@ -191,11 +191,11 @@ def _take(part: ExtentSlice, filled: torch.Tensor) -> None:
 
 
 class CudaTransfer(Transfer):
-    """The way onto one GPU: copies on a stream of their own, into homes or into a window on the device.
+    """Copies to one GPU on a stream of its own, into homes or into staging buffers on the device.
 
-    A place of the window gathers a tensor, or as much of it as it holds, before the default stream takes it: few large
-    steps instead of many. Events order it all: a place is written after the default stream has worked on what was
-    there, and worked on after it has been written.
+    A staging buffer collects a tensor, or as much of it as fits, before the default stream works on it: few large steps
+    instead of many. Events order the two streams: a buffer is written after the default stream is done with its former
+    contents, and worked on after it has been written.
     """
 
     copies = True
@@ -212,14 +212,14 @@ class CudaTransfer(Transfer):
         self.is_done = False
         for _ in range(_WINDOW):
             self._free.put(_Place(self._device))
-        # Homes and window may have been another tensor's, which the default stream has yet to finish with.
+        # The memory of homes and buffers may have been another tensor's, which the default stream still works on.
         self._stream.wait_stream(self._default)
         return self
 
-    def bring(self, extent: Extent, slot: int | None, filled: torch.Tensor | None, reader: Reader) -> Iterator[_Step]:
+    def send(self, extent: Extent, slot: int | None, filled: torch.Tensor | None, reader: Reader) -> Iterator[_Step]:
         assert slot is not None
         assert filled is not None
-        torch.cuda.set_stream(self._stream)  # this thread's: a context would take ten times as long
+        torch.cuda.set_stream(self._stream)  # of this thread; a context manager would take ten times as long
         at_home = [part for part in extent.parts if part.task.home is not None]
         if at_home:
             homes = [part.home for part in at_home if part.home is not None]
@@ -235,12 +235,12 @@ class CudaTransfer(Transfer):
 
     def _arrive(self, at_home: Sequence[ExtentSlice], copied: torch.cuda.Event) -> None:
         with torch.cuda.device(self._device):
-            self._default.wait_event(copied)  # what is done with a tensor that is whole is done there
+            self._default.wait_event(copied)  # work on tensors that are complete is done there
             for part in at_home:
                 part.task.arrived(part.count)
 
     def _gather(self, part: ExtentSlice, values: torch.Tensor) -> Iterator[_Step]:
-        """Copy a piece's bytes into the place of its tensor, and what does not fit there into the next."""
+        """Copy a piece's bytes into its tensor's staging buffer, and the rest into the next."""
         task = part.task
         itemsize = task.tensor.dtype.itemsize
         room = PLACE_BYTES // itemsize // task.values_per_scale * task.values_per_scale * itemsize
@@ -264,13 +264,13 @@ class CudaTransfer(Transfer):
     def _next_place(self) -> _Place | None:
         place = self._free.get()
         if place is None:
-            self.stop()  # for whoever asks next
+            self.stop()  # the next call shall not wait either
         else:
             self._stream.wait_event(place.worked)
         return place
 
     def _hand_over(self, task: ReadTask, place: _Place, begin: int) -> None:
-        with torch.cuda.device(self._device):  # the caller's may be another
+        with torch.cuda.device(self._device):  # the caller's current GPU may be another
             self._default.wait_event(place.copied)
             values = place.memory[: place.gathered].view(task.tensor.dtype)
             task.take(values, begin)
@@ -285,12 +285,12 @@ class CudaTransfer(Transfer):
     def __exit__(self, kind: object = None, *raised: object) -> None:
         self._default.wait_stream(self._stream)
         if kind is not None:
-            self._stream.synchronize()  # it still reads slots, and writes what is freed now
+            self._stream.synchronize()  # it may still read slots, and write tensors that are freed now
         self.is_done = True
 
 
 class _Place:
-    """Memory on a GPU where a tensor is gathered."""
+    """A staging buffer on a GPU, which collects a tensor's bytes."""
 
     def __init__(self, device: torch.device) -> None:
         self.memory = torch.empty(PLACE_BYTES, dtype=torch.uint8, device=device)
@@ -308,10 +308,10 @@ def _transfer(device: torch.device) -> Transfer:
 
 @contextmanager
 def default_stream(device: torch.device) -> Iterator[None]:
-    """Work on a GPU's default stream, after all that the caller's stream holds and before all it will hold.
+    """Work on a GPU's default stream, ordered after the caller's earlier work and before its later work.
 
-    bitsandbytes' 4-bit kernels run on the default stream whatever stream is current, so what they depend on must be
-    ordered with it.
+    bitsandbytes' 4-bit kernels run on the default stream, whatever stream is current, so all that they depend on must
+    be ordered with it. Does nothing for the CPU.
     """
     with ExitStack() as stack:
         if device.type == "cuda":

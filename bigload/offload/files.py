@@ -15,7 +15,7 @@ import torch
 
 from ..errors import OffloadError
 from ..hardware.layout import Layout, TensorSpec, in_mapping
-from ..hardware.pinned import Store
+from ..hardware.pinned import Store, pinned_memory
 from ..io.async_reads import Read, Reads
 from ..io.ring import reader_threads
 
@@ -182,13 +182,6 @@ def _mapped(file: Path) -> tuple[_Stamp, _Pages]:
         raise OffloadError(f"{file} cannot be opened: {error}") from error
 
 
-def _pinned(nbytes: int) -> torch.Tensor:
-    try:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-    except RuntimeError:  # the system does not allow it: copies out of it are slower, and right
-        return torch.empty(nbytes, dtype=torch.uint8)
-
-
 class Staging:
     """Two pinned buffers that weights pass through in turn, each again when the copy out of it is done."""
 
@@ -200,11 +193,11 @@ class Staging:
         with torch.inference_mode(False):
             if len(self._buffers) < 2:
                 event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                self._buffers.append((_pinned(nbytes), event))
+                self._buffers.append((pinned_memory(nbytes), event))
             else:
                 memory, event = self._buffers.pop(0)
                 event.synchronize()
                 if memory.numel() < nbytes:
-                    memory = _pinned(nbytes)
+                    memory = pinned_memory(nbytes)
                 self._buffers.append((memory, event))
         return self._buffers[-1]

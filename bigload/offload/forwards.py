@@ -15,11 +15,12 @@ from torch.utils._pytree import tree_map_only
 
 from ..errors import OffloadError
 from ..quantization.bnb import library
+from ..quantization.cpu_forwards import input_gradient, streamed_forward
 from ..quantization.formats import part_name
-from ..quantization.layers import input_gradient, streamed_forward
+from ..quantization.layers import is_quantized
 from ..quantization.quantized_weight import state_around, state_holders
 from .device_hooks import bring
-from .leaves import Leaf, Uncopyable, is_quantized
+from .leaves import Leaf, Uncopyable
 from .residency import Residency
 from .slots import Slot, Use
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -13,8 +12,8 @@ from torch import nn
 from ..errors import OffloadError
 from ..hardware.pinned import Store
 from ..model.tree import leaves, modules_by_path
-from ..quantization.bnb import library
 from ..quantization.formats import part_name
+from ..quantization.layers import is_quantized
 from ..quantization.quantized_weight import state_holders
 from .slots import Slot, Use
 
@@ -146,13 +145,6 @@ def streamed_tensors_of(leaf: Leaf) -> list[StreamedTensor]:
         prefix = f"{leaf.path}.{path}" if leaf.path else path
         streamed += [StreamedTensor(part_name(prefix, part), held, owner, key) for part, held in places.items()]
     return streamed
-
-
-def is_quantized(module: nn.Module) -> bool:
-    """Whether a module is a layer of bitsandbytes."""
-    if "bitsandbytes" not in sys.modules:
-        return False
-    return isinstance(module, (library().nn.Linear4bit, library().nn.Linear8bitLt))
 
 
 def _places_4bit(path: str, layer: Any) -> _Places:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..config import FLOATS
 from ..hardware.layout import Shape, TensorSpec
 
 # Scales of one double-quantized block, bitsandbytes' own constant.
@@ -100,7 +101,7 @@ def dominant_dtype(tensors: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:
     """
     count: Counter[torch.dtype] = Counter()
     for dtype, size in tensors:
-        if dtype in (torch.float32, torch.float16, torch.bfloat16):
+        if dtype in FLOATS.values():
             count[dtype] += size
     return count.most_common(1)[0][0] if count else torch.float32
 

@@ -105,3 +105,8 @@ def state_around(state: Any, parts: Mapping[str, torch.Tensor]) -> Any:
     for part, (holder, attribute) in state_holders(made).items():
         setattr(holder, attribute, parts[part])
     return made
+
+
+def row_scales(layer: Any) -> Any:
+    """Return an int8 layer's scales, which bitsandbytes moves from the weight to the state at the first forward."""
+    return layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB

@@ -111,3 +111,44 @@ def test_memory_that_cannot_be_pinned_is_pageable_right_and_warned_of_once(monke
         assert equal(group.source.to(gpu).cpu(), group.source)
     assert len(caplog.records) == 1
     assert "cannot be pinned" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("can_be_pinned", "at_least", "found"),
+    [
+        (100, None, (100, True)),
+        (100, 30, (100, True)),
+        (60, 30, (50, True)),
+        (25, 25, (25, True)),
+        (24, 25, (100, False)),
+        (60, None, (100, False)),
+        (0, 0, (100, False)),
+    ],
+)
+def test_memory_is_pinned_as_far_as_the_system_allows(monkeypatch, caplog, can_be_pinned, at_least, found):
+    own, tried = torch.empty, []
+
+    def empty(nbytes, *, dtype, pin_memory=False):
+        if pin_memory:
+            tried.append(nbytes)
+            if nbytes > can_be_pinned:
+                raise RuntimeError("CUDA error: out of memory")
+        return own(nbytes, dtype=dtype)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(pinned, "_has_warned", False)
+    made = [pinned.pinned_memory(100, at_least) for _ in range(2)]
+    is_pinned = tried[-1] <= can_be_pinned
+    assert [(len(memory), memory.dtype, is_pinned) for memory in made] == [(found[0], torch.uint8, found[1])] * 2
+    assert len(caplog.records) == (0 if is_pinned else 1)
+
+
+def test_no_memory_that_cannot_be_pinned_is_none(monkeypatch):
+    def refusing(nbytes, *, dtype, pin_memory=False):
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return own(nbytes, dtype=dtype)
+
+    own = torch.empty
+    monkeypatch.setattr(torch, "empty", refusing)
+    assert pinned.pinned_memory(0).shape == (0,)

@@ -10,7 +10,7 @@ from bigload.hardware.pinned import HostGroup
 from bigload.offload.engine import Engine
 from bigload.offload.files import FilePart
 from bigload.offload.leaves import Group, Leaf, streamed_tensors_of
-from bigload.quantization.layers import streamed_forward
+from bigload.quantization.cpu_forwards import streamed_forward
 
 # Later than a file's time by what the coarsest clock of a file system can tell.
 CLOCK_NS = 10 * 10**9

@@ -27,7 +27,7 @@ GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_tok
 @pytest.fixture(autouse=True)
 def small_parts_stream(monkeypatch):
     monkeypatch.setattr("bigload.planning.units.RESIDENT_BYTES", 2000)
-    monkeypatch.setattr("bigload.quantization.layers._PACKED_ROWS", 2**40)
+    monkeypatch.setattr("bigload.quantization.cpu_forwards._PACKED_ROWS", 2**40)
 
 
 @pytest.fixture

@@ -189,7 +189,8 @@ def test_where_not_all_can_be_pinned_half_of_it_is_and_so_on(pinning, caplog, mo
     assert caplog.records == []
 
 
-def test_where_none_can_be_pinned_one_warning_says_so_and_loads_go_on(pinning, caplog):
+def test_where_none_can_be_pinned_one_warning_says_so_and_loads_go_on(pinning, caplog, monkeypatch):
+    monkeypatch.setattr("bigload.hardware.pinned._has_warned", False)
     pinning.most = 0
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
@@ -478,6 +479,7 @@ def test_load_with_memory_that_cannot_be_pinned_is_right(gpu, tmp_path, monkeypa
         return EMPTY(*args, **kwargs)
 
     monkeypatch.setattr(torch, "empty", refusing)
+    monkeypatch.setattr("bigload.hardware.pinned._has_warned", False)
     with caplog.at_level(logging.WARNING, logger="bigload"):
         for _ in range(2):
             found = load_and_quantize_model(empty_model(), "nf4", tmp_path, device_map=0).state_dict()

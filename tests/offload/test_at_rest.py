@@ -17,7 +17,7 @@ AWAY = ["transformer.wte", "transformer.h.0"]
 @pytest.fixture(autouse=True)
 def small_parts_stream(monkeypatch):
     monkeypatch.setattr("bigload.planning.units.RESIDENT_BYTES", 2000)
-    monkeypatch.setattr("bigload.quantization.layers._PACKED_ROWS", 2**40)
+    monkeypatch.setattr("bigload.quantization.cpu_forwards._PACKED_ROWS", 2**40)
 
 
 @pytest.fixture

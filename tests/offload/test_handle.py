@@ -29,7 +29,7 @@ def small_parts_stream(monkeypatch):
     And let no resident layer use the packed kernel of some CPUs, which rounds its scales and takes no streamed weight.
     """
     monkeypatch.setattr("bigload.planning.units.RESIDENT_BYTES", 2000)
-    monkeypatch.setattr("bigload.quantization.layers._PACKED_ROWS", 2**40)
+    monkeypatch.setattr("bigload.quantization.cpu_forwards._PACKED_ROWS", 2**40)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ MODES = ["nf4", "nf4-dq", "int8", PLAIN]
 @pytest.fixture(autouse=True)
 def small_parts_stream(monkeypatch):
     monkeypatch.setattr("bigload.planning.units.RESIDENT_BYTES", 2000)
-    monkeypatch.setattr("bigload.quantization.layers._PACKED_ROWS", 2**40)
+    monkeypatch.setattr("bigload.quantization.cpu_forwards._PACKED_ROWS", 2**40)
 
 
 def build():
