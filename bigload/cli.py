@@ -1,4 +1,7 @@
-"""The command line: `bigload demo`, `load`, `plan`, `quantize` and `show`."""
+"""The command line: `bigload demo`, `load`, `plan`, `quantize` and `show`.
+
+Importing torch takes seconds, so each command imports what it needs when it runs.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,15 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .config import MODES, OffloadConfig
 from .errors import BigloadError, CheckpointError, ConfigError
-from .hardware.devices import Device
-from .planning.plan import Plan
+from .modes import MODES
+
+if TYPE_CHECKING:
+    from .hardware.devices import Device
+    from .planning.plan import Plan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -133,6 +138,7 @@ def _load(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     from .checkpoint.folders import WEIGHTS
+    from .config import OffloadConfig
     from .model.transformers_facts import empty_model
     from .planning.plan import plan_table
     from .planning.planner import plan_device_map

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from .errors import ConfigError, PlacementError, listed
+from .modes import MODES
 from .optional import import_optional
 from .sizes import parse_size
 
@@ -22,16 +23,6 @@ FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 _SHORT_NAMES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 STORAGES = {"uint8": torch.uint8, "int8": torch.int8, **FLOATS, "float64": torch.float64}
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-
-_MODES: dict[str, dict[str, Any]] = {
-    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-    "nf4-dq": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
-    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
-    "fp4-dq": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True},
-    "int8": {"load_in_8bit": True},
-    "int8-training": {"load_in_8bit": True, "llm_int8_has_fp16_weight": True},
-}
-MODES = tuple(_MODES)
 
 # Bytes of a GPU that a plan leaves for activations, unless told otherwise, beside its largest layer dequantized.
 RESERVE_BYTES = 128 * 2**20
@@ -166,11 +157,11 @@ class BnbQuantizationConfig:
         Raises:
             ConfigError: no such mode, or no such field.
         """
-        if not isinstance(mode, str) or mode not in _MODES:
+        if not isinstance(mode, str) or mode not in MODES:
             close = get_close_matches(str(mode).lower(), MODES, n=1)
             hint = f" (did you mean '{close[0]}'?)" if close else ""
             raise ConfigError(f"unknown quantization mode {mode!r}{hint}; choose one of {', '.join(MODES)}")
-        return cls._build({"torch_dtype": "auto", "bnb_4bit_compute_dtype": "auto", **_MODES[mode], **fields})
+        return cls._build({"torch_dtype": "auto", "bnb_4bit_compute_dtype": "auto", **MODES[mode], **fields})
 
     @classmethod
     def from_accelerate(cls, config: Any) -> BnbQuantizationConfig:

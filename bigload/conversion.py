@@ -29,6 +29,7 @@ from .io.transfer import default_stream
 from .model import transformers_facts
 from .model.quantizable import plain_linears
 from .model.view import ModelView
+from .offload.weight_cache import SourceFingerprints, content_hash
 from .pipeline.execute import read_and_load, read_tasks_for
 from .pipeline.file_output import Output, file_sink
 from .pipeline.progress import progress_bar
@@ -182,25 +183,20 @@ def _folder_to_go_on_in(target: Path, fingerprint: str) -> Iterator[Path]:
 
 def _fingerprint(plan: Plan, checkpoint: Checkpoint, max_shard_bytes: int) -> str:
     """Tell runs apart that would not write the same bytes: by files, config, layers, layout and versions."""
-    files = sorted({tensor.file for tensor in checkpoint.tensors.values()})
+    fingerprints = SourceFingerprints(with_samples=False)
+
+    def origin(planned: PlannedTensor) -> object:
+        return [fingerprints.of(source) for source in planned.sources] or content_hash(planned.tensor.value)
+
     said = {
         "bigload": FORMAT_VERSION,
         "bitsandbytes": bnb.library().__version__,
-        "files": [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+        "files": sorted({str(tensor.file) for tensor in checkpoint.tensors.values()}),
         "config": plan.config.to_dict(),
-        "tensors": [(p.tensor.names, p.shape, str(p.format), p.device.type, _origin(p)) for p in plan.tensors],
+        "tensors": [(p.tensor.names, p.shape, str(p.format), p.device.type, origin(p)) for p in plan.tensors],
         "max_shard_bytes": max_shard_bytes,
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-
-def _origin(planned: PlannedTensor) -> list[str]:
-    """Say where a tensor's values come from."""
-    if not planned.sources:
-        values = planned.tensor.value.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        return [hashlib.sha256(values.numpy().tobytes()).hexdigest()]
-    stored = [(source.tensor, source) for source in planned.sources if not isinstance(source.tensor, torch.Tensor)]
-    return [f"{t.file} {t.name} {t.offset} {source.region} {source.transposed}" for t, source in stored]
 
 
 def _convert(plan: Plan, folder: Path, max_shard_bytes: int, progress: bool | None) -> str:

@@ -205,7 +205,22 @@ def test_module_and_console_script_are_the_same_program():
     assert EntryPoint(name, target, "console_scripts").load() is main
 
 
-def test_importing_bigload_imports_neither_bitsandbytes_nor_transformers():
-    code = "import sys, bigload; print([m for m in ('bitsandbytes', 'transformers') if m in sys.modules])"
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["quantize", "--help"], ["load"]])
+def test_what_needs_no_model_imports_no_torch(arguments):
+    code = """
+import sys
+from bigload.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == (2 if arguments == ["load"] else 0), done.stderr
+    assert "bigload" in (done.stderr if done.returncode else done.stdout)
+
+
+def test_importing_the_loader_imports_neither_bitsandbytes_nor_transformers():
+    code = "import sys, bigload.loading; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert {"bitsandbytes", "transformers", "torch"} & set(done.stdout.split()) == {"torch"}

@@ -12,8 +12,9 @@ import pytest
 import torch
 import transformers
 
-from bigload.config import MODES, BnbQuantizationConfig, as_config
+from bigload.config import BnbQuantizationConfig, as_config
 from bigload.errors import ConfigError, MissingDependencyError
+from bigload.modes import MODES
 
 AccelerateConfig = accelerate.utils.BnbQuantizationConfig
 TransformersConfig = transformers.BitsAndBytesConfig

@@ -53,7 +53,7 @@ class WeightCache:
         """
         self._folder = None if folder is None else Path(folder).expanduser().absolute()
         self._torch_dtype = torch_dtype
-        self._known_files: dict[Path, list[object]] = {}
+        self._fingerprints = SourceFingerprints(with_samples=True)
         self._is_swept = False
 
     def parts(self, planned: PlannedTensor) -> dict[str, FilePart] | None:
@@ -115,22 +115,9 @@ class WeightCache:
             "format": str(planned.format),
             "dtype": str(self._torch_dtype),
             "shape": planned.shape,
-            "sources": [self._origin(source) for source in planned.sources],
+            "sources": [self._fingerprints.of(source) for source in planned.sources],
         }
         return self._folder / f"{hashlib.sha256(json.dumps(said).encode()).hexdigest()[:40]}.safetensors"
-
-    def _origin(self, source: Source) -> list[object]:
-        """Say where values come from."""
-        tensor = source.tensor
-        how = [str(source.region), source.transposed]
-        if isinstance(tensor, torch.Tensor):  # the model's own
-            values = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-            return [hashlib.sha256(values.numpy().tobytes()).hexdigest(), str(tensor.dtype), *how]
-        if tensor.file not in self._known_files:
-            stat = tensor.file.stat()
-            self._known_files[tensor.file] = [_header_of(tensor.file), stat.st_size, stat.st_mtime_ns]
-        known = [*self._known_files[tensor.file], tensor.name, str(tensor.dtype), tensor.offset, *how]
-        return known if isinstance(tensor, LazyTensor) else [*known, _sample(tensor)]
 
 
 def _name(partial: Path, path: Path, planned: PlannedTensor) -> None:
@@ -140,23 +127,6 @@ def _name(partial: Path, path: Path, planned: PlannedTensor) -> None:
     except OSError:  # there is one, or the file system has no links
         if not path.is_file() or _found(path, planned) is None:
             partial.replace(path)
-
-
-def _sample(tensor: StoredTensor) -> str:
-    """Hash a little of a tensor: two checkpoints of one shape may have been given one time, too."""
-    found = hashlib.sha256()
-    with tensor.file.open("rb") as opened:
-        for at in (0, tensor.nbytes // 2, max(0, tensor.nbytes - _SAMPLE_BYTES)):
-            found.update(os.pread(opened.fileno(), min(_SAMPLE_BYTES, tensor.nbytes), tensor.offset + at))
-    return found.hexdigest()
-
-
-def _header_of(file: Path) -> str:
-    """Hash a file's header, which for safetensors is as long as its first eight bytes say."""
-    with file.open("rb") as opened:
-        begin = opened.read(8)
-        length = int.from_bytes(begin, "little") if file.suffix == ".safetensors" else 0
-        return hashlib.sha256(begin + opened.read(length)).hexdigest()
 
 
 def _found(path: Path, planned: PlannedTensor) -> dict[str, FilePart] | None:
@@ -181,3 +151,51 @@ def _found(path: Path, planned: PlannedTensor) -> dict[str, FilePart] | None:
         logger.warning("'%s' holds something else and will be made again", path)
         return None
     return {name: FilePart(path, there[name].offset, part) for name, part in expected.items()}
+
+
+class SourceFingerprints:
+    """Tells what weights are made from, by what can be known of files without reading all of them."""
+
+    def __init__(self, *, with_samples: bool) -> None:
+        """Begin with no file known.
+
+        Args:
+            with_samples: whether to read a little of each tensor too: files of one header may have one size and time.
+        """
+        self._with_samples = with_samples
+        self._files: dict[Path, list[object]] = {}
+
+    def of(self, source: Source) -> list[object]:
+        """Return values that JSON holds, others for a source with other bytes."""
+        tensor = source.tensor
+        region = [str(source.region), source.transposed]
+        if isinstance(tensor, torch.Tensor):  # the model's own
+            return [content_hash(tensor), str(tensor.dtype), *region]
+        if tensor.file not in self._files:
+            stat = tensor.file.stat()
+            self._files[tensor.file] = [_header_hash(tensor.file), stat.st_size, stat.st_mtime_ns]
+        known = [*self._files[tensor.file], tensor.name, str(tensor.dtype), tensor.offset, *region]
+        has_sample = self._with_samples and not isinstance(tensor, LazyTensor)
+        return [*known, _sample_hash(tensor)] if has_sample else known
+
+
+def content_hash(tensor: torch.Tensor) -> str:
+    """Hash all bytes of a tensor in memory."""
+    values = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()
+
+
+def _sample_hash(tensor: StoredTensor) -> str:
+    found = hashlib.sha256()
+    with tensor.file.open("rb") as opened:
+        for at in (0, tensor.nbytes // 2, max(0, tensor.nbytes - _SAMPLE_BYTES)):
+            found.update(os.pread(opened.fileno(), min(_SAMPLE_BYTES, tensor.nbytes), tensor.offset + at))
+    return found.hexdigest()
+
+
+def _header_hash(file: Path) -> str:
+    """Hash a file's header, which for safetensors is as long as its first eight bytes say."""
+    with file.open("rb") as opened:
+        begin = opened.read(8)
+        length = int.from_bytes(begin, "little") if file.suffix == ".safetensors" else 0
+        return hashlib.sha256(begin + opened.read(length)).hexdigest()

@@ -69,14 +69,14 @@ def test_parts_of_one_tensor_have_files_of_their_own(tmp_path):
     """As the experts of a layer, which some checkpoints hold stacked; and a weight and its transpose."""
     stored = StoredTensor("experts", tmp_path / "0.safetensors", torch.bfloat16, (2, 64, 64), 8, 2 * 64 * 64 * 2)
     stored.file.write_bytes(bytes(stored.offset + stored.nbytes))
-    known = weight_cache.WeightCache(tmp_path / "cache", torch.bfloat16)
+    fingerprints = weight_cache.SourceFingerprints(with_samples=True)
     sources = [
         Source(stored),
         Source(stored, region=(slice(0, 1),)),
         Source(stored, region=(slice(1, 2),)),
         Source(stored, transposed=True),
     ]
-    assert len({str(known._origin(source)) for source in sources}) == 4
+    assert len({str(fingerprints.of(source)) for source in sources}) == 4
 
 
 def test_files_may_be_read_by_whoever_may_read_what_this_user_writes(tmp_path, device):
