@@ -9,7 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import bitsandbytes as bnb
 import pytest
 import torch
-from models import GPT, Attended, dequantized_reference, relative_error, save_checkpoint
+from checkpoints import save_checkpoint
+from comparisons import relative_error
+from models import GPT, Attended
+from references import dequantized_reference
 from torch import nn
 
 from bigload import (

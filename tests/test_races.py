@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from models import quantize_as_bitsandbytes
+from references import quantize_as_bitsandbytes
 from safetensors.torch import load_file, save_file
 from torch import nn
 

@@ -8,9 +8,10 @@ import sys
 import huggingface_hub
 import pytest
 import torch
+from checkpoints import save_checkpoint
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
-from models import llama, save_checkpoint
+from models import llama
 from torch import nn
 
 from bigload import init_empty_weights, load_and_quantize_model

@@ -6,7 +6,8 @@ import struct
 import bitsandbytes as bnb
 import pytest
 import torch
-from models import GPT, save_checkpoint
+from checkpoints import save_checkpoint
+from models import GPT
 from safetensors.torch import load_file, save_file
 
 from bigload import (

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from models import FOUR_BIT, assert_same_bits, quantized_state, stored_by_bitsandbytes
+from comparisons import assert_same_bits
+from references import FOUR_BIT, quantized_state, stored_by_bitsandbytes
 from safetensors.torch import save_file
 from torch import nn
 

@@ -6,7 +6,8 @@ import os
 import bitsandbytes as bnb
 import pytest
 import torch
-from models import GPT, save_checkpoint
+from checkpoints import save_checkpoint
+from models import GPT
 from resources import open_and_running
 
 from bigload import CheckpointError, PlacementError, init_empty_weights, load_and_quantize_model

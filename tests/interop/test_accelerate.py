@@ -5,7 +5,10 @@ import accelerate.utils
 import bitsandbytes as bnb
 import pytest
 import torch
-from models import GPT, dequantized_reference, relative_error, save_checkpoint
+from checkpoints import save_checkpoint
+from comparisons import relative_error
+from models import GPT
+from references import dequantized_reference
 
 import bigload
 

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from models import empty, llama, lora_losses, save_checkpoint
+from adapters import lora_losses
+from checkpoints import empty, save_checkpoint
+from models import llama
 
 from bigload import load_and_quantize_model
 

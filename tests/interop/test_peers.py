@@ -14,7 +14,10 @@ import pytest
 import torch
 from accelerate.utils.bnb import get_keys_to_not_convert, get_quantized_model_device_map, replace_with_bnb_layers
 from architectures import build, inputs
-from models import GPT, Attended, dequantized_reference, llama, relative_error, save_checkpoint
+from checkpoints import save_checkpoint
+from comparisons import relative_error
+from models import GPT, Attended, llama
+from references import dequantized_reference
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from models import FOUR_BIT, GPT, llama, relative_error
+from comparisons import relative_error
+from models import GPT, llama
+from references import FOUR_BIT
 from torch import nn
 
 from bigload import load_and_quantize_model

@@ -5,7 +5,8 @@ import json
 
 import pytest
 import torch
-from models import assert_same_bits, equal, llama
+from comparisons import assert_same_bits, equal
+from models import llama
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (

@@ -8,7 +8,8 @@ import pytest
 import torch
 import transformers
 from architectures import build, inputs, plain_linears
-from models import assert_same_bits, save_checkpoint
+from checkpoints import save_checkpoint
+from comparisons import assert_same_bits
 from torch import nn
 
 from bigload import (

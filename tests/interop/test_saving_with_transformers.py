@@ -7,7 +7,9 @@ import warnings
 import pytest
 import torch
 from architectures import build, inputs
-from models import GPT, dequantize_by_hand, quantize_as_bitsandbytes, save_checkpoint
+from checkpoints import save_checkpoint
+from models import GPT
+from references import dequantize_by_hand, quantize_as_bitsandbytes
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertModel, PretrainedConfig, PreTrainedModel

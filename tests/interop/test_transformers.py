@@ -5,7 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 import bitsandbytes as bnb
 import pytest
 import torch
-from models import dequantized_reference, llama, relative_error, save_checkpoint
+from checkpoints import save_checkpoint
+from comparisons import relative_error
+from models import llama
+from references import dequantized_reference
 from torch import nn
 from transformers import (
     AutoConfig,

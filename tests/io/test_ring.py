@@ -12,9 +12,10 @@ from unittest import mock
 
 import pytest
 import torch
+from checkpoints import save_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import GPT, save_checkpoint
+from models import GPT
 from resources import open_and_running
 
 import bigload.io.ring as room

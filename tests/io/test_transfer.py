@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from models import GPT, save_checkpoint
+from checkpoints import save_checkpoint
+from models import GPT
 from resources import open_and_running
 from safetensors.torch import load, save_file
 

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import FOUR_BIT, Block, dequantized_reference, llama, relative_error, save_checkpoint
+from checkpoints import save_checkpoint
+from comparisons import relative_error
+from models import Block, llama
+from references import FOUR_BIT, dequantized_reference
 from torch import nn
 from torch.nn import functional
 from transformers import BartConfig, BartModel, BertConfig, BertModel, BloomConfig, BloomModel, MambaConfig, MambaModel

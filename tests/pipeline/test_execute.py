@@ -5,7 +5,9 @@ import weakref
 
 import pytest
 import torch
-from models import GPT, quantize_as_bitsandbytes, save_checkpoint
+from checkpoints import save_checkpoint
+from models import GPT
+from references import quantize_as_bitsandbytes
 from safetensors.torch import save_file
 from torch import nn
 

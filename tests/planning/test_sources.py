@@ -10,7 +10,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import llama, stored_by_bitsandbytes
+from models import llama
+from references import stored_by_bitsandbytes
 from safetensors.torch import save_file
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import FOUR_BIT, equal, quantize_as_bitsandbytes
+from comparisons import equal
+from references import FOUR_BIT, quantize_as_bitsandbytes
 from safetensors.torch import save_file
 from torch import nn
 
