@@ -10,37 +10,43 @@ FOUR_BIT = ("nf4", "nf4-dq", "fp4", "fp4-dq")
 
 
 def quantize_as_bitsandbytes(weight: torch.Tensor, mode: str, blocksize: int = 64, storage=torch.uint8):
-    """bitsandbytes' own call. Returns its tensors by name."""
+    """Return bitsandbytes' tensors by the names that they have in its own functions."""
     if mode == "int8":
-        rows, row_scales, _ = kernels.int8_vectorwise_quant(weight.half().contiguous())
-        return {"weight": rows, "SCB": row_scales}
-    data, state = kernels.quantize_4bit(
-        weight.contiguous(),
-        blocksize=blocksize,
-        quant_type=mode[:3],
-        compress_statistics=mode.endswith("-dq"),
-        quant_storage=storage,
-    )
-    parts = {"weight": data, "absmax": state.absmax, "code": state.code}
+        return _int8(weight)
+    return parts_of_4bit(*_4bit(weight, mode, blocksize, storage))
+
+
+def stored_by_bitsandbytes(name: str, weight: torch.Tensor, mode: str, blocksize: int = 64, storage=torch.uint8):
+    """Return bitsandbytes' tensors by the names that it gives them in a state_dict."""
+    if mode == "int8":
+        prefix, parts = name.removesuffix("weight"), _int8(weight)
+        row_format = torch.tensor(0, dtype=torch.uint8)
+        return {name: parts["weight"], f"{prefix}SCB": parts["SCB"], f"{prefix}weight_format": row_format}
+    packed, state = _4bit(weight, mode, blocksize, storage)
+    return {name: packed, **{f"{name}.{part}": tensor for part, tensor in state.as_dict(packed=True).items()}}
+
+
+def parts_of_4bit(packed: torch.Tensor, state) -> dict[str, torch.Tensor]:
+    """Return the tensors of a 4-bit weight and of its quant_state."""
+    parts = {"weight": packed, "absmax": state.absmax, "code": state.code}
     if state.nested:
         parts |= {"offset": state.offset, "nested_absmax": state.state2.absmax, "nested_code": state.state2.code}
     return parts
 
 
-def stored_by_bitsandbytes(name: str, weight: torch.Tensor, mode: str, blocksize: int = 64, storage=torch.uint8):
-    """bitsandbytes' own call. Returns the tensors by the names that it gives them in a state_dict."""
-    if mode == "int8":
-        rows, row_scales, _ = kernels.int8_vectorwise_quant(weight.half().contiguous())
-        prefix = name.removesuffix("weight")
-        return {name: rows, f"{prefix}SCB": row_scales, f"{prefix}weight_format": torch.tensor(0, dtype=torch.uint8)}
-    packed, state = kernels.quantize_4bit(
+def _int8(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    rows, row_scales, _ = kernels.int8_vectorwise_quant(weight.half().contiguous())
+    return {"weight": rows, "SCB": row_scales}
+
+
+def _4bit(weight: torch.Tensor, mode: str, blocksize: int, storage: torch.dtype):
+    return kernels.quantize_4bit(
         weight.contiguous(),
         blocksize=blocksize,
         quant_type=mode[:3],
         compress_statistics=mode.endswith("-dq"),
         quant_storage=storage,
     )
-    return {name: packed, **{f"{name}.{part}": tensor for part, tensor in state.as_dict(packed=True).items()}}
 
 
 def quantized_state(full, mode, device, blocksize=64, storage=torch.uint8, skip=("head",)):
