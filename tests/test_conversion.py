@@ -11,20 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import (
-    FOUR_BIT,
-    GPT,
-    Layers,
-    assert_same_bits,
-    contents,
-    empty,
-    failing_at,
-    llama,
-    loaded,
-    save,
-    save_checkpoint,
-    stored,
-)
+from checkpoints import contents, empty, loaded, save, save_checkpoint, stored
+from comparisons import assert_same_bits
+from failures import failing_at
+from models import GPT, Layers, llama
+from references import FOUR_BIT
 from torch import nn
 
 from bigload import (
@@ -193,7 +184,8 @@ def test_finished_files_of_another_run_are_not_taken(tmp_path, device, monkeypat
 KILLED = """
 import itertools, os, signal, sys
 sys.path.insert(0, {tests!r})
-from models import GPT, empty
+from models import GPT
+from checkpoints import empty
 from bigload import quantize_checkpoint
 
 own, calls = os.{function}, itertools.count(1)

@@ -2,19 +2,10 @@
 
 import pytest
 import torch
-from models import (
-    FOUR_BIT,
-    GPT,
-    Layers,
-    dequantize_by_hand,
-    empty,
-    equal,
-    llama,
-    loaded,
-    quantize_as_bitsandbytes,
-    relative_error,
-    save_checkpoint,
-)
+from checkpoints import empty, loaded, save_checkpoint
+from comparisons import equal, relative_error
+from models import GPT, Layers, llama
+from references import FOUR_BIT, dequantize_by_hand, quantize_as_bitsandbytes
 from torch import nn
 
 from bigload import (

@@ -3,7 +3,10 @@
 import bitsandbytes as bnb
 import pytest
 import torch
-from models import GPT, dequantized_reference, quantize_as_bitsandbytes, relative_error, save_checkpoint
+from checkpoints import save_checkpoint
+from comparisons import relative_error
+from models import GPT
+from references import dequantized_reference, quantize_as_bitsandbytes
 from torch import nn
 
 from bigload import BnbQuantizationConfig, ConfigError, QuantizationError, load_and_quantize_model

@@ -9,7 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import bitsandbytes as bnb
 import pytest
 import torch
-from models import GPT, Attended, dequantized_reference, relative_error, save_checkpoint
+from checkpoints import empty, save_checkpoint
+from comparisons import relative_error
+from models import GPT, Attended
+from references import dequantized_reference
 from torch import nn
 
 from bigload import (
@@ -17,7 +20,6 @@ from bigload import (
     CheckpointError,
     ConfigError,
     QuantizationError,
-    init_empty_weights,
     load_and_quantize_model,
 )
 from bigload.hardware.allocation import reserve
@@ -28,11 +30,6 @@ from bigload.pipeline.report import LoadReport, PeakMemory
 TOLERANCE = 0.008
 
 MODES = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8")
-
-
-def empty(build, **options):
-    with init_empty_weights():
-        return build(**options).eval()
 
 
 def check_forward(full, model, mode, skip, x, torch_dtype=torch.float32):
@@ -52,7 +49,7 @@ def check_forward(full, model, mode, skip, x, torch_dtype=torch.float32):
 def test_plain_gpt_computes_what_its_dequantized_reference_computes(tmp_path, device, mode, tied, shards):
     full = GPT(tied=tied).eval()
     folder = save_checkpoint(full, tmp_path, shards)
-    model = load_and_quantize_model(empty(GPT, tied=tied), mode, folder, device_map=device)
+    model = load_and_quantize_model(empty(GPT, tied=tied).eval(), mode, folder, device_map=device)
     check_forward(full, model, mode, {"lm_head"}, torch.randint(0, 96, (2, 12)))
     assert (model.lm_head.weight is model.transformer["wte"].weight) == tied
     assert type(model.lm_head) is nn.Linear
@@ -67,7 +64,7 @@ def test_tied_head_loads_from_whichever_name_the_checkpoint_holds(tmp_path, kept
     weight = state.pop("lm_head.weight")
     state.pop("transformer.wte.weight")
     save_file({**state, kept: weight}, tmp_path / "model.safetensors")
-    model = load_and_quantize_model(empty(GPT, tied=True), "nf4", tmp_path, device_map="cpu")
+    model = load_and_quantize_model(empty(GPT, tied=True).eval(), "nf4", tmp_path, device_map="cpu")
     assert torch.equal(model.lm_head.weight, weight)
     assert model.lm_head.weight is model.transformer["wte"].weight
     check_forward(full.eval(), model, "nf4", {"lm_head"}, torch.randint(0, 96, (2, 12)))
@@ -77,10 +74,10 @@ def test_tied_parameters_ties_what_the_empty_model_has_untied(tmp_path):
     full = GPT(tied=True)
     save_checkpoint(full, tmp_path)
     pair = ("transformer.wte.weight", "lm_head.weight")
-    model = load_and_quantize_model(empty(GPT), "nf4", tmp_path, device_map="cpu", tied_parameters=[pair])
+    model = load_and_quantize_model(empty(GPT).eval(), "nf4", tmp_path, device_map="cpu", tied_parameters=[pair])
     assert model.lm_head.weight is model.transformer["wte"].weight
     with pytest.raises(CheckpointError, match="tied_parameters=") as caught:
-        load_and_quantize_model(empty(GPT), "nf4", tmp_path, device_map="cpu")
+        load_and_quantize_model(empty(GPT).eval(), "nf4", tmp_path, device_map="cpu")
     assert caught.value.missing_keys == ["lm_head.weight"]
 
 
@@ -89,7 +86,7 @@ def test_tied_parameters_ties_what_the_empty_model_has_untied(tmp_path):
 def test_multihead_attention_keeps_its_projection_and_runs(tmp_path, device, mode, shards):
     full = Attended().eval()
     folder = save_checkpoint(full, tmp_path, shards)
-    model = load_and_quantize_model(empty(Attended), mode, folder, device_map=device)
+    model = load_and_quantize_model(empty(Attended).eval(), mode, folder, device_map=device)
     assert isinstance(model.enter, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
     assert type(model.attention.out_proj) is type(full.attention.out_proj)
     check_forward(full, model, mode, {"head"}, torch.randn(2, 5, 64))
@@ -133,7 +130,7 @@ def test_every_config_spelling_gives_the_same_model(tmp_path):
     ours = BnbQuantizationConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="fp32")
     configs = ["nf4", ours, ours.to_dict(), accelerate_config, vars(accelerate_config).copy()]
     configs += [transformers_config, transformers_config.to_dict()]
-    models = [load_and_quantize_model(empty(GPT), config, tmp_path, device_map="cpu") for config in configs]
+    models = [load_and_quantize_model(empty(GPT).eval(), config, tmp_path, device_map="cpu") for config in configs]
     first = models[0].state_dict()
     for model in models[1:]:
         state = model.state_dict()
@@ -147,25 +144,28 @@ def test_the_callers_config_map_and_lists_are_not_changed(tmp_path):
     config = BnbQuantizationConfig.from_mode("nf4", skip_modules=["wpe"], keep_in_fp32_modules=["ln_f"])
     device_map, max_memory = {"": "cpu"}, {"cpu": "1GiB"}
     before = copy.deepcopy((config, device_map, max_memory))
-    load_and_quantize_model(empty(GPT), config, tmp_path, device_map=device_map, max_memory=max_memory)
+    load_and_quantize_model(empty(GPT).eval(), config, tmp_path, device_map=device_map, max_memory=max_memory)
     assert (config, device_map, max_memory) == before
 
 
 def test_dtypes_follow_the_config_and_fp32_modules_stay_fp32(tmp_path):
     save_checkpoint(GPT(), tmp_path, dtype=torch.float16)
     config = BnbQuantizationConfig.from_mode("nf4", torch_dtype="bf16", keep_in_fp32_modules=["ln_f", "h.1.mlp"])
-    model = load_and_quantize_model(empty(GPT), config, tmp_path, device_map="cpu")
+    model = load_and_quantize_model(empty(GPT).eval(), config, tmp_path, device_map="cpu")
     assert model.transformer["wte"].weight.dtype == torch.bfloat16
     assert model.transformer["h"][0].ln_1.weight.dtype == torch.bfloat16
     assert model.transformer["ln_f"].weight.dtype == torch.float32
     kept = model.transformer["h"][1].mlp["c_fc"]
     assert type(kept) is nn.Linear
     assert kept.weight.dtype == kept.bias.dtype == torch.float32
-    by_mode = load_and_quantize_model(empty(GPT), "nf4", tmp_path, device_map="cpu")
+    by_mode = load_and_quantize_model(empty(GPT).eval(), "nf4", tmp_path, device_map="cpu")
     assert by_mode.lm_head.weight.dtype == torch.float16  # the checkpoint's own
     assert by_mode.transformer["h"][0].attn.c_attn.compute_dtype == torch.float16
     by_accelerates_rule = load_and_quantize_model(
-        empty(GPT), BnbQuantizationConfig(load_in_4bit=True, bnb_4bit_compute_dtype="bf16"), tmp_path, device_map="cpu"
+        empty(GPT).eval(),
+        BnbQuantizationConfig(load_in_4bit=True, bnb_4bit_compute_dtype="bf16"),
+        tmp_path,
+        device_map="cpu",
     )
     assert by_accelerates_rule.lm_head.weight.dtype == torch.bfloat16
 
@@ -174,7 +174,7 @@ def test_skip_everything_is_the_unquantized_load(tmp_path):
     full = GPT()
     save_checkpoint(full, tmp_path)
     config = BnbQuantizationConfig.from_mode("int8", skip_modules=["*"])
-    model = load_and_quantize_model(empty(GPT), config, tmp_path, device_map="cpu")
+    model = load_and_quantize_model(empty(GPT).eval(), config, tmp_path, device_map="cpu")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), full.parameters(), strict=True))
     assert not model.is_loaded_in_8bit
     assert not model.is_loaded_in_4bit
@@ -182,7 +182,7 @@ def test_skip_everything_is_the_unquantized_load(tmp_path):
 
 def test_mode_hooks_and_attributes_of_a_replaced_layer_stay(tmp_path):
     save_checkpoint(GPT(), tmp_path)
-    model = empty(GPT)
+    model = empty(GPT).eval()
     calls = []
     layer = model.transformer["h"][0].attn.c_proj
     handle = layer.register_forward_hook(lambda module, args, out: calls.append(type(module).__name__))
@@ -200,7 +200,7 @@ def test_mode_hooks_and_attributes_of_a_replaced_layer_stay(tmp_path):
 @pytest.mark.parametrize("mode", ["nf4", "int8"])
 def test_load_state_dict_hooks_of_a_replaced_layer_get_the_new_layer(tmp_path, mode):
     save_checkpoint(GPT(), tmp_path)
-    model = empty(GPT)
+    model = empty(GPT).eval()
     seen = []
     layer = model.transformer["h"][0].attn.c_proj
     layer.register_load_state_dict_pre_hook(lambda module, *args: seen.append(module))
@@ -212,7 +212,7 @@ def test_load_state_dict_hooks_of_a_replaced_layer_get_the_new_layer(tmp_path, m
 
 def test_requires_grad_stays_for_kept_weights_and_is_off_for_quantized_layers(tmp_path):
     save_checkpoint(GPT(), tmp_path)
-    model = empty(GPT)
+    model = empty(GPT).eval()
     model.transformer["wpe"].weight.requires_grad_(False)
     model = load_and_quantize_model(model, "nf4", tmp_path, device_map="cpu")
     assert model.transformer["wte"].weight.requires_grad
@@ -231,7 +231,7 @@ def test_a_shared_layer_stays_one_layer(tmp_path):
             self.norm = nn.LayerNorm(64)
 
     save_checkpoint(Twice(), tmp_path)
-    model = load_and_quantize_model(empty(Twice), "nf4", tmp_path, device_map="cpu")
+    model = load_and_quantize_model(empty(Twice).eval(), "nf4", tmp_path, device_map="cpu")
     assert isinstance(model.first, bnb.nn.Linear4bit)
     assert model.first is model.second
 
@@ -239,9 +239,7 @@ def test_a_shared_layer_stays_one_layer(tmp_path):
 def test_a_model_that_is_one_linear_is_returned_as_its_quantized_layer(tmp_path):
     full = nn.Linear(64, 32)
     save_checkpoint(full, tmp_path)
-    with init_empty_weights():
-        model = nn.Linear(64, 32)
-    loaded = load_and_quantize_model(model, "int8", tmp_path, device_map="cpu")
+    loaded = load_and_quantize_model(empty(nn.Linear, 64, 32), "int8", tmp_path, device_map="cpu")
     assert isinstance(loaded, bnb.nn.Linear8bitLt)
     assert loaded.is_loaded_in_8bit
 
@@ -259,7 +257,7 @@ def test_buffers_come_from_the_checkpoint_or_stay(tmp_path):
     full = Buffered(scale=2.0)
     save_checkpoint(full, tmp_path)
     config = BnbQuantizationConfig.from_mode("nf4", torch_dtype="bf16")
-    model = load_and_quantize_model(empty(Buffered), config, tmp_path, device_map="cpu")
+    model = load_and_quantize_model(empty(Buffered).eval(), config, tmp_path, device_map="cpu")
     assert torch.equal(model.stored, torch.full((3,), 2.0, dtype=torch.bfloat16))
     assert torch.equal(model.count, torch.tensor(7))
     assert torch.equal(model.table, torch.arange(4.0))  # computed by the model, in the dtype it chose
@@ -277,7 +275,7 @@ def test_int8_training_trains_its_16_bit_main_weights(tmp_path, device):
 
     save_checkpoint(Net(), tmp_path, dtype=torch.float16)
     config = BnbQuantizationConfig.from_mode("int8-training", llm_int8_threshold=0.0)
-    model = load_and_quantize_model(empty(Net), config, tmp_path, device_map=device).train()
+    model = load_and_quantize_model(empty(Net).eval(), config, tmp_path, device_map=device).train()
     assert isinstance(model.body, bnb.nn.Linear8bitLt)
     assert model.body.state.has_fp16_weights
     assert model.body.weight.dtype == torch.float16
@@ -302,16 +300,16 @@ def test_int8_training_refuses_weights_that_float16_cannot_hold(tmp_path):
         full.transformer["h"][0].attn.c_attn.weight[0, 0] = 1e5
     save_checkpoint(full, tmp_path)
     with pytest.raises(QuantizationError, match=r"h\.0\.attn\.c_attn\.weight.*float16"):
-        load_and_quantize_model(empty(GPT), "int8-training", tmp_path, device_map="cpu")
+        load_and_quantize_model(empty(GPT).eval(), "int8-training", tmp_path, device_map="cpu")
 
 
 def test_two_loads_at_once_in_threads_are_both_right(tmp_path, device):
     full = GPT()
     save_checkpoint(full, tmp_path)
-    expected = load_and_quantize_model(empty(GPT), "nf4", tmp_path, device_map=device).state_dict()
+    expected = load_and_quantize_model(empty(GPT).eval(), "nf4", tmp_path, device_map=device).state_dict()
     with ThreadPoolExecutor(4) as pool:
         loads = [
-            pool.submit(lambda: load_and_quantize_model(empty(GPT), "nf4", tmp_path, device_map=device))
+            pool.submit(lambda: load_and_quantize_model(empty(GPT).eval(), "nf4", tmp_path, device_map=device))
             for _ in range(8)
         ]
         states = [load.result().state_dict() for load in loads]
@@ -320,14 +318,14 @@ def test_two_loads_at_once_in_threads_are_both_right(tmp_path, device):
 
 def test_int8_training_main_weights_of_a_float32_checkpoint_are_16_bit(tmp_path):
     save_checkpoint(GPT(), tmp_path)
-    model = load_and_quantize_model(empty(GPT), "int8-training", tmp_path, device_map="cpu")
+    model = load_and_quantize_model(empty(GPT).eval(), "int8-training", tmp_path, device_map="cpu")
     assert model.transformer["h"][0].attn.c_attn.weight.dtype == torch.float16
 
 
 def test_load_inside_inference_mode_gives_a_model_that_can_be_trained_through(tmp_path):
     save_checkpoint(GPT(), tmp_path)
     with torch.inference_mode():
-        model = load_and_quantize_model(empty(GPT), "nf4-dq", tmp_path, device_map="cpu")
+        model = load_and_quantize_model(empty(GPT).eval(), "nf4-dq", tmp_path, device_map="cpu")
     assert not any(parameter.is_inference() for parameter in model.parameters())
     model.train()(torch.zeros(1, 3, dtype=torch.long)).sum().backward()
     assert model.transformer["wte"].weight.grad is not None
@@ -336,7 +334,7 @@ def test_load_inside_inference_mode_gives_a_model_that_can_be_trained_through(tm
 def test_logs_one_line_for_the_plan_and_one_for_the_load(tmp_path, caplog):
     save_checkpoint(GPT(), tmp_path)
     with caplog.at_level(logging.INFO, logger="bigload"):
-        model = load_and_quantize_model(empty(GPT), "nf4", tmp_path, device_map="cpu")
+        model = load_and_quantize_model(empty(GPT).eval(), "nf4", tmp_path, device_map="cpu")
     lines = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
     assert len(lines) == 2
     assert lines[1] == str(model.load_report)
@@ -346,9 +344,9 @@ def test_logs_one_line_for_the_plan_and_one_for_the_load(tmp_path, caplog):
 
 def test_progress_bar_counts_all_bytes(tmp_path, capsys):
     save_checkpoint(GPT(), tmp_path)
-    load_and_quantize_model(empty(GPT), "nf4", tmp_path, device_map="cpu", progress=True)
+    load_and_quantize_model(empty(GPT).eval(), "nf4", tmp_path, device_map="cpu", progress=True)
     assert "loading" in capsys.readouterr().err
-    load_and_quantize_model(empty(GPT), "nf4", tmp_path, device_map="cpu", progress=False)
+    load_and_quantize_model(empty(GPT).eval(), "nf4", tmp_path, device_map="cpu", progress=False)
     assert capsys.readouterr().err == ""
 
 
@@ -359,7 +357,7 @@ def test_device_map_spellings_put_the_model_on_one_device(tmp_path, device):
     blocks = {"transformer.wte": place, "transformer.wpe": place, "transformer.h": place, "transformer.ln_f": place}
     maps = [place, str(device), device, {"": place}, {"": device}, {**blocks, "lm_head": str(device)}]
     for device_map in maps:
-        model = load_and_quantize_model(empty(GPT), "nf4", tmp_path, device_map=device_map)
+        model = load_and_quantize_model(empty(GPT).eval(), "nf4", tmp_path, device_map=device_map)
         assert {tensor.device for tensor in [*model.parameters(), *model.buffers()]} == {device}
         assert set(model.hf_device_map.values()) == {expected}
     assert model.hf_device_map == dict.fromkeys([*blocks, "lm_head"], expected)
@@ -368,7 +366,7 @@ def test_device_map_spellings_put_the_model_on_one_device(tmp_path, device):
 @pytest.mark.parametrize("device_map", [None, "auto", "balanced", "balanced_low_0", "sequential"])
 def test_default_place_is_the_gpu_or_where_there_is_none_the_cpu(tmp_path, device_map):
     save_checkpoint(GPT(), tmp_path)
-    model = load_and_quantize_model(empty(GPT), "nf4", tmp_path, device_map=device_map)
+    model = load_and_quantize_model(empty(GPT).eval(), "nf4", tmp_path, device_map=device_map)
     expected = torch.cuda.current_device() if torch.cuda.is_available() else torch.device("cpu")
     assert model.hf_device_map == {"": expected}
 
@@ -376,7 +374,7 @@ def test_default_place_is_the_gpu_or_where_there_is_none_the_cpu(tmp_path, devic
 def test_planned_bytes_are_the_bytes_in_memory(tmp_path):
     save_checkpoint(GPT(tied=True), tmp_path)
     for mode in MODES:
-        model = load_and_quantize_model(empty(GPT, tied=True), mode, tmp_path, device_map="cpu")
+        model = load_and_quantize_model(empty(GPT, tied=True).eval(), mode, tmp_path, device_map="cpu")
         held = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}
         for module in model.modules():
             weight = getattr(module, "weight", None)
@@ -393,13 +391,13 @@ def test_planned_bytes_are_the_bytes_in_memory(tmp_path):
 def test_offload_that_is_no_config_of_it_is_refused(tmp_path):
     save_checkpoint(GPT(), tmp_path)
     with pytest.raises(ConfigError, match="OffloadConfig"):
-        load_and_quantize_model(empty(GPT), "nf4", tmp_path, offload=object())
+        load_and_quantize_model(empty(GPT).eval(), "nf4", tmp_path, offload=object())
 
 
 def test_error_says_what_was_loaded_how_and_where_to(tmp_path):
     save_checkpoint(GPT(width=128), tmp_path)
     with pytest.raises(CheckpointError) as caught:
-        load_and_quantize_model(empty(GPT), "nf4-dq", tmp_path, device_map="cpu")
+        load_and_quantize_model(empty(GPT).eval(), "nf4-dq", tmp_path, device_map="cpu")
     assert str(tmp_path) in str(caught.value)
     assert "nf4-dq" in str(caught.value)
     assert "device_map='cpu'" in str(caught.value)
@@ -409,10 +407,10 @@ def test_bad_tied_parameters_are_refused(tmp_path):
     save_checkpoint(GPT(), tmp_path)
     for bad in (5, "lm_head.weight", [5], [([], 2)], [("lm_head.weight",)]):
         with pytest.raises(ConfigError, match="tied_parameters"):
-            load_and_quantize_model(empty(GPT), "nf4", tmp_path, tied_parameters=bad)
+            load_and_quantize_model(empty(GPT).eval(), "nf4", tmp_path, tied_parameters=bad)
     with pytest.raises(ConfigError, match=r"lm_haed\.weight"):
         load_and_quantize_model(
-            empty(GPT), "nf4", tmp_path, tied_parameters=[("transformer.wte.weight", "lm_haed.weight")]
+            empty(GPT).eval(), "nf4", tmp_path, tied_parameters=[("transformer.wte.weight", "lm_haed.weight")]
         )
 
 
@@ -426,8 +424,7 @@ def test_collector_of_cycles_rests_while_a_model_is_loaded_and_is_as_it_was_afte
         seen.append(gc.isenabled())
         return f"other.{key}" if fails else key
 
-    with init_empty_weights():
-        model = GPT()
+    model = empty(GPT)
     before = gc.isenabled()
     try:
         gc.enable() if enabled else gc.disable()

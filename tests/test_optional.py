@@ -3,7 +3,8 @@
 import sys
 
 import pytest
-from models import llama, save_checkpoint
+from checkpoints import save_checkpoint
+from models import llama
 from torch import nn
 
 from bigload import load_and_quantize_model

@@ -10,12 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from models import quantize_as_bitsandbytes
+from checkpoints import empty
+from comparisons import assert_same_bits
+from references import quantize_as_bitsandbytes
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import bigload.io.transfer as room
-from bigload import BnbQuantizationConfig, init_empty_weights, load_and_quantize_model, release_buffers
+from bigload import BnbQuantizationConfig, load_and_quantize_model, release_buffers
 from bigload.io import async_reads
 from bigload.quantization.quantizer import Quantizer
 
@@ -97,13 +99,8 @@ def config(mode):
     return mode
 
 
-def empty(make=Stack):
-    with init_empty_weights():
-        return make()
-
-
 def load(folder, mode):
-    return load_and_quantize_model(empty(), config(mode), folder, device_map=GPU)
+    return load_and_quantize_model(empty(Stack), config(mode), folder, device_map=GPU)
 
 
 def tensors_of(model):
@@ -120,17 +117,6 @@ def tensors_of(model):
         elif getattr(parameter, "SCB", None) is not None:
             tensors[f"{name} SCB"] = parameter.SCB
     return tensors
-
-
-def same_bits(found, expected):
-    return (found.dtype, found.shape) == (expected.dtype, expected.shape) and torch.equal(
-        found.cpu().reshape(-1).view(torch.uint8), expected.reshape(-1).view(torch.uint8)
-    )
-
-
-def check(tensors, expected):
-    assert tensors.keys() == expected.keys()
-    assert [name for name in expected if not same_bits(tensors[name], expected[name])] == []
 
 
 def sleep_on(stream, cycles=CYCLES):
@@ -186,20 +172,20 @@ def test_slow_streams_change_no_bit(folder, expected, monkeypatch, mode, slow):
     for slow_down in slow:
         slow_down(monkeypatch)
     for _ in range(REPEATS):
-        check(tensors_of(load(folder, mode)), expected(mode))
+        assert_same_bits(tensors_of(load(folder, mode)), expected(mode))
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_copies_that_lag_behind_all_the_time_change_no_bit(folder, expected, monkeypatch, mode):
     """Every slot and place is wanted again long before it is free."""
     slow_copies(monkeypatch, chance=1.0)
-    check(tensors_of(load(folder, mode)), expected(mode))
+    assert_same_bits(tensors_of(load(folder, mode)), expected(mode))
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_work_that_lags_behind_all_the_time_changes_no_bit(folder, expected, monkeypatch, mode):
     slow_work(monkeypatch, chance=1.0)
-    check(tensors_of(load(folder, mode)), expected(mode))
+    assert_same_bits(tensors_of(load(folder, mode)), expected(mode))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -214,7 +200,7 @@ def test_stream_of_the_callers_own_beside_a_busy_default_stream(folder, expected
             assert torch.cuda.current_stream(GPU) == stream
             copied = {name: tensor.clone() for name, tensor in tensors_of(model).items()}  # in the stream's order
         stream.synchronize()
-        check(copied, expected(mode))
+        assert_same_bits(copied, expected(mode))
 
 
 @pytest.mark.parametrize("mode", ["nf4", "int8"])
@@ -232,7 +218,7 @@ def test_weights_that_the_callers_stream_still_writes_are_quantized_as_they_will
                     parameter.copy_(values[name])
             model = load_and_quantize_model(model, mode)
         torch.cuda.synchronize()
-        check(tensors_of(model), expected(mode))
+        assert_same_bits(tensors_of(model), expected(mode))
 
 
 def freed_but_still_written():
@@ -258,7 +244,7 @@ def test_work_that_was_pending_on_freed_memory_does_not_overwrite_what_is_loaded
             addresses = [parameter.data_ptr() for parameter in model.parameters()]
             assert any(address in piece for address in addresses for piece in freed)  # else this shows nothing
         torch.cuda.synchronize()
-        check(tensors_of(model), expected(mode))
+        assert_same_bits(tensors_of(model), expected(mode))
         del model
 
 
@@ -275,7 +261,7 @@ def test_two_loads_at_once_on_one_gpu(folder, expected, monkeypatch, mode, own_s
 
     with ThreadPoolExecutor(2) as pool:
         for tensors in pool.map(loaded, range(REPEATS)):
-            check(tensors, expected(mode))
+            assert_same_bits(tensors, expected(mode))
 
 
 def test_two_loads_at_once_of_two_modes(folder, expected, monkeypatch):
@@ -286,7 +272,7 @@ def test_two_loads_at_once_of_two_modes(folder, expected, monkeypatch):
 
     with ThreadPoolExecutor(4) as pool:
         for mode, tensors in zip(MODES * 3, pool.map(loaded, MODES * 3), strict=True):
-            check(tensors, expected(mode))
+            assert_same_bits(tensors, expected(mode))
 
 
 @pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "bf16"])
@@ -294,7 +280,7 @@ def test_load_inside_inference_mode_gives_weights_that_train(folder, expected, m
     with torch.inference_mode():
         model = load(folder, mode)
     assert not any(parameter.is_inference() for parameter in model.parameters())
-    check(tensors_of(model), expected(mode))
+    assert_same_bits(tensors_of(model), expected(mode))
     x = torch.randn(4, 1024, device=GPU, dtype=torch.bfloat16)
     model.train()(x).float().square().sum().backward()
     norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
@@ -326,7 +312,7 @@ def test_weight_that_is_put_together_first_is_whole_when_it_is_quantized(tmp_pat
         del scratch
         model = load_and_quantize_model(empty(Wide), "int8", tmp_path, device_map=GPU)
         torch.cuda.synchronize()
-        check(tensors_of(model), own)
+        assert_same_bits(tensors_of(model), own)
 
 
 @pytest.mark.parametrize("mode", ["nf4", "bf16"])
@@ -349,7 +335,7 @@ def test_load_that_is_stopped_writes_nothing_afterwards(folder, expected, monkey
         stream = torch.cuda.current_stream(GPU)
         assert stream == torch.cuda.default_stream(GPU)
         theirs = [torch.zeros(size, dtype=torch.uint8, device=GPU) for size in [2**21] * 30 + [2**19] * 30]
-        check(tensors_of(load(folder, mode)), expected(mode))
+        assert_same_bits(tensors_of(load(folder, mode)), expected(mode))
         torch.cuda.synchronize()
         assert not any(tensor.any() for tensor in theirs)
         del theirs

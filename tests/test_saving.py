@@ -9,20 +9,11 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
-from models import (
-    FOUR_BIT,
-    GPT,
-    Layers,
-    assert_same_bits,
-    contents,
-    empty,
-    equal,
-    failing_at,
-    quantized_state,
-    save,
-    save_checkpoint,
-    stored,
-)
+from checkpoints import contents, empty, save, save_checkpoint, stored
+from comparisons import assert_same_bits, equal
+from failures import failing_at
+from models import GPT, Layers
+from references import FOUR_BIT, quantized_state
 from resources import open_and_running, open_files
 from safetensors import safe_open
 from torch import nn

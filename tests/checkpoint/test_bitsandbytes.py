@@ -6,20 +6,10 @@ import logging
 import bitsandbytes as bnb
 import pytest
 import torch
-from models import (
-    FOUR_BIT,
-    GPT,
-    Layers,
-    assert_same_bits,
-    dequantize_by_hand,
-    empty,
-    equal,
-    loaded,
-    quantized_state,
-    relative_error,
-    save,
-    stored_by_bitsandbytes,
-)
+from checkpoints import empty, loaded, save
+from comparisons import assert_same_bits, equal, relative_error
+from models import GPT, Layers
+from references import FOUR_BIT, dequantize_by_hand, quantized_state, stored_by_bitsandbytes
 from safetensors.torch import save_file
 from torch import nn
 

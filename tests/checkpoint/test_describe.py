@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from models import Layers, empty, save_checkpoint
+from checkpoints import empty, save_checkpoint
+from models import Layers
 from safetensors.torch import save_file
 
 from bigload import BnbQuantizationConfig, load_and_quantize_model, save_quantized_model

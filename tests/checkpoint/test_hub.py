@@ -8,12 +8,13 @@ import sys
 import huggingface_hub
 import pytest
 import torch
+from checkpoints import empty, empty_like, save_checkpoint
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
-from models import llama, save_checkpoint
+from models import llama
 from torch import nn
 
-from bigload import init_empty_weights, load_and_quantize_model
+from bigload import load_and_quantize_model
 from bigload.checkpoint.checkpoint import open_checkpoint
 from bigload.checkpoint.hub import hub_folder, is_hub_id
 from bigload.errors import CheckpointError
@@ -51,8 +52,7 @@ def snapshot(cache, repo, commit=MAIN, branch="main"):
 
 def value_in(location):
     """Load a repository into a Linear, and tell the value that its weight is full of."""
-    with init_empty_weights():
-        model = linear(0.0)
+    model = empty(linear, 0.0)
     loaded = load_and_quantize_model(model, {"load_in_4bit": True, "skip_modules": ["*"]}, location, device_map="cpu")
     assert loaded[0].weight.unique().numel() == 1
     return loaded[0].weight.unique().item()
@@ -107,9 +107,7 @@ def test_only_safetensors_are_asked_for_where_there_are_any(cache, monkeypatch):
 def test_model_of_transformers_quantizes_from_the_hub(cache):
     model = llama(True)
     model.save_pretrained(snapshot(cache, "org/tiny-llama_1.0"))
-    with init_empty_weights():
-        empty = type(model)(model.config)
-    assert load_and_quantize_model(empty, "nf4", "org/tiny-llama_1.0", device_map="cpu").is_loaded_in_4bit
+    assert load_and_quantize_model(empty_like(model), "nf4", "org/tiny-llama_1.0", device_map="cpu").is_loaded_in_4bit
 
 
 def test_repository_that_is_not_in_the_cache_says_what_to_do():

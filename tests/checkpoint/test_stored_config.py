@@ -4,17 +4,10 @@ import json
 
 import pytest
 import torch
-from models import (
-    FOUR_BIT,
-    Layers,
-    assert_same_bits,
-    empty,
-    equal,
-    loaded,
-    quantized_state,
-    save,
-    stored_by_bitsandbytes,
-)
+from checkpoints import empty, loaded, save
+from comparisons import assert_same_bits, equal
+from models import Layers
+from references import FOUR_BIT, quantized_state, stored_by_bitsandbytes
 from torch import nn
 
 from bigload import BnbQuantizationConfig, load_and_quantize_model

@@ -1,13 +1,13 @@
 """Each kind of bad input is one clear BigloadError, and the same model object loads from a good checkpoint after it."""
 
-import json
 import struct
 
 import bitsandbytes as bnb
 import pytest
 import torch
-from models import GPT, save_checkpoint
-from safetensors.torch import load_file, save_file
+from checkpoints import INDEX_NAME, empty, save, save_checkpoint, stored, write_index
+from comparisons import identity_of
+from models import GPT
 
 from bigload import (
     BigloadError,
@@ -15,7 +15,6 @@ from bigload import (
     CheckpointError,
     ConfigError,
     PlacementError,
-    init_empty_weights,
     load_and_quantize_model,
 )
 
@@ -23,10 +22,9 @@ NO_SUCH_GPU = f"cuda:{torch.cuda.device_count() + 5}"
 
 
 def edit(folder, change):
-    state = load_file(folder / "model.safetensors")
+    state = stored(folder)
     change(state)
-    save_file(state, folder / "model.safetensors")
-    return folder
+    return save(state, folder)
 
 
 def cut(folder, size):
@@ -50,9 +48,7 @@ def empty_folder(folder):
 
 
 def index_of_missing_shard(folder):
-    index = {"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return folder / "model.safetensors.index.json"
+    return write_index({"lm_head.weight": "model-00002-of-00002.safetensors"}, folder / INDEX_NAME)
 
 
 def transposed_head(state):
@@ -116,25 +112,17 @@ BAD_ARGUMENTS = {
 }
 
 
-def snapshot(model):
-    return [(name, id(t), t.device) for name, t in [*model.named_parameters(), *model.named_buffers()]], [
-        id(module) for module in model.modules()
-    ]
-
-
 def check_refused_and_loadable_after(tmp_path, error, words, **arguments):
     good = save_checkpoint(GPT(), tmp_path / "good")
-    with init_empty_weights():
-        model = GPT()
-    before = snapshot(model)
+    model = empty(GPT)
+    before = identity_of(model)
     call = {"bnb_quantization_config": "int8", "weights_location": good, "device_map": "cpu"} | arguments
     with pytest.raises(error) as caught:
         load_and_quantize_model(model, **call)
     assert isinstance(caught.value, BigloadError)
     for word in words:
         assert word in str(caught.value)
-    assert snapshot(model) == before
-    assert not hasattr(model, "hf_device_map")
+    assert identity_of(model) == before
     model = load_and_quantize_model(model, "nf4", good, device_map="cpu")
     assert isinstance(model.transformer["h"][1].attn.c_attn, bnb.nn.Linear4bit)
     model(torch.zeros(1, 4, dtype=torch.long))
@@ -164,8 +152,7 @@ def test_disk_without_a_folder_is_refused(tmp_path, monkeypatch):
 def test_leftover_tensors_warn_and_under_strict_are_an_error(tmp_path, caplog):
     bad = save_checkpoint(GPT(), tmp_path / "bad")
     edit(bad, lambda state: state.update(extra=torch.zeros(3)))
-    with init_empty_weights():
-        model = GPT()
+    model = empty(GPT)
     with pytest.raises(CheckpointError, match="extra") as caught:
         load_and_quantize_model(model, "nf4", bad, device_map="cpu", strict=True)
     assert caught.value.unexpected_keys == ["extra"]

@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
-from models import FOUR_BIT, assert_same_bits, quantized_state, stored_by_bitsandbytes
-from safetensors.torch import save_file
+from checkpoints import empty, save
+from comparisons import assert_same_bits, identity_of
+from references import FOUR_BIT, quantized_state, stored_by_bitsandbytes
 from torch import nn
 
-from bigload import CheckpointError, init_empty_weights, load_and_quantize_model
+from bigload import CheckpointError, load_and_quantize_model
 
 MODES = (*FOUR_BIT, "int8")
 ABSENT = object()
@@ -32,28 +33,16 @@ class Lone(nn.Module):
         self.head = nn.Linear(48, 3)
 
 
-def save(state, folder):
-    folder.mkdir(exist_ok=True)
-    save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, folder / "model.safetensors")
-    return folder
-
-
-def all_of(model):
-    tensors = {name: id(tensor) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
-    return tensors, [id(module) for module in model.modules()], list(model.__dict__)
-
-
 def refused(folder, device, mode, damage, build=Layers, match=r"'first\.(weight|SCB)"):
     """Load what was damaged, which is refused by name, and then, into the same model, what was not."""
     state = quantized_state(build(), mode, device)
     damaged = dict(state)
     damage(damaged)
-    with init_empty_weights():
-        model = build()
-    before = all_of(model)
+    model = empty(build)
+    before = identity_of(model)
     with pytest.raises(CheckpointError, match=match) as caught:
         load_and_quantize_model(model, None, save(damaged, folder / "damaged"), device_map=device)
-    assert all_of(model) == before
+    assert identity_of(model) == before
     good = load_and_quantize_model(model, None, save(state, folder / "good"), device_map=device, strict=True)
     assert_same_bits(good.state_dict(), state)
     return caught.value
@@ -301,12 +290,11 @@ def test_model_that_has_no_such_layer_for_a_quantized_weight_is_refused(tmp_path
     state = quantized_state(Layers(), mode, device, skip=("second", "head"))
     state = {name: tensor for name, tensor in state.items() if name != "first.bias"}
     state |= {"second.weight": torch.rand(5, 7), "second.bias": torch.rand(5)}
-    with init_empty_weights():
-        model = build()
-    before = all_of(model)
+    model = empty(build)
+    before = identity_of(model)
     with pytest.raises(CheckpointError, match=r"'first\.weight'"):
         load_and_quantize_model(model, None, save(state, tmp_path / "quantized"), device_map=device)
-    assert all_of(model) == before
+    assert identity_of(model) == before
     right = build().state_dict()
     good = load_and_quantize_model(model, "nf4", save(right, tmp_path / "right"), device_map=device, strict=True)
     assert torch.equal(good.second.bias.cpu(), right["second.bias"])
@@ -316,8 +304,7 @@ def test_model_that_has_no_such_layer_for_a_quantized_weight_is_refused(tmp_path
 def test_shape_that_differs_from_the_models_is_refused_with_both(tmp_path, device, mode):
     state = quantized_state(Layers(), mode, device)
     state |= {k: v.cpu() for k, v in stored_by_bitsandbytes("first.weight", torch.rand(48, 96), mode).items()}
-    with init_empty_weights():
-        model = Layers()
+    model = empty(Layers)
     with pytest.raises(CheckpointError, match=r"'first\.weight'") as caught:
         load_and_quantize_model(model, None, save(state, tmp_path), device_map=device)
     assert caught.value.mismatched_shapes == {"first.weight": ((48, 96), (48, 80))}
@@ -328,8 +315,7 @@ def test_shape_that_differs_from_the_models_is_refused_with_both(tmp_path, devic
 def test_quantized_layer_that_the_checkpoint_lacks_is_missing_by_name(tmp_path, device, mode):
     state = quantized_state(Layers(), mode, device)
     kept = {name: tensor for name, tensor in state.items() if not name.startswith("second")}
-    with init_empty_weights():
-        model = Layers()
+    model = empty(Layers)
     with pytest.raises(CheckpointError, match="without a source") as caught:
         load_and_quantize_model(model, None, save(kept, tmp_path), device_map=device)
     assert caught.value.missing_keys == ["second.weight", "second.bias"]
@@ -340,13 +326,12 @@ def test_file_that_is_cut_is_refused_and_the_whole_one_loads_after_it(tmp_path, 
     state = quantized_state(Layers(), mode, device)
     path = save(state, tmp_path) / "model.safetensors"
     whole = path.read_bytes()
-    with init_empty_weights():
-        model = Layers()
-    before = all_of(model)
+    model = empty(Layers)
+    before = identity_of(model)
     for size in (len(whole) - 1, len(whole) // 2, 100):
         path.write_bytes(whole[:size])
         with pytest.raises(CheckpointError, match=r"model\.safetensors"):
             load_and_quantize_model(model, None, tmp_path, device_map=device)
-        assert all_of(model) == before
+        assert identity_of(model) == before
     path.write_bytes(whole)
     assert_same_bits(load_and_quantize_model(model, None, tmp_path, device_map=device).state_dict(), state)

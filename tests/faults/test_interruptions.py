@@ -6,10 +6,13 @@ import os
 import bitsandbytes as bnb
 import pytest
 import torch
-from models import GPT, save_checkpoint
+from checkpoints import empty, save_checkpoint
+from comparisons import identity_of
+from failures import fail_at
+from models import GPT
 from resources import open_and_running
 
-from bigload import CheckpointError, PlacementError, init_empty_weights, load_and_quantize_model
+from bigload import CheckpointError, PlacementError, load_and_quantize_model
 from bigload.io.async_reads import Reads
 from bigload.quantization.quantizer import Quantizer
 
@@ -21,32 +24,16 @@ def folder(tmp_path):
 
 @pytest.fixture
 def model():
-    with init_empty_weights():
-        return GPT()
-
-
-def fail_at(monkeypatch, owner, name, call, error):
-    """Make the n-th call of a function raise."""
-    original, count = getattr(owner, name), [0]
-
-    def failing(*args, **kwargs):
-        count[0] += 1
-        if count[0] == call:
-            raise error
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, failing)
+    return empty(GPT)
 
 
 def check_untouched_then_loads(model, folder, expected, monkeypatch):
-    before = [(name, id(p)) for name, p in model.named_parameters()], [id(m) for m in model.modules()]
-    attributes = set(model.__dict__)
+    before = identity_of(model)
     held_before = open_and_running()
     with pytest.raises(expected):
         load_and_quantize_model(model, "nf4", folder, device_map="cpu")
     assert not open_and_running() - held_before
-    assert ([(name, id(p)) for name, p in model.named_parameters()], [id(m) for m in model.modules()]) == before
-    assert set(model.__dict__) == attributes
+    assert identity_of(model) == before
     monkeypatch.undo()
     model = load_and_quantize_model(model, "nf4", folder, device_map="cpu")
     assert isinstance(model.transformer["h"][0].attn.c_attn, bnb.nn.Linear4bit)

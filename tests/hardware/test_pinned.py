@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from models import equal
+from comparisons import equal
 from streaming import at_rest, parts_of
 
 from bigload.hardware import pinned

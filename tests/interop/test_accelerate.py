@@ -5,7 +5,10 @@ import accelerate.utils
 import bitsandbytes as bnb
 import pytest
 import torch
-from models import GPT, dequantized_reference, relative_error, save_checkpoint
+from checkpoints import save_checkpoint, stored
+from comparisons import relative_error
+from models import GPT
+from references import dequantized_reference
 
 import bigload
 
@@ -53,19 +56,13 @@ def test_documented_example_runs_with_the_import_changed(weights_location, libra
     assert model.lm_head.weight.dtype == dtype
 
     full = GPT()
-    full.load_state_dict(bigload_state(weights_location))
+    full.load_state_dict(stored(weights_location))
     tokens = torch.randint(0, 96, (2, 12))
     mode = "int8" if "load_in_8bit" in fields else "nf4-dq"
     reference = dequantized_reference(full.eval(), mode, {"lm_head"}, dtype)(tokens)
     with torch.no_grad():
         # The whole model runs in 16 bit here; bfloat16 rounds each step to 8 bits.
         assert relative_error(model(tokens.to(layer.weight.device)), reference) < 0.02
-
-
-def bigload_state(folder):
-    from safetensors.torch import load_file
-
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def test_positional_arguments_stand_where_accelerate_has_them():

@@ -3,23 +3,11 @@
 import architectures
 import pytest
 import torch
+from comparisons import assert_same_bits, outputs
 from torch import nn
 
 from bigload import BnbQuantizationConfig, load_and_quantize_model
 from bigload.model.transformers_facts import empty_model
-
-
-def state_bits(model):
-    return {
-        name: (tensor.dtype, tuple(tensor.shape), tensor.reshape(-1).view(torch.uint8).clone())
-        for name, tensor in model.state_dict().items()
-    }
-
-
-def output(model, inputs):
-    with torch.no_grad():
-        found = model(**{name: tensor.to(model.device) for name, tensor in inputs.items()})
-    return found.logits if hasattr(found, "logits") else found.last_hidden_state
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +36,10 @@ def test_state_and_output_equal_those_of_transformers_own_loader(saved, device, 
         theirs = model_class.from_pretrained(
             folder, quantization_config=config.to_transformers(), device_map={"": device}, dtype=torch.float32
         )
-    found, expected = state_bits(ours), state_bits(theirs)
-    assert found.keys() == expected.keys()
-    for key in found:
-        assert found[key][:2] == expected[key][:2], key
-        assert torch.equal(found[key][2], expected[key][2]), key
+    assert_same_bits(ours.state_dict(), theirs.state_dict())
     assert {name: b.dtype for name, b in ours.named_buffers()} == {n: b.dtype for n, b in theirs.named_buffers()}
-    inputs = architectures.inputs(name)
-    assert torch.equal(output(ours, inputs), output(theirs, inputs))
+    inputs = {key: tensor.to(device) for key, tensor in architectures.inputs(name).items()}
+    assert torch.equal(outputs(ours, **inputs), outputs(theirs, **inputs))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -69,11 +53,7 @@ def test_dtypes_of_a_16_bit_load_are_those_of_transformers_own_loader(saved, nam
         theirs = model_class.from_pretrained(
             folder, quantization_config=config.to_transformers(), device_map={"": "cpu"}, dtype=dtype
         )
-    found, expected = state_bits(ours), state_bits(theirs)
-    assert found.keys() == expected.keys()
-    different = {key: (found[key][0], expected[key][0]) for key in found if found[key][0] != expected[key][0]}
-    assert not different
-    assert all(torch.equal(found[key][2], expected[key][2]) for key in found)
+    assert_same_bits(ours.state_dict(), theirs.state_dict())
     buffers = dict(theirs.named_buffers())
     for key, buffer in ours.named_buffers():
         assert buffer.dtype == buffers[key].dtype, key
@@ -83,7 +63,7 @@ def test_dtypes_of_a_16_bit_load_are_those_of_transformers_own_loader(saved, nam
         key: value.to(dtype) if value.is_floating_point() else value
         for key, value in architectures.inputs(name).items()
     }
-    assert output(ours, inputs).isfinite().all()
+    assert outputs(ours, **inputs).isfinite().all()
 
 
 @pytest.mark.parametrize("name", architectures.ARCHITECTURES)
@@ -96,7 +76,7 @@ def test_model_built_on_meta_gets_its_buffers_back(saved, name):
     usual = load_and_quantize_model(empty_model(folder), "int8", folder, device_map="cpu")
     assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
     inputs = architectures.inputs(name)
-    assert torch.equal(output(model, inputs), output(usual, inputs))
+    assert torch.equal(outputs(model, **inputs), outputs(usual, **inputs))
 
 
 def test_every_layer_of_a_familys_own_subclass_of_linear_is_quantized(saved):

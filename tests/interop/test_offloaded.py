@@ -2,7 +2,10 @@
 
 import pytest
 import torch
-from models import empty, llama, lora_losses, save_checkpoint
+from adapters import lora_losses
+from checkpoints import empty, save_checkpoint
+from comparisons import outputs
+from models import llama
 
 from bigload import load_and_quantize_model
 
@@ -28,21 +31,16 @@ def models(tmp_path, device):
     part = load_and_quantize_model(
         empty(build), "nf4", folder, device_map=device_map, offload_folder=tmp_path / "cache"
     )
-    return whole, part
-
-
-def logits(model, device):
-    with torch.no_grad():
-        return model.eval()(input_ids=TOKENS.to(device)).logits
+    return whole.eval(), part.eval()
 
 
 def test_trainer_and_accelerator_take_it_as_it_is(models, device):
     from accelerate import Accelerator
 
     whole, part = models
-    expected = logits(whole, device)
+    expected = outputs(whole, TOKENS.to(device))
     prepared = Accelerator(cpu=device.type == "cpu").prepare_model(part, evaluation_mode=True)
-    assert torch.equal(logits(prepared, device), expected)
+    assert torch.equal(outputs(prepared, TOKENS.to(device)), expected)
     assert part.hf_device_map == whole.hf_device_map
 
 
@@ -53,18 +51,18 @@ def test_adapter_of_peft_that_was_saved_comes_onto_it(models, device, tmp_path):
     config = peft.LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False)
     adapted = peft.get_peft_model(whole, config)
     adapted.save_pretrained(tmp_path / "adapter")
-    expected = logits(adapted, device)
+    expected = outputs(adapted, TOKENS.to(device))
     found = peft.PeftModel.from_pretrained(part, tmp_path / "adapter")
-    assert torch.equal(logits(found, device), expected)
+    assert torch.equal(outputs(found, TOKENS.to(device)), expected)
     assert not any(parameter.is_meta for parameter in found.parameters())
 
 
 def test_compiled_it_gives_what_it_gives(models, device):
     whole, part = models
-    expected = logits(whole, device)
+    expected = outputs(whole, TOKENS.to(device))
     compiled = torch.compile(part, backend="eager")
-    assert torch.equal(logits(compiled, device), expected)
-    assert torch.equal(logits(part, device), expected)
+    assert torch.equal(outputs(compiled, TOKENS.to(device)), expected)
+    assert torch.equal(outputs(part, TOKENS.to(device)), expected)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -5,7 +5,9 @@ What they give is, bit for bit, what the model gives that is wholly on the devic
 
 import pytest
 import torch
-from models import empty, llama, lora_losses, save_checkpoint
+from adapters import lora_losses
+from checkpoints import empty, save_checkpoint
+from models import llama
 from transformers import (
     BertConfig,
     CLIPConfig,

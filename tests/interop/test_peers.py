@@ -14,7 +14,10 @@ import pytest
 import torch
 from accelerate.utils.bnb import get_keys_to_not_convert, get_quantized_model_device_map, replace_with_bnb_layers
 from architectures import build, inputs
-from models import GPT, Attended, dequantized_reference, llama, relative_error, save_checkpoint
+from checkpoints import empty, save_checkpoint
+from comparisons import outputs, relative_error
+from models import GPT, Attended, llama
+from references import dequantized_reference
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
@@ -35,7 +38,6 @@ from bigload import (
     CheckpointError,
     PlacementError,
     QuantizationError,
-    init_empty_weights,
     load_and_quantize_model,
     plan_device_map,
 )
@@ -50,11 +52,6 @@ def config(mode="nf4", **fields):
     return BnbQuantizationConfig.from_mode(mode, **fields)
 
 
-def emptied(model_class, *arguments):
-    with init_empty_weights():
-        return model_class(*arguments).eval()
-
-
 def quantized(model):
     """The paths of the layers that are bitsandbytes' own."""
     layers = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
@@ -63,12 +60,6 @@ def quantized(model):
 
 def linears(model):
     return {path for path, module in model.named_modules() if type(module) is nn.Linear}
-
-
-def outputs(model, name):
-    with torch.no_grad():
-        found = model(**inputs(name))
-    return found.logits if hasattr(found, "logits") else found.last_hidden_state
 
 
 def load_as_transformers(model_class, folder, mode="nf4", **fields):
@@ -87,10 +78,10 @@ def weights_location(tmp_path):
 def test_model_loads_and_runs_on_a_cpu_alone(weights_location):
     # accelerate: 4 bit on the CPU is refused, whatever the map.
     with pytest.raises(ValueError, match="dispatched on the CPU"):
-        accelerate.utils.load_and_quantize_model(emptied(GPT), accelerates(), weights_location, device_map={"": "cpu"})
+        accelerate.utils.load_and_quantize_model(empty(GPT), accelerates(), weights_location, device_map={"": "cpu"})
     tokens = torch.randint(0, 96, (2, 12))
     for mode in ("nf4", "int8"):
-        model = load_and_quantize_model(emptied(GPT), mode, weights_location, device_map={"": "cpu"})
+        model = load_and_quantize_model(empty(GPT), mode, weights_location, device_map={"": "cpu"}).eval()
         assert len(quantized(model)) == 8
         full = GPT().eval()
         load_and_quantize_model(full, config(mode, skip_modules=["*"]), weights_location, device_map="cpu")
@@ -104,11 +95,11 @@ def test_missing_keys_are_all_reported_before_the_model_is_touched(tmp_path):
     kept = {name: tensor for name, tensor in GPT().state_dict().items() if name not in gone}
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
     # accelerate: says nothing; the tensors stay on meta until something runs.
-    model = emptied(GPT)
+    model = empty(GPT)
     accelerate.load_checkpoint_in_model(model, tmp_path, device_map={"": "cpu"})
     assert {name for name, parameter in model.named_parameters() if parameter.is_meta} == gone
     with pytest.raises(CheckpointError) as caught:
-        load_and_quantize_model(emptied(GPT), "nf4", tmp_path, device_map="cpu")
+        load_and_quantize_model(empty(GPT), "nf4", tmp_path, device_map="cpu")
     assert set(caught.value.missing_keys) == gone
     assert all(name in str(caught.value) for name in gone)
 
@@ -116,11 +107,11 @@ def test_missing_keys_are_all_reported_before_the_model_is_touched(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_keep_in_fp32_modules_are_fp32_under_every_dtype(weights_location, dtype):
     # accelerate: obeys the list under float16 only.
-    model, options = emptied(GPT), {"dtype": dtype, "keep_in_fp32_modules": ["ln_f"]}
+    model, options = empty(GPT), {"dtype": dtype, "keep_in_fp32_modules": ["ln_f"]}
     accelerate.load_checkpoint_in_model(model, weights_location, device_map={"": "cpu"}, **options)
     assert (model.transformer["ln_f"].weight.dtype == torch.float32) == (dtype == torch.float16)
     ours = config(torch_dtype=dtype, keep_in_fp32_modules=["ln_f", "c_fc"])
-    model = load_and_quantize_model(emptied(GPT), ours, weights_location, device_map="cpu")
+    model = load_and_quantize_model(empty(GPT), ours, weights_location, device_map="cpu")
     assert model.transformer["ln_f"].weight.dtype == torch.float32
     assert model.transformer["h"][0].mlp["c_fc"].weight.dtype == torch.float32
     assert model.transformer["h"][0].ln_1.weight.dtype == dtype
@@ -171,14 +162,17 @@ def test_callers_config_lists_and_maps_are_never_changed(weights_location):
     def load(load_and_quantize_model, given):
         kept = {"device_map": {"transformer": "cpu", "lm_head": "cpu"}, "max_memory": {"cpu": "1GB"}}
         before = copy.deepcopy((given, kept))
-        load_and_quantize_model(emptied(GPT), given, weights_location, **kept)
+        load_and_quantize_model(empty(GPT), given, weights_location, **kept)
         return (given, kept) == before
 
     # accelerate: appends the blocks on the CPU and those kept in fp32 to the caller's own list.
     given = accelerates(skip_modules=["lm_head"])
     with pytest.raises(SafetensorError):
         accelerate.utils.load_and_quantize_model(
-            emptied(GPT), given, weights_location, device_map={"transformer": "cpu", "lm_head": torch.device("cpu")}
+            empty(GPT),
+            given,
+            weights_location,
+            device_map={"transformer": "cpu", "lm_head": torch.device("cpu")},
         )
     assert given.skip_modules != ["lm_head"]
     fields = {"skip_modules": ["lm_head"], "keep_in_fp32_modules": ["ln_f"]}
@@ -217,9 +211,9 @@ def test_replaced_layers_are_in_the_mode_of_the_model(training):
 
 def test_weights_of_wrong_shapes_are_all_refused(tmp_path):
     save_checkpoint(GPT(width=128), tmp_path)
-    model = emptied(GPT)
+    model = empty(GPT)
     # accelerate: puts a weight of any shape into a 4-bit layer.
-    theirs = nn.ModuleDict({"lm_head": emptied(nn.Linear, 64, 96, False)})
+    theirs = nn.ModuleDict({"lm_head": empty(nn.Linear, 64, 96, False)})
     with accelerate.init_empty_weights():
         theirs = replace_with_bnb_layers(theirs, accelerates(), [])
     accelerate.load_checkpoint_in_model(theirs, tmp_path, device_map={"": "cpu"}, dtype=torch.float16)
@@ -240,7 +234,7 @@ def test_gpu_of_the_map_is_the_one_used(tmp_path, monkeypatch):
         linear, linear.weight, "weight", torch.float16, tmp_path, {}, fp16_statistics=None
     )
     assert seen[0] == 0
-    model = emptied(GPT)
+    model = empty(GPT)
     for value in (3, "3", "cuda:3", torch.device("cuda", 3)):
         for device_map in ({"": value}, value):
             plan = plan_device_map(model, "int8", device_map=device_map)
@@ -252,21 +246,21 @@ def test_gpu_that_does_not_exist_is_refused_by_name(weights_location, monkeypatc
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for value in (7, "cuda:7", torch.device("cuda", 7)):
         with pytest.raises(PlacementError, match=r"cuda:7.*0 to 1"):
-            load_and_quantize_model(emptied(GPT), "nf4", weights_location, device_map={"": value})
+            load_and_quantize_model(empty(GPT), "nf4", weights_location, device_map={"": value})
 
 
 def test_device_is_taken_in_every_spelling(weights_location, device):
     # accelerate: a torch.device in a map fails in safetensors, a device instead of a map is refused.
     with pytest.raises(SafetensorError):
         accelerate.utils.load_and_quantize_model(
-            emptied(GPT), accelerates(), weights_location, device_map={"": torch.device("cpu")}
+            empty(GPT), accelerates(), weights_location, device_map={"": torch.device("cpu")}
         )
     with pytest.raises(ValueError, match="If passing a string"):
-        get_quantized_model_device_map(emptied(GPT), accelerates(), "cuda:0")
+        get_quantized_model_device_map(empty(GPT), accelerates(), "cuda:0")
     spellings = ["cpu", "cpu:0", torch.device("cpu")] if device.type == "cpu" else [0, "cuda:0", "cuda", device]
     for spelling in spellings:
         for device_map in (spelling, {"": spelling}, {"transformer": spelling, "lm_head": spelling}):
-            model = load_and_quantize_model(emptied(GPT), "nf4", weights_location, device_map=device_map)
+            model = load_and_quantize_model(empty(GPT), "nf4", weights_location, device_map=device_map)
             assert {tensor.device for tensor in [*model.parameters(), *model.buffers()]} == {device}
 
 
@@ -277,7 +271,7 @@ def test_ties_survive_an_empty_build(tmp_path):
     assert theirs.lm_head.weight is not theirs.transformer["wte"].weight
     save_checkpoint(GPT(tied=True), tmp_path)
     pairs = [("transformer.wte.weight", "lm_head.weight")]
-    for model, tied in ((emptied(GPT, 96, 64, 2, 2, 16, True), None), (theirs, pairs)):
+    for model, tied in ((empty(GPT, 96, 64, 2, 2, 16, True), None), (theirs, pairs)):
         model = load_and_quantize_model(model, "nf4", tmp_path, device_map="cpu", tied_parameters=tied)
         assert model.lm_head.weight is model.transformer["wte"].weight
         assert "lm_head" not in quantized(model)
@@ -285,12 +279,12 @@ def test_ties_survive_an_empty_build(tmp_path):
 
 def test_failed_load_leaves_the_model_as_it_was_and_a_second_try_works(tmp_path, weights_location):
     # accelerate: a load that fails leaves bitsandbytes layers without weights in the model.
-    theirs = emptied(GPT)
+    theirs = empty(GPT)
     with pytest.raises(ValueError, match="dispatched on the CPU"):
         accelerate.utils.load_and_quantize_model(theirs, accelerates(), weights_location, device_map={"": "cpu"})
     assert quantized(theirs)
 
-    model = emptied(GPT)
+    model = empty(GPT)
     before = _identity(model)
     poisoned = GPT()
     poisoned.transformer["h"][1].mlp["c_proj"].weight.data[3, 5] = float("nan")
@@ -336,13 +330,13 @@ def _each_leaf(model):
 
 def test_work_for_20000_keys_grows_with_their_number_only(tmp_path):
     # accelerate: compares every name with every entry of the map.
-    models = [emptied(Wide, tensors) for tensors in (250, 1000)]
+    models = [empty(Wide, tensors) for tensors in (250, 1000)]
     few, many = (_calls(accelerate.utils.check_device_map, model, _each_leaf(model)) for model in models)
     assert many > 12 * few
     calls = []
     for tensors in (2500, 20000):
         location = save_checkpoint(Wide(tensors), tmp_path / str(tensors))
-        model = emptied(Wide, tensors)
+        model = empty(Wide, tensors)
         calls.append(_calls(load_and_quantize_model, model, "nf4", location, device_map=_each_leaf(model)))
         assert not any(parameter.is_meta for parameter in model.parameters())
     few, many = calls
@@ -378,8 +372,8 @@ def test_folder_with_indexes_of_both_kinds_loads(tmp_path):
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     # accelerate: refuses the folder.
     with pytest.raises(ValueError, match=r"more than one `\.index\.json`"):
-        accelerate.load_checkpoint_in_model(emptied(GPT), tmp_path, device_map={"": "cpu"})
-    model = load_and_quantize_model(emptied(GPT), "nf4", tmp_path, device_map="cpu")
+        accelerate.load_checkpoint_in_model(empty(GPT), tmp_path, device_map={"": "cpu"})
+    model = load_and_quantize_model(empty(GPT), "nf4", tmp_path, device_map="cpu")
     assert torch.equal(model.lm_head.weight, full.lm_head.weight)
 
 
@@ -393,9 +387,9 @@ def test_weights_in_a_file_of_any_name_load(tmp_path, name):
         (tmp_path / "model.safetensors").rename(tmp_path / name)
     # accelerate: knows two file names.
     with pytest.raises(ValueError, match="is not a folder containing"):
-        accelerate.load_checkpoint_in_model(emptied(GPT), tmp_path, device_map={"": "cpu"})
+        accelerate.load_checkpoint_in_model(empty(GPT), tmp_path, device_map={"": "cpu"})
     for location in (tmp_path, tmp_path / name):
-        model = load_and_quantize_model(emptied(GPT), "nf4", location, device_map="cpu")
+        model = load_and_quantize_model(empty(GPT), "nf4", location, device_map="cpu")
         assert torch.equal(model.lm_head.weight, full.lm_head.weight)
 
 
@@ -434,7 +428,9 @@ def test_explicit_skip_list_leaves_a_tied_head_alone_and_the_model_runs(tmp_path
     assert "lm_head" in quantized(theirs)
     with pytest.raises(AssertionError), torch.no_grad():
         theirs(tokens)
-    model = load_and_quantize_model(emptied(llama, True), config(skip_modules=["q_proj"]), tmp_path, device_map="cpu")
+    model = load_and_quantize_model(
+        empty(llama, True), config(skip_modules=["q_proj"]), tmp_path, device_map="cpu"
+    ).eval()
     assert len(quantized(model)) == 12
     assert not {path for path in quantized(model) if path.endswith(("q_proj", "lm_head"))}
     reference = dequantized_reference(full, "nf4", linears(model), torch.float32)(tokens).logits
@@ -480,7 +476,7 @@ def test_shared_modules_stay_shared(tmp_path):
     # transformers: quantizes the first name's module and leaves the other one apart from it.
     theirs = load_as_transformers(Repeated, tmp_path)
     assert theirs.again is not theirs.first
-    model = load_and_quantize_model(emptied(Repeated, full.config), "nf4", tmp_path, device_map="cpu")
+    model = load_and_quantize_model(empty(Repeated, full.config), "nf4", tmp_path, device_map="cpu").eval()
     assert isinstance(model.first, bnb.nn.Linear4bit)
     assert model.again is model.first
     x = torch.randn(3, 64)
@@ -493,8 +489,8 @@ def test_any_module_loads_not_only_transformers_own(weights_location):
     # transformers: its quantizer asks a model for what only its own classes have.
     quantizer = Bnb4BitHfQuantizer(BitsAndBytesConfig(load_in_4bit=True), pre_quantized=False)
     with pytest.raises(AttributeError):
-        quantizer.preprocess_model(model=emptied(GPT), dtype=torch.float32, device_map={"": "cpu"})
-    model = load_and_quantize_model(emptied(GPT), "nf4", weights_location, device_map="cpu")
+        quantizer.preprocess_model(model=empty(GPT), dtype=torch.float32, device_map={"": "cpu"})
+    model = load_and_quantize_model(empty(GPT), "nf4", weights_location, device_map="cpu")
     assert len(quantized(model)) == 8
 
 
@@ -507,8 +503,8 @@ def test_classifier_of_three_labels_stays_and_runs(tmp_path):
     assert "classifier" in quantized(load_as_transformers(BertForSequenceClassification, tmp_path))
     tokens = torch.randint(0, 96, (2, 8))
     for skip in (None, ["pooler"]):
-        model = emptied(BertForSequenceClassification, full.config)
-        model = load_and_quantize_model(model, config(skip_modules=skip), tmp_path, device_map="cpu")
+        model = empty(BertForSequenceClassification, full.config)
+        model = load_and_quantize_model(model, config(skip_modules=skip), tmp_path, device_map="cpu").eval()
         assert ("classifier" in quantized(model)) == (skip is not None)
         reference = dequantized_reference(full, "nf4", linears(model), torch.float32)(tokens).logits
         with torch.no_grad():
@@ -523,7 +519,7 @@ def test_t5_wo_stays_whatever_is_skipped(tmp_path, skip):
     theirs = quantized(replace_with_bnb_layers(copy.deepcopy(full), accelerates(), ["lm_head"]))
     kept = {path for path in theirs if path.endswith(".wo")}
     assert len(kept) == 4
-    model = load_and_quantize_model(emptied(type(full), full.config), config(skip_modules=skip), tmp_path, "cpu")
+    model = load_and_quantize_model(empty(type(full), full.config), config(skip_modules=skip), tmp_path, "cpu")
     assert quantized(model) == theirs - kept
 
 
@@ -532,12 +528,12 @@ def test_mamba_runs_in_int8_and_4_bit(tmp_path):
     full.save_pretrained(tmp_path)
     # transformers: quantizes dt_proj, whose weight the mixer multiplies by itself.
     with pytest.raises(RuntimeError):
-        outputs(load_as_transformers(type(full), tmp_path, "int8"), "mamba")
+        outputs(load_as_transformers(type(full), tmp_path, "int8"), **inputs("mamba"))
     for mode in ("int8", "nf4"):
-        model = load_and_quantize_model(emptied(type(full), full.config), mode, tmp_path, device_map="cpu")
+        model = load_and_quantize_model(empty(type(full), full.config), mode, tmp_path, device_map="cpu").eval()
         assert not any("dt_proj" in path for path in quantized(model))
         reference = dequantized_reference(full, mode, linears(model), torch.float32)
-        assert relative_error(outputs(model, "mamba"), outputs(reference, "mamba")) < 0.02
+        assert relative_error(outputs(model, **inputs("mamba")), outputs(reference, **inputs("mamba"))) < 0.02
 
 
 # Random weights are scaled until the layers, and not the residual stream alone, make the output.
@@ -549,11 +545,13 @@ def test_every_architecture_loses_only_what_its_format_loses(tmp_path, name, sca
             if parameter.dim() == 2 and "embed" not in path:
                 parameter.mul_(scale)
     save_checkpoint(full, tmp_path)
-    expected = outputs(full, name)
+    expected = outputs(full, **inputs(name))
     found = {}
     for mode in ("nf4", "int8"):
-        model = load_and_quantize_model(emptied(type(full), full.config), mode, tmp_path, device_map="cpu")
+        model = load_and_quantize_model(empty(type(full), full.config), mode, tmp_path, device_map="cpu").eval()
         assert quantized(model)
-        found[mode] = torch.cosine_similarity(outputs(model, name).flatten(), expected.flatten(), dim=0).item()
+        found[mode] = torch.cosine_similarity(
+            outputs(model, **inputs(name)).flatten(), expected.flatten(), dim=0
+        ).item()
     assert 0.95 < found["nf4"] < found["int8"]
     assert found["int8"] > 0.995

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from models import FOUR_BIT, GPT, llama, relative_error
+from comparisons import outputs, relative_error, state_of
+from models import GPT, llama
+from references import FOUR_BIT
 from torch import nn
 
 from bigload import load_and_quantize_model
@@ -44,21 +46,16 @@ def tokens():
 
 def logits(model):
     found = model(tokens())
-    return found.logits if hasattr(found, "logits") else found
+    return getattr(found, "logits", found)
 
 
 def evaluated(model):
     """Logits of an eval forward, the one that bitsandbytes packs 4-bit weights at on an AVX512-BF16 CPU."""
-    with torch.no_grad():
-        return logits(model.eval())
+    return outputs(model.eval(), tokens())
 
 
 def loss_of(model):
     return nn.functional.cross_entropy(logits(model).float().flatten(0, 1), tokens().flatten())
-
-
-def bits(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def is_equal(one, other):
@@ -73,7 +70,7 @@ def test_lora_chooses_its_bitsandbytes_layers_and_training_changes_nothing_else(
     assert len(layers) == 4
     assert {type(layer) for layer in layers} == {expected}
 
-    before = bits(model)
+    before = state_of(model)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(5):
@@ -128,7 +125,7 @@ def test_model_prepared_for_training_trains_with_checkpointed_activations(mode):
             evaluated(model)
             model = peft.prepare_model_for_kbit_training(model)
             assert not any(parameter.requires_grad for parameter in model.parameters())
-            assert is_equal(bits(model), bits(loaded("llama", mode)))
+            assert is_equal(state_of(model), state_of(loaded("llama", mode)))
         model = adapted(model, "llama", started=True)
         loss_of(model.train()).backward()
         gradients.append({key: p.grad for key, p in model.named_parameters() if "lora_" in key})
@@ -138,9 +135,9 @@ def test_model_prepared_for_training_trains_with_checkpointed_activations(mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_plain_module_is_prepared_for_training_without_checkpointing(mode):
     model = loaded("plain", mode)
-    before = bits(model)
+    before = state_of(model)
     model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    assert is_equal(bits(model), before)
+    assert is_equal(state_of(model), before)
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 

@@ -5,7 +5,9 @@ import json
 
 import pytest
 import torch
-from models import assert_same_bits, equal, llama
+from checkpoints import empty, empty_like
+from comparisons import assert_same_bits, equal, outputs, state_of
+from models import llama
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -19,7 +21,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from bigload import init_empty_weights, load_and_quantize_model
+from bigload import load_and_quantize_model
 
 peft = pytest.importorskip("peft")
 
@@ -74,19 +76,13 @@ def reloaded(full, folder, device):
 
 
 def loaded(full, folder, device, config=None, **options):
-    with init_empty_weights():
-        model = type(full)(copy.deepcopy(full.config)).eval()
-    return load_and_quantize_model(model, config, folder, device_map=device, strict=True, **options)
-
-
-def state_of(model):
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    return load_and_quantize_model(empty_like(full), config, folder, device_map=device, strict=True, **options)
 
 
 def logits(model):
     tokens = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(1)).to(model.device)
     inputs = {"input_ids": tokens} | ({"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {})
-    return model(**inputs).logits
+    return outputs(model, **inputs)
 
 
 def assert_is_as_reloaded(full, folder, device):
@@ -94,8 +90,7 @@ def assert_is_as_reloaded(full, folder, device):
     assert_same_bits(state_of(ours), state_of(theirs))
     assert [type(module) for module in ours.modules()] == [type(module) for module in theirs.modules()]
     assert any(type(module).__module__.startswith("bitsandbytes") for module in ours.modules())
-    with torch.no_grad():
-        assert torch.equal(logits(ours), logits(theirs))
+    assert torch.equal(logits(ours), logits(theirs))
 
 
 @pytest.mark.parametrize("name", BUILDS)
@@ -152,8 +147,7 @@ def test_conv1d_weights_are_those_stored_transposed_under_their_usual_names(save
 
 def test_base_model_takes_the_weights_of_one_with_a_head(saved_by_transformers, device, mode):
     full, folder = saved_by_transformers("llama", mode, device)
-    with init_empty_weights():
-        model = LlamaModel(copy.deepcopy(full.config))
+    model = empty(LlamaModel, copy.deepcopy(full.config))
     model = load_and_quantize_model(model, None, folder, device_map=device)
     assert_same_bits(state_of(model), state_of(LlamaModel.from_pretrained(folder, device_map={"": device})))
 
@@ -179,13 +173,11 @@ def test_saved_again_it_comes_back_with_the_same_bits_and_logits(saved_by_transf
     full, folder = saved_by_transformers(name, mode, device)
     ours = loaded(full, folder, device)
     before = state_of(ours)
-    with torch.no_grad():
-        expected = logits(ours)
+    expected = logits(ours)
     ours.save_pretrained(tmp_path)
     again = reloaded(full, tmp_path, device)
     assert_same_bits(state_of(again), before)
-    with torch.no_grad():
-        assert torch.equal(logits(again), expected)
+    assert torch.equal(logits(again), expected)
     assert_same_bits(state_of(loaded(full, tmp_path, device)), before)
 
 

@@ -1,6 +1,5 @@
 """What `save_quantized_model` writes of a model of transformers is read by its own loader and by ours, bit for bit."""
 
-import copy
 import json
 import logging
 
@@ -8,7 +7,8 @@ import pytest
 import torch
 import transformers
 from architectures import build, inputs, plain_linears
-from models import assert_same_bits, save_checkpoint
+from checkpoints import empty_like, save_checkpoint
+from comparisons import assert_same_bits, outputs
 from torch import nn
 
 from bigload import (
@@ -16,7 +16,6 @@ from bigload import (
     ConfigError,
     QuantizationError,
     dequantize_model,
-    init_empty_weights,
     load_and_quantize_model,
     quantize_checkpoint,
     save_quantized_model,
@@ -37,12 +36,6 @@ def name(request):
     return request.param
 
 
-def empty_like(model):
-    with init_empty_weights():
-        made = type(model)(copy.deepcopy(model.config))
-    return made.eval()
-
-
 def loaded(name, mode, folder, **fields):
     torch.manual_seed(0)
     full = build(name).eval()
@@ -52,17 +45,11 @@ def loaded(name, mode, folder, **fields):
     ).eval(), full
 
 
-def outputs(model, name):
-    with torch.no_grad():
-        found = model(**inputs(name))
-    return found.logits if hasattr(found, "logits") else found.last_hidden_state
-
-
 @pytest.mark.parametrize("ran", [False, True], ids=["fresh", "ran"])
 def test_bigload_and_transformers_both_read_it(tmp_path, name, mode, ran):
     model, full = loaded(name, mode, tmp_path / "source")
     if ran:  # on a CPU with AVX512-BF16 bitsandbytes' own layers would be packed now
-        outputs(model, name)
+        outputs(model, **inputs(name))
     save_quantized_model(model, tmp_path / "saved", "50KB")
     with plain_linears(name):
         theirs = type(full).from_pretrained(tmp_path / "saved", device_map="cpu").eval()
@@ -71,8 +58,8 @@ def test_bigload_and_transformers_both_read_it(tmp_path, name, mode, ran):
     assert_same_bits(ours.state_dict(), expected)
     assert_same_bits(theirs.state_dict(), expected)
     assert quantized_layers(theirs).keys() == quantized_layers(model).keys() == quantized_layers(ours).keys()
-    assert torch.equal(outputs(ours, name), outputs(model, name))
-    assert torch.equal(outputs(theirs, name), outputs(model, name))
+    assert torch.equal(outputs(ours, **inputs(name)), outputs(model, **inputs(name)))
+    assert torch.equal(outputs(theirs, **inputs(name)), outputs(model, **inputs(name)))
 
 
 def said_by_bigload(caplog):
@@ -185,17 +172,17 @@ def test_model_that_transformers_quantized_is_saved_and_comes_back(tmp_path, nam
 def test_dequantized_model_is_one_of_transformers_again(tmp_path, name, mode):
     """Its weights are those that the quantized layers compute with; saved by the library, it is loaded by it."""
     model, full = loaded(name, mode, tmp_path / "source")
-    quantized = outputs(model, name)
+    quantized = outputs(model, **inputs(name))
     plain = dequantize_model(model)
     assert plain is model
     assert not quantized_layers(plain)
     assert plain.state_dict().keys() == full.state_dict().keys()
     assert [tuple(t.shape) for t in plain.state_dict().values()] == [tuple(t.shape) for t in full.state_dict().values()]
     # int8 multiplies rounded activations too; the 4-bit kernel of CPUs with AVX512-BF16 computes in bfloat16.
-    error = (outputs(plain, name) - quantized).norm() / quantized.norm()
+    error = (outputs(plain, **inputs(name)) - quantized).norm() / quantized.norm()
     assert error < (0.03 if mode == "int8" else 0.01)
     assert not getattr(plain, "is_quantized", False)
     assert not hasattr(plain.config, "quantization_config")
     plain.save_pretrained(tmp_path / "plain")
     again = type(full).from_pretrained(tmp_path / "plain").eval()
-    assert torch.equal(outputs(again, name), outputs(plain, name))
+    assert torch.equal(outputs(again, **inputs(name)), outputs(plain, **inputs(name)))

@@ -1,18 +1,20 @@
 """A loaded model saves by the library that its class comes from, and comes back with the same bits."""
 
-import copy
 import json
 import warnings
 
 import pytest
 import torch
 from architectures import build, inputs
-from models import GPT, dequantize_by_hand, quantize_as_bitsandbytes, save_checkpoint
+from checkpoints import empty, empty_like, save_checkpoint
+from comparisons import assert_same_bits, outputs, state_of
+from models import GPT
+from references import dequantize_by_hand, quantize_as_bitsandbytes
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertModel, PretrainedConfig, PreTrainedModel
 
-from bigload import BnbQuantizationConfig, init_empty_weights, load_and_quantize_model
+from bigload import BnbQuantizationConfig, load_and_quantize_model
 
 MODES = ("nf4", "nf4-dq", "fp4", "int8")
 ARCHITECTURES = ("llama", "llama_tied", "gpt2", "t5", "bert")
@@ -31,42 +33,21 @@ def name(request):
 
 def loaded(full, mode, folder, **fields):
     save_checkpoint(full, folder)
-    with init_empty_weights():
-        model = type(full)(copy.deepcopy(full.config)).eval()
     config = BnbQuantizationConfig.from_mode(mode, **fields)
-    return load_and_quantize_model(model, config, folder, device_map="cpu")
-
-
-def outputs(model, name):
-    with torch.no_grad():
-        found = model(**inputs(name))
-    return found.logits if hasattr(found, "logits") else found.last_hidden_state
-
-
-def bits(state):
-    return {
-        name: (tensor.dtype, tensor.contiguous().view(-1).view(torch.uint8).clone()) for name, tensor in state.items()
-    }
-
-
-def assert_same_bits(one, other):
-    assert one.keys() == other.keys()
-    for name, (dtype, raw) in one.items():
-        assert dtype == other[name][0], name
-        assert torch.equal(raw, other[name][1]), name
+    return load_and_quantize_model(empty_like(full), config, folder, device_map="cpu")
 
 
 @pytest.mark.parametrize("ran", [False, True], ids=["fresh", "ran"])
 def test_from_pretrained_restores_what_save_pretrained_wrote_bit_by_bit(tmp_path, name, mode, ran):
     model = loaded(build(name), mode, tmp_path / "full")
-    before = bits(model.state_dict())
+    before = state_of(model)
     if ran:
-        outputs(model, name)
+        outputs(model, **inputs(name))
     model.save_pretrained(tmp_path / "saved")
     again = type(model).from_pretrained(tmp_path / "saved").eval()
-    assert_same_bits(bits(again.state_dict()), before)
+    assert_same_bits(again.state_dict(), before)
     assert [type(module) for module in again.modules()] == [type(module) for module in model.modules()]
-    assert torch.equal(outputs(again, name), outputs(model, name))
+    assert torch.equal(outputs(again, **inputs(name)), outputs(model, **inputs(name)))
 
 
 def test_saved_config_lists_the_modules_that_were_not_quantized(tmp_path, name, mode):
@@ -80,7 +61,7 @@ def test_saved_config_lists_the_modules_that_were_not_quantized(tmp_path, name, 
     assert written["quant_method"] == "bitsandbytes"
     assert (written["load_in_4bit"], written["load_in_8bit"]) == (mode != "int8", mode == "int8")
     again = type(model).from_pretrained(tmp_path / "saved")
-    assert_same_bits(bits(again.state_dict()), bits(model.state_dict()))
+    assert_same_bits(again.state_dict(), model.state_dict())
 
 
 class Endings(PreTrainedModel):
@@ -104,7 +85,7 @@ def test_saved_skip_list_names_no_quantized_module_by_its_ending(tmp_path, mode)
     assert type(model.proj) is nn.Linear
     model.save_pretrained(tmp_path / "saved")
     again = Endings.from_pretrained(tmp_path / "saved")
-    assert_same_bits(bits(again.state_dict()), bits(model.state_dict()))
+    assert_same_bits(again.state_dict(), model.state_dict())
 
 
 def test_saving_a_model_that_lies_on_the_cpu_warns_of_no_offloading(tmp_path):
@@ -117,12 +98,12 @@ def test_saving_a_model_that_lies_on_the_cpu_warns_of_no_offloading(tmp_path):
 def test_state_dict_of_a_plain_module_is_a_file_with_the_bits_it_had_before_it_ran(tmp_path, mode):
     full = GPT()
     model = load_and_quantize_model(GPT(), mode, save_checkpoint(full, tmp_path / "full"), device_map="cpu").eval()
-    before = bits(model.state_dict())
+    before = state_of(model)
     with torch.no_grad():
         model(torch.randint(0, 96, (2, 12)))
     save_file(model.state_dict(), tmp_path / "quantized.safetensors")
     saved = load_file(tmp_path / "quantized.safetensors")
-    assert_same_bits(bits(saved), before)
+    assert_same_bits(saved, before)
     # And they say what was loaded.
     path = "transformer.h.1.mlp.c_proj"
     expected = quantize_as_bitsandbytes(full.get_submodule(path).weight.detach(), mode)
@@ -173,8 +154,7 @@ def test_config_of_every_model_inside_says_that_it_is_quantized(mode):
 def test_full_model_of_the_same_config_is_not_called_quantized(tmp_path):
     full = build("llama")
     save_checkpoint(full, tmp_path / "full")
-    with init_empty_weights():
-        model = type(full)(full.config)
+    model = empty(type(full), full.config)
     load_and_quantize_model(model, "nf4", tmp_path / "full", device_map="cpu")
     full.save_pretrained(tmp_path / "saved")
     assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())

@@ -5,7 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 import bitsandbytes as bnb
 import pytest
 import torch
-from models import dequantized_reference, llama, relative_error, save_checkpoint
+from checkpoints import empty, save_checkpoint
+from comparisons import assert_same_bits, relative_error
+from models import llama
+from references import dequantized_reference
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -19,15 +22,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from bigload import BnbQuantizationConfig, init_empty_weights, load_and_quantize_model
+from bigload import BnbQuantizationConfig, load_and_quantize_model
 from bigload.model.transformers_facts import class_dtypes, empty_model
 
 MODES = ("nf4", "nf4-dq", "fp4", "int8")
-
-
-def empty(build, *arguments):
-    with init_empty_weights():
-        return build(*arguments).eval()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -36,7 +34,7 @@ def empty(build, *arguments):
 def test_llama_computes_what_its_dequantized_reference_computes(tmp_path, device, mode, tied, shards):
     full = llama(tied).eval()
     save_checkpoint(full, tmp_path, shards)
-    model = load_and_quantize_model(empty(llama, tied), mode, tmp_path, device_map=device)
+    model = load_and_quantize_model(empty(llama, tied).eval(), mode, tmp_path, device_map=device)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     tokens = torch.randint(0, 128, (2, 12))
     reference = dequantized_reference(full, mode, {"lm_head"}, torch.float32)(tokens).logits
@@ -57,11 +55,7 @@ def test_llama_state_equals_that_of_transformers_own_loader(tmp_path, device, mo
         tmp_path, quantization_config=config.to_transformers(), device_map={"": device}, dtype=torch.bfloat16
     )
     model = load_and_quantize_model(empty_model(tmp_path), config, tmp_path, device_map=device)
-    ours, theirs = model.state_dict(), expected.state_dict()
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert ours[name].dtype == theirs[name].dtype, name
-        assert torch.equal(ours[name].view(-1).view(torch.uint8), theirs[name].view(-1).view(torch.uint8)), name
+    assert_same_bits(model.state_dict(), expected.state_dict())
     tokens = torch.randint(0, 128, (1, 8), device=device)
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, expected(tokens).logits)
@@ -82,7 +76,7 @@ def test_gpt2_conv1d_layers_are_quantized_as_linears(tmp_path, device, mode):
     config = GPT2Config(vocab_size=96, n_positions=32, n_embd=64, n_layer=2, n_head=2)
     full = GPT2LMHeadModel(config).eval()
     save_checkpoint(full, tmp_path)
-    model = load_and_quantize_model(empty(GPT2LMHeadModel, config), mode, tmp_path, device_map=device)
+    model = load_and_quantize_model(empty(GPT2LMHeadModel, config).eval(), mode, tmp_path, device_map=device)
     layer = model.transformer.h[0].attn.c_attn
     assert isinstance(layer, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
     assert (layer.in_features, layer.out_features) == (64, 192)
@@ -98,7 +92,7 @@ def test_t5_wo_is_never_quantized_and_keeps_the_librarys_dtype(tmp_path, dtype):
     config = T5Config(vocab_size=96, d_model=64, d_ff=128, d_kv=32, num_layers=2, num_heads=2)
     save_checkpoint(T5ForConditionalGeneration(config), tmp_path)
     model = load_and_quantize_model(
-        empty(T5ForConditionalGeneration, config),
+        empty(T5ForConditionalGeneration, config).eval(),
         BnbQuantizationConfig.from_mode("nf4", torch_dtype=dtype),
         tmp_path,
         device_map="cpu",
@@ -131,7 +125,7 @@ def test_loads_of_other_dtypes_at_once_in_threads_do_not_change_each_others_bits
 
     def load(dtype):
         config = BnbQuantizationConfig.from_mode("nf4", torch_dtype=dtype)
-        return load_and_quantize_model(empty(llama, False), config, tmp_path, device_map="cpu").state_dict()
+        return load_and_quantize_model(empty(llama, False).eval(), config, tmp_path, device_map="cpu").state_dict()
 
     dtypes = [torch.bfloat16, torch.float32, torch.float16] * 4
     expected = {dtype: load(dtype) for dtype in set(dtypes)}
@@ -169,8 +163,7 @@ def test_generation_of_a_loaded_llama_equals_that_of_transformers_own(tmp_path, 
 def test_config_that_json_cannot_hold_does_not_matter(tmp_path):
     full = llama(False)
     save_checkpoint(full, tmp_path)
-    with init_empty_weights():
-        model = llama(False)
+    model = empty(llama, False)
     model.config.note = object()
     load_and_quantize_model(model, "nf4", tmp_path, device_map="cpu")
     assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"

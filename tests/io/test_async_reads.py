@@ -7,21 +7,12 @@ import random
 
 import pytest
 from forks import exit_status, needs_fork
-from resources import open_and_running, open_files
+from resources import open_files
 
 from bigload.io import async_reads
 from bigload.io.async_reads import Reads
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
-
-
-@pytest.fixture
-def nothing_left():
-    """No descriptor and no thread of Python's is left that was not there before."""
-    async_reads._library()
-    before = open_and_running()
-    yield
-    assert not open_and_running() - before
 
 
 @pytest.fixture(params=["library", "pool"])

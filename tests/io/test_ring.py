@@ -12,13 +12,14 @@ from unittest import mock
 
 import pytest
 import torch
+from checkpoints import empty, save_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import GPT, save_checkpoint
+from models import GPT
 from resources import open_and_running
 
 import bigload.io.ring as room
-from bigload import ConfigError, init_empty_weights, load_and_quantize_model, release_buffers
+from bigload import ConfigError, load_and_quantize_model, release_buffers
 from bigload.io.ring import Ring, pin_ahead, reader_threads, ring_bytes, slot_bytes, take_ring
 
 GPU = torch.device("cuda", 0)
@@ -58,11 +59,6 @@ def pinning(monkeypatch):
 @pytest.fixture
 def gpu():
     return GPU
-
-
-def empty_model():
-    with init_empty_weights():
-        return GPT()
 
 
 # Knobs
@@ -123,7 +119,7 @@ def test_what_is_no_size_of_a_ring_is_refused_as_it_was_written(monkeypatch, giv
 @pytest.mark.parametrize("knob", ["BIGLOAD_RING_BYTES", "BIGLOAD_THREADS"])
 def test_bad_knob_stops_a_load_before_the_model_is_touched(tmp_path, monkeypatch, knob):
     save_checkpoint(GPT(), tmp_path)
-    model = empty_model()
+    model = empty(GPT)
     monkeypatch.setenv(knob, "0")
     with pytest.raises(ConfigError, match=f"{knob} is '0'"):
         load_and_quantize_model(model, "nf4", tmp_path, device_map="cpu")
@@ -421,7 +417,7 @@ def test_pinned_ahead_twice_and_loaded_twice_there_is_one_ring(gpu, tmp_path):
     pin_ahead(gpu)
     kept = []
     for _ in range(2):
-        load_and_quantize_model(empty_model(), "nf4", tmp_path, device_map=0)
+        load_and_quantize_model(empty(GPT), "nf4", tmp_path, device_map=0)
         kept.append(room._kept_ring.kept)
     assert kept[0] is kept[1] is not None
 
@@ -454,12 +450,12 @@ def test_release_while_pinning_on_a_gpu_leaves_nothing_pinned(gpu, monkeypatch):
 def test_two_loads_at_once_on_a_gpu_have_rings_of_their_own(gpu, tmp_path):
     full = GPT()
     save_checkpoint(full, tmp_path)
-    expected = load_and_quantize_model(empty_model(), "nf4", tmp_path, device_map=0).state_dict()
+    expected = load_and_quantize_model(empty(GPT), "nf4", tmp_path, device_map=0).state_dict()
     release_buffers()
 
     def load(_):
         pin_ahead(gpu)
-        return load_and_quantize_model(empty_model(), "nf4", tmp_path, device_map=0).state_dict()
+        return load_and_quantize_model(empty(GPT), "nf4", tmp_path, device_map=0).state_dict()
 
     with ThreadPoolExecutor(2) as pool:
         states = list(pool.map(load, range(8)))
@@ -470,7 +466,7 @@ def test_two_loads_at_once_on_a_gpu_have_rings_of_their_own(gpu, tmp_path):
 @pytest.mark.cuda
 def test_load_with_memory_that_cannot_be_pinned_is_right(gpu, tmp_path, monkeypatch, caplog):
     save_checkpoint(GPT(), tmp_path)
-    expected = load_and_quantize_model(empty_model(), "nf4", tmp_path, device_map=0).state_dict()
+    expected = load_and_quantize_model(empty(GPT), "nf4", tmp_path, device_map=0).state_dict()
     release_buffers()
 
     def refusing(*args, pin_memory=False, **kwargs):
@@ -482,7 +478,7 @@ def test_load_with_memory_that_cannot_be_pinned_is_right(gpu, tmp_path, monkeypa
     monkeypatch.setattr("bigload.hardware.pinned._has_warned", False)
     with caplog.at_level(logging.WARNING, logger="bigload"):
         for _ in range(2):
-            found = load_and_quantize_model(empty_model(), "nf4", tmp_path, device_map=0).state_dict()
+            found = load_and_quantize_model(empty(GPT), "nf4", tmp_path, device_map=0).state_dict()
             assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert [record.levelname for record in caplog.records if "pinned" in record.message] == ["WARNING"]
 

@@ -1,7 +1,6 @@
 """What is delivered equals what safetensors reads, however it is cut and timed; failures leave nothing behind."""
 
 import contextlib
-import itertools
 import json
 import os
 import random
@@ -11,12 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from models import GPT, save_checkpoint
-from resources import open_and_running
+from checkpoints import empty, save_checkpoint, stored
+from comparisons import assert_same_bits, equal
+from failures import act_at, fail_at, raising, raising_at
+from models import GPT
 from safetensors.torch import load, save_file
 
 import bigload.io.transfer as room
-from bigload import BnbQuantizationConfig, CheckpointError, PlacementError, init_empty_weights, load_and_quantize_model
+from bigload import BnbQuantizationConfig, CheckpointError, PlacementError, load_and_quantize_model
 from bigload.checkpoint.checkpoint import open_checkpoint
 from bigload.io import async_reads
 from bigload.io.extents import ReadTask
@@ -93,18 +94,8 @@ def received(tensors, way="take", **options):
     return Receiver(way, **options).receive(tensors)
 
 
-def same_bits(found, expected):
-    return (
-        found.dtype == expected.dtype
-        and found.shape == expected.shape
-        and torch.equal(found.reshape(-1).view(torch.uint8), expected.reshape(-1).view(torch.uint8))
-    )
-
-
-def check_equal(found, path):
-    expected = load(path.read_bytes())
-    assert found.keys() == expected.keys()
-    assert [name for name in expected if not same_bits(found[name], expected[name])] == []
+def assert_is_whole(found, path):
+    assert_same_bits(found, load(path.read_bytes()))
 
 
 @pytest.fixture
@@ -137,49 +128,6 @@ def tiny_pool(monkeypatch, blocks):
     monkeypatch.setattr(async_reads, "_library", lambda: None)
 
 
-@pytest.fixture
-def nothing_left():
-    """Nothing is open or running afterwards that was not before."""
-    torch.zeros(1).view(torch.uint8).numpy()
-    before = open_and_running()
-    yield
-    assert not open_and_running() - before
-
-
-def calls(monkeypatch, owner, name, at, act):
-    """Do something at the n-th call of a function, in whatever thread it comes."""
-    original, count = getattr(owner, name), itertools.count(1)
-
-    def counted(*args, **kwargs):
-        if next(count) == at:
-            act()
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, counted)
-
-
-def raising(error):
-    def act():
-        raise error
-
-    return act
-
-
-def raising_at_once(count):
-    raise KeyboardInterrupt
-
-
-def at_call(number, error):
-    """Raise at the n-th call."""
-    count = itertools.count(1)
-
-    def act(*args):
-        if next(count) == number:
-            raise error
-
-    return act
-
-
 @pytest.mark.parametrize("block", [64, 2**22])
 @pytest.mark.parametrize("threads", ["1", "2", "12"])
 @pytest.mark.parametrize("ring", ["1KiB", "3000", "1MiB"])
@@ -188,12 +136,12 @@ def test_values_are_those_of_the_file(odd, monkeypatch, way, ring, threads, bloc
     monkeypatch.setenv("BIGLOAD_RING_BYTES", ring)
     monkeypatch.setenv("BIGLOAD_THREADS", threads)
     monkeypatch.setattr(async_reads, "BLOCK_BYTES", block)
-    check_equal(received(stored_in(odd), way), odd)
+    assert_is_whole(received(stored_in(odd), way), odd)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_usual_knobs_read_an_unusual_file(odd, way):
-    check_equal(received(stored_in(odd), way), odd)
+    assert_is_whole(received(stored_in(odd), way), odd)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -203,7 +151,7 @@ def test_every_dtype_arrives(tmp_path, tiny, way):
     dtypes += [torch.bool, torch.complex64]
     path = tmp_path / "all.safetensors"
     save_file({str(dtype): torch.arange(300).remainder(2 + i).to(dtype) for i, dtype in enumerate(dtypes)}, path)
-    check_equal(received(stored_in(path), way), path)
+    assert_is_whole(received(stored_in(path), way), path)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -215,7 +163,7 @@ def test_shards_that_end_within_a_slot_do_not_mix(tmp_path, tiny, way):
         save_file(tensors, paths[-1])
     found = received(stored_in(*paths), way)
     for i, path in enumerate(paths):
-        check_equal({name: value for name, value in found.items() if name.startswith(str(i))}, path)
+        assert_is_whole({name: value for name, value in found.items() if name.startswith(str(i))}, path)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -223,7 +171,7 @@ def test_tensors_left_out_leave_the_others_right(odd, tiny, way):
     wanted = stored_in(odd)[1::2]
     found = received(wanted, way)
     expected = load(odd.read_bytes())
-    assert all(same_bits(found[tensor.name], expected[tensor.name]) for tensor in wanted)
+    assert all(equal(found[tensor.name], expected[tensor.name]) for tensor in wanted)
 
 
 def test_one_tensor_may_be_delivered_twice(odd, tiny):
@@ -263,7 +211,7 @@ def test_values_of_one_scale_stay_in_one_piece(odd, tiny):
 
 def test_home_is_filled_without_take(odd, tiny):
     receiver = Receiver("homes", take=raising(AssertionError("taken")))
-    check_equal(receiver.receive(stored_in(odd)), odd)
+    assert_is_whole(receiver.receive(stored_in(odd)), odd)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -282,7 +230,7 @@ def test_values_are_there_when_they_are_told_to_have_arrived(odd, tiny, way):
         def arrived(count):
             name = one.tensor.name
             receiver.arrived[name] += count
-            if receiver.arrived[name] == ODD[name].numel() and not same_bits(receiver.values[name], ODD[name]):
+            if receiver.arrived[name] == ODD[name].numel() and not equal(receiver.values[name], ODD[name]):
                 wrong.append(name)
 
         return ReadTask(one.tensor, CPU, one.take, one.home, arrived=arrived)
@@ -338,7 +286,7 @@ def test_reads_that_return_less_than_asked_are_continued(odd, monkeypatch, tiny_
         return read(descriptor, [buffer for buffer in allowed if len(buffer)], offset)
 
     monkeypatch.setattr(os, "preadv", short)
-    check_equal(received(stored_in(odd), way), odd)
+    assert_is_whole(received(stored_in(odd), way), odd)
 
 
 @pytest.mark.parametrize("threads", ["1", "2", "12"])
@@ -349,7 +297,7 @@ def test_failing_read_in_any_thread_is_an_error_that_names_the_file(
 ):
     monkeypatch.setenv("BIGLOAD_THREADS", threads)
     tensors = stored_in(odd)
-    calls(monkeypatch, os, "preadv", call, raising(OSError(5, "Input/output error")))
+    fail_at(monkeypatch, os, "preadv", call, OSError(5, "Input/output error"))
     with pytest.raises(CheckpointError, match=r"odd\.safetensors.*Input/output error"):
         received(tensors, way)
 
@@ -362,7 +310,7 @@ def test_file_that_is_gone_is_an_error_that_names_it(odd, tiny, nothing_left):
 
 
 def test_other_errors_of_a_thread_come_up_as_they_are(odd, monkeypatch, tiny_pool, nothing_left):
-    calls(monkeypatch, os, "preadv", 30, raising(MemoryError("in a thread")))
+    fail_at(monkeypatch, os, "preadv", 30, MemoryError("in a thread"))
     with pytest.raises(MemoryError, match="in a thread"):
         received(stored_in(odd))
 
@@ -380,7 +328,7 @@ def test_file_that_was_cut_names_a_tensor_that_it_lacks(odd, tiny, nothing_left,
 @pytest.mark.parametrize("way", ["homes", "take"])
 def test_file_that_is_cut_while_it_is_read_is_an_error(odd, monkeypatch, tiny, nothing_left, way, call):
     tensors = stored_in(odd)
-    calls(monkeypatch, async_reads.Reads, "begin", call, lambda: os.truncate(odd, tensors[0].offset))
+    act_at(monkeypatch, async_reads.Reads, "begin", call, lambda: os.truncate(odd, tensors[0].offset))
     with pytest.raises(CheckpointError, match="cut meanwhile"):
         received(tensors, way)
 
@@ -391,14 +339,14 @@ def test_file_that_is_cut_while_it_is_read_is_an_error(odd, monkeypatch, tiny, n
 def test_consumer_that_raises_leaves_nothing_running(odd, monkeypatch, tiny, nothing_left, call, threads, error):
     monkeypatch.setenv("BIGLOAD_THREADS", threads)
     with pytest.raises(type(error)) as raised:
-        received(stored_in(odd), take=at_call(call, error))
+        received(stored_in(odd), take=raising_at(call, error))
     assert raised.value is error
 
 
 @pytest.mark.parametrize("way", ["homes", "take"])
 def test_progress_that_raises_leaves_nothing_running(odd, tiny, nothing_left, way):
     with pytest.raises(ValueError, match="in on_bytes"):
-        Receiver(way).receive(stored_in(odd), on_bytes=at_call(3, ValueError("in on_bytes")))
+        Receiver(way).receive(stored_in(odd), on_bytes=raising_at(3, ValueError("in on_bytes")))
 
 
 def test_delivery_that_is_stopped_reads_no_further(odd, monkeypatch, tiny):
@@ -411,24 +359,23 @@ def test_delivery_that_is_stopped_reads_no_further(odd, monkeypatch, tiny):
 
     monkeypatch.setattr(async_reads.Reads, "begin", counted)
     with pytest.raises(KeyboardInterrupt):
-        Receiver("homes").receive(stored_in(odd), on_bytes=raising_at_once)
+        Receiver("homes").receive(stored_in(odd), on_bytes=raising(KeyboardInterrupt()))
     assert len(begins) < 10  # of 30
 
 
 @pytest.mark.parametrize("started", [0, 1, 3])
 def test_threads_that_cannot_be_started_leave_nothing_running(odd, monkeypatch, tiny_pool, nothing_left, started):
     """As where a container's limit of processes is near."""
-    calls(monkeypatch, threading.Thread, "start", started + 1, raising(RuntimeError("can't start new thread")))
+    fail_at(monkeypatch, threading.Thread, "start", started + 1, RuntimeError("can't start new thread"))
     with contextlib.suppress(RuntimeError):
-        check_equal(received(stored_in(odd)), odd)  # with the threads there are: right too
+        assert_is_whole(received(stored_in(odd)), odd)  # with the threads there are: right too
 
 
 def test_memory_that_failed_to_be_had_for_the_way_names_the_device(tmp_path, monkeypatch):
     """A GPU has a window, which may be what does not fit."""
     save_checkpoint(GPT(), tmp_path)
-    monkeypatch.setattr(room, "_transfer", lambda device: raising(torch.OutOfMemoryError("CUDA out of memory"))())
-    with init_empty_weights():
-        model = GPT()
+    monkeypatch.setattr(room, "_transfer", raising(torch.OutOfMemoryError("CUDA out of memory")))
+    model = empty(GPT)
     with pytest.raises(PlacementError, match=r"cpu.? ran out of memory"):
         load_and_quantize_model(model, "nf4", tmp_path, device_map="cpu")
 
@@ -436,21 +383,18 @@ def test_memory_that_failed_to_be_had_for_the_way_names_the_device(tmp_path, mon
 def test_second_delivery_after_a_failed_one_is_right(odd, tiny):
     for call in range(1, 30, 3):
         with pytest.raises(KeyboardInterrupt):
-            received(stored_in(odd), take=at_call(call, KeyboardInterrupt()))
-        check_equal(received(stored_in(odd)), odd)
+            received(stored_in(odd), take=raising_at(call, KeyboardInterrupt()))
+        assert_is_whole(received(stored_in(odd)), odd)
 
 
 def test_unquantized_load_of_shards_equals_what_safetensors_reads(tmp_path, tiny):
     save_checkpoint(GPT(tied=True), tmp_path, shards=3, dtype=torch.bfloat16)
-    expected = {}
-    for shard in tmp_path.glob("*.safetensors"):
-        expected |= load(shard.read_bytes())
+    expected = stored(tmp_path)
     config = BnbQuantizationConfig.from_mode("nf4", skip_modules=["*"])
-    with init_empty_weights():
-        model = GPT(tied=True)
+    model = empty(GPT, tied=True)
     found = load_and_quantize_model(model, config, tmp_path, device_map="cpu").state_dict()
     assert found.keys() - expected.keys() == {"lm_head.weight"}
-    assert [name for name in expected if not same_bits(found[name], expected[name])] == []
+    assert_same_bits({name: found[name] for name in expected}, expected)
 
 
 def sleep_sometimes(chance=0.3, most_s=0.002, rng=random):
@@ -476,7 +420,7 @@ def test_slow_ends_neither_deadlock_nor_mix_values(odd, monkeypatch, tiny_pool, 
         monkeypatch.setattr(os, "preadv", slowly)
     take = (lambda: None) if slow == "readers" else (lambda: sleep_sometimes(rng=rng))
     for _ in range(2):
-        check_equal(received(stored_in(odd), way, take=take), odd)
+        assert_is_whole(received(stored_in(odd), way, take=take), odd)
 
 
 def test_readers_wait_while_the_consumer_holds_a_slot(odd, monkeypatch, tiny):
@@ -509,4 +453,4 @@ def test_two_deliveries_at_once_do_not_disturb_each_other(tmp_path, monkeypatch,
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda path: received(stored_in(path), way, take=sleep_sometimes), paths * 2))
     for values, path in zip(found, paths * 2, strict=True):
-        check_equal(values, path)
+        assert_is_whole(values, path)

@@ -6,7 +6,8 @@ import math
 import bitsandbytes as bnb
 import pytest
 import torch
-from models import assert_same_bits, empty, save_checkpoint
+from checkpoints import empty, save_checkpoint
+from comparisons import assert_same_bits
 from torch import nn
 from torch.nn import functional
 

@@ -5,9 +5,9 @@ import logging
 import bitsandbytes as bnb
 import pytest
 import torch
+from comparisons import relative_error
 from hypothesis import given
 from hypothesis import strategies as st
-from models import relative_error
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 

@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import FOUR_BIT, Block, dequantized_reference, llama, relative_error, save_checkpoint
+from checkpoints import empty, save_checkpoint
+from comparisons import relative_error
+from models import Block, llama
+from references import FOUR_BIT, dequantized_reference
 from torch import nn
 from torch.nn import functional
 from transformers import BartConfig, BartModel, BertConfig, BertModel, BloomConfig, BloomModel, MambaConfig, MambaModel
 from transformers.models.bloom.modeling_bloom import BloomAttention, BloomMLP
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
-from bigload import BnbQuantizationConfig, init_empty_weights, load_and_quantize_model
+from bigload import BnbQuantizationConfig, load_and_quantize_model
 from bigload.model.quantizable import layers_to_quantize
 from bigload.model.tensors import tensors_of
 from bigload.model.weight_readers import weights_read
@@ -323,9 +326,7 @@ def test_loaded_model_with_such_an_owner_computes_what_its_dequantized_reference
 ):
     model = Net(owner)
     save_checkpoint(model, tmp_path)
-    with init_empty_weights():
-        empty = Net(owner)
-    loaded = load_and_quantize_model(empty, mode, tmp_path, device_map=device).eval()
+    loaded = load_and_quantize_model(empty(Net, owner), mode, tmp_path, device_map=device).eval()
     assert type(loaded.owner.proj) is nn.Linear
     assert torch.equal(loaded.owner.proj.weight.cpu(), model.owner.proj.weight)
     assert type(loaded.owner.other) is not nn.Linear

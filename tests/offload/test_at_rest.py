@@ -5,7 +5,8 @@ import pickle
 
 import pytest
 import torch
-from models import GPT, empty, llama, save_checkpoint
+from checkpoints import empty, save_checkpoint
+from models import GPT, llama
 
 from bigload import OffloadError, load_and_quantize_model
 

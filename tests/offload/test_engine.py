@@ -10,7 +10,8 @@ import threading
 
 import pytest
 import torch
-from models import GPT, Attended, assert_same_bits, equal
+from comparisons import assert_same_bits, equal
+from models import GPT, Attended
 from safetensors.torch import load_file, save_file
 from streaming import MODES, assert_at_rest, at_rest, group_of, linears, poison, resident, stream, tensors_of, tokens
 from torch import nn

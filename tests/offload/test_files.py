@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import assert_same_bits, equal
+from comparisons import assert_same_bits, equal
 from resources import open_files
 from streaming import CLOCK_NS, MODES, linears, resident, tensors_of, tokens, written
 

@@ -9,7 +9,10 @@ import gc
 
 import pytest
 import torch
-from models import GPT, assert_same_bits, empty, llama, lora_losses, save_checkpoint
+from adapters import lora_losses
+from checkpoints import empty, save_checkpoint
+from comparisons import assert_same_bits
+from models import GPT, llama
 from torch import nn
 from torch.utils._pytree import tree_map_only
 

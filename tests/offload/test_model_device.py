@@ -10,7 +10,8 @@ from typing import ClassVar
 
 import pytest
 import torch
-from models import GPT, empty, llama, save_checkpoint
+from checkpoints import empty, save_checkpoint
+from models import GPT, llama
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 

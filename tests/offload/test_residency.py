@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from comparisons import equal
 from forks import exit_status, needs_fork
-from models import equal
 from streaming import (
     CLOCK_NS,
     assert_at_rest,

@@ -4,7 +4,8 @@ import os
 
 import pytest
 import torch
-from models import GPT, empty, llama, save_checkpoint
+from checkpoints import empty, save_checkpoint
+from models import GPT, llama
 
 from bigload import OffloadError, PlacementError, load_and_quantize_model, plan_device_map, quantize_checkpoint
 from bigload.io.tensors import StoredTensor

@@ -5,11 +5,13 @@ import weakref
 
 import pytest
 import torch
-from models import GPT, quantize_as_bitsandbytes, save_checkpoint
+from checkpoints import empty, save_checkpoint
+from models import GPT
+from references import quantize_as_bitsandbytes
 from safetensors.torch import save_file
 from torch import nn
 
-from bigload import BnbQuantizationConfig, init_empty_weights, load_and_quantize_model
+from bigload import BnbQuantizationConfig, load_and_quantize_model
 from bigload.checkpoint.checkpoint import open_checkpoint
 from bigload.io.async_reads import Reads
 from bigload.model.tensors import ModelTensor
@@ -116,8 +118,7 @@ def test_empty_and_zero_dimensional_tensors_arrive(tmp_path, device):
             self.register_buffer("count", torch.tensor(9))
 
     save_checkpoint(Odd(), tmp_path)
-    with init_empty_weights():
-        model = Odd()
+    model = empty(Odd)
     model.count.zero_()
     model = load_and_quantize_model(model, "nf4", tmp_path, device_map=device)
     assert model.scalar.item() == 3.5
@@ -139,8 +140,7 @@ def test_each_byte_is_read_once_and_in_file_order(tmp_path, monkeypatch, threads
     monkeypatch.setenv("BIGLOAD_THREADS", str(threads))
     monkeypatch.setenv("BIGLOAD_RING_BYTES", "8KiB")
     save_checkpoint(GPT(), tmp_path, shards=3)
-    with init_empty_weights():
-        model = GPT()
+    model = empty(GPT)
     seen = []
     monkeypatch.setattr("tqdm.tqdm.update", lambda self, count=1: seen.append(count))
     load_and_quantize_model(model, "nf4", tmp_path, device_map="cpu")
@@ -157,13 +157,11 @@ def test_pinned_ring_is_kept_for_the_next_load_until_it_is_released(tmp_path):
 
     save_checkpoint(GPT(), tmp_path)
     for _ in range(2):
-        with init_empty_weights():
-            model = GPT()
+        model = empty(GPT)
         load_and_quantize_model(model, "nf4", tmp_path, device_map=0)
         assert ring._kept_ring.kept is not None
     kept = ring._kept_ring.kept
-    with init_empty_weights():
-        model = GPT()
+    model = empty(GPT)
     load_and_quantize_model(model, "nf4", tmp_path, device_map=0)
     assert ring._kept_ring.kept is kept
     release_buffers()

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import GPT, empty, save_checkpoint
+from checkpoints import empty, save_checkpoint
+from models import GPT
 
 from bigload import OffloadConfig, load_and_quantize_model, plan_device_map, quantize_checkpoint
 from bigload.hardware.bandwidth import host_gb_per_s, link_gb_per_s

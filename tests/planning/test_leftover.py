@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from models import empty, save_checkpoint
+from checkpoints import empty, save_checkpoint
 from torch import nn
 
 from bigload import (

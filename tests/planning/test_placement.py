@@ -4,7 +4,8 @@ import re
 
 import pytest
 import torch
-from models import GPT, Blocks, empty, llama, save_checkpoint
+from checkpoints import empty, save_checkpoint
+from models import GPT, Blocks, llama
 from torch import nn
 
 from bigload import OffloadConfig, load_and_quantize_model, plan_device_map

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import GPT, Attended, Blocks, Layers, empty, llama, save_checkpoint
+from checkpoints import empty, save_checkpoint
+from models import GPT, Attended, Blocks, Layers, llama
 from torch import nn
 
 from bigload import BnbQuantizationConfig, load_and_quantize_model, plan_device_map

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from checkpoints import empty
 from models import Blocks as Model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from bigload import init_empty_weights
 from bigload.config import BnbQuantizationConfig
 from bigload.errors import ConfigError
 from bigload.model.quantizable import layers_to_quantize
@@ -101,12 +101,10 @@ def test_plan_keeps_a_tied_weight_in_fp32_when_any_of_its_names_is_kept():
 
 
 def test_plan_is_the_same_for_a_model_on_meta():
-    with init_empty_weights():
-        empty = Model()
     config = BnbQuantizationConfig.from_mode("nf4-dq", torch_dtype="bf16").resolved(torch.bfloat16)
     facts = [
         [(entry.tensor.name, entry.format, entry.nbytes) for entry in formatted(model, config)]
-        for model in (empty, Model())
+        for model in (empty(Model), Model())
     ]
     assert facts[0] == facts[1]
 

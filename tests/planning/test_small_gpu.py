@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from models import GPT, empty, save_checkpoint
+from checkpoints import empty, save_checkpoint
+from models import GPT
 
 from bigload import load_and_quantize_model, plan_device_map, release_buffers
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import empty
 from hypothesis import given
 from hypothesis import strategies as st
-from models import llama, stored_by_bitsandbytes
+from models import llama
+from references import stored_by_bitsandbytes
 from safetensors.torch import save_file
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -393,8 +395,7 @@ def test_tied_weight_that_differs_only_at_its_end_is_a_warning(tmp_path, caplog)
 def test_quantized_experts_that_the_model_holds_merged_are_refused_by_both_names(tmp_path, mode):
     sizes = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    with init_empty_weights():
-        model = MixtralForCausalLM(MixtralConfig(**sizes, **heads, num_local_experts=2))
+    model = empty(MixtralForCausalLM, MixtralConfig(**sizes, **heads, num_local_experts=2))
     state = {}
     for expert in (0, 1):
         for part in ("w1", "w2", "w3"):

@@ -2,15 +2,16 @@
 
 import pytest
 import torch
+from checkpoints import empty, empty_like
+from comparisons import assert_same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import llama
 from safetensors.torch import save_file
-from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM, conversion_mapping
 from transformers.core_model_loading import Chunk, PermuteForRope, Transpose, WeightConverter
 
-from bigload import init_empty_weights, load_and_quantize_model
+from bigload import load_and_quantize_model
 from bigload.checkpoint.checkpoint import open_checkpoint
 from bigload.errors import CheckpointError
 from bigload.io.tensors import LazyTensor, read_whole
@@ -152,14 +153,12 @@ TINY |= {"num_key_value_heads": 1, "head_dim": 4}
 
 
 def mixtral(experts=11):
-    with init_empty_weights():
-        return MixtralForCausalLM(MixtralConfig(**TINY, num_local_experts=experts))
+    return empty(MixtralForCausalLM, MixtralConfig(**TINY, num_local_experts=experts))
 
 
 def qwen3_moe(experts=11):
     sizes = {"moe_intermediate_size": 6, "num_experts": experts, "num_experts_per_tok": 2}
-    with init_empty_weights():
-        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**TINY, **sizes))
+    return empty(Qwen3MoeForCausalLM, Qwen3MoeConfig(**TINY, **sizes))
 
 
 # How each stores expert E of layer 1: where, its gate, up and down projections, and their width.
@@ -251,19 +250,10 @@ def load_converted(model, stored, converter, folder, monkeypatch):
     """Load a checkpoint into a Llama whose class would convert it so."""
     monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda *args, **kwargs: [converter()])
     save_file(stored, folder / "model.safetensors")
-    with init_empty_weights():
-        empty = type(model)(model.config)
     kept = {"skip_modules": ["*"], "load_in_4bit": True, "torch_dtype": torch.float32}
-    loaded = load_and_quantize_model(empty, kept, folder, device_map="cpu", strict=True)
+    loaded = load_and_quantize_model(empty_like(model), kept, folder, device_map="cpu", strict=True)
     sources = sources_in_checkpoint(tensors_of(model), open_checkpoint(folder), conversion=KeyConversion(model))
     return loaded, sources
-
-
-def assert_same_state(loaded: nn.Module, model: nn.Module):
-    expected = model.state_dict()
-    assert loaded.state_dict().keys() == expected.keys()
-    for name, tensor in loaded.state_dict().items():
-        assert torch.equal(tensor, expected[name]), name
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -285,7 +275,7 @@ def test_fused_weight_that_the_library_chunks_loads_right(tied, tmp_path, monkey
     for part in parts:
         (source,) = sources[f"model.layers.1.{part}"]
         assert torch.equal(read_whole(source.tensor), model.get_parameter(f"model.layers.1.{part}"))
-    assert_same_state(loaded, model)
+    assert_same_bits(loaded.state_dict(), model.state_dict())
 
 
 def test_weight_that_the_library_transposes_loads_right(tmp_path, monkeypatch):
@@ -303,7 +293,7 @@ def test_weight_that_the_library_transposes_loads_right(tmp_path, monkeypatch):
     (source,) = sources["model.layers.1.mlp.gate_proj.weight"]
     assert source.transposed
     assert not isinstance(source.tensor, LazyTensor)
-    assert_same_state(loaded, model)
+    assert_same_bits(loaded.state_dict(), model.state_dict())
 
 
 def test_weight_that_the_library_transposes_is_quantized_as_the_model_holds_it(tmp_path, monkeypatch):
@@ -320,11 +310,10 @@ def test_weight_that_the_library_transposes_is_quantized_as_the_model_holds_it(t
             conversion_mapping, "get_model_conversion_mapping", lambda *args, made=converters, **kwargs: made
         )
         save_file(tensors, tmp_path / folder / "model.safetensors")
-        with init_empty_weights():
-            empty = type(model)(model.config)
-        states[folder] = load_and_quantize_model(empty, "nf4", tmp_path / folder, device_map="cpu").state_dict()
-    assert states["turned"].keys() == states["plain"].keys()
-    assert all(torch.equal(states["turned"][name], tensor) for name, tensor in states["plain"].items())
+        states[folder] = load_and_quantize_model(
+            empty_like(model), "nf4", tmp_path / folder, device_map="cpu"
+        ).state_dict()
+    assert_same_bits(states["turned"], states["plain"])
 
 
 def test_weight_that_the_library_transposes_and_then_permutes_loads_right(tmp_path, monkeypatch):
@@ -342,4 +331,4 @@ def test_weight_that_the_library_transposes_and_then_permutes_loads_right(tmp_pa
         tmp_path,
         monkeypatch,
     )
-    assert_same_state(loaded, model)
+    assert_same_bits(loaded.state_dict(), model.state_dict())

@@ -7,11 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import FOUR_BIT, equal, quantize_as_bitsandbytes
+from checkpoints import empty
+from comparisons import equal
+from references import FOUR_BIT, quantize_as_bitsandbytes
 from safetensors.torch import save_file
 from torch import nn
 
-from bigload import BnbQuantizationConfig, init_empty_weights, load_and_quantize_model
+from bigload import BnbQuantizationConfig, load_and_quantize_model
 from bigload.quantization import bnb, quantizer
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -30,8 +32,7 @@ class TwoLayers(nn.Module):
 def load(tmp_path, device, checkpoint_dtype, config):
     full = TwoLayers().to(checkpoint_dtype)
     save_file(full.state_dict(), tmp_path / "model.safetensors")
-    with init_empty_weights():
-        model = TwoLayers()
+    model = empty(TwoLayers)
     return full, load_and_quantize_model(model, config, tmp_path, device_map=device)
 
 
@@ -87,8 +88,7 @@ def test_weight_is_cast_to_torch_dtype_before_it_is_quantized(tmp_path, device):
 def test_bits_do_not_depend_on_how_the_weight_was_cut_while_it_was_read(tmp_path, device, mode, monkeypatch):
     _, whole = load(tmp_path, device, torch.bfloat16, mode)
     monkeypatch.setenv("BIGLOAD_RING_BYTES", "1KiB")  # slots of 256 elements: less than two rows
-    with init_empty_weights():
-        model = TwoLayers()
+    model = empty(TwoLayers)
     cut = load_and_quantize_model(model, mode, tmp_path, device_map=device)
     assert equal(cut.even.weight.data, whole.even.weight.data)
     assert equal(cut.odd.weight.data, whole.odd.weight.data)
@@ -103,8 +103,7 @@ def test_bits_do_not_depend_on_which_of_bitsandbytes_functions_is_called(tmp_pat
     """Its operators where its library's functions are not known to be the same, and in pieces what is too long."""
     _, usual = load(tmp_path, device, torch.bfloat16, mode)
     monkeypatch.setattr(*changed)
-    with init_empty_weights():
-        model = TwoLayers()
+    model = empty(TwoLayers)
     model = load_and_quantize_model(model, mode, tmp_path, device_map=device)
     for name in ("even", "odd"):
         found, expected = getattr(model, name).weight, getattr(usual, name).weight
@@ -133,8 +132,7 @@ def test_functions_of_versions_that_were_not_looked_at_are_not_called(monkeypatc
 @pytest.mark.parametrize("mode", FOUR_BIT)
 def test_bits_do_not_depend_on_torchs_default_dtype(tmp_path, device, mode):
     _, usual = load(tmp_path, device, torch.float32, mode)
-    with init_empty_weights():
-        model = TwoLayers()
+    model = empty(TwoLayers)
     torch.set_default_dtype(torch.bfloat16)
     try:
         model = load_and_quantize_model(model, mode, tmp_path, device_map=device)
@@ -155,8 +153,7 @@ def test_race_a_callers_own_busy_stream_does_not_change_the_bits(tmp_path):
     for _ in range(10):
         with torch.cuda.stream(torch.cuda.Stream()):
             torch.cuda._sleep(20_000_000)
-            with init_empty_weights():
-                model = TwoLayers()
+            model = empty(TwoLayers)
             model = load_and_quantize_model(model, "nf4", tmp_path, device_map=device)
             copied = model.even.weight.data.clone()  # on the caller's stream
         torch.cuda.synchronize()

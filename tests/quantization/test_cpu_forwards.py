@@ -6,7 +6,8 @@ import io
 import bitsandbytes as bnb
 import pytest
 import torch
-from models import FOUR_BIT, dequantize_by_hand, quantize_as_bitsandbytes, relative_error
+from comparisons import relative_error
+from references import FOUR_BIT, dequantize_by_hand, quantize_as_bitsandbytes
 from torch import nn
 
 from bigload import BnbQuantizationConfig, load_and_quantize_model

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import FOUR_BIT, quantize_as_bitsandbytes
+from references import FOUR_BIT, quantize_as_bitsandbytes
 
 import bigload.quantization.cpu_kernels as room
 import bigload.quantization.quantizer as quantizing
