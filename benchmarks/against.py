@@ -50,19 +50,18 @@ def compare_checkouts(other: Path, cases: Sequence[Case], device: str, rounds: i
     Yields:
         A row for each case: the seconds of all runs of each checkout, their medians, and ours over theirs.
     """
+    roots = {"other": other, "ours": HERE}
     for case in cases:
-        seconds: dict[Path, list[float]] = {other: [], HERE: []}
+        seconds: dict[str, list[float]] = {"other": [], "ours": []}
         for turn in range(rounds):
-            for root in (other, HERE) if turn % 2 else (HERE, other):  # neither is always the first
-                seconds[root] += _run(root, case, device)
-        medians = {root: statistics.median(each) for root, each in seconds.items()}
+            for name in ("other", "ours") if turn % 2 else ("ours", "other"):  # neither is always the first
+                seconds[name] += _run(roots[name], case, device)
+        medians = {name: statistics.median(each) for name, each in seconds.items()}
         yield {
             "case": case.name,
-            "other_s": [round(each, 5) for each in seconds[other]],
-            "ours_s": [round(each, 5) for each in seconds[HERE]],
-            "other_median_s": round(medians[other], 5),
-            "ours_median_s": round(medians[HERE], 5),
-            "ratio": round(medians[HERE] / medians[other], 4),
+            **{f"{name}_s": [round(each, 5) for each in seconds[name]] for name in seconds},
+            **{f"{name}_median_s": round(median, 5) for name, median in medians.items()},
+            "ratio": round(medians["ours"] / medians["other"], 4),
         }
 
 
