@@ -13,7 +13,7 @@ import pytest
 import torch
 from checkpoints import contents, empty, loaded, save, save_checkpoint, stored
 from comparisons import assert_same_bits
-from failures import failing_at
+from failures import fail_at
 from models import GPT, Layers, llama
 from references import FOUR_BIT
 from torch import nn
@@ -137,7 +137,7 @@ def test_command_quantizes_and_says_what_it_made(tmp_path, capsys):
 def test_full_disk_leaves_nothing(tmp_path, device, monkeypatch, call):
     folder = source(tmp_path / "source")
     before = contents(tmp_path)
-    monkeypatch.setattr(os, "pwrite", failing_at(call, OSError(errno.ENOSPC, "No space left on device")))
+    fail_at(monkeypatch, os, "pwrite", call, OSError(errno.ENOSPC, "No space left on device"))
     with pytest.raises(CheckpointError, match=r"made' cannot be written.*No space left"):
         quantize_checkpoint(folder, tmp_path / "made", "nf4", model=empty(), max_shard_size="4KB", device=device)
     assert contents(tmp_path) == before
@@ -153,7 +153,7 @@ def test_interrupted_run_goes_on_and_ends_with_the_same_bytes(tmp_path, device, 
         quantize_checkpoint(folder, tmp_path / name, mode, model=empty(), max_shard_size="4KB", device=device)
 
     run("expected")
-    monkeypatch.setattr(os, "pwrite", failing_at(call, KeyboardInterrupt()))
+    fail_at(monkeypatch, os, "pwrite", call, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         run("made")
     monkeypatch.undo()
@@ -171,7 +171,7 @@ def test_finished_files_of_another_run_are_not_taken(tmp_path, device, monkeypat
     folder = source(tmp_path / "source")
     for mode, error in (("nf4", KeyboardInterrupt()), ("fp4", None)):
         if error:
-            monkeypatch.setattr(os, "pwrite", failing_at(25, error))
+            fail_at(monkeypatch, os, "pwrite", 25, error)
             with pytest.raises(KeyboardInterrupt):
                 quantize_checkpoint(folder, tmp_path / "made", mode, model=empty(), max_shard_size=1, device=device)
             monkeypatch.undo()
@@ -242,7 +242,7 @@ def test_finished_files_made_of_other_tensors_are_not_taken(tmp_path, device, mo
         options = {"model": empty(), "max_shard_size": 1, "device": device, "key_mapping": mapping}
         quantize_checkpoint(tmp_path / "source", tmp_path / "made", "nf4", **options)
 
-    monkeypatch.setattr(os, "pwrite", failing_at(30, KeyboardInterrupt()))
+    fail_at(monkeypatch, os, "pwrite", 30, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         run("model.")
     monkeypatch.undo()

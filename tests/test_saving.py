@@ -11,7 +11,7 @@ import pytest
 import torch
 from checkpoints import contents, empty, save, save_checkpoint, stored
 from comparisons import assert_same_bits, equal
-from failures import failing_at
+from failures import fail_at
 from models import GPT, Layers
 from references import FOUR_BIT, quantized_state
 from resources import open_and_running, open_files
@@ -268,7 +268,7 @@ def test_save_that_fails_leaves_what_was_there(tmp_path, device, monkeypatch, ex
     if exists:
         save_quantized_model(model, target)
     before, held_before = contents(tmp_path), open_and_running()
-    monkeypatch.setattr(os, "pwrite", failing_at(call, error))
+    fail_at(monkeypatch, os, "pwrite", call, error)
     with pytest.raises(raised, match=message):
         save_quantized_model(model, target, overwrite=True)
     monkeypatch.undo()

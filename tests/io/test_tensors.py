@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from models import equal
+from comparisons import equal
 
 from bigload.errors import CheckpointError
 from bigload.io.tensors import StoredTensor, read_bytes, read_whole
