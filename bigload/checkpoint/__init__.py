@@ -1,1 +1,1 @@
-"""Checkpoints on disk: opened, described, and written."""
+"""Checkpoints on disk: how they are opened, described and written."""

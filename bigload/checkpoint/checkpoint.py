@@ -1,4 +1,4 @@
-"""Where every tensor of a checkpoint lies, in whatever files: headers are read, the data is not."""
+"""Opens checkpoints: reads the headers of all files, which say where each tensor is stored, but no data."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from .safetensors import parse_json, read_header
 WeightsLocation = str | os.PathLike[str]
 
 _PICKLES = (".bin", ".pt", ".pth")
-# What training leaves beside the weights, pickled too.
+# Files that training writes beside the weights, pickled too.
 NOT_WEIGHTS = re.compile(
     r"((training_args|optimizer|scheduler|scaler|rng_state.*|trainer_state)\.(bin|pt|pth))|adapter_model\..*"
 )
-# In the order they are looked for in a folder: safetensors before pickles, the usual name before any other.
+# What is looked for in a folder, in this order: safetensors before pickles, usual names before others.
 _IN_FOLDERS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -43,12 +43,12 @@ _IN_FOLDERS = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All tensors of a checkpoint by name, in the order of their files and offsets; quantized weights as one each.
+    """An opened checkpoint.
 
     Attributes:
         location: the file of the weights, or their index.
-        tensors: by name.
-        record: what `save_quantized_model` wrote beside them.
+        tensors: by name, in the order of files and offsets; a quantized weight is one tensor.
+        record: the contents of bigload.json, which `save_quantized_model` writes beside the weights.
     """
 
     location: Path
@@ -57,12 +57,12 @@ class Checkpoint:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether it holds weights that bitsandbytes has quantized."""
+        """Whether any of its weights is stored quantized by bitsandbytes."""
         return any(isinstance(tensor, QuantizedTensor) for tensor in self.tensors.values())
 
     @property
     def dominant_dtype(self) -> torch.dtype:
-        """The floating dtype that most of the checkpoint's bytes are in; float32 where there is none."""
+        """The 16 or 32 bit floating dtype of most of its bytes; float32 where there is none."""
         return formats.dominant_dtype(
             (tensor.dtype, math.prod(tensor.shape) * tensor.dtype.itemsize) for tensor in self.tensors.values()
         )
@@ -72,12 +72,12 @@ def open_checkpoint(weights_location: WeightsLocation) -> Checkpoint:
     """Read the headers of a checkpoint.
 
     Args:
-        weights_location: a .safetensors, .bin, .pt or .pth file, an .index.json file, or a folder with one of them:
-            safetensors are taken before pickles, `model.safetensors` or an index before a file of another name.
-            Or, where there is no such path, a repository of the Hugging Face hub: "org/name" or "org/name@revision".
+        weights_location: a .safetensors, .bin, .pt or .pth file, an .index.json file, or a folder that contains one.
+            In a folder, safetensors are preferred to pickles, `model.safetensors` and an index to other names. If
+            there is no such path: a repository of the Hugging Face hub, "org/name" or "org/name@revision".
 
     Raises:
-        CheckpointError: nothing there, not a checkpoint, or a file that contradicts itself.
+        CheckpointError: there is no checkpoint, it is ambiguous which, or a file is damaged.
     """
     if not weights_location:
         raise CheckpointError(f"weights_location is {weights_location!r}: say where the weights are")

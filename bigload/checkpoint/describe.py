@@ -1,4 +1,4 @@
-"""What is in a checkpoint, in words: from its headers, nothing is loaded."""
+"""Describes a checkpoint in words, from its headers alone."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from .stored_config import config_of
 
 
 def describe_checkpoint(weights_location: WeightsLocation) -> str:
-    """Say what a checkpoint holds: its files, parameters and bytes, how it is quantized and what is not.
+    """Return a description: files, parameters and bytes, what is quantized and how, and what is not.
+
+    Args:
+        weights_location: as for `open_checkpoint`.
 
     Raises:
-        CheckpointError: nothing there, or a file that contradicts itself.
+        CheckpointError: there is no checkpoint, or a file is damaged.
     """
     return "\n".join(_lines(open_checkpoint(weights_location)))
 
@@ -38,7 +41,7 @@ def _lines(checkpoint: Checkpoint) -> Iterator[str]:
     quantized = [tensor for tensor in tensors if isinstance(tensor, QuantizedTensor)]
     if quantized:
         config = config_of(checkpoint, None)
-        yield f"  quantized: {_of(quantized)} as {_format(quantized[0].format)}"
+        yield f"  quantized: {_sizes(quantized)} as {_format(quantized[0].format)}"
         if isinstance(quantized[0].format, FourBit):
             computes = config.bnb_4bit_compute_dtype
             yield f"  computes in: {_name(computes) if isinstance(computes, torch.dtype) else 'what it is loaded in'}"
@@ -49,7 +52,7 @@ def _lines(checkpoint: Checkpoint) -> Iterator[str]:
         if not isinstance(tensor, QuantizedTensor):
             plain[tensor.dtype].append(tensor)
     for dtype, alike in sorted(plain.items(), key=lambda item: -sum(t.nbytes for t in item[1])):
-        yield f"  {_name(dtype)}: {_of(alike)}"
+        yield f"  {_name(dtype)}: {_sizes(alike)}"
     if checkpoint.record is not None:
         kept, ties = checkpoint.record.kept, checkpoint.record.ties
         yield f"  layers left as they were: {', '.join(kept) or 'none'}"
@@ -60,7 +63,7 @@ def _numel(tensors: Iterable[StoredTensor]) -> int:
     return sum(math.prod(tensor.shape) for tensor in tensors)
 
 
-def _of(tensors: list[StoredTensor] | list[QuantizedTensor]) -> str:
+def _sizes(tensors: list[StoredTensor] | list[QuantizedTensor]) -> str:
     nbytes = sum(tensor.nbytes for tensor in tensors)
     return f"{counted(len(tensors), 'tensor')}, {_numel(tensors):,} values, {show(nbytes)}"
 

@@ -1,4 +1,4 @@
-"""Folders of checkpoints that are there whole or not at all."""
+"""Writes folders of checkpoints atomically: the folder is complete, or not there."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from ..errors import CheckpointError, ConfigError, listed
 from .checkpoint import NOT_WEIGHTS
 from .record import RECORD_NAME
 
-# How files of weights, and their indexes, end.
+# Suffixes of files of weights and of their indexes.
 WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
 
 @contextmanager
 def new_folder(target: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
-    """Fill a folder that is not there before all of it is: under another name beside it, then renamed.
+    """Write a folder under a temporary name beside it, and rename it when the block is done.
 
     Args:
-        target: where it is to be; nothing is lost there if the block fails.
-        overwrite: whether what is there may be replaced.
+        target: the folder's path; if the block fails, what is there stays unchanged.
+        overwrite: whether a checkpoint that is there may be replaced.
 
     Yields:
-        The folder to fill.
+        The temporary folder, to write into.
 
     Raises:
         CheckpointError: something is there that may not be replaced, or the folder cannot be written.
@@ -38,9 +38,9 @@ def new_folder(target: str | os.PathLike[str], *, overwrite: bool) -> Iterator[P
     except OSError as error:
         raise CheckpointError(f"'{target}' cannot be written: {error}") from error
     try:
-        made.chmod(0o777 & ~_umask())  # as any other folder: mkdtemp's is its owner's alone
+        made.chmod(0o777 & ~_umask())  # as any new folder: mkdtemp gives access to the owner only
         yield made
-        put_in_place(made, checked_target(target, overwrite=overwrite))  # something may have come there meanwhile
+        put_in_place(made, checked_target(target, overwrite=overwrite))  # something may be there by now
     except OSError as error:
         raise CheckpointError(f"'{target}' cannot be written: {error}; nothing there has been changed") from error
     finally:
@@ -48,10 +48,10 @@ def new_folder(target: str | os.PathLike[str], *, overwrite: bool) -> Iterator[P
 
 
 def checked_target(given: str | os.PathLike[str], *, overwrite: bool) -> Path:
-    """Return the real path of a folder that may be written.
+    """Return the real path of a folder to write, after checking what is there.
 
     Raises:
-        CheckpointError: something is there that may not be replaced, or cannot be.
+        CheckpointError: something is there that may not, or cannot, be replaced.
         ConfigError: not a path.
     """
     if not given or not isinstance(given, (str, os.PathLike)):
@@ -78,21 +78,23 @@ def checked_target(given: str | os.PathLike[str], *, overwrite: bool) -> Path:
 
 
 def copy_the_rest(source: Path, made: Path) -> None:
-    """Copy a checkpoint's files that are no weights, a tokenizer for instance, where there are none of the name."""
+    """Copy a checkpoint's other files, such as the tokenizer's, unless `made` has files of these names."""
     for path in sorted(source.iterdir()):
         is_weights = path.name.endswith(WEIGHTS) and not NOT_WEIGHTS.fullmatch(path.name)
         if path.is_file() and not is_weights and path.name != RECORD_NAME and not (made / path.name).exists():
-            partial = made / f"{path.name}.partial"  # whole or not there
+            partial = made / f"{path.name}.partial"  # so that the file is complete or not there
             shutil.copyfile(path, partial)
             _sync(partial)
             partial.rename(made / path.name)
 
 
 def put_in_place(made: Path, target: Path) -> None:
-    """Return a folder its name, in place of a checkpoint that has it, whose other files stay; on the same file system.
+    """Rename a finished folder to `target`, on the same file system.
+
+    It replaces a checkpoint that is there, but keeps that one's other files.
 
     Raises:
-        OSError: the file system refuses; then what was there is there still.
+        OSError: the file system refuses; then what was there is unchanged.
     """
     if target.exists():
         copy_the_rest(target, made)
@@ -122,6 +124,6 @@ def _sync(path: Path) -> None:
 
 
 def _umask() -> int:
-    mask = os.umask(0o022)  # it cannot be asked for without being set
+    mask = os.umask(0o022)  # the only way to read it is to set it
     os.umask(mask)
     return mask

@@ -1,4 +1,4 @@
-"""A repository of the Hugging Face hub as a folder: from its cache, or downloaded into it."""
+"""Finds a repository of the Hugging Face hub in its cache, or downloads it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ def is_hub_id(location: str) -> bool:
 
 
 def hub_folder(location: str) -> Path:
-    """Find a repository's folder of weights; download what the cache lacks, unless the hub is set to be offline.
+    """Return a repository's folder in the hub's cache; download what is missing, unless the hub is set to offline.
 
     Args:
-        location: "org/name" or "org/name@revision", a branch, a tag or a commit.
+        location: "org/name" or "org/name@revision", where a revision is a branch, a tag or a commit.
 
     Raises:
-        CheckpointError: not in the cache and not to be had; says what to do.
+        CheckpointError: it is not in the cache and cannot be downloaded.
+        MissingDependencyError: huggingface_hub is not installed.
     """
     hub = import_optional("huggingface_hub", "pip install huggingface_hub")
     match = _HUB_ID.fullmatch(location)
@@ -36,10 +37,10 @@ def hub_folder(location: str) -> Path:
         folder = Path(hub.snapshot_download(repo, revision=revision, allow_patterns=_SAFETENSORS))
         if not any(folder.glob("*.safetensors")):
             folder = Path(hub.snapshot_download(repo, revision=revision, allow_patterns=_PICKLES))
-    except Exception as error:  # the hub's own errors, and whatever the network beneath it raises
+    except Exception as error:  # the hub's own errors, and all that the network library raises
         what = f"revision '{revision}' of '{repo}'" if revision else f"'{repo}'"
         raise CheckpointError(
-            f"no file or folder '{location}' here, and {what} is neither in the hub's cache nor to be downloaded: "
+            f"no file or folder '{location}' here, and {what} is not in the hub's cache and cannot be downloaded: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; check the name, or fetch it where "
             f"there is a network with: hf download {repo}" + (f" --revision {revision}" if revision else "")
         ) from error

@@ -1,4 +1,4 @@
-"""Pickled checkpoints, by torch's own reader, which runs none of their code (weights_only) and maps the file."""
+"""Pickled checkpoints, read by torch with weights_only=True, so that no code in them runs, and mapped."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from ..io.tensors import LazyTensor, StoredTensor
 
 
 def read_pickle(path: Path) -> dict[str, StoredTensor]:
-    """Map a pickled state_dict.
+    """Map the file of a pickled state_dict.
 
     Raises:
-        CheckpointError: the file is damaged, wants to run code, or holds something else.
+        CheckpointError: the file is damaged, would run code, or contains something else.
     """
     try:
         state = _load_mapped(path)
     except pickle.UnpicklingError as error:
-        strange = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"names '{strange[1]}', code that no state_dict needs" if strange else "is damaged or not a pickle"
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"names '{code[1]}', code that no state_dict needs" if code else "is damaged or not a pickle"
         raise CheckpointError(
             f"'{path}' {what}; nothing of it was run. If you trust it, save its state_dict alone, best as safetensors"
         ) from error
-    except Exception as error:  # a file that is cut fails in as many ways as there are places to cut it
+    except Exception as error:  # a truncated file can raise almost anything
         raise CheckpointError(f"'{path}' is damaged or not a checkpoint of torch: {error}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"'{path}' holds a {type(state).__name__}, expected a state_dict of tensors by name")
-    strangers = [str(name) for name, value in state.items() if not (isinstance(name, str) and _is_plain(value))]
-    if strangers:
+    others = [str(name) for name, value in state.items() if not (isinstance(name, str) and _is_plain(value))]
+    if others:
         raise CheckpointError(
-            f"'{path}' holds {listed(strangers)}, which are no plain tensors by name; expected a state_dict: save that "
+            f"'{path}' holds {listed(others)}, which are not plain tensors by name; expected a state_dict: save that "
             "part alone"
         )
     return {

@@ -1,4 +1,4 @@
-"""What a saved model says of itself beside its weights: how it was quantized, which layers, and what is tied."""
+"""bigload.json, beside a saved model's weights: how the model was quantized, which layers, and what is tied."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Record:
     """What `save_quantized_model` writes beside the weights.
 
     Attributes:
-        layout: of the weights that it was written with: see `layout_of`.
-        config: how the model was quantized, without lists of modules.
+        layout: identifies the weights it belongs to: see `layout_of`.
+        config: how the model was quantized, without the lists of modules.
         layers: paths of the quantized layers.
-        kept: paths of the layers that could have been quantized and were not.
-        ties: names of the parameters that are one weight, each group once; the first is the one that is stored.
+        kept: paths of the layers that could have been quantized but were not.
+        ties: the names of each group of tied parameters; the weight is stored by the first.
     """
 
     layout: str
@@ -40,7 +40,7 @@ class Record:
     ties: tuple[tuple[str, ...], ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as values that JSON holds."""
+        """Return it as JSON values."""
         return {
             "format_version": FORMAT_VERSION,
             "layout": self.layout,
@@ -52,16 +52,16 @@ class Record:
 
 
 def layout_of(tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]]) -> str:
-    """Tell one set of tensors from another, by their names, dtypes and shapes: a record says nothing of others."""
+    """Return a hash of tensors' names, dtypes and shapes, in any order, which ties a record to its weights."""
     lines = sorted(f"{name} {dtype} {list(shape)}" for name, dtype, shape in tensors)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def read_record(folder: Path, layout: str) -> Record | None:
-    """Read the record beside weights of this layout; None where there is none, or one of other weights.
+    """Read the record in a folder; None where there is none, or where it belongs to weights of another layout.
 
     Raises:
-        CheckpointError: it is damaged, or of a version that this bigload does not know.
+        CheckpointError: it is damaged, or its format version is unknown.
     """
     path = folder / RECORD_NAME
     if not path.is_file():
@@ -69,7 +69,7 @@ def read_record(folder: Path, layout: str) -> Record | None:
 
     def wrong(what: object) -> CheckpointError:
         return CheckpointError(
-            f"'{path}' is damaged: {what}; remove it to load the weights without it, or save them anew"
+            f"'{path}' is damaged: {what}; remove it to load the weights without it, or save the model again"
         )
 
     try:
@@ -84,7 +84,7 @@ def read_record(folder: Path, layout: str) -> Record | None:
             "newer one"
         )
     if said.get("layout") != layout:
-        logger.warning("'%s' was written with other weights than lie beside it: it is left out", path)
+        logger.warning("'%s' was written with other weights than those beside it: it is ignored", path)
         return None
     try:
         return _parsed(said)
@@ -93,7 +93,7 @@ def read_record(folder: Path, layout: str) -> Record | None:
 
 
 def _fields(config: BnbQuantizationConfig) -> list[str]:
-    """Name the fields that mean something in a config's mode."""
+    """Return the names of the fields that are used in a config's mode."""
     modes = ("load_in_8bit", "llm_int8") if config.load_in_8bit else ("load_in_4bit", "bnb_4bit")
     return [name for name in config.to_dict() if name.startswith((*modes, "torch_dtype"))]
 
@@ -106,5 +106,5 @@ def _parsed(said: Mapping[str, Any]) -> Record:
 
 def _names(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise TypeError(f"{value!r} is no list of names")
+        raise TypeError(f"{value!r} is not a list of names")
     return tuple(value)

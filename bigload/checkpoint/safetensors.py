@@ -1,4 +1,4 @@
-"""Headers of safetensors files, and JSON beside them: parsed and checked, the data is not read.
+"""Parses and checks the headers of safetensors files; their data is not read.
 
 Source of the format: the safetensors README, "Format": 8 bytes little-endian header length, a JSON header of
 name -> dtype, shape, data_offsets (relative to the end of the header), then the data without holes.
@@ -37,18 +37,18 @@ DTYPES = {
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
-# The format's own bound; a longer one is a damaged length, not a header worth the memory.
+# The format's own limit: a greater length is damaged.
 _MAX_HEADER_BYTES = 100_000_000
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Read one .safetensors header and check every number in it against the file.
+    """Read a file's header and check every number in it against the file.
 
     Returns:
         The tensors by name, in the order of their offsets.
 
     Raises:
-        CheckpointError: the file is truncated, its header is damaged, or its tensors overlap or leave holes.
+        CheckpointError: the file is truncated, or its header damaged: its tensors overlap or leave gaps, for instance.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -58,8 +58,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         length = int.from_bytes(length_field, "little")
         if len(length_field) < 8 or length > size - 8 or length > _MAX_HEADER_BYTES:
             raise CheckpointError(
-                f"'{path}' is truncated or no safetensors file: its header claims {length} bytes, the file has {size}; "
-                "download it again"
+                f"'{path}' is truncated or not a safetensors file: its first bytes say that the header has {length} "
+                f"bytes, the file has {size}; download it again"
             )
         header = parse_json(file.read(length), path)
     if not isinstance(header, dict):
@@ -109,20 +109,20 @@ def _are_sizes(value: Any) -> bool:
 
 
 def parse_json(raw: bytes, path: Path) -> Any:
-    """Parse JSON whose objects name nothing twice.
+    """Parse JSON.
 
     Raises:
-        CheckpointError: it is none.
+        CheckpointError: not JSON, or a name occurs twice in an object.
     """
     try:
         return json.loads(raw, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"'{path}' does not hold the JSON it should: {error}") from error
+        raise CheckpointError(f"'{path}' does not contain valid JSON: {error}") from error
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = dict(pairs)
     if len(names) != len(pairs):
         twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
-        raise ValueError(f"the name {listed(twice)} stands twice")
+        raise ValueError(f"the name {listed(twice)} occurs twice")
     return names

@@ -1,4 +1,4 @@
-"""The config that a checkpoint was quantized by, as its weights and what lies beside them say it."""
+"""The config that a stored checkpoint was quantized with, from its weights and the files beside them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .checkpoint import Checkpoint
 
 
 def config_of(checkpoint: Checkpoint, given: BnbQuantizationConfig | None) -> BnbQuantizationConfig:
-    """Return the config of a checkpoint that is quantized already.
+    """Return the config of a checkpoint that is stored quantized.
 
     Args:
-        checkpoint: its weights and, beside it, perhaps a config.json with a `quantization_config`.
-        given: the caller's, which may choose what is not in the weights: compute dtype, threshold, torch_dtype.
+        checkpoint: the weights. What they do not say comes from bigload.json or transformers' config.json beside them.
+        given: the caller's config, which may choose what the weights do not say: compute dtype, threshold, torch_dtype.
 
     Raises:
-        CheckpointError: its weights are quantized in more than one way.
-        ConfigError: `given` asks for another way.
+        CheckpointError: the weights are quantized in more than one way.
+        ConfigError: `given` contradicts the weights.
     """
     formats = {tensor.format: tensor for tensor in checkpoint.tensors.values() if isinstance(tensor, QuantizedTensor)}
     if len(formats) > 1:
@@ -39,7 +39,7 @@ def config_of(checkpoint: Checkpoint, given: BnbQuantizationConfig | None) -> Bn
         fields["bnb_4bit_quant_storage"] = fmt.quant_storage
     if given is None:
         if checkpoint.record is None:
-            return BnbQuantizationConfig(**fields, **_said_beside(checkpoint.location))
+            return BnbQuantizationConfig(**fields, **_config_json_fields(checkpoint.location))
         given = checkpoint.record.config
     fields["llm_int8_has_fp16_weight"] = False
     asked = {name: getattr(given, name) for name in fields}
@@ -52,21 +52,21 @@ def config_of(checkpoint: Checkpoint, given: BnbQuantizationConfig | None) -> Bn
     return given
 
 
-def _said_beside(location: Path) -> dict[str, Any]:
-    """Return what a config.json beside the weights says of how they compute, which the weights do not."""
-    said: dict[str, Any] = {"torch_dtype": "auto", "bnb_4bit_compute_dtype": "auto"}
+def _config_json_fields(location: Path) -> dict[str, Any]:
+    """Return the fields that the weights do not say, as far as a config.json beside them does."""
+    fields: dict[str, Any] = {"torch_dtype": "auto", "bnb_4bit_compute_dtype": "auto"}
     try:
         model = json.loads((location.parent / "config.json").read_text())
         config = model["quantization_config"]
         threshold, compute_dtype = config.get("llm_int8_threshold"), config.get("bnb_4bit_compute_dtype")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return said  # no such file, or of another model's
-    # Where a model of transformers is kept in float32 in part, most bytes may be float32.
+        return fields  # no such file, or not one of a quantized model
+    # The dominant dtype may differ: transformers keeps parts of some models in float32.
     dtype = model.get("dtype", model.get("torch_dtype"))
     if isinstance(dtype, str) and dtype in FLOATS:
-        said["torch_dtype"] = dtype
+        fields["torch_dtype"] = dtype
     if isinstance(compute_dtype, str) and compute_dtype in FLOATS:
-        said["bnb_4bit_compute_dtype"] = compute_dtype
+        fields["bnb_4bit_compute_dtype"] = compute_dtype
     if isinstance(threshold, (int, float)) and not isinstance(threshold, bool) and threshold >= 0:
-        said["llm_int8_threshold"] = float(threshold)
-    return said
+        fields["llm_int8_threshold"] = float(threshold)
+    return fields

@@ -1,7 +1,7 @@
-"""Safetensors files written a tensor at a time: the layout first, from sizes alone, then the bytes in any order.
+"""Writes safetensors files piece by piece: headers are computed from shapes, then bytes are written in any order.
 
-Source of the format: the safetensors README, "Format"; within a file tensors lie by the size of their elements, the
-largest first, as its own writer lays them, so that none is misaligned.
+Source of the format: the safetensors README, "Format". Within a file, tensors are sorted by element size, the largest
+first, as in safetensors' own writer, so that all are aligned.
 """
 
 from __future__ import annotations
@@ -27,12 +27,11 @@ from .safetensors import DTYPES
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX_NAME = "model.safetensors.index.json"
-# Steps that may wait for the disk at once; each holds a file open.
+# Steps that may wait for the disk at the same time; each keeps a file open.
 _MAX_WAITING = 4
-
-# Bytes after which a file is sent to the disk, while more of it is written: the system by itself would wait for longer.
+# A file is synced to the disk after this many bytes, while more is written: the system alone would start much later.
 _SYNC_BYTES = 256 * 2**20
-# Bytes that come from a GPU at once.
+# Bytes that are copied from a GPU at once.
 _STAGED_BYTES = 16 * 2**20
 
 
@@ -51,41 +50,41 @@ class Entry:
 
 
 class ShardWriter:
-    """Writes a checkpoint of safetensors files into a folder, where each has its name only when it is whole."""
+    """Writes a checkpoint of safetensors files into a folder; each file has its final name only when it is complete."""
 
     def __init__(self, folder: Path, entries: Iterable[Entry], max_shard_bytes: int) -> None:
-        """Lay out the files.
+        """Divide the tensors among files.
 
         Args:
-            folder: exists; files of the same layout that are whole there already are kept.
-            entries: what will be written, in the order in which files are filled.
-            max_shard_bytes: of the tensors in a file; one that is larger has a file of its own.
+            folder: exists; complete files of the same layout that are there are kept.
+            entries: all tensors, in the order in which files are filled.
+            max_shard_bytes: the maximum size of a file's tensors; a larger tensor gets a file of its own.
 
         Raises:
-            CheckpointError: a dtype that safetensors does not have.
+            CheckpointError: safetensors does not support a dtype.
         """
         self._folder = folder
         self._syncing = FsyncQueue()
         self._staged: torch.Tensor | None = None
-        split_unit_error = _divided(entries, max_shard_bytes)
+        groups = _split(entries, max_shard_bytes)
         self._shards = [
-            _Shard(folder / _file_name(number, len(split_unit_error)), alike, self._syncing)
-            for number, alike in enumerate(split_unit_error, 1)
+            _Shard(folder / _file_name(number, len(groups)), group, self._syncing)
+            for number, group in enumerate(groups, 1)
         ]
         self._shard_of = {name: shard for shard in self._shards for name in shard.entries}
 
     @property
     def layout(self) -> str:
-        """What `record.layout_of` gives for all of it."""
+        """`record.layout_of` all tensors."""
         entries = (entry for shard in self._shards for entry in shard.entries.values())
         return layout_of((entry.name, entry.dtype, entry.shape) for entry in entries)
 
     def is_written(self, name: str) -> bool:
-        """Whether a tensor is in a file that is whole."""
+        """Whether a tensor's file is complete."""
         return self._shard_of[name].is_whole
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one tensor, from whatever device.
+        """Write one tensor, from any device.
 
         Raises:
             OSError: the disk is full, for instance.
@@ -100,8 +99,8 @@ class ShardWriter:
 
         Args:
             name: the tensor.
-            at: the byte of it where they go.
-            values: contiguous, of any dtype and device.
+            at: the offset in the tensor, in bytes.
+            values: of any dtype, on any device.
 
         Raises:
             OSError: the disk is full, for instance.
@@ -121,11 +120,11 @@ class ShardWriter:
         return self._staged[: len(piece)].copy_(piece)
 
     def complete(self, name: str) -> None:
-        """Say that all of a tensor has been written: with its last one a file is made lasting, and gets its name."""
+        """Mark a tensor as written. After its last tensor, a file is synced in the background, then renamed."""
         self._shard_of[name].complete(name)
 
     def finish(self) -> None:
-        """Wait until all files are lasting, and write the index if there are several.
+        """Wait until all files are durable, and write the index if there are several.
 
         Raises:
             OSError: the disk is full, for instance.
@@ -146,12 +145,12 @@ class ShardWriter:
 
 
 class _Shard:
-    """One file: its header, and where each tensor lies.
+    """One file.
 
     Attributes:
-        path: its name when it is whole.
+        path: its final name, which it has when it is complete.
         entries: its tensors by name.
-        is_whole: all of it is there.
+        is_whole: whether it is complete.
     """
 
     def __init__(self, path: Path, entries: Sequence[Entry], syncing: FsyncQueue) -> None:
@@ -185,7 +184,7 @@ class _Shard:
         return self.path.with_name(f"{self.path.name}.partial")
 
     def write(self, name: str, at: int, buffer: memoryview) -> None:
-        if self.is_whole:  # another part of the same weight may be in a file that is not
+        if self.is_whole:  # and written again only because another part of the same weight is not
             return
         descriptor = self._opened()
         _write(descriptor, buffer, len(self._head) + self._begins[name] + at)
@@ -220,7 +219,7 @@ class _Shard:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write a JSON file and make it lasting."""
+    """Write a JSON file and sync it to the disk."""
     with path.open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=2, sort_keys=True, ensure_ascii=False)
         file.write("\n")
@@ -228,7 +227,7 @@ def write_json(path: Path, content: object) -> None:
         os.fsync(file.fileno())
 
 
-def _divided(entries: Iterable[Entry], max_bytes: int) -> list[list[Entry]]:
+def _split(entries: Iterable[Entry], max_bytes: int) -> list[list[Entry]]:
     groups: list[list[Entry]] = [[]]
     filled = 0
     for entry in entries:
@@ -251,9 +250,9 @@ def _write(descriptor: int, buffer: memoryview, offset: int) -> None:
 
 
 class FsyncQueue(AbstractContextManager["FsyncQueue"]):
-    """Takes steps that wait for the disk, in their order, in a thread of its own; none outlives the `with` block.
+    """Runs steps that wait for the disk, in order, in a thread; the end of the `with` block waits for all.
 
-    An error of a step is raised by the next call.
+    An error in a step is raised by a later call.
     """
 
     def __init__(self) -> None:
@@ -266,17 +265,17 @@ class FsyncQueue(AbstractContextManager["FsyncQueue"]):
         return all(step.done() for step in self._going)
 
     def begin(self, step: Callable[[], object]) -> None:
-        """Begin a step, or wait until fewer are going on."""
-        self._keep(_MAX_WAITING - 1)
+        """Add a step; wait first while too many are pending."""
+        self._wait_until(_MAX_WAITING - 1)
         self._going.append(self._pool.submit(step))
 
     def finish(self) -> None:
-        """Wait for all steps that were begun."""
-        self._keep(0)
+        """Wait for all steps."""
+        self._wait_until(0)
 
-    def _keep(self, max_bytes: int) -> None:
-        while self._going and (len(self._going) > max_bytes or self._going[0].done()):
+    def _wait_until(self, max_pending: int) -> None:
+        while self._going and (len(self._going) > max_pending or self._going[0].done()):
             self._going.popleft().result()
 
     def __exit__(self, *raised: object) -> None:
-        self._pool.shutdown()  # what is whole is worth the wait
+        self._pool.shutdown()  # complete files are worth the wait

@@ -1,1 +1,1 @@
-"""The quantized formats, bitsandbytes' kernels and layers, and forwards that are right on the CPU."""
+"""The quantized formats, and bitsandbytes' kernels and layers; forwards that are correct on the CPU."""

@@ -1,4 +1,4 @@
-"""bitsandbytes itself, imported when first needed, and its kernels on memory that is there already."""
+"""bitsandbytes, imported when it is first needed, and its kernels, with results written to given memory."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ..optional import import_optional
 
 @functools.cache
 def library() -> Any:
-    """Import bitsandbytes, which takes seconds and initializes the GPU.
+    """Return the module bitsandbytes; its first import takes seconds and initializes the GPU.
 
     Raises:
-        MissingDependencyError: it is not installed, or its native library does not load.
+        MissingDependencyError: it is not installed, or its native library cannot be loaded.
     """
     cpu_log = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level = cpu_log.level
-    cpu_log.setLevel(logging.ERROR)  # it warns of a kernel from the hub that it can do without
+    cpu_log.setLevel(logging.ERROR)  # it warns that an optional kernel of the hub is missing
     try:
         return import_optional("bitsandbytes", "pip install bitsandbytes")
     finally:
@@ -33,18 +33,18 @@ def library() -> Any:
 def quantize_4bit_into(
     values: torch.Tensor, blocksize: int, quant_type: str, packed: torch.Tensor, absmax: torch.Tensor
 ) -> None:
-    """Quantize to 4 bit into memory that is there.
+    """Quantize to 4 bit, into `packed` and `absmax`.
 
     Args:
         values: (n,), floating point, contiguous; n < 2**31.
-        blocksize: values that share a scale.
+        blocksize: number of values that share a scale.
         quant_type: "nf4" or "fp4".
-        packed: ((n + 1) // 2,), uint8; filled.
-        absmax: (ceil(n / blocksize),), fp32; filled.
+        packed: ((n + 1) // 2,), uint8; overwritten.
+        absmax: (ceil(n / blocksize),), fp32; overwritten.
     """
     kernel = _own_kernel("cquantize_blockwise_{}_" + quant_type, values, _FOUR_BIT_ARGUMENTS)
     if kernel is not None:
-        with torch.cuda.device(values.device):  # the function only knows pointers, and launches on the current GPU
+        with torch.cuda.device(values.device):  # the function gets pointers only, and runs on the current GPU
             kernel(None, values.data_ptr(), absmax.data_ptr(), packed.data_ptr(), blocksize, len(values))
         return
     quantized, scales = torch.ops.bitsandbytes.quantize_4bit.default(values, blocksize, quant_type, torch.uint8)
@@ -53,12 +53,12 @@ def quantize_4bit_into(
 
 
 def quantize_int8_into(rows: torch.Tensor, data: torch.Tensor, scales: torch.Tensor) -> None:
-    """Quantize rows to int8 into memory that is there.
+    """Quantize rows to int8, into `data` and `scales`.
 
     Args:
         rows: (n, in_features), floating point, contiguous.
-        data: (n, in_features), int8; filled.
-        scales: (n,), fp32; filled.
+        data: (n, in_features), int8; overwritten.
+        scales: (n,), fp32; overwritten.
     """
     rows = rows.to(torch.float16)
     kernel = _own_kernel("cint8_vector_quant", rows, _INT8_ARGUMENTS)
@@ -72,7 +72,7 @@ def quantize_int8_into(rows: torch.Tensor, data: torch.Tensor, scales: torch.Ten
     scales.copy_(row_scales)
 
 
-# (code, values, absmax, packed, blocksize, n), on the default stream.
+# (code, values, absmax, packed, blocksize, n); runs on the default stream.
 _FOUR_BIT_ARGUMENTS = (*[ctypes.c_void_p] * 4, ctypes.c_int32, ctypes.c_int32)
 # (rows, data, scales, threshold, n, in_features, stream).
 _INT8_ARGUMENTS = (*[ctypes.c_void_p] * 3, ctypes.c_float, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p)
@@ -80,10 +80,10 @@ _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def _own_kernel(name: str, values: torch.Tensor, arguments: tuple[Any, ...]) -> Callable[..., None] | None:
-    """Return the function of bitsandbytes' own library that its operator calls, on a GPU.
+    """Return the function of bitsandbytes' native library that its operator calls on a GPU; None for other values.
 
-    The operator allocates what it returns, to be copied then; beside a thread that copies and reads, each of those
-    steps waits for the interpreter's lock: 0.9 ms for a piece of 48 MiB, which takes the GPU 0.3.
+    The operator allocates its result, which must then be copied. While another thread reads and copies, each of these
+    steps waits for the interpreter's lock: 0.9 ms for a piece of 48 MiB, which takes the GPU 0.3 ms.
     """
     if values.device.type != "cuda" or values.dtype not in _NAMES:
         return None
@@ -92,20 +92,28 @@ def _own_kernel(name: str, values: torch.Tensor, arguments: tuple[Any, ...]) -> 
 
 @functools.cache
 def _exported(name: str, arguments: tuple[Any, ...]) -> Callable[..., None] | None:
-    """Return a function of bitsandbytes' library; None in versions whose functions were not looked at."""
+    """Return a function of bitsandbytes' native library; None in versions whose signatures were not checked."""
     if not re.match(r"0\.50\.", library().__version__) or torch.version.hip:
         return None
     native = library().cextension.lib
-    # Only a launch: letting go of the interpreter's lock for it would take longer.
-    has_it = getattr(native, "compiled_with_cuda", False) is True
-    return ctypes.PYFUNCTYPE(None, *arguments)((name, native._lib)) if has_it else None
+    # PYFUNCTYPE keeps the interpreter's lock: to launch a kernel takes less time than to release it.
+    has_kernels = getattr(native, "compiled_with_cuda", False) is True
+    return ctypes.PYFUNCTYPE(None, *arguments)((name, native._lib)) if has_kernels else None
 
 
 def dequantize_4bit(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
     """Dequantize a 4-bit weight of any shape.
 
-    As one row of all its elements: then bitsandbytes' CPU kernel counts the blocks as they were quantized. An odd
-    number of elements is padded to the whole byte it lies in, which stays within the last block.
+    As a single row, because bitsandbytes' CPU kernel begins new blocks in each row, where quantization does not. An odd
+    number of elements is padded to a whole byte, which is in the last block.
+
+    Args:
+        packed: the packed bytes, of any dtype and shape, contiguous.
+        state: a `bitsandbytes.functional.QuantState`.
+        dtype: of the result.
+
+    Returns:
+        A tensor of shape `state.shape`.
     """
     absmax = state.absmax
     if state.nested:

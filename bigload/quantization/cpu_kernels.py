@@ -1,8 +1,8 @@
-"""4-bit blocks on the CPU, bit for bit as bitsandbytes makes them, in pieces that stay in the cache, over all cores.
+"""4-bit quantization on the CPU, bit for bit like bitsandbytes', in pieces that fit in the cache, on all cores.
 
-bitsandbytes' own CPU kernel goes over the whole weight once for every step, on one core for the search that takes most
-of the time: 0.03 GB/s. Here a piece of 2^18 values goes through all steps before the next, and where a value lies
-between the 15 bounds of the table is counted by 15 comparisons, which vectorize, instead of searched.
+bitsandbytes' own CPU kernel passes over the whole weight in each step, and searches the table, which takes most of the
+time, on one core: 0.03 GB/s. Here, a piece of 2^18 values goes through all steps before the next piece; and instead of
+a search, 15 comparisons, which vectorize, count the bounds between table entries that are below a value.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 _PIECE = 2**18
-# bitsandbytes' own bound below, which keeps the reciprocal of a block of zeros finite.
+# bitsandbytes' own minimum of a scale, which keeps the reciprocal finite for a block of zeros.
 _SMALLEST = np.float32(1e-38)
 
 
@@ -25,23 +25,23 @@ def quantize_blocks(
 
     Args:
         values: (n,), a 16 or 32 bit floating dtype, n a multiple of the blocksize.
-        blocksize: values that share a scale, even.
-        table: (16,), fp32, the code's values by index.
-        packed: (n / 2,), uint8; filled, the first of two values in the high half.
-        absmax: (n / blocksize,), fp32; filled.
+        blocksize: number of values that share a scale, even.
+        table: (16,), fp32, the values that the 16 codes stand for.
+        packed: (n / 2,), uint8; overwritten, the first of two values in the high half of the byte.
+        absmax: (n / blocksize,), fp32; overwritten.
 
-    Source: QLoRA, arXiv 2305.14314, section 3; bitsandbytes' own steps, each rounded as there.
+    Source: QLoRA, arXiv 2305.14314, section 3; the order of operations, and so the rounding, is bitsandbytes'.
     """
     order = torch.argsort(table)
     bounds = (table[order[:-1]] + table[order[1:]]).div(2).numpy()
     codes = order.numpy().astype(np.uint8)
     packed_bytes, scales = packed.numpy(), absmax.numpy()
 
-    @np.errstate(all="ignore")  # what is not finite shows in its scale
+    @np.errstate(all="ignore")  # infinities and NaNs are found later, in the scales
     def quantize(begin: int) -> None:
         end = begin + _PIECE  # whole blocks: the largest blocksize divides it
         indices = _indices(_as_float32(values[begin:end]), blocksize, bounds, scales[begin // blocksize :])
-        pairs = np.take(codes, indices).view("<u2")  # two values: the first in the low byte
+        pairs = np.take(codes, indices).view("<u2")  # of two codes, the first is the low byte
         packed_bytes[begin // 2 : end // 2] = pairs << 4 | pairs >> 8
 
     begins = range(0, len(values), _PIECE)
@@ -50,14 +50,14 @@ def quantize_blocks(
         for begin in begins:
             quantize(begin)
         return
-    with ThreadPoolExecutor(workers) as pool:  # numpy lets other threads run while it computes
+    with ThreadPoolExecutor(workers) as pool:  # numpy releases the interpreter's lock while it computes
         list(pool.map(quantize, begins))
 
 
 def _indices(
     values: NDArray[np.float32], blocksize: int, bounds: NDArray[np.float32], scales: NDArray[np.float32]
 ) -> NDArray[np.uint8]:
-    """Count, for each value over its block's scale, the bounds below it; the scales go into `scales`."""
+    """Return how many bounds are below each value divided by its block's scale; write the scales to `scales`."""
     blocks = values.reshape(-1, blocksize)
     scales = scales[: len(blocks)]
     np.max(np.abs(blocks), axis=1, out=scales)

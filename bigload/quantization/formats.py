@@ -1,4 +1,4 @@
-"""The formats a weight can be held in, as facts: its parts and their exact bytes. Pure; imports no kernel."""
+"""The formats of a weight: the tensors that it consists of, and their exact bytes. Pure; imports no kernel."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from ..config import FLOATS
 from ..hardware.layout import Shape, TensorSpec
 
-# Scales of one double-quantized block, bitsandbytes' own constant.
+# Scales that share a scale in double quantization: bitsandbytes' own constant.
 NESTED_BLOCKSIZE = 256
-# bitsandbytes' code tables, and how many values they have.
+# bitsandbytes' code tables, and the number of values in each.
 TABLES = {"quant_map": 16, "nested_quant_map": 256}
 
 
 def part_name(weight: str, part: str) -> str:
-    """Name a part of a weight among others: its values by the weight's own name, what belongs to them under that."""
+    """Return a part's full name: the weight's own for the part "weight", otherwise "<weight>.<part>"."""
     return weight if part == "weight" else f"{weight}.{part}"
 
 
@@ -30,28 +30,28 @@ class Plain:
     dtype: torch.dtype
 
     def parts(self, shape: Shape) -> dict[str, TensorSpec]:
-        """Return the tensors that hold a weight of this shape, by name."""
+        """Return the parts of a weight of this shape, by name."""
         return {"weight": TensorSpec(self.dtype, shape)}
 
 
 @dataclass(frozen=True)
 class Int8:
-    """LLM.int8() rows: weight = CB * SCB / 127, one scale a row (arXiv 2208.07339, section 2)."""
+    """LLM.int8(): weight = CB * SCB / 127, with one scale for each row (arXiv 2208.07339, section 2)."""
 
     def parts(self, shape: Shape) -> dict[str, TensorSpec]:
-        """Return the tensors that hold a weight of (out_features, in_features), by name."""
+        """Return the parts of a weight of shape (out_features, in_features), by name."""
         return {"weight": TensorSpec(torch.int8, shape), "SCB": TensorSpec(torch.float32, shape[:1])}
 
     def values_per_scale(self, shape: Shape) -> int:
-        """Count the values that have one scale, and so are quantized together: a row."""
+        """Return how many consecutive values share a scale: those of a row."""
         return max(1, shape[-1])
 
 
 @dataclass(frozen=True)
 class FourBit:
-    """QLoRA blocks, two weights a byte, one scale a block (arXiv 2305.14314, section 3).
+    """QLoRA: two values in a byte, one scale for each block of values (arXiv 2305.14314, section 3).
 
-    Each weight has code tables of its own: tensors that share memory cannot be saved as safetensors.
+    Each weight has its own code tables, since tensors that share memory cannot be saved as safetensors.
     """
 
     quant_type: str
@@ -60,10 +60,10 @@ class FourBit:
     quant_storage: torch.dtype
 
     def parts(self, shape: Shape) -> dict[str, TensorSpec]:
-        """Return the tensors that hold a weight of this shape, by name.
+        """Return the parts of a weight of this shape, by name.
 
         Raises:
-            ValueError: the packed bytes do not fill whole elements of `quant_storage`.
+            ValueError: the packed bytes are not a whole number of elements of `quant_storage`.
         """
         numel = math.prod(shape)
         packed, blocks = (numel + 1) // 2, -(-numel // self.blocksize)
@@ -82,7 +82,7 @@ class FourBit:
         }
 
     def values_per_scale(self, shape: Shape) -> int:
-        """Count the values that have one scale, and so are quantized together: a block, whatever the shape."""
+        """Return how many consecutive values share a scale: the blocksize, whatever the shape."""
         return self.blocksize
 
 
@@ -94,10 +94,10 @@ Format = Plain | Int8 | FourBit
 
 
 def dominant_dtype(tensors: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:
-    """Return the 16 or 32 bit floating dtype that most bytes are in; float32 where there is none.
+    """Return the 16 or 32 bit floating dtype of most bytes; float32 where there is none.
 
     Args:
-        tensors: dtype and bytes of each.
+        tensors: dtype and bytes of each tensor.
     """
     count: Counter[torch.dtype] = Counter()
     for dtype, size in tensors:
@@ -107,5 +107,5 @@ def dominant_dtype(tensors: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:
 
 
 def nbytes(fmt: Format, shape: Shape, multiple: int = 1) -> int:
-    """Count the bytes of a weight of this shape in this format, each part rounded up to a multiple."""
+    """Return the bytes of a weight of this shape, with each part rounded up to a multiple of `multiple`."""
     return sum(-(-part.nbytes // multiple) * multiple for part in fmt.parts(shape).values())

@@ -1,6 +1,6 @@
-"""The layers of bitsandbytes around weights that are quantized already.
+"""bitsandbytes' layers, made for weights that are quantized already, and what is read from such layers.
 
-They are bitsandbytes' own classes, as PEFT and transformers expect.
+They are instances of bitsandbytes' own classes, as PEFT and transformers expect.
 """
 
 from __future__ import annotations
@@ -23,10 +23,19 @@ from .bnb import library
 from .cpu_forwards import adapt_to_cpu
 from .quantized_weight import QuantizedWeight, row_scales
 
-# Attributes of the layers that are made here, which mean nothing on others.
-_OF_OUR_LAYERS = frozenset(
-    ("forward", "state", "index", "quant_state", "quant_storage", "compute_dtype", "compute_type_is_set", "source_cls")
-) | {"support_avx512bf16_for_cpu", "is_training"}
+# Attributes that bitsandbytes, or this package, sets on bitsandbytes' layers.
+_LAYER_ATTRIBUTES = {
+    "compute_dtype",
+    "compute_type_is_set",
+    "forward",
+    "index",
+    "is_training",
+    "quant_state",
+    "quant_storage",
+    "source_cls",
+    "state",
+    "support_avx512bf16_for_cpu",
+}
 
 
 def make_layer(
@@ -36,50 +45,55 @@ def make_layer(
     config: BnbQuantizationConfig,
     device: torch.device,
 ) -> nn.Module:
-    """Make the bitsandbytes layer that takes the place of a plain one, around a weight without copying it.
-
-    Its bias is on meta still, if it has one.
+    """Make the bitsandbytes layer that replaces a plain one; the weight is not copied, a bias is still on meta.
 
     Args:
-        layer: the nn.Linear or Conv1D; its mode, hooks and extra attributes go over to the new one. Not changed.
+        layer: an nn.Linear or Conv1D, whose mode, hooks and extra attributes the new layer gets. Not changed.
         weight: quantized, or the 16-bit main weight of int8-training, (out_features, in_features).
         shape: (out_features, in_features).
-        config: how it was quantized.
-        device: that will compute with it.
+        config: how the weight was quantized.
+        device: where the layer will compute.
     """
-    make = _make_int8 if config.load_in_8bit else _make_4bit
-    new = make(layer, weight, layer._parameters["bias"] is not None, shape, config)
+    has_bias = layer._parameters["bias"] is not None
+    if config.load_in_8bit:
+        new = _make_int8(layer, weight, has_bias, shape, config)
+    else:
+        new = _make_4bit(weight, has_bias, shape, config)
     if device.type == "cpu":
         adapt_to_cpu(new, shape, config)
     carry_over(new, layer)
     if type(layer) is not nn.Linear:
-        new.source_cls = type(layer)  # type: ignore[assignment]  # as transformers calls it, to make such a layer again
+        new.source_cls = type(layer)  # type: ignore[assignment]  # transformers' name for it
     return new
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a module is a layer of bitsandbytes; does not import it, since without it there is none."""
+    """Whether a module is a layer of bitsandbytes; does not import bitsandbytes."""
     if "bitsandbytes" not in sys.modules:
         return False
     return isinstance(module, (library().nn.Linear4bit, library().nn.Linear8bitLt))
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Any]:
-    """Return a model's layers of bitsandbytes, each by the first of its paths."""
+    """Return a model's layers of bitsandbytes, each by its first path."""
     return {path: module for module, path in first_paths(model).items() if is_quantized(module)}
 
 
 def source_class(layer: nn.Module) -> type[nn.Module]:
-    """Return the class of the plain layer that a layer, of bitsandbytes or not, stands for."""
+    """Return the class of the plain layer that a layer of bitsandbytes replaced; for others, their own class."""
     is_plain = not type(layer).__module__.startswith("bitsandbytes.")
     return type(layer) if is_plain else vars(layer).get("source_cls", nn.Linear)
 
 
 def require_whole_layers(model: nn.Module, layers: Mapping[str, Any]) -> None:
-    """Refuse a model whose quantized layers are not all there to be read as such.
+    """Check that all weights of quantized layers can be read.
+
+    Args:
+        model: checked for PEFT's adapters.
+        layers: the model's quantized layers, by path.
 
     Raises:
-        QuantizationError: layers that were never quantized, that hold adapters, or that bitsandbytes has packed.
+        QuantizationError: a layer is not quantized yet, has an adapter, or was packed for the CPU by bitsandbytes.
     """
     adapted = [path for module, path in first_paths(model).items() if type(module).__module__.startswith("peft.")]
     if adapted:
@@ -98,14 +112,14 @@ def require_whole_layers(model: nn.Module, layers: Mapping[str, Any]) -> None:
     if packed:
         raise QuantizationError(
             f"{listed(packed)}: packed by bitsandbytes for this CPU when it ran, which rounds the scales for good; "
-            "load the model anew (with bigload it may run before)"
+            "load the model again (loaded by bigload, it may run before)"
         )
     if empty:
         raise QuantizationError(f"{listed(empty)}: not quantized yet; move the model to its device first")
 
 
 def config_of_layer(layer: Any) -> dict[str, Any]:
-    """Return the fields of a config that say how a layer of bitsandbytes is quantized and how it computes."""
+    """Return the fields of a BnbQuantizationConfig that a layer of bitsandbytes was made with."""
     if isinstance(layer, library().nn.Linear8bitLt):
         return {
             "load_in_8bit": True,
@@ -123,9 +137,7 @@ def config_of_layer(layer: Any) -> dict[str, Any]:
     }
 
 
-def _make_4bit(
-    layer: nn.Module, weight: Any, has_bias: bool, shape: tuple[int, ...], config: BnbQuantizationConfig
-) -> nn.Module:
+def _make_4bit(weight: Any, has_bias: bool, shape: tuple[int, ...], config: BnbQuantizationConfig) -> nn.Module:
     options = {
         "compress_statistics": config.bnb_4bit_use_double_quant,
         "quant_type": config.bnb_4bit_quant_type,
@@ -156,22 +168,22 @@ def _make_int8(
     if trains:
         new._parameters["weight"] = make(weight, requires_grad=layer.get_parameter("weight").requires_grad)
     else:
-        # CB must be given: without it the first forward would quantize the int8 rows again.
+        # Without CB, the first forward would quantize the int8 rows again.
         new._parameters["weight"] = make(weight.data, requires_grad=False, CB=weight.data, SCB=weight.row_scales)
     return new
 
 
 def _made(class_name: str, shape: tuple[int, ...], has_bias: bool, **options: Any) -> Any:
-    """Make a layer without a weight, as its constructor would, but for the half a millisecond of that.
+    """Make a layer without its weight.
 
-    The constructor runs once for layers that are alike; the others are copies of what it made, with containers and
-    state of their own.
+    The constructor, which takes half a millisecond, runs once for equal arguments. Each layer is a copy of what it
+    made, with its own containers and state.
     """
     prototype = _prototype(class_name, shape, has_bias, **options)
     new = object.__new__(type(prototype))
     for key, value in vars(prototype).items():
         if isinstance(value, (dict, set)):
-            value = value.copy()  # several times faster than copy.copy, and there are fifteen of them
+            value = value.copy()  # several times faster than copy.copy, for some fifteen attributes
         elif isinstance(value, library().MatmulLtState):
             value = copy.copy(value)
         new.__dict__[key] = value
@@ -185,12 +197,12 @@ def _prototype(class_name: str, shape: tuple[int, ...], has_bias: bool, **option
 
 
 def carry_over(new: nn.Module, old: nn.Module) -> None:
-    """Carry over what is not the weight: train or eval mode, hooks, and attributes that the model set itself.
+    """Copy a layer's train or eval mode, hooks, and attributes that the model set to the layer that replaces it.
 
-    What bitsandbytes, or bigload, gave one of its layers stays with that.
+    Attributes that bitsandbytes or this package set on `old` are not copied.
     """
     new.training = old.training
-    own = _OF_OUR_LAYERS if type(old).__module__.startswith("bitsandbytes.") else frozenset()
+    own = _LAYER_ATTRIBUTES if type(old).__module__.startswith("bitsandbytes.") else set()
     for name, value in old.__dict__.items():
         is_hooks = "_hook" in name and re.search("_hook(s|$)", name) and name in new.__dict__
         if name in own:
@@ -200,5 +212,5 @@ def carry_over(new: nn.Module, old: nn.Module) -> None:
             rewrapped = [(key, type(hook)(hook.hook, new if hook.with_module else None)) for key, hook in kept.items()]
             new.__dict__[name] = OrderedDict([*new.__dict__[name].items(), *rewrapped])
         elif is_hooks or name not in new.__dict__:
-            # The very dict of hooks, so that the handles the caller holds still remove them.
+            # The same dict of hooks, so that the caller's handles still remove them.
             new.__dict__[name] = value

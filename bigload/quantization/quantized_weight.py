@@ -1,4 +1,4 @@
-"""A quantized weight as bitsandbytes holds it, and its parts by the names that its format gives them."""
+"""A quantized weight in bitsandbytes' representation, and its parts by their names in `formats`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .formats import NESTED_BLOCKSIZE, FourBit, Int8
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
-    """A weight as bitsandbytes holds it.
+    """A quantized weight in bitsandbytes' representation.
 
     Attributes:
-        data: the packed 4-bit bytes in quant_storage, (n, 1), or the int8 rows, (out_features, in_features).
-        quant_state: of a 4-bit weight, a `bitsandbytes.functional.QuantState`.
-        row_scales: of an int8 weight, its SCB: fp32, (out_features,).
+        data: the packed 4-bit values, (n, 1), in quant_storage; or the int8 rows, (out_features, in_features).
+        quant_state: of a 4-bit weight, its `bitsandbytes.functional.QuantState`.
+        row_scales: of an int8 weight, its SCB, (out_features,), fp32.
     """
 
     data: torch.Tensor
@@ -31,13 +31,13 @@ class QuantizedWeight:
     def from_parts(
         cls, fmt: FourBit | Int8, shape: tuple[int, ...], dtype: torch.dtype, parts: Mapping[str, torch.Tensor]
     ) -> QuantizedWeight:
-        """Make a weight around its parts.
+        """Make a weight of its parts, without copying them.
 
         Args:
             fmt: its format.
             shape: (out_features, in_features).
             dtype: what it is dequantized to.
-            parts: by their names in the format, on one device; kept.
+            parts: by name, all on one device.
         """
         if isinstance(fmt, Int8):
             return cls(parts["weight"], row_scales=parts["SCB"])
@@ -63,7 +63,7 @@ class QuantizedWeight:
 
     @property
     def parts(self) -> dict[str, torch.Tensor]:
-        """Its tensors, by their names in the format."""
+        """Its parts, by name."""
         if self.row_scales is not None:
             return {"weight": self.data, "SCB": self.row_scales}
         held = state_holders(self.quant_state)
@@ -71,7 +71,7 @@ class QuantizedWeight:
 
     @property
     def scales(self) -> list[torch.Tensor]:
-        """What is not finite if any weight was not: SCB, absmax, or offset and scales of double-quantized absmax."""
+        """The floating parts that are not finite if any value was not finite."""
         parts = self.parts
         if "nested_absmax" in parts:
             return [parts["nested_offset"], parts["nested_absmax"]]
@@ -79,11 +79,7 @@ class QuantizedWeight:
 
 
 def state_holders(state: Any) -> dict[str, tuple[Any, str]]:
-    """Say which attribute of which object holds each part of a 4-bit weight beside its packed values.
-
-    Args:
-        state: a `bitsandbytes.functional.QuantState`.
-    """
+    """Return the object, and the name of its attribute, that holds each part of a QuantState, by the part's name."""
     held = {"absmax": (state, "absmax"), "quant_map": (state, "code")}
     if state.nested:
         held["nested_offset"] = (state, "offset")
@@ -93,12 +89,7 @@ def state_holders(state: Any) -> dict[str, tuple[Any, str]]:
 
 
 def state_around(state: Any, parts: Mapping[str, torch.Tensor]) -> Any:
-    """Copy a QuantState, with other tensors in the place of its own.
-
-    Args:
-        state: stays as it is.
-        parts: by their names in the format.
-    """
+    """Return a copy of a QuantState with other parts, given by name."""
     made = copy.copy(state)
     if state.nested:
         made.state2 = copy.copy(state.state2)
@@ -108,5 +99,5 @@ def state_around(state: Any, parts: Mapping[str, torch.Tensor]) -> Any:
 
 
 def row_scales(layer: Any) -> Any:
-    """Return an int8 layer's scales, which bitsandbytes moves from the weight to the state at the first forward."""
+    """Return the SCB of an int8 layer, which bitsandbytes moves from the weight to the state in the first forward."""
     return layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB

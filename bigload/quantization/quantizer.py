@@ -1,4 +1,4 @@
-"""Quantization of one weight, piece by piece, into memory of its final size."""
+"""Quantizes a weight piece by piece, into memory of its final size."""
 
 from __future__ import annotations
 
@@ -13,41 +13,42 @@ from .cpu_kernels import quantize_blocks
 from .formats import NESTED_BLOCKSIZE, FourBit, Int8
 from .quantized_weight import QuantizedWeight
 
-# Values that bitsandbytes' CPU kernel takes at once before they fall out of the cache.
+# Values that bitsandbytes' CPU kernel gets at once, so that they stay in the cache.
 _CPU_PIECE = 2**18
-# Values that its GPU kernel can count; a multiple of every blocksize.
+# Values that its GPU kernel gets at once: below 2^31, and a multiple of every blocksize.
 _MAX_VALUES = 2**30
 
 
 class Quantizer:
-    """Takes a weight in pieces of any size, in any order, and gives what bitsandbytes would make of the whole.
+    """Quantizes a weight in pieces of any size and order, to the same bits as bitsandbytes quantizes the whole.
 
-    bitsandbytes' 4-bit kernels run on CUDA's default stream whatever stream is current: so must the caller.
+    bitsandbytes' 4-bit kernels run on CUDA's default stream, whatever stream is current: so must the caller's work.
     """
 
     def __init__(self, shape: tuple[int, ...], fmt: FourBit | Int8, dtype: torch.dtype, device: torch.device) -> None:
-        """Make ready for a weight.
+        """Prepare to quantize a weight; memory is allocated with the first piece.
 
         Args:
             shape: (out_features, in_features).
             fmt: the format to quantize to.
-            dtype: that of the values, which the weight computes back to.
-            device: where the values are, and the weight will be.
+            dtype: of the values, and of the weight when it is dequantized.
+            device: of the values and of the weight.
         """
         self._shape, self._format, self._dtype, self._device = shape, fmt, dtype, device
         self._data = self._bytes = self._scales = torch.empty(0)
 
     @property
     def values_per_scale(self) -> int:
-        """Values that belong together, a row or a block: pieces begin and end at multiples of it."""
+        """Values in a row or block: each piece begins, and all but the last end, at a multiple of it."""
         return self._format.values_per_scale(self._shape)
 
     def add(self, values: torch.Tensor, begin: int) -> None:
         """Quantize a piece.
 
         Args:
-            values: (n,), contiguous, on the device; read before the next work on the default stream, and not kept.
-            begin: the index of the first of them in the flattened weight.
+            values: (n,), contiguous, on the device. Its memory may be reused after the call, in the order of the
+                default stream.
+            begin: the index of the first value in the flattened weight.
         """
         if not self._scales.numel():
             self._allocate()
@@ -66,7 +67,7 @@ class Quantizer:
         self._scales = torch.empty(scales, dtype=torch.float32, device=self._device)
 
     def _add_rows(self, rows: torch.Tensor, begin: int) -> None:
-        # On the CPU the kernel is 8 times faster on what fits the cache.
+        # On the CPU, the kernel is 8 times faster on what fits in the cache.
         step = max(1, _CPU_PIECE // max(1, rows.shape[1])) if rows.device.type == "cpu" else len(rows)
         for piece in torch.split(rows, step):
             end = begin + len(piece)
@@ -89,7 +90,7 @@ class Quantizer:
             packed, scales = packed[nbytes:], scales[blocks:]
 
     def finish(self) -> QuantizedWeight:
-        """Return the weight, when all of it has been added."""
+        """Return the weight, after all pieces were added."""
         if not self._scales.numel():
             self._allocate()
         data, scales = self._data, self._scales
@@ -98,21 +99,21 @@ class Quantizer:
         if isinstance(self._format, Int8):
             parts["SCB"] = scales
         else:
-            # Each weight has tables of its own: tensors that share memory cannot be saved as safetensors.
+            # Each weight has its own table: tensors that share memory cannot be saved as safetensors.
             parts["quant_map"] = code_table(self._format.quant_type, self._device).clone()
             parts |= quantize_scales(scales) if self._format.double_quant else {"absmax": scales}
         return QuantizedWeight.from_parts(self._format, self._shape, self._dtype, parts)
 
 
 def quantize_scales(absmax: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Quantize a weight's scales in their turn.
+    """Quantize the scales of a weight ("double quantization").
 
     Args:
-        absmax: (blocks,), fp32, all of the weight's.
+        absmax: (blocks,), fp32, all scales of the weight.
 
     Returns:
-        By their names in the format: `absmax`, (blocks,) uint8; `nested_offset`, () fp32, what was taken from the
-        scales before; `nested_absmax` and `nested_quant_map`, fp32, what gives the scales back.
+        By part name: `absmax`, (blocks,), uint8; `nested_offset`, (), fp32, the mean, subtracted before; and
+        `nested_absmax` and `nested_quant_map`, fp32, the scales and the code table of the quantized scales.
 
     Source: QLoRA, arXiv 2305.14314, section 3, "Double Quantization".
     """
@@ -125,10 +126,10 @@ def quantize_scales(absmax: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def quantize(weight: torch.Tensor, fmt: FourBit | Int8) -> QuantizedWeight:
-    """Quantize a weight where it lies, on the default stream of its device.
+    """Quantize a weight on its device; on a GPU, in the default stream.
 
     Args:
-        weight: (out_features, in_features), floating point; read, not kept.
+        weight: (out_features, in_features), floating point; not changed.
         fmt: the format to quantize to.
 
     Source: LLM.int8(), arXiv 2208.07339; QLoRA, section 3, arXiv 2305.14314.
@@ -141,9 +142,9 @@ def quantize(weight: torch.Tensor, fmt: FourBit | Int8) -> QuantizedWeight:
 
 @functools.cache
 def code_table(name: str, device: torch.device) -> torch.Tensor:
-    """Make a code's table on a device once: bitsandbytes builds it from a list of Python's, which makes a GPU wait."""
+    """Return a code table, made once for each device: to copy it from a list, as bitsandbytes does, stalls a GPU."""
     kernels = library().functional
-    with default_dtype(torch.float32):  # the dtype that the tables are meant in
+    with default_dtype(torch.float32):  # bitsandbytes makes its tables in the default dtype
         if name == "dynamic":
             return kernels.create_dynamic_map().to(device)  # type: ignore[no-any-return]
         return kernels.get_4bit_type(name, device=device)  # type: ignore[no-any-return]

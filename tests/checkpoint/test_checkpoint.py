@@ -135,7 +135,7 @@ DAMAGE = {
     "name twice": (
         b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}',
         b"",
-        "'a' stands twice",
+        "'a' occurs twice",
     ),
 }
 
