@@ -120,7 +120,7 @@ class Engine(Uncopyable):
             with ExitStack() as stack:
                 for weights in self._weights:
                     if weights.leaf.module in inside:
-                        stack.enter_context(weights.placed())
+                        stack.enter_context(weights.swapped_in())
                 yield
         finally:
             with self.pool.lock:

@@ -22,7 +22,7 @@ from ..quantization.quantized_weight import state_around, state_holders
 from .device_hooks import bring
 from .leaves import Leaf, Uncopyable
 from .residency import Residency
-from .slots import Slot, Use
+from .slots import Slot
 
 
 class OwnForward(Uncopyable):
@@ -102,18 +102,14 @@ class StreamedForward(OwnForward):
         if self._make_forward is None:
             return self.weights.run(functools.partial(self._in_place, args, kwargs))
         (x,) = (*args, *kwargs.values())
-        use = Use()
-        try:
-            slot = self.weights.hold(use)
-            forward = self._forwards.get(slot)
-            if forward is None:
-                forward = self._forwards[slot] = self._make_forward(slot.views(self.weights.group.store))
-            out = forward(x)
-        finally:
-            if use.slot is not None:  # and at once, see residency.py
-                use.slot.users.discard(use)
-        self.weights.leave()
-        return out
+        return self.weights.run_in_slot(functools.partial(self._in_slot, x))
+
+    def _in_slot(self, x: torch.Tensor, slot: Slot) -> torch.Tensor:
+        forward = self._forwards.get(slot)
+        if forward is None:
+            assert self._make_forward is not None  # run() has asked
+            forward = self._forwards[slot] = self._make_forward(slot.views(self.weights.group.store))
+        return forward(x)
 
     def forget(self, slot: Slot) -> None:
         """Let go of a slot that is no more."""
