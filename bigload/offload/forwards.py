@@ -20,12 +20,12 @@ from ..quantization.formats import part_name
 from ..quantization.layers import is_quantized
 from ..quantization.quantized_weight import state_around, state_holders
 from .device_hooks import bring
-from .leaves import Leaf, Uncopyable
+from .leaves import Leaf, MethodOverride
 from .residency import Residency
 from .slots import Slot
 
 
-class OwnForward(Uncopyable):
+class OwnForward(MethodOverride):
     """A forward of ours in place of a module's own.
 
     Attributes:
@@ -34,24 +34,21 @@ class OwnForward(Uncopyable):
     """
 
     def __init__(self, path: str, module: nn.Module, own: Callable[..., Any]) -> None:
-        self.path, self.module, self.own = path, module, own
+        self.path, self.own = path, own
         self.is_over = False
-        self._before = module.__dict__.get("forward")
         self.__wrapped__ = own  # for inspect.signature
-        vars(module)["forward"] = self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute what the module's own forward does."""
-        return self.own(*args, **kwargs)
+        super().__init__(module, "forward")
 
     def remove(self) -> None:
         """Return the module its own forward back; once more does no harm."""
         self.is_over = True  # for whoever has put a forward there since that calls this one
-        own = vars(self.module)
-        if own.get("forward") is self and self._before is None:
-            del own["forward"]
-        elif own.get("forward") is self:
-            own["forward"] = self._before
+        super().remove()
+
+
+def own_forward_of(module: nn.Module) -> OwnForward | None:
+    """Return the forward of ours that a module has; None if it has none."""
+    forward = vars(module).get("forward")
+    return forward if isinstance(forward, OwnForward) else None
 
 
 class StreamedForward(OwnForward):
@@ -140,7 +137,7 @@ class StreamedForward(OwnForward):
 
 # torch.compiler.disable would import torch._dynamo here and now, which takes more than a second.
 @_disable_dynamo
-def _uncompiled(forward: OwnForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _uncompiled(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run outside of what is compiled, where nothing knows that weights come and go."""
     return forward(*args, **kwargs)
 

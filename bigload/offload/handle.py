@@ -21,8 +21,8 @@ from .at_rest import StayingAtRest
 from .device_hooks import detach
 from .engine import Engine
 from .files import FileGroup, spare_page_cache
-from .forwards import OwnForward
-from .leaves import Group, Leaf
+from .forwards import own_forward_of
+from .leaves import Group, Leaf, remove_all
 from .model_device import ModelDevices
 from .slot_pool import StreamStats
 from .targets import OffloadTargets
@@ -111,9 +111,7 @@ class Offload:
         Raises:
             torch.OutOfMemoryError: a device has no room for them.
         """
-        while self._engines:
-            self._engines[-1].remove()
-            self._engines.pop()
+        remove_all(self._engines)
         for handle in self._handles:
             handle.remove()
         model = self._model()
@@ -131,7 +129,7 @@ def require_not_offloaded(model: Any) -> None:
     Raises:
         ConfigError: it is offloaded.
     """
-    streamed = [path for path, module in model.named_modules() if isinstance(vars(module).get("forward"), OwnForward)]
+    streamed = [path for path, module in model.named_modules() if own_forward_of(module)]
     if streamed:
         raise ConfigError(
             f"the model is offloaded already ({listed(streamed)}): call model.offload.remove() first, or build it anew"
