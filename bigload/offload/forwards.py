@@ -59,10 +59,10 @@ class StreamedForward(OwnForward):
         leaf = weights.leaf
         super().__init__(leaf.path, leaf.module, streamed_forward(leaf.module))
         self.weights = weights
-        self._make_forward = forward_maker(leaf, self.own)
+        self._is_quantized = is_quantized(leaf.module)
+        self._make_forward = _forward_maker(leaf, self.own, has_quantized_weight=self._is_quantized)
         # Here, not with the slots: what reads into a slot must not keep the model.
         self._forwards: dict[Slot, Forward] = {}
-        self._is_quantized = is_quantized(leaf.module)
         # What these give is never a part of their weights.
         self._gives_its_own = self._is_quantized or type(leaf.module) is nn.Linear
         self._takes_one = self._is_quantized or self._make_forward is not None
@@ -254,31 +254,33 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 Tensors = Mapping[str, torch.Tensor]
 
 
-def forward_maker(leaf: Leaf, own: Callable[..., Any]) -> Callable[[Tensors], Forward] | None:
+def _forward_maker(
+    leaf: Leaf, own: Callable[..., Any], *, has_quantized_weight: bool
+) -> Callable[[Tensors], Forward] | None:
     """Return what makes a layer's forward, but for its gradients, around weights that lie elsewhere.
 
     Args:
         leaf: the layer, and what of it is streamed.
         own: its own forward.
+        has_quantized_weight: it is a layer of bitsandbytes.
 
     Returns:
         None for a layer that must be given its weights: of another kind, or with a forward that is not its class's.
     """
+    layer: Any = leaf.module
     forward = getattr(own, "__func__", None) or getattr(own, "func", None)
-    if leaf.parameters != ("weight",) or forward is not type(leaf.module).forward:
+    if leaf.parameters != ("weight",) or forward is not type(layer).forward:
         return None
-    make = _makers(with_bitsandbytes=is_quantized(leaf.module)).get(forward)
-    if make is _linear_4bit and not (leaf.module.compute_type_is_set and leaf.module.compute_dtype):
-        return None  # its first forward decides in what it computes
+    make: Callable[[Any, str, Tensors], Forward] | None = None
+    if not has_quantized_weight:
+        make = _linear if forward is nn.Linear.forward else None
+    elif forward is library().nn.Linear8bitLt.forward:
+        make = _linear_8bit
+    # Until its compute dtype is set, a 4-bit layer's first forward decides in what it computes.
+    elif forward is library().nn.Linear4bit.forward and layer.compute_type_is_set and layer.compute_dtype:
+        make = _linear_4bit
     name = f"{leaf.path}.weight" if leaf.path else "weight"
-    return None if make is None else functools.partial(make, leaf.module, name)
-
-
-def _makers(*, with_bitsandbytes: bool) -> dict[Any, Callable[[Any, str, Tensors], Forward]]:
-    if not with_bitsandbytes:
-        return {nn.Linear.forward: _linear}
-    layers = library().nn
-    return {layers.Linear4bit.forward: _linear_4bit, layers.Linear8bitLt.forward: _linear_8bit}
+    return None if make is None else functools.partial(make, layer, name)
 
 
 def _linear(layer: nn.Linear, name: str, tensors: Tensors) -> Forward:
