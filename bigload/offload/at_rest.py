@@ -20,7 +20,7 @@ from ..errors import OffloadError
 from ..hardware.pinned import Store
 from ..model.tree import paths_above
 from .files import FileGroup
-from .leaves import Group, Leaf, Uncopyable
+from .leaves import Group, Leaf, MethodOverride, remove_all
 from .residency import Residency
 from .slot_pool import SlotPool
 
@@ -49,18 +49,14 @@ class StayingAtRest:
 
     def remove(self) -> None:
         """Return the modules their own `_apply` back; once more does no harm."""
-        while self._guards:
-            self._guards[-1].remove()
-            self._guards.pop()
+        remove_all(self._guards)
 
 
-class _GuardedApply(Uncopyable):
+class _GuardedApply(MethodOverride):
     """A module's `_apply`, which looks first what would become of the weights at rest."""
 
     def __init__(self, module: nn.Module, leaves: Mapping[Leaf, torch.device]) -> None:
-        self._module = module
         self._own: Callable[..., Any] = module._apply
-        self._before = vars(module).get("_apply")
         self._away = {name for leaf in leaves if leaf.module is module for name in leaf.parameters}
         # One weight of each dtype and device stands for all.
         self._looked_at = {
@@ -68,14 +64,7 @@ class _GuardedApply(Uncopyable):
             for leaf, device in leaves.items()
             for name in leaf.parameters
         }
-        vars(module)["_apply"] = self
-
-    def remove(self) -> None:
-        own = vars(self._module)
-        if own.get("_apply") is self:
-            own["_apply"] = self._before
-            if self._before is None:
-                del own["_apply"]
+        super().__init__(module, "_apply")
 
     def __call__(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         """Change all tensors of the module but those at rest.
@@ -86,7 +75,7 @@ class _GuardedApply(Uncopyable):
         if recurse or self._away:
             for (dtype, device), path in self._looked_at.items():
                 _require_unchanged(fn, dtype, device, path)
-        own: dict[str, Any] = vars(self._module)
+        own: dict[str, Any] = vars(self.module)
         held = own["_parameters"]
         own["_parameters"] = {name: parameter for name, parameter in held.items() if name not in self._away}
         try:
@@ -94,7 +83,7 @@ class _GuardedApply(Uncopyable):
         finally:
             held.update(own["_parameters"])  # torch may put other parameters there
             own["_parameters"] = held
-        return self._module
+        return self.module
 
 
 def _require_unchanged(

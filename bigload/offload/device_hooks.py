@@ -101,7 +101,17 @@ def bring(values: Any, device: torch.device) -> Any:
     return values if _is_there(values, device) else _brought(values, lambda tensor: _moved(tensor, device))
 
 
-class _Memo(threading.local):
+class _PerThread(threading.local):
+    """State of a hook that each thread has for itself; a copy of the model begins with its own."""
+
+    def __deepcopy__(self, memo: object) -> Any:
+        return type(self)()
+
+    def __reduce__(self) -> Any:
+        return type(self), ()
+
+
+class _Memo(_PerThread):
     """What has been moved by name in this thread's forward: by the tensor's identity and the device.
 
     Attributes:
@@ -112,12 +122,6 @@ class _Memo(threading.local):
         self.is_on = False
         self.origins: list[torch.device | None] = []
         self.moved: dict[tuple[int, torch.device, bool], tuple[torch.Tensor, int, torch.Tensor]] = {}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Memo:
-        return _Memo()
-
-    def __reduce__(self) -> tuple[type[_Memo], tuple[()]]:
-        return _Memo, ()
 
     def get(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Return a tensor on a device, moved once for as long as it is not changed in place."""
@@ -175,17 +179,11 @@ class _Casts:
         return _brought(output, lambda tensor: tensor.to(dtype) if tensor.dtype == torch.float32 else tensor)
 
 
-class _Dtypes(threading.local):
+class _Dtypes(_PerThread):
     """What the calls that go on in this thread were given, the inner ones last."""
 
     def __init__(self) -> None:
         self.of_calls: list[torch.dtype | None] = []
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Dtypes:
-        return _Dtypes()
-
-    def __reduce__(self) -> tuple[type[_Dtypes], tuple[()]]:
-        return _Dtypes, ()
 
 
 def _in_fp32(tensor: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from ..errors import ConfigError
 from ..hardware.pinned import Store
 from .at_rest import hook_state_dicts
 from .forwards import HostForward, OwnForward, StreamedForward
-from .leaves import Group, Leaf, Uncopyable, require_owned, streamed_by_leaf
+from .leaves import Group, Leaf, Uncopyable, remove_all, require_owned, streamed_by_leaf
 from .residency import Residency
 from .slot_pool import SlotPool, StreamStats
 from .slots import Slot
@@ -92,12 +92,8 @@ class Engine(Uncopyable):
         ]
 
     def _let_go(self) -> None:
-        while self._state_hooks:
-            self._state_hooks[-1].remove()
-            self._state_hooks.pop()
-        while self._forwards:
-            self._forwards[-1].remove()
-            self._forwards.pop()
+        remove_all(self._state_hooks)
+        remove_all(self._forwards)
 
     def _forget(self, slot: Slot) -> None:
         for forward in self._forwards:
@@ -120,7 +116,7 @@ class Engine(Uncopyable):
             with ExitStack() as stack:
                 for weights in self._weights:
                     if weights.leaf.module in inside:
-                        stack.enter_context(weights.placed())
+                        stack.enter_context(weights.swapped_in())
                 yield
         finally:
             with self.pool.lock:

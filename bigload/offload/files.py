@@ -84,15 +84,16 @@ class FileGroup(Store):
         """
         target = memoryview(memory.numpy())  # type: ignore[arg-type]
         with Reads(min(reader_threads(), _THREADS)) as reads:
-            going = []
+            going: list[tuple[str, FilePart, Read]] = []
             for name, where in self._parts.items():
                 begin = self.layout.offsets[name]
                 part = target[begin : begin + where.part.nbytes]
                 with _saying_what(name, where.file):
-                    going.append((name, where, part, reads.begin(where.file, [part], where.offset)))
-            for name, where, part, read in going:
+                    going.append((name, where, reads.begin(where.file, [part], where.offset)))
+            for name, where, read in going:
                 with _saying_what(name, where.file):
-                    _finish(reads, read, where, part)
+                    if reads.finish(read) < where.part.nbytes:
+                        raise OSError("it was cut short since the model was loaded; load the model anew")
         self.require_unchanged()
         if not self.stays_in_page_cache:
             for name, where in self._parts.items():
@@ -123,16 +124,6 @@ def _saying_what(name: str, file: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OffloadError(f"{name!r} cannot be read from {file}, which the model needs as it runs: {error}") from error
-
-
-def _finish(reads: Reads, read: Read, where: FilePart, target: memoryview) -> None:
-    """Wait until a part is read, also where the system gives less than was asked for at once."""
-    done = reads.finish(read)
-    while done < len(target):
-        count = reads.finish(reads.begin(where.file, [target[done:]], where.offset + done))
-        if not count:
-            raise OSError("it was cut short since the model was loaded; load the model anew")
-        done += count
 
 
 def _drop_from_page_cache(part: FilePart) -> None:

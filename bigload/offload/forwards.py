@@ -20,12 +20,12 @@ from ..quantization.formats import part_name
 from ..quantization.layers import is_quantized
 from ..quantization.quantized_weight import state_around, state_holders
 from .device_hooks import bring
-from .leaves import Leaf, Uncopyable
+from .leaves import Leaf, MethodOverride
 from .residency import Residency
-from .slots import Slot, Use
+from .slots import Slot
 
 
-class OwnForward(Uncopyable):
+class OwnForward(MethodOverride):
     """A forward of ours in place of a module's own.
 
     Attributes:
@@ -34,24 +34,21 @@ class OwnForward(Uncopyable):
     """
 
     def __init__(self, path: str, module: nn.Module, own: Callable[..., Any]) -> None:
-        self.path, self.module, self.own = path, module, own
+        self.path, self.own = path, own
         self.is_over = False
-        self._before = module.__dict__.get("forward")
         self.__wrapped__ = own  # for inspect.signature
-        vars(module)["forward"] = self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute what the module's own forward does."""
-        return self.own(*args, **kwargs)
+        super().__init__(module, "forward")
 
     def remove(self) -> None:
         """Return the module its own forward back; once more does no harm."""
         self.is_over = True  # for whoever has put a forward there since that calls this one
-        own = vars(self.module)
-        if own.get("forward") is self and self._before is None:
-            del own["forward"]
-        elif own.get("forward") is self:
-            own["forward"] = self._before
+        super().remove()
+
+
+def own_forward_of(module: nn.Module) -> OwnForward | None:
+    """Return the forward of ours that a module has; None if it has none."""
+    forward = vars(module).get("forward")
+    return forward if isinstance(forward, OwnForward) else None
 
 
 class StreamedForward(OwnForward):
@@ -62,10 +59,10 @@ class StreamedForward(OwnForward):
         leaf = weights.leaf
         super().__init__(leaf.path, leaf.module, streamed_forward(leaf.module))
         self.weights = weights
-        self._make_forward = forward_maker(leaf, self.own)
+        self._is_quantized = is_quantized(leaf.module)
+        self._make_forward = _forward_maker(leaf, self.own, has_quantized_weight=self._is_quantized)
         # Here, not with the slots: what reads into a slot must not keep the model.
         self._forwards: dict[Slot, Forward] = {}
-        self._is_quantized = is_quantized(leaf.module)
         # What these give is never a part of their weights.
         self._gives_its_own = self._is_quantized or type(leaf.module) is nn.Linear
         self._takes_one = self._is_quantized or self._make_forward is not None
@@ -102,18 +99,14 @@ class StreamedForward(OwnForward):
         if self._make_forward is None:
             return self.weights.run(functools.partial(self._in_place, args, kwargs))
         (x,) = (*args, *kwargs.values())
-        use = Use()
-        try:
-            slot = self.weights.hold(use)
-            forward = self._forwards.get(slot)
-            if forward is None:
-                forward = self._forwards[slot] = self._make_forward(slot.views(self.weights.group.store))
-            out = forward(x)
-        finally:
-            if use.slot is not None:  # and at once, see residency.py
-                use.slot.users.discard(use)
-        self.weights.leave()
-        return out
+        return self.weights.run_in_slot(functools.partial(self._in_slot, x))
+
+    def _in_slot(self, x: torch.Tensor, slot: Slot) -> torch.Tensor:
+        forward = self._forwards.get(slot)
+        if forward is None:
+            assert self._make_forward is not None  # run() has asked
+            forward = self._forwards[slot] = self._make_forward(slot.views(self.weights.group.store))
+        return forward(x)
 
     def forget(self, slot: Slot) -> None:
         """Let go of a slot that is no more."""
@@ -144,7 +137,7 @@ class StreamedForward(OwnForward):
 
 # torch.compiler.disable would import torch._dynamo here and now, which takes more than a second.
 @_disable_dynamo
-def _uncompiled(forward: OwnForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _uncompiled(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run outside of what is compiled, where nothing knows that weights come and go."""
     return forward(*args, **kwargs)
 
@@ -261,31 +254,33 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 Tensors = Mapping[str, torch.Tensor]
 
 
-def forward_maker(leaf: Leaf, own: Callable[..., Any]) -> Callable[[Tensors], Forward] | None:
+def _forward_maker(
+    leaf: Leaf, own: Callable[..., Any], *, has_quantized_weight: bool
+) -> Callable[[Tensors], Forward] | None:
     """Return what makes a layer's forward, but for its gradients, around weights that lie elsewhere.
 
     Args:
         leaf: the layer, and what of it is streamed.
         own: its own forward.
+        has_quantized_weight: it is a layer of bitsandbytes.
 
     Returns:
         None for a layer that must be given its weights: of another kind, or with a forward that is not its class's.
     """
+    layer: Any = leaf.module
     forward = getattr(own, "__func__", None) or getattr(own, "func", None)
-    if leaf.parameters != ("weight",) or forward is not type(leaf.module).forward:
+    if leaf.parameters != ("weight",) or forward is not type(layer).forward:
         return None
-    make = _makers(with_bitsandbytes=is_quantized(leaf.module)).get(forward)
-    if make is _linear_4bit and not (leaf.module.compute_type_is_set and leaf.module.compute_dtype):
-        return None  # its first forward decides in what it computes
+    make: Callable[[Any, str, Tensors], Forward] | None = None
+    if not has_quantized_weight:
+        make = _linear if forward is nn.Linear.forward else None
+    elif forward is library().nn.Linear8bitLt.forward:
+        make = _linear_8bit
+    # Until its compute dtype is set, a 4-bit layer's first forward decides in what it computes.
+    elif forward is library().nn.Linear4bit.forward and layer.compute_type_is_set and layer.compute_dtype:
+        make = _linear_4bit
     name = f"{leaf.path}.weight" if leaf.path else "weight"
-    return None if make is None else functools.partial(make, leaf.module, name)
-
-
-def _makers(*, with_bitsandbytes: bool) -> dict[Any, Callable[[Any, str, Tensors], Forward]]:
-    if not with_bitsandbytes:
-        return {nn.Linear.forward: _linear}
-    layers = library().nn
-    return {layers.Linear4bit.forward: _linear_4bit, layers.Linear8bitLt.forward: _linear_8bit}
+    return None if make is None else functools.partial(make, layer, name)
 
 
 def _linear(layer: nn.Linear, name: str, tensors: Tensors) -> Forward:

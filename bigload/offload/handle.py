@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -21,8 +21,8 @@ from .at_rest import StayingAtRest
 from .device_hooks import detach
 from .engine import Engine
 from .files import FileGroup, spare_page_cache
-from .forwards import OwnForward
-from .leaves import Group, Leaf
+from .forwards import own_forward_of
+from .leaves import Group, Leaf, remove_all
 from .model_device import ModelDevices
 from .slot_pool import StreamStats
 from .targets import OffloadTargets
@@ -51,23 +51,23 @@ class Offload:
         self.plan = plan
         self._model = weakref.ref(model)
         self._engines: list[Engine] = []
-        self._handles: list[Any] = [
-            model.get_submodule(path).register_forward_pre_hook(Adopting(model, placed), prepend=True)
-            for placed in plan.offloaded
-            for path in placed.unit.paths
-            if placed.streamed_bytes
-        ]
-        by_device: dict[torch.device, list[PlacedUnit]] = defaultdict(list)
-        for placed in plan.offloaded:
-            if placed.unit.offloaded:
-                by_device[placed.device].append(placed)
+        self._handles: list[Any] = []
+        by_device: dict[torch.device, dict[PlacedUnit, list[Leaf]]] = defaultdict(dict)
+        device_of: dict[Leaf, torch.device] = {}
         try:
+            for placed in plan.offloaded:
+                leaves = leaves_of(model, placed)
+                if leaves:
+                    by_device[placed.device][placed] = leaves
+                    device_of |= dict.fromkeys(leaves, placed.device)
+                for path in placed.unit.paths if placed.streamed_bytes else ():
+                    hook = Adopting(placed.device, leaves)
+                    self._handles.append(model.get_submodule(path).register_forward_pre_hook(hook, prepend=True))
             for device, units in by_device.items():
                 self._engines.append(_engine(model, units, device, config, targets))
             self._spare_page_cache()
             self._handles.append(ModelDevices(model, plan))
-            away = {leaf: placed.device for placed in plan.offloaded for leaf in leaves_of(model, placed)}
-            self._handles.append(StayingAtRest(model, away))
+            self._handles.append(StayingAtRest(model, device_of))
         except BaseException:
             self.remove()
             raise
@@ -111,9 +111,7 @@ class Offload:
         Raises:
             torch.OutOfMemoryError: a device has no room for them.
         """
-        while self._engines:
-            self._engines[-1].remove()
-            self._engines.pop()
+        remove_all(self._engines)
         for handle in self._handles:
             handle.remove()
         model = self._model()
@@ -131,7 +129,7 @@ def require_not_offloaded(model: Any) -> None:
     Raises:
         ConfigError: it is offloaded.
     """
-    streamed = [path for path, module in model.named_modules() if isinstance(vars(module).get("forward"), OwnForward)]
+    streamed = [path for path, module in model.named_modules() if own_forward_of(module)]
     if streamed:
         raise ConfigError(
             f"the model is offloaded already ({listed(streamed)}): call model.offload.remove() first, or build it anew"
@@ -144,11 +142,10 @@ class Adopting:
     PEFT makes an adapter where the weight lies that it adapts, which for a streamed one is host memory.
     """
 
-    def __init__(self, model: nn.Module, placed: PlacedUnit) -> None:
+    def __init__(self, device: torch.device, leaves: Sequence[Leaf]) -> None:
         """Remember what shall stay in host memory."""
-        away = (planned.tensor.name for planned in placed.unit.offloaded)
-        self._away = {id(model.get_parameter(name)) for name in away}
-        self._device = placed.device
+        self._away = {id(leaf.module.get_parameter(name)) for leaf in leaves for name in leaf.parameters}
+        self._device = device
         self._has_looked = False
 
     def __call__(self, block: nn.Module, args: object) -> None:
@@ -166,18 +163,20 @@ def _bring(parameter: nn.Parameter, device: torch.device) -> None:
 
 
 def _engine(
-    model: nn.Module, units: Sequence[PlacedUnit], device: torch.device, config: OffloadConfig, targets: OffloadTargets
+    model: nn.Module,
+    units: Mapping[PlacedUnit, Sequence[Leaf]],
+    device: torch.device,
+    config: OffloadConfig,
+    targets: OffloadTargets,
 ) -> Engine:
-    groups = [
-        Group(placed.unit.name, tuple(leaves_of(model, placed)), targets.group(placed))
-        for placed in units
-        if placed.streamed_bytes
-    ]
+    groups: list[Group] = []
     embeddings: dict[Leaf, Store | None] = {}
-    for placed in units:
+    for placed, leaves in units.items():
         if placed.unit.is_embedding:
             files = targets.group(placed) if placed.home == "disk" else None
-            embeddings |= dict.fromkeys(leaves_of(model, placed), files)
+            embeddings |= dict.fromkeys(leaves, files)
+        else:
+            groups.append(Group(placed.unit.name, tuple(leaves), targets.group(placed)))
     return Engine(model, groups, device, config.slots, embeddings)
 
 

@@ -34,6 +34,30 @@ class Uncopyable:
         self.__deepcopy__(None)
 
 
+class MethodOverride(Uncopyable):
+    """Takes the place of one of a module's methods, as an attribute of the instance."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module, self._name = module, name
+        self._before = vars(module).get(name)
+        vars(module)[name] = self
+
+    def remove(self) -> None:
+        """Give the module back what it had, unless others have overridden the method since; may be called again."""
+        own = vars(self.module)
+        if own.get(self._name) is self and self._before is None:
+            del own[self._name]
+        elif own.get(self._name) is self:
+            own[self._name] = self._before
+
+
+def remove_all(handles: list[Any]) -> None:
+    """Call `remove()` of each, the last first; a second call finishes what Ctrl-C interrupts."""
+    while handles:
+        handles[-1].remove()
+        handles.pop()
+
+
 @dataclass(frozen=True, eq=False)
 class Leaf:
     """A module that is given its weights whenever it runs.

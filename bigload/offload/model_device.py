@@ -22,7 +22,7 @@ from ..errors import OffloadError
 from ..model import transformers_facts
 from ..model.tree import first_paths, modules_by_path, paths_above
 from ..planning.plan import Plan
-from .forwards import StreamedForward
+from .forwards import StreamedForward, own_forward_of
 
 # Where a module keeps the device that computes it.
 _KEPT_AS = "_bigload_device"
@@ -146,7 +146,7 @@ def _require_resizable(model: Any, rows: int | None, multiple: int | None) -> No
     if rows is None and multiple is None:
         return
     for module in (model.get_input_embeddings(), transformers_facts.output_head(model)):
-        forward = vars(module).get("forward") if isinstance(module, nn.Module) else None
+        forward = own_forward_of(module) if isinstance(module, nn.Module) else None
         if not isinstance(forward, StreamedForward):
             continue
         there = forward.module.get_parameter("weight").shape[0]

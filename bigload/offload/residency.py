@@ -44,63 +44,60 @@ class Residency:
         self._owned = [each for each in streamed if each.parameter is not None]
         self.parameters = [each.parameter for each in self._owned if each.parameter is not None]
 
-    def hold(self, use: Use) -> Slot:
-        """Bring the weights to the device, if they are not there, until `use` leaves the users of the slot.
+    def run_in_slot(self, compute: Callable[[Slot], _T]) -> _T:
+        """Call `compute` with the slot that the group is in; the leaf's own tensors stay at rest.
 
         Raises:
             OffloadError: a weight was replaced or moved since, or cannot be read.
             torch.OutOfMemoryError: the device has no room.
         """
+        out = self._while_used(self._acquire, compute)
+        self._leave()
+        return out
+
+    def run(self, compute: Callable[[Slot], _T]) -> _T:
+        """Call `compute` as `run_in_slot` does, while the leaf's tensors are those in the slot."""
+        try:
+            out = self._while_used(self._swap_in, compute)
+        finally:
+            self.swap_out()
+        self._leave()
+        return out
+
+    def _while_used(self, acquire: Callable[[Use], Slot], compute: Callable[[Slot], _T]) -> _T:
+        use = Use()
+        try:
+            return compute(acquire(use))
+        finally:
+            if use.slot is not None:
+                use.slot.users.discard(use)
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[Slot]:
+        """Do as `run` does while a block runs. After Ctrl-C the use may last as long as the traceback is kept."""
+        use = Use()
+        try:
+            yield self._swap_in(use)
+        finally:
+            if use.slot is not None:
+                use.slot.users.discard(use)
+            self.swap_out()
+        self._leave()
+
+    def _acquire(self, use: Use) -> Slot:
         with self._pool.lock, plainly():
             return self._pool.enter(use, self.group, self.leaf, self._owned)
 
-    def leave(self) -> None:
-        """Say that a call of the leaf is over, and what comes after it may be brought.
-
-        Raises:
-            torch.OutOfMemoryError: the device has no room.
-        """
+    def _leave(self) -> None:
         with self._pool.lock:
             self._pool.leave(self.group, self.leaf)
 
-    def run(self, compute: Callable[[Slot], _T]) -> _T:
-        """Call something while the leaf's tensors are those on the device; it is given the slot.
-
-        Raises:
-            OffloadError, torch.OutOfMemoryError: as `hold` raises them.
-        """
-        use = Use()
-        try:
-            out = compute(self._place(use))
-        finally:
-            if use.slot is not None:
-                use.slot.users.discard(use)
-            self.swap_out()
-        self.leave()
-        return out
-
-    @contextmanager
-    def placed(self) -> Iterator[Slot]:
-        """Do as `run` does while a block runs. After Ctrl-C the use may last as long as the traceback is kept.
-
-        Raises:
-            OffloadError, torch.OutOfMemoryError: as `hold` raises them.
-        """
-        use = Use()
-        try:
-            yield self._place(use)
-        finally:
-            if use.slot is not None:
-                use.slot.users.discard(use)
-            self.swap_out()
-        self.leave()
-
-    def _place(self, use: Use) -> Slot:
+    def _swap_in(self, use: Use) -> Slot:
         with self._pool.lock, plainly():
             # Where another call has them; which need not be where new calls of the group find theirs.
             slot = self._streamed[0].slot() if self._streamed else None
             if slot is None:
-                slot = self.hold(use)
+                slot = self._acquire(use)
             else:
                 self._pool.join(use, slot)
             views = slot.views(self.group.store)

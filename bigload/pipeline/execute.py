@@ -29,7 +29,6 @@ from ..sizes import show
 from .sinks import CopySink, QuantizeSink, Sink, StoredPartsSink, gathered_if_needed, numel
 
 LoadedTensor = torch.Tensor | QuantizedWeight
-_NO_MEMORY: Mapping[str, torch.Tensor] = {}
 
 
 def execute(
@@ -55,48 +54,66 @@ def execute(
         PlacementError: a device ran out of memory.
         QuantizationError: a weight has values that its format cannot hold.
     """
-    loaded: dict[str, LoadedTensor] = {}
-    homes = {planned.tensor.name: planned for planned in plan.tensors if planned.home is not None}
-
-    def keep(name: str, value: LoadedTensor) -> None:
-        if targets is not None and name in homes:
-            value = targets.put(homes[name], value)
-        arrive(name, value)
-
-    def arrive(name: str, value: LoadedTensor) -> None:
-        loaded[name] = value
-        on_loaded(name, value)
-
-    def begin(planned: PlannedTensor) -> list[ReadTask]:
-        name, memory = planned.tensor.name, _NO_MEMORY
-        if targets is not None and planned.home is not None:
-            cached = targets.cached(planned)
-            if cached is not None:
-                arrive(name, cached)
-                on_bytes(sum(source.tensor.nbytes for source in planned.sources))
-                return []
-            memory, planned = targets.memory(planned), _read_at_home(planned)
-        if _is_own_tensor(planned):
-            keep(name, _saying_where(functools.partial(_at, planned), _own_tensor)(planned))
-            return []
-        make_sink = functools.partial(_sink, plan.config.load_dtype, memory)
-        return read_tasks_for(planned, make_sink, functools.partial(keep, name))
-
+    loader = _Loader(plan, targets, on_bytes, on_loaded)
     with ExitStack() as streams:
         for device in {planned.device for planned in plan.tensors}:
             streams.enter_context(default_stream(device))
         for device, nbytes in plan.device_bytes.items():
             reserve(device, nbytes)
-        tasks = [task for planned in plan.tensors if planned.sources for task in begin(planned)]
+        tasks = [task for planned in plan.tensors if planned.sources for task in loader.begin(planned)]
         read_and_load(tasks, plan, on_bytes=on_bytes)
-        if homes:
-            _finish(plan)  # what went home is looked at there
-        _require_finite(loaded, plan)
-    _finish(plan)
-    return loaded
+        if any(planned.home is not None for planned in plan.tensors):
+            _synchronize(plan)  # copies into host memory must have ended before the CPU looks at it
+        _require_finite(loader.loaded, plan)
+    _synchronize(plan)
+    return loader.loaded
 
 
-def _finish(plan: Plan) -> None:
+class _Loader:
+    """Takes each tensor of a plan from its sources to where it is kept.
+
+    Attributes:
+        loaded: the tensors that are whole, by their first names.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        targets: OffloadTargets | None,
+        on_bytes: Callable[[int], object],
+        on_loaded: Callable[[str, LoadedTensor], object],
+    ) -> None:
+        self._load_dtype, self._targets = plan.config.load_dtype, targets
+        self._on_bytes, self._on_loaded = on_bytes, on_loaded
+        self.loaded: dict[str, LoadedTensor] = {}
+
+    def begin(self, planned: PlannedTensor) -> list[ReadTask]:
+        """Return what must be read for a tensor; one that is in memory, or in the offload folder, is kept at once."""
+        target = self._targets if planned.home is not None else None
+        finish = functools.partial(self._finish, planned, target)
+        buffers: Mapping[str, torch.Tensor] = {}
+        if target is not None:
+            cached = target.cached(planned)
+            if cached is not None:
+                self._keep(planned, cached)
+                self._on_bytes(sum(source.tensor.nbytes for source in planned.sources))
+                return []
+            buffers, planned = target.memory(planned), _read_at_home(planned)
+        if _is_own_tensor(planned):
+            finish(_saying_where(functools.partial(_at, planned), _own_tensor)(planned))
+            return []
+        return read_tasks_for(planned, functools.partial(_sink, self._load_dtype, buffers), finish)
+
+    def _finish(self, planned: PlannedTensor, target: OffloadTargets | None, value: LoadedTensor) -> None:
+        self._keep(planned, value if target is None else target.put(planned, value))
+
+    def _keep(self, planned: PlannedTensor, value: LoadedTensor) -> None:
+        name = planned.tensor.name
+        self.loaded[name] = value
+        self._on_loaded(name, value)
+
+
+def _synchronize(plan: Plan) -> None:
     """Wait for GPUs: what is given back is there, and errors are ours."""
     for device in {planned.device for planned in plan.tensors}:
         if device.type == "cuda":
@@ -152,20 +169,21 @@ def read_tasks_for(
     """
     where = functools.partial(_at, planned)
     sink = _saying_where(where, make_sink)(planned)
-    tasks, finish = sink.tasks(), _saying_where(where, sink.finish)
-    pending = sum(numel(task.tensor) for task in tasks)
+    finish = _saying_where(where, sink.finish)
+    tasks = sink.tasks()
+    missing = sum(numel(task.tensor) for task in tasks)
 
-    def arrived(count: int) -> None:
-        nonlocal pending
-        pending -= count
-        if not pending:
+    def count_down(count: int) -> None:
+        nonlocal missing
+        missing -= count
+        if not missing:
             kept(finish())
 
-    if not pending:
-        arrived(0)
+    if not missing:
+        count_down(0)
         return []
     for task in tasks:
-        task.take, task.arrived = _saying_where(where, task.take), arrived
+        task.take, task.arrived = _saying_where(where, task.take), count_down
     return [task for task in tasks if task.tensor.nbytes]
 
 

@@ -64,7 +64,7 @@ def brought(engine):
     """Bring each leaf's weight in its turn, and copy it there."""
     copies = []
     for weights in engine._weights:
-        with weights.placed():
+        with weights.swapped_in():
             copies.append(weights.leaf.module.weight.clone())
     return copies
 
@@ -119,7 +119,7 @@ def test_tensors_go_to_rest_when_the_last_of_two_calls_is_over(device, end):
     model = resident("nf4", device)
     engine = stream(model, device, slots=2)
     weights = engine._weights[0]
-    one, other = weights.placed(), weights.placed()
+    one, other = weights.swapped_in(), weights.swapped_in()
     with torch.no_grad():
         one.__enter__()
         other.__enter__()
@@ -171,7 +171,7 @@ def test_state_dict_that_is_loaded_while_a_group_is_used_counts_for_the_next_cal
     for parameter in twice.parameters():
         parameter.data.mul_(2)
     model(x)
-    with engine._weights[1].placed():  # of the first group, whose other leaf is loaded
+    with engine._weights[1].swapped_in():  # of the first group, whose other leaf is loaded
         model[0][0].load_state_dict(twice[0][0].state_dict())
     assert equal(model[0][0](x), twice[0][0](x))
 
@@ -183,7 +183,7 @@ def test_calls_of_one_layer_at_once_find_its_weights_in_one_place_until_both_are
     engine = Engine(model, list(groups_of(model, device)), device, slots=2)
     x, weights = torch.randn(3, 64, device=device), engine._weights[1]
     expected = model[0][1](x)
-    calls = {"first": weights.placed(), "second": weights.placed()}
+    calls = {"first": weights.swapped_in(), "second": weights.swapped_in()}
     calls["first"].__enter__()
     model[0][0].load_state_dict(model[0][0].state_dict())
     slot = calls["second"].__enter__()
@@ -311,7 +311,7 @@ def test_what_was_brought_before_memory_ran_out_is_gone_when_slots_are_made_agai
 def test_slots_are_no_more_than_groups(device):
     model = pairs(Own, 1, device).requires_grad_(False)
     engine = Engine(model, list(groups_of(model, device)), device, slots=3)
-    with engine._weights[0].placed():
+    with engine._weights[0].swapped_in():
         engine.pool.forget(engine.groups[0])
         model(torch.randn(3, 64, device=device))
     model(torch.randn(3, 64, device=device))
@@ -417,7 +417,7 @@ def test_slot_that_was_used_last_is_the_last_to_be_filled_again(device):
 def test_slots_that_were_needed_at_once_are_let_go_of(device):
     model = pairs(Own, device=device).requires_grad_(False)
     engine = Engine(model, list(groups_of(model, device)), device, slots=1)
-    with engine._weights[0].placed(), engine._weights[2].placed(), engine._weights[4].placed():
+    with engine._weights[0].swapped_in(), engine._weights[2].swapped_in(), engine._weights[4].swapped_in():
         assert engine.stats().slots == 3
         memories = [weakref.ref(slot.memory) for slot in engine.pool.slots]
     x = torch.randn(3, 64, device=device)
@@ -459,7 +459,7 @@ def test_weights_that_a_call_left_away_are_at_rest_before_others_are_loaded(devi
         other.transformer["h"][0].attn.c_attn.weight.mul_(2)
     engine = stream(model, device, poisoned=False)
     weights, each = engine._weights[0], engine._weights[0]._streamed[0]
-    with weights.placed() as slot:
+    with weights.swapped_in() as slot:
         there = each.get()
     each.put(there)  # as Ctrl-C may leave it
     each.is_away = True
