@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import contents, empty, loaded, save, save_checkpoint, stored
+from checkpoints import contents, empty, empty_like, loaded, save, save_checkpoint, stored
 from comparisons import assert_same_bits
-from failures import failing_at
+from failures import fail_at
 from models import GPT, Layers, llama
 from references import FOUR_BIT
 from torch import nn
@@ -88,7 +88,6 @@ def test_every_choice_of_the_config_counts(tmp_path, device, blocksize, storage)
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "gpt2", "t5", "mixtral"])
 def test_from_files_and_a_config_alone(tmp_path, device, name, mode):
     """GPT-2's weights are transposed, Mixtral's experts merged from others; transformers reads what was made."""
-    sys.path.insert(0, str(Path(__file__).parent / "interop"))
     from architectures import build
 
     torch.manual_seed(0)
@@ -97,12 +96,8 @@ def test_from_files_and_a_config_alone(tmp_path, device, name, mode):
     (tmp_path / "source" / "tokenizer.json").write_text("{}")
     quantize_checkpoint(tmp_path / "source", tmp_path / "made", mode, max_shard_size="20KB", device=device)
     assert (tmp_path / "made" / "tokenizer.json").read_text() == "{}"
-    model = load_and_quantize_model(
-        empty(lambda: type(full)(full.config)), mode, tmp_path / "source", device_map=device
-    )
-    again = load_and_quantize_model(
-        empty(lambda: type(full)(full.config)), None, tmp_path / "made", device_map=device, strict=True
-    )
+    model = load_and_quantize_model(empty_like(full), mode, tmp_path / "source", device_map=device)
+    again = load_and_quantize_model(empty_like(full), None, tmp_path / "made", device_map=device, strict=True)
     assert_same_bits(again.state_dict(), model.state_dict())
     theirs = type(full).from_pretrained(tmp_path / "made", device_map={"": device})
     assert_same_bits(theirs.state_dict(), model.state_dict())
@@ -138,7 +133,7 @@ def test_command_quantizes_and_says_what_it_made(tmp_path, capsys):
 def test_full_disk_leaves_nothing(tmp_path, device, monkeypatch, call):
     folder = source(tmp_path / "source")
     before = contents(tmp_path)
-    monkeypatch.setattr(os, "pwrite", failing_at(call, OSError(errno.ENOSPC, "No space left on device")))
+    fail_at(monkeypatch, os, "pwrite", call, OSError(errno.ENOSPC, "No space left on device"))
     with pytest.raises(CheckpointError, match=r"made' cannot be written.*No space left"):
         quantize_checkpoint(folder, tmp_path / "made", "nf4", model=empty(), max_shard_size="4KB", device=device)
     assert contents(tmp_path) == before
@@ -154,7 +149,7 @@ def test_interrupted_run_goes_on_and_ends_with_the_same_bytes(tmp_path, device, 
         quantize_checkpoint(folder, tmp_path / name, mode, model=empty(), max_shard_size="4KB", device=device)
 
     run("expected")
-    monkeypatch.setattr(os, "pwrite", failing_at(call, KeyboardInterrupt()))
+    fail_at(monkeypatch, os, "pwrite", call, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         run("made")
     monkeypatch.undo()
@@ -172,7 +167,7 @@ def test_finished_files_of_another_run_are_not_taken(tmp_path, device, monkeypat
     folder = source(tmp_path / "source")
     for mode, error in (("nf4", KeyboardInterrupt()), ("fp4", None)):
         if error:
-            monkeypatch.setattr(os, "pwrite", failing_at(25, error))
+            fail_at(monkeypatch, os, "pwrite", 25, error)
             with pytest.raises(KeyboardInterrupt):
                 quantize_checkpoint(folder, tmp_path / "made", mode, model=empty(), max_shard_size=1, device=device)
             monkeypatch.undo()
@@ -184,7 +179,7 @@ def test_finished_files_of_another_run_are_not_taken(tmp_path, device, monkeypat
 
 KILLED = """
 import itertools, os, signal, sys
-sys.path.insert(0, {tests!r})
+sys.path.insert(0, {helpers!r})
 from models import GPT
 from checkpoints import empty
 from bigload import quantize_checkpoint
@@ -197,7 +192,7 @@ def killing(*arguments):
     return own(*arguments)
 
 os.{function} = killing
-model = empty(lambda: GPT(layers=24))
+model = empty(GPT, layers=24)
 quantize_checkpoint({source!r}, {target!r}, "nf4-dq", model=model, max_shard_size="30KB", device="cpu")
 """
 
@@ -214,9 +209,8 @@ def test_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(tmp_path):
     kept = []
     # In the midst of it each time: a few of the files that are whole wait for the disk still, and are lost.
     for function, call in (("pwrite", 250), ("fsync", 10), ("pwrite", 250)):
-        code = KILLED.format(
-            tests=str(Path(__file__).parent), source=str(folder), target=str(target), function=function, call=call
-        )
+        helpers, paths = Path(__file__).parent / "helpers", {"source": str(folder), "target": str(target)}
+        code = KILLED.format(helpers=str(helpers), function=function, call=call, **paths)
         done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "HF_HUB_OFFLINE": "1"})
         assert done.returncode == -signal.SIGKILL
         kept.append(len(list((tmp_path / ".made.partial").glob("*.safetensors"))))
@@ -239,7 +233,7 @@ def test_finished_files_made_of_other_tensors_are_not_taken(tmp_path, device, mo
         options = {"model": empty(), "max_shard_size": 1, "device": device, "key_mapping": mapping}
         quantize_checkpoint(tmp_path / "source", tmp_path / "made", "nf4", **options)
 
-    monkeypatch.setattr(os, "pwrite", failing_at(30, KeyboardInterrupt()))
+    fail_at(monkeypatch, os, "pwrite", 30, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         run("model.")
     monkeypatch.undo()

@@ -8,6 +8,7 @@ import torch
 from comparisons import relative_error
 from hypothesis import given
 from hypothesis import strategies as st
+from models import Net
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -23,15 +24,6 @@ def names_of(model, tied_parameters=()):
 def quantized(model, tied_parameters=(), **fields):
     config = BnbQuantizationConfig(load_in_8bit=True, **fields)
     return set(layers_to_quantize(model, config, tensors_of(model, tied_parameters)))
-
-
-class Net(nn.Module):
-    """A model of named children."""
-
-    def __init__(self, **children):
-        super().__init__()
-        for name, child in children.items():
-            self.add_module(name, child)
 
 
 class LinearSubclass(nn.Linear):

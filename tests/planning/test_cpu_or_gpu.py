@@ -11,6 +11,8 @@ from models import GPT
 from bigload import OffloadConfig, load_and_quantize_model, plan_device_map, quantize_checkpoint
 from bigload.hardware.bandwidth import host_gb_per_s, link_gb_per_s
 
+pytestmark = pytest.mark.usefixtures("small_parts_stream")
+
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 AUTO = OffloadConfig(execute="auto")
 MAP = {"": 0, "transformer.h.1": "cpu"}
@@ -18,11 +20,6 @@ MAP = {"": 0, "transformer.h.1": "cpu"}
 
 def where(devices):
     return torch.device(devices.get("transformer.h.1", devices.get("")))
-
-
-@pytest.fixture(autouse=True)
-def small_parts_stream(monkeypatch):
-    monkeypatch.setattr("bigload.planning.units.RESIDENT_BYTES", 2000)
 
 
 @pytest.fixture

@@ -101,12 +101,6 @@ def test_budget_without_a_size_or_a_device_is_refused(no_gpu, max_memory):
 # Several places.
 
 
-@pytest.fixture
-def small_parts_stream(monkeypatch):
-    """Let tensors of a few KB leave a device, as those of a real model do."""
-    monkeypatch.setattr("bigload.planning.units.RESIDENT_BYTES", 2000)
-
-
 def planned(build, device_map="auto", mode="nf4", **options):
     return plan_device_map(empty(build), mode, device_map=device_map, **options)
 
@@ -410,7 +404,7 @@ def test_several_gpus_that_are_too_small_are_told_what_each_needs(small_parts_st
     options = {"device_map": "auto", "offload": OffloadConfig(reserve=0)}
     empty_pair = {0: 0, 1: 0, "cpu": "1GiB"}
     with pytest.raises(PlacementError) as caught:
-        plan_device_map(empty(lambda: GPT(layers=8)), "nf4", max_memory=empty_pair, **options)
+        plan_device_map(empty(GPT, layers=8), "nf4", max_memory=empty_pair, **options)
     text = str(caught.value)
     assert "leaving cuda:" not in text  # neither would that: both are too small
     assert "offload_folder" not in text  # which would not help: what must be on a GPU is too much

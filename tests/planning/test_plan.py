@@ -142,10 +142,10 @@ def test_budget_is_met_to_the_byte(tmp_path):
 def test_plan_is_written_as_a_table_and_as_json(monkeypatch):
     monkeypatch.setattr("bigload.planning.units.RESIDENT_BYTES", 1000)
     budgets = {0: 2**28, "cpu": "1GiB"}
-    plan = plan_device_map(empty(lambda: GPT(layers=6)), "nf4", max_memory=budgets)
+    plan = plan_device_map(empty(GPT, layers=6), "nf4", max_memory=budgets)
     assert "nothing is offloaded" in plan_table(plan)
     places = {f"transformer.h.{n}": "cpu" for n in (1, 3, 5)} | {"": 0}
-    plan = plan_device_map(empty(lambda: GPT(layers=6)), "nf4", device_map=places, max_memory=budgets)
+    plan = plan_device_map(empty(GPT, layers=6), "nf4", device_map=places, max_memory=budgets)
     text = str(plan)
     assert "offloaded: 3 of 6 blocks" in text
     assert "256.00 MiB" in text
