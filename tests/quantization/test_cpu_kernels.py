@@ -8,9 +8,10 @@ import warnings
 import bitsandbytes.functional as kernels
 import pytest
 import torch
+from comparisons import assert_same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from references import FOUR_BIT, quantize_as_bitsandbytes
+from references import FOUR_BIT, parts_of_4bit, quantize_as_bitsandbytes
 
 import bigload.quantization.cpu_kernels as room
 import bigload.quantization.quantizer as quantizing
@@ -201,19 +202,11 @@ def parts_of(weight):
     """A weight's tensors by the names that `quantize_as_bitsandbytes` gives them."""
     if weight.row_scales is not None:
         return {"weight": weight.data, "SCB": weight.row_scales}
-    state = weight.quant_state
-    parts = {"weight": weight.data, "absmax": state.absmax, "code": state.code}
-    if state.nested:
-        parts |= {"offset": state.offset, "nested_absmax": state.state2.absmax, "nested_code": state.state2.code}
-    return parts
+    return parts_of_4bit(weight.data, weight.quant_state)
 
 
 def check_parts(weight, expected):
-    found = parts_of(weight)
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape), name
-        assert torch.equal(bits(found[name]), bits(value)), name
+    assert_same_bits(parts_of(weight), expected)
 
 
 def pieces_of(numel, values_per_scale, rng):
