@@ -30,11 +30,21 @@ def save(state: dict[str, torch.Tensor], folder: Path, shards: int = 1) -> Path:
     return folder
 
 
-def save_shards(shards: dict[str, dict[str, torch.Tensor]], folder: Path, name: str = INDEX_NAME) -> Path:
-    """Write files of tensors, and the index that names them. Returns the index."""
+def save_shards(
+    shards: dict[str, dict[str, torch.Tensor]],
+    folder: Path,
+    weight_map: dict[str, str] | None = None,
+    name: str = INDEX_NAME,
+) -> Path:
+    """Write files of tensors, and their index. Returns the index.
+
+    Args:
+        weight_map: what the index says, if that is not where the tensors are.
+    """
     for file, tensors in shards.items():
         save_file(_writable(tensors), folder / file)
-    return write_index({tensor: file for file, tensors in shards.items() for tensor in tensors}, folder / name)
+    found = {tensor: file for file, tensors in shards.items() for tensor in tensors}
+    return write_index(found if weight_map is None else weight_map, folder / name)
 
 
 def _writable(state):
