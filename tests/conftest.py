@@ -64,6 +64,38 @@ def quiet_bitsandbytes():
 
 
 @pytest.fixture
+def small_parts_stream(monkeypatch):
+    """Let tensors of a few KB leave a device, as those of a real model do.
+
+    And let no resident layer use the packed kernel of some CPUs, which rounds its scales and takes no streamed weight.
+    """
+    monkeypatch.setattr("bigload.planning.units.RESIDENT_BYTES", 2000)
+    monkeypatch.setattr("bigload.quantization.cpu_forwards._PACKED_ROWS", 2**40)
+
+
+@pytest.fixture
+def moves(monkeypatch):
+    """Let "meta" take the place of a GPU. Gives a list of the tensors that a model's hooks moved, and where to."""
+    found = []
+
+    def moved(tensor, device):
+        if tensor.device == device:
+            return tensor
+        found.append((tensor, device))
+        return torch.zeros_like(tensor, device=device)  # from meta there is nothing to copy
+
+    monkeypatch.setattr("bigload.offload.device_hooks._moved", moved)
+    return found
+
+
+@pytest.fixture
+def warned(caplog):
+    """Give a function that lists what bigload has warned of."""
+    caplog.set_level(logging.WARNING, "bigload")
+    return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("bigload")]
+
+
+@pytest.fixture
 def two_gpus(monkeypatch):
     """Imagine two GPUs, the second being the current one."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

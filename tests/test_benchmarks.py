@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import stored
 from safetensors import safe_open
-from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,10 +41,6 @@ def run(*arguments):
     from benchmarks.__main__ import main
 
     main([str(argument) for argument in arguments])
-
-
-def stored(folder):
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 def job(folder, **options):

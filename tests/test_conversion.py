@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import contents, empty, loaded, save, save_checkpoint, stored
+from checkpoints import contents, empty, empty_like, loaded, save, save_checkpoint, stored
 from comparisons import assert_same_bits
 from failures import fail_at
 from models import GPT, Layers, llama
@@ -96,12 +96,8 @@ def test_from_files_and_a_config_alone(tmp_path, device, name, mode):
     (tmp_path / "source" / "tokenizer.json").write_text("{}")
     quantize_checkpoint(tmp_path / "source", tmp_path / "made", mode, max_shard_size="20KB", device=device)
     assert (tmp_path / "made" / "tokenizer.json").read_text() == "{}"
-    model = load_and_quantize_model(
-        empty(lambda: type(full)(full.config)), mode, tmp_path / "source", device_map=device
-    )
-    again = load_and_quantize_model(
-        empty(lambda: type(full)(full.config)), None, tmp_path / "made", device_map=device, strict=True
-    )
+    model = load_and_quantize_model(empty_like(full), mode, tmp_path / "source", device_map=device)
+    again = load_and_quantize_model(empty_like(full), None, tmp_path / "made", device_map=device, strict=True)
     assert_same_bits(again.state_dict(), model.state_dict())
     theirs = type(full).from_pretrained(tmp_path / "made", device_map={"": device})
     assert_same_bits(theirs.state_dict(), model.state_dict())
@@ -183,7 +179,7 @@ def test_finished_files_of_another_run_are_not_taken(tmp_path, device, monkeypat
 
 KILLED = """
 import itertools, os, signal, sys
-sys.path.insert(0, {tests!r})
+sys.path.insert(0, {helpers!r})
 from models import GPT
 from checkpoints import empty
 from bigload import quantize_checkpoint
@@ -196,7 +192,7 @@ def killing(*arguments):
     return own(*arguments)
 
 os.{function} = killing
-model = empty(lambda: GPT(layers=24))
+model = empty(GPT, layers=24)
 quantize_checkpoint({source!r}, {target!r}, "nf4-dq", model=model, max_shard_size="30KB", device="cpu")
 """
 
@@ -213,13 +209,8 @@ def test_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(tmp_path):
     kept = []
     # In the midst of it each time: a few of the files that are whole wait for the disk still, and are lost.
     for function, call in (("pwrite", 250), ("fsync", 10), ("pwrite", 250)):
-        code = KILLED.format(
-            tests=str(Path(__file__).parent / "helpers"),
-            source=str(folder),
-            target=str(target),
-            function=function,
-            call=call,
-        )
+        helpers, paths = Path(__file__).parent / "helpers", {"source": str(folder), "target": str(target)}
+        code = KILLED.format(helpers=str(helpers), function=function, call=call, **paths)
         done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "HF_HUB_OFFLINE": "1"})
         assert done.returncode == -signal.SIGKILL
         kept.append(len(list((tmp_path / ".made.partial").glob("*.safetensors"))))

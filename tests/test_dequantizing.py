@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from checkpoints import empty, loaded, save_checkpoint
+from checkpoints import empty, loaded, quantized, save_checkpoint, stored
 from comparisons import equal, relative_error
 from models import GPT, Layers, llama
 from references import FOUR_BIT, dequantize_by_hand, quantize_as_bitsandbytes
@@ -22,17 +22,11 @@ from bigload.quantization.layers import quantized_layers
 MODES = (*FOUR_BIT, "int8")
 
 
-def quantized(tmp_path, device, mode="nf4", dtype=torch.bfloat16, **fields):
-    torch.manual_seed(0)
-    full = Layers().to(dtype)
-    save_checkpoint(full, tmp_path)
-    return full, loaded(tmp_path, device, BnbQuantizationConfig.from_mode(mode, **fields)).eval()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mode", MODES)
 def test_weights_are_what_the_format_says(tmp_path, device, mode, dtype):
-    full, model = quantized(tmp_path, device, mode, dtype)
+    model, full = quantized(tmp_path, device, mode, dtype=dtype), Layers().to(dtype)
+    full.load_state_dict(stored(tmp_path))
     plain = dequantize_model(model)
     assert plain is model
     assert [type(module) for module in plain.modules()] == [type(module) for module in full.modules()]
@@ -49,7 +43,7 @@ def test_weights_are_what_the_format_says(tmp_path, device, mode, dtype):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_outputs_are_those_of_the_quantized_model(tmp_path, device, mode):
-    _, model = quantized(tmp_path, device, mode, torch.float32)
+    model = quantized(tmp_path, device, mode, dtype=torch.float32)
     x = torch.randn(7, 160, device=device)
     with torch.no_grad():
         before = model(x)
@@ -59,22 +53,22 @@ def test_outputs_are_those_of_the_quantized_model(tmp_path, device, mode):
 
 
 def test_another_dtype_is_that_of_weights_and_biases_and_of_nothing_else(tmp_path, device):
-    _, model = quantized(tmp_path, device)
+    model = quantized(tmp_path, device)
     plain = dequantize_model(model, torch.float32)
     assert {plain.c_proj.weight.dtype, plain.c_proj.bias.dtype, plain.proj.weight.dtype} == {torch.float32}
     assert {plain.norm.weight.dtype, plain.head.weight.dtype} == {torch.bfloat16}
 
 
 def test_trainable_main_weights_stay_themselves(tmp_path, device):
-    full, model = quantized(tmp_path, device, "int8-training")
+    model = quantized(tmp_path, device, "int8-training")
     plain = dequantize_model(model)
     assert type(plain.c_proj) is nn.Linear
-    assert equal(plain.c_proj.weight.detach().cpu(), full.c_proj.weight.detach())
+    assert equal(plain.c_proj.weight.detach().cpu(), stored(tmp_path)["c_proj.weight"])
     assert plain.c_proj.weight.requires_grad
 
 
 def test_hooks_modes_and_own_attributes_stay(tmp_path, device):
-    _, model = quantized(tmp_path, device)
+    model = quantized(tmp_path, device)
     calls = []
     handle = model.c_proj.register_forward_hook(lambda module, args, out: calls.append(module))
     model.c_proj.register_load_state_dict_pre_hook(lambda module, *args: calls.append(module))
@@ -96,8 +90,8 @@ def test_hooks_modes_and_own_attributes_stay(tmp_path, device):
 
 def test_int8_after_it_ran_is_what_it_was(tmp_path, device):
     """Then bitsandbytes keeps the scales in the layer's state, no more with the weight."""
-    _, one = quantized(tmp_path, device, "int8")
-    _, other = quantized(tmp_path, device, "int8")
+    one = quantized(tmp_path, device, "int8")
+    other = quantized(tmp_path, device, "int8")
     with torch.no_grad():
         one(torch.randn(2, 160, device=device, dtype=torch.bfloat16))
     assert equal(dequantize_model(one).c_proj.weight, dequantize_model(other).c_proj.weight.cpu().to(device))
@@ -144,7 +138,7 @@ def test_a_subclass_of_linear_is_made_again(tmp_path, device):
 
 def test_it_may_be_quantized_again(tmp_path, device):
     """To the same bits: the values of a code are quantized to themselves."""
-    _, model = quantized(tmp_path, device)
+    model = quantized(tmp_path, device)
     packed = model.c_proj.weight.data.clone()
     again = load_and_quantize_model(dequantize_model(model), "nf4", device_map=device)
     assert again.is_loaded_in_4bit
@@ -152,7 +146,7 @@ def test_it_may_be_quantized_again(tmp_path, device):
 
 
 def test_failure_leaves_the_model_quantized(tmp_path, device, monkeypatch):
-    _, model = quantized(tmp_path, device)
+    model = quantized(tmp_path, device)
     before, own = {path: id(layer) for path, layer in quantized_layers(model).items()}, dequantizing.dequantize_4bit
 
     def failing(packed, state, dtype):
@@ -170,7 +164,7 @@ def test_failure_leaves_the_model_quantized(tmp_path, device, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float64, "fp16"], ids=str)
 def test_dtype_that_weights_cannot_be_is_refused(tmp_path, device, dtype):
-    _, model = quantized(tmp_path, device)
+    model = quantized(tmp_path, device)
     with pytest.raises(ConfigError, match="dtype is"):
         dequantize_model(model, dtype)
 
@@ -179,7 +173,7 @@ def test_models_without_layers_of_bitsandbytes_or_with_adapters_are_refused(tmp_
     peft = pytest.importorskip("peft")
     with pytest.raises(ConfigError, match="no layer that bitsandbytes quantized"):
         dequantize_model(GPT())
-    _, model = quantized(tmp_path, device)
+    model = quantized(tmp_path, device)
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["c_proj"]))
     with pytest.raises(QuantizationError, match=r"c_proj'.*merge_and_unload"):
         dequantize_model(adapted)
@@ -187,7 +181,7 @@ def test_models_without_layers_of_bitsandbytes_or_with_adapters_are_refused(tmp_
 
 def test_layers_that_others_changed_are_refused(tmp_path):
     hooks = pytest.importorskip("accelerate.hooks")
-    _, model = quantized(tmp_path, torch.device("cpu"))
+    model = quantized(tmp_path, torch.device("cpu"))
     model.proj.weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(QuantizationError, match="'proj': packed by bitsandbytes"):
         dequantize_model(model)
@@ -200,7 +194,7 @@ def test_layers_that_others_changed_are_refused(tmp_path):
 
 
 def test_what_was_saved_reloaded_and_dequantized_is_what_was_dequantized_at_once(tmp_path, device):
-    _, model = quantized(tmp_path / "source", device)
+    model = quantized(tmp_path / "source", device)
     save_quantized_model(model, tmp_path / "saved")
     again = dequantize_model(loaded(tmp_path / "saved", device))
     assert equal(again.c_proj.weight.cpu(), dequantize_model(model).c_proj.weight.cpu())

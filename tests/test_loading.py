@@ -22,8 +22,6 @@ from bigload import (
     QuantizationError,
     load_and_quantize_model,
 )
-from bigload.hardware.allocation import reserve
-from bigload.pipeline.report import LoadReport, PeakMemory
 
 # 4-bit layers may multiply in bfloat16 (CPUs with AVX512-BF16), int8 ones round the activations to int8: 0.1 to 0.3%
 # of the output in these models. Quantizing the weights changes it by 3% and more in 4 bit.
@@ -435,36 +433,3 @@ def test_collector_of_cycles_rests_while_a_model_is_loaded_and_is_as_it_was_afte
         gc.enable() if before else gc.disable()
     assert seen
     assert not any(seen)
-
-
-def test_report_gives_a_peak_only_where_the_load_set_a_new_one(monkeypatch):
-    used = {"cpu": [(100, 500), (300, 900)], "cuda:0": [(40, 700), (90, 700)]}
-    monkeypatch.setattr("bigload.pipeline.report._used_and_highest", lambda device: used[str(device)].pop(0))
-    peaks = PeakMemory([torch.device("cuda", 0)])
-    found = peaks.since()
-    assert found == {torch.device("cpu"): 800}
-    text = str(LoadReport("nf4", 10**9, 1.0, {torch.device("cpu"): 2**20}, {torch.device("cpu"): 2**21}))
-    assert text.endswith("as nf4, at most 2.00 MiB on cpu on the way")
-
-
-def test_gpu_is_asked_once_for_what_it_lacks_and_again_when_rubbish_is_collected(monkeypatch):
-    asked, collected = [], []
-
-    def empty(size, **options):
-        asked.append(size)
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
-    monkeypatch.setattr(torch, "empty", empty)
-    monkeypatch.setattr(gc, "collect", lambda: collected.append(len(asked)))
-    gpu = torch.device("cuda", 0)
-    reserve(gpu, 200)
-    assert asked == []
-    reserve(gpu, 1000)
-    assert asked == [800, 800]
-    assert collected == [1]
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:128")
-    reserve(gpu, 1000)
-    reserve(torch.device("cpu"), 1000)
-    assert asked == [800, 800]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from checkpoints import empty
 from comparisons import assert_same_bits
-from references import quantize_as_bitsandbytes
+from references import parts_of_4bit, quantize_as_bitsandbytes
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -108,12 +108,9 @@ def tensors_of(model):
     tensors = {}
     for name, parameter in model.named_parameters():
         tensors[name] = parameter.data
-        state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            tensors |= {f"{name} absmax": state.absmax, f"{name} code": state.code}
-            if state.nested:
-                tensors |= {f"{name} offset": state.offset, f"{name} nested_absmax": state.state2.absmax}
-                tensors[f"{name} nested_code"] = state.state2.code
+        if getattr(parameter, "quant_state", None) is not None:
+            parts = parts_of_4bit(parameter.data, parameter.quant_state)
+            tensors |= {f"{name} {part}": tensor for part, tensor in parts.items() if part != "weight"}
         elif getattr(parameter, "SCB", None) is not None:
             tensors[f"{name} SCB"] = parameter.SCB
     return tensors

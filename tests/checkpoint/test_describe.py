@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from checkpoints import empty, save_checkpoint
+from checkpoints import quantized, save_checkpoint
 from models import Layers
 from safetensors.torch import save_file
 
-from bigload import BnbQuantizationConfig, load_and_quantize_model, save_quantized_model
+from bigload import save_quantized_model
 from bigload.cli import main
 
 VALUES = sum(parameter.numel() for parameter in Layers().parameters())
@@ -19,9 +19,7 @@ def shown(capsys, path):
 
 
 def saved(tmp_path, mode, **fields):
-    save_checkpoint(Layers(), tmp_path / "source", dtype=torch.bfloat16)
-    config = BnbQuantizationConfig.from_mode(mode, **fields)
-    model = load_and_quantize_model(empty(), config, tmp_path / "source", device_map="cpu")
+    model = quantized(tmp_path / "source", "cpu", mode, **fields)
     save_quantized_model(model, tmp_path / "saved", "10KB")
     return tmp_path / "saved"
 

@@ -10,8 +10,10 @@ from models import Layers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bigload import init_empty_weights, load_and_quantize_model
+from bigload import BnbQuantizationConfig, init_empty_weights, load_and_quantize_model
 
+# A config that quantizes nothing.
+PLAIN = {"load_in_4bit": True, "skip_modules": ["*"], "torch_dtype": "bf16"}
 INDEX_NAME = "model.safetensors.index.json"
 
 
@@ -28,11 +30,21 @@ def save(state: dict[str, torch.Tensor], folder: Path, shards: int = 1) -> Path:
     return folder
 
 
-def save_shards(shards: dict[str, dict[str, torch.Tensor]], folder: Path, name: str = INDEX_NAME) -> Path:
-    """Write files of tensors, and the index that names them. Returns the index."""
+def save_shards(
+    shards: dict[str, dict[str, torch.Tensor]],
+    folder: Path,
+    weight_map: dict[str, str] | None = None,
+    name: str = INDEX_NAME,
+) -> Path:
+    """Write files of tensors, and their index. Returns the index.
+
+    Args:
+        weight_map: what the index says, if that is not where the tensors are.
+    """
     for file, tensors in shards.items():
         save_file(_writable(tensors), folder / file)
-    return write_index({tensor: file for file, tensors in shards.items() for tensor in tensors}, folder / name)
+    found = {tensor: file for file, tensors in shards.items() for tensor in tensors}
+    return write_index(found if weight_map is None else weight_map, folder / name)
 
 
 def _writable(state):
@@ -73,6 +85,30 @@ def empty_like(model):
 def loaded(folder, device, config=None, build=Layers, **options):
     """Load a checkpoint into an empty model, with nothing left over."""
     return load_and_quantize_model(empty(build), config, folder, device_map=device, strict=True, **options)
+
+
+def quantized(folder, device, mode="nf4", build=Layers, dtype=torch.bfloat16, **fields):
+    """Write the weights of a random model, the same each time, and load them quantized, for inference.
+
+    Args:
+        fields: of the config, beside the mode.
+    """
+    torch.manual_seed(0)
+    save_checkpoint(build(), folder, dtype=dtype)
+    return loaded(folder, device, BnbQuantizationConfig.from_mode(mode, **fields), build).eval()
+
+
+def offloaded(build, folder, device, away, cache, config="nf4", home=None, **options):
+    """Load a checkpoint into an empty model of which some parts are offloaded.
+
+    Args:
+        away: the names of these parts.
+        cache: the offload_folder.
+        home: where they are; usually host memory for a GPU, and files for the CPU.
+    """
+    home = home or ("cpu" if device.type == "cuda" else "disk")
+    device_map = {"": device} | dict.fromkeys(away, home)
+    return load_and_quantize_model(empty(build), config, folder, device_map=device_map, offload_folder=cache, **options)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

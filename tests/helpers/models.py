@@ -121,10 +121,39 @@ class Attended(nn.Module):
         return self.head(self.leave(mixed))
 
 
-def llama(tied: bool, **sizes):
+class Net(nn.Module):
+    """A model of named children."""
+
+    def __init__(self, **children: nn.Module) -> None:
+        super().__init__()
+        for name, child in children.items():
+            self.add_module(name, child)
+
+
+# What any of the language models here can be run on.
+TOKENS = torch.arange(10).view(2, 5)
+
+
+def llama(tied: bool = False, **sizes):
     """A Llama of transformers, random, without weights from anywhere."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     options = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     options |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
     return LlamaForCausalLM(LlamaConfig(tie_word_embeddings=tied, **(options | sizes)))
+
+
+def t5():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"vocab_size": 128, "d_model": 64, "d_ff": 128, "num_layers": 2, "num_heads": 4, "d_kv": 16}
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1))
+
+
+def clip():
+    from transformers import CLIPConfig, CLIPModel
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = sizes | {"vocab_size": 128, "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 1}
+    vision = sizes | {"image_size": 32, "patch_size": 16}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=32))

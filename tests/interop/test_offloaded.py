@@ -1,36 +1,28 @@
 """What the neighbours do with a model of which part rests elsewhere."""
 
+from functools import partial
+
 import pytest
 import torch
 from adapters import lora_losses
-from checkpoints import empty, save_checkpoint
+from checkpoints import empty, offloaded, save_checkpoint
 from comparisons import outputs
-from models import llama
+from models import TOKENS, llama
 
 from bigload import load_and_quantize_model
 
-TOKENS = torch.arange(10).view(2, 5)
+pytestmark = pytest.mark.usefixtures("small_parts_stream")
 
-
-@pytest.fixture(autouse=True)
-def small_parts_stream(monkeypatch):
-    monkeypatch.setattr("bigload.planning.units.RESIDENT_BYTES", 2000)
-    monkeypatch.setattr("bigload.quantization.cpu_forwards._PACKED_ROWS", 2**40)
-
-
-def build():
-    return llama(tied=False, num_hidden_layers=4)
+build = partial(llama, num_hidden_layers=4)
 
 
 @pytest.fixture
 def models(tmp_path, device):
     """Give a model that is wholly on the device, and one of which two blocks rest on the disk."""
     folder = save_checkpoint(build().bfloat16(), tmp_path / "source")
-    device_map = {"": device, "model.layers.1": "disk", "model.layers.3": "disk"}
+    away = ["model.layers.1", "model.layers.3"]
     whole = load_and_quantize_model(empty(build), "nf4", folder, device_map=device)
-    part = load_and_quantize_model(
-        empty(build), "nf4", folder, device_map=device_map, offload_folder=tmp_path / "cache"
-    )
+    part = offloaded(build, folder, device, away, tmp_path / "cache", home="disk")
     return whole.eval(), part.eval()
 
 

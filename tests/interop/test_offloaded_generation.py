@@ -3,33 +3,27 @@
 What they give is, bit for bit, what the model gives that is wholly on the device.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from adapters import lora_losses
-from checkpoints import empty, save_checkpoint
-from models import llama
+from checkpoints import empty, offloaded, save_checkpoint
+from models import clip, llama, t5
 from transformers import (
     BertConfig,
-    CLIPConfig,
-    CLIPModel,
     EncoderDecoderConfig,
     EncoderDecoderModel,
     PreTrainedTokenizerFast,
-    T5Config,
-    T5ForConditionalGeneration,
     pipeline,
 )
 
 from bigload import OffloadConfig, OffloadError, load_and_quantize_model
 
+pytestmark = pytest.mark.usefixtures("small_parts_stream")
+
 TOKENS = torch.arange(1, 11).view(2, 5)
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-
-
-@pytest.fixture(autouse=True)
-def small_parts_stream(monkeypatch):
-    monkeypatch.setattr("bigload.planning.units.RESIDENT_BYTES", 2000)
-    monkeypatch.setattr("bigload.quantization.cpu_forwards._PACKED_ROWS", 2**40)
 
 
 @pytest.fixture
@@ -39,28 +33,11 @@ def loaded(tmp_path, device):
     def loading(build, *away, mode="nf4"):
         torch.manual_seed(0)
         folder = save_checkpoint(build().bfloat16(), tmp_path / f"of {len(list(tmp_path.iterdir()))}")
-        place = "cpu" if device.type == "cuda" else "disk"
-        return (
-            load_and_quantize_model(empty(build), mode, folder, device_map=device).eval(),
-            load_and_quantize_model(
-                empty(build),
-                mode,
-                folder,
-                device_map={"": device} | dict.fromkeys(away, place),
-                offload_folder=folder / "cache",
-            ).eval(),
-        )
+        whole = load_and_quantize_model(empty(build), mode, folder, device_map=device)
+        part = offloaded(build, folder, device, away, folder / "cache", mode)
+        return whole.eval(), part.eval()
 
     return loading
-
-
-def decoder():
-    return llama(tied=False)
-
-
-def t5():
-    sizes = {"vocab_size": 128, "d_model": 64, "d_ff": 128, "num_layers": 2, "num_heads": 4, "d_kv": 16}
-    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1))
 
 
 def berts():
@@ -69,13 +46,6 @@ def berts():
     config = EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(**sizes), BertConfig(**sizes))
     config.decoder_start_token_id, config.pad_token_id = 2, 0
     return EncoderDecoderModel(config)
-
-
-def clip():
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    text = sizes | {"vocab_size": 128, "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 1}
-    vision = sizes | {"image_size": 32, "patch_size": 16}
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=32))
 
 
 OFF = {"embedding": ["model.embed_tokens"], "most": ["model.embed_tokens", "model.layers.0", "lm_head"]}
@@ -87,7 +57,7 @@ def same(found, expected):
 
 @pytest.fixture(params=OFF)
 def models(loaded, request):
-    return loaded(decoder, *OFF[request.param])
+    return loaded(llama, *OFF[request.param])
 
 
 @pytest.mark.parametrize("there", [True, False], ids=["its device", "cpu"])
@@ -135,7 +105,7 @@ def test_moved_to_its_device_it_gives_what_it_gave(models, device):
 @pytest.mark.parametrize("rows", [140, 120])
 @pytest.mark.parametrize("mean_resizing", [True, False])
 def test_embedding_that_looks_up_on_the_host_may_be_resized(loaded, device, rows, mean_resizing):
-    whole, part = loaded(decoder, "model.embed_tokens", "model.layers.0")
+    whole, part = loaded(llama, "model.embed_tokens", "model.layers.0")
     for model in (whole, part):
         model.resize_token_embeddings(rows, mean_resizing=mean_resizing)
     assert part.get_input_embeddings().weight.shape == part.lm_head.weight.shape == (rows, 64)
@@ -156,7 +126,7 @@ def test_embedding_that_looks_up_on_the_host_may_be_resized(loaded, device, rows
 
 
 def test_head_that_is_streamed_is_resized_only_when_it_is_back(loaded, device):
-    whole, part = loaded(decoder, *OFF["most"])
+    whole, part = loaded(llama, *OFF["most"])
     assert part.resize_token_embeddings() is part.get_input_embeddings()
     part.resize_token_embeddings(128)
     part.resize_token_embeddings(100, pad_to_multiple_of=128)
@@ -181,7 +151,7 @@ def test_embeddings_may_be_given_and_looked_up_by_the_caller(models, device):
 
 def test_assistant_helps_that_is_offloaded_itself(models, loaded, device):
     whole, part = models
-    helping, helped = loaded(lambda: llama(tied=False, num_hidden_layers=1), "model.embed_tokens")
+    helping, helped = loaded(partial(llama, num_hidden_layers=1), "model.embed_tokens")
     tokens = TOKENS[:1].to(device)
     expected = whole.generate(tokens, assistant_model=helping, **GREEDY)
     assert same(part.generate(tokens, assistant_model=helped, **GREEDY), expected)
@@ -279,10 +249,10 @@ def test_compiled_it_gives_what_it_gives(models, device, there):
 def test_embedding_that_the_cpu_computes_gives_the_same(tmp_path):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    folder = save_checkpoint(decoder().bfloat16(), tmp_path)
-    whole = load_and_quantize_model(empty(decoder), "nf4", folder, device_map=0).eval()
+    folder = save_checkpoint(llama().bfloat16(), tmp_path)
+    whole = load_and_quantize_model(empty(llama), "nf4", folder, device_map=0).eval()
     device_map, offload = {"": 0, "model.embed_tokens": "cpu"}, OffloadConfig(execute="cpu")
-    part = load_and_quantize_model(empty(decoder), "nf4", folder, device_map=device_map, offload=offload).eval()
+    part = load_and_quantize_model(empty(llama), "nf4", folder, device_map=device_map, offload=offload).eval()
     expected = whole.generate(TOKENS.cuda(), **GREEDY)
     for tokens in (TOKENS, TOKENS.cuda()):
         assert same(part(tokens).logits, whole(TOKENS.cuda()).logits)
@@ -294,10 +264,10 @@ def test_embedding_that_the_cpu_computes_gives_the_same(tmp_path):
 def test_two_gpus_generate_with_an_embedding_on_neither(tmp_path):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    folder = save_checkpoint(decoder().bfloat16(), tmp_path)
-    whole = load_and_quantize_model(empty(decoder), "nf4", folder, device_map=0).eval()
+    folder = save_checkpoint(llama().bfloat16(), tmp_path)
+    whole = load_and_quantize_model(empty(llama), "nf4", folder, device_map=0).eval()
     device_map = {"": 0, "model.embed_tokens": "cpu", "model.layers.1": 1}
-    part = load_and_quantize_model(empty(decoder), "nf4", folder, device_map=device_map).eval()
+    part = load_and_quantize_model(empty(llama), "nf4", folder, device_map=device_map).eval()
     assert part.device == part.model.device == torch.device("cuda", 0)
     expected = whole.generate(TOKENS.cuda(), **GREEDY)
     for device in ("cpu", 0, 1):

@@ -6,19 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from models import Net
 from torch import nn
 from torch.nn.modules import module as torch_module
 
 from bigload import init_empty_weights
-
-
-class Net(nn.Module):
-    """A model of named children."""
-
-    def __init__(self, **children):
-        super().__init__()
-        for name, child in children.items():
-            self.add_module(name, child)
 
 
 def test_parameters_go_to_meta_and_buffers_stay_real():

@@ -5,20 +5,15 @@ import pickle
 
 import pytest
 import torch
-from checkpoints import empty, save_checkpoint
-from models import GPT, llama
+from checkpoints import PLAIN, offloaded, save_checkpoint
+from comparisons import identity_of, outputs
+from models import GPT, TOKENS, llama
 
-from bigload import OffloadError, load_and_quantize_model
+from bigload import OffloadError
 
-TOKENS = torch.arange(10).view(2, 5)
-PLAIN = {"load_in_4bit": True, "skip_modules": ["*"], "torch_dtype": "bf16"}
+pytestmark = pytest.mark.usefixtures("small_parts_stream")
+
 AWAY = ["transformer.wte", "transformer.h.0"]
-
-
-@pytest.fixture(autouse=True)
-def small_parts_stream(monkeypatch):
-    monkeypatch.setattr("bigload.planning.units.RESIDENT_BYTES", 2000)
-    monkeypatch.setattr("bigload.quantization.cpu_forwards._PACKED_ROWS", 2**40)
 
 
 @pytest.fixture
@@ -27,33 +22,15 @@ def loaded(tmp_path, device):
 
     def loading(build=GPT, away=AWAY, mode=PLAIN):
         folder = save_checkpoint(build().bfloat16(), tmp_path / "source")
-        place = "cpu" if device.type == "cuda" else "disk"
-        return load_and_quantize_model(
-            empty(build),
-            mode,
-            folder,
-            device_map={"": device} | dict.fromkeys(away, place),
-            offload_folder=tmp_path / "cache",
-        ).eval()
+        return offloaded(build, folder, device, away, tmp_path / "cache", mode).eval()
 
     return loading
-
-
-def states(model):
-    """Tell all that a move could change: where every tensor is, as what, and which object holds it."""
-    named = [*model.named_parameters(), *model.named_buffers()]
-    return [(name, id(tensor), tensor.data_ptr(), tensor.device, tensor.dtype) for name, tensor in named]
-
-
-def logits(model, device):
-    with torch.no_grad():
-        return model(TOKENS.to(device))
 
 
 @pytest.mark.parametrize("mode", [PLAIN, "nf4", "int8"], ids=["plain", "nf4", "int8"])
 def test_what_is_where_it_computes_already_stays_as_it_is(loaded, device, mode):
     model = loaded(mode=mode)
-    expected, before = logits(model, device), states(model)
+    expected, before = outputs(model, TOKENS.to(device)), identity_of(model)
     assert model.to(device) is model
     assert model.to(torch.bfloat16) is model
     model.to(device, torch.bfloat16, non_blocking=True)
@@ -61,8 +38,8 @@ def test_what_is_where_it_computes_already_stays_as_it_is(loaded, device, mode):
     model.bfloat16()
     model.transformer["h"][0].mlp["c_fc"].to(device)
     getattr(model, device.type)()
-    assert states(model) == before
-    assert torch.equal(logits(model, device), expected)
+    assert identity_of(model) == before
+    assert torch.equal(outputs(model, TOKENS.to(device)), expected)
 
 
 REFUSED = {
@@ -81,11 +58,11 @@ REFUSED = {
 @pytest.mark.parametrize("call", REFUSED)
 def test_what_would_change_a_weight_at_rest_is_refused_before_anything_moved(loaded, device, call):
     model = loaded()
-    expected, before = logits(model, device), states(model)
+    expected, before = outputs(model, TOKENS.to(device)), identity_of(model)
     with pytest.raises(OffloadError, match=r"'transformer\.(wte|h\.0\..*)' .*model\.offload\.remove\(\)"):
         REFUSED[call](model)
-    assert states(model) == before
-    assert torch.equal(logits(model, device), expected)
+    assert identity_of(model) == before
+    assert torch.equal(outputs(model, TOKENS.to(device)), expected)
     model.offload.remove()
     REFUSED[call](model)
     changed = {tensor.dtype for tensor in model.parameters()} | {tensor.device for tensor in model.parameters()}
@@ -100,7 +77,7 @@ def test_cpu_is_refused_by_what_a_gpu_computes(loaded, device):
     for call in (model.cpu, lambda: model.to("cpu"), model.transformer["h"][0].cpu):
         with pytest.raises(OffloadError, match="cannot be moved to cpu"):
             call()
-    assert torch.equal(logits(model, device), logits(model.cuda(), device))
+    assert torch.equal(outputs(model, TOKENS.to(device)), outputs(model.cuda(), TOKENS.to(device)))
 
 
 def test_what_rests_nowhere_else_may_be_changed_by_itself(loaded, device):
@@ -117,13 +94,13 @@ def test_casts_leave_packed_weights_alone_as_those_of_a_whole_model(loaded, devi
     model.half()
     assert (layer.weight.dtype, layer.weight.data_ptr()) == (torch.uint8, before)
     assert layer.bias.dtype == model.transformer["h"][0].ln_1.weight.dtype == torch.float16
-    assert logits(model, device).dtype == torch.float16
+    assert outputs(model, TOKENS.to(device)).dtype == torch.float16
 
 
 @pytest.mark.parametrize("flag", ["overwrite", "swap"])
 def test_parameters_at_rest_keep_their_identity_however_torch_exchanges_others(loaded, device, flag):
     model = loaded()
-    expected, before = logits(model, device), states(model)
+    expected, before = outputs(model, TOKENS.to(device)), dict(model.named_parameters())
     setting = getattr(torch.__future__, f"set_{flag}_module_params_on_conversion")
     setting(True)
     try:
@@ -131,20 +108,15 @@ def test_parameters_at_rest_keep_their_identity_however_torch_exchanges_others(l
     finally:
         setting(False)
     held = dict(model.named_parameters())
-    assert list(held) == [name for name, *_ in before if name in held]
-    at_rest = {"transformer.wte.weight", "transformer.h.0.mlp.c_fc.weight"}
-    assert at_rest <= set(held)
-    assert all(id(held[name]) == identity for name, identity, *_ in before if name in at_rest)
-    assert torch.equal(logits(model, device), expected)
+    assert list(held) == list(before)
+    for name in ("transformer.wte.weight", "transformer.h.0.mlp.c_fc.weight"):
+        assert held[name] is before[name]
+    assert torch.equal(outputs(model, TOKENS.to(device)), expected)
 
 
 def test_adapters_beside_a_layer_at_rest_are_moved(loaded, device):
     peft = pytest.importorskip("peft")
-
-    def build():
-        return llama(tied=False)
-
-    model = loaded(build, ["model.embed_tokens", "model.layers.0"], "nf4")
+    model = loaded(llama, ["model.embed_tokens", "model.layers.0"], "nf4")
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
     projection = model.model.layers[0].self_attn.q_proj
     before = projection.base_layer.weight.data_ptr()

@@ -1,42 +1,32 @@
 """Models of which part rests on the disk: quantized once into files, or read where the checkpoint has it."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
-from checkpoints import empty, save_checkpoint
-from models import GPT, llama
+from checkpoints import PLAIN, empty, offloaded, save_checkpoint
+from comparisons import assert_same_bits, outputs
+from models import GPT, TOKENS, llama
 
 from bigload import OffloadError, PlacementError, load_and_quantize_model, plan_device_map, quantize_checkpoint
 from bigload.io.tensors import StoredTensor
 from bigload.offload import weight_cache
 from bigload.planning.sources import Source
 
-TOKENS = torch.arange(10).view(2, 5)
+pytestmark = pytest.mark.usefixtures("small_parts_stream")
+
 BLOCKS = [f"transformer.h.{n}" for n in range(4)]
-PLAIN = {"load_in_4bit": True, "skip_modules": ["*"], "torch_dtype": "bf16"}
 MODES = ["nf4", "nf4-dq", "int8", PLAIN]
+build = partial(GPT, layers=4)
 
 
-@pytest.fixture(autouse=True)
-def small_parts_stream(monkeypatch):
-    monkeypatch.setattr("bigload.planning.units.RESIDENT_BYTES", 2000)
-    monkeypatch.setattr("bigload.quantization.cpu_forwards._PACKED_ROWS", 2**40)
-
-
-def build():
-    return GPT(layers=4)
-
-
-def loaded(folder, device, tmp_path, mode="nf4", names=BLOCKS, **options):
-    device_map = {"": device} | dict.fromkeys(names, "disk")
-    options = {"offload_folder": tmp_path / "cache"} | options
-    return load_and_quantize_model(empty(build), mode, folder, device_map=device_map, **options)
+def loaded(folder, device, tmp_path, mode="nf4", names=BLOCKS, cache="cache"):
+    return offloaded(build, folder, device, names, cache and tmp_path / cache, mode, home="disk")
 
 
 def logits(model, device):
-    with torch.no_grad():
-        return model.eval()(TOKENS.to(device))
+    return outputs(model.eval(), TOKENS.to(device))
 
 
 def files(tmp_path):
@@ -58,9 +48,7 @@ def test_what_rests_on_the_disk_gives_the_same_bits_and_is_quantized_once(tmp_pa
         assert len(made) == (0 if mode is PLAIN else 16)
         assert model.offload.stats().nbytes > 0
     assert read[1] < read[0] or mode is PLAIN
-    expected = whole.state_dict()
-    for name, value in model.state_dict().items():
-        assert torch.equal(value.cpu(), expected[name].cpu()), name
+    assert_same_bits(model.state_dict(), whole.state_dict())
     assert files(tmp_path) == made
     model.offload.remove()
     assert torch.equal(logits(model, device), logits(whole, device))
@@ -252,8 +240,8 @@ def test_full_disk_leaves_the_model_as_it_was_and_no_half_file(tmp_path, device,
 def test_without_a_folder_only_what_the_checkpoint_has_may_rest_on_the_disk(tmp_path, device):
     folder = save_checkpoint(build().bfloat16(), tmp_path / "source")
     with pytest.raises(PlacementError, match="offload_folder"):
-        loaded(folder, device, tmp_path, offload_folder=None)
-    loaded(folder, device, tmp_path, PLAIN, offload_folder=None)
+        loaded(folder, device, tmp_path, cache=None)
+    loaded(folder, device, tmp_path, PLAIN, cache=None)
 
 
 def test_originals_are_never_written(tmp_path, device):
@@ -300,9 +288,7 @@ def test_larger_than_all_budgets_together_a_model_runs(tmp_path, device, monkeyp
     homes = {placed.home for placed in model.offload.plan.offloaded}
     assert "disk" in homes
     resident = load_and_quantize_model(empty(wide), "nf4", folder, device_map=device).eval()
-    tokens = TOKENS.to(device)
-    with torch.no_grad():
-        assert torch.equal(model.eval()(tokens).logits, resident(tokens).logits)
+    assert torch.equal(logits(model, device), logits(resident, device))
 
 
 def test_values_that_the_format_cannot_hold_are_named_each_time(tmp_path, device):

@@ -1,11 +1,11 @@
 """Where little of a model is quantized a warning says what is left, and is silent where that was asked for."""
 
 import functools
-import logging
 
 import pytest
 import torch
 from checkpoints import empty, save_checkpoint
+from models import Net
 from torch import nn
 
 from bigload import (
@@ -34,13 +34,6 @@ class Scaled(nn.Linear):
         return super().forward(x) * self.scale
 
 
-class Net(nn.Module):
-    def __init__(self, **children):
-        super().__init__()
-        for name, child in children.items():
-            self.add_module(name, child)
-
-
 def mixture():
     return Net(
         embed=nn.Embedding(5000, 64),
@@ -49,20 +42,13 @@ def mixture():
     )
 
 
-@pytest.fixture
-def said(caplog):
-    """What bigload has warned of."""
-    caplog.set_level(logging.WARNING, "bigload")
-    return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("bigload")]
-
-
 def in_bf16(elements):
     return show(elements * 2)
 
 
-def test_little_is_said_with_what_is_left_and_in_which_class(device, said):
+def test_little_is_said_with_what_is_left_and_in_which_class(device, warned):
     load_and_quantize_model(mixture().bfloat16(), "nf4", device_map=device)
-    (message,) = said()
+    (message,) = warned()
     experts, linears = 3 * 4 * 64 * 128, 3 * 64 * 64
     assert message.startswith(
         f"nf4 was asked for, but of {in_bf16(experts + linears)} only {in_bf16(linears)} are quantized"
@@ -73,31 +59,31 @@ def test_little_is_said_with_what_is_left_and_in_which_class(device, said):
 
 
 @pytest.mark.parametrize("mode", ["nf4", "int8"])
-def test_nothing_is_said_plainly(device, said, mode):
+def test_nothing_is_said_plainly(device, warned, mode):
     model = Net(a=Scaled(64, 64), b=Scaled(64, 128), c=nn.Conv1d(64, 8, 3), norm=nn.LayerNorm(8)).bfloat16()
     load_and_quantize_model(model, mode, device_map=device)
-    (message,) = said()
+    (message,) = warned()
     assert message.startswith(f"{mode} was asked for, but nothing is quantized")
     assert f"{in_bf16(64 * 192)} in 2 Scaled (do not do just what nn.Linear does)" in message
     assert f"{in_bf16(64 * 8 * 3)} in 1 Conv1d (no nn.Linear)" in message
     assert message.index("Scaled") < message.index("Conv1d")
 
 
-def test_largest_classes_are_named_and_the_others_counted(said):
+def test_largest_classes_are_named_and_the_others_counted(warned):
     kinds = [type(f"Kind{n}", (Scaled,), {}) for n in range(7)]
     model = Net(layers=nn.Sequential(*(cls(64, 64 * (n + 1)) for n, cls in enumerate(kinds))))
     load_and_quantize_model(model.bfloat16(), "nf4", device_map="cpu")
-    (message,) = said()
+    (message,) = warned()
     assert [name for name in (cls.__name__ for cls in kinds) if name in message] == ["Kind3", "Kind4", "Kind5", "Kind6"]
     assert f"{in_bf16(64 * 64 * (1 + 2 + 3))} in others." in message
 
 
-def test_class_that_holds_less_than_a_hundredth_of_the_rest_is_not_named(said):
+def test_class_that_holds_less_than_a_hundredth_of_the_rest_is_not_named(warned):
     class Tiny(Scaled):
         pass
 
     plan_device_map(Net(large=Scaled(640, 640), tiny=Tiny(8, 8), norm=nn.LayerNorm(8)), "nf4", device_map="cpu")
-    (message,) = said()
+    (message,) = warned()
     assert "1 Scaled" in message
     assert "Tiny" not in message
     assert "others" not in message
@@ -133,10 +119,10 @@ def patched():
     ],
     ids=["read", "tied", "patched"],
 )
-def test_linear_that_is_left_alone_is_named_with_the_reason(said, build, reason):
+def test_linear_that_is_left_alone_is_named_with_the_reason(warned, build, reason):
     plan_device_map(build(), "nf4", device_map="cpu")
-    assert len(said()) == 1
-    assert reason in said()[0]
+    assert len(warned()) == 1
+    assert reason in warned()[0]
 
 
 @pytest.mark.parametrize(
@@ -152,21 +138,21 @@ def test_linear_that_is_left_alone_is_named_with_the_reason(said, build, reason)
     ],
     ids=["all", "named", "pattern", "fp32", "head", "half", "none"],
 )
-def test_nothing_is_said_where_it_was_asked_for_or_the_head_is_all_there_is(device, said, build, fields):
+def test_nothing_is_said_where_it_was_asked_for_or_the_head_is_all_there_is(device, warned, build, fields):
     config = BnbQuantizationConfig.from_mode("nf4", **fields)
     load_and_quantize_model(build(), config, device_map=device)
-    assert not said()
+    assert not warned()
 
 
-def test_what_the_class_keeps_in_fp32_does_not_count(said):
+def test_what_the_class_keeps_in_fp32_does_not_count(warned):
     model = Net(wo=nn.Linear(64, 256), wi=nn.Linear(64, 64), norm=nn.LayerNorm(64))
     model._keep_in_fp32_modules = ["wo"]
     plan_device_map(model, "nf4", device_map="cpu")
-    assert not said()
+    assert not warned()
 
 
 @pytest.mark.parametrize("remedy", ["quantizable", "skip_modules", "plain"])
-def test_each_remedy_works(said, remedy):
+def test_each_remedy_works(warned, remedy):
     class Tried(nn.Linear):
         def merged(self):
             return self.weight
@@ -176,28 +162,28 @@ def test_each_remedy_works(said, remedy):
     config = BnbQuantizationConfig.from_mode("nf4", **skip)
     options = {"quantizable": (Tried,)} if remedy == "quantizable" else {}
     plan_device_map(Net(a=Tried(64, 64), norm=nn.LayerNorm(64)), "nf4", device_map="cpu")
-    assert len(said()) == 1
+    assert len(warned()) == 1
     plan_device_map(Net(a=cls(64, 64), norm=nn.LayerNorm(64)), config, device_map="cpu", **options)
-    assert len(said()) == 1
+    assert len(warned()) == 1
 
 
-def test_saved_model_comes_back_without_another_warning(tmp_path, device, said):
+def test_saved_model_comes_back_without_another_warning(tmp_path, device, warned):
     save_checkpoint(mixture(), tmp_path / "source")
     build = functools.partial(empty, mixture)
     quantize_checkpoint(tmp_path / "source", tmp_path / "converted", "nf4", model=build(), device=device)
-    assert len(said()) == 1
+    assert len(warned()) == 1
     model = load_and_quantize_model(build(), None, tmp_path / "converted", device_map=device)
     save_quantized_model(model, tmp_path / "saved")
     load_and_quantize_model(build(), None, tmp_path / "saved", device_map=device)
-    assert len(said()) == 1
+    assert len(warned()) == 1
 
 
-def test_checkpoint_of_which_nothing_can_be_quantized_is_refused_after_what_is_left_is_said(tmp_path, device, said):
+def test_checkpoint_of_which_nothing_can_be_quantized_is_refused_after_what_is_left_is_said(tmp_path, device, warned):
     def build():
         return Net(a=Scaled(64, 64), norm=nn.LayerNorm(64))
 
     save_checkpoint(build(), tmp_path / "source")
     with pytest.raises(ConfigError, match="nothing in this Net"):
         quantize_checkpoint(tmp_path / "source", tmp_path / "converted", "nf4", model=build(), device=device)
-    assert len(said()) == 1
-    assert "1 Scaled" in said()[0]
+    assert len(warned()) == 1
+    assert "1 Scaled" in warned()[0]

@@ -6,7 +6,7 @@ import io
 import bitsandbytes as bnb
 import pytest
 import torch
-from comparisons import relative_error
+from comparisons import assert_same_bits, relative_error, state_of
 from references import FOUR_BIT, dequantize_by_hand, quantize_as_bitsandbytes
 from torch import nn
 
@@ -82,16 +82,11 @@ def test_gradients_after_an_eval_forward_equal_those_of_a_layer_that_never_ran(s
 def test_state_dict_is_the_same_before_and_after_an_eval_forward(shape, mode, storage):
     _, layer = quantized(shape, mode, bnb_4bit_quant_storage=storage)
 
-    def bits():
-        return {name: tensor.clone().view(-1).view(torch.uint8) for name, tensor in layer.state_dict().items()}
-
-    before = bits()
+    before = state_of(layer)
     for _ in range(2):
         with torch.no_grad():
             layer.eval()(torch.randn(3, shape[1]))
-        after = bits()
-        assert after.keys() == before.keys()
-        assert all(torch.equal(after[name], before[name]) for name in before)
+        assert_same_bits(layer.state_dict(), before)
 
 
 @pytest.mark.parametrize("mode", ["nf4", "nf4-dq"])
