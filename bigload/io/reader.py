@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from queue import SimpleQueue
 
 import torch
@@ -81,13 +81,17 @@ class Reader(AbstractContextManager["Reader"]):
             if copied is not None:
                 copied.synchronize()
             memory = [self._ring.buffers[slot][: extent.nbytes]]
-        with _naming(extent):
+        try:
             self._going.append((self._reads.begin(extent.file, memory, extent.offset), slot))
+        except OSError as error:
+            raise _failed(extent, error) from error
         return True
 
     def _finish(self, extent: Extent, read: Read) -> None:
-        with _naming(extent):
+        try:
             received = self._reads.finish(read)
+        except OSError as error:
+            raise _failed(extent, error) from error
         if received < extent.nbytes:
             name = extent.name_at(extent.offset + received)
             raise CheckpointError(f"'{extent.file}' ended while '{name}' was read: it was cut meanwhile")
@@ -103,11 +107,5 @@ class Reader(AbstractContextManager["Reader"]):
             self._reads.__exit__(*raised)
 
 
-@contextmanager
-def _naming(extent: Extent) -> Iterator[None]:
-    """Turn an OSError into a CheckpointError that names the file and the extent's first tensor."""
-    try:
-        yield
-    except OSError as error:
-        name = extent.name_at(extent.offset)
-        raise CheckpointError(f"reading '{name}' from '{extent.file}' failed: {error}") from error
+def _failed(extent: Extent, error: OSError) -> CheckpointError:
+    return CheckpointError(f"reading '{extent.name_at(extent.offset)}' from '{extent.file}' failed: {error}")

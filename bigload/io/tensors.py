@@ -60,14 +60,11 @@ def read_bytes(file: Path, offset: int, nbytes: int) -> bytearray:
     Raises:
         OSError: the file cannot be read.
     """
-    raw = bytearray(nbytes)
-    done = 0
-    descriptor = os.open(file, os.O_RDONLY)  # several times faster than a file object: there are thousands
+    raw = bytearray()
+    descriptor = os.open(file, os.O_RDONLY)  # several times faster than a file object: there are thousands of reads
     try:
-        with memoryview(raw) as memory:
-            while done < nbytes and (count := os.preadv(descriptor, [memory[done:]], offset + done)):
-                done += count
+        while len(raw) < nbytes and (more := os.pread(descriptor, nbytes - len(raw), offset + len(raw))):
+            raw += more
     finally:
         os.close(descriptor)
-    del raw[done:]
     return raw
