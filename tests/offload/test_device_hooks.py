@@ -26,7 +26,7 @@ def moves(monkeypatch):
         found.append((tensor, device))
         return torch.zeros_like(tensor, device=device)  # from meta there is nothing to copy
 
-    monkeypatch.setattr(device_hooks, "_moved", moved)
+    monkeypatch.setattr(device_hooks, "_to_device", moved)
     return found
 
 

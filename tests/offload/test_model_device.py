@@ -254,7 +254,7 @@ def moves(monkeypatch):
         found.append(device)
         return torch.zeros_like(tensor, device=device)  # from meta there is nothing to copy
 
-    monkeypatch.setattr(device_hooks, "_moved", moved)
+    monkeypatch.setattr(device_hooks, "_to_device", moved)
     return found
 
 
@@ -332,7 +332,7 @@ def test_what_is_there_already_passes_as_it_is(moves):
 
 
 def test_gradients_come_back_through_what_was_moved(monkeypatch):
-    monkeypatch.setattr(device_hooks, "_moved", lambda tensor, device: tensor if device == CPU else tensor * 1)
+    monkeypatch.setattr(device_hooks, "_to_device", lambda tensor, device: tensor if device == CPU else tensor * 1)
     model = nn.Linear(2, 2)
     attach(model, {"": META}, entries={"": META})
     x = torch.ones(1, 2, requires_grad=True)
