@@ -90,7 +90,7 @@ def quantize_checkpoint(
     checkpoint = open_checkpoint(src)
     # Of a file, or an index, that was named, nothing beside it is meant.
     is_folder = not Path(src).expanduser().is_file()
-    target = _checked(dst, checkpoint, is_folder=is_folder, overwrite=overwrite)
+    target = _target_folder(dst, checkpoint, is_folder=is_folder, overwrite=overwrite)
     model = _empty_model(checkpoint.location.parent) if model is None else model
     bnb.library()
     view = ModelView(model)
@@ -106,7 +106,7 @@ def quantize_checkpoint(
         plan = plan_load(view, request)
         if not plan.layers:
             raise ConfigError(f"nothing in this {type(model).__name__} would be quantized: there is nothing to do")
-        with _alone(target), _folder_to_go_on_in(target, _fingerprint(plan, checkpoint, max_shard_bytes)) as made:
+        with _exclusive(target), _resumable_folder(target, _fingerprint(plan, checkpoint, max_shard_bytes)) as made:
             kept = [path for path in plain_linears(view) if path not in plan.layers]
             # What can fail goes before what takes long.
             write_configs(model, made, plan.config, kept, plan.layers, plan.config.load_dtype)
@@ -124,7 +124,7 @@ def _empty_model(folder: Path) -> nn.Module:
 
 
 @contextmanager
-def _alone(target: Path) -> Iterator[None]:
+def _exclusive(target: Path) -> Iterator[None]:
     """Keep other runs for the same target out for as long as the block runs.
 
     Raises:
@@ -149,7 +149,7 @@ def _alone(target: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _checked(given: str | os.PathLike[str], checkpoint: Checkpoint, *, is_folder: bool, overwrite: bool) -> Path:
+def _target_folder(given: str | os.PathLike[str], checkpoint: Checkpoint, *, is_folder: bool, overwrite: bool) -> Path:
     if checkpoint.is_quantized:
         raise CheckpointError(f"'{checkpoint.location}' is quantized already; give the original checkpoint")
     target = checked_target(given, overwrite=overwrite)
@@ -160,7 +160,7 @@ def _checked(given: str | os.PathLike[str], checkpoint: Checkpoint, *, is_folder
 
 
 @contextmanager
-def _folder_to_go_on_in(target: Path, fingerprint: str) -> Iterator[Path]:
+def _resumable_folder(target: Path, fingerprint: str) -> Iterator[Path]:
     """Return a folder beside the target, with what an earlier run for the same has finished, and put it in place."""
     made = target.with_name(f".{target.name}.partial")
     progress = made / _PROGRESS_NAME
@@ -188,7 +188,7 @@ def _fingerprint(plan: Plan, checkpoint: Checkpoint, max_shard_bytes: int) -> st
     def origin(planned: PlannedTensor) -> object:
         return [fingerprints.of(source) for source in planned.sources] or content_hash(planned.tensor.value)
 
-    said = {
+    key = {
         "bigload": FORMAT_VERSION,
         "bitsandbytes": bnb.library().__version__,
         "files": sorted({str(tensor.file) for tensor in checkpoint.tensors.values()}),
@@ -196,7 +196,7 @@ def _fingerprint(plan: Plan, checkpoint: Checkpoint, max_shard_bytes: int) -> st
         "tensors": [(p.tensor.names, p.shape, str(p.format), p.device.type, origin(p)) for p in plan.tensors],
         "max_shard_bytes": max_shard_bytes,
     }
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
 def _convert(plan: Plan, folder: Path, max_shard_bytes: int, progress: bool | None) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 from .errors import ConfigError, QuantizationError, listed
 from .model import transformers_facts
 from .model.tree import first_paths
-from .offload.forwards import own_forward_of
+from .offload.forwards import forward_override_of
 from .pipeline.assembly import apply_edits
 from .pipeline.attributes import Edit, clear_attributes
 from .quantization.bnb import dequantize_4bit, library
@@ -65,7 +65,7 @@ def _require_own_forwards(layers: dict[str, Any]) -> None:
         raise QuantizationError(
             f"{listed(dispatched)}: moved about by accelerate; call remove_hook_from_submodules(model) first"
         )
-    streamed = [path for path, layer in layers.items() if own_forward_of(layer)]
+    streamed = [path for path, layer in layers.items() if forward_override_of(layer)]
     if streamed:
         raise QuantizationError(
             f"{listed(streamed)}: streamed from where they rest; call model.offload.remove() first, or load the "

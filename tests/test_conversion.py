@@ -250,7 +250,7 @@ def test_a_second_run_for_the_same_folder_is_refused_while_one_is_at_work(tmp_pa
     def run(**options):
         quantize_checkpoint(folder, tmp_path / "made", "nf4", model=empty(), device=device, **options)
 
-    with conversion._alone(tmp_path / "made"), pytest.raises(CheckpointError, match="another run is making"):
+    with conversion._exclusive(tmp_path / "made"), pytest.raises(CheckpointError, match="another run is making"):
         run()
     run()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "source"]

@@ -25,7 +25,7 @@ from .residency import Residency
 from .slot_pool import SlotPool
 
 
-class StayingAtRest:
+class ApplyGuards:
     """Keeps weights at rest when the model, or a part of it, is moved or cast."""
 
     def __init__(self, model: nn.Module, leaves: Mapping[Leaf, torch.device]) -> None:
@@ -35,14 +35,14 @@ class StayingAtRest:
             model: is changed.
             leaves: modules with weights that rest elsewhere, with the devices that compute with them.
         """
-        self._guards: list[_GuardedApply] = []
+        self._guards: list[_ApplyGuard] = []
         inside: dict[str, dict[Leaf, torch.device]] = defaultdict(dict)
         for leaf, device in leaves.items():
             for path in [leaf.path, *paths_above(leaf.path)]:
                 inside[path][leaf] = device
         try:
             for path, found in inside.items():
-                self._guards.append(_GuardedApply(model.get_submodule(path), found))
+                self._guards.append(_ApplyGuard(model.get_submodule(path), found))
         except BaseException:
             self.remove()
             raise
@@ -52,7 +52,7 @@ class StayingAtRest:
         remove_all(self._guards)
 
 
-class _GuardedApply(MethodOverride):
+class _ApplyGuard(MethodOverride):
     """A module's `_apply`, which looks first what would become of the weights at rest."""
 
     def __init__(self, module: nn.Module, leaves: Mapping[Leaf, torch.device]) -> None:
@@ -109,7 +109,7 @@ def hook_state_dicts(weights: Residency, pool: SlotPool) -> list[Any]:
     return [
         module.register_state_dict_post_hook(functools.partial(_show_at_rest, pool, store)),  # type: ignore[no-untyped-call]
         module._register_load_state_dict_pre_hook(functools.partial(_prepare_to_load, weights)),  # type: ignore[no-untyped-call]
-        module.register_load_state_dict_post_hook(_Refreshing(pool, weights.group)),  # type: ignore[no-untyped-call]
+        module.register_load_state_dict_post_hook(_RefetchAfterLoad(pool, weights.group)),  # type: ignore[no-untyped-call]
     ]
 
 
@@ -132,7 +132,7 @@ def _prepare_to_load(weights: Residency, state: Mapping[str, object], prefix: st
     weights.swap_out()
 
 
-class _Refreshing:
+class _RefetchAfterLoad:
     """A hook that has a group copied anew when a state_dict was loaded into one of its leaves."""
 
     def __init__(self, pool: SlotPool, group: Group) -> None:

@@ -31,9 +31,9 @@ class BackgroundRead:
         self.memory = memory
         self.error: BaseException | None = None
         self._process = os.getpid()
-        self._is_over = False
-        self._going = threading.Lock()
-        self._going.acquire()
+        self._is_done = False
+        self._running = threading.Lock()
+        self._running.acquire()
 
     def run(self) -> None:
         """Bring it, in the thread; nothing but the outcome is held after."""
@@ -43,34 +43,34 @@ class BackgroundRead:
                 read()
         except BaseException as error:  # for whoever waits
             self.error = error
-        self._is_over = True
-        self._going.release()
+        self._is_done = True
+        self._running.release()
 
     def wait(self) -> None:
         """Wait until it is there, or has failed; for one thread at a time."""
-        if not self._is_over and self._process != os.getpid():
-            self.error, self._is_over = (
+        if not self._is_done and self._process != os.getpid():
+            self.error, self._is_done = (
                 OffloadError("it was being read in the process that this one was forked from"),
                 True,
             )
-        if not self._is_over:
-            self._going.acquire()
-            self._going.release()
+        if not self._is_done:
+            self._running.acquire()
+            self._running.release()
 
 
 @dataclass(frozen=True)
 class BackgroundReader:
-    """The thread, by what it is given, in order; None ends it.
+    """The thread, by what it is queue, in order; None ends it.
 
     No pool of Python's: those take a lock of the whole process, which the collector of cycles, when it lets go of an
     engine, may find taken by the very thread that it interrupts.
     """
 
-    given: SimpleQueue[BackgroundRead | None]
+    queue: SimpleQueue[BackgroundRead | None]
     _process: int = field(default_factory=os.getpid)
 
     @property
-    def is_there(self) -> bool:
+    def is_alive(self) -> bool:
         """Whether the thread is of this process, and not of one that it was forked from."""
         return self._process == os.getpid()
 
@@ -78,14 +78,14 @@ class BackgroundReader:
     def start(cls, at_end: Callable[[], object]) -> BackgroundReader:
         """Start the thread, which calls `at_end` at its end."""
         started = cls(SimpleQueue())
-        threading.Thread(target=_run_all, args=(started.given, at_end), name="bigload-reader", daemon=True).start()
+        threading.Thread(target=_run_all, args=(started.queue, at_end), name="bigload-reader", daemon=True).start()
         return started
 
     def finish(self) -> None:
         """Wait until all is there that was asked for, and no memory of it is held."""
-        self.given.put(BackgroundRead(_nothing))
+        self.queue.put(BackgroundRead(_nothing))
         last = BackgroundRead(_nothing)
-        self.given.put(last)
+        self.queue.put(last)
         last.wait()
 
 
@@ -93,17 +93,17 @@ def _nothing() -> None:
     pass
 
 
-def _run_all(given: SimpleQueue[BackgroundRead | None], at_end: Callable[[], object]) -> None:
+def _run_all(queue: SimpleQueue[BackgroundRead | None], at_end: Callable[[], object]) -> None:
     # The memory of the last two is held, whose copies may go on; staging has two buffers, so no more do.
     held: deque[torch.Tensor | None] = deque(maxlen=2)
-    while _run_next(given, held):
+    while _run_next(queue, held):
         pass
     at_end()
 
 
-def _run_next(given: SimpleQueue[BackgroundRead | None], held: deque[torch.Tensor | None]) -> bool:
+def _run_next(queue: SimpleQueue[BackgroundRead | None], held: deque[torch.Tensor | None]) -> bool:
     """Run one; of it nothing but its memory is held while the next is waited for, least of all the engine."""
-    pending = given.get()
+    pending = queue.get()
     if pending is None:
         return False
     held.append(pending.memory)

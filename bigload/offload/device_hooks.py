@@ -35,17 +35,17 @@ class DeviceHooks:
         dtype: torch.dtype | None,
     ) -> None:
         """Hook the parts of a model, and the model itself, where its outputs leave it."""
-        skipped = _skipped(model)
+        skipped = _skip_keys(model)
         for path, device in devices.items():
             part = model.get_submodule(path)
-            left = skipped | _skipped(part)
-            hook = _Entering(device, self._memo, left)
+            left = skipped | _skip_keys(part)
+            hook = _MoveInputs(device, self._memo, left)
             self._handles.append(part.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
             if path in in_fp32:
-                casts = _Casts(left, dtype)
+                casts = _CastInputs(left, dtype)
                 self._handles.append(part.register_forward_pre_hook(casts.begin, with_kwargs=True))
                 self._handles.append(part.register_forward_hook(casts.end, with_kwargs=True, always_call=True))
-        ends = _Ends(self._memo, skipped)
+        ends = _ModelCall(self._memo, skipped)
         self._handles.append(model.register_forward_pre_hook(ends.begin, prepend=True, with_kwargs=True))
         self._handles.append(model.register_forward_hook(ends.end, with_kwargs=True, always_call=True))
 
@@ -78,27 +78,27 @@ def attach(
         The hooks: none, where all is on one device and there are no entries.
     """
     detach(model)
-    crossings = DeviceHooks()
+    hooks = DeviceHooks()
     hooked = dict(entries or {})
     if len(set(devices.values())) > 1:
         modules = dict(model.named_modules(remove_duplicate=False))
         hooked |= {path: device for path, device in devices.items() if path in modules}
     if hooked:
-        crossings.add(model, hooked, in_fp32, dtype)
-        model.__dict__[_KEPT_AS] = crossings
-    return crossings
+        hooks.add(model, hooked, in_fp32, dtype)
+        model.__dict__[_KEPT_AS] = hooks
+    return hooks
 
 
 def detach(model: nn.Module) -> None:
     """Take the hooks off that a model has from `connect`, if it has any."""
-    crossings = model.__dict__.pop(_KEPT_AS, None)
-    if isinstance(crossings, DeviceHooks):
-        crossings.remove()
+    hooks = model.__dict__.pop(_KEPT_AS, None)
+    if isinstance(hooks, DeviceHooks):
+        hooks.remove()
 
 
-def bring(values: Any, device: torch.device) -> Any:
+def send_to_device(values: Any, device: torch.device) -> Any:
     """Move the tensors in tuples, lists and dicts to a device, if they are not all there."""
-    return values if _is_there(values, device) else _brought(values, lambda tensor: _moved(tensor, device))
+    return values if _is_on(values, device) else _map_tensors(values, lambda tensor: _to_device(tensor, device))
 
 
 class _PerThread(threading.local):
@@ -126,57 +126,57 @@ class _Memo(_PerThread):
     def get(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Return a tensor on a device, moved once for as long as it is not changed in place."""
         if tensor.is_inference():  # nobody counts the writes to it
-            return _moved(tensor, device)
+            return _to_device(tensor, device)
         # What was moved without gradients has lost them.
         key, version = (id(tensor), device, torch.is_grad_enabled()), tensor._version
         known = self.moved.get(key)
         if known is None or known[1] != version:
             # The tensor itself is kept, so that no other gets its id.
-            known = self.moved[key] = tensor, version, _moved(tensor, device)
+            known = self.moved[key] = tensor, version, _to_device(tensor, device)
         return known[2]
 
 
-class _Entering:
+class _MoveInputs:
     """A hook that brings what a part is given to its device."""
 
     def __init__(self, device: torch.device, memo: _Memo, skipped: Collection[str]) -> None:
-        self._device, self._memo, self._skipped = device, memo, frozenset(skipped)
+        self._device, self._memo, self._skip_keys = device, memo, frozenset(skipped)
 
     def __call__(self, part: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        device, skipped = self._device, self._skipped
-        if all(_is_there(value, device) for value in args) and all(
-            name in skipped or _is_there(value, device) for name, value in kwargs.items()
+        device, skipped = self._device, self._skip_keys
+        if all(_is_on(value, device) for value in args) and all(
+            name in skipped or _is_on(value, device) for name, value in kwargs.items()
         ):
             return None
         # By position come the activations, which are new for each part: they are not kept.
-        args = tuple(_brought(value, lambda tensor: _moved(tensor, device)) for value in args)
-        kept = self._memo.get if self._memo.is_on and not torch.compiler.is_compiling() else _moved
+        args = tuple(_map_tensors(value, lambda tensor: _to_device(tensor, device)) for value in args)
+        kept = self._memo.get if self._memo.is_on and not torch.compiler.is_compiling() else _to_device
         named = {
-            name: value if name in skipped else _brought(value, lambda tensor: kept(tensor, device))
+            name: value if name in skipped else _map_tensors(value, lambda tensor: kept(tensor, device))
             for name, value in kwargs.items()
         }
         return args, named
 
 
-class _Casts:
+class _CastInputs:
     """Hooks on a part that computes in float32: what goes in is cast, and what comes out is cast back."""
 
     def __init__(self, skipped: Collection[str], usual: torch.dtype | None) -> None:
-        self._skipped, self._usual = frozenset(skipped), usual
+        self._skip_keys, self._usual = frozenset(skipped), usual
         self._dtypes = _Dtypes()
 
     def begin(self, part: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         floating = (tensor for tensor in _tensors((args, kwargs)) if tensor.is_floating_point())
         self._dtypes.of_calls.append(next((tensor.dtype for tensor in floating), self._usual))
-        args = tuple(_brought(value, _in_fp32) for value in args)
-        kwargs = {name: v if name in self._skipped else _brought(v, _in_fp32) for name, v in kwargs.items()}
+        args = tuple(_map_tensors(value, _in_fp32) for value in args)
+        kwargs = {name: v if name in self._skip_keys else _map_tensors(v, _in_fp32) for name, v in kwargs.items()}
         return args, kwargs
 
     def end(self, part: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         dtype = self._dtypes.of_calls.pop() if self._dtypes.of_calls else None
         if dtype is None or output is None:
             return None
-        return _brought(output, lambda tensor: tensor.to(dtype) if tensor.dtype == torch.float32 else tensor)
+        return _map_tensors(output, lambda tensor: tensor.to(dtype) if tensor.dtype == torch.float32 else tensor)
 
 
 class _Dtypes(_PerThread):
@@ -190,16 +190,16 @@ def _in_fp32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-class _Ends:
+class _ModelCall:
     """Hooks on the model: what was moved by name is kept for one forward, and what comes out goes where input was."""
 
     def __init__(self, memo: _Memo, skipped: Collection[str]) -> None:
-        self._memo, self._skipped = memo, frozenset(skipped)
+        self._memo, self._skip_keys = memo, frozenset(skipped)
 
     def begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._memo.moved.clear()  # of a forward that was interrupted: hooks at the end are not called then
         self._memo.is_on = True
-        given = (args, [value for name, value in kwargs.items() if name not in self._skipped])
+        given = (args, [value for name, value in kwargs.items() if name not in self._skip_keys])
         first = next(_tensors(given), None)
         self._memo.origins.append(None if first is None else first.device)
 
@@ -210,14 +210,14 @@ class _Ends:
         if device is None or output is None:
             return None
         is_named = isinstance(output, dict)
-        leaving = {name: value for name, value in output.items() if name not in self._skipped} if is_named else output
-        made = bring(leaving, device)
+        leaving = {name: value for name, value in output.items() if name not in self._skip_keys} if is_named else output
+        made = send_to_device(leaving, device)
         if made is leaving:
             return None
-        return _with(output, made) if is_named else made
+        return _with_values(output, made) if is_named else made
 
 
-def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Bring a tensor to a device; gradients come back the same way."""
     if tensor.device == device:
         return tensor
@@ -225,34 +225,34 @@ def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=tensor.device.type == device.type != "cpu")
 
 
-def _skipped(module: nn.Module) -> set[str]:
+def _skip_keys(module: nn.Module) -> set[str]:
     """Return the names of arguments that a module says must be left where they are: caches."""
     names = getattr(module, "_skip_keys_device_placement", None)
     return {names} if isinstance(names, str) else set(names or ())
 
 
-def _is_there(value: Any, device: torch.device) -> bool:
+def _is_on(value: Any, device: torch.device) -> bool:
     if isinstance(value, torch.Tensor):
         return value.device == device
     if isinstance(value, (list, tuple)):
-        return all(_is_there(inner, device) for inner in value)
-    return not isinstance(value, dict) or all(_is_there(inner, device) for inner in value.values())
+        return all(_is_on(inner, device) for inner in value)
+    return not isinstance(value, dict) or all(_is_on(inner, device) for inner in value.values())
 
 
-def _brought(value: Any, move: Any) -> Any:
+def _map_tensors(value: Any, move: Any) -> Any:
     """Move the tensors in tuples, lists and dicts; other objects, caches for instance, stay as they are."""
     if isinstance(value, torch.Tensor):
         return move(value)
     if isinstance(value, tuple) and hasattr(value, "_fields") and not isinstance(value, PackedSequence):
-        return type(value)(*(_brought(inner, move) for inner in value))
+        return type(value)(*(_map_tensors(inner, move) for inner in value))
     if type(value) in (list, tuple):
-        return type(value)(_brought(inner, move) for inner in value)
+        return type(value)(_map_tensors(inner, move) for inner in value)
     if isinstance(value, dict):
-        return _with(value, {key: _brought(inner, move) for key, inner in value.items()})
+        return _with_values(value, {key: _map_tensors(inner, move) for key, inner in value.items()})
     return value
 
 
-def _with(table: Any, values: Mapping[Any, Any]) -> Any:
+def _with_values(table: Any, values: Mapping[Any, Any]) -> Any:
     """Copy a dict, of whatever class, transformers' outputs for instance, with other values for some of its keys."""
     made = copy.copy(table)
     for key, value in values.items():

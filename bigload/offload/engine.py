@@ -19,8 +19,8 @@ from torch import nn
 from ..errors import ConfigError
 from ..hardware.pinned import Store
 from .at_rest import hook_state_dicts
-from .forwards import HostForward, OwnForward, StreamedForward
-from .leaves import Group, Leaf, Uncopyable, remove_all, require_owned, streamed_by_leaf
+from .forwards import CpuForward, ForwardOverride, StreamedForward
+from .leaves import Group, Leaf, NonCopyable, remove_all, require_owned, streamed_by_leaf
 from .residency import Residency
 from .slot_pool import SlotPool, StreamStats
 from .slots import Slot
@@ -28,7 +28,7 @@ from .slots import Slot
 _NONE: Mapping[Leaf, Store | None] = {}
 
 
-class Engine(Uncopyable):
+class Engine(NonCopyable):
     """Streams the weights of a model's groups to one device.
 
     It may be used from several threads, and on any stream.
@@ -63,21 +63,21 @@ class Engine(Uncopyable):
         self._embeddings = dict(embeddings)
         self._streamed = {group: streamed_by_leaf(group) for group in groups}
         require_owned(model, self._streamed, embeddings)
-        self.pool = SlotPool(groups, device, slots, self._forget)
+        self.pool = SlotPool(groups, device, slots, self._forget_slot)
         self._weights: list[Residency] = []
-        self._forwards: list[OwnForward] = []
+        self._forwards: list[ForwardOverride] = []
         self._state_hooks: list[Any] = []
         try:
-            self._take_over()
+            self._install()
         except BaseException:  # Ctrl-C too: the leaves are as they were
-            self._let_go()
+            self._uninstall()
             self.pool.copier.close()
             raise
         # Slots must not be another's while a copy into them goes on.
         self._close = weakref.finalize(self, self.pool.copier.close)
         self._close.atexit = False
 
-    def _take_over(self) -> None:
+    def _install(self) -> None:
         for group, by_leaf in self._streamed.items():
             for leaf, streamed in by_leaf.items():
                 for each in streamed:
@@ -87,15 +87,15 @@ class Engine(Uncopyable):
                 self._forwards.append(StreamedForward(weights))
                 self._state_hooks += hook_state_dicts(weights, self.pool)
         self._forwards += [
-            HostForward(leaf.path, leaf.module, self.device, None if files is None else files.require_unchanged)
+            CpuForward(leaf.path, leaf.module, self.device, None if files is None else files.require_unchanged)
             for leaf, files in self._embeddings.items()
         ]
 
-    def _let_go(self) -> None:
+    def _uninstall(self) -> None:
         remove_all(self._state_hooks)
         remove_all(self._forwards)
 
-    def _forget(self, slot: Slot) -> None:
+    def _forget_slot(self, slot: Slot) -> None:
         for forward in self._forwards:
             if isinstance(forward, StreamedForward):
                 forward.forget(slot)
@@ -132,18 +132,18 @@ class Engine(Uncopyable):
             torch.OutOfMemoryError: the device has no room for all; they are streamed still.
         """
         with self.pool.lock:
-            brought: list[tuple[Callable[[torch.Tensor], None], torch.Tensor]] = []
+            copies: list[tuple[Callable[[torch.Tensor], None], torch.Tensor]] = []
             try:
                 self.pool.free_all()
-                self._bring_all(brought)
+                self._copy_all_to_device(copies)
             except BaseException:
-                brought.clear()  # here, since the error holds who made them, and the slots need their room
+                copies.clear()  # here, since the error holds who made them, and the slots need their room
                 with suppress(torch.OutOfMemoryError):
                     self.pool.make_slots()
                 raise
-            for put, tensor in brought:
+            for put, tensor in copies:
                 put(tensor)
-            self._let_go()
+            self._uninstall()
             while self._streamed:
                 group, _ = self._streamed.popitem()
                 self.pool.drop(group)
@@ -151,11 +151,11 @@ class Engine(Uncopyable):
             self._embeddings = {}
             self._close()
 
-    def _bring_all(self, brought: list[tuple[Callable[[torch.Tensor], None], torch.Tensor]]) -> None:
+    def _copy_all_to_device(self, copies: list[tuple[Callable[[torch.Tensor], None], torch.Tensor]]) -> None:
         """Bring all weights to the device.
 
         Args:
-            brought: is given each, with what puts it into the model.
+            copies: is given each, with what puts it into the model.
 
         Raises:
             OffloadError: a file is not what it was.
@@ -166,9 +166,9 @@ class Engine(Uncopyable):
             store.require_unchanged()  # before: a map of a file that was cut short ends the process
         for group, by_leaf in self._streamed.items():
             for each in {each for streamed in by_leaf.values() for each in streamed}:
-                brought.append((each.restore, group.store.source_of(each.name).to(self.device, copy=True)))
+                copies.append((each.restore, group.store.source_of(each.name).to(self.device, copy=True)))
         for leaf in self._embeddings:
             for own in leaf.module.parameters():
-                brought.append((functools.partial(setattr, own, "data"), own.data.to(self.device, copy=True)))
+                copies.append((functools.partial(setattr, own, "data"), own.data.to(self.device, copy=True)))
         for store in stores:
             store.require_unchanged()

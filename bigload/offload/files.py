@@ -88,16 +88,16 @@ class FileGroup(Store):
             for name, where in self._parts.items():
                 begin = self.layout.offsets[name]
                 part = target[begin : begin + where.part.nbytes]
-                with _saying_what(name, where.file):
+                with _read_errors_of(name, where.file):
                     going.append((name, where, reads.begin(where.file, [part], where.offset)))
             for name, where, read in going:
-                with _saying_what(name, where.file):
+                with _read_errors_of(name, where.file):
                     if reads.finish(read) < where.part.nbytes:
                         raise OSError("it was cut short since the model was loaded; load the model anew")
         self.require_unchanged()
         if not self.stays_in_page_cache:
             for name, where in self._parts.items():
-                with _saying_what(name, where.file):
+                with _read_errors_of(name, where.file):
                     _drop_from_page_cache(where)
 
     def require_unchanged(self) -> None:
@@ -108,7 +108,7 @@ class FileGroup(Store):
         """
         for file, stamp in self._stamps.items():
             name = next(name for name, where in self._parts.items() if where.file == file)
-            with _saying_what(name, file):
+            with _read_errors_of(name, file):
                 if _stamp(file.stat()) != stamp:
                     raise OSError("it was cut short or written again since the model was loaded; load the model anew")
 
@@ -118,7 +118,7 @@ def _stamp(stat: os.stat_result) -> _Stamp:
 
 
 @contextmanager
-def _saying_what(name: str, file: Path) -> Iterator[None]:
+def _read_errors_of(name: str, file: Path) -> Iterator[None]:
     """Say of an error what could not be read from where."""
     try:
         yield
@@ -139,7 +139,7 @@ def _drop_from_page_cache(part: FilePart) -> None:
         os.close(descriptor)
 
 
-def spare_page_cache(groups: Sequence[FileGroup], nbytes: int) -> None:
+def limit_page_cache(groups: Sequence[FileGroup], nbytes: int) -> None:
     """Let so many groups stay in the page cache as it has room for, and drop the others whenever they were read.
 
     What is read round and round, and is more than there is room for, would else always have been dropped just before

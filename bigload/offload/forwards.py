@@ -19,39 +19,39 @@ from ..quantization.cpu_forwards import input_gradient, streamed_forward
 from ..quantization.formats import part_name
 from ..quantization.layers import is_quantized
 from ..quantization.quantized_weight import state_around, state_holders
-from .device_hooks import bring
+from .device_hooks import send_to_device
 from .leaves import Leaf, MethodOverride
 from .residency import Residency
 from .slots import Slot
 
 
-class OwnForward(MethodOverride):
+class ForwardOverride(MethodOverride):
     """A forward of ours in place of a module's own.
 
     Attributes:
         own: the forward that it calls.
-        is_over: it was removed, and does nothing else any more.
+        is_removed: it was removed, and does nothing else any more.
     """
 
     def __init__(self, path: str, module: nn.Module, own: Callable[..., Any]) -> None:
         self.path, self.own = path, own
-        self.is_over = False
+        self.is_removed = False
         self.__wrapped__ = own  # for inspect.signature
         super().__init__(module, "forward")
 
     def remove(self) -> None:
         """Return the module its own forward back; once more does no harm."""
-        self.is_over = True  # for whoever has put a forward there since that calls this one
+        self.is_removed = True  # for whoever has put a forward there since that calls this one
         super().remove()
 
 
-def own_forward_of(module: nn.Module) -> OwnForward | None:
+def forward_override_of(module: nn.Module) -> ForwardOverride | None:
     """Return the forward of ours that a module has; None if it has none."""
     forward = vars(module).get("forward")
-    return forward if isinstance(forward, OwnForward) else None
+    return forward if isinstance(forward, ForwardOverride) else None
 
 
-class StreamedForward(OwnForward):
+class StreamedForward(ForwardOverride):
     """Runs a leaf with its weights on the device. What autograd keeps is where they come from, never they."""
 
     def __init__(self, weights: Residency) -> None:
@@ -64,44 +64,46 @@ class StreamedForward(OwnForward):
         # Here, not with the slots: what reads into a slot must not keep the model.
         self._forwards: dict[Slot, Forward] = {}
         # What these give is never a part of their weights.
-        self._gives_its_own = self._is_quantized or type(leaf.module) is nn.Linear
-        self._takes_one = self._is_quantized or self._make_forward is not None
+        self._returns_new_tensors = self._is_quantized or type(leaf.module) is nn.Linear
+        self._takes_one_argument = self._is_quantized or self._make_forward is not None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute what the leaf's own forward does."""
         if torch.compiler.is_compiling():
-            return _uncompiled(self, args, kwargs)
-        if self.is_over or (self._takes_one and len(args) + len(kwargs) != 1):  # which its own forward refuses
+            return _run_eagerly(self, args, kwargs)
+        if self.is_removed or (
+            self._takes_one_argument and len(args) + len(kwargs) != 1
+        ):  # which its own forward refuses
             return self.own(*args, **kwargs)
         if not torch.is_grad_enabled():
             return self.run(*args, **kwargs)
         if any(parameter.requires_grad for parameter in self.weights.parameters):
-            return self._without_gradients(*args, **kwargs)
+            return self._run_without_weight_gradients(*args, **kwargs)
         if self._is_quantized:
             (x,) = (*args, *kwargs.values())
             return _Quantized.apply(self, x, self.module.bias)  # type: ignore[no-untyped-call]
-        return self.weights.run(functools.partial(self._with_gradients, args, kwargs))
+        return self.weights.run(functools.partial(self._compute_recorded, args, kwargs))
 
-    def _with_gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> Any:
-        args, kwargs = bring((args, kwargs), slot.memory.device)
+    def _compute_recorded(self, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> Any:
+        args, kwargs = send_to_device((args, kwargs), slot.memory.device)
         with torch.autograd.graph.saved_tensors_hooks(functools.partial(_pack, slot.memory), self._unpack):
             out = self.own(*args, **kwargs)
-        return _apart(out, slot.memory)
+        return _copied_out_of_slot(out, slot.memory)
 
-    def _in_place(self, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> Any:
+    def _compute(self, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> Any:
         # Some models send what goes into a convolution to where its weight says that it is.
-        args, kwargs = bring((args, kwargs), slot.memory.device)
+        args, kwargs = send_to_device((args, kwargs), slot.memory.device)
         out = self.own(*args, **kwargs)
-        return out if self._gives_its_own else _apart(out, slot.memory)
+        return out if self._returns_new_tensors else _copied_out_of_slot(out, slot.memory)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Compute what the module's own forward does, without gradients."""
         if self._make_forward is None:
-            return self.weights.run(functools.partial(self._in_place, args, kwargs))
+            return self.weights.run(functools.partial(self._compute, args, kwargs))
         (x,) = (*args, *kwargs.values())
-        return self.weights.run_in_slot(functools.partial(self._in_slot, x))
+        return self.weights.run_in_slot(functools.partial(self._compute_directly, x))
 
-    def _in_slot(self, x: torch.Tensor, slot: Slot) -> torch.Tensor:
+    def _compute_directly(self, x: torch.Tensor, slot: Slot) -> torch.Tensor:
         forward = self._forwards.get(slot)
         if forward is None:
             assert self._make_forward is not None  # run() has asked
@@ -113,36 +115,36 @@ class StreamedForward(OwnForward):
         self._forwards.pop(slot, None)
 
     def _unpack(self, saved: Any) -> torch.Tensor:
-        if not isinstance(saved, _InSlot):
+        if not isinstance(saved, _SlotView):
             return saved  # type: ignore[no-any-return]
-        if self.is_over:
+        if self.is_removed:
             raise OffloadError(
                 f"backward wants a weight of {self.path!r} from memory that remove() has freed: run forward again"
             )
         # A clone: the slot may be another group's before it is used.
-        return self.weights.run(lambda slot: saved.found_in(slot.memory).clone())
+        return self.weights.run(lambda slot: saved.view_in(slot.memory).clone())
 
-    def _without_gradients(self, *args: Any, **kwargs: Any) -> Any:
+    def _run_without_weight_gradients(self, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
             out = self.run(*args, **kwargs)
-        anchor = torch.empty(0, requires_grad=True)
+        dummy = torch.empty(0, requires_grad=True)
 
         def refuse(tensor: torch.Tensor) -> Any:
             if not tensor.is_floating_point():
                 return tensor
-            return _Refused.apply(self.path, tensor, anchor)  # type: ignore[no-untyped-call]
+            return _NoWeightGradient.apply(self.path, tensor, dummy)  # type: ignore[no-untyped-call]
 
         return tree_map_only(torch.Tensor, refuse, out)
 
 
 # torch.compiler.disable would import torch._dynamo here and now, which takes more than a second.
 @_disable_dynamo
-def _uncompiled(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _run_eagerly(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run outside of what is compiled, where nothing knows that weights come and go."""
     return forward(*args, **kwargs)
 
 
-class _InSlot(NamedTuple):
+class _SlotView(NamedTuple):
     """A tensor that autograd would have kept, by where it lies in the memory of its group."""
 
     dtype: torch.dtype
@@ -150,15 +152,15 @@ class _InSlot(NamedTuple):
     stride: tuple[int, ...]
     offset: int
 
-    def found_in(self, memory: torch.Tensor) -> torch.Tensor:
+    def view_in(self, memory: torch.Tensor) -> torch.Tensor:
         """Return the tensor in a slot that the group is in, (n,), uint8."""
         return memory.view(self.dtype).as_strided(self.shape, self.stride, self.offset)
 
 
-def _pack(memory: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor | _InSlot:
+def _pack(memory: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor | _SlotView:
     if not _lies_in(tensor, memory):
         return tensor
-    return _InSlot(tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+    return _SlotView(tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
 
 def _lies_in(tensor: torch.Tensor, memory: torch.Tensor) -> bool:
@@ -167,7 +169,7 @@ def _lies_in(tensor: torch.Tensor, memory: torch.Tensor) -> bool:
     return tensor.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
 
 
-def _apart(out: Any, memory: torch.Tensor) -> Any:
+def _copied_out_of_slot(out: Any, memory: torch.Tensor) -> Any:
     """Copy what a module gives out of its weights themselves, which the next group will overwrite."""
 
     def apart(tensor: torch.Tensor) -> torch.Tensor:
@@ -199,15 +201,15 @@ class _Quantized(torch.autograd.Function):
             def computed(slot: Slot | None = None) -> torch.Tensor:
                 return input_gradient(streamed.module, streamed.own, grad, ctx.dtype)
 
-            grad_input = computed() if streamed.is_over else streamed.weights.run(computed)
+            grad_input = computed() if streamed.is_removed else streamed.weights.run(computed)
         return None, grad_input, grad_bias
 
 
-class _Refused(torch.autograd.Function):
+class _NoWeightGradient(torch.autograd.Function):
     """An output without a gradient, said when it is asked for: until then it is as good as any."""
 
     @staticmethod
-    def forward(ctx: Any, path: str, out: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, path: str, out: torch.Tensor, dummy: torch.Tensor) -> torch.Tensor:
         ctx.path = path
         return out.view_as(out)
 
@@ -219,7 +221,7 @@ class _Refused(torch.autograd.Function):
         )
 
 
-class HostForward(OwnForward):
+class CpuForward(ForwardOverride):
     """Runs a module on the host, where its weights are: an embedding sends the rows that were looked up."""
 
     def __init__(
@@ -240,8 +242,8 @@ class HostForward(OwnForward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute on the host; tensors go there and their results come back."""
         if torch.compiler.is_compiling():
-            return _uncompiled(self, args, kwargs)
-        if self.is_over:
+            return _run_eagerly(self, args, kwargs)
+        if self.is_removed:
             return self.own(*args, **kwargs)
         if self._require_there is not None:
             self._require_there()

@@ -17,11 +17,11 @@ from ..hardware.devices import CPU
 from ..hardware.free_memory import free_bytes
 from ..hardware.pinned import Store
 from ..planning.plan import PlacedUnit, Plan
-from .at_rest import StayingAtRest
+from .at_rest import ApplyGuards
 from .device_hooks import detach
 from .engine import Engine
-from .files import FileGroup, spare_page_cache
-from .forwards import own_forward_of
+from .files import FileGroup, limit_page_cache
+from .forwards import forward_override_of
 from .leaves import Group, Leaf, remove_all
 from .model_device import ModelDevices
 from .slot_pool import StreamStats
@@ -61,13 +61,13 @@ class Offload:
                     by_device[placed.device][placed] = leaves
                     device_of |= dict.fromkeys(leaves, placed.device)
                 for path in placed.unit.paths if placed.streamed_bytes else ():
-                    hook = Adopting(placed.device, leaves)
+                    hook = MoveAddedParameters(placed.device, leaves)
                     self._handles.append(model.get_submodule(path).register_forward_pre_hook(hook, prepend=True))
             for device, units in by_device.items():
-                self._engines.append(_engine(model, units, device, config, targets))
+                self._engines.append(_make_engine(model, units, device, config, targets))
             self._spare_page_cache()
             self._handles.append(ModelDevices(model, plan))
-            self._handles.append(StayingAtRest(model, device_of))
+            self._handles.append(ApplyGuards(model, device_of))
         except BaseException:
             self.remove()
             raise
@@ -76,7 +76,7 @@ class Offload:
         stores = [group.store for engine in self._engines for group in engine.groups]
         on_disk = [store for store in stores if isinstance(store, FileGroup)]
         if on_disk:
-            spare_page_cache(on_disk, free_bytes(CPU) // 2)
+            limit_page_cache(on_disk, free_bytes(CPU) // 2)
 
     def stats(self) -> StreamStats:
         """Tell what has been streamed since the load, over all devices."""
@@ -129,14 +129,14 @@ def require_not_offloaded(model: Any) -> None:
     Raises:
         ConfigError: it is offloaded.
     """
-    streamed = [path for path, module in model.named_modules() if own_forward_of(module)]
+    streamed = [path for path, module in model.named_modules() if forward_override_of(module)]
     if streamed:
         raise ConfigError(
             f"the model is offloaded already ({listed(streamed)}): call model.offload.remove() first, or build it anew"
         )
 
 
-class Adopting:
+class MoveAddedParameters:
     """A hook on a block that brings parameters to its device which others have put into it since the load.
 
     PEFT makes an adapter where the weight lies that it adapts, which for a streamed one is host memory.
@@ -155,14 +155,14 @@ class Adopting:
         self._has_looked = True
         for parameter in block.parameters():
             if parameter.device != self._device and not parameter.is_meta and id(parameter) not in self._away:
-                _bring(parameter, self._device)
+                _move(parameter, self._device)
 
 
-def _bring(parameter: nn.Parameter, device: torch.device) -> None:
+def _move(parameter: nn.Parameter, device: torch.device) -> None:
     parameter.data = parameter.data.to(device)
 
 
-def _engine(
+def _make_engine(
     model: nn.Module,
     units: Mapping[PlacedUnit, Sequence[Leaf]],
     device: torch.device,
@@ -173,10 +173,10 @@ def _engine(
     embeddings: dict[Leaf, Store | None] = {}
     for placed, leaves in units.items():
         if placed.unit.is_embedding:
-            files = targets.group(placed) if placed.home == "disk" else None
+            files = targets.store_of(placed) if placed.home == "disk" else None
             embeddings |= dict.fromkeys(leaves, files)
         else:
-            groups.append(Group(placed.unit.name, tuple(leaves), targets.group(placed)))
+            groups.append(Group(placed.unit.name, tuple(leaves), targets.store_of(placed)))
     return Engine(model, groups, device, config.slots, embeddings)
 
 

@@ -21,7 +21,7 @@ from .slots import Slot, Use
 _Places = dict[str, list[tuple[Any, str]]]
 
 
-class Uncopyable:
+class NonCopyable:
     """What a copied model would share with the first: so there is no copy."""
 
     def __deepcopy__(self, memo: object) -> NoReturn:
@@ -34,7 +34,7 @@ class Uncopyable:
         self.__deepcopy__(None)
 
 
-class MethodOverride(Uncopyable):
+class MethodOverride(NonCopyable):
     """Takes the place of one of a module's methods, as an attribute of the instance."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
@@ -78,7 +78,7 @@ class StreamedTensor:
 
     Attributes:
         name: in its group.
-        is_away: it is the device's, or was left so by a call that was interrupted.
+        is_swapped_in: it is the device's, or was left so by a call that was interrupted.
     """
 
     def __init__(self, name: str, places: Iterable[tuple[Any, str]], owner: nn.Module, key: str) -> None:
@@ -89,7 +89,7 @@ class StreamedTensor:
         # The parameter whose values it is; None for what belongs to a quantized weight.
         self.parameter: nn.Parameter | None = holder if isinstance(holder, nn.Parameter) else None
         self.identity = (id(holder), attribute)
-        self.is_away = False
+        self.is_swapped_in = False
         self._users: list[Use] = []
 
     def get(self) -> torch.Tensor:
@@ -107,18 +107,18 @@ class StreamedTensor:
         is_first = not self.is_used()
         self._users.append(use)
         if is_first:
-            self.is_away = True
+            self.is_swapped_in = True
             self.put(there)
 
     def swap_out(self, rest: Mapping[str, torch.Tensor]) -> None:
         """Put its tensor of those at rest there, unless a call uses the device's."""
-        if self.is_away and not self.is_used():
+        if self.is_swapped_in and not self.is_used():
             self.put(rest[self.name])
-            self.is_away = False
+            self.is_swapped_in = False
 
     def restore(self, tensor: torch.Tensor) -> None:
         """Put a tensor there to stay, whatever a call that is over has yet to put back."""
-        self.is_away = False
+        self.is_swapped_in = False
         self.put(tensor)
 
     def is_used(self) -> bool:
@@ -138,7 +138,7 @@ class StreamedTensor:
             OffloadError: says which.
         """
         parameter = self.parameter
-        if parameter is None or self.is_away:
+        if parameter is None or self.is_swapped_in:
             return
         is_there = parameter.data_ptr() == rest.data_ptr()
         if not is_there or self._owner._parameters.get(self._key) is not parameter:

@@ -22,12 +22,12 @@ from ..errors import OffloadError
 from ..model import transformers_facts
 from ..model.tree import first_paths, modules_by_path, paths_above
 from ..planning.plan import Plan
-from .forwards import StreamedForward, own_forward_of
+from .forwards import StreamedForward, forward_override_of
 
 # Where a module keeps the device that computes it.
-_KEPT_AS = "_bigload_device"
+_DEVICE_ATTRIBUTE = "_bigload_device"
 # What `inspect` finds a class and its source by.
-_OF_A_CLASS = ("__module__", "__qualname__", "__doc__", "__firstlineno__")
+_CLASS_ATTRIBUTES = ("__module__", "__qualname__", "__doc__", "__firstlineno__")
 
 
 def entries(model: nn.Module, plan: Plan) -> dict[str, torch.device]:
@@ -43,7 +43,7 @@ def entries(model: nn.Module, plan: Plan) -> dict[str, torch.device]:
     """
     if not plan.offloaded and len(set(plan.execution_map.values())) == 1:
         return {}
-    called = [path for module, path in first_paths(model).items() if not path or _says_its_device(module)]
+    called = [path for module, path in first_paths(model).items() if not path or _has_device_property(module)]
     return {path: device for path in called if (device := plan.device_of(path)) is not None}
 
 
@@ -63,7 +63,7 @@ class ModelDevices:
         try:
             for path in {path for name in away for path in paths_above(name)}:
                 device = plan.device_of(path)
-                if device is not None and _says_its_device(modules[path]):
+                if device is not None and _has_device_property(modules[path]):
                     self._exchange(modules[path], device)
         except BaseException:
             self.remove()
@@ -72,20 +72,20 @@ class ModelDevices:
     def _exchange(self, module: nn.Module, device: torch.device) -> None:
         own: Any = type(module)
         self._before.append((module, own))
-        vars(module)[_KEPT_AS] = device
-        module.__class__ = _computed_elsewhere(own)
+        vars(module)[_DEVICE_ATTRIBUTE] = device
+        module.__class__ = _with_compute_device(own)
 
     def remove(self) -> None:
         """Return the modules their own classes back; once more does no harm."""
         while self._before:
             module, own = self._before[-1]
-            if type(module) is _computed_elsewhere(own):  # and no other has exchanged it since
+            if type(module) is _with_compute_device(own):  # and no other has exchanged it since
                 module.__class__ = own
-            vars(module).pop(_KEPT_AS, None)
+            vars(module).pop(_DEVICE_ATTRIBUTE, None)
             self._before.pop()
 
 
-class ComputedElsewhere:
+class ComputeDeviceMixin:
     """Comes before a model's own class, in a class that has that one's name."""
 
     def __init_subclass__(cls) -> None:
@@ -94,7 +94,7 @@ class ComputedElsewhere:
     @property
     def device(self) -> torch.device:
         """The device that computes the first of the model."""
-        device = getattr(self, _KEPT_AS, None)
+        device = getattr(self, _DEVICE_ATTRIBUTE, None)
         return super().device if device is None else device  # type: ignore[misc,no-any-return]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -113,13 +113,13 @@ def _new(cls: Any, *given: Any) -> Any:
 
 
 @functools.cache
-def _computed_elsewhere(own: Any) -> Any:
-    if issubclass(own, ComputedElsewhere):
+def _with_compute_device(own: Any) -> Any:
+    if issubclass(own, ComputeDeviceMixin):
         return own
-    kept = {name: vars(own)[name] for name in _OF_A_CLASS if name in vars(own)}
+    kept = {name: vars(own)[name] for name in _CLASS_ATTRIBUTES if name in vars(own)}
     if hasattr(own, "resize_token_embeddings"):
         kept["resize_token_embeddings"] = _resizing(own.resize_token_embeddings)
-    return type(own)(own.__name__, (ComputedElsewhere, own), kept)
+    return type(own)(own.__name__, (ComputeDeviceMixin, own), kept)
 
 
 def _resizing(resize: Callable[..., Any]) -> Callable[..., Any]:
@@ -146,7 +146,7 @@ def _require_resizable(model: Any, rows: int | None, multiple: int | None) -> No
     if rows is None and multiple is None:
         return
     for module in (model.get_input_embeddings(), transformers_facts.output_head(model)):
-        forward = own_forward_of(module) if isinstance(module, nn.Module) else None
+        forward = forward_override_of(module) if isinstance(module, nn.Module) else None
         if not isinstance(forward, StreamedForward):
             continue
         there = forward.module.get_parameter("weight").shape[0]
@@ -159,6 +159,6 @@ def _require_resizable(model: Any, rows: int | None, multiple: int | None) -> No
             )
 
 
-def _says_its_device(module: nn.Module) -> bool:
+def _has_device_property(module: nn.Module) -> bool:
     """Whether a module has a `device` that its class finds out, as those of transformers and diffusers do."""
     return isinstance(getattr(type(module), "device", None), property)

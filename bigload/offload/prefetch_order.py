@@ -11,7 +11,7 @@ from typing import NamedTuple
 from .leaves import Group, Leaf
 
 # After so many nobody guesses any more when a step is over: the first may be of what was guessed, not learned.
-_MISTAKES = 2
+_MAX_MISPREDICTIONS = 2
 
 
 class Step(NamedTuple):
@@ -21,22 +21,22 @@ class Step(NamedTuple):
     group: Group
 
 
-class _Place:
+class _Position:
     """Where a thread is."""
 
     step: Step | None = None
     leaf: Leaf | None = None
 
 
-class _Places(threading.local):
-    """A place for each thread."""
+class _Positions(threading.local):
+    """A position for each thread."""
 
     def __init__(self) -> None:
-        self.own = _Place()
+        self.own = _Position()
 
 
 class PrefetchOrder:
-    """What comes after what. Each thread has a place of its own; what they learn is for all.
+    """What comes after what. Each thread has a position of its own; what they learn is for all.
 
     Backward goes on where the last forward was, whatever thread it runs in: for a GPU autograd has one of its own.
     """
@@ -50,15 +50,15 @@ class PrefetchOrder:
             self._next[Step(True, groups[0])] = Step(False, groups[0])
         # The leaf after which a step is over, as a rule, and how often there was more after it.
         self._last = {Step(False, group): group.leaves[-1] for group in groups if group.leaves}
-        self._mistakes: Counter[Step] = Counter()
-        self._places = _Places()
-        self._latest = self._places.own
+        self._mispredictions: Counter[Step] = Counter()
+        self._positions = _Positions()
+        self._latest = self._positions.own
 
-    def _place(self, *, is_backward: bool) -> _Place:
+    def _position(self, *, is_backward: bool) -> _Position:
         if is_backward:
             return self._latest
-        place = self._latest = self._places.own
-        return place
+        position = self._latest = self._positions.own
+        return position
 
     def arrive(self, group: Group, leaf: Leaf, *, is_backward: bool) -> Step | None:
         """Note that a thread is at a leaf of a group.
@@ -66,28 +66,32 @@ class PrefetchOrder:
         Returns:
             The step that this is; None where the thread was in it already.
         """
-        place = self._place(is_backward=is_backward)
-        before, last = place.step, place.leaf
-        place.leaf = leaf
+        position = self._position(is_backward=is_backward)
+        before, last = position.step, position.leaf
+        position.leaf = leaf
         if before is not None and before[1] is group and before[0] == is_backward:
             return None
-        step = place.step = Step(is_backward, group)
+        step = position.step = Step(is_backward, group)
         if before is not None and last is not None:
             self._next[before], self._last[before] = step, last
         return step
 
     def current(self, group: Group, leaf: Leaf, *, is_backward: bool) -> Step | None:
         """Return the step that a thread is in; None if it has left for another group or leaf since."""
-        place = self._place(is_backward=is_backward)
-        return place.step if place.leaf is leaf and place.step is not None and place.step.group is group else None
+        position = self._position(is_backward=is_backward)
+        return (
+            position.step
+            if position.leaf is leaf and position.step is not None and position.step.group is group
+            else None
+        )
 
     def is_over(self, step: Step, leaf: Leaf) -> bool:
         """Whether a step's group is likely not wanted any more after a leaf."""
-        return self._last.get(step) is leaf and self._mistakes[step] < _MISTAKES
+        return self._last.get(step) is leaf and self._mispredictions[step] < _MAX_MISPREDICTIONS
 
     def record_misprediction(self, step: Step) -> None:
         """Learn that a step that seemed to be over was not."""
-        self._mistakes[step] += 1
+        self._mispredictions[step] += 1
 
     def after(self, step: Step) -> Iterator[Group]:
         """Go through the groups that are likely to follow a step, which may be some of them again."""

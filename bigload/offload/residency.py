@@ -19,7 +19,7 @@ from .slots import Slot, Use
 _T = TypeVar("_T")
 
 # Without bitsandbytes' say in what is done to its parameters, in which it has none and which takes Python's time.
-plainly = torch._C.DisableTorchFunctionSubclass
+without_torch_function = torch._C.DisableTorchFunctionSubclass
 
 
 class Residency:
@@ -85,7 +85,7 @@ class Residency:
         self._leave()
 
     def _acquire(self, use: Use) -> Slot:
-        with self._pool.lock, plainly():
+        with self._pool.lock, without_torch_function():
             return self._pool.enter(use, self.group, self.leaf, self._owned)
 
     def _leave(self) -> None:
@@ -93,7 +93,7 @@ class Residency:
             self._pool.leave(self.group, self.leaf)
 
     def _swap_in(self, use: Use) -> Slot:
-        with self._pool.lock, plainly():
+        with self._pool.lock, without_torch_function():
             # Where another call has them; which need not be where new calls of the group find theirs.
             slot = self._streamed[0].slot() if self._streamed else None
             if slot is None:
@@ -107,7 +107,7 @@ class Residency:
 
     def swap_out(self) -> None:
         """Put to rest what no call uses any more."""
-        with self._pool.lock, plainly():
+        with self._pool.lock, without_torch_function():
             for each in self._streamed:
                 each.swap_out(self.group.store.tensors)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import OffloadError
-from .leaves import Group, Leaf, StreamedTensor, Uncopyable
+from .leaves import Group, Leaf, NonCopyable, StreamedTensor
 from .prefetch_order import PrefetchOrder, Step
 from .slots import Slot, Use, copier_to
 
@@ -38,7 +38,7 @@ def _is_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-class SlotPool(Uncopyable):
+class SlotPool(NonCopyable):
     """The slots of one device.
 
     Attributes:

@@ -66,7 +66,7 @@ class Slot:
 
 
 # One in so many copies is timed, which takes the host as long as the asking for it.
-_TIMED = 8
+_TIMED_EVERY = 8
 
 
 class SlotCopier:
@@ -96,16 +96,16 @@ class SlotCopier:
             slot.pending.wait()
             slot.pending = None
         self._order_after_users(slot)
-        if self._can_begin_at_once(store):
+        if self._can_copy_directly(store):
             self._copy(store.source, slot)
         else:
-            if self._background is None or not self._background.is_there:
+            if self._background is None or not self._background.is_alive:
                 self._background = BackgroundReader.start(self._wait_for_copies)
-            pending, ask = BackgroundRead(partial(self._read, store, slot), slot.memory), self._background.given.put
+            pending, ask = BackgroundRead(partial(self._read, store, slot), slot.memory), self._background.queue.put
             slot.pending = pending
             ask(pending)  # a call in C that follows at once: Ctrl-C cannot come between
 
-    def _can_begin_at_once(self, store: Store) -> TypeGuard[HostGroup]:
+    def _can_copy_directly(self, store: Store) -> TypeGuard[HostGroup]:
         return isinstance(store, HostGroup)
 
     def _order_after_users(self, slot: Slot) -> None:
@@ -149,7 +149,7 @@ class SlotCopier:
 
     def finish(self) -> None:
         """Wait until nothing is brought, copied, or computed, any more."""
-        if self._background is not None and self._background.is_there:
+        if self._background is not None and self._background.is_alive:
             self._background.finish()
         self._wait_for_copies()
 
@@ -157,7 +157,7 @@ class SlotCopier:
         """Let the thread go, and wait for what is copied now: the collector may call this."""
         background, self._background = self._background, None
         if background is not None:
-            background.given.put(None)
+            background.queue.put(None)
         self._wait_for_copies()
 
     def _wait_for_copies(self) -> None:
@@ -185,7 +185,7 @@ class CudaSlotCopier(SlotCopier):
     def _current(self) -> int:
         return int(torch._C._cuda_getCurrentRawStream(self._index))  # to make a Stream takes ten times as long
 
-    def _can_begin_at_once(self, store: Store) -> TypeGuard[HostGroup]:
+    def _can_copy_directly(self, store: Store) -> TypeGuard[HostGroup]:
         """Whether a copy need not pass through staging: of pinned memory alone does it let the host go on."""
         return isinstance(store, HostGroup) and store.is_pinned
 
@@ -203,9 +203,9 @@ class CudaSlotCopier(SlotCopier):
     def _copy(self, source: torch.Tensor, slot: Slot) -> None:
         assert slot.begun is not None
         assert slot.ready is not None
-        self._take_time(slot)
+        self._add_timing(slot)
         is_timed = self._turn == 0
-        self._turn = (self._turn + 1) % _TIMED
+        self._turn = (self._turn + 1) % _TIMED_EVERY
         for event in slot.freed.values():
             self._stream.wait_event(event)
         slot.freed.clear()
@@ -223,8 +223,8 @@ class CudaSlotCopier(SlotCopier):
             self._copy(memory[: store.layout.nbytes], slot)
         copied.record(self._stream)
 
-    def _take_time(self, slot: Slot) -> None:
-        if slot.nbytes_copied and slot.begun is not None and slot.ready is not None and _is_over(slot.ready):
+    def _add_timing(self, slot: Slot) -> None:
+        if slot.nbytes_copied and slot.begun is not None and slot.ready is not None and _has_ended(slot.ready):
             self.timed_s += slot.begun.elapsed_time(slot.ready) / 1000
             self.timed_bytes += slot.nbytes_copied
         slot.nbytes_copied = 0
@@ -256,7 +256,7 @@ class CudaSlotCopier(SlotCopier):
         torch.cuda.synchronize(self.device)
 
 
-def _is_over(event: torch.cuda.Event) -> bool:
+def _has_ended(event: torch.cuda.Event) -> bool:
     return event.query()  # type: ignore[no-untyped-call, no-any-return]
 
 

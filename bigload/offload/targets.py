@@ -51,9 +51,9 @@ class OffloadTargets(AbstractContextManager["OffloadTargets"]):
                 for planned in placed.unit.offloaded:
                     self._unit_of[planned.tensor.name] = placed
                 device = placed.device if pin else CPU
-                self._groups[id(placed)] = self._pool.submit(HostGroup, _parts(placed), device)
+                self._groups[id(placed)] = self._pool.submit(HostGroup, _specs_of(placed), device)
 
-    def group(self, placed: PlacedUnit) -> Store:
+    def store_of(self, placed: PlacedUnit) -> Store:
         """Return the store of a unit that has come to rest."""
         if placed.home == CPU:
             return self._groups[id(placed)].result()
@@ -65,7 +65,7 @@ class OffloadTargets(AbstractContextManager["OffloadTargets"]):
             }
         )
 
-    def memory(self, planned: PlannedTensor) -> Mapping[str, torch.Tensor]:
+    def host_buffers(self, planned: PlannedTensor) -> Mapping[str, torch.Tensor]:
         """Return the host memory of a tensor's parts, by their names in its format, to be filled; none if it is new."""
         placed = self._unit_of.get(planned.tensor.name)
         if placed is None:
@@ -73,31 +73,31 @@ class OffloadTargets(AbstractContextManager["OffloadTargets"]):
         tensors, name = self._groups[id(placed)].result().tensors, planned.tensor.name
         return {part: tensors[part_name(name, part)] for part in planned.format.parts(planned.shape)}
 
-    def cached(self, planned: PlannedTensor) -> torch.Tensor | QuantizedWeight | None:
+    def find_cached(self, planned: PlannedTensor) -> torch.Tensor | QuantizedWeight | None:
         """Return a tensor that is in files already, as it rests there; None for one that must be read first."""
         parts = self._cache.parts(planned) if planned.home == "disk" else None
         if parts is None:
             return None
         self.spared_bytes += sum(source.tensor.nbytes for source in planned.sources)
-        return self._in_files(planned, parts)
+        return self._view_files(planned, parts)
 
-    def put(self, planned: PlannedTensor, value: torch.Tensor | QuantizedWeight) -> torch.Tensor | QuantizedWeight:
+    def offload(self, planned: PlannedTensor, value: torch.Tensor | QuantizedWeight) -> torch.Tensor | QuantizedWeight:
         """Bring to rest what has landed on a device; copies into host memory may go on when this returns.
 
         Raises:
             OffloadError: a file cannot be written.
         """
         if planned.home == "disk":
-            return self._in_files(planned, self._cache.put(planned, _parts_of(value)))
-        memory = self.memory(planned)
-        parts = {part: _copied(tensor, memory.get(part)) for part, tensor in _parts_of(value).items()}
-        return self._around(planned, parts)
+            return self._view_files(planned, self._cache.put(planned, _parts_of(value)))
+        memory = self.host_buffers(planned)
+        parts = {part: _copy_to_host(tensor, memory.get(part)) for part, tensor in _parts_of(value).items()}
+        return self._weight_of(planned, parts)
 
-    def _in_files(self, planned: PlannedTensor, parts: dict[str, FilePart]) -> torch.Tensor | QuantizedWeight:
+    def _view_files(self, planned: PlannedTensor, parts: dict[str, FilePart]) -> torch.Tensor | QuantizedWeight:
         self._files[planned.tensor.name] = parts
-        return self._around(planned, FileGroup(parts).tensors)
+        return self._weight_of(planned, FileGroup(parts).tensors)
 
-    def _around(self, planned: PlannedTensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor | QuantizedWeight:
+    def _weight_of(self, planned: PlannedTensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor | QuantizedWeight:
         """Make the weight whose parts are at rest."""
         if isinstance(planned.format, Plain):
             return parts["weight"]
@@ -109,7 +109,7 @@ class OffloadTargets(AbstractContextManager["OffloadTargets"]):
         self._pool.shutdown()
 
 
-def _parts(placed: PlacedUnit) -> dict[str, TensorSpec]:
+def _specs_of(placed: PlacedUnit) -> dict[str, TensorSpec]:
     return {
         part_name(planned.tensor.name, part): size
         for planned in placed.unit.offloaded
@@ -121,7 +121,7 @@ def _parts_of(value: torch.Tensor | QuantizedWeight) -> Mapping[str, torch.Tenso
     return {"weight": value} if isinstance(value, torch.Tensor) else value.parts
 
 
-def _copied(tensor: torch.Tensor, there: torch.Tensor | None) -> torch.Tensor:
+def _copy_to_host(tensor: torch.Tensor, there: torch.Tensor | None) -> torch.Tensor:
     """Copy a part into the memory that its group is streamed from, where it was not read straight into it."""
     if there is None:
         return tensor.cpu()

@@ -62,7 +62,7 @@ class WeightCache:
         if stored is not None:
             return {"weight": FilePart(stored.file, stored.offset, planned.format.parts(planned.shape)["weight"])}
         path = self._path(planned)
-        return _found(path, planned) if path.is_file() else None
+        return _read_parts(path, planned) if path.is_file() else None
 
     def put(self, planned: PlannedTensor, tensors: Mapping[str, torch.Tensor]) -> dict[str, FilePart]:
         """Write a tensor's parts.
@@ -84,13 +84,13 @@ class WeightCache:
             partial.chmod(mode)
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
-            _name(partial, path, planned)
+            _publish(partial, path, planned)
         except (OSError, SafetensorError) as error:
             raise OffloadError(f"offload_folder '{self._folder}' cannot be written: {error}") from error
         finally:
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
-        found = _found(path, planned)
+        found = _read_parts(path, planned)
         if found is None:
             raise OffloadError(f"'{path}' is not what was written there: is another program writing it?")
         return found
@@ -108,7 +108,7 @@ class WeightCache:
 
     def _path(self, planned: PlannedTensor) -> Path:
         assert self._folder is not None
-        said = {
+        key = {
             "version": _VERSION,
             "bitsandbytes": library().__version__,
             "device": planned.device.type,
@@ -117,19 +117,19 @@ class WeightCache:
             "shape": planned.shape,
             "sources": [self._fingerprints.of(source) for source in planned.sources],
         }
-        return self._folder / f"{hashlib.sha256(json.dumps(said).encode()).hexdigest()[:40]}.safetensors"
+        return self._folder / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:40]}.safetensors"
 
 
-def _name(partial: Path, path: Path, planned: PlannedTensor) -> None:
+def _publish(partial: Path, path: Path, planned: PlannedTensor) -> None:
     """Return a whole file its name, unless another thread or program was faster: a model may be using that one."""
     try:
         os.link(partial, path)
     except OSError:  # there is one, or the file system has no links
-        if not path.is_file() or _found(path, planned) is None:
+        if not path.is_file() or _read_parts(path, planned) is None:
             partial.replace(path)
 
 
-def _found(path: Path, planned: PlannedTensor) -> dict[str, FilePart] | None:
+def _read_parts(path: Path, planned: PlannedTensor) -> dict[str, FilePart] | None:
     """Read a file's header; None where the file is not whole, or not what its name says.
 
     Raises:

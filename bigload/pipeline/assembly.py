@@ -26,12 +26,12 @@ class Assembly:
         self._view, self._plan = view, plan
         self._weights = {f"{path}.weight".lstrip("."): layer for path, layer in plan.layers.items()}
         self._planned = {planned.tensor.name: planned for planned in plan.tensors}
-        self._landed: dict[str, LoadedTensor] = {}
+        self._loaded: dict[str, LoadedTensor] = {}
         self._new_layers: dict[nn.Module, nn.Module] = {}
 
     def add(self, name: str, value: LoadedTensor) -> None:
         """Take a tensor of the plan, by its first name, and make the layer that it is the weight of."""
-        self._landed[name] = value
+        self._loaded[name] = value
         layer = next((self._weights[n] for n in self._planned[name].tensor.names if n in self._weights), None)
         if layer is not None:
             planned = self._planned[name]
@@ -51,7 +51,7 @@ class Assembly:
         view, new_layers = self._view, self._new_layers
         edits: list[Edit] = []
         for planned in self._plan.tensors:
-            value = _value(planned.tensor, planned.device, self._landed.get(planned.tensor.name))
+            value = _value(planned.tensor, planned.device, self._loaded.get(planned.tensor.name))
             for name in planned.tensor.names:
                 leaf, owner = name.rpartition(".")[2], view.owner(name)
                 if owner not in new_layers:

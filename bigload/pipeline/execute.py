@@ -93,19 +93,19 @@ class _Loader:
         finish = functools.partial(self._finish, planned, target)
         buffers: Mapping[str, torch.Tensor] = {}
         if target is not None:
-            cached = target.cached(planned)
+            cached = target.find_cached(planned)
             if cached is not None:
                 self._keep(planned, cached)
                 self._on_bytes(sum(source.tensor.nbytes for source in planned.sources))
                 return []
-            buffers, planned = target.memory(planned), _read_at_home(planned)
+            buffers, planned = target.host_buffers(planned), _read_on_cpu(planned)
         if _is_own_tensor(planned):
-            finish(_saying_where(functools.partial(_at, planned), _own_tensor)(planned))
+            finish(_explain_out_of_memory(functools.partial(_tensor_shortage, planned), _own_tensor)(planned))
             return []
         return read_tasks_for(planned, functools.partial(_sink, self._load_dtype, buffers), finish)
 
     def _finish(self, planned: PlannedTensor, target: OffloadTargets | None, value: LoadedTensor) -> None:
-        self._keep(planned, value if target is None else target.put(planned, value))
+        self._keep(planned, value if target is None else target.offload(planned, value))
 
     def _keep(self, planned: PlannedTensor, value: LoadedTensor) -> None:
         name = planned.tensor.name
@@ -120,7 +120,7 @@ def _synchronize(plan: Plan) -> None:
             torch.cuda.current_stream(device).synchronize()
 
 
-def _read_at_home(planned: PlannedTensor) -> PlannedTensor:
+def _read_on_cpu(planned: PlannedTensor) -> PlannedTensor:
     """Let what rests on the CPU as it is stored go straight there: only what is quantized passes through the device."""
     stored = isinstance(planned.sources[0].tensor, QuantizedTensor)
     is_ready = stored or isinstance(planned.format, Plain)
@@ -135,10 +135,12 @@ def read_and_load(tasks: Sequence[ReadTask], plan: Plan, *, on_bytes: Callable[[
         PlacementError: a device ran out of memory.
     """
     ordered = _in_file_order([task for task in tasks if not isinstance(task.tensor, LazyTensor)])
-    _saying_where(functools.partial(_on_the_way, plan), functools.partial(read_all, on_bytes=on_bytes))(ordered)
+    _explain_out_of_memory(functools.partial(_window_shortage, plan), functools.partial(read_all, on_bytes=on_bytes))(
+        ordered
+    )
     for task in tasks:
         if isinstance(task.tensor, LazyTensor):
-            _walk(task, task.tensor.load())
+            _feed(task, task.tensor.load())
             on_bytes(task.tensor.nbytes)
 
 
@@ -148,7 +150,7 @@ def _in_file_order(tasks: list[ReadTask]) -> list[ReadTask]:
     return sorted(tasks, key=lambda task: (rank[task.tensor.file], task.tensor.offset))
 
 
-def _walk(task: ReadTask, tensor: torch.Tensor) -> None:
+def _feed(task: ReadTask, tensor: torch.Tensor) -> None:
     """Take values from memory."""
     values = tensor.detach().contiguous().view(-1)
     step = max(1, slot_bytes() // tensor.dtype.itemsize // task.values_per_scale) * task.values_per_scale
@@ -167,9 +169,9 @@ def read_tasks_for(
         make_sink: makes what takes its values, with the memory that it needs from the start.
         kept: is given what the sink made, when all values have arrived.
     """
-    where = functools.partial(_at, planned)
-    sink = _saying_where(where, make_sink)(planned)
-    finish = _saying_where(where, sink.finish)
+    where = functools.partial(_tensor_shortage, planned)
+    sink = _explain_out_of_memory(where, make_sink)(planned)
+    finish = _explain_out_of_memory(where, sink.finish)
     tasks = sink.tasks()
     missing = sum(numel(task.tensor) for task in tasks)
 
@@ -183,7 +185,7 @@ def read_tasks_for(
         count_down(0)
         return []
     for task in tasks:
-        task.take, task.arrived = _saying_where(where, task.take), count_down
+        task.take, task.arrived = _explain_out_of_memory(where, task.take), count_down
     return [task for task in tasks if task.tensor.nbytes]
 
 
@@ -222,7 +224,7 @@ def _own_tensor(planned: PlannedTensor) -> torch.Tensor:
     return tensor.to(planned.device).to(planned.format.dtype)
 
 
-def _saying_where(where: Callable[[], str], call: Callable[..., Any]) -> Callable[..., Any]:
+def _explain_out_of_memory(where: Callable[[], str], call: Callable[..., Any]) -> Callable[..., Any]:
     """Make a call say where memory ran out, if it does."""
 
     def named(*args: Any) -> Any:
@@ -234,11 +236,11 @@ def _saying_where(where: Callable[[], str], call: Callable[..., Any]) -> Callabl
     return named
 
 
-def _at(planned: PlannedTensor) -> str:
+def _tensor_shortage(planned: PlannedTensor) -> str:
     return f"{planned.device} ran out of memory at '{planned.tensor.name}' ({show(planned.nbytes)})"
 
 
-def _on_the_way(plan: Plan) -> str:
+def _window_shortage(plan: Plan) -> str:
     devices = listed(map(str, plan.device_bytes))
     return f"{devices} ran out of memory for what is on its way there ({show(WINDOW_BYTES)} beside the model)"
 

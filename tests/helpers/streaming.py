@@ -105,5 +105,5 @@ def assert_at_rest(engine):
         for streamed in by_leaf.values():
             for each in streamed:
                 assert not each.is_used()
-                assert not each.is_away
+                assert not each.is_swapped_in
                 assert each.get().data_ptr() == group.store.tensors[each.name].data_ptr()

@@ -419,7 +419,7 @@ def test_engine_that_finds_no_room_to_be_removed_streams_on(device, monkeypatch)
 def test_memory_that_could_not_be_pinned_passes_through_what_is(device, monkeypatch):
     """On the CPU nothing is pinned: there the reader is made to think so."""
     monkeypatch.setattr("bigload.hardware.pinned._pin", lambda *args: None)
-    monkeypatch.setattr(SlotCopier, "_can_begin_at_once", lambda self, store: False)
+    monkeypatch.setattr(SlotCopier, "_can_copy_directly", lambda self, store: False)
     expected, model = resident("nf4-dq", device), resident("nf4-dq", device)
     engine = stream(model, device)
     for _ in range(3):

@@ -16,7 +16,7 @@ from streaming import CLOCK_NS, MODES, linears, resident, tensors_of, tokens, wr
 
 from bigload.errors import OffloadError
 from bigload.offload.engine import Engine
-from bigload.offload.files import FileGroup, _drop_from_page_cache, spare_page_cache
+from bigload.offload.files import FileGroup, _drop_from_page_cache, limit_page_cache
 from bigload.offload.leaves import Group
 
 
@@ -119,7 +119,7 @@ def test_of_a_file_with_several_groups_only_those_that_have_no_room_are_dropped(
     dropped.clear()
     groups = [FileGroup({name: part}) for name, part in where.items()]
     memory = torch.empty(2**23, dtype=torch.uint8)
-    spare_page_cache(groups, 3 * 2**23)
+    limit_page_cache(groups, 3 * 2**23)
     assert [group.stays_in_page_cache for group in groups] == [True, True, True, False]
     for group in groups:
         group.read_into(memory)
@@ -191,9 +191,9 @@ def test_what_the_page_cache_has_no_room_for_is_dropped_after_reading_and_the_re
         return [part.file.name not in without for part in parts]
 
     assert stay() == [True] * 8
-    spare_page_cache(groups, 3 * 2**20)
+    limit_page_cache(groups, 3 * 2**20)
     assert stay() == [True, False, True, False, False, True, False, False]
-    spare_page_cache(groups, 8 * 2**20)
+    limit_page_cache(groups, 8 * 2**20)
     assert stay() == [True] * 8
 
 

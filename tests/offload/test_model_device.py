@@ -294,7 +294,7 @@ def test_what_is_there_already_passes_as_it_is(moves):
 
 
 def test_gradients_come_back_through_what_was_moved(monkeypatch):
-    monkeypatch.setattr(device_hooks, "_moved", lambda tensor, device: tensor if device == CPU else tensor * 1)
+    monkeypatch.setattr(device_hooks, "_to_device", lambda tensor, device: tensor if device == CPU else tensor * 1)
     model = nn.Linear(2, 2)
     attach(model, {"": META}, entries={"": META})
     x = torch.ones(1, 2, requires_grad=True)

@@ -33,7 +33,7 @@ from bigload.hardware.pinned import HostGroup
 from bigload.offload.background import BackgroundRead, BackgroundReader
 from bigload.offload.engine import Engine
 from bigload.offload.files import FileGroup
-from bigload.offload.forwards import OwnForward
+from bigload.offload.forwards import ForwardOverride
 from bigload.offload.leaves import Group, Leaf
 from bigload.offload.slots import SlotCopier
 
@@ -289,7 +289,7 @@ def test_backward_after_the_engine_was_removed_is_right_or_refused(mode, device)
 def test_what_was_brought_before_memory_ran_out_is_gone_when_slots_are_made_again(device, monkeypatch):
     model = resident("nf4", device)
     engine = stream(model, device)
-    bring, make, alive = engine._bring_all, engine.pool.copier.make_slot, []
+    bring, make, alive = engine._copy_all_to_device, engine.pool.copier.make_slot, []
 
     def failing(brought):
         bring(brought)
@@ -300,7 +300,7 @@ def test_what_was_brought_before_memory_ran_out_is_gone_when_slots_are_made_agai
         assert not any(tensor() is not None for tensor in alive)
         return make(nbytes)
 
-    monkeypatch.setattr(engine, "_bring_all", failing)
+    monkeypatch.setattr(engine, "_copy_all_to_device", failing)
     monkeypatch.setattr(engine.pool.copier, "make_slot", counting)
     with pytest.raises(torch.OutOfMemoryError):
         engine.remove()
@@ -330,7 +330,7 @@ def test_remove_that_was_interrupted_is_finished_by_a_second(step, at, device, m
     owner, name = {
         "put": (type(next(iter(engine._streamed[engine.groups[0]].values()))[0]), "put"),
         "rows": (HostGroup, "source_of"),
-        "let go": (OwnForward, "remove"),
+        "let go": (ForwardOverride, "remove"),
         "release": (HostGroup, "release"),
     }[step]
     own, left = getattr(owner, name), [at]
@@ -348,7 +348,7 @@ def test_remove_that_was_interrupted_is_finished_by_a_second(step, at, device, m
     engine.remove()
     assert equal(model(tokens(device)), expected(tokens(device)))
     assert all(parameter.device == device for parameter in model.parameters())
-    assert not any(isinstance(vars(module).get("forward"), OwnForward) for module in model.modules())
+    assert not any(isinstance(vars(module).get("forward"), ForwardOverride) for module in model.modules())
 
 
 @pytest.mark.parametrize("damage", ["cut short", "written again in place"])
@@ -462,7 +462,7 @@ def test_weights_that_a_call_left_away_are_at_rest_before_others_are_loaded(devi
     with weights.swapped_in() as slot:
         there = each.get()
     each.put(there)  # as Ctrl-C may leave it
-    each.is_away = True
+    each.is_swapped_in = True
     model.load_state_dict(other.state_dict())
     slot.memory.fill_(0xFF)
     engine.pool.forget(engine.groups[0])
@@ -628,12 +628,12 @@ def test_finish_waits_for_all_and_nothing_of_it_is_held():
     held = [weakref.ref(memory) for memory in memories]
     while memories:
         memory = memories.pop()
-        begun.given.put(BackgroundRead(lambda: (time.sleep(0.02), done.append(1)), memory))
+        begun.queue.put(BackgroundRead(lambda: (time.sleep(0.02), done.append(1)), memory))
     del memory
     begun.finish()
     assert done == [1, 1, 1]
     assert not any(memory() is not None for memory in held)
-    begun.given.put(None)
+    begun.queue.put(None)
 
 
 def test_error_of_a_landing_is_its_waiters():
@@ -641,11 +641,11 @@ def test_error_of_a_landing_is_its_waiters():
         raise ValueError("injected")
 
     begun, pending = BackgroundReader.start(lambda: None), BackgroundRead(fail)
-    begun.given.put(pending)
+    begun.queue.put(pending)
     for _ in range(2):
         pending.wait()
         assert isinstance(pending.error, ValueError)
-    begun.given.put(None)
+    begun.queue.put(None)
 
 
 @pytest.mark.cuda

@@ -114,7 +114,7 @@ def runs(model, plan, monkeypatch):
     def moved(tensor, device):
         return tensor if tensor.device == device else torch.zeros_like(tensor, device=device)
 
-    monkeypatch.setattr(device_hooks, "_moved", moved)
+    monkeypatch.setattr(device_hooks, "_to_device", moved)
     there = {GPU: CPU, OTHER: torch.device("meta")}
     for placed in plan.units:
         for path in placed.unit.paths:
