@@ -101,12 +101,20 @@ def tokens(device, time=16):
 
 def assert_at_rest(engine):
     assert not any(slot.users for slot in engine.pool.slots)
-    for group, by_leaf in engine._streamed.items():
-        for streamed in by_leaf.values():
-            for each in streamed:
-                assert not each.is_used()
-                assert not each.is_away
-                assert each.get().data_ptr() == group.store.tensors[each.name].data_ptr()
+    for group in engine.groups:
+        for name, tensor in tensors_of(group.leaves).items():
+            assert tensor.data_ptr() == group.store.tensors[name].data_ptr()
+
+
+def engines_of(model):
+    """Return what streams the weights of a loaded model, one for each device: nobody else tells what it holds."""
+    return model.offload._engines
+
+
+def hooks_of(model):
+    """List the forward hooks of a model and of all modules in it."""
+    each = [(*module._forward_pre_hooks.values(), *module._forward_hooks.values()) for module in model.modules()]
+    return [hook for hooks in each for hook in hooks]
 
 
 class Own(nn.Linear):

@@ -28,9 +28,9 @@ from bigload.offload.files import FileGroup
 def brought(engine):
     """Bring each leaf's weight in its turn, and copy it there."""
     copies = []
-    for weights in engine._weights:
-        with weights.swapped_in():
-            copies.append(weights.leaf.module.weight.clone())
+    for leaf in (leaf for group in engine.groups for leaf in group.leaves):
+        with engine.materialize(leaf.module):
+            copies.append(leaf.module.weight.clone())
     return copies
 
 
@@ -119,12 +119,14 @@ def test_engine_that_the_collector_finds_ends_without_taking_a_lock(device, tmp_
     """The collector may run in a thread that holds any lock: those of Python's pools, for instance."""
     before = readers()
     model = resident("fp32", device)
-    engine = stream_from_disk(model, device, tmp_path)
+    engine = weakref.ref(stream_from_disk(model, device, tmp_path))
     model(tokens(device))
     (reader,) = readers() - before
-    held = pools._global_shutdown_lock
-    with held:
-        engine._close()  # what the collector calls
+    gc.collect()  # what others have left
+    del model
+    with pools._global_shutdown_lock:
+        gc.collect()
+    assert engine() is None
     reader.join(60)
     assert not reader.is_alive()
 

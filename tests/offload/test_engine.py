@@ -34,7 +34,7 @@ from bigload.errors import ConfigError, OffloadError
 from bigload.hardware.pinned import HostGroup
 from bigload.offload.engine import Engine
 from bigload.offload.forwards import OwnForward
-from bigload.offload.leaves import Leaf
+from bigload.offload.leaves import Leaf, StreamedTensor
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
@@ -55,9 +55,10 @@ def test_logits_are_those_of_the_resident_model(mode, slots, device):
 def test_poison_shows(mode, device):
     """Were weights read at rest, the tests here would see it."""
     expected, model = resident(mode, device), resident(mode, device)
-    engine = stream(model, torch.device("cpu"))
-    for forward in engine._forwards:
-        forward.remove()
+    stream(model, torch.device("cpu"))
+    for module in model.modules():
+        if isinstance(vars(module).get("forward"), OwnForward):
+            module.forward.remove()
     if device.type == "cpu":
         assert not equal(model(tokens(device)), expected(tokens(device)))
     else:
@@ -308,9 +309,8 @@ def test_removed_twice_it_is_removed_once(device):
     for _ in range(2):
         engine.remove()
         assert engine.stats().slots == 0
-    use = engine._weights[0]
-    with pytest.raises(OffloadError, match="brought back meanwhile"):
-        use.run(lambda slot: None)
+    with pytest.raises(OffloadError, match="brought back meanwhile"), engine.materialize(model.transformer["h"][0]):
+        pass
 
 
 def test_what_was_brought_before_memory_ran_out_is_gone_when_slots_are_made_again(device, monkeypatch):
@@ -345,7 +345,7 @@ def test_remove_that_was_interrupted_is_finished_by_a_second(step, at, device, m
     engine = stream(model, device)
     model(tokens(device))
     owner, name = {
-        "put": (type(next(iter(engine._streamed[engine.groups[0]].values()))[0]), "put"),
+        "put": (StreamedTensor, "put"),
         "rows": (HostGroup, "source_of"),
         "let go": (OwnForward, "remove"),
         "release": (HostGroup, "release"),

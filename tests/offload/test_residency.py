@@ -69,14 +69,14 @@ def test_ctrl_c_at_any_moment_leaves_no_user_and_the_next_forward_exact(kind, wh
 def test_tensors_go_to_rest_when_the_last_of_two_calls_is_over(device, end):
     model = resident("nf4", device)
     engine = stream(model, device, slots=2)
-    weights = engine._weights[0]
-    one, other = weights.swapped_in(), weights.swapped_in()
+    layer = model.transformer["h"][0].attn.c_attn
+    one, other = engine.materialize(layer), engine.materialize(layer)
     with torch.no_grad():
         one.__enter__()
         other.__enter__()
         memory = engine.pool.slots[0].memory.untyped_storage().data_ptr()
         (one if end else other).__exit__(None, None, None)
-        assert weights.leaf.module.weight.untyped_storage().data_ptr() == memory
+        assert layer.weight.untyped_storage().data_ptr() == memory
         (other if end else one).__exit__(None, None, None)
     assert_at_rest(engine)
 
@@ -122,7 +122,7 @@ def test_state_dict_that_is_loaded_while_a_group_is_used_counts_for_the_next_cal
     for parameter in twice.parameters():
         parameter.data.mul_(2)
     model(x)
-    with engine._weights[1].swapped_in():  # of the first group, whose other leaf is loaded
+    with engine.materialize(model[0][1]):  # of the first group, whose other leaf is loaded
         model[0][0].load_state_dict(twice[0][0].state_dict())
     assert equal(model[0][0](x), twice[0][0](x))
 
@@ -132,12 +132,13 @@ def test_calls_of_one_layer_at_once_find_its_weights_in_one_place_until_both_are
     """Also where others of its group have been loaded anew, so that new calls of them look elsewhere."""
     model = pairs(Own, device=device).requires_grad_(False)
     engine = Engine(model, list(groups_of(model, device)), device, slots=2)
-    x, weights = torch.randn(3, 64, device=device), engine._weights[1]
+    x = torch.randn(3, 64, device=device)
     expected = model[0][1](x)
-    calls = {"first": weights.swapped_in(), "second": weights.swapped_in()}
+    calls = {name: engine.materialize(model[0][1]) for name in ("first", "second")}
     calls["first"].__enter__()
     model[0][0].load_state_dict(model[0][0].state_dict())
-    slot = calls["second"].__enter__()
+    calls["second"].__enter__()
+    (slot,) = (slot for slot in engine.pool.slots if slot.users)
     calls.pop(ends).__exit__(None, None, None)
     model(x)  # through all slots that are free
     assert equal(nn.Linear.forward(model[0][1], x), expected)

@@ -38,7 +38,7 @@ def test_forward_goes_on_with_the_slots_there_are_where_memory_for_more_is_gone(
 def test_slots_are_no_more_than_groups(device):
     model = pairs(Own, 1, device).requires_grad_(False)
     engine = Engine(model, list(groups_of(model, device)), device, slots=3)
-    with engine._weights[0].swapped_in():
+    with engine.materialize(model[0][0]):
         engine.pool.forget(engine.groups[0])
         model(torch.randn(3, 64, device=device))
     model(torch.randn(3, 64, device=device))
