@@ -84,7 +84,7 @@ def moves(monkeypatch):
         found.append((tensor, device))
         return torch.zeros_like(tensor, device=device)  # from meta there is nothing to copy
 
-    monkeypatch.setattr("bigload.offload.device_hooks._moved", moved)
+    monkeypatch.setattr("bigload.offload.device_hooks._to_device", moved)
     return found
 
 

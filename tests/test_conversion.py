@@ -13,7 +13,7 @@ import pytest
 import torch
 from checkpoints import contents, empty, empty_like, loaded, save, save_checkpoint, stored
 from comparisons import assert_same_bits
-from failures import fail_at
+from failures import act_at, fail_at
 from models import GPT, Layers, llama
 from references import FOUR_BIT
 from torch import nn
@@ -23,7 +23,6 @@ from bigload import (
     CheckpointError,
     ConfigError,
     QuantizationError,
-    conversion,
     load_and_quantize_model,
     quantize_checkpoint,
     save_quantized_model,
@@ -244,27 +243,32 @@ def test_finished_files_made_of_other_tensors_are_not_taken(tmp_path, device, mo
     )
 
 
-def test_a_second_run_for_the_same_folder_is_refused_while_one_is_at_work(tmp_path, device):
+def test_a_second_run_for_the_same_folder_is_refused_while_one_is_at_work(tmp_path, device, monkeypatch):
     folder = source(tmp_path / "source")
 
     def run(**options):
         quantize_checkpoint(folder, tmp_path / "made", "nf4", model=empty(), device=device, **options)
 
-    with conversion._exclusive(tmp_path / "made"), pytest.raises(CheckpointError, match="another run is making"):
-        run()
+    def run_meanwhile():
+        with pytest.raises(CheckpointError, match="another run is making"):
+            run()
+        refused.append(True)
+
+    refused = []
+    act_at(monkeypatch, os, "pwrite", 2, run_meanwhile)
     run()
+    assert refused
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "source"]
 
 
 def test_what_comes_to_the_target_meanwhile_is_not_lost(tmp_path, device, monkeypatch):
-    folder, describe = source(tmp_path / "source"), conversion._describe
+    folder = source(tmp_path / "source")
 
-    def appearing(*arguments):
-        describe(*arguments)
+    def appear():
         (tmp_path / "made").mkdir()
         (tmp_path / "made" / "thesis.txt").write_text("mine")
 
-    monkeypatch.setattr(conversion, "_describe", appearing)
+    act_at(monkeypatch, os, "pwrite", 2, appear)
     with pytest.raises(CheckpointError, match="not empty"):
         quantize_checkpoint(folder, tmp_path / "made", "nf4", model=empty(), device=device)
     assert contents(tmp_path / "made") == {"thesis.txt": b"mine"}

@@ -4,7 +4,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from checkpoints import save_checkpoint
-from comparisons import relative_error
+from comparisons import relative_error, state_of
 from models import GPT
 from references import dequantized_reference, quantize_as_bitsandbytes
 from torch import nn
@@ -75,7 +75,7 @@ def test_loading_a_second_time_is_refused_and_changes_nothing(tmp_path):
     save_checkpoint(GPT(), tmp_path)
     for first in ("nf4", "int8", "int8-training"):
         model = load_and_quantize_model(GPT(), first, device_map="cpu")
-        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        before = state_of(model)
         for second, location in (("nf4", None), ("int8", tmp_path)):
             with pytest.raises(ConfigError, match=r"c_attn\.weight.*already"):
                 load_and_quantize_model(model, second, location, device_map="cpu")

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import bitsandbytes as bnb
 import pytest
 import torch
-from checkpoints import empty, save_checkpoint
+from checkpoints import empty, save, save_checkpoint
 from comparisons import relative_error
 from models import GPT, Attended
 from references import dequantized_reference
@@ -55,13 +55,12 @@ def test_plain_gpt_computes_what_its_dequantized_reference_computes(tmp_path, de
 
 @pytest.mark.parametrize("kept", ["lm_head.weight", "transformer.wte.weight"])
 def test_tied_head_loads_from_whichever_name_the_checkpoint_holds(tmp_path, kept):
-    from safetensors.torch import save_file
 
     full = GPT(tied=True)
     state = full.state_dict()
     weight = state.pop("lm_head.weight")
     state.pop("transformer.wte.weight")
-    save_file({**state, kept: weight}, tmp_path / "model.safetensors")
+    save({**state, kept: weight}, tmp_path)
     model = load_and_quantize_model(empty(GPT, tied=True).eval(), "nf4", tmp_path, device_map="cpu")
     assert torch.equal(model.lm_head.weight, weight)
     assert model.lm_head.weight is model.transformer["wte"].weight

@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from checkpoints import empty
+from checkpoints import empty, save
 from comparisons import assert_same_bits
 from references import parts_of_4bit, quantize_as_bitsandbytes
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 import bigload.io.transfer as room
@@ -68,7 +68,7 @@ def folder(tmp_path_factory):
     }
     made = tmp_path_factory.mktemp("stack")
     stored = {n: v if n.startswith(tuple(norms)) else v.bfloat16() for n, v in state.items()}
-    save_file(stored, made / "model.safetensors")
+    save(stored, made)
     return made
 
 
@@ -298,7 +298,7 @@ class Wide(nn.Module):
 def test_weight_that_is_put_together_first_is_whole_when_it_is_quantized(tmp_path, monkeypatch):
     weight = torch.randn(12, 600_000).bfloat16()
     head = {"head.weight": torch.randn(2, 12).bfloat16(), "head.bias": torch.randn(2).bfloat16()}
-    save_file({"wide.weight": weight} | head, tmp_path / "model.safetensors")
+    save({"wide.weight": weight} | head, tmp_path)
     own = quantize_as_bitsandbytes(weight.to(GPU), "int8")
     own = {"wide.weight": own["weight"].cpu(), "wide.weight SCB": own["SCB"].cpu()} | head
     slow_copies(monkeypatch, chance=1.0)

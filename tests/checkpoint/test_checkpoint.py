@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from checkpoints import save_shards, write_index
+from checkpoints import save, save_shards, write_index
 from safetensors.torch import save_file
 
 from bigload.checkpoint.checkpoint import open_checkpoint
@@ -136,7 +136,7 @@ def test_file_of_another_kind_is_refused(tmp_path):
 
 
 def test_the_current_folder_is_a_folder(tmp_path, monkeypatch):
-    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    save({"a": torch.ones(1)}, tmp_path)
     monkeypatch.chdir(tmp_path)
     assert open_checkpoint(".").tensors.keys() == {"a"}
     with pytest.raises(CheckpointError, match="say where"):
@@ -149,7 +149,7 @@ def test_folder_is_searched_for_model_safetensors_then_an_index_then_any_single_
     index = save_shards({"1.safetensors": {"sharded": torch.ones(1)}}, tmp_path)
     assert open_checkpoint(tmp_path).location == index
     assert open_checkpoint(tmp_path).tensors.keys() == {"sharded"}
-    save_file({"whole": torch.ones(1)}, tmp_path / "model.safetensors")
+    save({"whole": torch.ones(1)}, tmp_path)
     assert open_checkpoint(tmp_path).tensors.keys() == {"whole"}
 
 
@@ -185,5 +185,5 @@ def test_dominant_dtype_is_the_floating_one_with_most_bytes(tmp_path, numel_of, 
 
 def test_dominant_dtype_counts_bytes_not_tensors(tmp_path):
     tensors = {f"norm{n}": torch.zeros(1) for n in range(5)}
-    save_file({**tensors, "weight": torch.zeros(100, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
+    save({**tensors, "weight": torch.zeros(100, dtype=torch.bfloat16)}, tmp_path)
     assert open_checkpoint(tmp_path).dominant_dtype is torch.bfloat16

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from checkpoints import quantized, save_checkpoint
+from checkpoints import quantized, save, save_checkpoint
 from models import Layers
-from safetensors.torch import save_file
 
 from bigload import save_quantized_model
 from bigload.cli import main
@@ -74,7 +73,7 @@ def test_pickled_checkpoint_and_several_dtypes(tmp_path, capsys):
 def test_what_is_no_checkpoint_is_an_error_without_a_traceback(tmp_path, capsys):
     assert main(["show", str(tmp_path / "none")]) == 1
     assert "no such file or folder" in capsys.readouterr().err
-    save_file({"a": torch.zeros(3)}, tmp_path / "model.safetensors")
+    save({"a": torch.zeros(3)}, tmp_path)
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-1])
     assert main(["show", str(tmp_path)]) == 1
     assert "truncated" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from bigload import load_and_quantize_model
 from bigload.hardware.layout import TensorSpec
 from bigload.hardware.pinned import HostGroup
 from bigload.offload.engine import Engine
-from bigload.offload.files import FilePart
+from bigload.offload.files import FileGroup, FilePart
 from bigload.offload.leaves import Group, Leaf, streamed_tensors_of
 from bigload.quantization.cpu_forwards import streamed_forward
 
@@ -101,9 +101,47 @@ def tokens(device, time=16):
 
 def assert_at_rest(engine):
     assert not any(slot.users for slot in engine.pool.slots)
-    for group, by_leaf in engine._streamed.items():
-        for streamed in by_leaf.values():
-            for each in streamed:
-                assert not each.is_used()
-                assert not each.is_swapped_in
-                assert each.get().data_ptr() == group.store.tensors[each.name].data_ptr()
+    for group in engine.groups:
+        for name, tensor in tensors_of(group.leaves).items():
+            assert tensor.data_ptr() == group.store.tensors[name].data_ptr()
+
+
+def engines_of(model):
+    """Return what streams the weights of a loaded model, one for each device: nobody else tells what it holds."""
+    return model.offload._engines
+
+
+def hooks_of(model):
+    """List the forward hooks of a model and of all modules in it."""
+    each = [(*module._forward_pre_hooks.values(), *module._forward_hooks.values()) for module in model.modules()]
+    return [hook for hooks in each for hook in hooks]
+
+
+class Own(nn.Linear):
+    """A layer that must find its weight in itself."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+def pairs(kind, count=4, device="cpu"):
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Sequential(kind(64, 64), kind(64, 64)) for _ in range(count))).to(device)
+
+
+def groups_of(model, device, folder=None):
+    """Let each pair be a group, in host memory or in files."""
+    for index, pair in enumerate(model):
+        leaves = [Leaf(f"{index}.{k}", layer) for k, layer in enumerate(pair)]
+        if folder is None:
+            yield group_of(str(index), leaves, device)
+        else:
+            yield Group(str(index), tuple(leaves), FileGroup(written(tensors_of(leaves), folder / str(index))))
+
+
+def stream_from_disk(model, device, folder, slots=2):
+    groups = []
+    for index in range(len(model.transformer["h"])):
+        leaves = tuple(linears(model, f"transformer.h.{index}."))
+        groups.append(Group(f"h.{index}", leaves, FileGroup(written(tensors_of(leaves), folder / f"{index}.bin"))))
+    return Engine(model, groups, device, slots)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from comparisons import state_of
 from models import llama
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -35,7 +36,7 @@ def adapted(model):
 @pytest.mark.parametrize("mode", MODES)
 def test_trainer_trains_a_lora_on_a_loaded_llama(tmp_path, mode):
     model = adapted(load_and_quantize_model(llama(False), mode, device_map="cpu"))
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = state_of(model)
     trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=SEQUENCES)
     assert trainer.train().global_step == 3
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from checkpoints import save
 from resources import open_and_running
 from safetensors.torch import save_file
 
@@ -181,7 +182,7 @@ def test_copies_are_asked_for_by_a_thread_of_their_own_and_what_came_is_worked_o
 
 def test_devices_take_turns_and_each_keeps_its_order(tmp_path):
     tensors = {f"t{n}": torch.zeros(64, dtype=torch.uint8) for n in range(9)}
-    save_file(tensors, tmp_path / "model.safetensors")
+    save(tensors, tmp_path)
     checkpoint = open_checkpoint(tmp_path)
     places = [torch.device("cuda", int(n > 4)) for n in range(9)]
     ways = [ReadTask(checkpoint.tensors[f"t{n}"], device, lambda piece, begin: None) for n, device in enumerate(places)]

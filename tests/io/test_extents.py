@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigload.checkpoint.checkpoint import StoredTensor
 from bigload.io.extents import ReadTask, cut
+from bigload.io.tensors import StoredTensor
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 # What one call of preadv takes on Linux: IOV_MAX.

@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 from checkpoints import empty, save_checkpoint
+from failures import raising
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import GPT
@@ -357,7 +358,6 @@ def test_release_while_a_ring_is_being_pinned_frees_it_too(pinning, held):
         assert not released.done()
         go.set()
         released.result(20)
-    assert room._kept_ring.kept is None
     assert not open_and_running() - running
     with take_ring(pinned=True):
         pass
@@ -392,7 +392,9 @@ def test_any_order_of_taking_pinning_ahead_and_releasing_in_threads_ends(pinning
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(work, range(6)))
     release_buffers()
-    assert room._kept_ring.kept is None
+    pinned = len(pinning.sizes)
+    with take_ring(pinned=True):
+        assert len(pinning.sizes) == pinned + 1  # none was kept
 
 
 # On a GPU
@@ -415,11 +417,12 @@ def test_pinned_ahead_twice_and_loaded_twice_there_is_one_ring(gpu, tmp_path):
     save_checkpoint(GPT(), tmp_path)
     pin_ahead(gpu)
     pin_ahead(gpu)
-    kept = []
+    with take_ring(pinned=True) as first:
+        pass
     for _ in range(2):
         load_and_quantize_model(empty(GPT), "nf4", tmp_path, device_map=0)
-        kept.append(room._kept_ring.kept)
-    assert kept[0] is kept[1] is not None
+        with take_ring(pinned=True) as ring:
+            assert ring is first
 
 
 @pytest.mark.cuda
@@ -447,7 +450,7 @@ def test_release_while_pinning_on_a_gpu_leaves_nothing_pinned(gpu, monkeypatch):
 
 
 @pytest.mark.cuda
-def test_two_loads_at_once_on_a_gpu_have_rings_of_their_own(gpu, tmp_path):
+def test_two_loads_at_once_on_a_gpu_have_rings_of_their_own(gpu, tmp_path, monkeypatch):
     full = GPT()
     save_checkpoint(full, tmp_path)
     expected = load_and_quantize_model(empty(GPT), "nf4", tmp_path, device_map=0).state_dict()
@@ -460,7 +463,9 @@ def test_two_loads_at_once_on_a_gpu_have_rings_of_their_own(gpu, tmp_path):
     with ThreadPoolExecutor(2) as pool:
         states = list(pool.map(load, range(8)))
     assert all(torch.equal(state[name], expected[name]) for state in states for name in expected)
-    assert room._kept_ring.kept is not None
+    monkeypatch.setattr(room, "Ring", raising(AssertionError("none was kept")))
+    with take_ring(pinned=True):
+        pass
 
 
 @pytest.mark.cuda
@@ -506,21 +511,16 @@ def test_ring_that_is_still_written_to_is_not_kept_for_the_next_load(tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         transfer.read_all([ReadTask(entry, torch.device("cpu"), lambda values, begin: None)])
     assert not rings[0].is_quiet
-    monkeypatch.setattr(room._kept_ring, "kept", None)
-    monkeypatch.setattr(room, "Ring", lambda nbytes, pinned: rings[0])
-    with take_ring(pinned=True):
-        pass
-    assert room._kept_ring.kept is None
+    made = []
+    monkeypatch.setattr(room, "Ring", lambda nbytes, pinned: made.append(rings[0]) or rings[0])
+    for _ in range(2):
+        with take_ring(pinned=True):
+            pass
+    assert len(made) == 2
 
 
 def test_pinning_ahead_that_cannot_start_a_thread_leaves_the_load_as_it_was(monkeypatch):
-    def no_more(self):
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(room._kept_ring, "kept", None)
-    monkeypatch.setattr(room._kept_ring, "pinning", None)
-    monkeypatch.setattr(threading.Thread, "start", no_more)
-    pin_ahead(torch.device("cuda", 0))
-    assert room._kept_ring.pinning is None
+    monkeypatch.setattr(threading.Thread, "start", raising(RuntimeError("can't start new thread")))
+    pin_ahead(GPU)
     with take_ring(pinned=False) as lent:
         assert lent.count >= 2

@@ -3,36 +3,23 @@
 import ctypes
 import mmap
 import os
-import threading
-import weakref
-from concurrent.futures import thread as pools
 from pathlib import Path
 
 import pytest
 import torch
-from comparisons import assert_same_bits, equal
+from comparisons import assert_same_bits, equal, state_of
 from resources import open_files
-from streaming import CLOCK_NS, MODES, linears, resident, tensors_of, tokens, written
+from streaming import CLOCK_NS, MODES, resident, stream_from_disk, tokens, written
 
 from bigload.errors import OffloadError
-from bigload.offload.engine import Engine
-from bigload.offload.files import FileGroup, _drop_from_page_cache, limit_page_cache
-from bigload.offload.leaves import Group
-
-
-def stream_from_disk(model, device, folder, slots=2):
-    groups = []
-    for index in range(len(model.transformer["h"])):
-        leaves = tuple(linears(model, f"transformer.h.{index}."))
-        groups.append(Group(f"h.{index}", leaves, FileGroup(written(tensors_of(leaves), folder / f"{index}.bin"))))
-    return Engine(model, groups, device, slots)
+from bigload.offload.files import FileGroup, limit_page_cache
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
 @pytest.mark.parametrize("mode", MODES)
 def test_logits_and_state_are_those_of_the_resident_model(mode, slots, device, tmp_path):
     expected, model = resident(mode, device), resident(mode, device)
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = state_of(model)
     engine = stream_from_disk(model, device, tmp_path, slots)
     before = {file: file.read_bytes() for file in tmp_path.iterdir()}
     for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
@@ -151,10 +138,10 @@ def in_page_cache(part):
 
 def require_droppable(part):
     """Skip where a file's pages cannot be dropped: some file systems keep their files in memory."""
+    before = in_page_cache(part)
     with part.file.open("rb") as file:
         os.fsync(file.fileno())  # pages that have yet to be written cannot be
-    before = in_page_cache(part)
-    _drop_from_page_cache(part)
+        os.posix_fadvise(file.fileno(), part.offset, part.part.nbytes, os.POSIX_FADV_DONTNEED)
     if in_page_cache(part) == before:
         pytest.skip("this file system keeps its files in memory")
 
@@ -203,68 +190,3 @@ def test_files_of_weights_are_not_kept_open(tmp_path):
     groups = [FileGroup(where) for where in files]
     assert all(equal(group.tensors["weight"], torch.ones(64)) for group in groups)
     assert not open_files() - before
-
-
-def readers():
-    return {thread for thread in threading.enumerate() if thread.name == "bigload-reader"}
-
-
-def test_reader_thread_ends_with_its_engine(device, tmp_path):
-    before = readers()
-    model = resident("fp32", device)
-    engine = stream_from_disk(model, device, tmp_path)
-    model(tokens(device))
-    (reader,) = readers() - before
-    engine.remove()
-    reader.join(60)
-    assert not reader.is_alive()
-
-
-def test_engine_that_the_collector_finds_ends_without_taking_a_lock(device, tmp_path):
-    """The collector may run in a thread that holds any lock: those of Python's pools, for instance."""
-    before = readers()
-    model = resident("fp32", device)
-    engine = stream_from_disk(model, device, tmp_path)
-    model(tokens(device))
-    (reader,) = readers() - before
-    held = pools._global_shutdown_lock
-    with held:
-        engine._close()  # what the collector calls
-    reader.join(60)
-    assert not reader.is_alive()
-
-
-def test_model_can_be_let_go_of_while_its_files_are_read(device, tmp_path, monkeypatch):
-    import gc
-
-    gate, own = threading.Event(), FileGroup.read_into
-    monkeypatch.setattr(FileGroup, "read_into", lambda *args: (gate.wait(60), own(*args)))
-    before = readers()
-    model = resident("nf4", device)
-    engine = weakref.ref(stream_from_disk(model, device, tmp_path))
-    linears(model, "transformer.h.2.")[-1].module.register_forward_pre_hook(lambda *_: gate.clear())
-    gate.set()
-    model(tokens(device))
-    (reader,) = readers() - before
-    del model
-    gc.collect()
-    assert engine() is None
-    gate.set()
-    reader.join(60)
-    assert not reader.is_alive()
-
-
-def test_model_that_is_let_go_of_takes_its_engine_thread_and_files_with_it(device, tmp_path):
-    import gc
-
-    before = readers()
-    for _ in range(3):
-        model = resident("nf4", device)
-        engine = weakref.ref(stream_from_disk(model, device, tmp_path))
-        model(tokens(device))
-        del model
-        gc.collect()
-        assert engine() is None
-    for reader in readers() - before:
-        reader.join(60)
-        assert not reader.is_alive()

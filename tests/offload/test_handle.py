@@ -14,6 +14,7 @@ from adapters import lora_losses
 from checkpoints import PLAIN, empty, save_checkpoint
 from comparisons import assert_same_bits, outputs
 from models import GPT, TOKENS, llama
+from streaming import engines_of, hooks_of
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
@@ -229,7 +230,7 @@ def test_plan_counts_the_slots_that_there_are(tmp_path, options, slots):
             empty(build), "nf4", folder, offload=OffloadConfig(slots=slots), **options(*names)
         )
         planned = {account.place.type: account.ring for account in model.offload.plan.accounts}
-        held = sum(slot.memory.nbytes for engine in model.offload._engines for slot in engine.pool.slots)
+        held = sum(slot.memory.nbytes for engine in engines_of(model) for slot in engine.pool.slots)
         assert planned["cuda" if torch.cuda.is_available() else "cpu"] == held
         model.offload.remove()
 
@@ -240,7 +241,7 @@ def test_host_memory_is_that_of_the_bytes_and_each_byte_is_read_once(tmp_path, d
     whole = load_and_quantize_model(empty(build), "nf4", folder, device_map=device)
     model = load_and_quantize_model(empty(build), "nf4", folder, **options(*BLOCKS["gpt"]))
     assert model.load_report.bytes_read == whole.load_report.bytes_read
-    for engine in model.offload._engines:
+    for engine in engines_of(model):
         for group in engine.groups:
             own = sum(tensor.nbytes for tensor in group.store.tensors.values())
             assert own <= len(group.store._mapping) <= own + 256 * len(group.store.tensors)
@@ -251,9 +252,9 @@ def test_hooks_of_a_removed_engine_are_off_and_accelerates_never_on(tmp_path, de
     folder = save_checkpoint(build().bfloat16(), tmp_path)
     model = load_and_quantize_model(empty(build), "nf4", folder, **options(*BLOCKS["gpt"]))
     assert not any(hasattr(module, "_hf_hook") for module in model.modules())
-    assert any(module._forward_pre_hooks for module in model.modules())
+    assert hooks_of(model)
     model.offload.remove()
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not hooks_of(model)
     assert not hasattr(model, "offload")
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from checkpoints import PLAIN, empty, save_checkpoint
 from models import GPT, TOKENS, clip, llama, t5
+from streaming import hooks_of
 from torch import nn
 from transformers import CLIPModel, LlamaForCausalLM
 
@@ -82,7 +83,7 @@ def test_whole_models_have_no_entries_and_their_own_classes(tmp_path, device):
     model = load_and_quantize_model(empty(llama), "nf4", folder, device_map=device)
     assert type(model) is LlamaForCausalLM
     assert not entries(model, planned(llama()))
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert not hooks_of(model)
 
 
 def test_class_is_what_it_was_to_all_who_ask(offloaded, tmp_path):
@@ -151,7 +152,7 @@ def test_remove_gives_back_what_was_changed_and_a_second_load_changes_it_again(o
         assert set(vars(model)) - set(vars(llama())) == {"load_report", "hf_device_map", "is_loaded_in_4bit"} | {
             "is_loaded_in_8bit"
         }
-        assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+        assert not hooks_of(model)
 
 
 def test_load_that_fails_leaves_class_and_hooks_as_they_were(offloaded, monkeypatch):
@@ -167,7 +168,7 @@ def test_load_that_fails_leaves_class_and_hooks_as_they_were(offloaded, monkeypa
             loaded(model)
     assert type(model) is LlamaForCausalLM
     assert set(vars(model)) == set(vars(llama()))
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert not hooks_of(model)
     assert all(parameter.is_meta for parameter in model.parameters())
     assert loaded(model)(TOKENS).logits.isfinite().all()
 

@@ -8,11 +8,15 @@ import torch
 from checkpoints import PLAIN, empty, offloaded, save_checkpoint
 from comparisons import assert_same_bits, outputs
 from models import GPT, TOKENS, llama
+from streaming import engines_of
 
 from bigload import OffloadError, PlacementError, load_and_quantize_model, plan_device_map, quantize_checkpoint
 from bigload.io.tensors import StoredTensor
+from bigload.model.tensors import ModelTensor
 from bigload.offload import weight_cache
+from bigload.planning.planned_tensors import PlannedTensor
 from bigload.planning.sources import Source
+from bigload.quantization.formats import Int8
 
 pytestmark = pytest.mark.usefixtures("small_parts_stream")
 
@@ -58,14 +62,17 @@ def test_parts_of_one_tensor_have_files_of_their_own(tmp_path):
     """As the experts of a layer, which some checkpoints hold stacked; and a weight and its transpose."""
     stored = StoredTensor("experts", tmp_path / "0.safetensors", torch.bfloat16, (2, 64, 64), 8, 2 * 64 * 64 * 2)
     stored.file.write_bytes(bytes(stored.offset + stored.nbytes))
-    fingerprints = weight_cache.SourceFingerprints(with_samples=True)
+    cache = weight_cache.WeightCache(tmp_path / "cache", torch.bfloat16)
     sources = [
         Source(stored),
         Source(stored, region=(slice(0, 1),)),
         Source(stored, region=(slice(1, 2),)),
         Source(stored, transposed=True),
     ]
-    assert len({str(fingerprints.of(source)) for source in sources}) == 4
+    tensor = ModelTensor(("made",), torch.empty(64, 64, device="meta"), is_parameter=True, persistent=True)
+    weights = [PlannedTensor(tensor, (64, 64), (source,), Int8(), torch.device("cpu")) for source in sources]
+    parts = {"weight": torch.zeros(64, 64, dtype=torch.int8), "SCB": torch.zeros(64)}
+    assert len({cache.put(weight, parts)["weight"].file for weight in weights}) == 4
 
 
 def test_files_may_be_read_by_whoever_may_read_what_this_user_writes(tmp_path, device):
@@ -93,20 +100,16 @@ def test_file_that_may_not_be_read_is_no_damaged_one(tmp_path, device, monkeypat
 def test_what_was_left_behind_long_ago_is_swept_out_and_nothing_else(tmp_path, device):
     folder = save_checkpoint(build().bfloat16(), tmp_path / "source")
     there = tmp_path / "cache"
-    (there / weight_cache._WRITING).mkdir(parents=True)
-    names = [
-        f"{weight_cache._WRITING}/a.safetensors.1.2",
-        f"{weight_cache._WRITING}/.tmpAb12Cd",
-        f"{weight_cache._WRITING}/b.safetensors.1.2",
-        ".tmpAb12Cd",
-        "mine.partial",
-    ]
-    for name in names:
-        (there / name).touch()
-        if not name.startswith(f"{weight_cache._WRITING}/b"):
-            os.utime(there / name, (0, 0))
     loaded(folder, device, tmp_path)
-    assert [name for name in names if (there / name).exists()] == names[2:]
+    (writing,) = (path for path in there.iterdir() if path.is_dir())  # in which files are until they are whole
+    old = [writing / "a.safetensors.1.2", writing / ".tmpAb12Cd", there / ".tmpAb12Cd", there / "mine.partial"]
+    new = writing / "b.safetensors.1.2"
+    for path in (*old, new):
+        path.touch()
+    for path in old:
+        os.utime(path, (0, 0))
+    loaded(folder, device, tmp_path, "fp4")
+    assert [path for path in (*old, new) if path.exists()] == [*old[2:], new]
 
 
 def test_page_cache_is_spared_for_what_it_has_room_for(tmp_path, device, monkeypatch):
@@ -114,11 +117,11 @@ def test_page_cache_is_spared_for_what_it_has_room_for(tmp_path, device, monkeyp
 
     folder = save_checkpoint(build().bfloat16(), tmp_path / "source")
     whole = loaded(folder, device, tmp_path)
-    groups = [group.store for engine in whole.offload._engines for group in engine.groups]
+    groups = [group.store for engine in engines_of(whole) for group in engine.groups]
     assert all(group.stays_in_page_cache for group in groups)
     monkeypatch.setattr(handle, "free_bytes", lambda place: 2 * sum(group.layout.nbytes for group in groups[:2]))
     model = loaded(folder, device, tmp_path)
-    stay = [group.store.stays_in_page_cache for engine in model.offload._engines for group in engine.groups]
+    stay = [group.store.stays_in_page_cache for engine in engines_of(model) for group in engine.groups]
     assert stay == [True, False, True, False]
     assert torch.equal(logits(model, device), logits(whole, device))
 

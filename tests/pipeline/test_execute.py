@@ -11,8 +11,9 @@ from references import quantize_as_bitsandbytes
 from safetensors.torch import save_file
 from torch import nn
 
-from bigload import BnbQuantizationConfig, load_and_quantize_model
+from bigload import BnbQuantizationConfig, load_and_quantize_model, release_buffers
 from bigload.checkpoint.checkpoint import open_checkpoint
+from bigload.io import ring
 from bigload.io.async_reads import Reads
 from bigload.model.tensors import ModelTensor
 from bigload.pipeline import sinks
@@ -151,18 +152,14 @@ def test_each_byte_is_read_once_and_in_file_order(tmp_path, monkeypatch, threads
 
 
 @pytest.mark.cuda
-def test_pinned_ring_is_kept_for_the_next_load_until_it_is_released(tmp_path):
-    from bigload import release_buffers
-    from bigload.io import ring
-
+def test_pinned_ring_is_kept_for_the_next_load_until_it_is_released(tmp_path, monkeypatch):
+    own, made = ring.Ring, []
+    monkeypatch.setattr(ring, "Ring", lambda *args, **kwargs: made.append(1) or own(*args, **kwargs))
     save_checkpoint(GPT(), tmp_path)
-    for _ in range(2):
-        model = empty(GPT)
-        load_and_quantize_model(model, "nf4", tmp_path, device_map=0)
-        assert ring._kept_ring.kept is not None
-    kept = ring._kept_ring.kept
-    model = empty(GPT)
-    load_and_quantize_model(model, "nf4", tmp_path, device_map=0)
-    assert ring._kept_ring.kept is kept
     release_buffers()
-    assert ring._kept_ring.kept is None
+    for _ in range(3):
+        load_and_quantize_model(empty(GPT), "nf4", tmp_path, device_map=0)
+    assert len(made) == 1
+    release_buffers()
+    load_and_quantize_model(empty(GPT), "nf4", tmp_path, device_map=0)
+    assert len(made) == 2

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import empty
+from checkpoints import empty, save
 from hypothesis import given
 from hypothesis import strategies as st
 from models import llama
 from references import stored_by_bitsandbytes
-from safetensors.torch import save_file
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -341,7 +340,7 @@ def test_key_that_has_a_place_of_its_own_is_no_hint_of_a_prefix(present, missing
 def save_tied(folder, embed, head):
     """Write both names of a tied weight, in safetensors and as a pickle."""
     state = {"embed.weight": embed, "inner.weight": torch.zeros(4, 4), "head.weight": head}
-    save_file({name: tensor.clone() for name, tensor in state.items()}, folder / "model.safetensors")
+    save(state, folder)
     torch.save(state, folder / "weights.bin")
 
 
@@ -402,7 +401,7 @@ def test_quantized_experts_that_the_model_holds_merged_are_refused_by_both_names
             name = f"model.layers.0.block_sparse_moe.experts.{expert}.{part}.weight"
             # Weights of different sizes: the length of their packed quant_state differs too.
             state |= stored_by_bitsandbytes(name, torch.rand(64, 64) * 10.0 ** (-3 * expert), mode)
-    save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, tmp_path / "model.safetensors")
+    save(state, tmp_path)
     stored = r"'model\.layers\.0\.block_sparse_moe\.experts\.0\.w\d\.weight'"
     merged = r"'model\.layers\.0\.mlp\.experts\.\w+'"
     message = rf"^{stored} is quantized already.*combined with others as {merged}.*give the original checkpoint"

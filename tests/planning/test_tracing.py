@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from checkpoints import empty, empty_like
-from comparisons import assert_same_bits
+from checkpoints import empty, empty_like, save
+from comparisons import assert_same_bits, state_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import llama
-from safetensors.torch import save_file
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM, conversion_mapping
 from transformers.core_model_loading import Chunk, PermuteForRope, Transpose, WeightConverter
 
@@ -185,7 +184,7 @@ def experts_of(model):
 
 def experts_in(library, stored, folder):
     """Find the sources of the merged experts in a checkpoint of these tensors."""
-    save_file(stored, folder / "model.safetensors")
+    save(stored, folder)
     model = library[0]()
     return sources_in_checkpoint(experts_of(model), open_checkpoint(folder), conversion=KeyConversion(model))
 
@@ -249,7 +248,7 @@ def test_expert_of_another_shape_is_a_checkpoint_error(library, part, tmp_path):
 def load_converted(model, stored, converter, folder, monkeypatch):
     """Load a checkpoint into a Llama whose class would convert it so."""
     monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda *args, **kwargs: [converter()])
-    save_file(stored, folder / "model.safetensors")
+    save(stored, folder)
     kept = {"skip_modules": ["*"], "load_in_4bit": True, "torch_dtype": torch.float32}
     loaded = load_and_quantize_model(empty_like(model), kept, folder, device_map="cpu", strict=True)
     sources = sources_in_checkpoint(tensors_of(model), open_checkpoint(folder), conversion=KeyConversion(model))
@@ -259,7 +258,7 @@ def load_converted(model, stored, converter, folder, monkeypatch):
 @pytest.mark.parametrize("tied", [False, True])
 def test_fused_weight_that_the_library_chunks_loads_right(tied, tmp_path, monkeypatch):
     model = llama(tied, num_key_value_heads=4)
-    stored = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    stored = state_of(model)
     if tied:
         del stored["lm_head.weight"]
     for layer in ("model.layers.0.self_attn.", "model.layers.1.self_attn."):
@@ -280,7 +279,7 @@ def test_fused_weight_that_the_library_chunks_loads_right(tied, tmp_path, monkey
 
 def test_weight_that_the_library_transposes_loads_right(tmp_path, monkeypatch):
     model = llama(False)
-    stored = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    stored = state_of(model)
     for layer in ("model.layers.0.mlp.", "model.layers.1.mlp."):
         stored[f"{layer}fc.weight"] = stored.pop(f"{layer}gate_proj.weight").t().contiguous()
     loaded, sources = load_converted(
@@ -298,18 +297,16 @@ def test_weight_that_the_library_transposes_loads_right(tmp_path, monkeypatch):
 
 def test_weight_that_the_library_transposes_is_quantized_as_the_model_holds_it(tmp_path, monkeypatch):
     model = llama(False)
-    stored = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    stored = state_of(model)
     turned = {name.replace("gate_proj", "fc"): t.t().contiguous() if "gate_proj" in name else t
               for name, t in stored.items()}  # fmt: skip
-    (tmp_path / "plain").mkdir()
-    (tmp_path / "turned").mkdir()
     states = {}
     for folder, tensors in (("plain", stored), ("turned", turned)):
         converters = [WeightConverter("mlp.fc.weight", "mlp.gate_proj.weight", [Transpose(0, 1)])]
         monkeypatch.setattr(
             conversion_mapping, "get_model_conversion_mapping", lambda *args, made=converters, **kwargs: made
         )
-        save_file(tensors, tmp_path / folder / "model.safetensors")
+        save(tensors, tmp_path / folder)
         states[folder] = load_and_quantize_model(
             empty_like(model), "nf4", tmp_path / folder, device_map="cpu"
         ).state_dict()
@@ -318,7 +315,7 @@ def test_weight_that_the_library_transposes_is_quantized_as_the_model_holds_it(t
 
 def test_weight_that_the_library_transposes_and_then_permutes_loads_right(tmp_path, monkeypatch):
     model = llama(False)
-    stored = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    stored = state_of(model)
     for layer in ("model.layers.0.self_attn.", "model.layers.1.self_attn."):
         weight = stored.pop(f"{layer}q_proj.weight")
         heads = weight.view(4, 2, 8, 64).transpose(1, 2).reshape(64, 64)  # the inverse of PermuteForRope

@@ -4,10 +4,9 @@ import itertools
 
 import pytest
 import torch
-from checkpoints import empty
+from checkpoints import empty, save
 from comparisons import equal
 from references import FOUR_BIT, quantize_as_bitsandbytes
-from safetensors.torch import save_file
 from torch import nn
 
 from bigload import BnbQuantizationConfig, load_and_quantize_model
@@ -28,7 +27,7 @@ class TwoLayers(nn.Module):
 
 def load(tmp_path, device, checkpoint_dtype, config):
     full = TwoLayers().to(checkpoint_dtype)
-    save_file(full.state_dict(), tmp_path / "model.safetensors")
+    save(full.state_dict(), tmp_path)
     model = empty(TwoLayers)
     return full, load_and_quantize_model(model, config, tmp_path, device_map=device)
 

@@ -1,0 +1,62 @@
+"""What of a model can be streamed: weights that are shared, replaced or copied."""
+
+import copy
+import io
+
+import pytest
+import torch
+from comparisons import equal
+from streaming import at_rest, group_of, poison, resident, stream, tensors_of, tokens
+from torch import nn
+
+from bigload.errors import OffloadError
+from bigload.offload.engine import Engine
+from bigload.offload.leaves import Group, Leaf
+
+
+def test_copy_and_pickle_are_refused(device):
+    model = resident("nf4", device)
+    stream(model, device)
+    with pytest.raises(OffloadError, match="cannot be copied or pickled"):
+        copy.deepcopy(model)
+    with pytest.raises(OffloadError, match="cannot be copied or pickled"):
+        torch.save(model, io.BytesIO())
+
+
+def test_replaced_or_moved_weight_is_refused(device):
+    model = resident("fp32", device)
+    stream(model, device)
+    leaf = model.transformer["h"][1].attn.c_attn
+    kept = leaf.weight.data
+    leaf.weight.data = leaf.weight.data.clone()
+    with pytest.raises(OffloadError, match=r"h\.1\.attn\.c_attn\.weight' is streamed, but was replaced"):
+        model(tokens(device))
+    leaf.weight.data = kept
+    model(tokens(device))
+    leaf.weight = nn.Parameter(torch.zeros(192, 64), requires_grad=False)
+    with pytest.raises(OffloadError, match="was replaced"):
+        model(tokens(device))
+
+
+def test_weight_of_two_groups_or_of_a_module_in_none_is_refused(device):
+    model = nn.ModuleList(nn.Linear(64, 64) for _ in range(3)).to(device).requires_grad_(False)
+    model[1].weight = model[0].weight
+    groups = [group_of(str(i), [Leaf(str(i), model[i])], device) for i in range(3)]
+    with pytest.raises(OffloadError, match="in two groups"):
+        Engine(model, groups, device)
+    with pytest.raises(OffloadError, match=r"'1\.weight' is streamed for another module"):
+        Engine(model, [groups[0], groups[2]], device)
+    assert all("forward" not in vars(module) for module in model)
+
+
+def test_tied_weights_of_one_group_are_copied_once(device):
+    expected = nn.ModuleList(nn.Linear(64, 64) for _ in range(2)).to(device).requires_grad_(False)
+    expected[1].weight = expected[0].weight
+    model = copy.deepcopy(expected)
+    store = at_rest(tensors_of([Leaf("0", model[0])]), device)
+    group = Group("both", (Leaf("0", model[0]), Leaf("1", model[1])), store)
+    poison(group)
+    Engine(model, [group], device)
+    x = torch.randn(2, 64, device=device)
+    assert equal(model[1](model[0](x)), expected[1](expected[0](x)))
+    assert model[1].weight is model[0].weight
