@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent.parent
+# In one process.
+_LOADS, _TOKENS = 6, 15
 
 
 class Case(NamedTuple):
@@ -75,7 +77,8 @@ def _run(root: Path, case: Case, device: str) -> list[float]:
 
 
 def _time(folder: Path, mode: str, device: str, blocks: int) -> list[float]:
-    """Time three loads after a first one, or fifteen forwards of one token, in the checkout that is imported."""
+    """Time loads, or forwards of one token, in the checkout that is imported; the first ones do not count."""
+    import gc
     import time
 
     import torch
@@ -88,25 +91,27 @@ def _time(folder: Path, mode: str, device: str, blocks: int) -> list[float]:
         config = BnbQuantizationConfig(load_in_4bit=True, skip_modules=["*"], torch_dtype="auto")
     device_map = {"": device} | {f"model.layers.{index}": "cpu" for index in range(blocks)}
 
-    def load() -> Any:
-        return load_and_quantize_model(build(folder), config, folder, device_map=device_map, progress=False)
+    def load() -> tuple[Any, float]:
+        model = build(folder)
+        gc.collect()  # the last model goes before the clock runs
+        begun = time.perf_counter()
+        model = load_and_quantize_model(model, config, folder, device_map=device_map, progress=False)
+        return model, ended(begun)
 
-    def seconds(call: Any, count: int) -> list[float]:
-        found = []
-        for _ in range(count):
-            begun = time.perf_counter()
-            out = call()
-            if device != "cpu":
-                torch.cuda.synchronize()
-            found.append(time.perf_counter() - begun)
-            del out
-        return found
+    def ended(begun: float) -> float:
+        if device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begun
 
     if not blocks:
-        return seconds(load, 4)[1:]
-    model, tokens = load().eval(), torch.tensor([[1]], device=device)
+        return [load()[1] for _ in range(1 + _LOADS)][1:]
+    model, tokens, seconds = load()[0].eval(), torch.tensor([[1]], device=device), []
     with torch.no_grad():
-        return seconds(lambda: model(tokens, use_cache=False), 17)[2:]
+        for _ in range(2 + _TOKENS):
+            begun = time.perf_counter()
+            model(tokens, use_cache=False)
+            seconds.append(ended(begun))
+    return seconds[2:]
 
 
 if __name__ == "__main__":

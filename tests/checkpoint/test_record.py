@@ -26,8 +26,8 @@ def changed_record(folder, **changes):
     [
         ({"format_version": 2}, "format version 2, this bigload knows 1"),
         ({"format_version": "1"}, "damaged: it names no format_version"),
-        ({"layers": "all"}, "damaged.*no list of names"),
-        ({"ties": [1]}, "damaged.*no list of names"),
+        ({"layers": "all"}, "damaged.*not a list of names"),
+        ({"ties": [1]}, "damaged.*not a list of names"),
         ({"config": {"load_in_4bit": "yes"}}, "damaged.*load_in_4bit"),
         ({"config": {"load_in_2bit": True}}, "damaged.*load_in_2bit"),
         ({"config": None}, "damaged"),
