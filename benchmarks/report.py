@@ -32,16 +32,27 @@ def markdown(name: str, result: Result) -> str:
 
     Args:
         name: the heading, usually the file's name.
-        result: of `load` or `limits`.
+        result: of `load`, `offload`, `against` or `limits`.
     """
     parts = [f"### {name}"]
     if result["benchmark"] == "load":
         parts += [table(result), *notes(result)]
     if result["benchmark"] == "offload":
         parts.append(offload_table(result))
+    if result["benchmark"] == "against":
+        parts.append(against_table(result))
     if result.get("limits"):
         parts.append(limits_table(result["limits"]))
     return "\n\n".join([*parts, _machine(result)])
+
+
+def against_table(result: Result) -> str:
+    """Write the rows of an `against`: the medians of both checkouts, and how ours compares."""
+    lines = ["| median seconds | the other checkout | this one | this over the other |", "|---|---|---|---|"]
+    for row in result["rows"]:
+        cells = (f"{row['other_median_s']:.4f}", f"{row['ours_median_s']:.4f}", f"{row['ratio']:.3f}")
+        lines.append(f"| {row['case']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def offload_table(result: Result) -> str:
@@ -248,7 +259,7 @@ def draw(name: str, result: Result, folder: Path) -> list[Path]:
 
     Args:
         name: how the files' names begin.
-        result: of `load` or `limits`.
+        result: of `load`, `offload`, `against` or `limits`.
         folder: where they go; made if need be.
 
     Returns:

@@ -23,3 +23,8 @@ def test_both_checkouts_are_timed_in_each_round(tmp_path, monkeypatch, capsys):
     assert row["ratio"] == pytest.approx(row["ours_median_s"] / row["other_median_s"], rel=0.1)
     assert row["case"] in capsys.readouterr().err
     assert Case(Path("8b"), "nf4", 32).name == "8b nf4: a token with 32 blocks offloaded"
+    main(["report", str(out)])
+    assert (
+        f"| many-20 none: a load | {row['other_median_s']:.4f} | {row['ours_median_s']:.4f} |"
+        in capsys.readouterr().out
+    )
