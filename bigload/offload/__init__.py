@@ -1,1 +1,1 @@
-"""Weights that rest off the device that computes, and are brought there as the model runs."""
+"""Offloaded weights: stored in host memory or files, and copied to the device while the model runs."""

@@ -1,8 +1,9 @@
-"""What PyTorch does to modules whose weights rest elsewhere: their state_dicts, and `.to()`.
+"""`state_dict`, `load_state_dict` and `.to()` of modules whose weights are offloaded.
 
-`to`, `cuda`, `cpu`, `half` and their like call a module's `_apply`, which calls its children's. What would leave a
-weight as it is, were it on the device that computes, leaves it at rest; all else is refused before anything changed.
-A state_dict that is taken shows the weights at rest, and one that is loaded counts at once.
+`to`, `cuda`, `cpu`, `half` and the like call a module's `_apply`, which calls that of its children. For an offloaded
+weight the call is tried on an empty tensor on the device that computes. If that tensor does not change, the weight
+stays at rest; otherwise the call is refused before anything changes. `state_dict` returns the weights at rest, and what
+`load_state_dict` loads is used from the next call on.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from .slot_pool import SlotPool
 
 
 class ApplyGuards:
-    """Keeps weights at rest when the model, or a part of it, is moved or cast."""
+    """Keep weights at rest when the model, or a part of it, is moved or cast."""
 
     def __init__(self, model: nn.Module, leaves: Mapping[Leaf, torch.device]) -> None:
-        """Take the place of `_apply` of the leaves, and of the modules that they are in.
+        """Override `_apply` of the leaves and of the modules that contain them.
 
         Args:
-            model: is changed.
-            leaves: modules with weights that rest elsewhere, with the devices that compute with them.
+            model: changed in place.
+            leaves: the modules with offloaded weights, each with the device that computes it.
         """
         self._guards: list[_ApplyGuard] = []
         inside: dict[str, dict[Leaf, torch.device]] = defaultdict(dict)
@@ -48,17 +49,15 @@ class ApplyGuards:
             raise
 
     def remove(self) -> None:
-        """Return the modules their own `_apply` back; once more does no harm."""
+        """Restore the modules' own `_apply`; calling it again does nothing."""
         remove_all(self._guards)
 
 
 class _ApplyGuard(MethodOverride):
-    """A module's `_apply`, which looks first what would become of the weights at rest."""
-
     def __init__(self, module: nn.Module, leaves: Mapping[Leaf, torch.device]) -> None:
         self._own: Callable[..., Any] = module._apply
         self._away = {name for leaf in leaves if leaf.module is module for name in leaf.parameters}
-        # One weight of each dtype and device stands for all.
+        # One weight stands for all of its dtype and device.
         self._looked_at = {
             (leaf.module.get_parameter(name).dtype, device): leaf.path
             for leaf, device in leaves.items()
@@ -67,10 +66,10 @@ class _ApplyGuard(MethodOverride):
         super().__init__(module, "_apply")
 
     def __call__(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-        """Change all tensors of the module but those at rest.
+        """Apply `fn` to all tensors of the module except those at rest.
 
         Raises:
-            OffloadError: those would change too.
+            OffloadError: `fn` would change those too.
         """
         if recurse or self._away:
             for (dtype, device), path in self._looked_at.items():
@@ -94,16 +93,16 @@ def _require_unchanged(
         return
     change = f"be moved to {made.device}" if made.device != device else f"be cast to {made.dtype}"
     raise OffloadError(
-        f"{path!r} is given its weights as it runs, in {dtype} on {device}: they cannot {change}; take the model off "
-        "its engine first (model.offload.remove()), then change it"
+        f"the weights of {path!r} are offloaded and streamed, in {dtype} on {device}: they cannot {change}; call "
+        "model.offload.remove() first, then change the model"
     )
 
 
 def hook_state_dicts(weights: Residency, pool: SlotPool) -> list[Any]:
-    """Let state_dicts of a leaf be those of its weights at rest, and what is loaded into it count at once.
+    """Hook a leaf so that `state_dict` returns its weights at rest, and `load_state_dict` changes them.
 
     Returns:
-        What takes the hooks off.
+        The handles that remove the hooks.
     """
     module, store = weights.leaf.module, weights.group.store
     return [
@@ -114,27 +113,22 @@ def hook_state_dicts(weights: Residency, pool: SlotPool) -> list[Any]:
 
 
 def _prepare_to_load(weights: Residency, state: Mapping[str, object], prefix: str, *_: object) -> None:
-    """Make ready to load a state_dict into a leaf, or refuse it.
-
-    Raises:
-        OffloadError: its weights lie in files, which are never written, or are on the device for a call.
-    """
     leaf = weights.leaf
     if not any(prefix + name in state for name in leaf.parameters):
         return
     if isinstance(weights.group.store, FileGroup):
         raise OffloadError(
-            f"the weights of {leaf.path!r} lie in files, which a load_state_dict does not change; take the model off "
-            "its engine first (model.offload.remove()), then load them"
+            f"the weights of {leaf.path!r} are in files, which load_state_dict does not change; call "
+            "model.offload.remove() first, then load the state_dict"
         )
     if weights.is_used():
-        raise OffloadError(f"the weights of {leaf.path!r} are on the device for now: load a state_dict when it has run")
+        raise OffloadError(
+            f"the weights of {leaf.path!r} are in use on the device: load the state_dict after its forward"
+        )
     weights.swap_out()
 
 
 class _RefetchAfterLoad:
-    """A hook that has a group copied anew when a state_dict was loaded into one of its leaves."""
-
     def __init__(self, pool: SlotPool, group: Group) -> None:
         self._pool, self._group = weakref.ref(pool), group
 
@@ -147,12 +141,8 @@ class _RefetchAfterLoad:
 def _show_at_rest(
     pool: SlotPool, store: Store, module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: object
 ) -> None:
-    """Return a state_dict that is taken while a leaf runs the tensors that will not be overwritten.
-
-    Raises:
-        OffloadError: they lie in a file that is not what it was.
-    """
     store.require_unchanged()
+    # While the leaf runs, its tensors are those in a slot, which will be overwritten.
     memories = {slot.memory.untyped_storage().data_ptr() for slot in pool.slots}
     for name, tensor in state.items():
         is_own = name.startswith(prefix) and type(tensor) is torch.Tensor

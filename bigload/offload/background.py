@@ -1,4 +1,4 @@
-"""A thread that brings weights into slots in the background: from files, or from memory that is not pinned."""
+"""A thread that reads weights into slots in the background, from files or from memory that is not pinned."""
 
 from __future__ import annotations
 
@@ -15,17 +15,21 @@ from ..errors import OffloadError
 
 
 class BackgroundRead:
-    """What the thread has been asked to bring, and whether it is there.
+    """One read that the thread was asked for.
 
-    A lock and two attributes, where a Future has a condition in Python: Ctrl-C within that leaves it locked for ever.
+    This is a lock and two attributes instead of a Future, whose condition variable is written in Python and stays
+    locked forever if Ctrl-C interrupts it.
+
+    Attributes:
+        error: what the read has raised, once it is done.
     """
 
     def __init__(self, read: Callable[[], None], memory: torch.Tensor | None = None) -> None:
-        """Describe it.
+        """Describe the read.
 
         Args:
-            read: brings it.
-            memory: that is written, by copies that may go on for a while after.
+            read: does it.
+            memory: what is written to; kept alive for a while, since copies into it may still be running afterwards.
         """
         self.read: Callable[[], None] | None = read
         self.memory = memory
@@ -36,7 +40,7 @@ class BackgroundRead:
         self._running.acquire()
 
     def run(self) -> None:
-        """Bring it, in the thread; nothing but the outcome is held after."""
+        """Do the read, in the thread, and then hold nothing but its outcome."""
         read, self.read, self.memory = self.read, None, None
         try:
             if read is not None:
@@ -47,12 +51,10 @@ class BackgroundRead:
         self._running.release()
 
     def wait(self) -> None:
-        """Wait until it is there, or has failed; for one thread at a time."""
+        """Wait until the read has succeeded or failed; only one thread may wait at a time."""
         if not self._is_done and self._process != os.getpid():
-            self.error, self._is_done = (
-                OffloadError("it was being read in the process that this one was forked from"),
-                True,
-            )
+            self.error = OffloadError("it was being read in the process that this one was forked from")
+            self._is_done = True
         if not self._is_done:
             self._running.acquire()
             self._running.release()
@@ -60,10 +62,10 @@ class BackgroundRead:
 
 @dataclass(frozen=True)
 class BackgroundReader:
-    """The thread, by what it is queue, in order; None ends it.
+    """The thread and its queue of reads, which it does in order; None ends the thread.
 
-    No pool of Python's: those take a lock of the whole process, which the collector of cycles, when it lets go of an
-    engine, may find taken by the very thread that it interrupts.
+    It is no ThreadPoolExecutor: that takes a lock of the whole process, and the garbage collector, when it frees an
+    engine, may run in the very thread that holds the lock.
     """
 
     queue: SimpleQueue[BackgroundRead | None]
@@ -71,18 +73,18 @@ class BackgroundReader:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the thread is of this process, and not of one that it was forked from."""
+        """Whether the thread belongs to this process, and not to the one that it was forked from."""
         return self._process == os.getpid()
 
     @classmethod
     def start(cls, at_end: Callable[[], object]) -> BackgroundReader:
-        """Start the thread, which calls `at_end` at its end."""
+        """Start the thread, which calls `at_end` before it ends."""
         started = cls(SimpleQueue())
         threading.Thread(target=_run_all, args=(started.queue, at_end), name="bigload-reader", daemon=True).start()
         return started
 
     def finish(self) -> None:
-        """Wait until all is there that was asked for, and no memory of it is held."""
+        """Wait until all reads that were asked for are done, and the thread holds none of their memory."""
         self.queue.put(BackgroundRead(_nothing))
         last = BackgroundRead(_nothing)
         self.queue.put(last)
@@ -94,7 +96,7 @@ def _nothing() -> None:
 
 
 def _run_all(queue: SimpleQueue[BackgroundRead | None], at_end: Callable[[], object]) -> None:
-    # The memory of the last two is held, whose copies may go on; staging has two buffers, so no more do.
+    # Copies of the last two reads may still be running: staging has two buffers.
     held: deque[torch.Tensor | None] = deque(maxlen=2)
     while _run_next(queue, held):
         pass
@@ -102,7 +104,8 @@ def _run_all(queue: SimpleQueue[BackgroundRead | None], at_end: Callable[[], obj
 
 
 def _run_next(queue: SimpleQueue[BackgroundRead | None], held: deque[torch.Tensor | None]) -> bool:
-    """Run one; of it nothing but its memory is held while the next is waited for, least of all the engine."""
+    # A function of its own: while the thread waits for the next read it must hold nothing of the last one but its
+    # memory, least of all the engine.
     pending = queue.get()
     if pending is None:
         return False

@@ -1,8 +1,8 @@
-"""Weights that rest in host memory, or files, and come to the device when forward, or backward, reaches them.
+"""Streams weights from host memory, or files, to the device when forward or backward reaches them.
 
-Leaves get a forward of ours one by one, and their weights come by groups (a decoder layer): one copy each, on a stream
-of its own, into one of a few slots, while the groups before compute. Which group comes next is learned as the model
-runs; a wrong guess costs one copy that was waited for.
+The forward of each leaf module is overridden. Weights are copied by groups (a decoder layer), each group in one copy on
+a separate CUDA stream into one of a few slots, while the groups before it compute. The order of the groups is learned
+as the model runs; a wrong guess costs one copy that forward waits for.
 """
 
 from __future__ import annotations
@@ -29,9 +29,12 @@ _NONE: Mapping[Leaf, Store | None] = {}
 
 
 class Engine(NonCopyable):
-    """Streams the weights of a model's groups to one device.
+    """Streams the weights of a model's groups to one device. The model may run in several threads, on any CUDA stream.
 
-    It may be used from several threads, and on any stream.
+    Attributes:
+        groups: what is streamed.
+        device: the device that computes the groups.
+        pool: the slots on it.
     """
 
     def __init__(
@@ -42,20 +45,20 @@ class Engine(NonCopyable):
         slots: int = 2,
         embeddings: Mapping[Leaf, Store | None] = _NONE,
     ) -> None:
-        """Hook the leaves; from then on their tensors view their groups' host memory while they rest.
+        """Override the forwards of the leaves; at rest, their tensors are views of their groups' memory.
 
         Args:
-            model: all of it that is not streamed must be on the device already.
+            model: everything in it that is not offloaded must be on the device already.
             groups: in the order in which forward is likely to reach them.
-            device: where the model computes, a GPU or the CPU.
-            slots: groups that are on the device at once: the one in use and those that come.
-            embeddings: modules that run on the host, where their weights stay, with the files that these are in, if
-                they are.
+            device: the device that computes them, a GPU or the CPU.
+            slots: the number of groups that are on the device at once: the one in use and those being copied.
+            embeddings: modules that the CPU computes, where their weights stay, each with the files that hold the
+                weights, or None if they are in memory.
 
         Raises:
-            ConfigError: no slot.
-            OffloadError: a leaf cannot be streamed, or its weight is another module's too.
-            torch.OutOfMemoryError: the device has no room for the slots. The model is as it was.
+            ConfigError: `slots` is below 1.
+            OffloadError: a leaf cannot be streamed, or another module uses its weight too.
+            torch.OutOfMemoryError: the device has no room for the slots. The model is unchanged.
         """
         if slots < 1:
             raise ConfigError(f"slots is {slots}; expected 1 or more")
@@ -69,11 +72,11 @@ class Engine(NonCopyable):
         self._state_hooks: list[Any] = []
         try:
             self._install()
-        except BaseException:  # Ctrl-C too: the leaves are as they were
+        except BaseException:  # Ctrl-C too
             self._uninstall()
             self.pool.copier.close()
             raise
-        # Slots must not be another's while a copy into them goes on.
+        # The memory of the slots must not be reused while a copy into them is running.
         self._close = weakref.finalize(self, self.pool.copier.close)
         self._close.atexit = False
 
@@ -101,15 +104,15 @@ class Engine(NonCopyable):
                 forward.forget(slot)
 
     def stats(self) -> StreamStats:
-        """Tell what was streamed so far."""
+        """Return what has been streamed so far."""
         return self.pool.stats()
 
     @contextmanager
     def materialize(self, module: nn.Module) -> Iterator[None]:
-        """Have the weights of all leaves in a module on the device while the block runs, to be read there.
+        """Keep the weights of all leaves in a module on the device while the `with` block runs.
 
         Raises:
-            torch.OutOfMemoryError: they are more groups than there is room for.
+            torch.OutOfMemoryError: the device has no room for that many groups.
         """
         inside = set(module.modules())
         try:
@@ -123,13 +126,13 @@ class Engine(NonCopyable):
                 self.pool.trim()
 
     def remove(self) -> None:
-        """Return the model its weights back, on the device and there to stay, and free the slots and the host memory.
+        """Move all weights to the device for good, and free the slots and the host memory.
 
-        What is interrupted is finished by a second call.
+        A second call finishes one that was interrupted.
 
         Raises:
-            OffloadError: a leaf is running, or a file is not what it was.
-            torch.OutOfMemoryError: the device has no room for all; they are streamed still.
+            OffloadError: a leaf is running, or a file has changed.
+            torch.OutOfMemoryError: the device has no room for all weights; they are still streamed.
         """
         with self.pool.lock:
             copies: list[tuple[Callable[[torch.Tensor], None], torch.Tensor]] = []
@@ -137,7 +140,7 @@ class Engine(NonCopyable):
                 self.pool.free_all()
                 self._copy_all_to_device(copies)
             except BaseException:
-                copies.clear()  # here, since the error holds who made them, and the slots need their room
+                copies.clear()  # the traceback keeps this frame, and the slots need the memory
                 with suppress(torch.OutOfMemoryError):
                     self.pool.make_slots()
                 raise
@@ -152,18 +155,10 @@ class Engine(NonCopyable):
             self._close()
 
     def _copy_all_to_device(self, copies: list[tuple[Callable[[torch.Tensor], None], torch.Tensor]]) -> None:
-        """Bring all weights to the device.
-
-        Args:
-            copies: is given each, with what puts it into the model.
-
-        Raises:
-            OffloadError: a file is not what it was.
-            torch.OutOfMemoryError: the device has no room.
-        """
+        """Append a copy of each weight on the device, with the function that puts it into the model."""
         stores = [group.store for group in self._streamed] + [files for files in self._embeddings.values() if files]
         for store in stores:
-            store.require_unchanged()  # before: a map of a file that was cut short ends the process
+            store.require_unchanged()  # reading a mapping of a file that was truncated would kill the process
         for group, by_leaf in self._streamed.items():
             for each in {each for streamed in by_leaf.values() for each in streamed}:
                 copies.append((each.restore, group.store.source_of(each.name).to(self.device, copy=True)))

@@ -1,4 +1,4 @@
-"""Weights at rest in files, which are read whenever their group is brought to the device, and never written."""
+"""Offloaded weights in files, which are read whenever their group is copied to the device, and never written."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from ..hardware.pinned import Store, pinned_memory
 from ..io.async_reads import Read, Reads
 from ..io.ring import reader_threads
 
-# That read one group at once, while another is computed with.
+# Threads that read one group, while the one before computes.
 _THREADS = 8
-# The bytes of a file, (size,), uint8, as numpy has them; what is written to them stays in memory.
+# A private mapping of a file, as a numpy array (size,), uint8: writes to it stay in memory.
 _Pages = Any
-# What tells a file from another of its name, and from what it was before it was written again: inode, size and time.
+# Inode, size and modification time of a file: they change when it is replaced or written to.
 _Stamp = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class FilePart:
-    """One part of a group as it lies in a file.
+    """One part of a group in a file.
 
     Attributes:
-        file: where.
-        offset: of its first byte there.
+        file: the file.
+        offset: the offset of its first byte.
         part: its dtype and shape.
     """
 
@@ -43,20 +43,20 @@ class FilePart:
 
 
 class FileGroup(Store):
-    """A group's parts in files. At rest the model's tensors view the files' pages: what is read is there, if slowly.
+    """A group's parts in files. At rest the model's tensors are views of the mapped files, so they can be read, slowly.
 
-    A write to such a tensor stays in memory, and is not what comes to the device.
+    A write to such a tensor stays in memory and never reaches the device.
 
     Attributes:
-        stays_in_page_cache: what was read of the files is left there, to be found again.
+        stays_in_page_cache: whether the files' pages are left in the system's page cache after a read.
     """
 
     @torch.inference_mode(False)
     def __init__(self, parts: Mapping[str, FilePart]) -> None:
-        """Open the files.
+        """Map the files.
 
         Args:
-            parts: where they are, by name.
+            parts: name of each part -> where it is.
 
         Raises:
             OffloadError: a file cannot be opened, or ends before a part does.
@@ -70,17 +70,17 @@ class FileGroup(Store):
         for name, where in parts.items():
             _, pages = mapped[where.file]
             if where.offset + where.part.nbytes > len(pages):
-                raise OffloadError(f"{name!r} does not lie wholly in {where.file}; the file was cut short")
+                raise OffloadError(f"{where.file} ends before the end of {name!r}: it was truncated")
             self.tensors[name] = in_mapping(pages, where.part.dtype, where.offset, where.part.shape)
 
     def read_into(self, memory: torch.Tensor) -> None:
-        """Read all parts to where the layout has them.
+        """Read all parts to their offsets in the layout.
 
         Args:
             memory: (layout.nbytes or more,), uint8, in host memory.
 
         Raises:
-            OffloadError: a file is gone, cut short, was written again, or cannot be read.
+            OffloadError: a file is gone, was changed, or cannot be read.
         """
         target = memoryview(memory.numpy())  # type: ignore[arg-type]
         with Reads(min(reader_threads(), _THREADS)) as reads:
@@ -93,7 +93,7 @@ class FileGroup(Store):
             for name, where, read in going:
                 with _read_errors_of(name, where.file):
                     if reads.finish(read) < where.part.nbytes:
-                        raise OSError("it was cut short since the model was loaded; load the model anew")
+                        raise OSError("it was truncated since the model was loaded; load the model again")
         self.require_unchanged()
         if not self.stays_in_page_cache:
             for name, where in self._parts.items():
@@ -101,16 +101,16 @@ class FileGroup(Store):
                     _drop_from_page_cache(where)
 
     def require_unchanged(self) -> None:
-        """Refuse files that are not those which were opened.
+        """Refuse files that have changed since they were opened.
 
         Raises:
-            OffloadError: one is gone, was cut short, or written again.
+            OffloadError: a file is gone, or was written to.
         """
         for file, stamp in self._stamps.items():
             name = next(name for name, where in self._parts.items() if where.file == file)
             with _read_errors_of(name, file):
                 if _stamp(file.stat()) != stamp:
-                    raise OSError("it was cut short or written again since the model was loaded; load the model anew")
+                    raise OSError("it was changed since the model was loaded; load the model again")
 
 
 def _stamp(stat: os.stat_result) -> _Stamp:
@@ -119,7 +119,7 @@ def _stamp(stat: os.stat_result) -> _Stamp:
 
 @contextmanager
 def _read_errors_of(name: str, file: Path) -> Iterator[None]:
-    """Say of an error what could not be read from where."""
+    """Turn errors of the system into OffloadErrors that name the weight and the file."""
     try:
         yield
     except OSError as error:
@@ -129,7 +129,7 @@ def _read_errors_of(name: str, file: Path) -> Iterator[None]:
 def _drop_from_page_cache(part: FilePart) -> None:
     if not hasattr(os, "posix_fadvise"):
         return
-    # Whole pages, since the system drops no others, and no larger pieces of its cache of which one is left.
+    # The system drops only whole pages, and a large folio only if all of it is named.
     begin = part.offset // mmap.PAGESIZE * mmap.PAGESIZE
     nbytes = -(-(part.offset + part.part.nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE - begin
     descriptor = os.open(part.file, os.O_RDONLY)
@@ -140,14 +140,14 @@ def _drop_from_page_cache(part: FilePart) -> None:
 
 
 def limit_page_cache(groups: Sequence[FileGroup], nbytes: int) -> None:
-    """Let so many groups stay in the page cache as it has room for, and drop the others whenever they were read.
+    """Let as many groups stay in the page cache as fit, and have the others dropped after each read.
 
-    What is read round and round, and is more than there is room for, would else always have been dropped just before
-    it is wanted again. Those that are dropped are spread evenly, so that the disk has time for each.
+    Without this, groups that are read in turn and do not all fit would each be evicted just before their next read. The
+    groups to drop are spread evenly over the depth, so that the disk has time to read each.
 
     Args:
         groups: in the order in which they are read.
-        nbytes: room in the page cache.
+        nbytes: bytes that fit into the page cache.
     """
     total, count = sum(group.layout.nbytes for group in groups), len(groups)
     dropped = count - count * nbytes // total if total > nbytes else 0
@@ -155,12 +155,12 @@ def limit_page_cache(groups: Sequence[FileGroup], nbytes: int) -> None:
         group.stays_in_page_cache = (index + 1) * dropped // count == index * dropped // count
 
 
-# One for each file, of which a model may have several weights.
+# One mapping for each file, which may hold several weights of a model.
 _mappings: WeakValueDictionary[tuple[Path, _Stamp], _Pages] = WeakValueDictionary()
 
 
 def _mapped(file: Path) -> tuple[_Stamp, _Pages]:
-    """Map a file, without a descriptor that stays open: a model may have weights in more files than there may be."""
+    # No descriptor stays open: a model's weights may be in more files than a process may open.
     try:
         stat = file.stat()
         stamp = _stamp(stat)
@@ -174,13 +174,13 @@ def _mapped(file: Path) -> tuple[_Stamp, _Pages]:
 
 
 class Staging:
-    """Two pinned buffers that weights pass through in turn, each again when the copy out of it is done."""
+    """Two pinned buffers that are used in turn, each when the copy out of it is done."""
 
     def __init__(self) -> None:
         self._buffers: list[tuple[torch.Tensor, torch.cuda.Event]] = []
 
     def take(self, nbytes: int) -> tuple[torch.Tensor, torch.cuda.Event]:
-        """Return a buffer that nobody copies from, (nbytes or more,), and the event to record after the copy."""
+        """Return a free buffer, (nbytes or more,), uint8, and the event to record after the copy out of it."""
         with torch.inference_mode(False):
             if len(self._buffers) < 2:
                 event = torch.cuda.Event()  # type: ignore[no-untyped-call]

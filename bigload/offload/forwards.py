@@ -1,4 +1,4 @@
-"""The forward of a module whose weights are streamed: they are there while it computes, and for its gradients."""
+"""The forwards of modules with offloaded weights, and their backwards."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ from .slots import Slot
 
 
 class ForwardOverride(MethodOverride):
-    """A forward of ours in place of a module's own.
+    """Overrides the forward of a module.
 
     Attributes:
-        own: the forward that it calls.
-        is_removed: it was removed, and does nothing else any more.
+        path: the module's path in the model.
+        own: the module's own forward.
+        is_removed: it was removed, and does nothing but call the own forward.
     """
 
     def __init__(self, path: str, module: nn.Module, own: Callable[..., Any]) -> None:
@@ -40,40 +41,39 @@ class ForwardOverride(MethodOverride):
         super().__init__(module, "forward")
 
     def remove(self) -> None:
-        """Return the module its own forward back; once more does no harm."""
-        self.is_removed = True  # for whoever has put a forward there since that calls this one
+        """Restore the module's own forward; may be called again."""
+        self.is_removed = True  # another override that was put over this one may still call it
         super().remove()
 
 
 def forward_override_of(module: nn.Module) -> ForwardOverride | None:
-    """Return the forward of ours that a module has; None if it has none."""
+    """Return bigload's override of a module's forward; None if it has none."""
     forward = vars(module).get("forward")
     return forward if isinstance(forward, ForwardOverride) else None
 
 
 class StreamedForward(ForwardOverride):
-    """Runs a leaf with its weights on the device. What autograd keeps is where they come from, never they."""
+    """Runs a leaf with its weights on the device. Autograd keeps the places of its weights, never the slots' memory."""
 
     def __init__(self, weights: Residency) -> None:
-        """Take the place of the own forward of the leaf whose weights they are; its module is changed."""
+        """Override the forward of the leaf that the weights belong to."""
         leaf = weights.leaf
         super().__init__(leaf.path, leaf.module, streamed_forward(leaf.module))
         self.weights = weights
         self._is_quantized = is_quantized(leaf.module)
         self._make_forward = _forward_maker(leaf, self.own, has_quantized_weight=self._is_quantized)
-        # Here, not with the slots: what reads into a slot must not keep the model.
+        # Not kept by the slots: the background thread that reads into a slot must not keep the model alive.
         self._forwards: dict[Slot, Forward] = {}
-        # What these give is never a part of their weights.
+        # The output of these is never a view of their weights.
         self._returns_new_tensors = self._is_quantized or type(leaf.module) is nn.Linear
         self._takes_one_argument = self._is_quantized or self._make_forward is not None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute what the leaf's own forward does."""
+        """Compute the leaf's own forward."""
         if torch.compiler.is_compiling():
             return _run_eagerly(self, args, kwargs)
-        if self.is_removed or (
-            self._takes_one_argument and len(args) + len(kwargs) != 1
-        ):  # which its own forward refuses
+        # The own forward refuses another number of arguments.
+        if self.is_removed or (self._takes_one_argument and len(args) + len(kwargs) != 1):
             return self.own(*args, **kwargs)
         if not torch.is_grad_enabled():
             return self.run(*args, **kwargs)
@@ -91,13 +91,13 @@ class StreamedForward(ForwardOverride):
         return _copied_out_of_slot(out, slot.memory)
 
     def _compute(self, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> Any:
-        # Some models send what goes into a convolution to where its weight says that it is.
+        # Some models move the input of a convolution to the device of its weight, the CPU.
         args, kwargs = send_to_device((args, kwargs), slot.memory.device)
         out = self.own(*args, **kwargs)
         return out if self._returns_new_tensors else _copied_out_of_slot(out, slot.memory)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute what the module's own forward does, without gradients."""
+        """Compute the leaf's own forward without gradients."""
         if self._make_forward is None:
             return self.weights.run(functools.partial(self._compute, args, kwargs))
         (x,) = (*args, *kwargs.values())
@@ -111,7 +111,7 @@ class StreamedForward(ForwardOverride):
         return forward(x)
 
     def forget(self, slot: Slot) -> None:
-        """Let go of a slot that is no more."""
+        """Drop what is kept for a slot that was freed."""
         self._forwards.pop(slot, None)
 
     def _unpack(self, saved: Any) -> torch.Tensor:
@@ -119,15 +119,15 @@ class StreamedForward(ForwardOverride):
             return saved  # type: ignore[no-any-return]
         if self.is_removed:
             raise OffloadError(
-                f"backward wants a weight of {self.path!r} from memory that remove() has freed: run forward again"
+                f"backward needs a weight of {self.path!r} in memory that remove() has freed: run forward again"
             )
-        # A clone: the slot may be another group's before it is used.
+        # A clone, since the slot may be overwritten before backward uses the tensor.
         return self.weights.run(lambda slot: saved.view_in(slot.memory).clone())
 
     def _run_without_weight_gradients(self, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
             out = self.run(*args, **kwargs)
-        dummy = torch.empty(0, requires_grad=True)
+        dummy = torch.empty(0, requires_grad=True)  # makes autograd call the backward
 
         def refuse(tensor: torch.Tensor) -> Any:
             if not tensor.is_floating_point():
@@ -140,12 +140,11 @@ class StreamedForward(ForwardOverride):
 # torch.compiler.disable would import torch._dynamo here and now, which takes more than a second.
 @_disable_dynamo
 def _run_eagerly(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run outside of what is compiled, where nothing knows that weights come and go."""
     return forward(*args, **kwargs)
 
 
 class _SlotView(NamedTuple):
-    """A tensor that autograd would have kept, by where it lies in the memory of its group."""
+    """The place in a group's memory of a tensor that autograd would have kept."""
 
     dtype: torch.dtype
     shape: torch.Size
@@ -153,7 +152,7 @@ class _SlotView(NamedTuple):
     offset: int
 
     def view_in(self, memory: torch.Tensor) -> torch.Tensor:
-        """Return the tensor in a slot that the group is in, (n,), uint8."""
+        """Return the tensor in the memory, (n,), uint8, of a slot that holds the group."""
         return memory.view(self.dtype).as_strided(self.shape, self.stride, self.offset)
 
 
@@ -170,16 +169,16 @@ def _lies_in(tensor: torch.Tensor, memory: torch.Tensor) -> bool:
 
 
 def _copied_out_of_slot(out: Any, memory: torch.Tensor) -> Any:
-    """Copy what a module gives out of its weights themselves, which the next group will overwrite."""
+    """Clone the outputs of a module that are views of its weights, which the next group will overwrite."""
 
-    def apart(tensor: torch.Tensor) -> torch.Tensor:
+    def copied(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.clone() if _lies_in(tensor, memory) else tensor
 
-    return apart(out) if isinstance(out, torch.Tensor) else tree_map_only(torch.Tensor, apart, out)
+    return copied(out) if isinstance(out, torch.Tensor) else tree_map_only(torch.Tensor, copied, out)
 
 
 class _Quantized(torch.autograd.Function):
-    """A layer of bitsandbytes, whose own autograd keeps the packed weight: here it is fetched again."""
+    """A quantized layer. bitsandbytes' own autograd keeps the packed weight; this one fetches it again in backward."""
 
     @staticmethod
     def forward(ctx: Any, streamed: StreamedForward, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -193,7 +192,7 @@ class _Quantized(torch.autograd.Function):
         (grad,) = grads
         _, needs_input, needs_bias = ctx.needs_input_grad
         grad_input = grad_bias = None
-        if needs_bias:  # autograd sums over what dimensions are left
+        if needs_bias:  # autograd sums over the remaining dimensions
             grad_bias = grad.sum(0, dtype=ctx.bias_dtype) if grad.dim() > 1 else grad.to(ctx.bias_dtype)
         if needs_input:
             streamed = ctx.streamed
@@ -206,7 +205,7 @@ class _Quantized(torch.autograd.Function):
 
 
 class _NoWeightGradient(torch.autograd.Function):
-    """An output without a gradient, said when it is asked for: until then it is as good as any."""
+    """An output of a layer whose weight requires a gradient, which is refused in backward: forward works as usual."""
 
     @staticmethod
     def forward(ctx: Any, path: str, out: torch.Tensor, dummy: torch.Tensor) -> torch.Tensor:
@@ -222,25 +221,25 @@ class _NoWeightGradient(torch.autograd.Function):
 
 
 class CpuForward(ForwardOverride):
-    """Runs a module on the host, where its weights are: an embedding sends the rows that were looked up."""
+    """Computes a module on the CPU, where its weights stay: of an embedding only the rows looked up are moved."""
 
     def __init__(
         self, path: str, module: nn.Module, device: torch.device, require_there: Callable[[], None] | None = None
     ) -> None:
-        """Take the place of the module's own forward.
+        """Override a module's forward.
 
         Args:
-            path: of the module.
-            module: is changed.
-            device: that its results go to.
-            require_there: raises where its weights can no longer be read: what maps a file that was cut short would
-                end the process.
+            path: the module's path.
+            module: the module.
+            device: where to move its outputs.
+            require_there: raises if its weights can no longer be read: to read a mapping of a truncated file would kill
+                the process.
         """
         super().__init__(path, module, module.forward)
         self._device, self._require_there = device, require_there
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute on the host; tensors go there and their results come back."""
+        """Move the inputs to the CPU, compute there, and move the outputs to the device."""
         if torch.compiler.is_compiling():
             return _run_eagerly(self, args, kwargs)
         if self.is_removed:
@@ -252,22 +251,23 @@ class CpuForward(ForwardOverride):
 
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
-# What is streamed of a layer, where it lies now, by the names of its streamed tensors.
+# The parts of a group in a slot, by the names of its streamed tensors.
 Tensors = Mapping[str, torch.Tensor]
 
 
 def _forward_maker(
     leaf: Leaf, own: Callable[..., Any], *, has_quantized_weight: bool
 ) -> Callable[[Tensors], Forward] | None:
-    """Return what makes a layer's forward, but for its gradients, around weights that lie elsewhere.
+    """Return what makes a layer's forward as a function of weights in a slot, without gradients.
 
     Args:
-        leaf: the layer, and what of it is streamed.
+        leaf: the layer.
         own: its own forward.
-        has_quantized_weight: it is a layer of bitsandbytes.
+        has_quantized_weight: whether it is a layer of bitsandbytes.
 
     Returns:
-        None for a layer that must be given its weights: of another kind, or with a forward that is not its class's.
+        None for a layer that must hold its weights while it runs: one of another kind, or with a forward that is not
+        that of its class.
     """
     layer: Any = leaf.module
     forward = getattr(own, "__func__", None) or getattr(own, "func", None)
@@ -278,7 +278,7 @@ def _forward_maker(
         make = _linear if forward is nn.Linear.forward else None
     elif forward is library().nn.Linear8bitLt.forward:
         make = _linear_8bit
-    # Until its compute dtype is set, a 4-bit layer's first forward decides in what it computes.
+    # Until its compute dtype is set, a 4-bit layer chooses it in its first forward.
     elif forward is library().nn.Linear4bit.forward and layer.compute_type_is_set and layer.compute_dtype:
         make = _linear_4bit
     name = f"{leaf.path}.weight" if leaf.path else "weight"

@@ -1,4 +1,4 @@
-"""`model.offload`: the weights of a loaded model that do not rest where they are computed."""
+"""`model.offload`: what streams the offloaded weights of a loaded model."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from .targets import OffloadTargets
 
 
 class Offload:
-    """What streams the weights of a model.
+    """Streams the offloaded weights of a model.
 
     Attributes:
-        plan: where each of them rests and is computed.
+        plan: where each weight is stored and computed.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, config: OffloadConfig, targets: OffloadTargets) -> None:
-        """Hook a model whose offloaded weights are in host memory, as the load has left them.
+        """Hook a loaded model.
 
         Args:
-            model: loaded.
-            plan: by which.
-            config: how many slots there are.
-            targets: the memory that the weights are in.
+            model: its offloaded weights are in the memory and files of `targets`.
+            plan: its plan.
+            config: the number of slots.
+            targets: the stores of its offloaded weights.
 
         Raises:
             OffloadError: a weight cannot be streamed.
@@ -79,7 +79,7 @@ class Offload:
             limit_page_cache(on_disk, free_bytes(CPU) // 2)
 
     def stats(self) -> StreamStats:
-        """Tell what has been streamed since the load, over all devices."""
+        """Return what has been streamed since the load, summed over all devices; the rate is their mean."""
         each = [engine.stats() for engine in self._engines]
         rates = [stats.gb_per_s for stats in each if stats.gb_per_s]
         return StreamStats(
@@ -92,11 +92,14 @@ class Offload:
 
     @contextmanager
     def materialize(self, module: nn.Module) -> Iterator[None]:
-        """Have the weights in a module on the device while the block runs, to be read outside its forward.
+        """Keep the weights of a module on the device while the `with` block runs, to read them outside its forward.
+
+        Args:
+            module: any module of the model, or the model itself.
 
         Raises:
-            ConfigError: it is no module.
-            torch.OutOfMemoryError: there is no room for them.
+            ConfigError: `module` is not an nn.Module.
+            torch.OutOfMemoryError: the device has no room for the weights.
         """
         if not isinstance(module, nn.Module):
             raise ConfigError(f"materialize takes a module of the model, not {module!r}")
@@ -106,10 +109,11 @@ class Offload:
             yield
 
     def remove(self) -> None:
-        """Bring all weights to the devices that compute with them, there to stay, and free the host memory.
+        """Move all weights to the devices that compute them, for good, and free the host memory.
 
         Raises:
-            torch.OutOfMemoryError: a device has no room for them.
+            OffloadError: the model is running, or a file with offloaded weights has changed.
+            torch.OutOfMemoryError: a device has no room for the weights; the model is still offloaded.
         """
         remove_all(self._engines)
         for handle in self._handles:
@@ -118,38 +122,38 @@ class Offload:
         if model is None:
             return
         if len(set(self.plan.execution_map.values())) == 1:
-            detach(model)  # all is on the device that computes
+            detach(model)  # all of it is on one device now
         if vars(model).get("offload") is self:
             del model.offload
 
 
 def require_not_offloaded(model: Any) -> None:
-    """Refuse to load into a model whose weights are streamed.
+    """Refuse to load into a model that is offloaded.
 
     Raises:
-        ConfigError: it is offloaded.
+        ConfigError: a module of it has offloaded weights.
     """
     streamed = [path for path, module in model.named_modules() if forward_override_of(module)]
     if streamed:
         raise ConfigError(
-            f"the model is offloaded already ({listed(streamed)}): call model.offload.remove() first, or build it anew"
+            f"the model is offloaded already ({listed(streamed)}): call model.offload.remove() first, or build it again"
         )
 
 
 class MoveAddedParameters:
-    """A hook on a block that brings parameters to its device which others have put into it since the load.
+    """A pre-hook that moves parameters that others have added to an offloaded block to its device.
 
-    PEFT makes an adapter where the weight lies that it adapts, which for a streamed one is host memory.
+    PEFT creates an adapter on the device of the weight that it adapts, which for an offloaded weight is the CPU.
     """
 
     def __init__(self, device: torch.device, leaves: Sequence[Leaf]) -> None:
-        """Remember what shall stay in host memory."""
+        """Remember the offloaded parameters, which stay where they are."""
         self._away = {id(leaf.module.get_parameter(name)) for leaf in leaves for name in leaf.parameters}
         self._device = device
         self._has_looked = False
 
     def __call__(self, block: nn.Module, args: object) -> None:
-        """Look for such parameters: before the first forward, and before each that gradients may be wanted of."""
+        """Look for such parameters before the first forward, and before each forward with gradients enabled."""
         if self._has_looked and not torch.is_grad_enabled():
             return
         self._has_looked = True
@@ -181,7 +185,7 @@ def _make_engine(
 
 
 def leaves_of(model: nn.Module, placed: PlacedUnit) -> list[Leaf]:
-    """List the modules of a unit whose weights rest elsewhere, with those weights."""
+    """List the modules of a unit that have offloaded weights, with the names of those weights."""
     found: dict[str, list[str]] = defaultdict(list)
     for planned in placed.unit.offloaded:
         path, _, name = planned.tensor.name.rpartition(".")

@@ -1,4 +1,4 @@
-"""What of a layer is streamed: its tensors, each with the places that hold it, so that another can take its place."""
+"""The leaf modules whose weights are streamed, and for each of their tensors the objects that hold it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from ..quantization.layers import is_quantized
 from ..quantization.quantized_weight import state_holders
 from .slots import Slot, Use
 
-# By the part of a weight: the objects that hold it, and the attribute of each.
+# Part of a weight -> the (object, attribute) pairs that hold it.
 _Places = dict[str, list[tuple[Any, str]]]
 
 
 class NonCopyable:
-    """What a copied model would share with the first: so there is no copy."""
+    """Refuses to be copied or pickled: the copy of a model would share it with the original."""
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         raise OffloadError(
-            "a model that is given its weights as it runs cannot be copied or pickled; save its state_dict, or bring "
-            "its weights back first (model.offload.remove())"
+            "a model with offloaded weights cannot be copied or pickled; save its state_dict, or call "
+            "model.offload.remove() first"
         )
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
@@ -35,7 +35,7 @@ class NonCopyable:
 
 
 class MethodOverride(NonCopyable):
-    """Takes the place of one of a module's methods, as an attribute of the instance."""
+    """Overrides a method of one module, as an attribute of the instance."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self.module, self._name = module, name
@@ -43,7 +43,7 @@ class MethodOverride(NonCopyable):
         vars(module)[name] = self
 
     def remove(self) -> None:
-        """Give the module back what it had, unless others have overridden the method since; may be called again."""
+        """Restore what was there before, unless others have overridden the method since; may be called again."""
         own = vars(self.module)
         if own.get(self._name) is self and self._before is None:
             del own[self._name]
@@ -52,7 +52,7 @@ class MethodOverride(NonCopyable):
 
 
 def remove_all(handles: list[Any]) -> None:
-    """Call `remove()` of each, the last first; a second call finishes what Ctrl-C interrupts."""
+    """Call `remove()` of each handle, last first; a second call finishes one that Ctrl-C interrupted."""
     while handles:
         handles[-1].remove()
         handles.pop()
@@ -60,12 +60,12 @@ def remove_all(handles: list[Any]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Leaf:
-    """A module that is given its weights whenever it runs.
+    """A module whose weights are on the device only while it runs.
 
     Attributes:
         path: its path in the model.
-        module: an nn.Linear, a Conv1D, a layer of bitsandbytes, or any module, as a whole.
-        parameters: those of it that are streamed, by their paths from the module; the others stay where they are.
+        module: an nn.Linear, a Conv1D, a layer of bitsandbytes, or any module with its children.
+        parameters: paths, from the module, of the parameters that are streamed; the others stay where they are.
     """
 
     path: str
@@ -74,11 +74,13 @@ class Leaf:
 
 
 class StreamedTensor:
-    """One tensor that is streamed, wherever it is held.
+    """One tensor that is streamed, and all objects that hold it.
 
     Attributes:
-        name: in its group.
-        is_swapped_in: it is the device's, or was left so by a call that was interrupted.
+        name: its name in its group.
+        parameter: the parameter whose values it is; None for the other parts of a quantized weight.
+        identity: equal for tensors that are one and the same.
+        is_swapped_in: the objects hold the slot's tensor, for a call that runs or one that was interrupted.
     """
 
     def __init__(self, name: str, places: Iterable[tuple[Any, str]], owner: nn.Module, key: str) -> None:
@@ -86,73 +88,72 @@ class StreamedTensor:
         self._places = tuple(places)
         self._owner, self._key = owner, key
         holder, attribute = self._places[0]
-        # The parameter whose values it is; None for what belongs to a quantized weight.
         self.parameter: nn.Parameter | None = holder if isinstance(holder, nn.Parameter) else None
         self.identity = (id(holder), attribute)
         self.is_swapped_in = False
         self._users: list[Use] = []
 
     def get(self) -> torch.Tensor:
-        """Return the tensor that is there."""
+        """Return the tensor that the objects hold now."""
         tensor: torch.Tensor = getattr(*self._places[0])
         return tensor.detach() if isinstance(tensor, nn.Parameter) else tensor
 
     def put(self, tensor: torch.Tensor) -> None:
-        """Put a tensor there, of the same shape and dtype; parameters keep their identity."""
+        """Let the objects hold another tensor of the same shape and dtype; parameters keep their identity."""
         for holder, attribute in self._places:
             setattr(holder, attribute, tensor)
 
-    def swap_in(self, use: Use, there: torch.Tensor) -> None:
-        """Put the device's tensor there for a call; for others of the same slot it is there already."""
+    def swap_in(self, use: Use, in_slot: torch.Tensor) -> None:
+        """Put the slot's tensor in place for a call, unless another call has done so."""
         is_first = not self.is_used()
         self._users.append(use)
         if is_first:
             self.is_swapped_in = True
-            self.put(there)
+            self.put(in_slot)
 
-    def swap_out(self, rest: Mapping[str, torch.Tensor]) -> None:
-        """Put its tensor of those at rest there, unless a call uses the device's."""
+    def swap_out(self, at_rest: Mapping[str, torch.Tensor]) -> None:
+        """Put the tensor at rest back in place, unless a call uses the slot's."""
         if self.is_swapped_in and not self.is_used():
-            self.put(rest[self.name])
+            self.put(at_rest[self.name])
             self.is_swapped_in = False
 
     def restore(self, tensor: torch.Tensor) -> None:
-        """Put a tensor there to stay, whatever a call that is over has yet to put back."""
+        """Put a tensor in place for good, even if an interrupted call has left the slot's there."""
         self.is_swapped_in = False
         self.put(tensor)
 
     def is_used(self) -> bool:
-        """Whether a call uses the device's tensor."""
+        """Whether a call uses the slot's tensor."""
         return self.slot() is not None
 
     def slot(self) -> Slot | None:
-        """Return the slot that the tensor of calls lies in; one that has left its slot does not count."""
+        """Return the slot whose tensor running calls use; None if no call does."""
         if self._users:
             self._users = [use for use in self._users if use.slot is not None and use in use.slot.users]
         return self._users[0].slot if self._users else None
 
-    def require_at_rest(self, rest: torch.Tensor) -> None:
-        """Refuse to run with a weight that another has replaced or moved: its values would be ignored.
+    def require_at_rest(self, at_rest: torch.Tensor) -> None:
+        """Refuse to run if others have replaced or moved the parameter: the new values would be ignored.
 
         Raises:
-            OffloadError: says which.
+            OffloadError: the parameter is not `at_rest`.
         """
         parameter = self.parameter
         if parameter is None or self.is_swapped_in:
             return
-        is_there = parameter.data_ptr() == rest.data_ptr()
-        if not is_there or self._owner._parameters.get(self._key) is not parameter:
+        is_at_rest = parameter.data_ptr() == at_rest.data_ptr()
+        if not is_at_rest or self._owner._parameters.get(self._key) is not parameter:
             raise OffloadError(
-                f"{self.name!r} is streamed, but was replaced or moved since; take the model off its engine first "
-                "(remove()), then change it"
+                f"{self.name!r} is offloaded, but was replaced or moved since; call model.offload.remove() first, then "
+                "change it"
             )
 
 
 def streamed_tensors_of(leaf: Leaf) -> list[StreamedTensor]:
-    """List what is streamed of a leaf: of a quantized weight also what bitsandbytes dequantizes it with.
+    """List the streamed tensors of a leaf, including the quantization state of its weights.
 
     Raises:
-        OffloadError: a parameter is not there, or quantized in a way that cannot be streamed.
+        OffloadError: a parameter is missing, or quantized in a way that cannot be streamed.
     """
     streamed = []
     for path in leaf.parameters:
@@ -182,7 +183,7 @@ def _places_8bit(path: str, layer: Any) -> _Places:
     if layer.state.has_fp16_weights:
         raise OffloadError(f"{path!r} holds the main weights of int8 training, which cannot be streamed")
     if layer.weight.CB is not None:
-        layer.init_8bit_state()  # as its first forward does: from here on all is held by the state
+        layer.init_8bit_state()  # as its first forward does; afterwards the state holds all parts
     if layer.state.CB is None or layer.state.SCB is None:
         raise OffloadError(f"{path!r} is not quantized yet; move the model to its device first")
     return {"weight": [(layer.weight, "data"), (layer.state, "CB")], "SCB": [(layer.state, "SCB")]}
@@ -190,12 +191,12 @@ def _places_8bit(path: str, layer: Any) -> _Places:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Leaves whose weights come to the device together.
+    """Leaves whose weights are copied to the device together.
 
     Attributes:
-        name: of the group, such as the path of a decoder layer.
+        name: such as the path of a decoder layer.
         leaves: its modules.
-        store: where the weights rest; its parts are named as the streamed tensors of its leaves.
+        store: holds the weights at rest; its parts have the names of the leaves' streamed tensors.
     """
 
     name: str
@@ -204,10 +205,10 @@ class Group:
 
 
 def streamed_by_leaf(group: Group) -> dict[Leaf, list[StreamedTensor]]:
-    """List the streamed tensors of each leaf, one and the same for a tensor that several leaves share.
+    """List the streamed tensors of each leaf. Leaves that share a tensor get one object for it.
 
     Raises:
-        OffloadError: the store lacks one.
+        OffloadError: a leaf is listed twice, or the store lacks one of its tensors.
     """
     known: dict[tuple[int, str], StreamedTensor] = {}
     found: dict[Leaf, list[StreamedTensor]] = {}
@@ -219,19 +220,19 @@ def streamed_by_leaf(group: Group) -> dict[Leaf, list[StreamedTensor]]:
         found[leaf] = [known.setdefault(each.identity, each) for each in streamed_tensors_of(leaf)]
     for each in known.values():
         part = group.store.layout.parts.get(each.name)
-        there = each.get()
-        if part is None or (part.dtype, part.shape) != (there.dtype, tuple(there.shape)):
-            raise OffloadError(f"{each.name!r} is {there.dtype} {tuple(there.shape)}, its store holds {part}")
+        tensor = each.get()
+        if part is None or (part.dtype, part.shape) != (tensor.dtype, tuple(tensor.shape)):
+            raise OffloadError(f"{each.name!r} is {tensor.dtype} {tuple(tensor.shape)}, its store holds {part}")
     return found
 
 
 def require_owned(
     model: nn.Module, streamed: dict[Group, dict[Leaf, list[StreamedTensor]]], embeddings: Collection[Leaf]
 ) -> None:
-    """Refuse weights that a module reads which is not given them.
+    """Refuse weights that another module reads too, which would not find them on the device.
 
     Raises:
-        OffloadError: one is in two groups, or held by a module that is in none.
+        OffloadError: a weight is in two groups, or a module outside all groups holds it.
     """
     group_of: dict[int, Group] = {}
     allowed = {module for leaf in embeddings for module in leaf.module.modules()}
@@ -244,4 +245,4 @@ def require_owned(
     modules = modules_by_path(model)
     for name, parameter in leaves(modules, "_parameters").items():
         if id(parameter) in group_of and modules[name.rpartition(".")[0]] not in allowed:
-            raise OffloadError(f"{name!r} is streamed for another module, and this one would not find it on the device")
+            raise OffloadError(f"{name!r} is offloaded as another module's; this one would not find it on the device")

@@ -1,10 +1,10 @@
-"""What an offloaded model says is its device: the one that computes it, not where its weights rest.
+"""The `device` of an offloaded model: the one that computes it, not the one that holds its weights at rest.
 
-transformers' `device` is that of a model's first parameter, which for an embedding in host memory is the CPU. It is a
-property of the class, so the class is exchanged for one of the same name that answers otherwise, as torch's FSDP2 and
-its parametrizations exchange classes too. `parameters()` stays as it is: its order is that of optimizers and of
-`named_parameters()`, and its first is what `dtype` is read from. The class also refuses to resize what is streamed,
-which would be exchanged for a module that lies where the old one rests.
+In transformers, `model.device` is the device of the first parameter, which is the CPU for an embedding in host memory.
+It is a property of the class, so the model's class is replaced by a subclass of the same name that overrides it, as
+torch's FSDP2 and parametrizations replace classes too. `parameters()` stays as it is, since optimizers depend on its
+order and `dtype` on its first parameter. The subclass also refuses to resize a streamed embedding, which transformers
+would replace by a new module on the CPU.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from ..model.tree import first_paths, modules_by_path, paths_above
 from ..planning.plan import Plan
 from .forwards import StreamedForward, forward_override_of
 
-# Where a module keeps the device that computes it.
+# The attribute of a module that names the device that computes it.
 _DEVICE_ATTRIBUTE = "_bigload_device"
-# What `inspect` finds a class and its source by.
+# `inspect` finds a class and its source by these.
 _CLASS_ATTRIBUTES = ("__module__", "__qualname__", "__doc__", "__firstlineno__")
 
 
 def entries(model: nn.Module, plan: Plan) -> dict[str, torch.device]:
-    """List the modules that may be called with what lies elsewhere, with the device that computes the first of each.
+    """List the modules that callers may call with tensors on other devices.
 
     Args:
-        model: loaded.
-        plan: by which.
+        model: a loaded model.
+        plan: its plan.
 
     Returns:
-        Path -> device, of the model ("") and the models of transformers in it; nothing, where all of it lies on the
-        one device that computes.
+        Path -> the device that computes its first layer, of the model ("") and of the models of transformers in it. It
+        is empty if the whole model is on the one device that computes it.
     """
     if not plan.offloaded and len(set(plan.execution_map.values())) == 1:
         return {}
@@ -48,14 +48,14 @@ def entries(model: nn.Module, plan: Plan) -> dict[str, torch.device]:
 
 
 class ModelDevices:
-    """The models in an offloaded model, itself included, say which device computes them."""
+    """Makes an offloaded model, and the models in it, report the devices that compute them."""
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
-        """Exchange the classes of those that have weights elsewhere; the others say so by themselves.
+        """Replace the classes of the models that have offloaded weights; for the others `device` is right anyway.
 
         Args:
-            model: is changed.
-            plan: where its weights rest, and what computes with them.
+            model: changed in place.
+            plan: its plan.
         """
         self._before: list[tuple[nn.Module, Any]] = []
         modules = modules_by_path(model)
@@ -64,47 +64,47 @@ class ModelDevices:
             for path in {path for name in away for path in paths_above(name)}:
                 device = plan.device_of(path)
                 if device is not None and _has_device_property(modules[path]):
-                    self._exchange(modules[path], device)
+                    self._replace_class(modules[path], device)
         except BaseException:
             self.remove()
             raise
 
-    def _exchange(self, module: nn.Module, device: torch.device) -> None:
+    def _replace_class(self, module: nn.Module, device: torch.device) -> None:
         own: Any = type(module)
         self._before.append((module, own))
         vars(module)[_DEVICE_ATTRIBUTE] = device
         module.__class__ = _with_compute_device(own)
 
     def remove(self) -> None:
-        """Return the modules their own classes back; once more does no harm."""
+        """Restore the modules' own classes; may be called again."""
         while self._before:
             module, own = self._before[-1]
-            if type(module) is _with_compute_device(own):  # and no other has exchanged it since
+            if type(module) is _with_compute_device(own):  # else others have replaced it since
                 module.__class__ = own
             vars(module).pop(_DEVICE_ATTRIBUTE, None)
             self._before.pop()
 
 
 class ComputeDeviceMixin:
-    """Comes before a model's own class, in a class that has that one's name."""
+    """The first base of the subclass that replaces a model's class."""
 
     def __init_subclass__(cls) -> None:
-        """Keep it from bases that list, or check, what derives from them: this is no new kind of model."""
+        """Do not call the model's own `__init_subclass__`, which may register or check new kinds of model."""
 
     @property
     def device(self) -> torch.device:
-        """The device that computes the first of the model."""
+        """The device that computes the model's first layer."""
         device = getattr(self, _DEVICE_ATTRIBUTE, None)
         return super().device if device is None else device  # type: ignore[misc,no-any-return]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copy as the own class: a copy has its weights where they say that they are."""
+        """Copy and pickle as the model's own class, whose `device` is right for a copy."""
         made = super().__reduce_ex__(protocol)
         if isinstance(made, str):
             return made
         function, given, *more = made
         own = tuple(type(self).__bases__[1] if one is type(self) else one for one in given)
-        # pickle would have copyreg's own function make nothing but what it was given.
+        # pickle refuses copyreg's own function with a class that is not the object's.
         return (_new if function is copyreg.__newobj__ else function, own, *more)  # type: ignore[attr-defined]
 
 
@@ -133,15 +133,15 @@ def _resizing(resize: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _require_resizable(model: Any, rows: int | None, multiple: int | None) -> None:
-    """Refuse to resize an embedding or a head that is streamed; one that looks up on the host may be.
+    """Refuse to resize an embedding or a head that is streamed; one that the CPU computes may be resized.
 
     Args:
-        model: of transformers.
-        rows: that are wanted; None for those that there are.
-        multiple: that their number is rounded up to.
+        model: a model of transformers.
+        rows: the number of tokens that was asked for; None keeps the present number.
+        multiple: the number is rounded up to a multiple of this.
 
     Raises:
-        OffloadError: says which is streamed.
+        OffloadError: the embedding or the head is streamed, and its size would change.
     """
     if rows is None and multiple is None:
         return
@@ -149,16 +149,15 @@ def _require_resizable(model: Any, rows: int | None, multiple: int | None) -> No
         forward = forward_override_of(module) if isinstance(module, nn.Module) else None
         if not isinstance(forward, StreamedForward):
             continue
-        there = forward.module.get_parameter("weight").shape[0]
-        wanted, step = rows or there, multiple or 1
-        if -(-wanted // step) * step != there:
+        present = forward.module.get_parameter("weight").shape[0]
+        wanted, step = rows or present, multiple or 1
+        if -(-wanted // step) * step != present:
             raise OffloadError(
-                f"{forward.path!r} is streamed and cannot be resized from {there} tokens; take the model off its "
-                "engine first (model.offload.remove()), then resize it, or load it with a device_map that keeps it on "
-                "its device"
+                f"{forward.path!r} is streamed and cannot be resized from {present} tokens; call "
+                "model.offload.remove() first, or load it with a device_map that keeps it on its device"
             )
 
 
 def _has_device_property(module: nn.Module) -> bool:
-    """Whether a module has a `device` that its class finds out, as those of transformers and diffusers do."""
+    # As the models of transformers and diffusers have.
     return isinstance(getattr(type(module), "device", None), property)

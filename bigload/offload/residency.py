@@ -1,7 +1,8 @@
-"""A leaf's weights on the device, for as long as a call of it needs them.
+"""Keeps a leaf's weights on the device for as long as a call needs them.
 
-Ctrl-C may come between any two steps of Python, though not before a call of what is written in C that follows at once.
-So a use ends by one such call, and whatever else is left undone then is found and done by the next use.
+Ctrl-C may interrupt Python between any two steps, but not between the end of a `try` block and a C function that its
+`finally` calls first. So a use of a slot ends with such a call, of `set.discard`. Whatever else an interrupted call
+leaves undone, the next one finds and does.
 """
 
 from __future__ import annotations
@@ -18,37 +19,29 @@ from .slots import Slot, Use
 
 _T = TypeVar("_T")
 
-# Without bitsandbytes' say in what is done to its parameters, in which it has none and which takes Python's time.
+# bitsandbytes' parameters override `__torch_function__`, which changes nothing here and takes time.
 without_torch_function = torch._C.DisableTorchFunctionSubclass
 
 
 class Residency:
-    """Has one leaf's weights on the device.
+    """Keeps one leaf's weights on the device while they are used.
 
     Attributes:
-        group: which the leaf is of.
-        leaf: itself.
-        parameters: of it, that are streamed.
+        group: the leaf's group.
+        leaf: the leaf.
+        parameters: the parameters of it that are streamed.
     """
 
     def __init__(self, pool: SlotPool, group: Group, leaf: Leaf, streamed: Sequence[StreamedTensor]) -> None:
-        """Describe the leaf.
-
-        Args:
-            pool: of the slots that it is brought into.
-            group: which it is of.
-            leaf: itself.
-            streamed: what is streamed of it.
-        """
         self._pool, self.group, self.leaf, self._streamed = pool, group, leaf, streamed
         self._owned = [each for each in streamed if each.parameter is not None]
         self.parameters = [each.parameter for each in self._owned if each.parameter is not None]
 
     def run_in_slot(self, compute: Callable[[Slot], _T]) -> _T:
-        """Call `compute` with the slot that the group is in; the leaf's own tensors stay at rest.
+        """Call `compute` with the slot that holds the group; the leaf's own tensors stay at rest.
 
         Raises:
-            OffloadError: a weight was replaced or moved since, or cannot be read.
+            OffloadError: a weight has been replaced or moved, or cannot be read.
             torch.OutOfMemoryError: the device has no room.
         """
         out = self._while_used(self._acquire, compute)
@@ -56,7 +49,7 @@ class Residency:
         return out
 
     def run(self, compute: Callable[[Slot], _T]) -> _T:
-        """Call `compute` as `run_in_slot` does, while the leaf's tensors are those in the slot."""
+        """Call `compute` like `run_in_slot`, with the slot's tensors in the place of the leaf's own."""
         try:
             out = self._while_used(self._swap_in, compute)
         finally:
@@ -74,7 +67,7 @@ class Residency:
 
     @contextmanager
     def swapped_in(self) -> Iterator[Slot]:
-        """Do as `run` does while a block runs. After Ctrl-C the use may last as long as the traceback is kept."""
+        """Do for a `with` block what `run` does for a call. After Ctrl-C the use lasts as long as its traceback."""
         use = Use()
         try:
             yield self._swap_in(use)
@@ -94,7 +87,7 @@ class Residency:
 
     def _swap_in(self, use: Use) -> Slot:
         with self._pool.lock, without_torch_function():
-            # Where another call has them; which need not be where new calls of the group find theirs.
+            # If another call uses the leaf's tensors, join it: the group may have been copied to a newer slot since.
             slot = self._streamed[0].slot() if self._streamed else None
             if slot is None:
                 slot = self._acquire(use)
@@ -106,12 +99,12 @@ class Residency:
         return slot
 
     def swap_out(self) -> None:
-        """Put to rest what no call uses any more."""
+        """Put the leaf's tensors at rest back in place, as far as no call uses those in a slot."""
         with self._pool.lock, without_torch_function():
             for each in self._streamed:
                 each.swap_out(self.group.store.tensors)
 
     def is_used(self) -> bool:
-        """Whether a call has the leaf's tensors on the device."""
+        """Whether a call uses the leaf's tensors in a slot."""
         with self._pool.lock:
             return any(each.is_used() for each in self._streamed)

@@ -1,4 +1,4 @@
-"""Slots on a device, and which group is in which: brought when it is used, or before that when it is likely next."""
+"""The slots on one device. A group is copied into one when it is used, or earlier when it is probably next."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .slots import Slot, Use, copier_to
 
 @dataclass(frozen=True)
 class StreamStats:
-    """What an engine has done since it was made.
+    """What has been streamed since the model was loaded.
 
     Attributes:
-        nbytes: copied to the device.
-        fetches: groups that were copied.
-        demand_fetches: those of them that were waited for, since nobody had guessed that they would be next.
-        slots: on the device now.
-        gb_per_s: of the copies that were timed, 10**9 bytes a second; 0 where none was.
+        nbytes: bytes copied to the device.
+        fetches: copies of groups to the device.
+        demand_fetches: the fetches that a forward had to wait for, because they had not been predicted.
+        slots: the slots on the device now.
+        gb_per_s: the rate of the copies that were timed, in 10**9 bytes per second; 0 if none was.
     """
 
     nbytes: int
@@ -42,24 +42,25 @@ class SlotPool(NonCopyable):
     """The slots of one device.
 
     Attributes:
-        slots: that there are now.
-        lane: the way into them.
-        lock: held by whoever asks for one, or lets go of one.
+        slots: the slots that exist now.
+        copier: copies groups into them.
+        order: predicts which group follows.
+        lock: guards all of it.
     """
 
     def __init__(
         self, groups: Sequence[Group], device: torch.device, slots: int, on_free: Callable[[Slot], object]
     ) -> None:
-        """Make the slots.
+        """Allocate the slots.
 
         Args:
-            groups: that will be brought, in the order in which forward is likely to reach them.
-            device: where to.
-            slots: groups that are there at once.
-            on_free: told of each slot that is no more.
+            groups: what will be copied into them, in the order in which forward is likely to reach them.
+            device: the slots' device.
+            slots: how many there are, at most one for each group.
+            on_free: called with each slot that is freed.
 
         Raises:
-            torch.OutOfMemoryError: the device has no room for them.
+            torch.OutOfMemoryError: the device has no room for the slots.
         """
         self._groups, self._max_slots, self._on_free = set(groups), min(slots, len(groups)), on_free
         self._slot_nbytes = max((group.store.layout.nbytes for group in groups), default=0)
@@ -71,7 +72,7 @@ class SlotPool(NonCopyable):
         self.make_slots()
 
     def make_slots(self) -> None:
-        """Make the slots that are lacking.
+        """Allocate the slots that are missing.
 
         Raises:
             torch.OutOfMemoryError: the device has no room for them.
@@ -80,49 +81,58 @@ class SlotPool(NonCopyable):
             self.slots.append(self.copier.make_slot(self._slot_nbytes))
 
     def enter(self, use: Use, group: Group, leaf: Leaf, streamed: Sequence[StreamedTensor]) -> Slot:
-        """Bring a group to the device, or find it there, and those that are likely next; under the lock.
+        """Begin a use of a group. It is copied to the device if it is not there, and the next ones are prefetched.
+
+        The caller holds the lock.
 
         Args:
-            use: for which; its slot is set.
-            group: to bring.
-            leaf: of it, that will run.
-            streamed: those of the leaf that are parameters.
+            use: the use, which gets its slot.
+            group: the group.
+            leaf: the leaf of the group that will run.
+            streamed: the streamed parameters of the leaf.
+
+        Returns:
+            The slot that holds the group.
 
         Raises:
-            OffloadError: a weight of the leaf was replaced or moved since, or cannot be read, or is streamed no more.
+            OffloadError: a weight of the leaf was replaced or moved, cannot be read, or is no longer offloaded.
             torch.OutOfMemoryError: the device has no room.
         """
         if group not in self._groups:
-            raise OffloadError(f"the weights of {leaf.path!r} were brought back meanwhile, by remove(): run it again")
+            raise OffloadError(
+                f"remove() moved the weights of {leaf.path!r} to the device meanwhile: run the model again"
+            )
         is_backward = _is_backward()
         step = self.order.arrive(group, leaf, is_backward=is_backward)
-        rest = group.store.tensors
+        at_rest = group.store.tensors
         for each in streamed:
-            each.require_at_rest(rest[each.name])
+            each.require_at_rest(at_rest[each.name])
         slot = self._slot_of(group)
-        if slot is None or self.copier.has_failed(slot):  # what could not be read ahead may be there now
+        if slot is None or self.copier.has_failed(slot):  # what could not be prefetched may be readable now
             slot = self._room()
             self._fetch(group, slot)
             self._demand_fetches += 1
             if step is None:
                 step = self.order.current(group, leaf, is_backward=is_backward)
-                assert step is not None  # it has just arrived there
+                assert step is not None  # this thread has just arrived there
                 self.order.record_misprediction(step)
         slot.used = self._clock = self._clock + 1
         self.join(use, slot)
         self.trim()
-        if step is not None:  # what a group's other leaves would fetch has been fetched for its first
+        if step is not None:  # the first leaf of a group prefetches for the others too
             self._prefetch(step, [group])
         return slot
 
     def join(self, use: Use, slot: Slot) -> None:
-        """Use a slot that is in use; under the lock."""
+        """Begin one more use of a slot that is in use. The caller holds the lock."""
         use.slot = slot
         slot.users.add(use)
         self.copier.await_copy(slot)
 
     def leave(self, group: Group, leaf: Leaf) -> None:
-        """Bring what is likely next into the slot of a group that is likely not wanted any more; under the lock.
+        """End a leaf's call: if its group is probably not needed any more, the next one is prefetched.
+
+        The caller holds the lock.
 
         Raises:
             torch.OutOfMemoryError: the device has no room.
@@ -132,7 +142,7 @@ class SlotPool(NonCopyable):
             self._prefetch(step, [])
 
     def _prefetch(self, step: Step, wanted: list[Group]) -> None:
-        """Bring the groups that are likely to be next into slots that nobody uses, beside those that are wanted now."""
+        """Copy the groups that will probably follow into unused slots. Those of `wanted` and the next ones are kept."""
         for group in self.order.after(step):
             if len(wanted) >= len(self.slots):
                 break
@@ -158,16 +168,12 @@ class SlotPool(NonCopyable):
         return min(free, key=lambda slot: (slot.store is not None, slot.used), default=None)
 
     def _room(self) -> Slot:
-        """Return a slot that may be filled: a new one where there are too few, or all are in use.
-
-        Raises:
-            torch.OutOfMemoryError: the device has no room, and none is free.
-        """
+        """Return a slot that may be overwritten; a new one if there are too few, or all are in use."""
         free = self._free_slot(keep=())
         if free is not None and len(self.slots) < self._max_slots:
             with suppress(torch.OutOfMemoryError):
                 return self._grow()
-        return free or self._grow()  # to wait for one could be to wait for ever
+        return free or self._grow()  # waiting for one could mean waiting forever
 
     def _grow(self) -> Slot:
         slot = self.copier.make_slot(self._slot_nbytes)
@@ -182,7 +188,7 @@ class SlotPool(NonCopyable):
         self._nbytes += group.store.layout.nbytes
 
     def trim(self) -> None:
-        """Free the slots that are more than were asked for, as soon as nobody uses them; under the lock."""
+        """Free unused slots beyond the number that was asked for. The caller holds the lock."""
         while len(self.slots) > self._max_slots:
             slot = self._free_slot(keep=())
             if slot is None:
@@ -190,36 +196,36 @@ class SlotPool(NonCopyable):
             self.free(slot)
 
     def free(self, slot: Slot) -> None:
-        """Let go of a slot that nobody uses; under the lock."""
+        """Free a slot that is not in use. The caller holds the lock."""
         self.copier.discard(slot)
         self.slots.remove(slot)
         self._on_free(slot)
 
     def forget(self, group: Group) -> None:
-        """Have a group copied anew when it is next used: its weights at rest may have changed."""
+        """Have a group copied again when it is next used: its weights at rest may have changed."""
         with self.lock:
             for slot in self.slots:
                 if slot.store is group.store:
-                    slot.store = None  # calls that use it go on with what they had
+                    slot.store = None  # running calls go on with the old values
 
     def free_all(self) -> None:
-        """Let go of all slots; under the lock.
+        """Free all slots. The caller holds the lock.
 
         Raises:
-            OffloadError: one is in use.
+            OffloadError: a slot is in use.
         """
         if any(slot.users for slot in self.slots):
-            raise OffloadError("leaves are running: the engine cannot be removed from within their forward")
+            raise OffloadError("offloaded weights are in use: call remove() outside of forward and of materialize()")
         self.copier.finish()
         while self.slots:
             self.free(self.slots[0])
 
     def drop(self, group: Group) -> None:
-        """Bring a group no more; under the lock."""
+        """Stop streaming a group. The caller holds the lock."""
         self._groups.discard(group)
         self._max_slots = min(self._max_slots, len(self._groups))
 
     def stats(self) -> StreamStats:
-        """Tell what was brought so far."""
+        """Return what has been streamed so far."""
         rate = self.copier.timed_bytes / self.copier.timed_s / 1e9 if self.copier.timed_s else 0.0
         return StreamStats(self._nbytes, self._fetches, self._demand_fetches, len(self.slots), rate)

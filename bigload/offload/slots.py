@@ -1,4 +1,4 @@
-"""Slots on the device that groups of weights pass through, and the copies into them, ordered by streams and events."""
+"""Slots on the device, and the copies of groups into them, ordered by CUDA streams and events."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Use:
     """One call's use of a slot.
 
     Attributes:
-        slot: of whose `users` it is one; None before.
+        slot: the slot, which has the use among its `users`; None before the use begins.
     """
 
     __slots__ = ("slot",)
@@ -28,18 +28,21 @@ class Use:
 
 
 class Slot:
-    """Room for one group on the device.
+    """Memory for one group on the device.
 
     Attributes:
         memory: (n,), uint8.
-        store: of the group that it holds, or is being filled with; None while that is nothing whole. Not the group:
-            a thread that reads into a slot would keep the model.
-        users: the calls that use what it holds.
-        used: when it was last filled or used, as a count.
-        landing: what a thread brings into it.
-        events: one for each stream that has used it, to be recorded again and again.
-        freed: those of them after which a copy into it may begin.
-        streams: those that have been ordered after the copy into it, and so may use it, by CUDA's own names for them.
+        store: the store of the group that it holds or is being filled with; None if it holds no whole group. It is not
+            the group itself, since a thread that reads into the slot would keep the model alive.
+        users: the running calls that use it.
+        used: the pool's clock, a counter, at its last copy or use.
+        streams: the streams that wait for the copy into it, and so may use it, by their CUDA handles.
+        events: one event for each stream that has used it, recorded again for each copy.
+        freed: the events that the next copy into it must wait for.
+        begun: recorded before a copy that is timed.
+        ready: recorded after each copy.
+        nbytes_copied: bytes of the last copy if it is being timed, else 0.
+        pending: the background read into it, if there is one.
     """
 
     def __init__(self, device: torch.device, nbytes: int) -> None:
@@ -58,28 +61,28 @@ class Slot:
         self._views: dict[int, dict[str, torch.Tensor]] = {}
 
     def views(self, store: Store) -> dict[str, torch.Tensor]:
-        """Return a group's parts as they lie in this slot."""
+        """Return a group's parts in this slot, by name."""
         found = self._views.get(id(store))
         if found is None:
             found = self._views[id(store)] = store.layout.views(self.memory)
         return found
 
 
-# One in so many copies is timed, which takes the host as long as the asking for it.
+# One in this many copies is timed. Timing costs the host as much as launching the copy.
 _TIMED_EVERY = 8
 
 
 class SlotCopier:
-    """The way into slots of the host's own memory: a copy is there when it has been asked for.
+    """Copies groups into slots in host memory, synchronously.
 
     Attributes:
-        timed_bytes: copied in `timed_s` seconds.
+        timed_bytes: bytes of the copies that were timed, which took `timed_s` seconds.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.timed_bytes, self.timed_s = 0, 0.0
-        self._background: BackgroundReader | None = None  # before there is something to bring
+        self._background: BackgroundReader | None = None  # started with the first read
 
     def make_slot(self, nbytes: int) -> Slot:
         """Allocate a slot.
@@ -90,8 +93,8 @@ class SlotCopier:
         return Slot(self.device, aligned(max(nbytes, 1)))
 
     def copy(self, store: Store, slot: Slot) -> None:
-        """Begin to copy a group into a slot that nobody uses; it holds the group from then on."""
-        slot.store = None  # until it is whole
+        """Begin to copy a group into a slot that is not in use. The caller sets `slot.store` afterwards."""
+        slot.store = None
         if slot.pending is not None:
             slot.pending.wait()
             slot.pending = None
@@ -103,13 +106,13 @@ class SlotCopier:
                 self._background = BackgroundReader.start(self._wait_for_copies)
             pending, ask = BackgroundRead(partial(self._read, store, slot), slot.memory), self._background.queue.put
             slot.pending = pending
-            ask(pending)  # a call in C that follows at once: Ctrl-C cannot come between
+            ask(pending)  # in C, and right after the assignment: Ctrl-C cannot come between
 
     def _can_copy_directly(self, store: Store) -> TypeGuard[HostGroup]:
         return isinstance(store, HostGroup)
 
     def _order_after_users(self, slot: Slot) -> None:
-        """Have the copy into a slot come after all that was computed with it until now."""
+        """Let the next copy into a slot wait for all computations with it so far."""
 
     def _copy(self, source: torch.Tensor, slot: Slot) -> None:
         slot.memory[: len(source)].copy_(source)
@@ -118,7 +121,7 @@ class SlotCopier:
         store.read_into(slot.memory)
 
     def has_failed(self, slot: Slot) -> bool:
-        """Wait until what a thread brings into a slot is there; ask whether it could not be, so that nothing is."""
+        """Wait for the background read into a slot, and return whether it failed; the slot is empty then."""
         pending = slot.pending
         if pending is None:
             return False
@@ -129,7 +132,7 @@ class SlotCopier:
         return True
 
     def await_copy(self, slot: Slot) -> None:
-        """Let what the caller computes from here on come after the copy into a slot.
+        """Let what is computed from here on wait for the copy into a slot.
 
         Raises:
             OffloadError: the group's files cannot be read.
@@ -143,18 +146,18 @@ class SlotCopier:
                 raise pending.error
 
     def discard(self, slot: Slot) -> None:
-        """Let go of a slot, whose memory may be another's as soon as what is asked of it now is done."""
+        """Let a slot's memory be freed as soon as the copies and computations with it are done."""
         if slot.pending is not None:
             slot.pending.wait()
 
     def finish(self) -> None:
-        """Wait until nothing is brought, copied, or computed, any more."""
+        """Wait for all background reads, copies and computations."""
         if self._background is not None and self._background.is_alive:
             self._background.finish()
         self._wait_for_copies()
 
     def close(self) -> None:
-        """Let the thread go, and wait for what is copied now: the collector may call this."""
+        """End the background thread and wait for running copies. The garbage collector may call this."""
         background, self._background = self._background, None
         if background is not None:
             background.queue.put(None)
@@ -165,7 +168,7 @@ class SlotCopier:
 
 
 class CudaSlotCopier(SlotCopier):
-    """The way into a GPU's memory, on a stream of its own; the host waits for nothing."""
+    """Copies groups into slots on a GPU, on a stream of its own; the host waits for nothing."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
@@ -175,23 +178,23 @@ class CudaSlotCopier(SlotCopier):
         self._turn = 0
 
     def make_slot(self, nbytes: int) -> Slot:
-        """Allocate a slot, and its events."""
+        """Allocate a slot and its events."""
         slot = super().make_slot(nbytes)
         slot.begun, slot.ready = _timing_event(), _timing_event()
-        # The memory may have been another tensor's, which the stream that it came from has yet to finish with.
+        # The current stream may still use a tensor that had this memory before.
         slot.streams[self._current()] = torch.cuda.current_stream(self.device)
         return slot
 
     def _current(self) -> int:
-        return int(torch._C._cuda_getCurrentRawStream(self._index))  # to make a Stream takes ten times as long
+        return int(torch._C._cuda_getCurrentRawStream(self._index))  # ten times faster than to make a Stream
 
     def _can_copy_directly(self, store: Store) -> TypeGuard[HostGroup]:
-        """Whether a copy need not pass through staging: of pinned memory alone does it let the host go on."""
+        # Of memory that is not pinned, the host would wait for the copy: the background thread stages it instead.
         return isinstance(store, HostGroup) and store.is_pinned
 
     def _order_after_users(self, slot: Slot) -> None:
-        # Now: a thread may copy much later, when more has been asked for that need not be waited for.
-        # What an earlier copy was to wait for, and failed before it did, is waited for still.
+        # Recorded now, since the background thread may copy much later, when the streams have got more to do.
+        # `freed` may hold events of an earlier copy that failed before it waited for them.
         for number, stream in slot.streams.items():
             event = slot.events.get(number)
             if event is None:
@@ -235,9 +238,8 @@ class CudaSlotCopier(SlotCopier):
         current = self._current()
         if current not in slot.streams:
             assert slot.ready is not None
-            stream = slot.streams[current] = torch.cuda.current_stream(
-                self.device
-            )  # first: the next copy must wait for it whatever happens here
+            # Added first, so that the next copy waits for the stream whatever happens here.
+            stream = slot.streams[current] = torch.cuda.current_stream(self.device)
             try:
                 stream.wait_event(slot.ready)
             except BaseException:
@@ -245,7 +247,7 @@ class CudaSlotCopier(SlotCopier):
                 raise
 
     def discard(self, slot: Slot) -> None:
-        """Let go of a slot; torch's allocator waits for the streams that have used it."""
+        """Let a slot's memory be freed; torch's allocator waits for the streams that have used it."""
         super().discard(slot)
         for event in slot.freed.values():
             self._stream.wait_event(event)
@@ -265,5 +267,5 @@ def _timing_event() -> torch.cuda.Event:
 
 
 def copier_to(device: torch.device) -> SlotCopier:
-    """Return the way to a device."""
+    """Make the copier for a device."""
     return CudaSlotCopier(device) if device.type == "cuda" else SlotCopier(device)

@@ -1,4 +1,4 @@
-"""Where weights that are not computed where they rest come to rest: in host memory, or in files."""
+"""Where a load puts offloaded weights: into host memory, or into files."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from ..quantization.quantized_weight import QuantizedWeight
 from .files import FileGroup, FilePart
 from .weight_cache import WeightCache
 
-# Pinning is the system's work more than the cores'.
+# Pinning takes the kernel's time, which more threads do not shorten.
 _THREADS = 2
 
 
 class OffloadTargets(AbstractContextManager["OffloadTargets"]):
-    """The homes of a plan's offloaded units: host memory is made, and pinned, by threads while the load reads.
+    """The stores of a plan's offloaded units. Threads allocate and pin host memory while the load reads.
 
     Attributes:
-        spared_bytes: of the checkpoint, that need not be read since what they become is in files already.
+        spared_bytes: bytes of the checkpoint that need not be read, since their weights are in files already.
     """
 
     def __init__(self, plan: Plan, *, pin: bool, folder: str | os.PathLike[str] | None = None) -> None:
-        """Begin to make them.
+        """Start the threads.
 
         Args:
-            plan: what rests where.
-            pin: whether GPUs shall read host memory at the full speed of their link.
-            folder: for what rests on the disk and is not in the checkpoint as it shall be.
+            plan: which units are offloaded, and where to.
+            pin: whether to pin host memory, which GPUs then read at the full speed of their link.
+            folder: for weights on the disk that the checkpoint does not hold in their final form.
         """
         self.spared_bytes = 0
         self._torch_dtype = plan.config.load_dtype
@@ -54,7 +54,7 @@ class OffloadTargets(AbstractContextManager["OffloadTargets"]):
                 self._groups[id(placed)] = self._pool.submit(HostGroup, _specs_of(placed), device)
 
     def store_of(self, placed: PlacedUnit) -> Store:
-        """Return the store of a unit that has come to rest."""
+        """Return the store of a unit whose weights are all offloaded."""
         if placed.home == CPU:
             return self._groups[id(placed)].result()
         return FileGroup(
@@ -66,7 +66,7 @@ class OffloadTargets(AbstractContextManager["OffloadTargets"]):
         )
 
     def host_buffers(self, planned: PlannedTensor) -> Mapping[str, torch.Tensor]:
-        """Return the host memory of a tensor's parts, by their names in its format, to be filled; none if it is new."""
+        """Return the host memory of a tensor's parts, to be filled, by their names in its format; {} on the disk."""
         placed = self._unit_of.get(planned.tensor.name)
         if placed is None:
             return {}
@@ -74,7 +74,7 @@ class OffloadTargets(AbstractContextManager["OffloadTargets"]):
         return {part: tensors[part_name(name, part)] for part in planned.format.parts(planned.shape)}
 
     def find_cached(self, planned: PlannedTensor) -> torch.Tensor | QuantizedWeight | None:
-        """Return a tensor that is in files already, as it rests there; None for one that must be read first."""
+        """Return a tensor that is in files already, as a view of them; None if it must be loaded first."""
         parts = self._cache.parts(planned) if planned.home == "disk" else None
         if parts is None:
             return None
@@ -82,15 +82,17 @@ class OffloadTargets(AbstractContextManager["OffloadTargets"]):
         return self._view_files(planned, parts)
 
     def offload(self, planned: PlannedTensor, value: torch.Tensor | QuantizedWeight) -> torch.Tensor | QuantizedWeight:
-        """Bring to rest what has landed on a device; copies into host memory may go on when this returns.
+        """Copy a loaded tensor to host memory, or write it to a file, and return it there.
+
+        Copies from a GPU may still be running when this returns.
 
         Raises:
             OffloadError: a file cannot be written.
         """
         if planned.home == "disk":
             return self._view_files(planned, self._cache.put(planned, _parts_of(value)))
-        memory = self.host_buffers(planned)
-        parts = {part: _copy_to_host(tensor, memory.get(part)) for part, tensor in _parts_of(value).items()}
+        buffers = self.host_buffers(planned)
+        parts = {part: _copy_to_host(tensor, buffers.get(part)) for part, tensor in _parts_of(value).items()}
         return self._weight_of(planned, parts)
 
     def _view_files(self, planned: PlannedTensor, parts: dict[str, FilePart]) -> torch.Tensor | QuantizedWeight:
@@ -98,7 +100,6 @@ class OffloadTargets(AbstractContextManager["OffloadTargets"]):
         return self._weight_of(planned, FileGroup(parts).tensors)
 
     def _weight_of(self, planned: PlannedTensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor | QuantizedWeight:
-        """Make the weight whose parts are at rest."""
         if isinstance(planned.format, Plain):
             return parts["weight"]
         stored = planned.sources[0].tensor
@@ -121,8 +122,7 @@ def _parts_of(value: torch.Tensor | QuantizedWeight) -> Mapping[str, torch.Tenso
     return {"weight": value} if isinstance(value, torch.Tensor) else value.parts
 
 
-def _copy_to_host(tensor: torch.Tensor, there: torch.Tensor | None) -> torch.Tensor:
-    """Copy a part into the memory that its group is streamed from, where it was not read straight into it."""
-    if there is None:
+def _copy_to_host(tensor: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
+    if buffer is None:
         return tensor.cpu()
-    return there if there is tensor else there.copy_(tensor, non_blocking=True)
+    return buffer if buffer is tensor else buffer.copy_(tensor, non_blocking=True)

@@ -1,8 +1,8 @@
-"""Weights that rest on a disk: read where the checkpoint has them, or quantized once into files of a folder.
+"""Weights that are offloaded to the disk: read from the checkpoint itself, or quantized once into files of a folder.
 
-A file holds one weight, and is named by all that its bytes depend on: the checkpoint's file (its header, size and
-time), which tensors of it, the format, the dtypes, bitsandbytes' version and the kind of device that quantized. So
-another device map finds it too, and a changed checkpoint does not.
+A file holds one weight. Its name is a hash of everything that its bytes depend on: the checkpoint's file (its header,
+size and time), the tensors in it, the format, the dtypes, bitsandbytes' version and the kind of device that quantized.
+So a load with another device map finds the file too, and a load of a changed checkpoint does not.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from .files import FilePart
 
 logger = logging.getLogger(__name__)
 
-# Counted up when the same weight would be written otherwise.
+# To be increased when the same weight would be written differently.
 _VERSION = 1
 _SAMPLE_BYTES = 2**12
-# Files are written in a folder of ours within the user's, as save_file makes some of its own beside them; one for each
-# user, where several may write.
+# Files are written in a subfolder, since save_file makes temporary files beside them. Each user has their own, since
+# several may write to one folder.
 _WRITING = f".writing-{os.getuid()}" if hasattr(os, "getuid") else ".writing"
-# No weight takes so long to write.
+# Unfinished files that are older were left by a process that was killed: no weight takes so long to write.
 _LEFT_BEHIND_S = 3600
 
 
 class WeightCache:
-    """The files of one folder."""
+    """The files of quantized weights in one folder."""
 
     def __init__(self, folder: str | os.PathLike[str] | None, torch_dtype: torch.dtype) -> None:
-        """Use a folder, which is made when something is put into it.
+        """Use a folder, which is created with the first file.
 
         Args:
-            folder: None where nothing is written, as the plan has seen to.
-            torch_dtype: what weights are cast to before they are quantized.
+            folder: None if nothing will be written, which the plan has checked.
+            torch_dtype: the dtype that weights are cast to before they are quantized.
         """
         self._folder = None if folder is None else Path(folder).expanduser().absolute()
         self._torch_dtype = torch_dtype
@@ -57,7 +57,7 @@ class WeightCache:
         self._is_swept = False
 
     def parts(self, planned: PlannedTensor) -> dict[str, FilePart] | None:
-        """Find a tensor's parts in files, by their names in its format; None where they have yet to be written."""
+        """Find a tensor's parts in files, by their names in its format; None if they are not written yet."""
         stored = planned.stored_as_is
         if stored is not None:
             return {"weight": FilePart(stored.file, stored.offset, planned.format.parts(planned.shape)["weight"])}
@@ -79,7 +79,7 @@ class WeightCache:
         try:
             self._make_folder(partial.parent)
             partial.touch()
-            mode = partial.stat().st_mode  # as the user's umask has it, where save_file lets nobody else read
+            mode = partial.stat().st_mode  # follows the user's umask, where save_file lets nobody else read
             save_file({part: tensor.detach().cpu().contiguous() for part, tensor in tensors.items()}, partial)
             partial.chmod(mode)
             with partial.open("rb") as file:
@@ -92,11 +92,11 @@ class WeightCache:
                 partial.unlink(missing_ok=True)
         found = _read_parts(path, planned)
         if found is None:
-            raise OffloadError(f"'{path}' is not what was written there: is another program writing it?")
+            raise OffloadError(f"'{path}' is not what was just written there: is another program writing it?")
         return found
 
     def _make_folder(self, folder: Path) -> None:
-        """Make the folder that is written in, and sweep out what others left there that were killed as they wrote."""
+        """Create the folder for unfinished files, and delete those that killed processes have left there."""
         folder.mkdir(parents=True, exist_ok=True)
         if self._is_swept:
             return
@@ -121,52 +121,53 @@ class WeightCache:
 
 
 def _publish(partial: Path, path: Path, planned: PlannedTensor) -> None:
-    """Return a whole file its name, unless another thread or program was faster: a model may be using that one."""
+    """Give a finished file its name, unless another thread or program was faster: a model may be using that file."""
     try:
         os.link(partial, path)
-    except OSError:  # there is one, or the file system has no links
+    except OSError:  # the name is taken, or the file system has no links
         if not path.is_file() or _read_parts(path, planned) is None:
             partial.replace(path)
 
 
 def _read_parts(path: Path, planned: PlannedTensor) -> dict[str, FilePart] | None:
-    """Read a file's header; None where the file is not whole, or not what its name says.
+    """Read a file's header and return its parts; None if the file is damaged or holds something else.
 
     Raises:
-        OffloadError: it may not be read.
+        OffloadError: the file may not be read.
     """
     expected = planned.format.parts(planned.shape)
     try:
         there = read_header(path)
     except PermissionError as error:
         raise OffloadError(
-            f"'{path}' is another's, and cannot be read ({error}): name an offload_folder of your own"
+            f"'{path}' belongs to another user and cannot be read ({error}): name an offload_folder of your own"
         ) from error
     except (CheckpointError, OSError) as error:
-        logger.warning("'%s' is damaged and will be made again: %s", path, error)
+        logger.warning("'%s' is damaged and will be written again: %s", path, error)
         return None
     if {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in there.items()} != {
         name: tuple(part) for name, part in expected.items()
     }:
-        logger.warning("'%s' holds something else and will be made again", path)
+        logger.warning("'%s' holds something else and will be written again", path)
         return None
     return {name: FilePart(path, there[name].offset, part) for name, part in expected.items()}
 
 
 class SourceFingerprints:
-    """Tells what weights are made from, by what can be known of files without reading all of them."""
+    """Identifies the sources of weights, without reading the files in full."""
 
     def __init__(self, *, with_samples: bool) -> None:
-        """Begin with no file known.
+        """Create it.
 
         Args:
-            with_samples: whether to read a little of each tensor too: files of one header may have one size and time.
+            with_samples: whether to read a little of each tensor as well: two files with the same header may also have
+                the same size and time.
         """
         self._with_samples = with_samples
         self._files: dict[Path, list[object]] = {}
 
     def of(self, source: Source) -> list[object]:
-        """Return values that JSON holds, others for a source with other bytes."""
+        """Return values for JSON that differ if the source's bytes differ."""
         tensor = source.tensor
         region = [str(source.region), source.transposed]
         if isinstance(tensor, torch.Tensor):  # the model's own
@@ -194,7 +195,7 @@ def _sample_hash(tensor: StoredTensor) -> str:
 
 
 def _header_hash(file: Path) -> str:
-    """Hash a file's header, which for safetensors is as long as its first eight bytes say."""
+    # The first eight bytes of a safetensors file are the length of its header.
     with file.open("rb") as opened:
         begin = opened.read(8)
         length = int.from_bytes(begin, "little") if file.suffix == ".safetensors" else 0

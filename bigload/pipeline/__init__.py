@@ -1,1 +1,1 @@
-"""A Plan carried out: weights are read, quantized, and put into the model."""
+"""Executes a Plan: weights are read, quantized and put into the model."""

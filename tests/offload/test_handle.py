@@ -417,6 +417,6 @@ def test_guard_of_shared_weights_sees_the_layers_that_the_load_has_made(tmp_path
 
     monkeypatch.setattr(Assembly, "commit", sharing)
     model = empty(GPT, layers=4)
-    with pytest.raises(OffloadError, match=r"'other\.weight' is streamed for another module"):
+    with pytest.raises(OffloadError, match=r"'other\.weight' is offloaded as another module's"):
         load_and_quantize_model(model, "nf4", folder, **options("transformer.h.1"))
     assert model.transformer["h"][1].mlp["c_fc"].weight.is_meta

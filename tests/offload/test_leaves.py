@@ -29,7 +29,7 @@ def test_replaced_or_moved_weight_is_refused(device):
     leaf = model.transformer["h"][1].attn.c_attn
     kept = leaf.weight.data
     leaf.weight.data = leaf.weight.data.clone()
-    with pytest.raises(OffloadError, match=r"h\.1\.attn\.c_attn\.weight' is streamed, but was replaced"):
+    with pytest.raises(OffloadError, match=r"h\.1\.attn\.c_attn\.weight' is offloaded, but was replaced"):
         model(tokens(device))
     leaf.weight.data = kept
     model(tokens(device))
@@ -44,7 +44,7 @@ def test_weight_of_two_groups_or_of_a_module_in_none_is_refused(device):
     groups = [group_of(str(i), [Leaf(str(i), model[i])], device) for i in range(3)]
     with pytest.raises(OffloadError, match="in two groups"):
         Engine(model, groups, device)
-    with pytest.raises(OffloadError, match=r"'1\.weight' is streamed for another module"):
+    with pytest.raises(OffloadError, match=r"'1\.weight' is offloaded as another module's"):
         Engine(model, [groups[0], groups[2]], device)
     assert all("forward" not in vars(module) for module in model)
 

@@ -163,7 +163,7 @@ def test_load_that_fails_leaves_class_and_hooks_as_they_were(offloaded, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(ModelDevices, "_exchange", interrupted)
+        patch.setattr(ModelDevices, "_replace_class", interrupted)
         with pytest.raises(KeyboardInterrupt):
             loaded(model)
     assert type(model) is LlamaForCausalLM

@@ -92,7 +92,7 @@ def test_file_that_may_not_be_read_is_no_damaged_one(tmp_path, device, monkeypat
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(weight_cache, "read_header", refused)
-    with pytest.raises(OffloadError, match="is another's, and cannot be read"):
+    with pytest.raises(OffloadError, match="belongs to another user and cannot be read"):
         loaded(folder, device, tmp_path)
     assert files(tmp_path) == made
 
@@ -174,7 +174,7 @@ def test_damaged_file_is_made_again(tmp_path, device, damage, caplog):
     content = {"cut": second.read_bytes()[:-1], "garbage": b"x" * 50, "another": first.read_bytes()}[damage]
     second.write_bytes(content)
     assert torch.equal(logits(loaded(folder, device, tmp_path), device), logits(whole, device))
-    assert "made again" in caplog.text
+    assert "written again" in caplog.text
 
 
 def test_weights_that_were_brought_back_are_in_no_file_any_more(tmp_path, device):
