@@ -322,7 +322,7 @@ def held(monkeypatch, pinning):
     def waiting(*args, pin_memory=False, **kwargs):
         if pin_memory:
             begun.set()
-            assert go.wait(20)
+            assert go.wait(60)
         return empty(*args, pin_memory=pin_memory, **kwargs)
 
     monkeypatch.setattr(torch, "empty", waiting)
@@ -332,7 +332,7 @@ def held(monkeypatch, pinning):
 def test_load_waits_for_the_ring_that_is_being_pinned(pinning, held):
     begun, go = held
     pin_ahead(GPU)
-    assert begun.wait(20)
+    assert begun.wait(60)
     with ThreadPoolExecutor(1) as pool:
 
         def load():
@@ -343,7 +343,7 @@ def test_load_waits_for_the_ring_that_is_being_pinned(pinning, held):
         time.sleep(0.05)
         assert not count.done()
         go.set()
-        assert count.result(20) >= 2
+        assert count.result(60) >= 2
     assert len(pinning.sizes) == 1
 
 
@@ -351,13 +351,13 @@ def test_release_while_a_ring_is_being_pinned_frees_it_too(pinning, held):
     begun, go = held
     running = open_and_running()
     pin_ahead(GPU)
-    assert begun.wait(20)
+    assert begun.wait(60)
     with ThreadPoolExecutor(1) as pool:
         released = pool.submit(release_buffers)
         time.sleep(0.05)
         assert not released.done()
         go.set()
-        released.result(20)
+        released.result(60)
     assert not open_and_running() - running
     with take_ring(pinned=True):
         pass
@@ -367,7 +367,7 @@ def test_release_while_a_ring_is_being_pinned_frees_it_too(pinning, held):
 def test_knob_that_is_turned_while_a_ring_is_pinned_ends_in_a_ring_that_works(pinning, held, monkeypatch):
     begun, go = held
     pin_ahead(GPU)
-    assert begun.wait(20)
+    assert begun.wait(60)
     monkeypatch.setenv("BIGLOAD_RING_BYTES", "16KiB")
     go.set()
     with take_ring(pinned=True) as ring:

@@ -262,8 +262,6 @@ def test_weights_that_come_from_memory_are_quantized_on_every_gpu(tmp_path, mode
 
     from bigload import load_and_quantize_model
 
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     full = GPT(layers=4).bfloat16()
     location = tmp_path / "pickled.bin"
     torch.save(full.state_dict(), location)
