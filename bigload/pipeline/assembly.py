@@ -1,4 +1,4 @@
-"""What has landed goes into the model in one step: all of it, or on any failure none."""
+"""Puts loaded weights into the model in one step: all of them or, on any failure, none."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .execute import LoadedTensor
 
 
 class Assembly:
-    """The new parts of a model: made as the weights land, put into it in one step when all have."""
+    """The new layers and tensors of a model: made while the weights load, then put into the model in one step."""
 
     def __init__(self, view: ModelView, plan: Plan) -> None:
-        """Prepare for a plan's weights. The model is not touched before `commit`."""
+        """Prepare for a plan's weights. The model is not changed before `commit`."""
         self._view, self._plan = view, plan
         self._weights = {f"{path}.weight".lstrip("."): layer for path, layer in plan.layers.items()}
         self._planned = {planned.tensor.name: planned for planned in plan.tensors}
@@ -30,7 +30,7 @@ class Assembly:
         self._new_layers: dict[nn.Module, nn.Module] = {}
 
     def add(self, name: str, value: LoadedTensor) -> None:
-        """Take a tensor of the plan, by its first name, and make the layer that it is the weight of."""
+        """Add a loaded tensor by its first name; if it is the weight of a quantized layer, that layer is made."""
         self._loaded[name] = value
         layer = next((self._weights[n] for n in self._planned[name].tensor.names if n in self._weights), None)
         if layer is not None:
@@ -38,15 +38,15 @@ class Assembly:
             self._new_layers[layer] = make_layer(layer, value, planned.shape, self._plan.config, planned.device)
 
     def commit(self, then: Callable[[nn.Module], object] = lambda model: None) -> nn.Module:
-        """Put the weights into the model and its quantized layers into their places.
+        """Put the weights and the quantized layers into the model.
 
-        Until all of its new parts are made the model is unchanged; it is restored if the exchange is interrupted.
+        The model changes only when everything is ready, and is restored if that is interrupted.
 
         Args:
-            then: what is to be done with the model that has them; if it fails, the model is restored too.
+            then: called with the complete model; if it fails, the model is restored too.
 
         Returns:
-            The model; where the model itself is the one layer to quantize, the layer that replaces it.
+            The model, or the layer that replaces it if the model itself is the one layer to quantize.
         """
         view, new_layers = self._view, self._new_layers
         edits: list[Edit] = []
@@ -63,21 +63,21 @@ class Assembly:
             edits += [
                 (module._modules, key, new_layers[child]) for key, child in _children(module) if child in new_layers
             ]
-            edits += _without_fused_path(module, new_layers)
+            edits += _without_fast_path(module, new_layers)
         root = new_layers.get(view.model, view.model)
         after = view if root is view.model else ModelView(root)
         apply_edits(edits + attributes.attributes(after, self._plan), lambda: then(root))
         return root
 
     def _bias(self, tensor: ModelTensor, value: Any) -> nn.Parameter:
-        """Freeze a layer's bias with its weight, as the peers have it, unless others share it."""
+        """Freeze a layer's bias like its weight, as accelerate does, unless other modules share it."""
         if self._plan.config.llm_int8_has_fp16_weight or len(tensor.names) > 1:
             return value  # type: ignore[no-any-return]
         return nn.Parameter(value.data, requires_grad=False)
 
 
 def _value(tensor: ModelTensor, device: torch.device, value: LoadedTensor | None) -> torch.Tensor | None:
-    """The parameter or buffer to set; None for a weight that is quantized, which goes in with its layer."""
+    """Return the parameter or buffer to set; None for a quantized weight, which comes with its layer."""
     if value is None:
         return tensor.value.to(device)
     if not isinstance(value, torch.Tensor):
@@ -89,15 +89,15 @@ def _value(tensor: ModelTensor, device: torch.device, value: LoadedTensor | None
     return old if unchanged else like_parameter(old, value)  # type: ignore[arg-type]
 
 
-def _without_fused_path(module: nn.Module, new_layers: Mapping[nn.Module, nn.Module]) -> list[Edit]:
-    """Turn off the fused path of torch's own encoder layer, which reads its Linears' weights past their forward."""
+def _without_fast_path(module: nn.Module, new_layers: Mapping[nn.Module, nn.Module]) -> list[Edit]:
+    """Turn off the fast path of torch's own encoder layers, which reads the weights of their Linears directly."""
     if not isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
         return []
     if not any(inner in new_layers for inner in module.modules()):
         return []
     if isinstance(module, nn.TransformerEncoder):
-        return [(module.__dict__, "use_nested_tensor", False)]  # which only the fused path takes
-    return [(module.__dict__, "activation_relu_or_gelu", 0)]  # what it sets itself for any other activation
+        return [(module.__dict__, "use_nested_tensor", False)]  # only the fast path takes nested tensors
+    return [(module.__dict__, "activation_relu_or_gelu", 0)]  # as the layer has with any other activation
 
 
 def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -105,7 +105,7 @@ def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def apply_edits(edits: list[Edit], then: Callable[[], object] = lambda: None) -> None:
-    """Make all of several assignments and do what comes then; if that fails or is interrupted, none."""
+    """Make all assignments and call `then`; if anything fails or is interrupted, undo all of them."""
     before: list[Edit] = []
     try:
         for slots, key, value in edits:

@@ -1,4 +1,4 @@
-"""The attributes that other libraries look for on a loaded model."""
+"""The attributes that accelerate, transformers, PEFT and Trainer look for on a loaded model."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from ..model.quantizable import plain_linears
 from ..model.view import ModelView
 from ..planning.plan import Plan
 
-# One assignment: a module's own dict of attributes, parameters, buffers or modules; the key; the new value, or that
-# there is to be none.
+# One assignment: a module's dict of attributes, parameters, buffers or modules; the key; the new value, or ABSENT to
+# delete the key.
 Edit = tuple[dict[str, Any], str, Any]
 ABSENT = object()
 
 
 def attributes(view: ModelView, plan: Plan) -> list[Edit]:
-    """Return what accelerate sets on a loaded model, and for a model of transformers what its own loader sets.
+    """Return the assignments that accelerate makes on a loaded model, and on a model of transformers its own loader.
 
-    The first is read by PEFT and Trainer on any model. The second come all or none: `is_quantized` alone makes
-    Trainer refuse the model, and `save_pretrained` writes the quantization_config from which `from_pretrained` reloads.
+    PEFT and Trainer read accelerate's attributes on any model. Those of transformers must be complete: Trainer refuses
+    a model that has only `is_quantized`, and `save_pretrained` writes the quantization_config for `from_pretrained`.
     """
     model, config, quantized = view.model, plan.config, bool(plan.layers)
     own = {
@@ -45,8 +45,8 @@ def _of_transformers(view: ModelView, plan: Plan) -> list[Edit]:
     quantization = plan.config.to_transformers()
     quantization.llm_int8_skip_modules = skip_list(plain_linears(view), plan.layers)
     bits = 4 if plan.config.load_in_4bit else 8
-    room = importlib.import_module(f"transformers.quantizers.quantizer_bnb_{bits}bit")
-    quantizer = getattr(room, f"Bnb{bits}BitHfQuantizer")(quantization, pre_quantized=False)
+    module = importlib.import_module(f"transformers.quantizers.quantizer_bnb_{bits}bit")
+    quantizer = getattr(module, f"Bnb{bits}BitHfQuantizer")(quantization, pre_quantized=False)
     own = {"is_quantized": True, "quantization_method": quantization.quant_method, "hf_quantizer": quantizer}
     copies = _copied_configs(view, is_quantized=True)
     copies[id(model.config)].quantization_config = quantization
@@ -54,7 +54,7 @@ def _of_transformers(view: ModelView, plan: Plan) -> list[Edit]:
 
 
 def clear_attributes(model: nn.Module) -> list[Edit]:
-    """Take back what `attributes` gave, of a model that is quantized no more."""
+    """Return the assignments that undo those of `attributes`, for a model that is no longer quantized."""
     own: dict[str, Any] = {"is_loaded_in_4bit": False, "is_loaded_in_8bit": False}
     own |= dict.fromkeys(("is_quantized", "quantization_method", "hf_quantizer"), ABSENT)
     view = ModelView(model)
@@ -68,7 +68,7 @@ def clear_attributes(model: nn.Module) -> list[Edit]:
 
 
 def _copied_configs(view: ModelView, *, is_quantized: bool) -> dict[int, Any]:
-    """Copy the configs in a model: another may have been built from the same object. Gives the copies by that's id."""
+    """Copy the configs in a model, since other models may share them. Returns id of each original -> the copy."""
     copies: dict[int, Any] = {}
     for module in view.pretrained:
         copy.deepcopy(module.config, copies)._is_quantized = is_quantized
@@ -85,10 +85,10 @@ def _with_configs(view: ModelView, copies: Mapping[int, Any]) -> list[Edit]:
 
 
 def skip_list(linears: Iterable[str], quantized: Collection[str]) -> list[str]:
-    """Name the layers left alone one by one, so that transformers leaves the same ones alone when it reloads.
+    """List all layers that are not quantized, so that transformers skips the same ones when it loads the model.
 
-    It takes an entry as a regular expression from the start, or as an ending: one that would take a quantized layer too
-    is anchored at both ends.
+    transformers matches an entry as a regular expression at the start of a path, or as the end of a path. An entry that
+    would match a quantized layer too is anchored at both ends.
 
     Args:
         linears: paths of the layers that could be quantized.
@@ -102,5 +102,5 @@ def skip_list(linears: Iterable[str], quantized: Collection[str]) -> list[str]:
 
 
 def _as_in_maps(device: torch.device) -> int | torch.device:
-    # The string "cpu" would say offloaded: PEFT dispatches such a model anew, and save_pretrained warns of it.
+    # The string "cpu" means offloaded: PEFT would dispatch such a model again, and save_pretrained warns about it.
     return device if device.type == "cpu" else device.index

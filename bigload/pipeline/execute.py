@@ -1,4 +1,4 @@
-"""Executes a Plan: bytes are read once, in file order, land on their device, are cast, quantized and stored."""
+"""Executes a Plan: reads every byte once, in file order, copies it to its device, casts and quantizes it."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def execute(
     on_loaded: Callable[[str, LoadedTensor], object] = lambda name, value: None,
     targets: OffloadTargets | None = None,
 ) -> dict[str, LoadedTensor]:
-    """Bring every tensor of a plan into its home. The model is not touched.
+    """Load every tensor of a plan. The model is not changed.
 
     Args:
-        plan: what to do.
-        on_bytes: called with the count of checkpoint bytes that have landed since the last call.
-        on_loaded: called with each tensor, by its first name, as soon as it is whole; others are still being read.
-        targets: where what is offloaded comes to rest.
+        plan: what to load, from where, in which format and to which device.
+        on_bytes: called with the number of checkpoint bytes that have been loaded since the last call.
+        on_loaded: called with each tensor and its first name as soon as it is complete, while others are being read.
+        targets: where to put the offloaded tensors.
 
     Returns:
-        By the tensor's first name: the weight, plain or quantized. Tensors without sources are left out.
+        First name of each tensor -> the weight, plain or quantized. Tensors without sources are left out.
 
     Raises:
         CheckpointError: a file could not be read to its end.
@@ -63,17 +63,17 @@ def execute(
         tasks = [task for planned in plan.tensors if planned.sources for task in loader.begin(planned)]
         read_and_load(tasks, plan, on_bytes=on_bytes)
         if any(planned.home is not None for planned in plan.tensors):
-            _synchronize(plan)  # copies into host memory must have ended before the CPU looks at it
+            _synchronize(plan)  # the CPU looks at what was copied into host memory
         _require_finite(loader.loaded, plan)
     _synchronize(plan)
     return loader.loaded
 
 
 class _Loader:
-    """Takes each tensor of a plan from its sources to where it is kept.
+    """Loads the tensors of a plan.
 
     Attributes:
-        loaded: the tensors that are whole, by their first names.
+        loaded: first name -> each tensor that is complete.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class _Loader:
         self.loaded: dict[str, LoadedTensor] = {}
 
     def begin(self, planned: PlannedTensor) -> list[ReadTask]:
-        """Return what must be read for a tensor; one that is in memory, or in the offload folder, is kept at once."""
+        """Return the reads that a tensor needs; one that is in memory or in the offload folder is loaded at once."""
         target = self._targets if planned.home is not None else None
         finish = functools.partial(self._finish, planned, target)
         buffers: Mapping[str, torch.Tensor] = {}
@@ -102,7 +102,7 @@ class _Loader:
         if _is_own_tensor(planned):
             finish(_explain_out_of_memory(functools.partial(_tensor_shortage, planned), _own_tensor)(planned))
             return []
-        return read_tasks_for(planned, functools.partial(_sink, self._load_dtype, buffers), finish)
+        return read_tasks_for(planned, functools.partial(_make_sink, self._load_dtype, buffers), finish)
 
     def _finish(self, planned: PlannedTensor, target: OffloadTargets | None, value: LoadedTensor) -> None:
         self._keep(planned, value if target is None else target.offload(planned, value))
@@ -114,30 +114,29 @@ class _Loader:
 
 
 def _synchronize(plan: Plan) -> None:
-    """Wait for GPUs: what is given back is there, and errors are ours."""
+    """Wait for GPUs, so that what is returned is complete and errors are raised here."""
     for device in {planned.device for planned in plan.tensors}:
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
 
 
 def _read_on_cpu(planned: PlannedTensor) -> PlannedTensor:
-    """Let what rests on the CPU as it is stored go straight there: only what is quantized passes through the device."""
-    stored = isinstance(planned.sources[0].tensor, QuantizedTensor)
-    is_ready = stored or isinstance(planned.format, Plain)
-    return dataclasses.replace(planned, device=CPU) if planned.home is not None and is_ready else planned
+    """Read an offloaded tensor straight into host memory, unless its device must quantize it first."""
+    is_stored_quantized = isinstance(planned.sources[0].tensor, QuantizedTensor)
+    needs_quantizing = not is_stored_quantized and not isinstance(planned.format, Plain)
+    return planned if planned.home is None or needs_quantizing else dataclasses.replace(planned, device=CPU)
 
 
 def read_and_load(tasks: Sequence[ReadTask], plan: Plan, *, on_bytes: Callable[[int], object]) -> None:
-    """Read what lies in files, in their order, and take the rest from memory.
+    """Read the tasks' tensors from files, in file order, then take those that are in memory.
 
     Raises:
         CheckpointError: a file could not be read to its end.
         PlacementError: a device ran out of memory.
     """
     ordered = _in_file_order([task for task in tasks if not isinstance(task.tensor, LazyTensor)])
-    _explain_out_of_memory(functools.partial(_window_shortage, plan), functools.partial(read_all, on_bytes=on_bytes))(
-        ordered
-    )
+    read = functools.partial(read_all, on_bytes=on_bytes)
+    _explain_out_of_memory(functools.partial(_window_shortage, plan), read)(ordered)
     for task in tasks:
         if isinstance(task.tensor, LazyTensor):
             _feed(task, task.tensor.load())
@@ -151,7 +150,7 @@ def _in_file_order(tasks: list[ReadTask]) -> list[ReadTask]:
 
 
 def _feed(task: ReadTask, tensor: torch.Tensor) -> None:
-    """Take values from memory."""
+    """Give a task its values from memory, in pieces."""
     values = tensor.detach().contiguous().view(-1)
     step = max(1, slot_bytes() // tensor.dtype.itemsize // task.values_per_scale) * task.values_per_scale
     for begin in range(0, len(values), step):
@@ -162,12 +161,12 @@ def _feed(task: ReadTask, tensor: torch.Tensor) -> None:
 def read_tasks_for(
     planned: PlannedTensor, make_sink: Callable[[PlannedTensor], Sink], kept: Callable[[Any], object]
 ) -> list[ReadTask]:
-    """Make ready for one tensor that is read, or made of several.
+    """Make the sink of one tensor and return the reads that fill it.
 
     Args:
         planned: the tensor.
-        make_sink: makes what takes its values, with the memory that it needs from the start.
-        kept: is given what the sink made, when all values have arrived.
+        make_sink: makes the sink, which may allocate memory.
+        kept: called with what the sink has made, when all values have arrived.
     """
     where = functools.partial(_tensor_shortage, planned)
     sink = _explain_out_of_memory(where, make_sink)(planned)
@@ -182,41 +181,41 @@ def read_tasks_for(
             kept(finish())
 
     if not missing:
-        count_down(0)
+        kept(finish())
         return []
     for task in tasks:
         task.take, task.arrived = _explain_out_of_memory(where, task.take), count_down
     return [task for task in tasks if task.tensor.nbytes]
 
 
-def _sink(torch_dtype: torch.dtype, memory: Mapping[str, torch.Tensor], planned: PlannedTensor) -> Sink:
-    """Choose what takes a tensor's values.
+def _make_sink(torch_dtype: torch.dtype, buffers: Mapping[str, torch.Tensor], planned: PlannedTensor) -> Sink:
+    """Make what takes a tensor's values.
 
     Args:
-        torch_dtype: what weights are cast to before they are quantized.
-        memory: where its parts are to lie, by their names in its format, as far as it is there already.
+        torch_dtype: the dtype that weights are cast to before they are quantized.
+        buffers: memory for the tensor's parts, by their names in its format; the others are allocated.
         planned: the tensor.
     """
     stored, fmt = planned.sources[0].tensor, planned.format
 
-    def room(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return memory[name] if name in memory else allocate(shape, dtype, planned.device)
+    def buffer(part: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return buffers[part] if part in buffers else allocate(shape, dtype, planned.device)
 
     if isinstance(stored, QuantizedTensor):
-        return StoredPartsSink(stored, {name: room(name, p.shape, p.dtype) for name, p in stored.parts.items()})
+        return StoredPartsSink(stored, {part: buffer(part, s.shape, s.dtype) for part, s in stored.parts.items()})
     if isinstance(fmt, Plain):
-        return CopySink(planned, room("weight", planned.shape, fmt.dtype))
+        return CopySink(planned, buffer("weight", planned.shape, fmt.dtype))
     return gathered_if_needed(QuantizeSink(planned, fmt, torch_dtype))
 
 
 def _is_own_tensor(planned: PlannedTensor) -> bool:
-    """Whether it is a tensor of the model's own, and of nothing else."""
+    """Whether a tensor's only source is a tensor that the model holds already."""
     own = planned.sources[0]
     return isinstance(planned.format, Plain) and isinstance(own.tensor, torch.Tensor) and not own.region
 
 
 def _own_tensor(planned: PlannedTensor) -> torch.Tensor:
-    """Return the model's own tensor: the very object where nothing about it changes."""
+    """Return the tensor that the model holds; it shares memory with that one unless its device or dtype changes."""
     own = planned.sources[0]
     assert isinstance(own.tensor, torch.Tensor)
     assert isinstance(planned.format, Plain)
@@ -225,15 +224,15 @@ def _own_tensor(planned: PlannedTensor) -> torch.Tensor:
 
 
 def _explain_out_of_memory(where: Callable[[], str], call: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a call say where memory ran out, if it does."""
+    """Wrap a call so that it raises a PlacementError that says where memory ran out."""
 
-    def named(*args: Any) -> Any:
+    def explained(*args: Any) -> Any:
         try:
             return call(*args)
         except torch.OutOfMemoryError as error:
             raise PlacementError(f"{where()}; choose a smaller mode or free memory there") from error
 
-    return named
+    return explained
 
 
 def _tensor_shortage(planned: PlannedTensor) -> str:
@@ -242,11 +241,11 @@ def _tensor_shortage(planned: PlannedTensor) -> str:
 
 def _window_shortage(plan: Plan) -> str:
     devices = listed(map(str, plan.device_bytes))
-    return f"{devices} ran out of memory for what is on its way there ({show(WINDOW_BYTES)} beside the model)"
+    return f"{devices} ran out of memory for tensors on their way there ({show(WINDOW_BYTES)} beside the model)"
 
 
 def _require_finite(loaded: dict[str, LoadedTensor], plan: Plan) -> None:
-    """Refuse weights that the format turned to infinity: their rows would be zeros or noise. One sync for all."""
+    """Refuse weights that overflow in their format: their rows would be zeros or noise. One sync for each device."""
     main_weights = (
         {f"{path}.weight".lstrip(".") for path in plan.layers} if plan.config.llm_int8_has_fp16_weight else set()
     )
@@ -267,14 +266,13 @@ def _require_finite(loaded: dict[str, LoadedTensor], plan: Plan) -> None:
     if bad:
         through = "float16, whose largest value is 65504" if plan.config.load_in_8bit else f"{plan.config.torch_dtype}"
         raise QuantizationError(
-            f"{listed(bad)}: values that are not finite as {plan.config.mode} (they go through {through}); if the "
+            f"{listed(bad)}: values that are not finite as {plan.config.mode} (they are cast to {through}); if the "
             "checkpoint's own are finite, add these to skip_modules or choose another mode or torch_dtype"
         )
 
 
 def _not_finite(checked: Sequence[tuple[str, torch.Tensor]], device: torch.device) -> list[str]:
-    """Name what is not finite on one device."""
-    there = [(name, values) for name, values in checked if values.device == device]
-    # The largest of each, in one kernel, which passes NaN on.
-    largest = torch.stack([torch.linalg.vector_norm(values, math.inf).float() for _, values in there]).tolist()
-    return [name for (name, _), value in zip(there, largest, strict=True) if not math.isfinite(value)]
+    on_device = [(name, values) for name, values in checked if values.device == device]
+    # The largest absolute value of each, in one kernel; NaN propagates.
+    largest = torch.stack([torch.linalg.vector_norm(values, math.inf).float() for _, values in on_device]).tolist()
+    return [name for (name, _), value in zip(on_device, largest, strict=True) if not math.isfinite(value)]

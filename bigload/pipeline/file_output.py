@@ -1,4 +1,4 @@
-"""A quantized tensor written in pieces as its values come: what lies in files for it, and what each piece becomes."""
+"""Tensors written to safetensors files piece by piece, as their values come, and quantized on the way."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from .sinks import PieceSink, Sink, gathered_if_needed
 
 @dataclass
 class Output:
-    """A tensor of the model as it will lie in files.
+    """A tensor of the model and its entries in the files.
 
     Attributes:
         planned: the tensor.
-        config: resolved.
-        entries: what is written for it, by bitsandbytes' names of the parts.
+        config: the config, with every "auto" resolved.
+        entries: bitsandbytes' name of each part -> its entry.
     """
 
     planned: PlannedTensor
@@ -38,24 +38,28 @@ class Output:
         if isinstance(fmt, Int8):
             sizes["weight_format"] = TensorSpec(torch.uint8, ())
         elif isinstance(fmt, FourBit):
-            sizes.pop("nested_offset", None)  # which is a number in the description
+            sizes.pop("nested_offset", None)  # a number in the JSON of the quant_state
             part = f"quant_state.bitsandbytes__{fmt.quant_type}"
             sizes[part] = TensorSpec(torch.uint8, (len(self.described(0.0)),))
         self.entries = {part: Entry(stored_name(name, part), *size) for part, size in sizes.items()}
 
     @property
     def names(self) -> list[str]:
-        """Names of all that is written."""
+        """The names of the entries."""
         return [entry.name for entry in self.entries.values()]
 
     def described(self, offset: float) -> bytes:
-        """Return the JSON that describes a 4-bit weight."""
+        """Return the JSON that describes a 4-bit weight.
+
+        Args:
+            offset: with double quantization, the mean of its absmax.
+        """
         assert isinstance(self.planned.format, FourBit)
         return described(self.planned.format, self.planned.shape, self.config.load_dtype, offset)
 
 
 def file_sink(output: Output, writer: ShardWriter, planned: PlannedTensor) -> Sink:
-    """Make what writes a tensor's values, as they come, in the format that they shall have in files."""
+    """Make the sink that writes a tensor's values to files, in its format."""
     fmt = planned.format
     if isinstance(fmt, Plain):
         return gathered_if_needed(_PlainFileSink(output, writer, planned, fmt))
@@ -63,8 +67,6 @@ def file_sink(output: Output, writer: ShardWriter, planned: PlannedTensor) -> Si
 
 
 class _PlainFileSink(PieceSink):
-    """Writes values as they are."""
-
     def __init__(self, output: Output, writer: ShardWriter, planned: PlannedTensor, fmt: Plain) -> None:
         super().__init__(planned, fmt.dtype)
         self._name, self._writer = output.entries["weight"].name, writer
@@ -77,7 +79,7 @@ class _PlainFileSink(PieceSink):
 
 
 class _QuantizedFileSink(PieceSink):
-    """Quantizes values and writes them; the scales are held until all are there."""
+    """Quantizes values and writes them; the scales are kept until the end."""
 
     def __init__(self, output: Output, writer: ShardWriter, planned: PlannedTensor, fmt: FourBit | Int8) -> None:
         self._per_scale = fmt.values_per_scale(planned.shape)
@@ -89,8 +91,9 @@ class _QuantizedFileSink(PieceSink):
     def take(self, values: torch.Tensor, begin: int) -> None:
         fmt, name = self._format, self._output.entries["weight"].name
         shape = (len(values) // self._per_scale, self._per_scale) if isinstance(fmt, Int8) else (1, len(values))
-        alone = fmt if isinstance(fmt, Int8) else FourBit(fmt.quant_type, fmt.blocksize, False, torch.uint8)
-        quantizer = Quantizer(shape, alone, values.dtype, values.device)
+        # Double quantization needs the scales of all pieces.
+        piece_format = fmt if isinstance(fmt, Int8) else FourBit(fmt.quant_type, fmt.blocksize, False, torch.uint8)
+        quantizer = Quantizer(shape, piece_format, values.dtype, values.device)
         quantizer.add(values, 0)
         made = quantizer.finish()
         (scales,) = made.scales
@@ -102,8 +105,8 @@ class _QuantizedFileSink(PieceSink):
         fmt, entries = self._format, self._output.entries
         if not bool(self._scales.isfinite().all()):
             raise QuantizationError(
-                f"'{self._output.planned.tensor.name}': values that are not finite in this format; if the checkpoint's "
-                "own are finite, add it to skip_modules or choose another mode or torch_dtype"
+                f"'{self._output.planned.tensor.name}': values that are not finite in this format; if the "
+                "checkpoint's own are finite, add it to skip_modules or choose another mode or torch_dtype"
             )
         if isinstance(fmt, Int8):
             parts = {"SCB": self._scales, "weight_format": torch.zeros((), dtype=torch.uint8)}
@@ -111,8 +114,8 @@ class _QuantizedFileSink(PieceSink):
             parts = {"quant_map": code_table(fmt.quant_type, self._scales.device)}
             parts |= quantize_scales(self._scales) if fmt.double_quant else {"absmax": self._scales}
             offset = parts.pop("nested_offset").item() if fmt.double_quant else 0.0
-            said = bytearray(self._output.described(offset))
-            parts[f"quant_state.bitsandbytes__{fmt.quant_type}"] = torch.frombuffer(said, dtype=torch.uint8)
+            state = bytearray(self._output.described(offset))
+            parts[f"quant_state.bitsandbytes__{fmt.quant_type}"] = torch.frombuffer(state, dtype=torch.uint8)
         for part, tensor in parts.items():
             self._writer.write(entries[part].name, tensor)
         self._writer.complete(entries["weight"].name)

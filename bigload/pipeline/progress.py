@@ -1,4 +1,4 @@
-"""A bar in bytes, on a terminal unless it is asked for or not."""
+"""The progress bar of loads and conversions, in bytes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from tqdm import tqdm
 
 
 def progress_bar(total: int, what: str, progress: bool | None) -> tqdm[Any]:
-    """Make a bar.
+    """Make a progress bar.
 
     Args:
         total: bytes.
-        what: is being done.
-        progress: whether to show it; None shows it where standard error is a terminal.
+        what: its description.
+        progress: whether to show it; None shows it if standard error is a terminal.
     """
     shown = sys.stderr.isatty() if progress is None else progress
     return tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=not shown, leave=False)

@@ -1,4 +1,4 @@
-"""What a load did, in figures."""
+"""The figures of a load: bytes, seconds and peak memory."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class LoadReport:
 
     Attributes:
         mode: the quantization mode's short name.
-        bytes_read: bytes of the weights that went in: the checkpoint's, or the model's own.
-        elapsed_s: seconds of the call, without the import of bitsandbytes.
+        bytes_read: bytes of the weights that were loaded, from the checkpoint or from the model itself.
+        elapsed_s: seconds that the call took, without the import of bitsandbytes.
         device_bytes: bytes of the loaded model on each device.
-        peak_bytes: the most that the load took of each device at once, the model included: of a GPU what torch had
-            allocated, of "cpu" what was resident. A device is left out whose highest use of the process came before.
+        peak_bytes: the peak memory of the load on each device, including the model: for a GPU what torch allocated,
+            for "cpu" the resident memory. A device is left out if the process had used more of it before the load.
     """
 
     mode: str
@@ -43,22 +43,25 @@ class LoadReport:
         return sum(self.device_bytes.values())
 
     def __str__(self) -> str:
-        homes = ", ".join(f"{show(count)} on {device}" for device, count in self.device_bytes.items())
+        placed = ", ".join(f"{show(count)} on {device}" for device, count in self.device_bytes.items())
         speed = f"read {self.bytes_read / 1e9:.3f} GB in {self.elapsed_s:.2f} s at {self.gb_per_s:.2f} GB/s"
         peaks = ", ".join(f"{show(count)} on {device}" for device, count in self.peak_bytes.items())
-        return f"{speed} into {homes} as {self.mode}" + (f", at most {peaks} on the way" if peaks else "")
+        return f"{speed} into {placed} as {self.mode}" + (f", at most {peaks} on the way" if peaks else "")
 
 
 class PeakMemory:
-    """What devices hold at most from here on, as far as it can be known without resetting anyone's statistics."""
+    """The peak memory of devices from its creation on, measured without resetting torch's statistics."""
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
-        """Begin to watch GPUs, and the CPU in any case."""
+        """Begin to watch the devices, and the CPU in any case."""
         watched = dict.fromkeys([*devices, torch.device("cpu")])
         self._before = {device: _used_and_highest(device) for device in watched}
 
     def since(self) -> dict[torch.device, int]:
-        """Return the most bytes that each device held since, above what it held; only where that was a new record."""
+        """Return the peak of each device in bytes, above what was in use at the start.
+
+        A device is left out if its peak since then is below an earlier peak of the process.
+        """
         peaks = {}
         for device, (used, highest) in self._before.items():
             now = _used_and_highest(device)[1]

@@ -1,4 +1,4 @@
-"""Where the values of a tensor's sources go, and what is made of them there."""
+"""Sinks: what takes the values of a tensor's sources and makes the tensor."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from ..quantization.quantizer import Quantizer, quantize
 
 
 class Sink(ABC):
-    """Takes what one tensor is made of: the values of each source in order, several sources in any."""
+    """Makes one tensor. The values of each source come in order; the sources may come in any order."""
 
     @abstractmethod
     def tasks(self) -> list[ReadTask]:
-        """List what is to be read: one delivery for each source."""
+        """Return the reads, one for each source."""
 
     @abstractmethod
     def finish(self) -> Any:
-        """Return what was made, when all values have arrived; called once."""
+        """Return the tensor; called once, when all values have arrived."""
 
 
 class CopySink(Sink):
-    """Fills a tensor's memory with its values as they are."""
+    """Copies the values into a tensor."""
 
     def __init__(self, planned: PlannedTensor, values: torch.Tensor) -> None:
-        """Fill `values`, of the planned tensor's shape, in the dtype that it shall have."""
+        """Fill `values`, which has the planned tensor's shape and its final dtype."""
         self._planned, self._values = planned, values
 
     def tasks(self) -> list[ReadTask]:
@@ -48,10 +48,10 @@ class CopySink(Sink):
 
 
 class StoredPartsSink(Sink):
-    """Fills the parts of a weight that is stored quantized."""
+    """Copies the parts of a weight that is stored quantized."""
 
     def __init__(self, stored: QuantizedTensor, parts: Mapping[str, torch.Tensor]) -> None:
-        """Fill `parts`, by their names in the format."""
+        """Fill `parts`, which are named as in the format."""
         self._stored, self._parts = stored, dict(parts)
 
     def tasks(self) -> list[ReadTask]:
@@ -59,25 +59,25 @@ class StoredPartsSink(Sink):
 
     def finish(self) -> QuantizedWeight:
         stored = self._stored
-        if "nested_absmax" in self._parts:  # of which one part is a number in the description of the others
+        if "nested_absmax" in self._parts:  # double quantization, whose offset is stored as a number in JSON
             device = self._parts["weight"].device
             self._parts["nested_offset"] = torch.tensor(stored.nested_offset, dtype=torch.float32, device=device)
         return QuantizedWeight.from_parts(stored.format, stored.shape, stored.dtype, self._parts)
 
 
 class PieceSink(Sink):
-    """Uses values piece by piece as they come: for sources that are runs of the flattened tensor.
+    """Uses values piece by piece as they come.
 
-    Others must be gathered first, see `gathered_if_needed`.
+    Each source must be a contiguous run of the flattened tensor; else `gathered_if_needed` gathers them first.
     """
 
     def __init__(self, planned: PlannedTensor, dtype: torch.dtype, values_per_scale: int = 1) -> None:
-        """Describe the tensor.
+        """Create it.
 
         Args:
             planned: the tensor.
-            dtype: what pieces are cast to first.
-            values_per_scale: values that must stay together in one piece.
+            dtype: the dtype that pieces are cast to first.
+            values_per_scale: pieces begin and end at multiples of this.
         """
         self.planned, self.dtype, self._values_per_scale = planned, dtype, values_per_scale
 
@@ -86,20 +86,23 @@ class PieceSink(Sink):
         """Use a piece.
 
         Args:
-            values: (n,), contiguous, on the tensor's device; not kept.
-            begin: the index of the first of them in the flattened tensor.
+            values: (n,), contiguous, on the tensor's device; their memory is reused afterwards.
+            begin: the index of the first value in the flattened tensor.
         """
 
     def take_whole(self, values: torch.Tensor) -> Any:
-        """Use all values at once, and give what `finish` gives."""
+        """Use all values at once, and return what `finish` returns."""
         self.take(values.view(-1), 0)
         return self.finish()
 
     def begins(self) -> list[int] | None:
-        """Return where each source begins in the flattened tensor; None if one is no run, or a piece is too long."""
-        shape, together = self.planned.shape, self._values_per_scale
-        begins = [_begin_of_run(source, shape, together) for source in self.planned.sources]
-        fits = all(together * source.tensor.dtype.itemsize <= slot_bytes() for source in self.planned.sources)
+        """Return where each source begins in the flattened tensor; None if a source is no run of it.
+
+        None also if the values of one scale do not fit into a slot of the ring.
+        """
+        shape, multiple = self.planned.shape, self._values_per_scale
+        begins = [_begin_of_run(source, shape, multiple) for source in self.planned.sources]
+        fits = all(multiple * source.tensor.dtype.itemsize <= slot_bytes() for source in self.planned.sources)
         return [begin for begin in begins if begin is not None] if fits and None not in begins else None
 
     def tasks(self) -> list[ReadTask]:
@@ -132,9 +135,9 @@ class QuantizeSink(PieceSink):
 
 
 class GatherSink(Sink):
-    """Puts a tensor together before another sink takes it, since its sources are not runs of it, or too long.
+    """Gathers all values of a tensor before another sink takes them.
 
-    Memory for it is taken when the first piece is there and let go of when it was used: one such tensor at a time.
+    The memory is allocated with the first piece and freed after use, so there is one such tensor at a time.
     """
 
     def __init__(self, sink: PieceSink) -> None:
@@ -145,16 +148,16 @@ class GatherSink(Sink):
         return [self._task(source) for source in self._sink.planned.sources]
 
     def _task(self, source: Source) -> ReadTask:
-        planned, filling = self._sink.planned, list[ReadTask]()
+        planned, copying = self._sink.planned, list[ReadTask]()
 
         def take(piece: torch.Tensor, begin: int) -> None:
             if not self._whole:
                 self._whole.append(allocate(planned.shape, self._sink.dtype, planned.device))
-            if not filling:
-                filling.append(copy_into(self._whole[0], source))
-            filling[0].take(piece, begin)
+            if not copying:
+                copying.append(copy_into(self._whole[0], source))
+            copying[0].take(piece, begin)
             if begin + len(piece) == numel(source.tensor):
-                filling.clear()
+                copying.clear()
 
         return ReadTask(stored_form(source.tensor), planned.device, take)
 
@@ -163,25 +166,24 @@ class GatherSink(Sink):
 
 
 def gathered_if_needed(sink: PieceSink) -> Sink:
-    """Return the sink itself where its sources come as runs of the tensor, else one that gathers the tensor for it."""
+    """Return the sink itself if it can use the sources piece by piece, else one that gathers the tensor for it."""
     return sink if sink.begins() is not None else GatherSink(sink)
 
 
-def _begin_of_run(source: Source, shape: tuple[int, ...], together: int) -> int | None:
-    """Return the index in the flattened tensor where a source's values begin, if they follow each other from there."""
+def _begin_of_run(source: Source, shape: tuple[int, ...], multiple: int) -> int | None:
+    """Return where a source begins in the flattened tensor, if its values are contiguous there and split no scale."""
     if source.transposed:
         return None
     whole = torch.empty(shape, device="meta")
     part = whole[source.region] if source.region else whole
     begin = int(part.storage_offset())
-    # Values that stay together may not be shared with the next source.
-    is_run = part.is_contiguous() and begin % together == 0
+    is_run = part.is_contiguous() and begin % multiple == 0
     is_last = begin + part.numel() == whole.numel()
-    return begin if is_run and (is_last or part.numel() % together == 0) else None
+    return begin if is_run and (is_last or part.numel() % multiple == 0) else None
 
 
 def copy_into(values: torch.Tensor, source: Source) -> ReadTask:
-    """Fill a source's region of a tensor."""
+    """Make the task that fills a source's region of a tensor."""
     target = values[source.region] if source.region else values
     target = target.mT if source.transposed else target
     if target.is_contiguous():
@@ -190,12 +192,12 @@ def copy_into(values: torch.Tensor, source: Source) -> ReadTask:
         def copy(piece: torch.Tensor, begin: int) -> None:
             flat[begin : begin + len(piece)].copy_(piece)
 
-        home = flat.view(torch.uint8) if source.tensor.dtype == flat.dtype else None
-        return ReadTask(stored_form(source.tensor), values.device, copy, home)
+        destination = flat.view(torch.uint8) if source.tensor.dtype == flat.dtype else None
+        return ReadTask(stored_form(source.tensor), values.device, copy, destination)
     gathered: list[torch.Tensor] = []
 
     def gather(piece: torch.Tensor, begin: int) -> None:
-        # Columns or a transpose: from a copy that is whole and contiguous, which lives until then.
+        # Columns, or a transpose: gathered in contiguous memory, then copied at once.
         if not gathered:
             gathered.append(torch.empty(target.shape, dtype=piece.dtype, device=piece.device))
         whole = gathered[0].view(-1)
@@ -207,12 +209,12 @@ def copy_into(values: torch.Tensor, source: Source) -> ReadTask:
 
 
 def numel(tensor: StoredTensor | torch.Tensor) -> int:
-    """Count the values of a source."""
+    """Return the number of values of a source."""
     return tensor.nbytes // tensor.dtype.itemsize
 
 
 def stored_form(tensor: StoredTensor | torch.Tensor) -> StoredTensor:
-    """Return where a source's values are, the model's own as such that need no reading."""
+    """Describe a source as a stored tensor; a tensor in memory becomes a LazyTensor."""
     if isinstance(tensor, StoredTensor):
         return tensor
     return LazyTensor("", Path(), tensor.dtype, tuple(tensor.shape), 0, tensor.nbytes, lambda: tensor)
