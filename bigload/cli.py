@@ -1,6 +1,6 @@
 """The command line: `bigload demo`, `load`, `plan`, `quantize` and `show`.
 
-Importing torch takes seconds, so each command imports what it needs when it runs.
+Importing torch takes seconds, so each command imports what it needs only when it runs.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit status: 0 done, 1 a `BigloadError`, which is printed without a traceback, 130 interrupted.
+        The exit status: 0 for success, 1 for a `BigloadError`, which is printed without a traceback, 130 for Ctrl-C.
     """
     options = _parser().parse_args(arguments)
-    # bitsandbytes warns at each cast of an int8 layer's input and of kernels that it can do without.
+    # bitsandbytes warns about each cast of an int8 layer's input, and about kernels that it does not need.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         options.run(options)
@@ -48,33 +48,41 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"bigload {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    demo = commands.add_parser("demo", help="load a real sentence encoder in three modes and compare what it finds")
+    demo = commands.add_parser("demo", help="load a real sentence encoder in three modes and compare the results")
     demo.set_defaults(run=_demo)
     load = commands.add_parser(
-        "load", help="load a model from a folder in transformers' format, say how long it took, and generate if asked"
+        "load", help="load a model of transformers from a folder, print how long it took, and generate text if asked"
     )
     load.add_argument("path", type=Path, help="folder with config.json and safetensors")
     load.add_argument(
-        "--quant", choices=MODES, help="how to quantize (default: nf4, and as it is what is quantized already)"
+        "--quant", choices=MODES, help="quantization mode (default: nf4; a quantized checkpoint is loaded as it is)"
     )
-    load.add_argument("--device-map", default="auto", help="'auto', a device such as 'cpu' or '0', or a JSON object")
+    load.add_argument(
+        "--device-map",
+        default="auto",
+        help="'auto', a device such as 'cpu' or '0', or a JSON object (default: %(default)s)",
+    )
     _add_budgets(load)
     load.add_argument("--prompt", help="generate a continuation of this text")
     load.add_argument(
-        "--max-new-tokens", type=_positive, default=40, help="how much to generate (default: %(default)s)"
+        "--max-new-tokens", type=_positive, default=40, help="how many tokens to generate (default: %(default)s)"
     )
     load.set_defaults(run=_load)
     _add_plan(commands)
-    quantize = commands.add_parser("quantize", help="quantize a checkpoint into another, in a stream")
+    quantize = commands.add_parser("quantize", help="quantize a checkpoint into a new one, without loading the model")
     quantize.add_argument("src", help="folder with config.json and weights")
-    quantize.add_argument("dst", type=Path, help="folder to make")
-    quantize.add_argument("--quant", default="nf4", choices=MODES, help="how to quantize (default: %(default)s)")
-    quantize.add_argument("--max-shard-size", default="5GB", help="of the tensors in a file (default: %(default)s)")
-    quantize.add_argument("--device", help="that quantizes (default: the first GPU, or the CPU where there is none)")
+    quantize.add_argument("dst", type=Path, help="folder to create")
+    quantize.add_argument("--quant", default="nf4", choices=MODES, help="quantization mode (default: %(default)s)")
+    quantize.add_argument(
+        "--max-shard-size", default="5GB", help="largest size of the tensors in a file (default: %(default)s)"
+    )
+    quantize.add_argument(
+        "--device", help="device that quantizes (default: the current GPU, or the CPU if there is none)"
+    )
     quantize.add_argument("--overwrite", action="store_true", help="replace a folder that is not empty")
     quantize.set_defaults(run=_quantize)
-    show = commands.add_parser("show", help="say what is in a checkpoint: files, parameters, how it is quantized")
-    show.add_argument("path", help="whatever load_and_quantize_model takes as weights_location")
+    show = commands.add_parser("show", help="print what is in a checkpoint: files, parameters, how it is quantized")
+    show.add_argument("path", help="any weights_location of load_and_quantize_model")
     show.set_defaults(run=_show)
     return parser
 
@@ -85,22 +93,25 @@ def _add_budgets(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="DEVICE=SIZE",
-        help="what may be used, such as 0=10GiB cpu=60GiB (default: what is free); a plan may name devices not here",
+        help="memory to use, such as 0=10GiB cpu=60GiB (default: what is free); `plan` may name absent devices",
     )
-    parser.add_argument("--offload-folder", help="where blocks may rest on a disk")
+    parser.add_argument("--offload-folder", help="folder for blocks that are offloaded to the disk")
 
 
 def _add_plan(commands: Any) -> None:
-    plan = commands.add_parser("plan", help="say what a model would take of GPUs, CPU and disk, without loading it")
+    plan = commands.add_parser("plan", help="print what a model needs of GPUs, CPU and disk, without loading it")
     plan.add_argument("path", type=Path, help="folder with config.json, with or without weights, or a config.json")
-    plan.add_argument("--quant", choices=MODES, help="how to quantize (default: nf4, or as the weights are)")
+    plan.add_argument(
+        "--quant", choices=MODES, help="quantization mode (default: nf4; a quantized checkpoint stays as it is)"
+    )
     plan.add_argument("--device-map", default="auto", help="as for `load` (default: %(default)s)")
     _add_budgets(plan)
     plan.add_argument(
-        "--reserve", help="of each GPU, for activations (default: 128MiB, and the largest 4-bit layer dequantized)"
+        "--reserve",
+        help="memory of each GPU for activations (default: 128MiB and the largest 4-bit layer, dequantized)",
     )
-    plan.add_argument("--link-gbps", type=float, help="GB/s of the link to a GPU (default: measured, if there is one)")
-    plan.add_argument("--plot", type=Path, metavar="PNG", help="draw it into a file; needs matplotlib")
+    plan.add_argument("--link-gbps", type=float, help="GB/s of the link to a GPU (default: measured if there is a GPU)")
+    plan.add_argument("--plot", type=Path, metavar="PNG", help="draw the plan into a file; needs matplotlib")
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
     plan.set_defaults(run=_plan)
 
@@ -119,7 +130,7 @@ def _load(options: argparse.Namespace) -> None:
         raise CheckpointError(f"'{options.path}' is not a folder with a config.json; `load` builds the model from it")
     device_map = _device_map(options.device_map)
     model = empty_model(options.path)
-    prompt = None if options.prompt is None else _Prompt(model, options)  # what is wrong with it shows before the load
+    prompt = None if options.prompt is None else _Prompt(model, options)  # fails before the load
     mode = options.quant
     if mode is None and not _is_quantized(options.path):
         mode = "nf4"

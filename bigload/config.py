@@ -1,4 +1,4 @@
-"""What a caller chooses: how a model is quantized, in every spelling, and how what is offloaded is kept."""
+"""`BnbQuantizationConfig`, read from any of its forms, and `OffloadConfig`."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _SHORT_NAMES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.flo
 STORAGES = {"uint8": torch.uint8, "int8": torch.int8, **FLOATS, "float64": torch.float64}
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
-# Bytes of a GPU that a plan leaves for activations, unless told otherwise, beside its largest layer dequantized.
+# Bytes of each GPU that a plan leaves for activations by default, beside the largest 4-bit layer when dequantized.
 RESERVE_BYTES = 128 * 2**20
 
-# What transformers calls the same field, where the names differ.
+# transformers' names of the fields, where they differ.
 _TRANSFORMERS_NAMES = {"skip_modules": "llm_int8_skip_modules"}
-# Fields of a transformers dict that say nothing which `load_in_*` does not.
+# Fields of a transformers dict that add nothing to `load_in_*`.
 _TRANSFORMERS_EXTRAS = {"quant_method", "_load_in_4bit", "_load_in_8bit"}
 
 
@@ -37,29 +37,38 @@ _TRANSFORMERS_EXTRAS = {"quant_method", "_load_in_4bit", "_load_in_8bit"}
 class BnbQuantizationConfig:
     """How a model is quantized.
 
-    The first nine fields have the names, order, defaults and checks of accelerate's class; the others are
-    transformers' (and the blocksize bitsandbytes').
+    The first nine fields have the names, order, defaults and checks of accelerate's class. The others are those of
+    transformers, except for the blocksize, which is bitsandbytes'.
 
     Args:
-        load_in_8bit: quantize to int8 rows (LLM.int8(), arXiv 2208.07339).
-        llm_int8_threshold: activations above it are multiplied in 16 bit.
-        load_in_4bit: quantize to 4-bit blocks (QLoRA, arXiv 2305.14314).
+        load_in_8bit: quantize to int8 with one scale for each row (LLM.int8(), arXiv 2208.07339).
+        llm_int8_threshold: features of the input with values above it are multiplied in 16 bit; 0 for none.
+        load_in_4bit: quantize to 4 bit with one scale for each block (QLoRA, arXiv 2305.14314).
         bnb_4bit_quant_type: "nf4" or "fp4".
-        bnb_4bit_use_double_quant: quantize the blocks' scales again.
-        bnb_4bit_compute_dtype: what 4-bit layers multiply in: a dtype, "fp32", "fp16", "bf16", or "auto" for
-            `torch_dtype`.
-        torch_dtype: dtype that weights are cast to before they are quantized, and that the others keep; "auto" is
-            the checkpoint's own dominant floating dtype; None means fp16 for int8, the compute dtype for 4-bit.
-        skip_modules: layers not to quantize, replacing the default (the output head). "h.1" matches `h.1` and
-            `model.h.1.attn`, never `h.10`; a star is any run of characters, so ["*"] quantizes nothing.
-        keep_in_fp32_modules: modules kept in fp32, never quantized.
-        llm_int8_enable_fp32_cpu_offload: blocks placed on the CPU beside a GPU are fp32 and computed there.
-        llm_int8_has_fp16_weight: keep trainable 16-bit main weights, quantized to int8 at each forward.
-        bnb_4bit_quant_storage: dtype that the packed 4-bit weights are stored in.
-        bnb_4bit_blocksize: weights that share one scale.
+        bnb_4bit_use_double_quant: quantize the blocks' scales too.
+        bnb_4bit_compute_dtype: the dtype that 4-bit layers compute in: a torch.dtype, "fp32", "fp16", "bf16", or "auto"
+            for `torch_dtype`.
+        torch_dtype: the dtype that weights are cast to before they are quantized, and of the weights that are not;
+            "auto" is the dominant floating dtype of the checkpoint; None is fp16 for int8, the compute dtype for 4 bit.
+        skip_modules: layers not to quantize, instead of the default, the output head. "h.1" matches `h.1` and
+            `model.h.1.attn`, but not `h.10`; a star matches any characters, so ["*"] quantizes nothing.
+        keep_in_fp32_modules: modules kept in fp32 and not quantized.
+        llm_int8_enable_fp32_cpu_offload: blocks that the device map puts on the CPU beside a GPU are kept in fp32 and
+            computed there.
+        llm_int8_has_fp16_weight: keep trainable 16-bit main weights, which each forward quantizes to int8.
+        bnb_4bit_quant_storage: the dtype that packed 4-bit weights are stored in.
+        bnb_4bit_blocksize: the number of weights that share a scale.
 
     Raises:
-        ConfigError: a field has the wrong type or an unknown value, or both or neither of the modes are chosen.
+        ConfigError: a field has the wrong type or an unknown value, or not exactly one of 4 and 8 bit is chosen.
+
+    Example:
+        >>> from bigload import BnbQuantizationConfig
+        >>> config = BnbQuantizationConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", torch_dtype="bf16")
+        >>> config.mode, config.torch_dtype
+        ('nf4', torch.bfloat16)
+        >>> BnbQuantizationConfig.from_mode("nf4-dq", bnb_4bit_compute_dtype="bf16").bnb_4bit_use_double_quant
+        True
     """
 
     load_in_8bit: bool = False
@@ -135,27 +144,27 @@ class BnbQuantizationConfig:
         return self.bnb_4bit_quant_type + ("-dq" if self.bnb_4bit_use_double_quant else "")
 
     def resolved(self, checkpoint_dtype: torch.dtype) -> BnbQuantizationConfig:
-        """Copy the config with each "auto" replaced, `torch_dtype` by the checkpoint's dominant dtype."""
+        """Copy the config, with each "auto" replaced; `torch_dtype` becomes the checkpoint's dominant dtype."""
         torch_dtype = checkpoint_dtype if self.torch_dtype == "auto" else self.torch_dtype
         compute_dtype = torch_dtype if self.bnb_4bit_compute_dtype == "auto" else self.bnb_4bit_compute_dtype
         return dataclasses.replace(self, torch_dtype=torch_dtype, bnb_4bit_compute_dtype=compute_dtype)  # type: ignore[arg-type]
 
     @property
     def load_dtype(self) -> torch.dtype:
-        """`torch_dtype` of a config that is resolved: what weights are cast to as they land."""
+        """The `torch_dtype` of a resolved config, which weights are cast to when they are loaded."""
         assert isinstance(self.torch_dtype, torch.dtype), "resolved() was not called"
         return self.torch_dtype
 
     @classmethod
     def from_mode(cls, mode: str, **fields: Any) -> BnbQuantizationConfig:
-        """Make the config of a mode by its name; dtypes are the checkpoint's unless given.
+        """Make the config of a mode; dtypes are those of the checkpoint unless they are given.
 
         Args:
             mode: "nf4", "nf4-dq", "fp4", "fp4-dq", "int8" or "int8-training".
-            **fields: any other field of the class.
+            **fields: any other fields of the class.
 
         Raises:
-            ConfigError: no such mode, or no such field.
+            ConfigError: there is no such mode or field.
         """
         if not isinstance(mode, str) or mode not in MODES:
             close = get_close_matches(str(mode).lower(), MODES, n=1)
@@ -170,11 +179,11 @@ class BnbQuantizationConfig:
 
     @classmethod
     def from_transformers(cls, config: Any, torch_dtype: torch.dtype | str = "auto") -> BnbQuantizationConfig:
-        """Copy transformers' `BitsAndBytesConfig`, which says nothing of the dtype of the other weights.
+        """Copy transformers' `BitsAndBytesConfig`, which has no field for the dtype of the other weights.
 
         Args:
             config: the `BitsAndBytesConfig`, or its dict.
-            torch_dtype: what `from_pretrained` calls `dtype`; "auto" is the checkpoint's own.
+            torch_dtype: the `dtype` of `from_pretrained`; "auto" is that of the checkpoint.
         """
         given = dict(config) if isinstance(config, Mapping) else config.to_dict()
         for name in ("load_in_4bit", "load_in_8bit"):  # properties of the class, so not in its vars()
@@ -182,12 +191,12 @@ class BnbQuantizationConfig:
         ours = {name: given.pop(_TRANSFORMERS_NAMES.get(name, name), _UNSET) for name in _FIELDS}
         unknown = [name for name in given if name not in _TRANSFORMERS_EXTRAS]
         if unknown:
-            logger.warning("fields of the transformers config that have no effect: %s", listed(unknown))
+            logger.warning("these fields of the transformers config have no effect: %s", listed(unknown))
         ours = {name: value for name, value in ours.items() if value is not _UNSET}
         if isinstance(ours.get("skip_modules"), list):
             ours["skip_modules"] = [_unanchored(name) for name in ours["skip_modules"]]
         if ours.get("bnb_4bit_compute_dtype") is None:
-            ours["bnb_4bit_compute_dtype"] = torch.float32  # transformers' default, where accelerate has fp16
+            ours["bnb_4bit_compute_dtype"] = torch.float32  # transformers' default; accelerate's is fp16
         if ours.get("bnb_4bit_quant_storage") is None:
             ours["bnb_4bit_quant_storage"] = torch.uint8
         return cls._build({**ours, "torch_dtype": torch_dtype})
@@ -195,8 +204,8 @@ class BnbQuantizationConfig:
     def to_transformers(self) -> Any:
         """Make the `BitsAndBytesConfig` with the same meaning.
 
-        What transformers has no field for (torch_dtype, keep_in_fp32_modules, blocksize) is left out, and a compute
-        dtype of "auto", which it has no word for, is its default, float32.
+        transformers has no fields for torch_dtype, keep_in_fp32_modules and the blocksize, which are left out, and no
+        compute dtype "auto", which becomes its default, float32.
 
         Raises:
             MissingDependencyError: transformers is not installed.
@@ -217,7 +226,7 @@ class BnbQuantizationConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as values that JSON holds; dtypes by their torch names."""
+        """Return the fields as values for JSON; dtypes are torch's names, such as "float16"."""
         fields = dataclasses.asdict(self)
         return {
             name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
@@ -226,10 +235,10 @@ class BnbQuantizationConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> BnbQuantizationConfig:
-        """Make a config from a dict of ours, accelerate's or transformers' fields.
+        """Make a config from a dict with the fields of bigload, accelerate or transformers.
 
         Raises:
-            ConfigError: a field that none of the three has.
+            ConfigError: a field that none of them has.
         """
         if _TRANSFORMERS_EXTRAS & fields.keys() or "llm_int8_skip_modules" in fields:
             return cls.from_transformers(fields)
@@ -240,7 +249,7 @@ class BnbQuantizationConfig:
         unknown = [name for name in fields if name not in _FIELDS]
         if unknown:
             raise ConfigError(f"unknown config field {listed(unknown)}; the fields are {', '.join(_FIELDS)}")
-        # The lists are copied: what the caller does to theirs later must not change ours, nor the reverse.
+        # The lists are copied, so that the caller's and the config's do not change each other.
         copied: dict[str, Any] = {name: list(v) if isinstance(v, list) else v for name, v in fields.items()}
         return cls(**copied)
 
@@ -251,13 +260,14 @@ _ACCELERATE_FIELDS = _FIELDS[:9]
 
 
 def as_config(given: Any) -> BnbQuantizationConfig:
-    """Take a config in any spelling; always a checked copy, so the caller's is never changed.
+    """Make a checked copy of a config in any form; the caller's is not changed.
 
     Args:
-        given: our config, accelerate's, transformers' `BitsAndBytesConfig`, a dict of any of them, or a mode's name.
+        given: a config of bigload or accelerate, transformers' `BitsAndBytesConfig`, a dict of any of them, or the name
+            of a mode.
 
     Raises:
-        ConfigError: none of these, or one with a bad field.
+        ConfigError: it is none of these, or has an invalid field.
     """
     if isinstance(given, BnbQuantizationConfig):
         return BnbQuantizationConfig._build({name: getattr(given, name) for name in _FIELDS})
@@ -265,7 +275,7 @@ def as_config(given: Any) -> BnbQuantizationConfig:
         return BnbQuantizationConfig.from_mode(given)
     if isinstance(given, Mapping):
         return BnbQuantizationConfig.from_dict(given)
-    # By name: neither library is imported to ask whether an object is its.
+    # By name, since checking with isinstance would import both libraries.
     classes = {cls.__name__ for cls in type(given).__mro__}
     if "BitsAndBytesConfig" in classes:
         return BnbQuantizationConfig.from_transformers(given)
@@ -273,7 +283,7 @@ def as_config(given: Any) -> BnbQuantizationConfig:
         return BnbQuantizationConfig.from_accelerate(given)
     if given is None:
         raise ConfigError(
-            "bnb_quantization_config is None, which means a checkpoint that is quantized already, and there is none: "
+            "bnb_quantization_config is None, which needs a checkpoint that is quantized already, and there is none: "
             f"give a config or one of {', '.join(MODES)}"
         )
     raise ConfigError(
@@ -283,7 +293,7 @@ def as_config(given: Any) -> BnbQuantizationConfig:
 
 
 def _unanchored(name: Any) -> Any:
-    """Take a skip entry that was anchored for transformers, `^model\\.proj$`, as the path it stands for."""
+    """Return the path of a skip entry that was anchored for transformers, such as `^model\\.proj$`."""
     is_anchored = isinstance(name, str) and name.startswith("^") and name.endswith("$")
     return name[1:-1].replace("\\", "") if is_anchored else name
 
@@ -303,17 +313,21 @@ def _dtype(name: str, given: Any) -> torch.dtype | str:
 
 @dataclass(frozen=True)
 class OffloadConfig:
-    """How offloaded blocks are kept and computed.
+    """How offloaded blocks are stored and computed.
 
     Attributes:
-        execute: where a block that rests in host memory is computed: "gpu", which its weights are streamed to, "cpu",
-            in float32, or "auto": where it takes less time for a token, by what must be moved and rates that are
-            measured; the log says why.
-        slots: how many blocks' weights a GPU holds at once while they stream, 1 or more: with two, one arrives while
-            another is computed with.
-        pin: whether host memory is pinned, which the full speed of the link needs.
-        reserve: bytes of each GPU that are left for activations, or "512MiB"; None leaves 128 MiB, and what the largest
-            4-bit layer takes when bitsandbytes dequantizes it, as it does for more than a few tokens.
+        execute: what computes blocks in host memory: "gpu", to which their weights are streamed, "cpu", in float32, or
+            "auto", whichever takes less time for one token by rates that are measured; the log says why.
+        slots: the number of blocks whose weights a GPU holds at once, 1 or more; with two, one is copied while the
+            other computes.
+        pin: whether to pin host memory, which is needed for the full speed of the link.
+        reserve: memory of each GPU that is left for activations, in bytes or as "512MiB". None leaves 128 MiB, and what
+            the largest 4-bit layer needs when bitsandbytes dequantizes it, as it does for more than a few tokens.
+
+    Example:
+        >>> from bigload import OffloadConfig
+        >>> OffloadConfig(slots=3, reserve="1GiB")
+        OffloadConfig(execute='gpu', slots=3, pin=True, reserve='1GiB')
     """
 
     execute: Literal["gpu", "cpu", "auto"] = "gpu"
@@ -337,16 +351,16 @@ class OffloadConfig:
         """Return the reserve in bytes.
 
         Args:
-            dequantized: bytes of the largest 4-bit layer when it is dequantized.
+            dequantized: bytes of the largest 4-bit layer when it is dequantized; used if `reserve` is None.
         """
         return RESERVE_BYTES + dequantized if self.reserve is None else parse_size(self.reserve)
 
 
 def as_offload_config(given: object) -> OffloadConfig:
-    """Take an `OffloadConfig`, or None for the defaults.
+    """Return an `OffloadConfig`; None means the defaults.
 
     Raises:
-        ConfigError: neither.
+        ConfigError: it is neither.
     """
     if given is None:
         return OffloadConfig()

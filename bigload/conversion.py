@@ -1,4 +1,4 @@
-"""A checkpoint quantized from files to files, in a stream: the model is never whole in memory."""
+"""`quantize_checkpoint`: quantizes a checkpoint from files to files; the model is never whole in memory."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from .planning.sources import KeyMapping
 from .quantization import bnb
 from .saving import shard_bytes, write_configs
 
-# What is known of a conversion that is under way, in its folder.
+# Identifies an unfinished conversion, in its folder.
 _PROGRESS_NAME = "progress.json"
 
 
@@ -59,36 +59,52 @@ def quantize_checkpoint(
     overwrite: bool = False,
     progress: bool | None = None,
 ) -> None:
-    """Quantize a checkpoint into another, which loads without quantizing: the same bits as a load would have given.
+    """Quantize a checkpoint into a new one, without loading the model.
 
-    It goes through memory in pieces, whatever its size: beside the ring no more than the scales of a weight, and one
-    tensor at a time of those that are transposed or merged from others. The new folder is there when all of it is. A
-    run that was killed, or interrupted, leaves its finished files beside that, and the next one goes on from them.
+    The new checkpoint loads without quantizing, with the same bits as a load of the original. Weights pass through
+    memory in pieces: besides the ring of `load_and_quantize_model`, memory holds the scales of a weight, and one tensor
+    at a time of those that are transposed or merged from several. The new folder appears when it is complete. A run
+    that was killed or interrupted leaves its finished files beside it, and the next run continues from them.
 
     Args:
-        src: a checkpoint, as `load_and_quantize_model` takes it; never changed.
-        dst: the folder to make. What else lies in the folder of `src`, a tokenizer for instance, is copied.
-        bnb_quantization_config: as `load_and_quantize_model` takes it.
-        model: empty, what the checkpoint is for; None builds it from a config.json in the folder of `src`, with
-            transformers.
-        max_shard_size: of the tensors in one file, in bytes or as "5GB".
-        device: that quantizes; by default the current GPU, or the CPU where there is none.
-        key_mapping, tied_parameters, quantizable: as `load_and_quantize_model` takes them.
+        src: a checkpoint, as in `load_and_quantize_model`; never changed.
+        dst: the folder to create. Other files in the folder of `src`, such as a tokenizer, are copied.
+        bnb_quantization_config: as in `load_and_quantize_model`.
+        model: the empty model that the checkpoint is for; None builds it with transformers from a config.json in the
+            folder of `src`.
+        max_shard_size: the largest size of the tensors in one file, in bytes or as "5GB".
+        device: the device that quantizes; by default the current GPU, or the CPU if there is none.
+        key_mapping: as in `load_and_quantize_model`.
+        tied_parameters: as in `load_and_quantize_model`.
+        quantizable: as in `load_and_quantize_model`.
         overwrite: replace a folder that is not empty.
-        progress: show a bar in bytes; by default where standard error is a terminal.
+        progress: show a progress bar; by default if standard error is a terminal.
 
     Raises:
         CheckpointError: `src` cannot be read, is quantized already or does not fit the model; `dst` is not empty,
             lies inside `src`, or cannot be written.
-        ConfigError: an argument cannot mean anything.
+        ConfigError: an argument has an invalid value.
         QuantizationError: a weight has values that the format cannot hold.
+
+    Example:
+        >>> import bigload, torch
+        >>> from safetensors.torch import save_file
+        >>> def build():
+        ...     return torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+        >>> save_file(build().state_dict(), "net.safetensors")
+        >>> with bigload.init_empty_weights():
+        ...     empty = build()
+        >>> bigload.quantize_checkpoint("net.safetensors", "net-nf4", "nf4", model=empty, device="cpu")
+        >>> model = bigload.load_and_quantize_model(empty, None, "net-nf4", device_map="cpu")
+        >>> type(model[0]).__name__
+        'Linear4bit'
     """
     config = as_config(bnb_quantization_config)
     if config.llm_int8_has_fp16_weight:
         raise ConfigError("int8-training keeps its weights in 16 bit: there is nothing to quantize beforehand")
     max_shard_bytes = shard_bytes(max_shard_size)
     checkpoint = open_checkpoint(src)
-    # Of a file, or an index, that was named, nothing beside it is meant.
+    # If `src` is a file or an index, the files beside it are not part of it.
     is_folder = not Path(src).expanduser().is_file()
     target = _target_folder(dst, checkpoint, is_folder=is_folder, overwrite=overwrite)
     model = _empty_model(checkpoint.location.parent) if model is None else model
@@ -107,14 +123,14 @@ def quantize_checkpoint(
         if not plan.layers:
             raise ConfigError(f"nothing in this {type(model).__name__} would be quantized: there is nothing to do")
         with _exclusive(target), _resumable_folder(target, _fingerprint(plan, checkpoint, max_shard_bytes)) as made:
-            kept = [path for path in plain_linears(view) if path not in plan.layers]
-            # What can fail goes before what takes long.
-            write_configs(model, made, plan.config, kept, plan.layers, plan.config.load_dtype)
+            skipped = [path for path in plain_linears(view) if path not in plan.layers]
+            # First what may fail, then what takes long.
+            write_configs(model, made, plan.config, skipped, plan.layers, plan.config.load_dtype)
             layout = _convert(plan, made, max_shard_bytes, progress)
-            _describe(plan, made, layout, kept)
+            _describe(plan, made, layout, skipped)
             if is_folder:
                 copy_the_rest(checkpoint.location.parent, made)
-            checked_target(target, overwrite=overwrite)  # something may have come there meanwhile
+            checked_target(target, overwrite=overwrite)  # others may have written there meanwhile
 
 
 def _empty_model(folder: Path) -> nn.Module:
@@ -125,10 +141,10 @@ def _empty_model(folder: Path) -> nn.Module:
 
 @contextmanager
 def _exclusive(target: Path) -> Iterator[None]:
-    """Keep other runs for the same target out for as long as the block runs.
+    """Lock a target while the `with` block runs.
 
     Raises:
-        CheckpointError: there is one.
+        CheckpointError: another run has locked it.
     """
     path = target.with_name(f".{target.name}.lock")
     try:
@@ -138,7 +154,7 @@ def _exclusive(target: Path) -> Iterator[None]:
         raise CheckpointError(f"'{target}' cannot be written: {error}") from error
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of when the process ends, however it does
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released with the process, however it ends
         except OSError as error:
             raise CheckpointError(f"another run is making '{target}': wait for it, or end it") from error
         try:
@@ -161,7 +177,10 @@ def _target_folder(given: str | os.PathLike[str], checkpoint: Checkpoint, *, is_
 
 @contextmanager
 def _resumable_folder(target: Path, fingerprint: str) -> Iterator[Path]:
-    """Return a folder beside the target, with what an earlier run for the same has finished, and put it in place."""
+    """Make a folder beside the target, with the files of an unfinished run of the same fingerprint; at the end move it.
+
+    After Ctrl-C it stays for the next run; after an error it is deleted.
+    """
     made = target.with_name(f".{target.name}.partial")
     progress = made / _PROGRESS_NAME
     try:
@@ -173,7 +192,7 @@ def _resumable_folder(target: Path, fingerprint: str) -> Iterator[Path]:
         progress.unlink()
         put_in_place(made, target)
     except KeyboardInterrupt:
-        raise  # the next run goes on
+        raise
     except BaseException as error:
         shutil.rmtree(made, ignore_errors=True)
         if isinstance(error, OSError):
@@ -182,7 +201,7 @@ def _resumable_folder(target: Path, fingerprint: str) -> Iterator[Path]:
 
 
 def _fingerprint(plan: Plan, checkpoint: Checkpoint, max_shard_bytes: int) -> str:
-    """Tell runs apart that would not write the same bytes: by files, config, layers, layout and versions."""
+    """Hash all that the written bytes depend on: files, config, layers, layout and versions."""
     fingerprints = SourceFingerprints(with_samples=False)
 
     def origin(planned: PlannedTensor) -> object:
@@ -200,7 +219,7 @@ def _fingerprint(plan: Plan, checkpoint: Checkpoint, max_shard_bytes: int) -> st
 
 
 def _convert(plan: Plan, folder: Path, max_shard_bytes: int, progress: bool | None) -> str:
-    """Write the weights. Returns their layout."""
+    """Write the weights and return the hash of their layout, for the record."""
     tensors = sorted(plan.tensors, key=_in_file_order)
     outputs = [Output(planned, plan.config) for planned in tensors if planned.tensor.persistent]
     writer = ShardWriter(folder, [entry for output in outputs for entry in output.entries.values()], max_shard_bytes)
@@ -227,8 +246,8 @@ def _in_file_order(planned: PlannedTensor) -> tuple[str, int]:
     return ("", 0) if first is None or isinstance(first, torch.Tensor) else (str(first.file), first.offset)
 
 
-def _describe(plan: Plan, folder: Path, layout: str, kept: Sequence[str]) -> None:
+def _describe(plan: Plan, folder: Path, layout: str, skipped: Sequence[str]) -> None:
     ties = [planned.tensor.names for planned in plan.tensors if len(planned.tensor.names) > 1]
     config = dataclasses.replace(plan.config, skip_modules=None, keep_in_fp32_modules=None)
-    record = Record(layout, config, tuple(plan.layers), tuple(kept), tuple(ties))
+    record = Record(layout, config, tuple(plan.layers), tuple(skipped), tuple(ties))
     write_json(folder / RECORD_NAME, record.to_dict())

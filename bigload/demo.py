@@ -1,4 +1,4 @@
-"""`bigload demo`: a real sentence encoder, loaded and quantized, and what each mode makes of its embeddings."""
+"""`bigload demo`: loads a real sentence encoder in each mode and compares the embeddings."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ SENTENCES = (
 
 
 def run_demo() -> None:
-    """Print a table: for each mode the bytes, the load, the cosine to fp32, and the nearest sentence.
+    """Print a table with the size, load time, cosine to fp32 and nearest sentence of each mode.
 
     Raises:
         MissingDependencyError: the demo's packages are not installed.
     """
     folder = _model_folder()
     tokenizer = import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    # The same weights unquantized: every layer is skipped.
+    # The unquantized reference: every layer is skipped.
     full = _load({"load_in_8bit": True, "skip_modules": ["*"], "torch_dtype": "fp32"}, folder)
     reference = embed(full, tokenizer)
     device = next(iter(full.load_report.device_bytes))
@@ -66,7 +66,7 @@ def embed(model: nn.Module, tokenizer: Any) -> torch.Tensor:
     """Encode the query and the sentences.
 
     Returns:
-        (1 + sentences, features) fp32 on the CPU, of unit length: the mean over the tokens, as this model was trained.
+        (1 + sentences, features), fp32 on the CPU: the mean over the tokens, normalized, as the model was trained.
     """
     device = next(model.parameters()).device
     tokens = tokenizer([QUERY, *SENTENCES], padding=True, return_tensors="pt").to(device)
@@ -76,5 +76,5 @@ def embed(model: nn.Module, tokenizer: Any) -> torch.Tensor:
 
 
 def nearest(vectors: torch.Tensor) -> str:
-    """Return the sentence whose embedding lies nearest to the query's."""
+    """Return the sentence whose embedding, row 1 and up, is nearest to the query's, row 0."""
     return SENTENCES[int((vectors[1:] @ vectors[0]).argmax())]

@@ -1,4 +1,4 @@
-"""A quantized model turned back into plain layers."""
+"""`dequantize_model`: turns quantized layers back into plain ones."""
 
 from __future__ import annotations
 
@@ -22,22 +22,29 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Turn the layers of bitsandbytes in a model back into plain ones, with the values that they compute with.
+    """Turn a model's bitsandbytes layers back into plain ones, with the values that they compute with.
 
-    Hooks, train or eval mode, ties and `requires_grad` stay. It takes the memory of the plain weights beside the
-    quantized ones until all are made; if that fails, the model is as it was.
+    Hooks, train or eval mode, ties and `requires_grad` are kept. The plain weights need memory beside the quantized
+    ones until all are made; on failure the model is unchanged.
 
     Args:
         model: changed in place.
-        dtype: of the dequantized weights and their biases; None is what each 4-bit weight was quantized from, and for
-            int8, which does not keep that, what most of the model's other weights are in.
+        dtype: of the dequantized weights and their biases. None means the dtype that a 4-bit weight was quantized from;
+            int8 does not store that, so there it means the dominant dtype of the model's other weights.
 
     Returns:
-        The same model. (One that is itself a quantized layer is replaced, so use what is returned.)
+        The same model. If the model itself is a quantized layer, the layer that replaces it.
 
     Raises:
-        ConfigError: not a floating dtype, or the model has no quantized layer.
-        QuantizationError: layers that hold adapters, that are streamed, or that bitsandbytes has packed for the CPU.
+        ConfigError: `dtype` is no floating dtype, or the model has no quantized layer.
+        QuantizationError: a layer holds adapters, is offloaded, or was packed by bitsandbytes for the CPU.
+
+    Example:
+        >>> import bigload, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+        >>> model = bigload.load_and_quantize_model(net, "nf4", device_map="cpu")
+        >>> bigload.dequantize_model(model)[0]
+        Linear(in_features=64, out_features=64, bias=True)
     """
     if dtype is not None and dtype not in _FLOATS:
         raise ConfigError(f"dtype is {dtype!r}; expected torch.float32, float16 or bfloat16, or None")
@@ -63,26 +70,24 @@ def _require_own_forwards(layers: dict[str, Any]) -> None:
     dispatched = [path for path, layer in layers.items() if "_hf_hook" in vars(layer)]
     if dispatched:
         raise QuantizationError(
-            f"{listed(dispatched)}: moved about by accelerate; call remove_hook_from_submodules(model) first"
+            f"{listed(dispatched)}: dispatched by accelerate; call remove_hook_from_submodules(model) first"
         )
     streamed = [path for path, layer in layers.items() if forward_override_of(layer)]
     if streamed:
         raise QuantizationError(
-            f"{listed(streamed)}: streamed from where they rest; call model.offload.remove() first, or load the "
-            "checkpoint unquantized"
+            f"{listed(streamed)}: offloaded; call model.offload.remove() first, or load the unquantized checkpoint"
         )
 
 
 @torch.no_grad()
 def _plain(layer: Any, dtype: torch.dtype | None, own: torch.dtype) -> nn.Module:
-    """Make the layer that a layer of bitsandbytes stands for."""
     weight = layer.weight
     if isinstance(layer, library().nn.Linear4bit):
         values = dequantize_4bit(weight.data, weight.quant_state, dtype or weight.quant_state.dtype)
     elif layer.state.has_fp16_weights:
         values = weight.data.to(dtype or weight.dtype)
     else:
-        # LLM.int8(), arXiv 2208.07339, section 2: each row by its largest value over 127.
+        # LLM.int8(), arXiv 2208.07339, section 2: the scale of each row is its largest absolute value over 127.
         values = (weight.data * (row_scales(layer) / 127).unsqueeze(1)).to(dtype or own)
     kind = source_class(layer)
     new = _empty(kind, values.shape, layer.bias is not None)
@@ -102,5 +107,6 @@ def _empty(kind: type[nn.Module], shape: torch.Size, has_bias: bool) -> nn.Modul
         if transformers_facts.is_conv1d_class(kind):
             return kind(*shape)
         layer = nn.Linear(shape[1], shape[0], bias=has_bias)
-    layer.__class__ = kind  # type: ignore[assignment]  # whose constructor may take anything; what it set is carried over
+    # Not made by the constructor of `kind`, whose arguments are unknown; the attributes that it set are carried over.
+    layer.__class__ = kind  # type: ignore[assignment]
     return layer

@@ -1,6 +1,6 @@
-"""What can go wrong, as exceptions.
+"""The exceptions.
 
-Each also derives from the builtin that accelerate raises in its place, so that an ``except ValueError`` written for
+Each also derives from the builtin that accelerate raises in the same case, so that an `except ValueError` written for
 accelerate keeps working.
 """
 
@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping
 
 
 class BigloadError(Exception):
-    """The root of all errors that bigload raises on purpose.
+    """The base class of bigload's errors.
 
     Attributes:
-        context: what was being done when the error arose, added by the outermost layer; empty before that.
+        context: what was being done, such as "loading 'model/' with device_map='auto'"; shown after the message.
     """
 
     context: str = ""
@@ -24,15 +24,15 @@ class BigloadError(Exception):
 
 
 class ConfigError(BigloadError, ValueError):
-    """A quantization config or an argument that cannot mean anything."""
+    """A quantization config or an argument is invalid."""
 
 
 class CheckpointError(BigloadError, RuntimeError):
-    """A checkpoint that cannot be read, or that does not fit the model.
+    """A checkpoint cannot be read or written, or does not fit the model.
 
     Attributes:
-        missing_keys: parameters of the model without a source in the checkpoint.
-        unexpected_keys: tensors of the checkpoint that the model has no place for.
+        missing_keys: the model's parameters that are not in the checkpoint.
+        unexpected_keys: the checkpoint's tensors that are not in the model.
         mismatched_shapes: parameter -> (shape in the checkpoint, shape in the model).
     """
 
@@ -51,28 +51,28 @@ class CheckpointError(BigloadError, RuntimeError):
 
 
 class PlacementError(BigloadError, ValueError):
-    """A device map or a budget that the model cannot be placed by."""
+    """A device map or a memory budget cannot be met."""
 
 
 class QuantizationError(BigloadError, RuntimeError):
-    """A weight that cannot be quantized as asked."""
+    """A weight cannot be quantized as asked, or a quantized layer cannot be used as asked."""
 
 
 class OffloadError(BigloadError, RuntimeError):
-    """Weights off the GPU that cannot be kept or brought back."""
+    """Offloaded weights cannot be stored, read or streamed."""
 
 
 class MissingDependencyError(BigloadError, ImportError):
-    """A library that this call needs is not installed."""
+    """A library that this function needs is not installed."""
 
 
 def counted(count: int, noun: str) -> str:
-    """Write a count with its noun: "1 tensor", "2 tensors"."""
+    """Return a count with its noun: "1 tensor", "2 tensors"."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def listed(names: Iterable[str], limit: int = 10) -> str:
-    """Quote names for a message, the first ``limit`` of them and a count of the rest."""
+    """Quote the first `limit` names for a message, and count the rest."""
     quoted = [repr(name) for name in names]
     more = f" and {len(quoted) - limit} more" if len(quoted) > limit else ""
     return ", ".join(quoted[:limit]) + more

@@ -1,4 +1,4 @@
-"""Libraries that only some calls need."""
+"""Imports of libraries that only some functions need."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from .errors import MissingDependencyError
 
 
 def import_optional(name: str, remedy: str) -> ModuleType:
-    """Import a library that is not one of the core dependencies.
+    """Import a library that may not be installed.
+
+    Args:
+        name: the module.
+        remedy: what the error tells the user to do.
 
     Raises:
-        MissingDependencyError: it is not installed; says what to install.
+        MissingDependencyError: it cannot be imported.
     """
     try:
         return importlib.import_module(name)
-    except (ImportError, OSError) as error:  # OSError: its native library does not load
+    except (ImportError, OSError) as error:  # OSError: its native library cannot be loaded
         raise MissingDependencyError(f"this needs {name}, which cannot be imported ({error}): {remedy}") from error

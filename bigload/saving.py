@@ -1,4 +1,4 @@
-"""A quantized model on disk: saved so that bigload, and for its own classes transformers, loads it bit for bit."""
+"""`save_quantized_model`: saves a quantized model so that bigload, or transformers, loads the same bits again."""
 
 from __future__ import annotations
 
@@ -35,32 +35,45 @@ def save_quantized_model(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Save a model whose layers are quantized, as safetensors that are read without quantizing again.
+    """Save a quantized model as safetensors, which load without quantizing again.
 
-    `load_and_quantize_model(empty, None, folder)` gives it back with the same bits, layers and dtypes. Of a model of
-    transformers there is also the config.json by which `from_pretrained(folder)` does. Tied weights are stored once.
-    The folder is there when all of it is, and not before.
+    `load_and_quantize_model(empty, None, folder)` loads it with the same bits, layers and dtypes. For a model of
+    transformers a config.json is written too, with which `from_pretrained(folder)` loads it. Tied weights are stored
+    once. The folder appears when it is complete.
 
     Args:
-        model: loaded by bigload, or any other with layers of bitsandbytes.
-        folder: where to; made if need be.
-        max_shard_size: of the tensors in one file, in bytes or as "5GB"; one that is larger has a file of its own.
+        model: a model loaded by bigload, or any other with layers of bitsandbytes.
+        folder: the folder to create.
+        max_shard_size: the largest size of the tensors in one file, in bytes or as "5GB"; a larger tensor gets a file
+            of its own.
         overwrite: replace a folder that is not empty.
 
     Raises:
-        CheckpointError: the folder is not empty, or cannot be written; what was there is there still.
-        ConfigError: an argument cannot mean anything, or the model has no quantized layer.
-        QuantizationError: the model cannot be given back as it is: weights on meta, layers of several formats, weights
-            that bitsandbytes has packed for the CPU.
+        CheckpointError: the folder is not empty, or cannot be written; its contents are unchanged.
+        ConfigError: an argument has an invalid value, or the model has no quantized layer.
+        QuantizationError: the model could not be loaded again as it is: it has weights on meta, layers of several
+            formats, or weights that bitsandbytes has packed for the CPU.
+
+    Example:
+        >>> import bigload, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+        >>> model = bigload.load_and_quantize_model(net, "nf4", device_map="cpu")
+        >>> bigload.save_quantized_model(model, "net-nf4")
+        >>> with bigload.init_empty_weights():
+        ...     empty = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+        >>> again = bigload.load_and_quantize_model(empty, None, "net-nf4", device_map="cpu")
+        >>> x = torch.ones(1, 64)
+        >>> torch.equal(again(x), model(x))
+        True
     """
     max_shard_bytes = shard_bytes(max_shard_size)
-    model = getattr(model, "_orig_mod", model)  # of torch.compile: what it compiled
+    model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
     layers = quantized_layers(model)
     config = _config(model, layers)
     state, ties = _stored_once(model, layers)
-    kept = [path for path in plain_linears(model) if path not in layers]
+    skipped = [path for path in plain_linears(model) if path not in layers]
     with new_folder(folder, overwrite=overwrite) as made:
-        write_configs(model, made, config, kept, layers, getattr(model, "dtype", None))
+        write_configs(model, made, config, skipped, layers, getattr(model, "dtype", None))
         writer = ShardWriter(made, [Entry(n, t.dtype, tuple(t.shape)) for n, t in state.items()], max_shard_bytes)
         try:
             for name, tensor in state.items():
@@ -68,14 +81,15 @@ def save_quantized_model(
             writer.finish()
         finally:
             writer.close()
-        write_json(made / RECORD_NAME, Record(writer.layout, config, tuple(layers), tuple(kept), tuple(ties)).to_dict())
+        record = Record(writer.layout, config, tuple(layers), tuple(skipped), tuple(ties))
+        write_json(made / RECORD_NAME, record.to_dict())
 
 
 def shard_bytes(size: int | str) -> int:
-    """Read a `max_shard_size`.
+    """Return a `max_shard_size` in bytes.
 
     Raises:
-        ConfigError: not a size, or none at all.
+        ConfigError: it is no size, or 0.
     """
     try:
         nbytes = parse_size(size)
@@ -90,15 +104,15 @@ def write_configs(
     model: Any,
     folder: Path,
     config: BnbQuantizationConfig,
-    kept: Iterable[str],
+    skipped: Iterable[str],
     layers: Mapping[str, nn.Module],
     dtype: Any,
 ) -> None:
-    """Write the configs by which transformers makes the same layers, of a model of its own; warn where it cannot."""
+    """Write the configs of a model of transformers, for `from_pretrained`; warn if it will not make the same layers."""
     if not transformers_facts.is_pretrained(model):
         return
     quantization = config.to_transformers()
-    quantization.llm_int8_skip_modules = skip_list(kept, layers)
+    quantization.llm_int8_skip_modules = skip_list(skipped, layers)
     transformers_facts.save_configs(model, folder, quantization, dtype)
     classes = dict.fromkeys(map(source_class, layers.values()))
     unknown = [
@@ -106,8 +120,8 @@ def write_configs(
     ]
     if unknown:
         logger.warning(
-            "from_pretrained will not read what is saved of this %s: transformers %s makes no quantized layers of "
-            "subclasses of nn.Linear, which %s is; load it with load_and_quantize_model(model, None, folder)",
+            "from_pretrained cannot load this saved %s: transformers %s quantizes no subclasses of nn.Linear, such as "
+            "%s; load it with load_and_quantize_model(model, None, folder)",
             type(model).__name__,
             transformers_facts.import_transformers().__version__,
             listed(unknown),
@@ -115,7 +129,7 @@ def write_configs(
 
 
 def _config(model: nn.Module, layers: Mapping[str, Any]) -> BnbQuantizationConfig:
-    """Return the config that makes such layers of plain ones; its `torch_dtype` is what most other weights are in."""
+    """Return the config that the layers were quantized with; its `torch_dtype` is the other weights' dominant dtype."""
     if not layers:
         raise ConfigError(
             f"this {type(model).__name__} has no layer that bitsandbytes quantized; save it as any other model"
@@ -126,25 +140,26 @@ def _config(model: nn.Module, layers: Mapping[str, Any]) -> BnbQuantizationConfi
     empty = [name for name, tensor in tensors.items() if tensor.is_meta]
     if empty:
         raise QuantizationError(f"{listed(empty)}: on meta, so there is nothing to save; load the weights first")
-    ways: dict[tuple[Any, ...], str] = {}
+    configs: dict[tuple[Any, ...], str] = {}
     for path, layer in layers.items():
-        ways.setdefault(tuple(config_of_layer(layer).items()), path)
-    if len(ways) > 1:
+        configs.setdefault(tuple(config_of_layer(layer).items()), path)
+    if len(configs) > 1:
         raise QuantizationError(
-            f"{listed(ways.values())} are quantized, or compute, each in another way: a checkpoint has one"
+            f"{listed(configs.values())} have different quantization configs: a checkpoint can have only one"
         )
     quantized = {id(parameter) for layer in layers.values() for parameter in layer.parameters(recurse=False)}
     others = [parameter for parameter in model.parameters() if id(parameter) not in quantized]
     floating = [(parameter.dtype, parameter.nbytes) for parameter in others if parameter.is_floating_point()]
-    return BnbQuantizationConfig(**dict(next(iter(ways))), torch_dtype=dominant_dtype(floating) if floating else "auto")
+    torch_dtype = dominant_dtype(floating) if floating else "auto"
+    return BnbQuantizationConfig(**dict(next(iter(configs))), torch_dtype=torch_dtype)
 
 
 def _stored_once(model: nn.Module, layers: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], list[tuple[str, ...]]]:
-    """Return the model's state_dict, of tied parameters only the first, and the names of those that are tied."""
+    """Return the model's state_dict with each tied parameter under its first name, and the tied names."""
     state: dict[str, torch.Tensor] = model.state_dict()
-    strange = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
-    if strange:
-        raise QuantizationError(f"{listed(strange)}: extra state that is no tensor, which safetensors cannot hold")
+    extra = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
+    if extra:
+        raise QuantizationError(f"{listed(extra)}: extra state that is no tensor, which safetensors cannot hold")
     groups: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)
     modules = modules_by_path(model)
     for name, parameter in leaves(modules, "_parameters").items():
@@ -158,13 +173,13 @@ def _stored_once(model: nn.Module, layers: Mapping[str, Any]) -> tuple[dict[str,
     ]
     if untied:
         raise QuantizationError(
-            f"{listed(untied[0])} are tied in models of this class, and here they are not: set "
-            "config.tie_word_embeddings to False, so that they are not tied again"
+            f"{listed(untied[0])} are tied in models of this class, but not in this model: set "
+            "config.tie_word_embeddings to False, so that loading does not tie them again"
         )
     quantized = set(layers.values())
     shared = {f"{path}.weight".lstrip(".") for path, module in modules.items() if module in quantized}
     gone = {name for _, *others in ties for name in others}
-    for name in gone & shared:  # with all the parts of a quantized weight
+    for name in gone & shared:  # and all other parts of a quantized weight
         around = {f"{name.removesuffix('weight')}{part}" for part in ("SCB", "weight_format")}
         gone |= {key for key in state if key in around or key.startswith(f"{name}.")}
     return {name: tensor for name, tensor in state.items() if name not in gone}, ties

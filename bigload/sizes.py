@@ -1,4 +1,4 @@
-"""Sizes as people write them."""
+"""Sizes in bytes, read from and written as text."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def parse_size(size: int | str) -> int:
-    """Read a size in bytes: an int, or a string such as "10GiB", "500MB" or "1.5 GiB".
+    """Return a size in bytes, given as an int or a string such as "10GiB", "500MB" or "1.5 GiB".
 
     Raises:
-        PlacementError: not a size, or a negative one.
+        PlacementError: it is no size, negative, or 2**63 or more.
     """
     if isinstance(size, int) and not isinstance(size, bool):
         parsed = Fraction(size)
     else:
         match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-zA-Z]*)\s*", size) if isinstance(size, str) else None
-        # "Gb" is bits to accelerate and a slip to most: neither guess is safe.
+        # "Gb" means bits to accelerate and bytes to most people: neither guess is safe.
         if match is None or match[2].upper() not in _UNITS or re.fullmatch("[kKmMgGtT]b", match[2]):
             raise PlacementError(f"max_memory holds {size!r}; expected bytes as an int, or a string such as '10GiB'")
         parsed = Fraction(match[1].rstrip(".")) * _UNITS[match[2].upper()]
@@ -31,7 +31,7 @@ def parse_size(size: int | str) -> int:
 
 
 def show(nbytes: int) -> str:
-    """Write bytes for a person, in binary units."""
+    """Write a number of bytes in binary units, such as "1.50 GiB"."""
     amount = float(nbytes)
     for unit in ("B", "KiB", "MiB"):
         if amount < 1024:

@@ -187,7 +187,7 @@ def test_layers_that_others_changed_are_refused(tmp_path):
         dequantize_model(model)
     model.proj.weight.quant_state.packing_format_for_cpu = False
     hooks.add_hook_to_module(model.odd, hooks.AlignDevicesHook(execution_device="cpu"))
-    with pytest.raises(QuantizationError, match="'odd': moved about by accelerate"):
+    with pytest.raises(QuantizationError, match="'odd': dispatched by accelerate"):
         dequantize_model(model)
     hooks.remove_hook_from_module(model.odd)
     assert not quantized_layers(dequantize_model(model))
