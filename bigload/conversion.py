@@ -171,7 +171,7 @@ def _target_folder(given: str | os.PathLike[str], checkpoint: Checkpoint, *, is_
     target = checked_target(given, overwrite=overwrite)
     source = Path(os.path.realpath(checkpoint.location.parent))
     if target == source or target in source.parents or (is_folder and source in target.parents):
-        raise CheckpointError(f"'{target}' lies where the checkpoint is, '{source}': name another folder")
+        raise CheckpointError(f"'{target}' overlaps the checkpoint's folder '{source}': name another folder")
     return target
 
 

@@ -175,7 +175,7 @@ def streamed_tensors_of(leaf: Leaf) -> list[StreamedTensor]:
 def _places_4bit(path: str, layer: Any) -> _Places:
     state = getattr(layer.weight, "quant_state", None)
     if state is None or getattr(state, "packing_format_for_cpu", False):
-        raise OffloadError(f"{path!r} is not quantized yet, or packed by bitsandbytes for this CPU: load it anew")
+        raise OffloadError(f"{path!r} is not quantized yet, or packed by bitsandbytes for this CPU: load it again")
     return {"weight": [(layer.weight, "data")]} | {part: [held] for part, held in state_holders(state).items()}
 
 
