@@ -1,4 +1,4 @@
-"""`load_and_quantize_model`: the way from a checkpoint to a model that is ready to run."""
+"""`load_and_quantize_model`: loads a checkpoint into a model, quantizes it, and prepares it to run."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def _without_collections() -> Iterator[None]:
-    """Pause Python's collector of cycles: of a load's many new objects none is garbage, and it would go over all.
+    """Pause Python's garbage collector: a load creates many objects and no garbage.
 
-    With 10,000 tensors that is half of the time.
+    With 10,000 tensors the collector takes half of the time.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -71,46 +71,62 @@ def load_and_quantize_model(
     strict: bool = False,
     progress: bool | None = None,
 ) -> nn.Module:
-    """Load a checkpoint into a model, quantizing each Linear with bitsandbytes as it lands on its device.
+    """Load a checkpoint into a model, and quantize each Linear with bitsandbytes while the weights are read.
 
-    The first eight parameters are accelerate's. If anything fails, the model is as it was and a second try works.
+    The first eight parameters are accelerate's. If the load fails, the model is unchanged and can be loaded again.
 
     Args:
-        model: on meta, or real: a real one without `weights_location` is quantized from its own weights.
+        model: on meta or real. A real one without `weights_location` is quantized from its own weights.
         bnb_quantization_config: a `BnbQuantizationConfig` (ours or accelerate's), transformers'
-            `BitsAndBytesConfig`, a dict of any of them, or a mode such as "nf4-dq". Never changed. None means that of
-            a checkpoint which is quantized already; with one, a config may only choose how it computes.
+            `BitsAndBytesConfig`, a dict of any of them, or a mode such as "nf4-dq"; not changed. For a checkpoint that
+            is quantized already it may be None, and may only choose how the layers compute.
         weights_location: a .safetensors, .bin, .pt or .pth file, an .index.json, a folder with one of them, or a
             repository of the Hugging Face hub, "org/name" or "org/name@revision".
-        device_map: None (the current GPU, or the CPU where there is none), a device, {block path: device, "cpu" or
-            "disk"}, or how to spread the model: "auto" or "balanced" over all GPUs evenly, "balanced_low_0" with as
-            little as possible on the first, "sequential" one after the other.
-        no_split_module_classes: names of classes of blocks that one device must hold whole; by default what the model
-            says of itself, else the class that its largest list of modules repeats.
-        max_memory: {device, "cpu" or "disk": bytes or "10GiB"}, taken as it is; a model that needs more is refused
-            before anything is read. By default what is free; if it names GPUs, those alone are used.
-        offload_folder: where blocks on the "disk" lie, as far as the checkpoint does not have them just as they are to
-            be: each weight is quantized once, and found there by the next load.
-        offload_state_dict: accepted and without effect: nothing needs it.
-        offload: an `OffloadConfig`: how much of a GPU is left for activations, and how offloaded blocks are kept.
+        device_map: None (the current GPU, or the CPU if there is none), a device, {block path: device, "cpu" or
+            "disk"}, or a strategy: "auto" or "balanced" spread the model evenly over all GPUs, "balanced_low_0" puts as
+            little as possible on the first, "sequential" fills one after the other.
+        no_split_module_classes: names of the classes of blocks that must stay whole on one device; by default the
+            model's own `_no_split_modules`, else the classes in its largest list of modules.
+        max_memory: {device, "cpu" or "disk": bytes or "10GiB"}, by default what is free. A model that needs more is
+            refused before any weight is read. If it names GPUs, only those are used.
+        offload_folder: a folder for the weights of blocks on "disk" that the checkpoint does not store in the form
+            needed. Each weight is quantized once; the next load reuses the file.
+        offload_state_dict: accepted for compatibility; has no effect.
+        offload: an `OffloadConfig`: how much of a GPU to keep free for activations, and how to store offloaded blocks.
         key_mapping: renames checkpoint keys: {regex: replacement} applied in turn, or a function.
-        tied_parameters: pairs of parameters that are one weight, where neither the model's own sharing nor its
-            transformers class says so.
-        quantizable: subclasses of nn.Linear to quantize beside those that do what it does and no more.
-        strict: make checkpoint tensors without a place in the model an error instead of a warning.
-        progress: show a bar in bytes; by default where standard error is a terminal.
+        tied_parameters: pairs of names of parameters that are one weight, if the model neither shares them nor has a
+            transformers class that ties them.
+        quantizable: further subclasses of nn.Linear to quantize; those that compute exactly the same are quantized
+            anyway.
+        strict: raise for checkpoint tensors without a place in the model instead of warning.
+        progress: show a progress bar in bytes; by default if standard error is a terminal.
 
     Returns:
         The same model, with `load_report`, `hf_device_map`, `is_loaded_in_4bit` and `is_loaded_in_8bit` set, and for a
-        model of transformers what its own loader sets.
-        (A model that is itself one Linear is replaced, so use what is returned.)
+        transformers model also the attributes that its own loader sets. (A model that is itself one Linear is replaced,
+        so use the returned model.)
 
     Raises:
-        ConfigError: the config or an argument cannot mean anything.
+        ConfigError: the config or an argument is invalid.
         CheckpointError: the checkpoint is damaged, or does not fit the model.
         PlacementError: the device map or the budgets cannot be met.
-        QuantizationError: a weight has values that the format cannot hold.
-        OffloadError: a weight cannot be streamed, or `offload_folder` not be written.
+        QuantizationError: a weight has values that the format cannot represent.
+        OffloadError: a weight cannot be streamed, or `offload_folder` cannot be written.
+
+    Example:
+        >>> import tempfile, bigload
+        >>> from safetensors.torch import save_model
+        >>> from torch import nn
+        >>> def build():
+        ...     return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> save_model(build(), f"{folder.name}/model.safetensors")
+        >>> with bigload.init_empty_weights():
+        ...     model = build()
+        >>> model = bigload.load_and_quantize_model(model, "nf4", folder.name)
+        >>> type(model[0]).__name__, type(model[2]).__name__  # the output head is not quantized by default
+        ('Linear4bit', 'Linear')
+        >>> folder.cleanup()
     """
     origin = "the model's own weights" if weights_location is None else f"{weights_location!r}"
     context = f"loading {origin} with device_map={device_map!r}"
@@ -130,10 +146,10 @@ def load_and_quantize_model(
             strict=strict,
         )
         spent_s = time.perf_counter() - begun
-        bnb.library()  # its import takes seconds, which are not the load's
+        bnb.library()  # its import takes seconds, which the load's time leaves out
         begun = time.perf_counter() - spent_s
     mode = request.config.mode
-    # Tensors made under inference_mode could never be trained through.
+    # Tensors created under inference_mode could not be used in training later.
     with _with_context(f"{context} as {mode}"), torch.inference_mode(False), torch.no_grad():
         view = ModelView(model)
         if "offload" in vars(model):
@@ -162,7 +178,7 @@ def _offload_targets(plan: Plan, request: PlacementRequest) -> OffloadTargets:
 
 
 def _set_to_run(model: nn.Module, plan: Plan, offload: OffloadConfig, targets: OffloadTargets) -> None:
-    """Hook what must be hooked where weights do not all lie on the one device that computes."""
+    """Attach the hooks that move inputs between devices and stream offloaded weights."""
     execution, load_dtype = plan.execution_map, plan.config.load_dtype
     attach(model, execution, plan.in_fp32, load_dtype, entries=entries(model, plan))
     try:
@@ -170,14 +186,14 @@ def _set_to_run(model: nn.Module, plan: Plan, offload: OffloadConfig, targets: O
             model.offload = Offload(model, plan, offload, targets)  # type: ignore[assignment]
     except torch.OutOfMemoryError as error:
         detach(model)
-        raise PlacementError(f"no room on the GPU for what is streamed through it: {error}") from error
+        raise PlacementError(f"no room on the GPU for the slots of streamed weights: {error}") from error
     except BaseException:
         detach(model)
         raise
 
 
 def _begin_to_pin(device_map: DeviceMap) -> None:
-    with suppress(PlacementError):  # raised where the map is resolved
+    with suppress(PlacementError):  # raised later, when the map is resolved
         gpus = [device for device in named_devices(device_map) if device.type == "cuda"]
         if gpus:
             pin_ahead(gpus[0])
@@ -185,7 +201,7 @@ def _begin_to_pin(device_map: DeviceMap) -> None:
 
 @contextmanager
 def _with_context(context: str) -> Iterator[None]:
-    """Say in every error what was being loaded, how and where to."""
+    """Add the source, mode and device map of the load to every error."""
     try:
         yield
     except BigloadError as error:
@@ -194,7 +210,7 @@ def _with_context(context: str) -> Iterator[None]:
 
 
 def release_buffers() -> None:
-    """Free what is kept from one load for the next: 128 MiB of pinned host memory, and small tables on the GPUs.
+    """Free the buffers kept between loads: 128 MiB of pinned host memory, and small tables on the GPUs.
 
     Example:
         >>> import bigload

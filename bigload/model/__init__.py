@@ -1,1 +1,1 @@
-"""What a model is made of: its modules and tensors, its layers, and what transformers says of it."""
+"""Reads a model's structure: modules, tensors, layers to quantize, and what transformers declares of it."""

@@ -1,4 +1,4 @@
-"""Models without weights: parameters on the meta device, shapes without memory; and the dtype they are built in."""
+"""Builds models without weights: their parameters are on the meta device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 class _Building(threading.local):
-    """The `init_empty_weights` blocks that this thread is in: real parameter -> the empty one in its place."""
+    """This thread's open `init_empty_weights` blocks, each a map from real parameters to the empty ones."""
 
     def __init__(self) -> None:
         self.blocks: list[WeakIdKeyDictionary] = []
@@ -26,13 +26,21 @@ _installed = False
 
 @contextmanager
 def init_empty_weights(include_buffers: bool = False) -> Iterator[None]:
-    """Build modules whose parameters take no memory: each goes to the meta device as it is registered.
+    """Build modules without weights: each parameter is replaced by one on the meta device when it is registered.
 
-    Parameters that are shared stay shared, buffers stay real (they are small, and often not in any checkpoint),
-    and modules built in other threads meanwhile are left alone.
+    Shared parameters stay shared. Buffers stay real: they are small, and often not in the checkpoint. Other threads are
+    not affected.
 
     Args:
-        include_buffers: put buffers on meta too, as all else that is created inside.
+        include_buffers: create buffers, and all other tensors, on meta too.
+
+    Example:
+        >>> import bigload
+        >>> from torch import nn
+        >>> with bigload.init_empty_weights():
+        ...     model = nn.Linear(1024, 1024)
+        >>> model.weight.device
+        device(type='meta')
     """
     _install_hook()
     _building.blocks.append(WeakIdKeyDictionary())
@@ -44,7 +52,7 @@ def init_empty_weights(include_buffers: bool = False) -> Iterator[None]:
 
 
 def _install_hook() -> None:
-    """Put the hook in place once and for good: torch iterates its hooks while other threads build modules."""
+    """Register the hook once, never to remove it: torch iterates its hooks while other threads build modules."""
     global _installed
     with _installing:
         if not _installed:
@@ -53,7 +61,7 @@ def _install_hook() -> None:
 
 
 def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-    """Return the empty parameter to register, or None to leave the one there is."""
+    """Return the empty parameter to register instead, or None to keep the real one."""
     if not _building.blocks or parameter is None or parameter.is_meta:
         return None
     if isinstance(parameter, nn.UninitializedParameter):
@@ -69,7 +77,7 @@ _default = threading.RLock()
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Make tensors in a dtype where none is named. torch has one default for all threads, so ours take turns."""
+    """Set torch's default dtype. It is global to all threads, so a lock lets only one of ours set it at a time."""
     with _default:
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
@@ -80,7 +88,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def like_parameter(parameter: nn.Parameter, data: torch.Tensor) -> nn.Parameter:
-    """Make a parameter around other data, with the class, attributes and requires_grad of this one."""
+    """Return a parameter with other data, and the class, attributes and requires_grad of this one."""
     new = torch.Tensor._make_subclass(type(parameter), data, parameter.requires_grad)
     new.__dict__.update(parameter.__dict__)
     return new

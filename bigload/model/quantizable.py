@@ -1,4 +1,4 @@
-"""Which layers of a model are quantized."""
+"""Selects the layers of a model that are quantized."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a run of whole components of a dotted name is one of the patterns; a star is any characters."""
+    """Whether one of the patterns matches whole, consecutive components of a dotted name; `*` matches anything."""
     return any(_compiled(pattern).search(name) for pattern in patterns)
 
 
@@ -38,14 +38,14 @@ def layers_to_quantize(
     tensors: Sequence[ModelTensor],
     quantizable: Sequence[type[nn.Linear]] = (),
 ) -> dict[str, nn.Module]:
-    """Choose the layers to quantize, by path: nn.Linear, what acts as it does, GPT-2's Conv1D, less what is skipped.
+    """Return the layers to quantize, by path: nn.Linear, subclasses that compute the same, and GPT-2's Conv1D.
 
-    Skipped are tied weights, layers whose owner reads their weight past their forward, modules kept in fp32 by the
-    config or the transformers class, and `skip_modules` or, where that is None, the output head.
+    Skipped are tied weights, layers whose weight another module reads itself, modules kept in fp32 by the config or the
+    transformers class, and `skip_modules` or, if that is None, the output head.
 
     Args:
-        model: read only.
-        config: what it skips.
+        model: not changed.
+        config: its `skip_modules` and `keep_in_fp32_modules` are used.
         tensors: of the model, from `tensors_of`.
         quantizable: further subclasses of nn.Linear to quantize.
 
@@ -55,7 +55,7 @@ def layers_to_quantize(
     _check_quantizable(quantizable)
     view = view_of(model)
     tied = {name for tensor in tensors if _has_several_owners(view, tensor) for name in tensor.names}
-    # What the class keeps in fp32 in any 16-bit dtype must not be quantized in any: it ruins T5's `wo`.
+    # Modules that the class keeps in fp32 under some 16-bit dtype must never be quantized: it ruins T5's `wo`.
     always = [
         *(config.keep_in_fp32_modules or ()),
         *transformers_facts.fp32_patterns(view.modules.values(), torch.float16),
@@ -87,67 +87,68 @@ def layers_stored_quantized(
     stored: Iterable[str],
     quantizable: Sequence[type[nn.Linear]] = (),
 ) -> dict[str, nn.Module]:
-    """Find the layers whose weights a checkpoint holds quantized already, by path.
+    """Return the layers whose weights the checkpoint stores quantized, by path.
 
     Args:
-        model: read only.
-        config: the caller's, or that of the checkpoint.
+        model: not changed.
+        config: its `skip_modules` and `keep_in_fp32_modules` must not name a quantized layer.
         tensors: of the model, from `tensors_of`.
         stored: the names of those weights in the model.
-        quantizable: subclasses of nn.Linear that may be quantized too.
+        quantizable: further subclasses of nn.Linear that may be quantized.
 
     Raises:
-        CheckpointError: one is no weight of a layer that can be quantized, or tied to another module's.
-        ConfigError: one is to be kept plain, or a class in `quantizable` does not do what nn.Linear does.
+        CheckpointError: a stored weight does not belong to a layer that can be quantized, or is tied to another
+            module's.
+        ConfigError: the config skips a quantized layer, or a class in `quantizable` does not do what nn.Linear does.
     """
     _check_quantizable(quantizable)
     view = view_of(model)
-    could_be = {f"{path}.weight".lstrip("."): path for path in plain_linears(view, quantizable)}
+    candidates = {f"{path}.weight".lstrip("."): path for path in plain_linears(view, quantizable)}
     names = list(stored)
     among = set(names)
     shared = [t.name for t in tensors if t.name in among and _has_several_owners(view, t)]
     if shared:
         raise CheckpointError(
             f"{listed(shared)}: stored quantized, but in the model tied to other modules' weights: build the model "
-            "without the tie, or give the original checkpoint"
+            "without the tie, or use the original checkpoint"
         )
-    strange = [name for name in names if name not in could_be]
-    if strange:
+    unknown = [name for name in names if name not in candidates]
+    if unknown:
         raise CheckpointError(
-            f"{listed(strange)}: stored quantized, but in the model no weight of an nn.Linear: build the model from "
+            f"{listed(unknown)}: stored quantized, but in the model no weight of an nn.Linear: build the model from "
             "this checkpoint's config, or name its class in quantizable"
         )
     for field in ("skip_modules", "keep_in_fp32_modules"):
-        plain = [could_be[name] for name in names if matches(name, getattr(config, field) or ())]
+        plain = [candidates[name] for name in names if matches(name, getattr(config, field) or ())]
         if plain:
             raise ConfigError(
-                f"the checkpoint is quantized already, and so are {listed(plain)}, which {field} keeps plain: leave "
-                "them out, or give the original checkpoint"
+                f"the checkpoint is quantized already, and so are {listed(plain)}, which {field} names: remove "
+                "them from it, or use the original checkpoint"
             )
-    return {could_be[name]: view.owner(name) for name in names}
+    return {candidates[name]: view.owner(name) for name in names}
 
 
 def layers_recorded(
     model: nn.Module | ModelView, paths: Iterable[str], quantizable: Sequence[type[nn.Linear]] = ()
 ) -> dict[str, nn.Module]:
-    """Find the layers that a saved model had quantized, where the weights themselves do not say it, by path.
+    """Return the layers that were quantized when the model was saved, by path.
 
     Raises:
-        CheckpointError: one is no layer that can be quantized.
+        CheckpointError: a path is not that of a layer that can be quantized.
     """
     _check_quantizable(quantizable)
-    could_be = plain_linears(model, quantizable)
-    strange = [path for path in paths if path not in could_be]
-    if strange:
+    candidates = plain_linears(model, quantizable)
+    unknown = [path for path in paths if path not in candidates]
+    if unknown:
         raise CheckpointError(
-            f"{listed(strange)}: quantized when it was saved, but in the model no nn.Linear: build the model that was "
+            f"{listed(unknown)}: quantized when it was saved, but in the model no nn.Linear: build the model that was "
             "saved, or name its class in quantizable"
         )
-    return {path: could_be[path] for path in paths}
+    return {path: candidates[path] for path in paths}
 
 
 def plain_linears(model: nn.Module | ModelView, quantizable: Sequence[type[nn.Linear]] = ()) -> dict[str, nn.Module]:
-    """List the layers that could be quantized, by path."""
+    """Return the layers that can be quantized, by path."""
     return {path: module for module, path in view_of(model).first_paths.items() if _is_quantizable(module, quantizable)}
 
 
@@ -159,7 +160,7 @@ def _check_quantizable(quantizable: Any) -> None:
 
 
 def _require_linear_forward(cls: Any) -> None:
-    """Run a small layer of a subclass, made as it makes them, against nn.Linear's own computation."""
+    """Check a subclass against nn.Linear's computation, on a small layer from its own constructor."""
     if not (isinstance(cls, type) and issubclass(cls, nn.Linear)):
         raise ConfigError(f"quantizable must hold subclasses of nn.Linear, but it holds {cls!r}")
     if class_acts_as_linear(cls):
@@ -190,7 +191,7 @@ def _has_several_owners(view: ModelView, tensor: ModelTensor) -> bool:
 
 
 def default_head(model: nn.Module) -> nn.Module | None:
-    """The head that the model names, else its last direct child when that is itself a Linear."""
+    """Return the output head that the model declares, else its last direct child if that is an nn.Linear."""
     head = transformers_facts.output_head(model)
     if head is None:
         last = list(model.children())[-1:]
@@ -199,7 +200,7 @@ def default_head(model: nn.Module) -> nn.Module | None:
 
 
 def _is_quantizable(module: nn.Module, quantizable: Sequence[type[nn.Linear]]) -> bool:
-    """Whether a module is a Linear in all it does: its class, its own forward, and nothing but two parameters."""
+    """Whether a module computes what nn.Linear does, and holds only a floating-point weight and a bias."""
     return (
         (isinstance(module, nn.Linear) or transformers_facts.is_conv1d(module))
         and "forward" not in module.__dict__

@@ -22,10 +22,10 @@ class ModelTensor:
     """A parameter or buffer of the model.
 
     Attributes:
-        names: every path that leads to it, in the order of the modules; more than one where it is tied.
-        value: the model's own tensor, on meta or not.
+        names: all of its names, in the order of the modules; several if it is tied.
+        value: the model's own tensor, real or on meta.
         is_parameter: a parameter, not a buffer.
-        persistent: part of the state_dict.
+        persistent: whether the state_dict holds it.
     """
 
     names: tuple[str, ...]
@@ -47,11 +47,11 @@ class ModelTensor:
 def tensors_of(model: nn.Module | ModelView, tied_parameters: Sequence[tuple[str, str]] = ()) -> list[ModelTensor]:
     """List the parameters and buffers of a model, tied ones once.
 
-    Ties are objects under several names, pairs that the transformers class declares, and `tied_parameters`.
+    Tied are tensors that are one object, pairs that the transformers class declares, and `tied_parameters`.
 
     Raises:
-        ConfigError: the model is no module or is quantized already, or `tied_parameters` names no parameter or ties two
-            of different shapes.
+        ConfigError: the model is not a module, or is quantized already, or has lazy modules that have not run;
+            `tied_parameters` names an unknown parameter, or ties two of different shapes.
     """
     view = view_of(model)
     parameters, buffers = view.parameters, view.buffers
@@ -97,7 +97,7 @@ def _check_ties(pairs: Sequence[tuple[str, str]], parameters: dict[str, nn.Param
 
 
 def _group_names(tensors: dict[str, Any], pairs: Iterable[tuple[str, str]]) -> list[tuple[str, ...]]:
-    """Group names whose tensors are one object or are declared tied; groups and names keep their order."""
+    """Group the names of tensors that are one object or declared tied; groups and names stay in order."""
     group_of: dict[str, list[str]] = {}
     by_object: dict[int, list[str]] = {}
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""Every fact that is read from a transformers model, from what the model carries; the library stays unimported."""
+"""Everything that bigload reads from transformers and its models. The library is imported only where needed."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def import_transformers() -> ModuleType:
 
 
 def empty_model(folder: Path) -> nn.Module:
-    """Build the model that a config.json, given or in a folder, describes, without weights, in eval mode.
+    """Build the model that a config.json, or the one in a folder, describes: without weights, in eval mode.
 
     Raises:
-        CheckpointError: transformers cannot make sense of the config.
+        CheckpointError: transformers cannot build a model from the config.
         MissingDependencyError: transformers is not installed.
     """
     transformers = import_transformers()
@@ -45,7 +45,7 @@ def empty_model(folder: Path) -> nn.Module:
             model: nn.Module = model_class(config) if model_class else transformers.AutoModel.from_config(config)
         if (folder / "generation_config.json").is_file():
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    except Exception as error:  # whatever a class of another library makes of a config that is not its own
+    except Exception as error:  # a model class may raise anything for a config that does not fit it
         raise CheckpointError(
             f"transformers cannot build a model from the configs in '{folder}': {type(error).__name__}: {error}"
         ) from error
@@ -53,16 +53,16 @@ def empty_model(folder: Path) -> nn.Module:
 
 
 def save_configs(model: Any, folder: Path, quantization: Any, dtype: torch.dtype) -> None:
-    """Write the config.json of a model of transformers, and how it generates, as its `save_pretrained` does.
+    """Write config.json and generation_config.json of a transformers model, as its `save_pretrained` does.
 
     Args:
-        model: the model; its own config is left as it is.
-        folder: where to.
-        quantization: the `BitsAndBytesConfig` that its weights are to be read by.
-        dtype: what the weights that are not quantized are in.
+        model: the model; its own config is not changed.
+        folder: where to write.
+        quantization: the `BitsAndBytesConfig` to store as `quantization_config`.
+        dtype: of the weights that are not quantized.
 
     Raises:
-        ConfigError: transformers finds something wrong with them.
+        ConfigError: transformers refuses to save the configs.
     """
     config = copy.deepcopy(model.config)
     config.quantization_config = quantization
@@ -72,7 +72,7 @@ def save_configs(model: Any, folder: Path, quantization: Any, dtype: torch.dtype
         config.save_pretrained(folder)
         if getattr(model, "generation_config", None) is not None and model.can_generate():
             model.generation_config.save_pretrained(folder)
-    except (TypeError, ValueError) as error:  # it checks what it writes
+    except (TypeError, ValueError) as error:  # transformers validates what it writes
         raise ConfigError(f"transformers does not save the configs of this {type(model).__name__}: {error}") from error
 
 
@@ -87,7 +87,7 @@ def is_conv1d_class(cls: type) -> bool:
 
 
 def is_quantized_by_transformers(cls: type, quantization: Any) -> bool:
-    """Whether the library's own loader makes layers of bitsandbytes of a class: versions differ on subclasses.
+    """Whether transformers' own loader quantizes layers of a class with bitsandbytes; versions differ on subclasses.
 
     Args:
         cls: nn.Linear, a subclass of it, or Conv1D.
@@ -97,56 +97,56 @@ def is_quantized_by_transformers(cls: type, quantization: Any) -> bool:
         return True
     layer = nn.Linear(1, 1, device="meta")
     layer.__class__ = cls
-    # With one that it does quantize, since it warns where there is none.
+    # The second layer is one that it does quantize, since it warns if there is none.
     model = nn.ModuleDict({"layer": layer, "linear": nn.Linear(1, 1, device="meta")})
     replace = importlib.import_module("transformers.integrations.bitsandbytes").replace_with_bnb_linear
     return bool(replace(model, [], quantization)["layer"] is not layer)
 
 
 def config_dtype(model: nn.Module) -> torch.dtype | None:
-    """Return the floating dtype that a transformers model's config says its checkpoint is in, if it does."""
+    """Return the floating-point dtype in a transformers model's config, or None."""
     dtype = getattr(getattr(model, "config", None), "dtype", None) if is_pretrained(model) else None
     dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
 
 
 def no_split_classes(models: Iterable[nn.Module]) -> set[str]:
-    """Return the names of the classes of blocks that models say one device must hold whole."""
+    """Return the names of all classes in the models' `_no_split_modules`."""
     named = (getattr(model, "_no_split_modules", None) for model in models)
     return {name for names in named if isinstance(names, (list, tuple, set)) for name in names}
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """Return the output head that the model itself names, if it names one."""
+    """Return the module from the model's `get_output_embeddings`, or None."""
     get_head = getattr(model, "get_output_embeddings", None)
     try:
         head = get_head() if callable(get_head) else None
-    except (NotImplementedError, AttributeError):  # transformers' default for models without one, by version
+    except (NotImplementedError, AttributeError):  # for models without a head, depending on the version
         return None
     return head if isinstance(head, nn.Module) else None
 
 
 def tied_pairs(model: nn.Module) -> list[tuple[str, str]]:
-    """Return the pairs of parameter names that the model's class ties, whether or not they are one object now."""
+    """Return the pairs of parameter names that the model's class ties, even if they are two objects now."""
     tied = getattr(model, "all_tied_weights_keys", None)
     return list(tied.items()) if isinstance(tied, dict) else []
 
 
 def fp32_patterns(modules: Collection[nn.Module], torch_dtype: torch.dtype) -> list[str]:
-    """Return the names of modules that the library keeps in fp32 when it loads in this dtype.
+    """Return the names of modules that transformers keeps in fp32 when it loads a model in a dtype.
+
+    `_keep_in_fp32_modules` applies to float16 only, `_keep_in_fp32_modules_strict` to both 16-bit dtypes.
 
     Args:
-        modules: all of a model.
-        torch_dtype: that the model is loaded in.
-
-    `_keep_in_fp32_modules` counts under float16 only, `_keep_in_fp32_modules_strict` under both 16-bit dtypes.
+        modules: all modules of the model.
+        torch_dtype: the dtype that the model is loaded in.
     """
     if torch_dtype not in (torch.float16, torch.bfloat16):
         return []
     fields = ["_keep_in_fp32_modules_strict"]
     if torch_dtype == torch.float16:
         fields.append("_keep_in_fp32_modules")
-    # Not getattr of each module, which looks among its parameters, too, before it fails: there are thousands.
+    # getattr on each of thousands of modules is slow: nn.Module searches parameters and buffers before it fails.
     kept: list[Any] = []
     for field in fields:
         kept += [vars(module)[field] for module in modules if field in vars(module)]
@@ -155,10 +155,10 @@ def fp32_patterns(modules: Collection[nn.Module], torch_dtype: torch.dtype) -> l
 
 
 class KeyConversion:
-    """What transformers' own loader would call each checkpoint key for this model, and how it would combine them.
+    """Renames and combines checkpoint tensors as transformers' own loader does for this model.
 
-    The library's own rules and operations are run, so that each of its models loads as it would there: prefixes of base
-    models, legacy names, experts merged into one tensor.
+    It runs transformers' own rules and operations: prefixes of base models, legacy names, experts merged into one
+    tensor.
     """
 
     def __init__(self, model: Any) -> None:
@@ -172,11 +172,7 @@ class KeyConversion:
         self._known = model.state_dict()
 
     def target(self, key: str) -> tuple[str, str | None]:
-        """Name the model's tensor that a key goes to.
-
-        Returns:
-            The tensor's name, and the pattern of the conversion that must be run on it, if there is one.
-        """
+        """Return the name of the model's tensor for a key, and the pattern of the conversion to run on it, if any."""
         prefix = self._model.base_model_prefix
         name, pattern = self._rename(key, self._renamings, self._converters, prefix, self._known)
         if name not in self._known and key in self._known:
@@ -184,11 +180,11 @@ class KeyConversion:
         return name, pattern
 
     def convert(self, target: str, collected: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-        """Run the operations that make tensors of the model from those of the checkpoint.
+        """Run the operations that combine checkpoint tensors into tensors of the model.
 
         Args:
-            target: the first tensor of the model that they make.
-            collected: what goes in, by the pattern that each key matched, in the order of their numbers.
+            target: name of the first tensor of the model that they produce.
+            collected: the checkpoint tensors, by the pattern that their keys match, in numeric order of the keys.
 
         Returns:
             Tensors by their names in the model.
@@ -214,12 +210,12 @@ class KeyConversion:
 
 
 def key_conversion(model: nn.Module) -> KeyConversion | None:
-    """Return the library's key rules for a model of its own; None for any other."""
+    """Return the key conversion of a transformers model; None for other models."""
     return KeyConversion(model) if is_pretrained(model) else None
 
 
 class _NoInitialization(TorchFunctionMode):
-    """Leaves the functions of torch.nn.init out, in this thread: on meta too they take a third of the time."""
+    """Skips the functions of torch.nn.init in this thread: even on meta they take a third of the time."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -230,21 +226,22 @@ class _NoInitialization(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-# Those of the last model, which is likely to be loaded again: in one step, since threads load at once.
+# Cache for the last model, which is likely to be loaded again. Replaced in one assignment, as threads may load in
+# parallel.
 _known_dtypes: dict[str, tuple[tuple[type, str, torch.dtype], Mapping[str, torch.dtype]]] = {}
 
 
 def class_dtypes(model: Any, torch_dtype: torch.dtype) -> Mapping[str, torch.dtype]:
     """Return the dtype that each floating tensor of a transformers model has when its class builds it in `torch_dtype`.
 
-    Its own loader builds every model so, and keeps what the class makes in a dtype of its own choice: one `A_log` in
-    fp32, a table of positions in bf16. Empty for other models, which are built in one dtype.
+    transformers' own loader builds models the same way, and keeps the dtypes that a class chooses itself: an `A_log` in
+    fp32, a position table in bf16. Empty for other models, which are loaded in one dtype.
     """
     if not is_pretrained(model):
         return {}
     try:
         key = (type(model), model.config.to_json_string(use_diff=False), torch_dtype)
-    except Exception:  # a config may hold what JSON does not
+    except Exception:  # a config may hold values that are not JSON
         key = None
     known = _known_dtypes.get("last")
     if key is not None and known is not None and known[0] == key:
@@ -259,10 +256,10 @@ def class_dtypes(model: Any, torch_dtype: torch.dtype) -> Mapping[str, torch.dty
 
 
 def rebuilt_buffers(model: Any, torch_dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Build a model of transformers again, empty, for the buffers that are in no checkpoint.
+    """Build a transformers model anew, without weights, for the buffers that are in no checkpoint.
 
     Returns:
-        Its buffers by name; none for other models, whose class does not tell how to build them.
+        Its real buffers by name; empty for other models, as it is unknown how to build them.
     """
     if not is_pretrained(model):
         return {}
@@ -272,7 +269,7 @@ def rebuilt_buffers(model: Any, torch_dtype: torch.dtype) -> dict[str, torch.Ten
 
 
 def is_pretrained(model: nn.Module) -> bool:
-    """Whether a model is of one of transformers' classes."""
+    """Whether a model is a `PreTrainedModel` of transformers."""
     return _is_pretrained_class(type(model))  # type: ignore[arg-type]
 
 
@@ -282,6 +279,6 @@ def _is_pretrained_class(cls: type) -> bool:
 
 
 def ignores_key(model: nn.Module, key: str) -> bool:
-    """Whether the model's class says that this checkpoint key may be left over."""
+    """Whether the model's class declares that this checkpoint key may be unused."""
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     return any(re.search(pattern, key) for pattern in patterns)

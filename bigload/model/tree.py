@@ -1,7 +1,8 @@
-"""Walks over a model: torch's own pass each module through a generator for every level above it."""
+"""Traversals of a model, faster than torch's, which nest a generator for every level of modules."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -22,21 +23,30 @@ def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def first_paths(model: nn.Module) -> dict[nn.Module, str]:
-    """List a model's modules, each under the first of its paths, as `named_modules()` does."""
+    """List a model's modules, each once with the first of its paths, as `named_modules()` does."""
+    return unique_modules(modules_by_path(model))
+
+
+def unique_modules(modules: Mapping[str, nn.Module]) -> dict[nn.Module, str]:
+    """Return each module once, with the first of its paths.
+
+    Args:
+        modules: from `modules_by_path`.
+    """
     found: dict[nn.Module, str] = {}
-    for path, module in modules_by_path(model).items():
+    for path, module in modules.items():
         found.setdefault(module, path)
     return found
 
 
 def paths_above(path: str) -> list[str]:
-    """List the paths of the modules that a module, or a parameter, is in, from "" for the model on."""
+    """List the paths of the ancestors of a module or parameter, from the model, "", downwards."""
     parts = path.split(".")
     return [".".join(parts[:count]) for count in range(len(parts))]
 
 
 def leaves(modules: dict[str, nn.Module], kind: str) -> dict[str, Any]:
-    """List parameters or buffers under all their names.
+    """Return parameters or buffers under all their names.
 
     Args:
         modules: from `modules_by_path`.

@@ -1,4 +1,4 @@
-"""A model's modules as they are at one moment, listed once for all that a load asks of them."""
+"""A snapshot of a model's modules, listed once for all steps of a load."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import nn
 
 from ..errors import ConfigError
 from .transformers_facts import is_pretrained
-from .tree import leaves, modules_by_path
+from .tree import leaves, modules_by_path, unique_modules
 from .weight_readers import weights_read
 
 
 class ModelView:
-    """A model and its modules. It does not follow changes of the model: make a new view after one.
+    """A snapshot of a model's modules. It does not follow later changes: make a new view after one.
 
     Attributes:
         model: the model.
-        modules: path -> module under every path that leads to it, the model itself as "".
+        modules: path -> module, shared ones under every path; the model itself is "".
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -36,10 +36,7 @@ class ModelView:
     @cached_property
     def first_paths(self) -> dict[nn.Module, str]:
         """Each module once, with the first of its paths."""
-        found: dict[nn.Module, str] = {}
-        for path, module in self.modules.items():
-            found.setdefault(module, path)
-        return found
+        return unique_modules(self.modules)
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -58,7 +55,7 @@ class ModelView:
 
     @cached_property
     def read_by_owner(self) -> set[nn.Module]:
-        """The modules whose weight another module reads itself, instead of calling their forward."""
+        """The modules whose weight another module reads without calling their forward."""
         return {owner.get_submodule(path) for owner in self.first_paths for path in weights_read(owner)}
 
     def owner(self, name: str) -> nn.Module:
@@ -67,5 +64,5 @@ class ModelView:
 
 
 def view_of(model: nn.Module | ModelView) -> ModelView:
-    """Return a view of a model; a view is returned as it is."""
+    """Return a new view of a model; a view is returned unchanged."""
     return model if isinstance(model, ModelView) else ModelView(model)

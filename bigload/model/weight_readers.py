@@ -1,9 +1,9 @@
-"""Modules that read a child's weight past the child's forward: such a child must stay as it is.
+"""Finds modules that read a child's weight without calling the child's forward: such a child must not be quantized.
 
-Mamba's mixer multiplies by `self.dt_proj.weight` itself, for instance; of a quantized layer that would be packed bytes.
-Which children an owner reads stands in the code of its methods, as `self.child.weight` in some spelling: by a local
-name, in a loop over a list of children, of a child's own child. What is read through other calls (getattr, a helper
-that is given the child) is not seen.
+Mamba's mixer multiplies by `self.dt_proj.weight` itself, for instance; in a quantized layer that would be packed bytes.
+The source of each method is searched for reads of `self.child.weight`, also through a local name, in a loop over a list
+of children, or of a child's own child. Reads through other calls (getattr, a helper function that receives the child)
+are not found.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from typing import Any
 
 from torch import nn
 
-# Methods that run before there are weights, move them about, or make others of them.
+# Methods that run before the weights are loaded, or that replace them.
 _BEFORE_LOADING = re.compile(r"__init__|_*init_.*|_*reset_parameters|_*tie_.*|_*resize_.*")
-# torch's encoder layer reads weights in its fused path alone, which loading turns off.
+# torch's encoder layer reads weights only in its fused path, which loading disables.
 _NOT_READING = (nn.Module, nn.TransformerEncoderLayer, nn.TransformerEncoder)
-# What may be asked of a weight without reading its values.
+# Attributes and methods of a weight that do not read its values.
 _FACTS = {"dtype", "device", "shape", "size", "dim", "ndim", "is_meta", "requires_grad", "requires_grad_", "numel"}
 
 
 def weights_read(owner: nn.Module) -> set[str]:
     """Return the paths, from the owner, of the modules whose weight the owner's own methods read.
 
-    Reads under an `if` that this instance makes false are left out. Where a method's source is not to be had, every
-    child that it names counts, if it names `weight` at all.
+    Reads under an `if` that is false for this instance do not count. If the source of a method is not available, but it
+    uses the name `weight`, every child that it names counts.
     """
     if not owner._modules:
         return set()
@@ -50,7 +50,7 @@ def _methods_naming_weights(cls: type) -> tuple[FunctionType, ...]:
         for function in [member.fget if isinstance(member, property) else member]
         if isinstance(function, FunctionType)
     ]
-    # Nearly no method does, which is seen at the cost of a look at its names.
+    # Few methods name a weight, and checking their names is much faster than parsing their source.
     return tuple(m for m in members if isinstance(m, FunctionType) and "weight" in names_in(m.__code__))
 
 
@@ -64,12 +64,12 @@ def _read_by(function: FunctionType, owner: nn.Module) -> Iterator[str]:
     if tree is None:
         yield from children
     else:
-        yield from _Reads(owner, me, tree).under(tree)
+        yield from _WeightReads(owner, me, tree).under(tree)
 
 
 @functools.cache
 def names_in(code: CodeType) -> frozenset[str]:
-    """Name all that a function's code, and functions inside it, call something by: globals, attributes."""
+    """Return the names of globals and attributes in a function's code, and in the functions inside it."""
     inner = (names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType))
     return frozenset(code.co_names).union(*inner)
 
@@ -78,15 +78,15 @@ def names_in(code: CodeType) -> frozenset[str]:
 def _parsed(function: FunctionType) -> ast.AST | None:
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):  # typed at a prompt, or made by a program
+    except (OSError, TypeError, SyntaxError):  # defined at a prompt, or generated
         return None
 
 
-_EACH = "*"  # in a path: every child of a list of modules
+_EVERY_CHILD = "*"  # in a path: every child of a list of modules
 
 
-class _Reads:
-    """The reads of children's weights in one method: `self.child.weight`, or the same by a local name of the child."""
+class _WeightReads:
+    """Finds reads of children's weights in one method: `self.child.weight`, or through a local name of the child."""
 
     def __init__(self, owner: nn.Module, me: str, tree: ast.AST) -> None:
         self._owner, self._me = owner, me
@@ -108,10 +108,9 @@ class _Reads:
             self._aliases.setdefault(target.id, set()).update(self._paths(value))
 
     def under(self, node: ast.AST) -> Iterator[str]:
-        """Walk the code for weights that are values, not asked for a fact and not assigned to.
+        """Yield the paths, from the owner, of the modules whose weight the code reads.
 
-        Yields:
-            Paths from the owner to the modules whose weight is read.
+        Assignments to a weight, and reads of its shape, dtype or the like, do not count.
         """
         if isinstance(node, ast.Attribute) and node.attr in _FACTS and self._read(node.value):
             return
@@ -129,13 +128,13 @@ class _Reads:
         return self._paths(node.value) if isinstance(node, ast.Attribute) and node.attr == "weight" else set()
 
     def _paths(self, node: ast.AST) -> set[tuple[str, ...]]:
-        """Follow `self.child`, `self.child.inner`, `self.children[0]` and local names of them from the owner."""
+        """Return the paths that `self.child`, `self.child.inner`, `self.children[0]` or a local name may refer to."""
         if isinstance(node, ast.Name):
             return {()} if node.id == self._me else self._aliases.get(node.id, set())
         if isinstance(node, ast.Attribute):
             return {(*path, node.attr) for path in self._paths(node.value)}
         if isinstance(node, ast.Subscript):
-            return {(*path, _EACH) for path in self._paths(node.value)}
+            return {(*path, _EVERY_CHILD) for path in self._paths(node.value)}
         return set()
 
 
@@ -147,7 +146,7 @@ def _resolved(owner: nn.Module, path: tuple[str, ...]) -> Iterator[str]:
             for at, module in found
             for name, child in module._modules.items()
             if child is not None
-            if part in (name, _EACH)
+            if part in (name, _EVERY_CHILD)
         ]
     yield from (at for at, _ in found if at)
 
@@ -157,7 +156,7 @@ _PLAIN_PARTS = (ast.cmpop, ast.boolop, ast.unaryop, ast.expr_context)
 
 
 def _is_false(test: ast.expr, owner: nn.Module) -> bool:
-    """Decide a condition that only compares attributes of the owner with constants; any other may be true."""
+    """Whether a condition is false for this owner. Only comparisons of its attributes with constants are evaluated."""
     nodes: list[Any] = list(ast.walk(test))
     if not all(isinstance(node, _PLAIN + _PLAIN_PARTS) for node in nodes):
         return False
@@ -165,5 +164,5 @@ def _is_false(test: ast.expr, owner: nn.Module) -> bool:
         return False  # train() and eval() change it
     try:
         return not eval(compile(ast.Expression(test), "<condition>", "eval"), {"__builtins__": {}, "self": owner})
-    except Exception:  # an attribute that is not there yet, a name of the method's own
+    except Exception:  # an attribute that is not set yet, or a local name of the method
         return False

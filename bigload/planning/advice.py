@@ -1,4 +1,4 @@
-"""What to say when a model does not fit: by how much, where, and what would help."""
+"""Errors for a model that does not fit: where, by how many bytes, and what would help."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def does_not_fit_error(
     may_use_disk: bool,
     may_leave_out: bool,
 ) -> PlacementError:
-    """Say by how much it does not fit, where, and what would help."""
+    """Return the error for a shortage, with the place, the missing bytes, and remedies."""
     is_device = isinstance(error.place, int)
     place = devices[error.place] if isinstance(error.place, int) else error.place
     allowed = max(error.allowed, 0)
@@ -39,7 +39,7 @@ def does_not_fit_error(
     too_large = f"'{alone}' alone is too large for it; " if alone else ""
     helps = _smaller_modes(units, lacking)
     if may_use_disk:
-        helps.append("an offload_folder, so that blocks may rest on a disk")
+        helps.append("an offload_folder, so that blocks may be offloaded to the disk")
     helps.append(f"a budget {show(lacking)} larger there")
     if may_leave_out:
         helps.append(f"leaving {place} out")
@@ -50,7 +50,7 @@ def does_not_fit_error(
 
 
 def _smaller_modes(units: Sequence[Unit], lacking: int) -> list[str]:
-    """Name modes in which the layers that are quantized would take so much less, with what the whole model would."""
+    """List modes that would save at least the missing bytes, each with the size of the whole model in it."""
     tensors = {id(planned): planned for unit in units for planned in unit.tensors}.values()
     total, found = sum(planned.nbytes for planned in tensors), []
     for mode, fmt in _SMALLER.items():
@@ -64,14 +64,14 @@ def _smaller_modes(units: Sequence[Unit], lacking: int) -> list[str]:
 
 
 def check_accounts(accounts: Sequence[Account], limited: Collection[Place]) -> None:
-    """Refuse a plan that needs more of a place than it may have.
+    """Check that no place needs more than its budget.
 
     Args:
         accounts: of all places.
-        limited: those whose budget is the caller's; that of the others is what is free now.
+        limited: places whose budget the caller set; for the others it is what is free now.
 
     Raises:
-        PlacementError: names the place, what the plan needs there, and what it may have.
+        PlacementError: a place needs more; names the bytes needed and allowed.
     """
     for account in accounts:
         if account.free is not None and account.free < 0:
@@ -85,13 +85,13 @@ def check_accounts(accounts: Sequence[Account], limited: Collection[Place]) -> N
 
 
 def split_unit_error(unit: Unit, places: Mapping[str, Place], found: Sequence[Place]) -> PlacementError:
-    """Say that a device map divides what must be whole, how, and what it is."""
+    """Return the error for a device map that splits a unit over several places."""
     by_place: dict[Place, list[str]] = defaultdict(list)
     for path, place in places.items():
         if any(longest_match(name, places) == path for planned in unit.tensors for name in planned.tensor.names):
             by_place[place].append(path)
-    said = "; ".join(f"{listed(by_place[place], 3)} on {place}" for place in found)
-    what = f"what shares a weight: {listed(unit.paths)}"
+    parts = "; ".join(f"{listed(by_place[place], 3)} on {place}" for place in found)
+    what = f"modules that share a weight: {listed(unit.paths)}"
     if len(unit.paths) == 1:
         what = f"the block '{unit.name}'" if unit.is_block else f"the module '{unit.name}'"
-    return PlacementError(f"device_map divides {what} ({said}): one device must hold it whole")
+    return PlacementError(f"device_map divides {what} ({parts}): one device must hold it whole")

@@ -1,4 +1,4 @@
-"""Where blocks that rest in host memory are computed: decided by what must be moved, and how fast that is here."""
+"""Decides whether the CPU or a GPU computes the blocks in host memory, from bytes and measured rates."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ logger = logging.getLogger(__name__)
 
 
 def is_faster_on_cpu(units: Sequence[PlacedUnit]) -> bool:
-    """Whether the CPU would compute what rests in host memory sooner than a GPU could be sent it.
+    """Whether the CPU would compute the blocks offloaded to it faster than they could be copied to a GPU.
 
-    For one token that is a question of bytes: a GPU is sent what is quantized over its link, the CPU reads float32 from
-    its memory. Both rates are measured for a moment. With more tokens at once the GPU only gains.
+    For one token the bytes decide: the link copies quantized weights to the GPU, the CPU reads float32 weights from its
+    memory. Both rates are measured briefly. With more tokens at once the GPU has a further advantage.
 
     Args:
-        units: placed, with what is streamed from host memory among them.
+        units: all units of the plan; only those streamed from host memory count.
     """
     streamed = [placed for placed in units if placed.home == CPU and placed.streamed_bytes]
     rates = _rates(streamed[0].device) if streamed else None
@@ -47,6 +47,6 @@ def is_faster_on_cpu(units: Sequence[PlacedUnit]) -> bool:
 
 
 def _rates(device: torch.device) -> tuple[float, float] | None:
-    """Measure the link to a GPU and the host's memory; None where there is no such GPU, as in a plan for another."""
+    """Return the GB/s of the link to a GPU and of host memory; None if this machine does not have that GPU."""
     is_there = torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
     return (link_gb_per_s(device), host_gb_per_s()) if is_there else None

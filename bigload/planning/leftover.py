@@ -1,4 +1,4 @@
-"""What a mode leaves as it is although nobody asked for that: said where it is most of a model."""
+"""Warns if a mode leaves most of a model unquantized although nobody asked for that."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..sizes import show
 
 logger = logging.getLogger(__name__)
 
-# Classes that a warning names, if they hold that part of what is left: there may be dozens.
+# The warning names at most _NAMED classes, each with at least _SHARE of the unquantized elements.
 _NAMED, _SHARE = 4, 0.01
 
 
@@ -28,22 +28,22 @@ def warn_of_leftover(
     tensors: Sequence[ModelTensor],
     layers: Mapping[str, nn.Module],
 ) -> None:
-    """Warn where less than half of a model's weights is quantized, and say which classes hold the rest.
+    """Warn if less than half of a model's weights are quantized, and name the classes that hold the rest.
 
-    Embeddings, the output head and what is skipped, or kept in fp32, by name or by the model's class do not count.
+    Embeddings, the output head, and modules that the config or the model's class skips or keeps in fp32 do not count.
 
     Args:
         view: of the model.
-        config: resolved, without "auto".
+        config: with every "auto" resolved.
         tensors: of the model, from `tensors_of`.
-        layers: those to quantize, by path.
+        layers: the layers to quantize, by path.
     """
     taken = {f"{path}.weight".lstrip(".") for path in layers}
     weights = [t for t in tensors if t.is_parameter and len(t.shape) > 1 and t.value.is_floating_point()]
     left = [tensor for tensor in weights if taken.isdisjoint(tensor.names)]
     quantized = _elements(weights) - _elements(left)
     if _elements(left) <= quantized:
-        return  # nearly always, and at once
+        return  # the usual case
     left = _not_meant_to_stay(view, config, left)
     if _elements(left) <= quantized:
         return
@@ -51,7 +51,7 @@ def warn_of_leftover(
     amount = f"of {_size(_elements(left) + quantized, dtype)} only {_size(quantized, dtype)} are quantized"
     logger.warning(
         "%s was asked for, but %s; left in %s, beside embeddings and the head: %s. Only nn.Linear is quantized, and "
-        "subclasses that do what it does or are named in quantizable=(...); name what shall stay in skip_modules",
+        "subclasses that do what it does or are named in quantizable=(...); name modules to leave in skip_modules",
         config.mode,
         amount if quantized else "nothing is quantized",
         str(dtype).removeprefix("torch."),
@@ -77,7 +77,7 @@ def _not_meant_to_stay(
 
 
 def _by_class(view: ModelView, tensors: Sequence[ModelTensor], dtype: torch.dtype) -> str:
-    """Write which classes hold some weights, the largest share first, and why each is not quantized."""
+    """Describe the classes that hold some weights, largest share first, with why each is not quantized."""
     groups: dict[tuple[str, str], list[ModelTensor]] = {}
     for tensor in tensors:
         owner = view.owner(tensor.name)
@@ -85,12 +85,12 @@ def _by_class(view: ModelView, tensors: Sequence[ModelTensor], dtype: torch.dtyp
     shares = sorted(groups.items(), key=lambda group: -_elements(group[1]))
     least = _SHARE * _elements(tensors)
     named = [group for group in shares[:_NAMED] if _elements(group[1]) >= least]
-    said = []
+    shown = []
     for (name, reason), held in named:
         owners = {tensor.name.rpartition(".")[0] for tensor in held}
-        said.append(f"{_size(_elements(held), dtype)} in {len(owners)} {name} ({reason})")
+        shown.append(f"{_size(_elements(held), dtype)} in {len(owners)} {name} ({reason})")
     others = _elements(tensors) - sum(_elements(held) for _, held in named)
-    return ", ".join([*said, f"{_size(others, dtype)} in others"] if others >= least else said)
+    return ", ".join([*shown, f"{_size(others, dtype)} in others"] if others >= least else shown)
 
 
 def _reason(owner: nn.Module, tensor: ModelTensor, read: set[nn.Module]) -> str:

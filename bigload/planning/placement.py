@@ -1,4 +1,4 @@
-"""From a device map in any spelling, and budgets, to a place for every tensor."""
+"""Chooses a place for every tensor, from the device map and the memory budgets."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _P = TypeVar("_P", bound=Place)
 
 @dataclass(frozen=True)
 class Placement:
-    """Where everything goes.
+    """The place of every unit.
 
     Attributes:
-        device_map: block path -> where its weights rest.
+        device_map: block path -> the place that stores its weights.
         devices: block path -> the device that computes it.
-        units: placed, in the order of the model.
-        budgets: what each place may give, as far as it is known.
+        units: in the order of the model.
+        budgets: bytes that may be used of each place, where known.
     """
 
     device_map: Mapping[str, Place]
@@ -41,12 +41,12 @@ class Placement:
 
 
 def place_whole(tensors: Sequence[PlannedTensor], device: torch.device, request: PlacementRequest) -> Placement | None:
-    """Place all of a model on one device; None where a strategy must look further, since it does not fit there.
+    """Place the whole model on one device; None if a strategy was asked for and the model does not fit there.
 
     Args:
-        tensors: all of it, on that device already.
+        tensors: all of the model's, with that device.
         device: from `only_device`.
-        request: what the caller said.
+        request: the arguments that concern placement.
     """
     on_gpu = device.type == "cuda"
     needed = bytes_of(tensors, GPU_BYTES if on_gpu else 1) + (request.reserve if on_gpu else 0)
@@ -66,30 +66,30 @@ def place_units(view: ModelView, tensors: Sequence[PlannedTensor], request: Plac
 
     Args:
         view: of the model.
-        tensors: all of it, with their formats.
-        request: what the caller said; its device map has been checked.
+        tensors: all of the model's, with their formats.
+        request: with a device map that `check_map` has accepted.
 
     Raises:
-        PlacementError: it cannot be met.
+        PlacementError: the device map or the budgets cannot be met.
     """
     units = units_of(view, tensors, request.no_split_module_classes)
     device_map = request.device_map
     if is_strategy(device_map):
-        return _inferred(units, str(device_map), request)
+        return _place_by_strategy(units, str(device_map), request)
     if device_map is None:
         device_map = default_device()
-    return _given(units, places_of(device_map, request), request)
+    return _place_by_map(units, places_of(device_map, request), request)
 
 
 def place_tensors(
     tensors: Sequence[PlannedTensor], units: Sequence[PlacedUnit], *, is_mixed: bool
 ) -> list[PlannedTensor]:
-    """Give tensors the places of their units.
+    """Return the tensors, in the same order, with the places of their units.
 
     Args:
-        tensors: in the order that they shall keep.
-        units: placed.
-        is_mixed: GPUs compute too, so that what the CPU computes is float32 there.
+        tensors: all of the model's.
+        units: of these tensors.
+        is_mixed: GPUs compute too, so the units that the CPU computes are in float32.
     """
     found: dict[int, PlannedTensor] = {}
     for placed in units:
@@ -105,13 +105,13 @@ def place_tensors(
     return [found[id(planned)] for planned in tensors]
 
 
-def _inferred(units: Sequence[Unit], strategy: str, request: PlacementRequest) -> Placement:
+def _place_by_strategy(units: Sequence[Unit], strategy: str, request: PlacementRequest) -> Placement:
     devices = computing_devices(request.budgets)
     on_gpu = devices[0].type == "cuda"
     reserve = request.reserve if on_gpu else 0
     needed = sum(unit.gpu_bytes for unit in units) + reserve
     budgets: dict[Place, int] = {device: _budget(device, request, needed) for device in devices}
-    # A GPU that others have filled, or that the caller gives nothing of, is none.
+    # Leave out GPUs that other processes have filled, or whose budget is zero.
     devices = [device for device in devices if budgets[device] > reserve] or devices
     homes: dict[OffPlace, int] = {}
     if on_gpu:
@@ -130,7 +130,7 @@ def _inferred(units: Sequence[Unit], strategy: str, request: PlacementRequest) -
         assigned = solve_placement(items, room, homes, rules)
     except DoesNotFitError as error:
         if error.place == "cpu":
-            error.allowed = budgets[CPU] - request.host_ring  # below 0 where there is not even room for the ring
+            error.allowed = budgets[CPU] - request.host_ring  # negative if not even the ring fits
         raise does_not_fit_error(
             error,
             units,
@@ -151,7 +151,7 @@ def _inferred(units: Sequence[Unit], strategy: str, request: PlacementRequest) -
 def _fits_without(
     place: int | OffPlace, items: Sequence[Item], room: Sequence[int], homes: dict[OffPlace, int], rules: Rules
 ) -> bool:
-    """Whether all fits when a device is left out: one too small for slots takes its turn nevertheless."""
+    """Whether the model fits without a device: streamed units take turns even on a device too small for slots."""
     if not isinstance(place, int) or len(room) < 2:
         return False
     with suppress(DoesNotFitError):
@@ -163,8 +163,8 @@ def _fits_without(
 def _as_placement(placed: tuple[PlacedUnit, ...], budgets: Mapping[Place, int]) -> Placement:
     by_path = {path: one for one in placed for path in one.unit.paths}
     devices = _shortened({path: one.device for path, one in by_path.items()})
-    rests = _shortened({path: one.home or one.device for path, one in by_path.items()})
-    return Placement(rests, devices, placed, budgets)
+    device_map = _shortened({path: one.home or one.device for path, one in by_path.items()})
+    return Placement(device_map, devices, placed, budgets)
 
 
 def _shortened(places: Mapping[str, _P]) -> dict[str, _P]:
@@ -172,12 +172,12 @@ def _shortened(places: Mapping[str, _P]) -> dict[str, _P]:
 
 
 def _budget(device: torch.device, request: PlacementRequest, needed: int) -> int:
-    """Return what the caller allows of a device, or else what can be had now."""
+    """Return the bytes that the caller allows on a device, by default those that are free now."""
     if device in request.budgets:
         return request.budgets[device]
     free = free_bytes(device)
     if free < needed:
-        gc.collect()  # a model that was let go of may be there still: bitsandbytes' layers refer to themselves
+        gc.collect()  # bitsandbytes' layers are reference cycles: a deleted model may still hold memory
         free = free_bytes(device)
     return free
 
@@ -191,7 +191,7 @@ def _item(unit: Unit, *, on_gpu: bool, fp32: bool) -> Item:
     return Item(resident, unit.staying_bytes, unit.group_bytes, unit.streamed_bytes, is_block=unit.is_block)
 
 
-def _given(units: Sequence[Unit], places: Mapping[str, Place], request: PlacementRequest) -> Placement:
+def _place_by_map(units: Sequence[Unit], places: Mapping[str, Place], request: PlacementRequest) -> Placement:
     gpus = list(dict.fromkeys(p for p in places.values() if p != "disk" and p.type == "cuda"))
     computing = gpus or [CPU]
     on_cpu = bool(gpus) and request.fp32_on_cpu
@@ -210,8 +210,8 @@ def _given(units: Sequence[Unit], places: Mapping[str, Place], request: Placemen
         else:
             device = devices[0] if devices else computing[turn % len(computing)]
             turn += not devices
-            part = _part(unit, away[0], places)
-            placed.append(PlacedUnit(part, device, away[0]) if part.offloaded else PlacedUnit(unit, device))
+            mapped = _unit_offloading(unit, away[0], places)
+            placed.append(PlacedUnit(mapped, device, away[0]) if mapped.offloaded else PlacedUnit(unit, device))
     used = {one.device for one in placed} | {CPU for one in placed if one.home == CPU}
     budgets: dict[Place, int] = dict(request.budgets)
     if request.must_exist:
@@ -225,7 +225,7 @@ def _given(units: Sequence[Unit], places: Mapping[str, Place], request: Placemen
 
 
 def _places_in(unit: Unit, places: Mapping[str, Place]) -> list[Place]:
-    """List the places that a map gives a unit's tensors."""
+    """List the places of a unit's tensors in a device map."""
     found: dict[Place, None] = {}
     for planned in unit.tensors:
         for name in planned.tensor.names:
@@ -235,8 +235,8 @@ def _places_in(unit: Unit, places: Mapping[str, Place]) -> list[Place]:
     return list(found)
 
 
-def _part(unit: Unit, away: Place, places: Mapping[str, Place]) -> Unit:
-    """Return a unit of which only what the map says is offloaded."""
+def _unit_offloading(unit: Unit, away: Place, places: Mapping[str, Place]) -> Unit:
+    """Return the unit with only those tensors offloaded that the map puts on `away`."""
     leaving = [
         planned for planned in unit.offloaded if places[longest_match(planned.tensor.name, places) or ""] == away
     ]

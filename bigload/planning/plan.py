@@ -1,4 +1,4 @@
-"""The Plan: everything that a load will do, and what it takes of each place, to the byte."""
+"""The `Plan`: all that a load will do, and the exact bytes that it needs of each place."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class PlacedUnit:
     """A unit and its place.
 
     Attributes:
-        unit: what is placed.
-        device: that computes it.
-        home: where it rests, if not there.
+        unit: the unit.
+        device: the device that computes it.
+        home: where its weights are stored if it is offloaded, else None.
     """
 
     unit: Unit
@@ -38,21 +38,22 @@ class PlacedUnit:
 
     @property
     def streamed_bytes(self) -> int:
-        """Bytes that are brought to the device for each forward."""
+        """Bytes copied to the device for each forward."""
         return 0 if self.home is None else self.unit.streamed_bytes
 
 
 @dataclass(frozen=True)
 class Account:
-    """What a plan takes of one place, in bytes.
+    """What a plan needs of one place, in bytes.
 
     Attributes:
         place: a device, or "disk".
-        weights: values of the tensors, as they are packed; on a GPU as its allocator rounds them.
+        weights: values of the tensors, packed; on a GPU rounded up as its allocator does.
         quant_state: scales and code tables.
-        ring: of a GPU, the slots that weights stream through; of the CPU, the buffer that files are read through.
-        reserve: of a GPU, for activations or, where that is more, for what is on its way while it loads.
-        budget: what may be used there; None if nobody said.
+        ring: on a GPU, the slots that offloaded weights stream through; on the CPU, the buffer that files are read
+            through.
+        reserve: on a GPU, kept free for activations, or for the transfers of the load if they need more.
+        budget: what may be used; None if unknown.
     """
 
     place: Place
@@ -64,27 +65,27 @@ class Account:
 
     @property
     def needed(self) -> int:
-        """All of it."""
+        """The sum of weights, quant_state, ring and reserve."""
         return self.weights + self.quant_state + self.ring + self.reserve
 
     @property
     def free(self) -> int | None:
-        """What is left of the budget."""
+        """The budget less what is needed; negative if the plan does not fit."""
         return None if self.budget is None else self.budget - self.needed
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Everything that a load will do.
+    """All that a load will do.
 
     Attributes:
         tensors: one entry for each tensor of the model, tied ones once.
-        layers: the layers that are replaced by bitsandbytes' own, by path.
-        device_map: block path -> where its weights rest.
+        layers: the layers that bitsandbytes' layers replace, by path.
+        device_map: block path -> the place that stores its weights.
         config: the config, with every "auto" resolved.
-        devices: block path -> the device that computes it; empty where that is the device map.
-        units: what was placed whole, in the order of the model.
-        accounts: what it takes of each place.
+        devices: block path -> the device that computes it; None where that is the device map.
+        units: the modules that are placed whole, in the order of the model.
+        accounts: the bytes needed of each place.
     """
 
     tensors: tuple[PlannedTensor, ...]
@@ -97,7 +98,7 @@ class Plan:
 
     @cached_property
     def source_bytes(self) -> int:
-        """Bytes that will be read, each once."""
+        """Bytes that the load reads."""
         return sum(source.tensor.nbytes for planned in self.tensors for source in planned.sources)
 
     @cached_property
@@ -118,7 +119,7 @@ class Plan:
         return {path: place for path, place in self.device_map.items() if isinstance(place, torch.device)}
 
     def device_of(self, path: str) -> torch.device | None:
-        """Return the device that computes with the first parameters of a module, "" for all; None where it has none."""
+        """Return the device that computes the first parameters of the module at `path`; None if it has none."""
         for placed in self.units:
             if placed.unit.has_parameters and any(_is_in(one, path) or _is_in(path, one) for one in placed.unit.paths):
                 return placed.device
@@ -126,7 +127,7 @@ class Plan:
 
     @cached_property
     def is_mixed(self) -> bool:
-        """Whether GPUs compute: then what the CPU computes is float32."""
+        """Whether a GPU computes: the units that the CPU computes are then in float32."""
         return any(placed.device.type == "cuda" for placed in self.units)
 
     @property
@@ -136,12 +137,12 @@ class Plan:
 
     @property
     def offloaded(self) -> list[PlacedUnit]:
-        """The units that rest where they are not computed."""
+        """The units whose weights are stored elsewhere than on the device that computes them."""
         return [placed for placed in self.units if placed.home is not None]
 
     @property
     def streamed_bytes(self) -> int:
-        """Bytes that are brought to devices for each forward of the model."""
+        """Bytes copied to devices for each forward of the model."""
         return sum(placed.streamed_bytes for placed in self.units)
 
     def __str__(self) -> str:
@@ -157,22 +158,22 @@ def accounts_of(
     reserve: int,
     host_ring: int,
 ) -> tuple[Account, ...]:
-    """Add up what tensors take of each place.
+    """Add up the bytes needed of each place.
 
     Args:
-        tensors: placed.
-        units: placed.
-        budgets: by place, of those that have one.
-        slots: how many of the largest streamed group a device holds, if it has so many groups.
-        reserve: bytes of each GPU that are kept free.
-        host_ring: bytes of the buffer that files are read through on their way to a GPU.
+        tensors: with their places.
+        units: with their places.
+        budgets: bytes by place, where known.
+        slots: the number of slots on each device, each as large as the largest streamed group; no more than groups.
+        reserve: bytes kept free on each GPU.
+        host_ring: bytes of the host buffer that files are read through on their way to a GPU.
     """
     weights: dict[Place, int] = defaultdict(int)
     states: dict[Place, int] = defaultdict(int)
     for planned in tensors:
         place = planned.home or planned.device
         multiple = GROUP_BYTES if planned.home else GPU_BYTES if planned.device.type == "cuda" else 1
-        values, state = _divided(planned, multiple)
+        values, state = _value_and_state_bytes(planned, multiple)
         weights[place] += values
         states[place] += state
     groups: dict[Place, list[int]] = defaultdict(list)
@@ -204,8 +205,8 @@ def _is_gpu(place: Place) -> bool:
     return isinstance(place, torch.device) and place.type == "cuda"
 
 
-def _divided(planned: PlannedTensor, multiple: int) -> tuple[int, int]:
-    """Return the bytes of a tensor's values, and of what a quantized one has beside them."""
+def _value_and_state_bytes(planned: PlannedTensor, multiple: int) -> tuple[int, int]:
+    """Return the bytes of a tensor's values, and of its quantization state."""
     if isinstance(planned.format, Plain):
         return formats.nbytes(planned.format, planned.shape, multiple), 0
     parts = planned.format.parts(planned.shape)
@@ -214,15 +215,15 @@ def _divided(planned: PlannedTensor, multiple: int) -> tuple[int, int]:
 
 
 def plan_table(plan: Plan, link_gb_per_s: float | None = None) -> str:
-    """Write a plan as a table: each place with what it gives and holds, then the units, then what each forward moves.
+    """Format a plan as a table: the account of each place, the units, and the traffic of each forward.
 
     Args:
-        plan: what to write.
-        link_gb_per_s: of the link to the device, for the time that streaming takes; left out when None.
+        plan: the plan.
+        link_gb_per_s: rate of the link to the device, for an estimate of the streaming time; None leaves it out.
     """
     lines = list(_aligned([_HEADS, *(_account_row(account) for account in plan.accounts)]))
     lines.append("")
-    lines += _aligned([("unit", "bytes", "rests on", "computed on"), *_unit_rows(plan.units)])
+    lines += _aligned([("unit", "bytes", "stored on", "computed on"), *_unit_rows(plan.units)])
     lines.append("")
     lines += _summary(plan, link_gb_per_s)
     return "\n".join(lines)
@@ -237,7 +238,7 @@ def _account_row(account: Account) -> tuple[str, ...]:
 
 
 def _unit_rows(units: Sequence[PlacedUnit]) -> Iterator[tuple[str, ...]]:
-    """Return a row for each run of alike units."""
+    """Yield a row for each run of equal units."""
 
     def key(placed: PlacedUnit) -> tuple[object, ...]:
         return placed.unit.is_block, placed.unit.nbytes, placed.home, placed.device
@@ -267,7 +268,7 @@ def _summary(plan: Plan, link_gb_per_s: float | None) -> Iterator[str]:
 
 
 def step_seconds(plan: Plan, link_gb_per_s: float) -> float:
-    """Return the seconds that streaming takes for each forward: GPUs have a link each, and stream at once."""
+    """Return the seconds of streaming for each forward. Each GPU has its own link, and all stream in parallel."""
     by_device: dict[object, int] = {}
     for placed in plan.units:
         by_device[placed.device] = by_device.get(placed.device, 0) + placed.streamed_bytes

@@ -1,4 +1,4 @@
-"""For each tensor of a model: what it is made from, what it is held in, and where. Pure; touches no device."""
+"""Chooses the format of each tensor of a model. Pure; touches no device."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from .sources import Source
 
 @dataclass(frozen=True, eq=False)
 class PlannedTensor:
-    """One tensor of the model: what it is made from, what it becomes, and where.
+    """One tensor of the model: its sources, format and place.
 
     Attributes:
         tensor: the model's tensor.
-        shape: as the format sees it; a Conv1D weight that is quantized is (out_features, in_features) here.
-        sources: the pieces that fill it, none for a real buffer that stays as it is.
-        format: what it is held in.
-        device: that computes with it.
-        home: where it rests, if not there.
-        is_transposed: the shape is that of the model's tensor turned round.
+        shape: the shape in the format; of a quantized Conv1D weight (out_features, in_features).
+        sources: the pieces that fill it; none for a real buffer that stays as it is.
+        format: how it is stored in memory.
+        device: the device that computes with it.
+        home: where it is stored if it is offloaded, else None.
+        is_transposed: whether `shape` is the reverse of the model tensor's.
     """
 
     tensor: ModelTensor
@@ -46,12 +46,12 @@ class PlannedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in its home."""
+        """Bytes in its format, not rounded."""
         return formats.nbytes(self.format, self.shape)
 
     @property
     def stored_as_is(self) -> StoredTensor | None:
-        """The checkpoint's tensor, where that is just what this one is to be."""
+        """The checkpoint's tensor if it has exactly the bytes that this one needs, else None."""
         if len(self.sources) != 1 or not isinstance(self.format, Plain):
             return None
         (source,) = self.sources
@@ -62,7 +62,7 @@ class PlannedTensor:
         return tensor if is_the_same else None
 
     def on_cpu(self) -> PlannedTensor:
-        """Return the same tensor as the CPU computes with it: in float32, and not quantized."""
+        """Return the tensor as the CPU computes with it: in float32, not quantized."""
         is_floating = not isinstance(self.format, Plain) or self.format.dtype.is_floating_point
         fmt = Plain(torch.float32) if is_floating else self.format
         sources = tuple(source.transpose() for source in self.sources) if self.is_transposed else self.sources
@@ -78,20 +78,20 @@ def formatted_tensors(
     class_dtypes: Mapping[str, torch.dtype] | None = None,
     device: torch.device = CPU,
 ) -> list[PlannedTensor]:
-    """Return every tensor of the model its format.
+    """Return every tensor of the model with its format.
 
     Args:
-        model: read for the dtypes its class insists on.
-        config: resolved, without "auto".
-        tensors: the model's tensors.
+        model: its classes may require float32 for some modules.
+        config: with every "auto" resolved.
+        tensors: of the model.
         layers: the layers to quantize, by path.
-        sources: where each tensor comes from, by its first name.
-        class_dtypes: the dtype that each tensor's class builds it in, where the class says.
-        device: where all of them are, if they are on one.
+        sources: by each tensor's first name.
+        class_dtypes: the dtype in which the model's class builds each tensor, where known.
+        device: the device of all tensors, until units are placed.
 
     Raises:
         CheckpointError: a weight that is stored quantized has another shape than the layer's.
-        ConfigError: a weight cannot be held in the format asked for.
+        ConfigError: a weight cannot be stored in the format asked for.
     """
     fp32 = [
         *(config.keep_in_fp32_modules or ()),
@@ -134,9 +134,9 @@ def _kept_dtype(
     tensor: ModelTensor, sources: Sequence[Source], usual: torch.dtype, fp32: Collection[str]
 ) -> torch.dtype:
     if not tensor.persistent and sources:
-        return sources[0].tensor.dtype  # made again by its class, in the dtype that it chose
+        return sources[0].tensor.dtype  # rebuilt by its class, in the dtype of its choice
     if not tensor.value.is_floating_point() or not sources:
-        return tensor.value.dtype  # integers, and buffers that the model computed itself
+        return tensor.value.dtype  # integers, and buffers that the checkpoint does not hold
     return torch.float32 if any(matches(name, fp32) for name in tensor.names) else usual
 
 

@@ -1,4 +1,4 @@
-"""From a model, a checkpoint and a config to the Plan: every decision of a load, before a byte is read."""
+"""Makes the `Plan` of a load from a model, a checkpoint and a config, before any weight is read."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ from .sources import KeyMapping, Source, sources_in_checkpoint
 
 
 def plan_load(view: ModelView, request: LoadRequest) -> Plan:
-    """Decide for every tensor of a model where it comes from, what it becomes and where it goes.
+    """Decide the source, the format and the place of every tensor of a model.
 
     Raises:
-        ConfigError: an argument cannot mean anything.
+        ConfigError: an argument is invalid.
         CheckpointError: the checkpoint does not fit the model.
         PlacementError: the device map or the budgets cannot be met.
     """
@@ -49,7 +49,7 @@ def plan_load(view: ModelView, request: LoadRequest) -> Plan:
     check_map(placement.device_map, tensors, view.modules, must_exist=placement.must_exist)
     config, sources, class_dtypes = _sources(view, request, tensors)
     layers = _layers(view, request, config, tensors, sources)
-    device = only_device(placement) if placement.must_exist else None  # a plan that is looked at shows its units
+    device = only_device(placement) if placement.must_exist else None  # a plan to be inspected lists its units
     planned = formatted_tensors(view, config, tensors, layers, sources, class_dtypes, device or CPU)
     reserve = placement.offload.reserve_bytes(_dequantized_bytes(planned, config))
     placement = replace(placement, reserve=max(reserve, WINDOW_BYTES))
@@ -63,11 +63,11 @@ _Sources = Mapping[str, tuple[Source, ...]]
 def _sources(
     view: ModelView, request: LoadRequest, tensors: Sequence[ModelTensor]
 ) -> tuple[BnbQuantizationConfig, _Sources, Mapping[str, torch.dtype] | None]:
-    """Find where each tensor's values are.
+    """Find where the values of each tensor come from.
 
     Returns:
-        The config without "auto"; sources by the tensors' first names; and the dtypes that the model's class, or the
-        saved model, has its tensors in.
+        The config with every "auto" resolved; sources by each tensor's first name; and the dtype of each tensor in the
+        model's class, or in the saved model.
     """
     model, checkpoint = view.model, request.checkpoint
     if checkpoint is None:
@@ -92,7 +92,7 @@ def _sources(
 def _own_sources(
     view: ModelView, request: LoadRequest, tensors: Sequence[ModelTensor]
 ) -> tuple[BnbQuantizationConfig, _Sources, Mapping[str, torch.dtype] | None]:
-    """Take the model's own weights, which has the dtypes that it was given; on meta a plan alone may have them."""
+    """Use the model's own weights. They may be on meta only if the plan is not executed."""
     sources, dtype = _own_weights(tensors, may_be_empty=not request.placement.must_exist)
     if request.placement.must_exist:
         return request.config.resolved(dtype), sources, None
@@ -107,7 +107,7 @@ def _layers(
     tensors: Sequence[ModelTensor],
     sources: _Sources,
 ) -> dict[str, nn.Module]:
-    """Choose the layers that are quantized, by path."""
+    """Return the layers that are quantized, by path."""
     checkpoint, quantizable = request.checkpoint, request.quantizable
     record = None if checkpoint is None else checkpoint.record
     if record is not None:
@@ -123,14 +123,14 @@ def _layers(
 
 
 def _dequantized_bytes(tensors: Sequence[PlannedTensor], config: BnbQuantizationConfig) -> int:
-    """Tell what the largest 4-bit layer takes when bitsandbytes dequantizes it."""
+    """Return the bytes of the largest 4-bit layer while bitsandbytes has it dequantized."""
     in_4bit = (math.prod(planned.shape) for planned in tensors if isinstance(planned.format, FourBit))
     computed = config.bnb_4bit_compute_dtype
     return max(in_4bit, default=0) * (computed if isinstance(computed, torch.dtype) else config.load_dtype).itemsize
 
 
 def _placement(view: ModelView, tensors: Sequence[PlannedTensor], request: PlacementRequest) -> Placement:
-    """Place a model's units; "auto" lets the CPU compute what rests there if that is faster, and possible."""
+    """Place the units. `execute="auto"` lets the CPU compute the blocks offloaded to it where that is faster."""
     placement = place_units(view, tensors, request)
     may_choose = request.offload.execute == "auto" and not request.fp32_on_cpu
     if may_choose and not any(map(_is_quantized, tensors)) and is_faster_on_cpu(placement.units):
@@ -150,20 +150,21 @@ def _placed(
     made = place_tensors(tensors, placement.units, is_mixed=is_mixed)
     if config.llm_int8_has_fp16_weight and any(placed.home is not None for placed in placement.units):
         raise ConfigError(
-            "int8-training trains its weights, which must be on the device that computes: leave none off it"
+            "int8-training trains its weights, which must be on the device that computes: offload none of them"
         )
     homeless = [p.tensor.name for p in made if p.home == "disk" and p.stored_as_is is None]
     if homeless and request.offload_folder is None:
         raise PlacementError(
-            f"{listed(homeless)}: to rest on the disk, and not as the checkpoint has them: name an offload_folder"
+            f"{listed(homeless)}: offloaded to the disk, where the checkpoint does not hold them as they will be: "
+            "name an offload_folder"
         )
     quantized = [
         planned.tensor.name for planned in made if is_mixed and planned.device == CPU and _is_quantized(planned)
     ]
     if quantized:
         raise CheckpointError(
-            f"{listed(quantized)}: stored quantized, but to be computed on the CPU in float32: give the original "
-            "checkpoint, or leave llm_int8_enable_fp32_cpu_offload and execute='cpu' out, so that they are streamed"
+            f"{listed(quantized)}: stored quantized, but to be computed on the CPU in float32: use the original "
+            "checkpoint, or drop llm_int8_enable_fp32_cpu_offload and execute='cpu', so that they are streamed"
         )
     if is_mixed:  # the CPU computes in float32, without bitsandbytes
         on_cpu = {name for planned in made if planned.device == CPU for name in planned.tensor.names}
@@ -198,21 +199,30 @@ def plan_device_map(
     tied_parameters: Sequence[tuple[str, str]] | None = None,
     quantizable: Sequence[type[nn.Linear]] = (),
 ) -> Plan:
-    """Plan a load without loading: where every tensor would go, and what it would take of each place, to the byte.
+    """Plan a load without loading: the place of every tensor, and the exact bytes needed on each device.
 
     Args:
-        model: empty or real; never changed.
-        bnb_quantization_config: as `load_and_quantize_model` takes it.
-        weights_location: the checkpoint; None plans from the model alone, as if a checkpoint held all that it has.
+        model: on meta or with weights; not changed.
+        bnb_quantization_config: as for `load_and_quantize_model`.
+        weights_location: the checkpoint; None plans from the model alone, as if a checkpoint held all of its tensors.
         device_map, no_split_module_classes, max_memory, offload_folder, offload, key_mapping, tied_parameters,
-            quantizable: as `load_and_quantize_model` takes them. Devices that this machine does not have may be named.
+            quantizable: as for `load_and_quantize_model`. The devices need not exist on this machine.
 
     Returns:
-        The plan, whose `accounts`, `device_map`, `units` and `streamed_bytes` say what it comes to; printed it is a
-        table.
+        The plan. `accounts` holds the bytes needed on each device and on the disk, `device_map` and `units` the places,
+        `streamed_bytes` the traffic of each forward. Printing it shows a table.
 
     Raises:
-        ConfigError, CheckpointError, PlacementError: as `load_and_quantize_model` raises them.
+        ConfigError, CheckpointError, PlacementError: as `load_and_quantize_model` does.
+
+    Example:
+        >>> import bigload
+        >>> from torch import nn
+        >>> with bigload.init_empty_weights():
+        ...     model = nn.Sequential(nn.Linear(1024, 1024), nn.Linear(1024, 8))
+        >>> plan = bigload.plan_device_map(model, "nf4", device_map="cuda:0")
+        >>> plan.device_bytes
+        {device(type='cuda', index=0): 626784}
     """
     request = load_request(
         bnb_quantization_config,
@@ -232,7 +242,7 @@ def plan_device_map(
 
 
 def _saved_ties(view: ModelView, checkpoint: Checkpoint | None) -> list[tuple[str, str]]:
-    """Return the ties that a saved model had, as far as this one has both ends: made on meta it may have lost them."""
+    """Return the recorded ties of a saved model whose names this model has: it may lose ties when built on meta."""
     if checkpoint is None or checkpoint.record is None:
         return []
     names = view.parameters
@@ -241,7 +251,7 @@ def _saved_ties(view: ModelView, checkpoint: Checkpoint | None) -> list[tuple[st
 
 
 def _saved_classes(view: ModelView, record: Record) -> list[type[nn.Linear]]:
-    """Return the subclasses of Linear whose layers were quantized when the model was saved."""
+    """Return the subclasses of nn.Linear whose layers were quantized when the model was saved."""
     classes = {type(view.modules[path]) for path in record.layers if path in view.modules}
     return [cls for cls in classes if issubclass(cls, nn.Linear) and cls is not nn.Linear]
 
@@ -252,11 +262,11 @@ def _own_weights(
     empty = [tensor.name for tensor in tensors if tensor.value.is_meta]
     if empty and not may_be_empty:
         raise CheckpointError(
-            f"weights_location is None, but {len(empty)} tensors of the model are on meta: {listed(empty)}; say where "
-            "the weights are",
+            f"weights_location is None, but {len(empty)} tensors of the model are on meta: {listed(empty)}; pass the "
+            "weights_location",
             missing_keys=empty,
         )
-    # Persistent floating buffers are cast with the weights, as those of a checkpoint are.
+    # Persistent floating-point buffers are cast like the weights, as when they come from a checkpoint.
     own = [t for t in tensors if t.is_parameter or (t.persistent and t.value.is_floating_point())]
     dtype = dominant_dtype((t.value.dtype, t.value.nbytes) for t in own if t.is_parameter)
     return {tensor.name: (Source(tensor.value),) for tensor in own}, dtype

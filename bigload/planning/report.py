@@ -1,4 +1,4 @@
-"""A Plan for people: as a table, as JSON, as a picture."""
+"""A `Plan` as JSON, or as a bar chart."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .plan import Plan, step_seconds
 
 
 def plan_json(plan: Plan, link_gb_per_s: float | None = None) -> dict[str, Any]:
-    """Return a plan as what JSON can hold; all sizes in bytes."""
+    """Return a plan as a dict that can be written as JSON; sizes in bytes, `step_s` in seconds."""
     return {
         "mode": plan.config.mode,
         "places": [
@@ -41,7 +41,7 @@ def plan_json(plan: Plan, link_gb_per_s: float | None = None) -> dict[str, Any]:
 
 
 def draw_plan(plan: Plan, path: Path) -> None:
-    """Draw what each place holds, as a bar of its parts beside its budget.
+    """Draw the account of each place as a stacked bar, with its budget as a line.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""What a caller asks of a load: the weights, how they are quantized, and where they go."""
+"""The checked arguments of a load: the weights, their quantization, and their placement."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from .sources import KeyMapping
 
 @dataclass(frozen=True)
 class PlacementRequest:
-    """What the caller said of places.
+    """The arguments of a load that concern placement.
 
     Attributes:
-        device_map: in any spelling.
-        budgets: from `resolve_budgets`.
-        no_split_module_classes: names of classes that one device must hold whole, or None.
-        offload: how what is offloaded is kept.
-        offload_folder: where "disk" is; None allows no disk that the device map does not name.
-        fp32_on_cpu: what rests on the CPU, in a map that also names a GPU, is computed there in float32.
-        reserve: bytes of each GPU that are kept free, which follow from `offload` and the model.
-        host_ring: bytes of the buffer that files are read through on their way to a GPU.
-        must_exist: whether devices must be this machine's: a plan may be for another.
+        device_map: in any of the accepted forms.
+        budgets: bytes by place, from `resolve_budgets`.
+        no_split_module_classes: names of classes whose modules must stay whole on one device, or None.
+        offload: how offloaded blocks are stored and computed.
+        offload_folder: the folder for "disk"; without one, only blocks that the device map puts on "disk" go there.
+        fp32_on_cpu: compute blocks that are placed on the CPU there, in float32, if a GPU is used too.
+        reserve: bytes kept free on each GPU, which follow from `offload` and the model.
+        host_ring: bytes of the host buffer that files are read through on their way to a GPU.
+        must_exist: whether the devices must exist on this machine; not so for a plan that is not executed.
     """
 
     device_map: DeviceMap = None
@@ -50,14 +50,14 @@ class PlacementRequest:
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """All that a caller asks of a load.
+    """The arguments of a load, checked.
 
     Attributes:
-        config: how to quantize; where the caller gave none, that of a checkpoint which is quantized already.
-        checkpoint: where the weights are; None means the model's own.
-        placement: where they shall go.
-        as_saved: the caller gave no config: the model comes back as `save_quantized_model` found it.
-        key_mapping, tied_parameters, quantizable, strict: as `load_and_quantize_model` takes them.
+        config: the quantization; by default that of a checkpoint which is quantized already.
+        checkpoint: the source of the weights; None means the model's own.
+        placement: the arguments that concern placement.
+        as_saved: no config was passed for a checkpoint of `save_quantized_model`: restore the model that was saved.
+        key_mapping, tied_parameters, quantizable, strict: as for `load_and_quantize_model`.
     """
 
     config: BnbQuantizationConfig
@@ -88,23 +88,24 @@ def load_request(
     """Check the arguments of `load_and_quantize_model`, and read the headers of the checkpoint.
 
     Args:
-        must_exist: whether devices must be this machine's, and weights there: a plan may be for others.
+        must_exist: whether the devices must exist on this machine, and the weights be real; not so for a plan that is
+            not executed.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged or quantized in more than one way.
-        ConfigError: an argument cannot mean anything; no config for a checkpoint that is not quantized, or one that
-            contradicts how it is.
-        PlacementError: `max_memory` names what is no device or no size.
+        ConfigError: an argument is invalid; the checkpoint is not quantized and no config is passed, or the config
+            contradicts its quantization.
+        PlacementError: `max_memory` holds an invalid device or size.
     """
-    given = None if bnb_quantization_config is None else as_config(bnb_quantization_config)
+    passed = None if bnb_quantization_config is None else as_config(bnb_quantization_config)
     checkpoint = None if weights_location is None else open_checkpoint(weights_location)
-    as_saved = given is None and checkpoint is not None and checkpoint.record is not None
+    as_saved = passed is None and checkpoint is not None and checkpoint.record is not None
     if checkpoint is not None and checkpoint.is_quantized:
-        config = config_of(checkpoint, given)
+        config = config_of(checkpoint, passed)
     elif as_saved and checkpoint is not None and checkpoint.record is not None:
         config = checkpoint.record.config
     else:
-        config = as_config(given)
+        config = as_config(passed)
     placement = placement_request(
         config, device_map, no_split_module_classes, max_memory, offload_folder, offload, must_exist=must_exist
     )
@@ -121,11 +122,11 @@ def placement_request(
     *,
     must_exist: bool = True,
 ) -> PlacementRequest:
-    """Gather what a caller said of places.
+    """Check the arguments that concern placement.
 
     Raises:
-        ConfigError: `offload`, `offload_folder` or `no_split_module_classes` is not what it should be.
-        PlacementError: `max_memory` is not.
+        ConfigError: `offload`, `offload_folder` or `no_split_module_classes` is invalid.
+        PlacementError: `max_memory` is invalid.
     """
     if isinstance(no_split_module_classes, str) or not all(
         isinstance(name, str) for name in no_split_module_classes or ()
@@ -135,28 +136,28 @@ def placement_request(
         )
     if offload_folder is not None and (not isinstance(offload_folder, (str, os.PathLike)) or not str(offload_folder)):
         raise ConfigError(f"offload_folder is {offload_folder!r}; expected the path of a folder, or None")
-    kept = as_offload_config(offload)
+    offload = as_offload_config(offload)
     return PlacementRequest(
         device_map,
         resolve_budgets(max_memory, must_exist=must_exist),
         no_split_module_classes,
-        kept,
+        offload,
         offload_folder,
-        fp32_on_cpu=config.llm_int8_enable_fp32_cpu_offload or kept.execute == "cpu",
+        fp32_on_cpu=config.llm_int8_enable_fp32_cpu_offload or offload.execute == "cpu",
         host_ring=ring_bytes(),
         must_exist=must_exist,
     )
 
 
 def resolve_budgets(max_memory: Mapping[Device, int | str] | None, *, must_exist: bool = True) -> dict[Place, int]:
-    """Take the caller's `max_memory`: {device in any spelling, or "disk": bytes in any spelling}.
+    """Convert `max_memory` to bytes by place.
 
     Args:
-        max_memory: what the caller gave.
-        must_exist: whether devices must be this machine's.
+        max_memory: {device or "disk": bytes or "10GiB"}.
+        must_exist: whether the devices must exist on this machine.
 
     Raises:
-        PlacementError: no such device, not a size, or one device twice.
+        PlacementError: an invalid device or size, or the same device twice.
     """
     if max_memory is not None and not isinstance(max_memory, Mapping):
         raise PlacementError(f"max_memory must be {{device: bytes or '10GiB'}}, but it is {max_memory!r}")
@@ -168,7 +169,7 @@ def resolve_budgets(max_memory: Mapping[Device, int | str] | None, *, must_exist
         except PlacementError as error:
             raise PlacementError(f"max_memory: {error}") from error
         if place in budgets:
-            raise PlacementError(f"max_memory names {place} twice; give each device one budget")
+            raise PlacementError(f"max_memory names {place} twice; set one budget for each device")
         budgets[place] = size
     return budgets
 
@@ -180,10 +181,10 @@ def check_map(
     *,
     must_exist: bool = True,
 ) -> None:
-    """Refuse a device map that names what is not there, or leaves out what is.
+    """Check that a device map names only existing modules and devices, and covers every tensor.
 
     Raises:
-        PlacementError: unknown blocks or devices, or tensors left out.
+        PlacementError: it names an unknown module or device, or leaves out a tensor.
     """
     if device_map is None or is_strategy(device_map):
         return
@@ -208,7 +209,7 @@ def check_map(
 
 
 def longest_match(name: str, paths: Collection[str]) -> str | None:
-    """Find the longest of some paths that leads to a tensor."""
+    """Return the longest of some paths that is a prefix of a tensor's name, in whole components."""
     path = name
     while path not in paths:
         if not path:
@@ -218,7 +219,7 @@ def longest_match(name: str, paths: Collection[str]) -> str | None:
 
 
 def only_device(request: PlacementRequest) -> torch.device | None:
-    """Return the device that all of a model goes to, or may go to by a strategy; None where there are more."""
+    """Return the one device that the whole model goes to, or that a strategy may use; None if there are several."""
     device_map = request.device_map
     if is_strategy(device_map):
         devices = computing_devices(request.budgets)
@@ -231,17 +232,17 @@ def only_device(request: PlacementRequest) -> torch.device | None:
 
 
 def places_of(device_map: Device | Mapping[str, Device], request: PlacementRequest) -> dict[str, Place]:
-    """Return the place that each path of a map has, or "" where there is one for all.
+    """Return the place of each path of a device map; a single device is the place of "", the whole model.
 
     Raises:
         PlacementError: no such device.
     """
-    given = device_map if isinstance(device_map, Mapping) else {"": device_map}
-    return {path: as_place(place, must_exist=request.must_exist) for path, place in given.items()}
+    by_path = device_map if isinstance(device_map, Mapping) else {"": device_map}
+    return {path: as_place(place, must_exist=request.must_exist) for path, place in by_path.items()}
 
 
 def computing_devices(budgets: Mapping[Place, int]) -> list[torch.device]:
-    """List the devices that compute: GPUs that the budgets name, all if they name no device, or else the CPU."""
+    """Return the devices that compute: the GPUs in the budgets, all GPUs if they name no device, else the CPU."""
     named = [place for place in budgets if isinstance(place, torch.device)]
     gpus = sorted((place for place in named if place.type == "cuda"), key=lambda place: place.index)
     if gpus:

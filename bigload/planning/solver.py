@@ -1,8 +1,8 @@
-"""Where units go when no map says so: onto GPUs as far as they fit, what does not fit to the CPU and the disk.
+"""Places units by a strategy such as "auto": on GPUs as far as they fit, the rest on the CPU and the disk.
 
-Pure: numbers in, places out, the same for the same. Units keep their order over the GPUs, so that activations cross
-from one to the next once. Of what must leave, the least is chosen that must be brought back for each forward; it is
-spread evenly over the depth, so that while resident blocks compute the next streamed one arrives.
+Pure and deterministic: numbers in, places out. Units keep their order over the GPUs, so that activations cross from one
+to the next only once. Of the units that could be offloaded, those are chosen that stream the fewest bytes for each
+forward. They are spread evenly over the depth, so that resident blocks compute while the next block is prefetched.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ OffPlace = Literal["cpu", "disk"]
 
 @dataclass(frozen=True)
 class Item:
-    """A unit, in bytes.
+    """The sizes of a unit, in bytes.
 
     Attributes:
-        resident: on the device that computes.
-        staying: of those, what stays there when the unit is offloaded.
-        away: where it is offloaded to.
-        streamed: brought to the device for each forward when it is offloaded; 0 where only rows are, or where the CPU
+        resident: on the device that computes it, when it is not offloaded.
+        staying: still on that device when it is offloaded.
+        away: in host memory or on the disk when it is offloaded.
+        streamed: copied to the device for each forward when it is offloaded; 0 for an embedding, or if the CPU
             computes it.
-        is_block: one of the model's repeated blocks.
-        is_first: it belongs on the first device, wherever it stands in the model: buffers that blocks share.
+        is_block: whether it is one of the model's repeated blocks.
+        is_first: whether it must be on the first device: buffers that blocks share.
     """
 
     resident: int
@@ -44,12 +44,13 @@ class Item:
 
 @dataclass(frozen=True)
 class Rules:
-    """What inference is to respect.
+    """The rules of a placement.
 
     Attributes:
         strategy: "auto", "balanced", "balanced_low_0" or "sequential".
-        slots: how many of the largest streamed unit a device holds at once.
-        from_end: offload the last blocks instead of every so many: the CPU computes them, and activations cross twice.
+        slots: the number of slots on each device, each as large as the largest streamed unit.
+        from_end: offload the last blocks instead of evenly spaced ones; for blocks that the CPU computes, so that
+            activations cross only twice.
     """
 
     strategy: str = "auto"
@@ -59,7 +60,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Assigned:
-    """Where one unit goes: the number of the device that computes it, and where it rests if not there."""
+    """The place of one unit: the index of the device that computes it, and where it is offloaded to, if it is."""
 
     device: int
     away: OffPlace | None = None
@@ -67,12 +68,13 @@ class Assigned:
 
 @dataclass
 class DoesNotFitError(BigloadError):
-    """There is no way to place the units.
+    """The units do not fit.
 
     Attributes:
-        place: the number of the device, "cpu" or "disk", that is too small.
-        needed, allowed: bytes there; the first is enough, if no other place lacks any.
-        item: the number of a unit that alone is too large for any device, if there is one.
+        place: the place that is too small: the index of a device, "cpu" or "disk".
+        needed: bytes that would be enough there, if no other place is too small.
+        allowed: bytes that may be used there.
+        item: the index of a unit that alone is too large for any device, or None.
     """
 
     place: int | OffPlace
@@ -84,13 +86,13 @@ class DoesNotFitError(BigloadError):
 def solve_placement(
     items: Sequence[Item], devices: Sequence[int], homes: dict[OffPlace, int], rules: Rules
 ) -> list[Assigned]:
-    """Place units.
+    """Return the place of each unit.
 
     Args:
         items: in the order of the model.
-        devices: bytes that each device that computes may have, for units and slots.
-        homes: bytes that may be offloaded, by place; places that may not be used are left out.
-        rules: what else to respect.
+        devices: bytes for units and slots on each device that computes.
+        homes: bytes that may be offloaded to each place; only those that may be used.
+        rules: the strategy, the number of slots, and which blocks to offload first.
 
     Raises:
         DoesNotFitError: no such placement exists.
@@ -99,32 +101,32 @@ def solve_placement(
     if whole is not None:
         return whole
     if not homes:
-        raise _too_large(items, devices, rules, may_leave=False)
+        raise _shortage(items, devices, rules, may_leave=False)
     lacking: DoesNotFitError | None = None
     for away in _candidates(items, devices, rules):
         room = sum(item.away for item, gone in zip(items, away, strict=True) if gone) <= sum(homes.values())
         if lacking is not None and not room:
-            continue  # it has been found once what is lacking
+            continue  # the error for a lack of room is known already
         placed = _on_devices(items, away, devices, rules)
         if placed is not None:
             try:
                 return _with_homes(items, placed, away, homes)
             except DoesNotFitError as error:
                 lacking = lacking or error
-    raise lacking or _too_large(items, devices, rules, may_leave=True)
+    raise lacking or _shortage(items, devices, rules, may_leave=True)
 
 
 def _on_devices(
     items: Sequence[Item], away: Sequence[bool], devices: Sequence[int], rules: Rules
 ) -> list[Assigned] | None:
-    """Place what stays on devices, given what does not; None if it does not fit."""
+    """Place the units on devices, given which are offloaded; None if they do not fit."""
     rings = _rings(items, away, len(devices), rules)
     capacities = [capacity - ring for capacity, ring in zip(devices, rings, strict=True)]
     if min(capacities) < 0:
         return None
     placed, turn, rest = [Assigned(0)] * len(items), 0, list[int]()
     for index, (item, gone) in enumerate(zip(items, away, strict=True)):
-        if gone:  # each device has a link of its own: they take turns
+        if gone:  # each device has its own link: distribute round-robin
             device = turn % len(capacities)
             turn += item.streamed > 0
             placed[index] = Assigned(device)
@@ -144,18 +146,18 @@ def _on_devices(
 
 
 def slots_bytes(groups: Sequence[int], slots: int) -> int:
-    """Return the bytes of a device's slots: as many of the largest group as are asked for, but no more than groups."""
+    """Return the bytes of a device's slots, each as large as the largest group; there are no more slots than groups."""
     return min(slots, len(groups)) * max(groups, default=0)
 
 
 def _rings(items: Sequence[Item], away: Sequence[bool], count: int, rules: Rules) -> list[int]:
-    """Return the bytes of the slots of each of some devices, which take turns."""
+    """Return the bytes of the slots on each device; offloaded units are distributed round-robin."""
     groups = [item.streamed for item, gone in zip(items, away, strict=True) if gone and item.streamed]
     return [slots_bytes(groups[number::count], rules.slots) for number in range(count)]
 
 
 def _in_order(sizes: Sequence[int], capacities: Sequence[int], strategy: str) -> list[int] | None:
-    """Fill devices one after the other; None if it does not fit."""
+    """Return the device of each unit, in order, by a strategy; None if they do not fit."""
     if len(capacities) == 1:
         return [0] * len(sizes) if sum(sizes) <= capacities[0] else None
     filled = _greedy(sizes, capacities)
@@ -171,7 +173,7 @@ def _in_order(sizes: Sequence[int], capacities: Sequence[int], strategy: str) ->
 
 
 def _greedy(sizes: Sequence[int], capacities: Sequence[int]) -> list[int] | None:
-    """Fill each device as far as it goes: if any assignment in order fits, this one does."""
+    """Fill one device after the other. If any assignment in order fits, this one does."""
     device, used, filled = 0, 0, []
     for size in sizes:
         while used + size > capacities[device]:
@@ -184,12 +186,12 @@ def _greedy(sizes: Sequence[int], capacities: Sequence[int]) -> list[int] | None
 
 
 def _least(fits: Callable[[int], object], enough: int) -> int:
-    """Find the least cap that fits, given that `most` does."""
+    """Return the smallest cap that fits, given that `enough` does."""
     return bisect_left(range(enough + 1), True, key=lambda cap: fits(cap) is not None)
 
 
 def _candidates(items: Sequence[Item], devices: Sequence[int], rules: Rules) -> Iterable[list[bool]]:
-    """Return choices of what to offload, those first for which the least must be brought back for each forward."""
+    """Yield choices of which units to offload, in order of the bytes that each forward streams."""
     can_leave = [item.away > 0 and not item.is_first for item in items]
     blocks = [index for index, item in enumerate(items) if item.is_block and can_leave[index]]
     beside = [index for index in range(len(items)) if can_leave[index] and not items[index].is_block]
@@ -226,7 +228,7 @@ def _distinct(families: list[list[int]]) -> list[list[int]]:
 
 
 def _masks(count: int, *, from_end: bool) -> torch.Tensor:
-    """Choose 0 to `count` of `count` things in a row, evenly or from the end. Gives (count + 1, count) bool."""
+    """Return masks, (count + 1, count) bool, whose row i selects i of `count` elements, evenly spaced or the last."""
     chosen = torch.arange(count + 1).unsqueeze(1)
     if from_end:
         return torch.arange(count) >= count - chosen
@@ -237,7 +239,7 @@ def _masks(count: int, *, from_end: bool) -> torch.Tensor:
 def _with_homes(
     items: Sequence[Item], placed: Sequence[Assigned], away: Sequence[bool], homes: dict[OffPlace, int]
 ) -> list[Assigned]:
-    """Return what is offloaded a place: the CPU, and of what it cannot hold, spread over the depth, the disk."""
+    """Assign offloaded units to the CPU, and those that do not fit there, evenly over the depth, to the disk."""
     leaving = [index for index, gone in enumerate(away) if gone]
     sizes = [items[index].away for index in leaving]
     cpu, disk = homes.get("cpu"), homes.get("disk")
@@ -249,7 +251,7 @@ def _with_homes(
             target: dict[int, OffPlace] = {index: "disk" if there else "cpu" for index, there in to_disk.items()}
             return [Assigned(one.device, target.get(index)) for index, one in enumerate(placed)]
     target, left = {}, sum(sizes)
-    for index in sorted(leaving, key=lambda index: -items[index].away):  # the largest first, as they are few
+    for index in sorted(leaving, key=lambda index: -items[index].away):  # the largest first, so that few move
         on_cpu = left <= (cpu or 0)
         target[index] = "cpu" if on_cpu else "disk"
         left -= 0 if on_cpu else items[index].away
@@ -260,8 +262,8 @@ def _with_homes(
     raise DoesNotFitError("disk", sum(sizes) - left, disk)
 
 
-def _too_large(items: Sequence[Item], devices: Sequence[int], rules: Rules, *, may_leave: bool) -> DoesNotFitError:
-    """Say what is lacking, when all is offloaded that may be."""
+def _shortage(items: Sequence[Item], devices: Sequence[int], rules: Rules, *, may_leave: bool) -> DoesNotFitError:
+    """Return the error for units that do not fit even if every unit that may be is offloaded."""
     largest, alone = devices.index(max(devices)), None
     for index, item in enumerate(items):
         least = min(item.resident, item.staying + item.streamed) if may_leave and item.away else item.resident
@@ -282,6 +284,6 @@ def _too_large(items: Sequence[Item], devices: Sequence[int], rules: Rules, *, m
     spent = [ring + sum(item.staying for item in leaving[n :: len(devices)]) for n, ring in enumerate(rings)]
     spent[0] += sum(item.resident for item in items if item.is_first)
     number = max(range(len(devices)), key=lambda n: spent[n] - devices[n])
-    if spent[number] > devices[number]:  # the worst of several that lack room
+    if spent[number] > devices[number]:  # the largest shortage of several devices
         return DoesNotFitError(number, spent[number], devices[number])
     return DoesNotFitError(largest, enough, devices[largest], alone)

@@ -1,4 +1,4 @@
-"""Names in the checkpoint -> where each tensor of the model gets its values from."""
+"""Maps checkpoint keys to model tensors: finds the stored tensors that each model tensor is filled from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from ..checkpoint.bitsandbytes import QuantizedTensor
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import CheckpointError, ConfigError, counted, listed
-from ..io.tensors import LazyTensor, StoredTensor, read_whole
+from ..io.tensors import LazyTensor, StoredTensor, read_bytes, read_whole
 from ..model.tensors import ModelTensor
 from ..model.transformers_facts import KeyConversion
 from .tracing import TracedTensor
@@ -27,12 +27,12 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """What one region of a parameter is filled from.
+    """The source of one region of a parameter.
 
     Attributes:
-        tensor: a tensor of the checkpoint, or a real one that the model holds already.
-        region: the part of the parameter that it fills; () is all of it.
-        transposed: its last two dimensions are swapped in the parameter.
+        tensor: a tensor of the checkpoint, or one of the model's own.
+        region: index of the region in the parameter; () is all of it.
+        transposed: whether the last two dimensions are swapped in the parameter.
     """
 
     tensor: StoredTensor | torch.Tensor
@@ -40,13 +40,13 @@ class Source:
     transposed: bool = False
 
     def transpose(self) -> Source:
-        """The same, where the parameter itself is transposed."""
+        """Return the source of the transposed parameter."""
         return replace(self, region=(*self.region[:-2], *self.region[:-3:-1]), transposed=not self.transposed)
 
 
 @dataclass(frozen=True)
 class _Found:
-    """All that the checkpoint has for one name of the model."""
+    """The sources in the checkpoint for one name of the model."""
 
     sources: tuple[Source, ...]
     shape: tuple[int, ...]
@@ -67,22 +67,22 @@ def sources_in_checkpoint(
     """Find the sources of every tensor of the model, under any of its names.
 
     Args:
-        tensors: what the model needs.
-        checkpoint: what there is.
+        tensors: of the model.
+        checkpoint: where to look for them.
         key_mapping: renames checkpoint keys: {regex: replacement}, each applied in turn, or a function.
         conversion: transformers' own rules, applied after `key_mapping`.
-        ignores_key: keys that may be left over without a word.
-        class_dtypes: the dtype that each tensor's class builds it in, where the class says.
-        rebuilt_buffers: gives, where the model can be built again, the buffers that are in no checkpoint; called only
-            when some are on meta or of another dtype than their class makes.
-        strict: make any other leftover key an error instead of a warning.
+        ignores_key: whether a key may be unused without a warning.
+        class_dtypes: the dtype in which the model's class builds each tensor, where known.
+        rebuilt_buffers: returns the buffers that are in no checkpoint, from a model that is built anew; called only if
+            one of them is on meta, or of another dtype than its class makes.
+        strict: raise for other unused keys instead of warning.
 
     Returns:
-        Sources by the tensor's first name; real buffers without any are left out.
+        Sources by each tensor's first name, without real buffers that the checkpoint does not hold.
 
     Raises:
-        CheckpointError: parameters or meta buffers without a source, wrong shapes, stored integers where floats
-            belong, or leftover keys under `strict`; each kind lists all of its cases.
+        CheckpointError: parameters or meta buffers without a source, wrong shapes, stored integers where floats are
+            expected, or unused keys under `strict`; lists all cases of the first kind found.
         ConfigError: two checkpoint keys are renamed to one, or a pattern is not a regular expression.
     """
     renamed = _renamed(checkpoint, key_mapping)
@@ -95,7 +95,7 @@ def sources_in_checkpoint(
     _require_sources(tensors, found, stored, checkpoint)
     _require_fit(tensors, found)
     _warn_of_split_ties(tensors, stored)
-    buffers = _buffers_made_again(tensors, class_dtypes or {}, rebuilt_buffers)
+    buffers = _rebuilt_buffer_sources(tensors, class_dtypes or {}, rebuilt_buffers)
     places = {name for tensor in tensors for name in tensor.names}
     unexpected = [key for key in stored if key not in places and not ignores_key(key)]
     if unexpected:
@@ -123,15 +123,15 @@ def _renamed(checkpoint: Checkpoint, key_mapping: KeyMapping | None) -> dict[str
 def _by_model_name(stored: Mapping[str, StoredTensor], conversion: KeyConversion | None) -> dict[str, _Found]:
     found: dict[str, _Found] = {}
     groups: dict[str, dict[str, list[StoredTensor]]] = {}
-    # In the order of their numbers, as layers.10 after layers.9: merged tensors are stacked in it.
+    # Numeric order, with layers.10 after layers.9: merged tensors are stacked in that order.
     for key in sorted(stored, key=_natural_order) if conversion else stored:
         name, pattern = conversion.target(key) if conversion else (key, None)
         if pattern is None:
             found.setdefault(name, _Found((Source(stored[key]),), stored[key].shape, stored[key]))
         elif isinstance(stored[key], QuantizedTensor):
             raise CheckpointError(
-                f"'{key}' is quantized already, and this model holds it combined with others as '{name}', which only "
-                "plain weights can be: give the original checkpoint"
+                f"'{key}' is quantized already, but this model combines it with others into '{name}', which needs "
+                "weights that are not quantized: use the original checkpoint"
             )
         else:
             groups.setdefault(name, {}).setdefault(pattern, []).append(stored[key])
@@ -146,13 +146,13 @@ def _natural_order(key: str) -> list[tuple[int, int, str]]:
 
 
 def _combined(target: str, group: Mapping[str, Sequence[StoredTensor]], conversion: KeyConversion) -> dict[str, _Found]:
-    """Where the library combines tensors: their regions, if it only rearranges them, else what it computes."""
+    """Return the sources of combined tensors: regions if transformers only rearranges them, else a computation."""
     stored = {tensor.name: tensor for tensors in group.values() for tensor in tensors}
     first = next(iter(stored.values()))
     stand_ins = {pattern: [TracedTensor.whole(t.name, t.shape) for t in tensors] for pattern, tensors in group.items()}
     try:
         made = conversion.convert(target, stand_ins)
-    except Exception:  # not only NotTraceable: what fails on stand-ins may do on tensors, or is named there
+    except Exception:  # not only NotTraceable: operations that fail on stand-ins may work on tensors
         return _computed(target, group, conversion)
     return {
         name: _Found(
@@ -172,7 +172,7 @@ def _computed(target: str, group: Mapping[str, Sequence[StoredTensor]], conversi
     }
     try:
         shapes = conversion.convert(target, empty)
-    except Exception as error:  # whatever torch or the library makes of tensors that do not fit together
+    except Exception as error:  # any error that torch or transformers raises for tensors that do not fit together
         names = [tensor.name for tensors in group.values() for tensor in tensors]
         raise CheckpointError(
             f"{listed(names)} cannot be combined into '{target}' as transformers does: {error}; the checkpoint lacks a "
@@ -225,18 +225,18 @@ def _as_function(key_mapping: KeyMapping | None) -> Callable[[str], str]:
 def _renamed_by(function: Callable[[str], str], key: str) -> str:
     name = function(key)
     if not isinstance(name, str):
-        raise ConfigError(f"key_mapping must give a name for every key, but it gives {name!r} for {key!r}")
+        raise ConfigError(f"key_mapping must return a name for every key, but it returns {name!r} for {key!r}")
     return name
 
 
 def _warn_of_split_ties(tensors: Sequence[ModelTensor], stored: Mapping[str, _Found]) -> None:
-    """Say when a tied weight is stored under several names with different values, of which one is taken."""
+    """Warn if a tied weight is stored under several names with different values; the first one is used."""
     for tensor in tensors:
         twins = [stored[name].first for name in tensor.names if name in stored]
         if len(twins) > 1 and any(_differ(twin, twins[0]) for twin in twins[1:]):
             logger.warning(
                 "%s are one weight in the model, but stored with different values; '%s' is taken: build the model "
-                "without the tie if they are two",
+                "without the tie if they are two weights",
                 listed(tensor.names),
                 twins[0].name,
             )
@@ -248,21 +248,18 @@ def _differ(one: StoredTensor, other: StoredTensor) -> bool:
 
 
 def _ends(tensor: StoredTensor, nbytes: int = 65536) -> tuple[bytes, bytes]:
-    """Read a little of a tensor at both ends, which tells two weights apart as well as all of them would."""
+    """Read the first and last bytes of a tensor: in practice they differ wherever two weights do."""
     if isinstance(tensor, QuantizedTensor):
         return _ends(tensor.parts["weight"], nbytes)
     if isinstance(tensor, LazyTensor):
         raw = tensor.load().detach().contiguous().view(-1).view(torch.uint8)
         return raw[:nbytes].numpy().tobytes(), raw[-nbytes:].numpy().tobytes()
     count = min(nbytes, tensor.nbytes)
-    with tensor.file.open("rb") as file:
-        file.seek(tensor.offset)
-        first = file.read(count)
-        file.seek(tensor.offset + tensor.nbytes - count)
-        return first, file.read(count)
+    last = tensor.offset + tensor.nbytes - count
+    return bytes(read_bytes(tensor.file, tensor.offset, count)), bytes(read_bytes(tensor.file, last, count))
 
 
-def _buffers_made_again(
+def _rebuilt_buffer_sources(
     tensors: Sequence[ModelTensor],
     class_dtypes: Mapping[str, torch.dtype],
     rebuilt_buffers: Callable[[], Mapping[str, torch.Tensor]],
@@ -302,7 +299,7 @@ def _require_sources(
 
 
 def _prefix_hint(missing: Sequence[str], spare: Sequence[str]) -> Iterator[str]:
-    """Tell the prefix that the checkpoint's spare names have and the model's missing ones lack, or the reverse."""
+    """Suggest a `key_mapping` for a prefix that only the checkpoint's keys, or only the model's names, have."""
     name = missing[0]
     longer = next((key for key in spare if key.endswith(f".{name}")), None)
     if longer is not None:
@@ -317,7 +314,7 @@ def _prefix_hint(missing: Sequence[str], spare: Sequence[str]) -> Iterator[str]:
 def _likely_ties(
     missing: Sequence[ModelTensor], tensors: Sequence[ModelTensor], found: Mapping[str, _Found | None]
 ) -> Iterator[str]:
-    """Name matrices that missing ones are probably tied to: the only other of that shape, as embedding and head are."""
+    """Suggest ties of missing matrices to the only other matrix of their shape, as of a head to the embedding."""
     by_shape: dict[tuple[int, ...], list[str]] = {}
     for tensor in tensors:
         if tensor.is_parameter and found.get(tensor.name) is not None:
@@ -334,7 +331,7 @@ def _likely_ties(
 
 def _require_fit(tensors: Sequence[ModelTensor], found: Mapping[str, _Found | None]) -> None:
     pairs = [(tensor, each) for tensor in tensors if (each := found.get(tensor.name)) is not None]
-    # A Conv1D weight, (in, out) in the model, is quantized and stored as (out, in); which of both it is shows later.
+    # A Conv1D weight, (in, out) in the model, is stored quantized as (out, in). Whether it is one is checked later.
     fits = {t.name for t, each in pairs if isinstance(each.first, QuantizedTensor) and each.shape == t.shape[::-1]}
     wrong = {
         t.name: (each.shape, t.shape, each.first) for t, each in pairs if each.shape != t.shape and t.name not in fits
@@ -363,6 +360,6 @@ def _require_fit(tensors: Sequence[ModelTensor], found: Mapping[str, _Found | No
         verb = "is" if len(packed) == 1 else "are"
         raise CheckpointError(
             f"{listed(s.name for s in packed)} {verb} stored as {packed[0].dtype} in '{packed[0].file.name}', the "
-            "model expects a 16 to 64 bit floating dtype, or what bitsandbytes writes with its scales beside it; give "
-            "the original checkpoint"
+            "model expects a 16 to 64 bit floating dtype, or weights that bitsandbytes quantized, with their scales; "
+            "use the original checkpoint"
         )

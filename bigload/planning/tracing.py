@@ -1,7 +1,8 @@
-"""Follows tensors through stack, cat, chunk and transpose, to tell where each ends up, without moving a byte.
+"""Traces tensors through stack, cat and transpose, to find where each ends up without copying data.
 
-transformers merges weights with operations of its own (experts into one tensor, for instance). Run on stand-ins they
-tell which region of which parameter each stored tensor fills; the pipeline then puts it there as it lands.
+transformers merges weights with operations of its own (experts into one tensor, for instance). Run on traced tensors,
+they show which region of which parameter each stored tensor fills. The pipeline then loads it straight into that
+region.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ from typing import Any
 import torch
 
 
-class NotTraceable(Exception):  # noqa: N818 - a question answered with no, not an error
-    """An operation that does more than rearrange whole tensors."""
+class NotTraceable(Exception):  # noqa: N818 - handled by the caller, not an error
+    """An operation does more than rearrange whole tensors."""
 
 
 @dataclass(frozen=True)
 class TracedRegion:
-    """One stored tensor, whole, in a region of a larger one.
+    """The region of a larger tensor that one whole stored tensor fills.
 
     Attributes:
         name: of the stored tensor.
-        region: an index for each dimension of the larger tensor; integers are dimensions that stacking made.
-        transposed: its last two dimensions are swapped there.
+        region: an index for each dimension of the larger tensor; an integer for a dimension that stacking added.
+        transposed: whether the last two dimensions of the stored tensor are swapped there.
     """
 
     name: str
@@ -33,7 +34,7 @@ class TracedRegion:
 
 
 class TracedTensor:
-    """A tensor that knows only its shape and what it is made of."""
+    """A stand-in for a tensor, with a shape and the stored tensors it is made of, but no data."""
 
     def __init__(
         self, shape: Sequence[int], pieces: Sequence[TracedRegion], dtype: torch.dtype = torch.float32
@@ -44,14 +45,14 @@ class TracedTensor:
 
     @classmethod
     def whole(cls, name: str, shape: Sequence[int]) -> TracedTensor:
-        """Stand in for one stored tensor."""
+        """Return the stand-in for one stored tensor."""
         return cls(shape, [TracedRegion(name, tuple(slice(0, size) for size in shape))])
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Answer the torch functions that only rearrange.
+        """Trace `torch.stack`, `torch.cat` and `torch.transpose`.
 
         Raises:
             NotTraceable: any other function.
@@ -65,11 +66,11 @@ class TracedTensor:
         return handlers[func](*args, **(kwargs or {}))
 
     def contiguous(self) -> TracedTensor:
-        """Return itself: it has no layout."""
+        """Return itself: a traced tensor has no memory layout."""
         return self
 
     def transpose(self, dim0: int, dim1: int) -> TracedTensor:
-        """Swap two dimensions."""
+        """Swap the last two dimensions; any others raise `NotTraceable`."""
         return _transpose(self, dim0, dim1)
 
     def __getattr__(self, name: str) -> Any:

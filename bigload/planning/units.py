@@ -1,4 +1,4 @@
-"""A model cut into units, which are placed whole: its repeated blocks, and what lies beside them."""
+"""Splits a model into units that are placed whole: its repeated blocks, and the modules outside them."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ from .planned_tensors import PlannedTensor
 
 logger = logging.getLogger(__name__)
 
-# What torch's allocator on a GPU rounds each tensor up to, and what parts that travel together begin at multiples of.
+# torch's CUDA allocator rounds tensors up to GPU_BYTES; the parts of a streamed group are aligned to GROUP_BYTES.
 GPU_BYTES = 512
 GROUP_BYTES = 256
-# Tensors below this stay on the device that computes when their unit is offloaded: norms, biases, tables.
+# Smaller tensors (norms, biases, tables) stay on the device that computes when their unit is offloaded.
 RESIDENT_BYTES = 2**20
 
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """What is placed whole.
+    """A part of a model that is placed whole.
 
     Attributes:
-        paths: of its modules, or single parameters: one, but for units that share a tied weight.
-        is_block: one of the model's repeated blocks.
-        tensors: all of it.
-        offloaded: those of them that leave the device when the unit is offloaded.
-        is_embedding: an embedding, which looks up where it lies: nothing of it is ever brought to the device.
+        paths: of its modules or parameters; several only if they share a tied weight.
+        is_block: whether it is one of the model's repeated blocks.
+        tensors: all of its tensors.
+        offloaded: the tensors that leave the device when the unit is offloaded.
+        is_embedding: whether it is an embedding: when offloaded, its lookup runs where the weight is stored, and the
+            weight is never copied to the device.
     """
 
     paths: tuple[str, ...]
@@ -46,64 +47,64 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """The first of its paths; "" for what is a whole model."""
+        """The first of its paths; "" for a whole model."""
         return self.paths[0]
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes of its tensors, without any rounding."""
+        """Bytes of its tensors, not rounded."""
         return sum(planned.nbytes for planned in self.tensors)
 
     @cached_property
     def gpu_bytes(self) -> int:
-        """Bytes that it takes of a GPU."""
+        """Bytes on a GPU that holds all of it."""
         return bytes_of(self.tensors, GPU_BYTES)
 
     @cached_property
     def staying_bytes(self) -> int:
-        """Bytes that it takes of a GPU when it is offloaded, for good."""
+        """Bytes that stay on the GPU when it is offloaded."""
         away = set(map(id, self.offloaded))
         return bytes_of([planned for planned in self.tensors if id(planned) not in away], GPU_BYTES)
 
     @cached_property
     def group_bytes(self) -> int:
-        """Bytes that it takes of host memory or a disk when it is offloaded."""
+        """Bytes in host memory or on the disk when it is offloaded."""
         return bytes_of(self.offloaded, GROUP_BYTES)
 
     @property
     def streamed_bytes(self) -> int:
-        """Bytes that are brought to the device for each forward when it is offloaded."""
+        """Bytes copied to the device for each forward when it is offloaded."""
         return 0 if self.is_embedding else self.group_bytes
 
     @cached_property
     def fp32_bytes(self) -> int:
-        """Bytes that it takes when the CPU computes it in float32."""
+        """Bytes when the CPU computes it in float32."""
         return bytes_of([planned.on_cpu() for planned in self.tensors])
 
     @property
     def has_parameters(self) -> bool:
-        """Whether it is more than buffers."""
+        """Whether it holds parameters, not only buffers."""
         return any(planned.tensor.is_parameter for planned in self.tensors)
 
 
 def bytes_of(tensors: Sequence[PlannedTensor], multiple: int = 1) -> int:
-    """Count bytes of tensors, each part of which is rounded up to a multiple."""
+    """Return the bytes of tensors, with each of their parts rounded up to a multiple."""
     return sum(formats.nbytes(planned.format, planned.shape, multiple) for planned in tensors)
 
 
 def units_of(
     view: ModelView, tensors: Sequence[PlannedTensor], no_split_module_classes: Collection[str] | None = None
 ) -> list[Unit]:
-    """Cut a model into units, in the order of its modules.
+    """Split a model into units, in the order of its modules.
 
-    Not cut are modules whose children hold nothing, modules that read a child's weight past the child's forward, and
-    blocks.
+    A module stays whole if it is a block, if its children hold no tensors, or if it reads a child's weight without
+    calling the child's forward.
 
     Args:
         view: of the model.
         tensors: all of the model's, with their formats.
-        no_split_module_classes: names of the classes of blocks; by default what the model's own `_no_split_modules`
-            says, else the class that its largest list of modules repeats.
+        no_split_module_classes: names of the classes of blocks; by default the model's own `_no_split_modules`, else
+            the classes in its largest list of modules.
     """
     by_name = {name: planned for planned in tensors for name in planned.tensor.names}
     if no_split_module_classes is None:
@@ -114,7 +115,9 @@ def units_of(
         blocks = set(no_split_module_classes)
         unknown = blocks - {type(module).__name__ for module in view.modules.values()}
         if unknown:
-            logger.warning("no_split_module_classes names %s, which no module is of", listed(sorted(unknown)))
+            logger.warning(
+                "no_split_module_classes names %s, but no module of the model is of that class", listed(sorted(unknown))
+            )
     pieces = [
         (path, type(module).__name__ in blocks, names) for path, module, names in _walk("", view.model, blocks) if names
     ]
@@ -125,7 +128,7 @@ _Piece = tuple[str, bool, list[str]]
 
 
 def _walk(path: str, module: nn.Module, blocks: Collection[str]) -> Iterator[tuple[str, nn.Module | None, list[str]]]:
-    """Return the pieces of a module: their path, the module where it is one, and the names of their tensors."""
+    """Yield the pieces of a module: path, module (None for a single tensor), and names of the tensors."""
     children = [(name, child) for name, child in _children(module) if _holds(child)]
     if not children or type(module).__name__ in blocks or weights_read(module):
         yield path, module, [name for name, _ in _tensors_under(path, module)]
@@ -159,7 +162,7 @@ _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
 def _repeated_classes(modules: Mapping[str, nn.Module], by_name: Mapping[str, PlannedTensor]) -> set[str]:
-    """Name the classes of the elements of the largest list of modules; what is in a sequence must be alike."""
+    """Return the classes in the largest ModuleList, or Sequential whose elements are all of one class."""
     largest: tuple[int, set[str]] = (0, set())
     for path, module in modules.items():
         elements = [child for _, child in _children(module)]
@@ -173,7 +176,7 @@ def _repeated_classes(modules: Mapping[str, nn.Module], by_name: Mapping[str, Pl
 
 
 def _merged(pieces: Sequence[_Piece], by_name: Mapping[str, PlannedTensor]) -> list[list[_Piece]]:
-    """Put pieces that share a tensor together, at the place of the first."""
+    """Group pieces that share a tensor, at the position of the first."""
     group_of: dict[int, list[_Piece]] = {}
     groups: dict[int, list[_Piece]] = {}
     for piece in pieces:
@@ -204,7 +207,7 @@ def _unit(
 
 
 def _can_leave(planned: PlannedTensor, view: ModelView) -> bool:
-    """Whether a tensor is one module's own, which has no children and whose forward alone reads it."""
+    """Whether a tensor belongs to one leaf module, and only the forward of that module reads it."""
     if not planned.tensor.is_parameter or planned.nbytes < RESIDENT_BYTES:
         return False
     owners = {view.owner(name) for name in planned.tensor.names}
@@ -214,7 +217,7 @@ def _can_leave(planned: PlannedTensor, view: ModelView) -> bool:
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    """Whether what a module has is its own, and none of a child's: an activation function has nothing."""
+    """Whether no child of a module holds tensors; children such as activation functions do not."""
     return not any(_holds(child) for _, child in _children(module))
 
 
@@ -223,5 +226,5 @@ def _holds(module: nn.Module) -> bool:
 
 
 def whole_model(tensors: Sequence[PlannedTensor]) -> Unit:
-    """Return a model as one unit, for a load that puts all of it on one device: to cut it would tell nothing."""
+    """Return a model as one unit, for a load that puts all of it on one device."""
     return Unit(("",), False, tuple(tensors), (), False)

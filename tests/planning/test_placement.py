@@ -65,7 +65,7 @@ def test_two_gpus_each_compute_what_they_hold():
 def test_tied_weights_lie_on_one_device():
     plan = planned(lambda: GPT(layers=4, tied=True), max_memory={0: "1GiB", 1: "1GiB"})
     assert plan.execution_map["transformer.wte"] == plan.execution_map["lm_head"]
-    with pytest.raises(PlacementError, match=r"shares a weight: 'transformer.wte', 'lm_head'"):
+    with pytest.raises(PlacementError, match=r"share a weight: 'transformer.wte', 'lm_head'"):
         planned(lambda: GPT(tied=True), {"transformer": 0, "lm_head": 1})
 
 

@@ -404,7 +404,7 @@ def test_quantized_experts_that_the_model_holds_merged_are_refused_by_both_names
     save(state, tmp_path)
     stored = r"'model\.layers\.0\.block_sparse_moe\.experts\.0\.w\d\.weight'"
     merged = r"'model\.layers\.0\.mlp\.experts\.\w+'"
-    message = rf"^{stored} is quantized already.*combined with others as {merged}.*give the original checkpoint"
+    message = rf"^{stored} is quantized already.*combines it with others into {merged}.*use the original checkpoint"
     with pytest.raises(CheckpointError, match=message):
         sources_in_checkpoint(tensors_of(model), open_checkpoint(tmp_path), conversion=KeyConversion(model))
 
@@ -484,7 +484,7 @@ def test_random_renaming_undone_by_key_mapping_finds_every_tensor(names, data):
 
 
 def test_key_mapping_that_gives_no_name_is_refused():
-    with pytest.raises(ConfigError, match=r"gives None for 'a\.weight'"):
+    with pytest.raises(ConfigError, match=r"returns None for 'a\.weight'"):
         sources_in_checkpoint(tensors_of(TwoLayers()), checkpoint_for(TwoLayers()), key_mapping=lambda key: None)
 
 
