@@ -1,6 +1,14 @@
-"""Fixtures that every room's tests share, and which tests this machine can run."""
+"""Fixtures that the tests of all wings share, how many threads they run with, and which of them this machine can run.
 
+torch computes with one thread here, unless OMP_NUM_THREADS says how many. The models are so small that more threads
+save no time, and on busy cores each product waits for the last of them: the tests took ten times as long. With torch's
+own number run the tests that ask for `usual_threads`, those of the kernels that divide work among threads, and all that
+starts another process.
+"""
+
+import gc
 import logging
+import os
 
 import pytest
 import torch
@@ -13,6 +21,10 @@ settings.load_profile("any machine")
 # What a user may have set, and each test sets for itself if it needs it.
 SETTINGS = ("BIGLOAD_THREADS", "BIGLOAD_RING_BYTES", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 LEFT_OUT = pytest.StashKey[int]()
+
+USUAL_THREADS = torch.get_num_threads()
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(1)
 
 
 @pytest.hookimpl(trylast=True)  # of what -m and -k have left
@@ -38,6 +50,12 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(f"left out (deselected), for want of a GPU or of a second one: {count}")
 
 
+def pytest_collection_finish():
+    """Spare the collector of cycles what was imported, half a million objects, each time that it runs."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request):
     """Each test that asks for it runs on the CPU, and on a GPU where there is one."""
@@ -61,6 +79,15 @@ def seeded():
 def quiet_bitsandbytes():
     """It warns at every int8 forward of another dtype than float16."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+@pytest.fixture
+def usual_threads():
+    """Let torch compute with as many threads as it takes by itself."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(USUAL_THREADS)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def message_of(arguments, capsys):
     return captured.err
 
 
-def test_demo_prints_each_mode_close_to_fp32(capsys):
+def test_demo_prints_each_mode_close_to_fp32(capsys, usual_threads):
     assert main(["demo"]) == 0
     rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.endswith(SENTENCES)}
     assert list(rows) == ["fp32", "int8", "nf4", "nf4-dq"]

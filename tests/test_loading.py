@@ -300,7 +300,7 @@ def test_int8_training_refuses_weights_that_float16_cannot_hold(tmp_path):
         load_and_quantize_model(empty(GPT).eval(), "int8-training", tmp_path, device_map="cpu")
 
 
-def test_two_loads_at_once_in_threads_are_both_right(tmp_path, device):
+def test_two_loads_at_once_in_threads_are_both_right(tmp_path, device, usual_threads):
     full = GPT()
     save_checkpoint(full, tmp_path)
     expected = load_and_quantize_model(empty(GPT).eval(), "nf4", tmp_path, device_map=device).state_dict()

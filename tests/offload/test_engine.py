@@ -85,7 +85,7 @@ def test_layers_in_another_order_skipped_and_called_twice(mode, slots, device):
     assert_at_rest(engine)
 
 
-def test_threads_get_what_they_would_get_alone(device):
+def test_threads_get_what_they_would_get_alone(device, usual_threads):
     expected, model = resident("nf4", device), resident("nf4", device)
     engine = stream(model, device)
     inputs = [tokens(device, time) for time in (3, 5, 8, 11)]

@@ -171,7 +171,7 @@ def test_compiled_layers_compute_the_same(mode):
             assert relative_error(torch.compile(layer, backend="eager")(x), expected) < 2e-2
 
 
-def test_threads_that_run_a_layer_first_at_once_all_get_its_output():
+def test_threads_that_run_a_layer_first_at_once_all_get_its_output(usual_threads):
     import sys
     from concurrent.futures import ThreadPoolExecutor
 
