@@ -102,7 +102,7 @@ def small_parts_stream(monkeypatch):
 
 @pytest.fixture
 def moves(monkeypatch):
-    """Let "meta" take the place of a GPU. Gives a list of the tensors that a model's hooks moved, and where to."""
+    """Let "meta" take the place of a GPU. Returns a list of the tensors that a model's hooks moved, and where to."""
     found = []
 
     def moved(tensor, device):
@@ -117,7 +117,7 @@ def moves(monkeypatch):
 
 @pytest.fixture
 def warned(caplog):
-    """Give a function that lists what bigload has warned of."""
+    """Return a function that lists what bigload has warned of."""
     caplog.set_level(logging.WARNING, "bigload")
     return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("bigload")]
 

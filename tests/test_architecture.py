@@ -13,12 +13,12 @@ MOST_ENTRIES, MOST_FILES, MOST_LINES, MOST_LINES_OF_A_FUNCTION = 22, 16, 400, 60
 
 
 def wings():
-    """Give the wings in the order of docs/design.md: each imports only from those before it, and the shared files."""
+    """Return the wings in the order of docs/design.md: each imports only from those before it, and the shared files."""
     return re.findall(r"^\| `(\w+)/` \|", (ROOT / "docs/design.md").read_text(), re.MULTILINE)
 
 
 def verbs():
-    """Give the files beside the wings that import from them, which the wings do not import from."""
+    """Return the files beside the wings that import from them, which the wings do not import from."""
     (row,) = re.findall(r"^\| (`loading\.py`.*?) \|", (ROOT / "docs/design.md").read_text(), re.MULTILINE)
     return re.findall(r"`(\w+)\.py`", row)
 
@@ -32,7 +32,7 @@ def files(package):
 
 
 def imported(path, package, known):
-    """Give what a file imports of the package: at its top, in its functions, and for type checkers alone."""
+    """Return what a file imports of the package: at its top, in its functions, and for type checkers alone."""
     here = path.relative_to(package.parent).parts[:-1]
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):

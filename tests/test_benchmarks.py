@@ -200,7 +200,7 @@ def test_host_memory_is_what_the_block_took_at_most(monkeypatch):
 
 @pytest.fixture
 def in_this_process(monkeypatch, importable):
-    """Give a function after which rows are measured here, not in processes of their own that import all anew."""
+    """Return a function after which rows are measured here, not in processes of their own that import all anew."""
     from benchmarks.one import measure
     from benchmarks.peers import PEERS
 

@@ -4,9 +4,9 @@ import errno
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ import torch
 from checkpoints import contents, empty, empty_like, loaded, save, save_checkpoint, stored
 from comparisons import assert_same_bits
 from failures import act_at, fail_at
+from forks import needs_fork
 from models import GPT, Layers, llama
 from references import FOUR_BIT
 from torch import nn
@@ -178,42 +179,51 @@ def test_finished_files_of_another_run_are_not_taken(tmp_path, device, monkeypat
 
 KILLED = """
 import itertools, os, signal, sys
+from pathlib import Path
 sys.path.insert(0, {helpers!r})
-from models import GPT
+import bitsandbytes  # once for all that are killed
 from checkpoints import empty
+from models import GPT
 from bigload import quantize_checkpoint
 
-own, calls = os.{function}, itertools.count(1)
+def run(function, call):
+    own, calls = getattr(os, function), itertools.count(1)
 
-def killing(*arguments):
-    if next(calls) == {call}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return own(*arguments)
+    def killing(*arguments):
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return own(*arguments)
 
-os.{function} = killing
-model = empty(GPT, layers=24)
-quantize_checkpoint({source!r}, {target!r}, "nf4-dq", model=model, max_shard_size="30KB", device="cpu")
+    setattr(os, function, killing)
+    model = empty(GPT, layers=24)
+    quantize_checkpoint({source!r}, {target!r}, "nf4-dq", model=model, max_shard_size="30KB", device="cpu")
+
+for function, call in (("pwrite", 250), ("fsync", 10), ("pwrite", 250)):
+    child = os.fork()  # before torch has threads, which would stay behind
+    if child == 0:
+        run(function, call)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
+    print(len(list(Path({partial!r}).glob("*.safetensors"))))
 """
 
 
+@needs_fork
 def test_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(tmp_path):
-    def build():
-        return GPT(layers=24)
+    folder, target = source(tmp_path / "source", partial(GPT, layers=24)), tmp_path / "made"
 
     def run(target):
-        quantize_checkpoint(folder, target, "nf4-dq", model=empty(build), max_shard_size="30KB", device="cpu")
+        model = empty(GPT, layers=24)
+        quantize_checkpoint(folder, target, "nf4-dq", model=model, max_shard_size="30KB", device="cpu")
 
-    folder, target = source(tmp_path / "source", build), tmp_path / "made"
     run(tmp_path / "expected")
-    kept = []
+    paths = {"source": str(folder), "target": str(target), "partial": str(tmp_path / ".made.partial")}
+    code = KILLED.format(helpers=str(Path(__file__).parent / "helpers"), **paths)
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
     # In the midst of it each time: a few of the files that are whole wait for the disk still, and are lost.
-    for function, call in (("pwrite", 250), ("fsync", 10), ("pwrite", 250)):
-        helpers, paths = Path(__file__).parent / "helpers", {"source": str(folder), "target": str(target)}
-        code = KILLED.format(helpers=str(helpers), function=function, call=call, **paths)
-        done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "HF_HUB_OFFLINE": "1"})
-        assert done.returncode == -signal.SIGKILL
-        kept.append(len(list((tmp_path / ".made.partial").glob("*.safetensors"))))
-    assert 0 < kept[0] < kept[1] < kept[2]
+    first, second, third = map(int, done.stdout.split())
+    assert 0 < first < second < third
     run(target)
     assert contents(target) == contents(tmp_path / "expected")
 

@@ -272,13 +272,7 @@ def test_compiled_model_is_saved_under_its_own_names(tmp_path, device):
     assert_same_bits(stored(tmp_path / "saved"), model.state_dict())
 
 
-# The record beside the weights.
-
-
 def test_a_torch_dtype_that_is_asked_for_counts(tmp_path, device):
     save_quantized_model(quantized(tmp_path / "source", device, "nf4"), tmp_path / "saved")
     config = BnbQuantizationConfig.from_mode("nf4", torch_dtype="fp32")
     assert loaded(tmp_path / "saved", device, config=config).eval().norm.weight.dtype == torch.float32
-
-
-# Files made lasting beside the writing.

@@ -24,7 +24,7 @@ MAIN, OLDER = "a" * 40, "0123456789" * 4
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """Give the folder of an empty cache, the only one that the hub's library knows, and work beside it."""
+    """Return the folder of an empty cache, the only one that the hub's library knows, and work beside it."""
     folder = tmp_path / "cache"
     folder.mkdir()
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))

@@ -75,7 +75,7 @@ def test_dtype_that_safetensors_lacks_is_an_error(tmp_path, device, monkeypatch)
 
 
 @pytest.mark.parametrize("call", [1, 3, 8])
-def test_disk_that_fails_when_a_file_is_made_lasting_is_an_error(tmp_path, device, monkeypatch, call):
+def test_disk_that_fails_when_a_file_is_made_durable_is_an_error(tmp_path, device, monkeypatch, call):
     model, sync, calls = quantized(tmp_path / "source", device), os.fsync, itertools.count(1)
 
     def failing(descriptor):

@@ -1,16 +1,9 @@
 """Where the tensors of a group lie in one piece of memory."""
 
 import torch
+from streaming import PARTS
 
 from bigload.hardware.layout import ALIGNMENT, Layout, TensorSpec
-
-PARTS = {
-    "packed": TensorSpec(torch.uint8, (33, 1)),
-    "scales": TensorSpec(torch.float32, (5,)),
-    "offset": TensorSpec(torch.float32, ()),
-    "none": TensorSpec(torch.bfloat16, (0, 4)),
-    "rows": TensorSpec(torch.int8, (3, 7)),
-}
 
 
 def test_parts_begin_at_multiples_of_the_alignment_and_do_not_overlap():

@@ -6,19 +6,11 @@ import weakref
 import pytest
 import torch
 from comparisons import equal
-from streaming import at_rest, parts_of
+from streaming import PARTS, at_rest, parts_of
 
 from bigload.hardware import pinned
 from bigload.hardware.layout import ALIGNMENT, TensorSpec
 from bigload.hardware.pinned import HostGroup
-
-PARTS = {
-    "packed": TensorSpec(torch.uint8, (33, 1)),
-    "scales": TensorSpec(torch.float32, (5,)),
-    "offset": TensorSpec(torch.float32, ()),
-    "none": TensorSpec(torch.bfloat16, (0, 4)),
-    "rows": TensorSpec(torch.int8, (3, 7)),
-}
 
 
 def filled():

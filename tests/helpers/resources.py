@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def open_files():
-    """Give the open descriptors, each with what it is of."""
+    """Return the open descriptors, each with what it is of."""
     found = set()
     for descriptor in Path("/proc/self/fd").iterdir():
         try:
@@ -16,5 +16,5 @@ def open_files():
 
 
 def open_and_running():
-    """Give the open descriptors and the threads of Python's."""
+    """Return the open descriptors and the threads of Python's."""
     return open_files() | set(threading.enumerate())

@@ -14,6 +14,14 @@ from bigload.quantization.cpu_forwards import streamed_forward
 
 # Later than a file's time by what the coarsest clock of a file system can tell.
 CLOCK_NS = 10 * 10**9
+# Of several dtypes and odd sizes, one of them empty.
+PARTS = {
+    "packed": TensorSpec(torch.uint8, (33, 1)),
+    "scales": TensorSpec(torch.float32, (5,)),
+    "offset": TensorSpec(torch.float32, ()),
+    "none": TensorSpec(torch.bfloat16, (0, 4)),
+    "rows": TensorSpec(torch.int8, (3, 7)),
+}
 MODES = ("fp32", "bf16", "int8", "nf4", "nf4-dq", "fp4")
 
 
@@ -23,12 +31,12 @@ def parts_of(tensors):
 
 
 def tensors_of(leaves):
-    """Give what is streamed of leaves, by name."""
+    """Return what is streamed of leaves, by name."""
     return {each.name: each.get() for leaf in leaves for each in streamed_tensors_of(leaf)}
 
 
 def at_rest(tensors, device):
-    """Copy tensors into host memory, from which they are brought to a device."""
+    """Copy tensors into host memory, from which they are copied to a device."""
     store = HostGroup(parts_of(tensors), device)
     with torch.no_grad():
         for name, tensor in tensors.items():

@@ -13,14 +13,14 @@ from bigload import load_and_quantize_model
 
 pytestmark = pytest.mark.usefixtures("small_parts_stream")
 
-build = partial(llama, num_hidden_layers=4)
+build = partial(llama, num_hidden_layers=3)
 
 
 @pytest.fixture
 def models(tmp_path, device):
-    """Give a model that is wholly on the device, and one of which two blocks rest on the disk."""
+    """Return a model that is wholly on the device, and one of which two blocks rest on the disk."""
     folder = save_checkpoint(build().bfloat16(), tmp_path / "source")
-    away = ["model.layers.1", "model.layers.3"]
+    away = ["model.layers.0", "model.layers.2"]
     whole = load_and_quantize_model(empty(build), "nf4", folder, device_map=device)
     part = offloaded(build, folder, device, away, tmp_path / "cache", home="disk")
     return whole.eval(), part.eval()

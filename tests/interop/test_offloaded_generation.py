@@ -28,7 +28,7 @@ GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_tok
 
 @pytest.fixture
 def loaded(tmp_path, device):
-    """Give a function that loads a model wholly onto the device, and again with parts of it elsewhere."""
+    """Return a function that loads a model wholly onto the device, and again with parts of it elsewhere."""
 
     def loading(build, *away, mode="nf4"):
         torch.manual_seed(0)

@@ -80,7 +80,7 @@ def stored(tmp_path):
 
 
 def delivered(stored, log, *, taken=(), values_per_scale=1):
-    """Bring all tensors over, those named in `taken` through `take`, the others home. Gives what arrived, flat."""
+    """Bring all tensors over, those named in `taken` through `take`, the others home. Returns what arrived, flat."""
     tensors, entries = stored
     made = {name: torch.zeros(tensor.numel(), dtype=tensor.dtype) for name, tensor in tensors.items()}
     counts = dict.fromkeys(tensors, 0)

@@ -18,7 +18,7 @@ AWAY = ["transformer.wte", "transformer.h.0"]
 
 @pytest.fixture
 def loaded(tmp_path, device):
-    """Give a function that loads a model of which the embedding and the first block rest elsewhere."""
+    """Return a function that loads a model of which the embedding and the first block rest elsewhere."""
 
     def loading(build=GPT, away=AWAY, mode=PLAIN):
         folder = save_checkpoint(build().bfloat16(), tmp_path / "source")

@@ -148,7 +148,7 @@ def require_droppable(part):
 
 @pytest.fixture
 def dropped(monkeypatch):
-    """Give what the system is asked to drop, by file and offset: what else leaves its cache is its own affair."""
+    """Return what the system is asked to drop, by file and offset: what else leaves its cache is its own affair."""
     asked, own = [], os.posix_fadvise
 
     def watched(descriptor, offset, nbytes, advice):

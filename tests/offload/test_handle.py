@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def options(device, monkeypatch):
-    """Give a function from the names of units to the options that offload them."""
+    """Return a function from the names of units to the options that offload them."""
 
     def offloading(*names):
         if device.type == "cuda":

@@ -32,7 +32,7 @@ def planned(model, *away, **more):
 
 @pytest.fixture
 def offloaded(tmp_path):
-    """Give a model whose embedding and first block rest in files, and a function that loads it."""
+    """Return a model whose embedding and first block rest in files, and a function that loads it."""
     folder = save_checkpoint(llama().bfloat16(), tmp_path / "source")
     device_map = {"": "cpu", "model.embed_tokens": "disk", "model.layers.0": "disk"}
 

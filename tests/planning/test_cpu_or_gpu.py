@@ -23,7 +23,7 @@ def where(devices):
 
 @pytest.fixture
 def rates(monkeypatch):
-    """Give what sets the rates, of the link and of the host, that a measurement would find."""
+    """Return what sets the rates, of the link and of the host, that a measurement would find."""
     return lambda *found: monkeypatch.setattr("bigload.planning.cpu_or_gpu._rates", lambda device: found or None)
 
 

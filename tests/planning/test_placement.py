@@ -8,11 +8,9 @@ from plans import planned
 
 from bigload import OffloadConfig, load_and_quantize_model, plan_device_map
 from bigload.errors import ConfigError, PlacementError
+from bigload.offload import device_hooks
 
 CPU, GPU, OTHER = torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1)
-
-
-# Several places.
 
 
 def test_offloaded_blocks_are_computed_on_the_gpu(small_parts_stream):
@@ -104,17 +102,8 @@ def test_offload_config_that_means_nothing_is_refused(options):
         OffloadConfig(**options)
 
 
-# What a review found.
-
-
-def runs(model, plan, monkeypatch):
+def run_by(plan, model):
     """Run a model by a plan for two GPUs, where "meta" takes the place of the second and the CPU that of the first."""
-    from bigload.offload import device_hooks
-
-    def moved(tensor, device):
-        return tensor if tensor.device == device else torch.zeros_like(tensor, device=device)
-
-    monkeypatch.setattr(device_hooks, "_to_device", moved)
     there = {GPU: CPU, OTHER: torch.device("meta")}
     for placed in plan.units:
         for path in placed.unit.paths:
@@ -133,11 +122,12 @@ def runs(model, plan, monkeypatch):
     ],
     ids=repr,
 )
-def test_maps_over_two_gpus_run_however_they_are_spelled(device_map, monkeypatch):
+def test_maps_over_two_gpus_run_however_they_are_spelled(device_map, moves):
     model = GPT(layers=3)
     plan = plan_device_map(model, "nf4", device_map=device_map, max_memory={0: "1GiB", 1: "1GiB"})
     assert set(plan.execution_map.values()) == {GPU, OTHER}
-    assert runs(model, plan, monkeypatch).device == CPU
+    assert run_by(plan, model).device == CPU
+    assert moves
 
 
 @pytest.mark.parametrize("budget", [0, "100MiB"])

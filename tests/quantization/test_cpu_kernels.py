@@ -174,6 +174,3 @@ def test_only_its_own_part_of_the_memory_is_filled():
     assert (packed[192:] == 7).all()
     assert (absmax[:2] == 7).all()
     assert (absmax[6:] == 7).all()
-
-
-# The Quantizer
