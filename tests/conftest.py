@@ -9,6 +9,8 @@ starts another process.
 import gc
 import logging
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,6 +62,14 @@ def pytest_collection_finish():
 def device(request):
     """Each test that asks for it runs on the CPU, and on a GPU where there is one."""
     return torch.device(request.param, 0) if request.param == "cuda" else torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def benchmarks_importable():
+    """`benchmarks` lies beside the package, and `pytest` alone does not look where it is started."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [*sys.path, str(Path(__file__).parents[1])])
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -8,8 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-def test_both_checkouts_are_timed_in_each_round(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(ROOT)
+def test_both_checkouts_are_timed_in_each_round(tmp_path, capsys):
     from benchmarks.__main__ import main
     from benchmarks.against import Case
     from benchmarks.checkpoints import make_checkpoint

@@ -15,20 +15,13 @@ from safetensors import safe_open
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(autouse=True, scope="module")
-def importable():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT)
-        yield
-
-
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory, importable):
+def tiny(tmp_path_factory):
     return made("tiny", tmp_path_factory.mktemp("checkpoints") / "tiny")
 
 
 @pytest.fixture(scope="module")
-def many(tmp_path_factory, importable):
+def many(tmp_path_factory):
     return made("many-50", tmp_path_factory.mktemp("checkpoints") / "many")
 
 
@@ -199,7 +192,7 @@ def test_host_memory_is_what_the_block_took_at_most(monkeypatch):
 
 
 @pytest.fixture
-def in_this_process(monkeypatch, importable):
+def in_this_process(monkeypatch):
     """Return a function after which rows are measured here, not in processes of their own that import all anew."""
     from benchmarks.one import measure
     from benchmarks.peers import PEERS
@@ -433,7 +426,7 @@ def test_charts_without_matplotlib_say_what_to_install(tmp_path, monkeypatch):
         draw("a", result(), tmp_path)
 
 
-def test_quantizing_file_to_file_is_held_against_reading_and_writing(tmp_path, importable):
+def test_quantizing_file_to_file_is_held_against_reading_and_writing(tmp_path):
     from benchmarks.__main__ import main
 
     main(["make", "tiny", str(tmp_path / "tiny")])
@@ -451,7 +444,7 @@ def test_quantizing_file_to_file_is_held_against_reading_and_writing(tmp_path, i
 
 
 @pytest.fixture
-def few_steps(monkeypatch, importable):
+def few_steps(monkeypatch):
     monkeypatch.setattr("benchmarks.offload.GENERATED", 4)
     monkeypatch.setattr("benchmarks.offload._REPEATS", 3)
 

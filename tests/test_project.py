@@ -31,8 +31,7 @@ def test_links_in_the_documents_lead_somewhere():
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
 
 
-def test_figures_of_the_readme_are_those_of_the_result_file(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
+def test_figures_of_the_readme_are_those_of_the_result_file():
     from benchmarks.report import brief
 
     readme = (ROOT / "README.md").read_text()
