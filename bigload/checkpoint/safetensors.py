@@ -105,7 +105,7 @@ def _parse_entry(path: Path, start: int, name: str, entry: Any) -> StoredTensor:
 
 
 def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value)
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)  # a bool is an int, too
 
 
 def parse_json(raw: bytes, path: Path) -> Any:

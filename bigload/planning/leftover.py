@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -39,7 +38,7 @@ def warn_of_leftover(
         layers: the layers to quantize, by path.
     """
     taken = {f"{path}.weight".lstrip(".") for path in layers}
-    weights = [t for t in tensors if t.is_parameter and len(t.shape) > 1 and t.value.is_floating_point()]
+    weights = [t for t in tensors if t.is_parameter and t.value.dim() > 1 and t.value.is_floating_point()]
     left = [tensor for tensor in weights if taken.isdisjoint(tensor.names)]
     quantized = _elements(weights) - _elements(left)
     if _elements(left) <= quantized:
@@ -106,7 +105,7 @@ def _reason(owner: nn.Module, tensor: ModelTensor, read: set[nn.Module]) -> str:
 
 
 def _elements(tensors: Sequence[ModelTensor]) -> int:
-    return sum(math.prod(tensor.shape) for tensor in tensors)
+    return sum(tensor.value.numel() for tensor in tensors)
 
 
 def _size(elements: int, dtype: torch.dtype) -> str:
