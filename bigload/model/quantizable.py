@@ -23,16 +23,14 @@ logger = logging.getLogger(__name__)
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Whether one of the patterns matches whole, consecutive components of a dotted name; `*` matches anything."""
-    for pattern in patterns:  # a loop: it takes half the time of any() here, and models have many names
-        if _compiled(pattern).search(name):
-            return True
-    return False
+    return _compiled(tuple(patterns)).search(name) is not None
 
 
 @functools.cache
-def _compiled(pattern: str) -> re.Pattern[str]:
-    body = ".*".join(re.escape(piece) for piece in pattern.split("*"))
-    return re.compile(rf"(?:^|\.){body}(?:\.|$)")
+def _compiled(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    """Make one expression of all: models have many names."""
+    bodies = [".*".join(re.escape(piece) for piece in pattern.split("*")) for pattern in patterns]
+    return re.compile(rf"(?:^|\.)(?:{'|'.join(bodies)})(?:\.|$)" if bodies else "(?!)")
 
 
 def layers_to_quantize(
