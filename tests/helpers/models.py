@@ -143,17 +143,19 @@ def llama(tied: bool = False, **sizes):
     return LlamaForCausalLM(LlamaConfig(tie_word_embeddings=tied, **(options | sizes)))
 
 
-def t5():
+def t5(**options):
     from transformers import T5Config, T5ForConditionalGeneration
 
     sizes = {"vocab_size": 128, "d_model": 64, "d_ff": 128, "num_layers": 2, "num_heads": 4, "d_kv": 16}
+    sizes |= options
     return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1))
 
 
-def clip():
+def clip(**options):
     from transformers import CLIPConfig, CLIPModel
 
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= options
     text = sizes | {"vocab_size": 128, "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 1}
     vision = sizes | {"image_size": 32, "patch_size": 16}
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=32))

@@ -1,0 +1,90 @@
+"""What people do with a loaded model, for each mode and place: as with a resident model, or refused with a reason."""
+
+import gc
+
+import pytest
+import torch
+from checkpoints import empty, save_checkpoint
+from comparisons import equal
+from jobs import FAMILIES, JOBS, Context
+
+from bigload import BigloadError, BnbQuantizationConfig, OffloadConfig, load_and_quantize_model, plan_device_map
+
+pytestmark = pytest.mark.usefixtures("small_parts_stream")
+
+MODES = ("nf4", "int8", "none")
+# Half of the bytes by "auto", everything away, two GPUs. A CPU takes a cell of each kind, for time's sake.
+CELLS = [("cpu", "half", "nf4"), ("cpu", "away", "int8"), ("cpu", "away", "none")]
+CELLS += [pytest.param("cuda", place, mode, marks=pytest.mark.cuda) for place in ("half", "away") for mode in MODES]
+CELLS += [pytest.param("cuda", "two", mode, marks=[pytest.mark.multi_gpu, pytest.mark.cuda]) for mode in MODES]
+
+# (job, mode): why the resident model refuses it too, in whoever's words.
+IMPOSSIBLE: dict[tuple[str, str], str] = {}
+# (job, mode): why it is refused of an offloaded model; docs/usage.md says so.
+REFUSED: dict[tuple[str, str], str] = {}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A checkpoint of each family."""
+    made = {}
+    for name, build in FAMILIES.items():
+        torch.manual_seed(0)
+        made[name] = save_checkpoint(build().bfloat16(), tmp_path_factory.mktemp(name))
+    return made
+
+
+def config_of(mode):
+    fields = {"torch_dtype": "bf16"} | ({"skip_modules": ["*"]} if mode == "none" else {})
+    return BnbQuantizationConfig.from_mode("nf4" if mode == "none" else mode, **fields)
+
+
+def options_of(place, build, config, folder, device, cache):
+    """A device map, and what belongs to it."""
+    if place == "away":
+        home = "cpu" if device.type == "cuda" else "disk"
+        return {"device_map": home, "offload_folder": cache}
+    total = sum(plan_device_map(empty(build), config, folder, {"": device}).device_bytes.values())
+    if place == "two":
+        return {"device_map": "balanced", "max_memory": {0: 2 * total, 1: 2 * total}}
+    budgets = {0: total // 2, "cpu": "10GiB"} if device.type == "cuda" else {"cpu": total * 3 // 4, "disk": "10GiB"}
+    return {"device_map": "auto", "max_memory": budgets, "offload_folder": cache, "offload": OffloadConfig(reserve=0)}
+
+
+def flat(found, prefix=""):
+    """The tensors and numbers in what a job gives, by name."""
+    if isinstance(found, dict):
+        return {k: v for name, each in found.items() for k, v in flat(each, f"{prefix}{name}.").items()}
+    return {prefix: found}
+
+
+@pytest.mark.parametrize(("kind", "place", "mode"), CELLS)
+@pytest.mark.parametrize("name", JOBS)
+def test_job_gives_what_the_resident_model_gives(folders, tmp_path, name, kind, place, mode):
+    device = torch.device(kind, 0) if kind == "cuda" else torch.device(kind)
+    family, run = JOBS[name]
+    build, config = FAMILIES[family], config_of(mode)
+    options = options_of(place, build, config, folders[family], device, tmp_path / "cache")
+    part = load_and_quantize_model(empty(build), config, folders[family], **options).eval()
+    assert place == "two" or "offload" in vars(part)
+    whole = load_and_quantize_model(empty(build), config, folders[family], device_map={"": device}).eval()
+    for folder in ("whole", "part"):
+        (tmp_path / folder).mkdir()
+    if (name, mode) in IMPOSSIBLE:
+        with pytest.raises(Exception, match=IMPOSSIBLE[name, mode]):
+            run(whole, Context(device, tmp_path / "whole"))
+        return
+    expected = flat(run(whole, Context(device, tmp_path / "whole")))
+    if (name, mode) in REFUSED and place != "two":
+        with pytest.raises(BigloadError, match=REFUSED[name, mode]):
+            run(part, Context(device, tmp_path / "part"))
+        return
+    found = flat(run(part, Context(device, tmp_path / "part")))
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            assert equal(found[key].cpu(), value.cpu()), key
+        else:
+            assert found[key] == value, key
+    del whole, part
+    gc.collect()
