@@ -175,7 +175,7 @@ class _CastInputs:
         self._dtypes = _DtypeStack()
 
     def begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        floating = (tensor for tensor in _tensors((args, kwargs)) if tensor.is_floating_point())
+        floating = (tensor for tensor in tensors_in((args, kwargs)) if tensor.is_floating_point())
         self._dtypes.stack.append(next((tensor.dtype for tensor in floating), self._default))
         args = tuple(_map_tensors(value, _in_fp32) for value in args)
         kwargs = {name: v if name in self._skip_keys else _map_tensors(v, _in_fp32) for name, v in kwargs.items()}
@@ -209,7 +209,7 @@ class _ModelCalls:
         self._memo.moved.clear()  # hooks at the end are not called for a forward that Ctrl-C interrupted
         self._memo.is_on = True
         inputs = (args, [value for name, value in kwargs.items() if name not in self._skip_keys])
-        first = next(_tensors(inputs), None)
+        first = next(tensors_in(inputs), None)
         self._memo.origins.append(None if first is None else first.device)
 
     def end(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -269,12 +269,13 @@ def _with_values(table: Any, values: Mapping[Any, Any]) -> Any:
     return made
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """List the tensors in tuples, lists and dicts."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (list, tuple)):
         for inner in value:
-            yield from _tensors(inner)
+            yield from tensors_in(inner)
     elif isinstance(value, dict):
         for inner in value.values():
-            yield from _tensors(inner)
+            yield from tensors_in(inner)

@@ -20,7 +20,7 @@ from ..quantization.formats import part_name
 from ..quantization.layers import is_quantized
 from ..quantization.quantized_weight import state_around, state_holders
 from .device_hooks import send_to_device
-from .leaves import Leaf, MethodOverride
+from .leaves import Leaf, MethodOverride, without_torch_function
 from .residency import Residency
 from .slots import Slot
 
@@ -77,7 +77,9 @@ class StreamedForward(ForwardOverride):
             return self.own(*args, **kwargs)
         if not torch.is_grad_enabled():
             return self.run(*args, **kwargs)
-        if any(parameter.requires_grad for parameter in self.weights.parameters):
+        with without_torch_function():
+            is_trained = any(parameter.requires_grad for parameter in self.weights.parameters)
+        if is_trained:
             return self._run_without_weight_gradients(*args, **kwargs)
         if self._is_quantized:
             (x,) = (*args, *kwargs.values())
