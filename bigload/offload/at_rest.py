@@ -4,10 +4,13 @@
 weight the call is tried on an empty tensor on the device that computes. If that tensor does not change, the weight
 stays at rest; otherwise the call is refused before anything changes. `state_dict` returns the weights at rest, and what
 `load_state_dict` loads is used from the next call on.
+
+torch counts what is written to a tensor, except through `.data`. A parameter at rest has a class that counts this too.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import weakref
 from collections import defaultdict
@@ -21,7 +24,17 @@ from ..errors import OffloadError
 from ..model.tree import paths_above
 from .device_hooks import send_to_device, tensors_in
 from .files import FileGroup
-from .leaves import DATA, Group, Leaf, MethodOverride, remove_all, without_torch_function
+from .forwards import require_readable
+from .leaves import (
+    DATA,
+    Group,
+    Leaf,
+    MethodOverride,
+    NonCopyable,
+    remove_all,
+    without_overrides,
+    without_torch_function,
+)
 from .residency import Residency
 from .slot_pool import SlotPool
 
@@ -166,29 +179,31 @@ _IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in _OPERATORS)}
 
 
 class ApplyGuards:
-    """Keep weights at rest when the model, or a part of it, is moved or cast."""
+    """Keep weights at rest when the model, or a part of it, is moved or cast, and let parts of it be copied."""
 
     def __init__(self, model: nn.Module, leaves: Mapping[Leaf, torch.device]) -> None:
-        """Override `_apply` of the leaves and of the modules that contain them.
+        """Override `_apply` and `__deepcopy__` of the leaves and of the modules that contain them.
 
         Args:
             model: changed in place.
             leaves: the modules with offloaded weights, each with the device that computes it.
         """
-        self._guards: list[_ApplyGuard] = []
+        self._guards: list[MethodOverride] = []
         inside: dict[str, dict[Leaf, torch.device]] = defaultdict(dict)
         for leaf, device in leaves.items():
             for path in [leaf.path, *paths_above(leaf.path)]:
                 inside[path][leaf] = device
         try:
             for path, found in inside.items():
-                self._guards.append(_ApplyGuard(model.get_submodule(path), found))
+                module = model.get_submodule(path)
+                self._guards.append(_ApplyGuard(module, found))
+                self._guards.append(_Copy(path, module, found))
         except BaseException:
             self.remove()
             raise
 
     def remove(self) -> None:
-        """Restore the modules' own `_apply`; calling it again does nothing."""
+        """Restore the modules' own methods; calling it again does nothing."""
         remove_all(self._guards)
 
 
@@ -225,6 +240,36 @@ class _ApplyGuard(MethodOverride):
         return self.module
 
 
+class _Copy(MethodOverride):
+    """Copies a part of a model as it would be without offloading, onto the device that computes it.
+
+    PEFT copies layers that it trains as a whole (`modules_to_save`), or computes with (DoRA).
+    """
+
+    def __init__(self, path: str, module: nn.Module, leaves: Mapping[Leaf, torch.device]) -> None:
+        self._path = path
+        self._devices = {device for leaf, device in leaves.items() if leaf.module is module}
+        super().__init__(module, "__deepcopy__")
+
+    def __call__(self, memo: dict[int, Any]) -> nn.Module:
+        """Copy the module.
+
+        Raises:
+            OffloadError: it is the whole model, or a file with its weights has changed.
+        """
+        if not self._path:
+            self.__deepcopy__(memo)
+        require_readable(self.module)
+        reduced: Any = self.module.__reduce_ex__(4)
+        make, given, state = reduced[:3]
+        made: Any = make(*given)
+        memo[id(self.module)] = made
+        made.__setstate__(copy.deepcopy(without_overrides(state), memo))
+        for device in self._devices:
+            made.to(device)
+        return made  # type: ignore[no-any-return]
+
+
 def _require_unchanged(
     fn: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype, device: torch.device, path: str
 ) -> None:
@@ -246,10 +291,20 @@ def hook_state_dicts(weights: Residency, pool: SlotPool) -> list[Any]:
     """
     module, group = weights.leaf.module, weights.group
     return [
-        module.register_state_dict_post_hook(functools.partial(_show_at_rest, pool, group)),  # type: ignore[no-untyped-call]
-        module._register_load_state_dict_pre_hook(functools.partial(_prepare_to_load, weights)),  # type: ignore[no-untyped-call]
+        module.register_state_dict_post_hook(_Hook(_show_at_rest, pool, group)),  # type: ignore[no-untyped-call]
+        module._register_load_state_dict_pre_hook(_Hook(_prepare_to_load, weights)),  # type: ignore[no-untyped-call]
         module.register_load_state_dict_post_hook(_RefetchAfterLoad(pool, weights.group)),  # type: ignore[no-untyped-call]
     ]
+
+
+class _Hook(NonCopyable):
+    """A function with its first arguments, which a copy of the hooked module does not get."""
+
+    def __init__(self, function: Callable[..., None], *given: object) -> None:
+        self._function, self._given = function, given
+
+    def __call__(self, *args: object) -> None:
+        self._function(*self._given, *args)
 
 
 def _prepare_to_load(weights: Residency, state: Mapping[str, object], prefix: str, *_: object) -> None:
@@ -268,7 +323,7 @@ def _prepare_to_load(weights: Residency, state: Mapping[str, object], prefix: st
     weights.swap_out()
 
 
-class _RefetchAfterLoad:
+class _RefetchAfterLoad(NonCopyable):
     def __init__(self, pool: SlotPool, group: Group) -> None:
         self._pool, self._group = weakref.ref(pool), group
 

@@ -30,7 +30,7 @@ class NonCopyable:
     def __deepcopy__(self, memo: object) -> NoReturn:
         raise OffloadError(
             "a model with offloaded weights cannot be copied or pickled; save its state_dict, or call "
-            "model.offload.remove() first"
+            "model.offload.remove() first (a part of it can be copied)"
         )
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
@@ -52,6 +52,24 @@ class MethodOverride(NonCopyable):
             del own[self._name]
         elif own.get(self._name) is self:
             own[self._name] = self._before
+
+
+def without_overrides(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a module's attributes as they are without its offloading, for a copy."""
+    own = {}
+    for name, value in state.items():
+        kept = value
+        while isinstance(kept, MethodOverride):
+            kept = kept._before
+        if isinstance(value, dict) and name.endswith("_hooks"):
+            kept = type(value)((key, hook) for key, hook in value.items() if not _is_ours(hook))
+        if kept is value or kept is not None:
+            own[name] = kept
+    return own
+
+
+def _is_ours(hook: Any) -> bool:
+    return isinstance(getattr(hook, "hook", hook), NonCopyable)  # torch wraps some
 
 
 def remove_all(handles: list[Any]) -> None:

@@ -306,7 +306,7 @@ def test_parameters_that_others_put_into_a_streamed_block_are_brought_to_its_dev
     model = GPT(layers=2)
     (placed,) = plan_device_map(model, "nf4", device_map={"": 0, "transformer.h.1": "cpu"}).offloaded
     block = model.transformer["h"][1]
-    hook = handle.MoveAddedParameters(placed.device, handle.leaves_of(model, placed))
+    hook = handle.MoveAddedParameters(model, "transformer.h.1", placed.device, handle.leaves_of(model, placed))
     stay = {planned.tensor.name for planned in placed.unit.offloaded}
     others = [p for name, p in block.named_parameters(prefix="transformer.h.1") if name not in stay]
     assert len(stay) == 4
