@@ -3,7 +3,8 @@
 They are on blocks, not on leaves: where everything is on its device already, a call costs one comparison for each
 argument. Activations move where the device changes. What every block is given by name, a mask or position embeddings,
 moves once for each device and forward. A model that one device computes is hooked only where callers enter it: the
-model itself, and the models inside it that are called on their own.
+model itself, and the models inside it that are called on their own. bitsandbytes' kernels read an input that is on
+another device as if it were on theirs, which ends all work with CUDA in the process.
 """
 
 from __future__ import annotations
@@ -18,21 +19,28 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
+from ..hardware.devices import CPU
+
 # The attribute of a model that holds its hooks.
 _HOOKS_ATTRIBUTE = "_bigload_device_hooks"
 
 
 class DeviceHooks:
-    """The hooks of one model."""
+    """The hooks of one model.
+
+    Attributes:
+        ask_layers: they ask layers of the model for their device.
+    """
 
     def __init__(self) -> None:
+        self.ask_layers = False
         self._handles: list[Any] = []
         self._memo = _Memo()
 
     def add(
         self,
         model: nn.Module,
-        devices: Mapping[str, torch.device],
+        devices: Mapping[str, torch.device | nn.Module],
         in_fp32: Collection[str],
         dtype: torch.dtype | None,
     ) -> None:
@@ -44,7 +52,12 @@ class DeviceHooks:
         for path, device in devices.items():
             module = model.get_submodule(path)
             skip_keys = model_keys | _skip_keys(module)
-            move = _MoveInputs(device, self._memo, skip_keys)
+            self.ask_layers |= isinstance(device, nn.Module)
+            move = (
+                _MoveInputsToLayer(device, self._memo, skip_keys)
+                if isinstance(device, nn.Module)
+                else _MoveInputs(device, self._memo, skip_keys)
+            )
             self._handles.append(module.register_forward_pre_hook(move, prepend=True, with_kwargs=True))
             if path in in_fp32:
                 casts = _CastInputs(skip_keys, dtype)
@@ -67,7 +80,7 @@ def attach(
     in_fp32: Collection[str] = (),
     dtype: torch.dtype | None = None,
     *,
-    entries: Mapping[str, torch.device] | None = None,
+    entries: Mapping[str, torch.device | nn.Module] | None = None,
 ) -> DeviceHooks:
     """Hook a model so that each module gets its inputs on its own device, and the caller gets outputs on theirs.
 
@@ -79,14 +92,14 @@ def attach(
         in_fp32: paths of modules that compute in float32; their outputs are cast back to the dtype of their inputs.
         dtype: of the outputs of such a module where no input is floating point, as with an embedding.
         entries: path of a module that callers may call with tensors on other devices ("" is the model) -> the device
-            that computes its first layer.
+            that computes its first layer; or such a layer itself, which may be moved later.
 
     Returns:
         The hooks. There are none if all modules are on one device and there are no entries.
     """
     detach(model)
     hooks = DeviceHooks()
-    hooked = dict(entries or {})
+    hooked: dict[str, torch.device | nn.Module] = dict(entries or {})
     if len(set(devices.values())) > 1:
         modules = dict(model.named_modules(remove_duplicate=False))
         hooked |= {path: device for path, device in devices.items() if path in modules}
@@ -101,6 +114,13 @@ def detach(model: nn.Module) -> None:
     hooks = model.__dict__.pop(_HOOKS_ATTRIBUTE, None)
     if isinstance(hooks, DeviceHooks):
         hooks.remove()
+
+
+def detach_from_layers(model: nn.Module) -> None:
+    """Remove the hooks of a model that ask one of its layers where it is, because that layer will be replaced."""
+    hooks = model.__dict__.get(_HOOKS_ATTRIBUTE)
+    if isinstance(hooks, DeviceHooks) and hooks.ask_layers:
+        detach(model)
 
 
 def send_to_device(values: Any, device: torch.device) -> Any:
@@ -165,6 +185,20 @@ class _MoveInputs:
             for name, value in kwargs.items()
         }
         return args, named
+
+
+class _MoveInputsToLayer(_MoveInputs):
+    """A pre-hook that moves a module's inputs to where one of its layers is now."""
+
+    def __init__(self, layer: nn.Module, memo: _Memo, skip_keys: Collection[str]) -> None:
+        self._layer = layer
+        super().__init__(CPU, memo, skip_keys)
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if torch.compiler.is_compiling():  # torch itself refuses tensors of several devices then
+            return None
+        self._device = self._layer.get_parameter("weight").device
+        return super().__call__(module, args, kwargs)
 
 
 class _CastInputs:

@@ -18,12 +18,12 @@ from ..hardware.free_memory import free_bytes
 from ..hardware.pinned import Store
 from ..planning.plan import PlacedUnit, Plan
 from .at_rest import ApplyGuards
-from .device_hooks import detach
+from .device_hooks import attach
 from .engine import Engine
 from .files import FileGroup, limit_page_cache
 from .forwards import forward_override_of
 from .leaves import Group, Leaf, NonCopyable, remove_all
-from .model_device import ModelDevices
+from .model_device import ModelDevices, entries_of_whole
 from .slot_pool import StreamStats
 from .targets import OffloadTargets
 
@@ -122,7 +122,7 @@ class Offload:
         if model is None:
             return
         if len(set(self.plan.execution_map.values())) == 1:
-            detach(model)  # all of it is on one device now
+            attach(model, {}, entries=entries_of_whole(model))  # all of it is on one device now
         if vars(model).get("offload") is self:
             del model.offload
 
