@@ -10,6 +10,7 @@ another device as if it were on theirs, which ends all work with CUDA in the pro
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo
 from torch.nn.utils.rnn import PackedSequence
 
 from ..hardware.devices import CPU
@@ -177,14 +179,28 @@ class _MoveInputs:
             name in skip_keys or _is_on(value, device) for name, value in kwargs.items()
         ):
             return None
+        return _between_graphs(self._moved, args, kwargs)  # type: ignore[no-any-return]
+
+    def _moved(self, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         # Activations come by position. They are new for each module, so they are not kept.
-        args = tuple(_map_tensors(value, partial(_to_device, device=device)) for value in args)
-        move = self._memo.get if self._memo.is_on and not torch.compiler.is_compiling() else _to_device
-        named = {
-            name: value if name in skip_keys else _map_tensors(value, partial(move, device=device))
-            for name, value in kwargs.items()
-        }
+        args = tuple(_map_tensors(value, partial(_to_device, device=self._device)) for value in args)
+        move = partial(self._memo.get if self._memo.is_on else _to_device, device=self._device)
+        skip_keys = self._skip_keys
+        named = {name: value if name in skip_keys else _map_tensors(value, move) for name, value in kwargs.items()}
         return args, named
+
+
+def _between_graphs(move: Callable[..., Any], *args: Any) -> Any:
+    """Move tensors outside of what torch.compile compiles: Inductor takes no graph with tensors of two GPUs."""
+    # What runs between two graphs would be compiled too. To import torch._dynamo takes more than a second.
+    if torch.compiler.is_compiling() or "torch._dynamo" in sys.modules:
+        return _run_eagerly(move, args)
+    return move(*args)
+
+
+@_disable_dynamo
+def _run_eagerly(move: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    return move(*args)
 
 
 class _MoveInputsToLayer(_MoveInputs):
@@ -254,9 +270,9 @@ class _ModelCalls:
             return None
         is_dict = isinstance(output, dict)
         leaving = {name: value for name, value in output.items() if name not in self._skip_keys} if is_dict else output
-        moved = send_to_device(leaving, device)
-        if moved is leaving:
+        if _is_on(leaving, device):
             return None
+        moved = _between_graphs(send_to_device, leaving, device)
         return _with_values(output, moved) if is_dict else moved
 
 
