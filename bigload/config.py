@@ -181,6 +181,8 @@ class BnbQuantizationConfig:
     def from_transformers(cls, config: Any, torch_dtype: torch.dtype | str = "auto") -> BnbQuantizationConfig:
         """Copy transformers' `BitsAndBytesConfig`, which has no field for the dtype of the other weights.
 
+        Its default compute dtype, float32, is kept, with one warning: it cannot be told from a float32 that was asked.
+
         Args:
             config: the `BitsAndBytesConfig`, or its dict.
             torch_dtype: the `dtype` of `from_pretrained`; "auto" is that of the checkpoint.
@@ -199,7 +201,10 @@ class BnbQuantizationConfig:
             ours["bnb_4bit_compute_dtype"] = torch.float32  # transformers' default; accelerate's is fp16
         if ours.get("bnb_4bit_quant_storage") is None:
             ours["bnb_4bit_quant_storage"] = torch.uint8
-        return cls._build({**ours, "torch_dtype": torch_dtype})
+        made = cls._build({**ours, "torch_dtype": torch_dtype})
+        if made.load_in_4bit and made.bnb_4bit_compute_dtype == torch.float32:
+            _warn_of_float32()
+        return made
 
     def to_transformers(self) -> Any:
         """Make the `BitsAndBytesConfig` with the same meaning.
@@ -290,6 +295,22 @@ def as_config(given: Any) -> BnbQuantizationConfig:
         f"bnb_quantization_config is a {type(given).__name__}; expected a BnbQuantizationConfig (bigload's or "
         f"accelerate's), a BitsAndBytesConfig, a dict, or one of {', '.join(MODES)}"
     )
+
+
+_has_warned = False
+
+
+def _warn_of_float32() -> None:
+    """Warn once that 4-bit layers will compute in float32, which few who leave out the compute dtype have meant."""
+    global _has_warned
+    if not _has_warned:
+        _has_warned = True
+        logger.warning(
+            "4-bit layers will compute in float32, the default of BitsAndBytesConfig, for which bitsandbytes has only "
+            "slow kernels: set bnb_4bit_compute_dtype=torch.bfloat16, or name a mode such as 'nf4' for the "
+            "checkpoint's own dtype. If float32 is meant, BnbQuantizationConfig(bnb_4bit_compute_dtype='fp32', ...) "
+            "says so without this warning"
+        )
 
 
 def _unanchored(name: Any) -> Any:

@@ -10,6 +10,7 @@ from torch import nn
 from .errors import ConfigError, QuantizationError, listed
 from .model import transformers_facts
 from .model.tree import first_paths
+from .offload.device_hooks import detach_from_layers
 from .offload.forwards import forward_override_of
 from .pipeline.assembly import apply_edits
 from .pipeline.attributes import Edit, clear_attributes
@@ -63,6 +64,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     ]
     root = plain.get(model, model)
     apply_edits(edits + clear_attributes(root))
+    detach_from_layers(model)
     return root
 
 

@@ -335,3 +335,28 @@ def test_as_config_names_the_argument_that_is_none():
 def test_as_config_refuses_a_dict_of_both_or_neither_mode(given):
     with pytest.raises(ConfigError, match="load_in_4bit and load_in_8bit"):
         as_config(given)
+
+
+@pytest.mark.parametrize("form", ["object", "dict"])
+def test_float32_that_transformers_chooses_is_warned_of_once(monkeypatch, warned, form):
+    monkeypatch.setattr("bigload.config._has_warned", False)
+    given = TransformersConfig(load_in_4bit=True)
+    given = given if form == "object" else given.to_dict()
+    for _ in range(2):
+        assert as_config(given).bnb_4bit_compute_dtype == torch.float32
+    (warning,) = warned()
+    assert "4-bit layers will compute in float32, the default of BitsAndBytesConfig" in warning
+
+
+def test_what_the_warning_of_float32_names_is_not_warned_of(monkeypatch, warned):
+    monkeypatch.setattr("bigload.config._has_warned", False)
+    remedies = [
+        TransformersConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16),
+        "nf4",
+        BnbQuantizationConfig(bnb_4bit_compute_dtype="fp32", load_in_4bit=True),
+        TransformersConfig(load_in_8bit=True),
+        {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32},
+    ]
+    for remedy in remedies:
+        as_config(remedy)
+    assert not warned()

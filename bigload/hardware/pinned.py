@@ -44,6 +44,9 @@ class Store:
         begin = tensor.storage_offset() * tensor.itemsize
         return next(self.tensors[name] for name, offset in self.layout.offsets.items() if offset == begin)
 
+    def use_written(self, name: str) -> None:
+        """Take note that a part's tensor was written to: those values count from now on."""
+
     def require_unchanged(self) -> None:
         """Check that the parts are still what they were when the store was made.
 

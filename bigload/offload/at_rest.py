@@ -1,55 +1,209 @@
-"""`state_dict`, `load_state_dict` and `.to()` of modules whose weights are offloaded.
+"""`state_dict`, `load_state_dict` and `.to()` of modules whose weights are offloaded, and what is written to those.
 
 `to`, `cuda`, `cpu`, `half` and the like call a module's `_apply`, which calls that of its children. For an offloaded
 weight the call is tried on an empty tensor on the device that computes. If that tensor does not change, the weight
 stays at rest; otherwise the call is refused before anything changes. `state_dict` returns the weights at rest, and what
 `load_state_dict` loads is used from the next call on.
+
+torch counts what is written to a tensor, except through `.data`. A parameter at rest has a class that counts this too.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import OffloadError
-from ..hardware.pinned import Store
 from ..model.tree import paths_above
+from .device_hooks import send_to_device, tensors_in
 from .files import FileGroup
-from .leaves import Group, Leaf, MethodOverride, remove_all
+from .forwards import require_readable
+from .leaves import (
+    DATA,
+    Group,
+    Leaf,
+    MethodOverride,
+    NonCopyable,
+    remove_all,
+    without_overrides,
+    without_torch_function,
+)
 from .residency import Residency
 from .slot_pool import SlotPool
 
 
+class _AtRest(torch.Tensor):
+    """A weight that rests in host memory or files, whatever device computes with it.
+
+    What is written to it is counted, also through `.data`, which torch does not count. Where it meets tensors of
+    another device, what is written to it comes to where it rests, and a weight that is only read goes to the others.
+
+    Attributes:
+        _home: what streams it.
+    """
+
+    _home: _Home
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation of torch on weights at rest."""
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        with without_torch_function():
+            if func == DATA.__get__:
+                return _travelling(args[0].detach(), args[0]._home)
+            if func == DATA.__set__ and isinstance(args[0], _AtRestParameter):
+                return _set_data(*args)
+            if name in ("__get__", "__set__", "__delete__"):
+                return func(*args, **kwargs)
+            given = [*tensors_in((args, kwargs))]
+            own = [tensor for tensor in given if isinstance(tensor, _AtRest)]
+            target = kwargs.get("out", given[0] if _writes(name) else None)
+            if isinstance(target, _AtRest):
+                target._home.finish_copies()
+                args, kwargs = send_to_device((args, kwargs), target.device)
+                return func(*args, **kwargs)
+            elsewhere = {tensor.device for tensor in given if tensor.dim() and not isinstance(tensor, _AtRest)}
+            if len(elsewhere) == 1 and elsewhere.isdisjoint(tensor.device for tensor in own):
+                args, kwargs = send_to_device((args, kwargs), *elsewhere)
+            out = func(*args, **kwargs)
+            # What was computed of it alone goes on like it: a view, a copy, the values of a quantized weight.
+            is_alone = len(own) == len(given) or name.startswith("dequantize")
+            goes_on = is_alone and isinstance(out, torch.Tensor) and out.device == own[0].device
+            return _travelling(out, own[0]._home) if goes_on else out
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        """Copy the values into memory of their own, as what they would be in a model that is not offloaded."""
+        with without_torch_function():
+            own: Any = _own_class(type(self))
+            made: torch.Tensor = own.__deepcopy__(self, memo)
+            made.__class__ = own
+            vars(made).pop("_home", None)
+            memo[id(self)] = made
+            return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle as what it would be in a model that is not offloaded."""
+        with without_torch_function():
+            own: Any = _own_class(type(self))
+            plain = torch.Tensor._make_subclass(own, self.detach(), self.requires_grad)
+            vars(plain).update((name, value) for name, value in vars(self).items() if name != "_home")
+            return plain.__reduce_ex__(protocol)
+
+
+class _Traveller(_AtRest):
+    """The memory of a weight at rest, or what was computed of it where it rests."""
+
+
+class _AtRestParameter(_AtRest, nn.Parameter):
+    """A parameter at rest."""
+
+
+@functools.cache
+def _at_rest_class(own: Any) -> Any:
+    if own is nn.Parameter:
+        return _AtRestParameter
+    return type(own)(own.__name__, (_AtRestParameter, own), {"__module__": own.__module__})  # PEFT goes by the name
+
+
+def _own_class(at_rest: type) -> type:
+    if at_rest is _Traveller:
+        return torch.Tensor
+    return nn.Parameter if at_rest is _AtRestParameter else at_rest.__bases__[1]
+
+
+class _Home:
+    """Where weights at rest belong."""
+
+    def __init__(self, pool: SlotPool) -> None:
+        self._pool, self.device = weakref.ref(pool), pool.copier.device
+
+    def finish_copies(self) -> None:
+        """Let copies that forwards have asked for end before the memory changes."""
+        pool = self._pool()
+        if pool is not None:
+            pool.copier.finish()
+
+
+def keep_writes(parameter: nn.Parameter, pool: SlotPool) -> None:
+    """Let a parameter at rest count all that is written to it, by giving it another class."""
+    own = type(parameter)
+    if isinstance(parameter, _AtRest):
+        return
+    if own is nn.Parameter or own.__name__ == "Params4bit":
+        vars(parameter)["_home"] = _Home(pool)
+        parameter.__class__ = _at_rest_class(own)
+
+
+def stop_keeping_writes(parameters: Iterable[nn.Parameter]) -> None:
+    """Give parameters that were at rest their own class back."""
+    for parameter in parameters:
+        if isinstance(parameter, _AtRestParameter):
+            parameter.__class__ = _own_class(type(parameter))
+            vars(parameter).pop("_home", None)
+
+
+def _travelling(tensor: torch.Tensor, home: _Home) -> torch.Tensor:
+    """Let a tensor travel, unless it is where its home computes."""
+    if tensor.device == home.device:
+        return tensor
+    made = tensor.as_subclass(_Traveller)
+    made._home = home
+    return made
+
+
+def _set_data(parameter: _AtRestParameter, value: torch.Tensor) -> None:
+    """Copy values to where the parameter rests. Those of another dtype or shape take their place from the next call."""
+    own = parameter.detach()
+    if (value.dtype, value.shape) != (own.dtype, own.shape) or value.is_meta:
+        DATA.__set__(parameter, value.detach().as_subclass(torch.Tensor))
+    elif value.data_ptr() != own.data_ptr():
+        parameter._home.finish_copies()
+        own.copy_(value)
+
+
+def _writes(name: str) -> bool:
+    """Whether an operation of this name writes to its first argument."""
+    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+
+
+# What Python writes as `+=` and the like.
+_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
+_IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in _OPERATORS)}
+
+
 class ApplyGuards:
-    """Keep weights at rest when the model, or a part of it, is moved or cast."""
+    """Keep weights at rest when the model, or a part of it, is moved or cast, and let parts of it be copied."""
 
     def __init__(self, model: nn.Module, leaves: Mapping[Leaf, torch.device]) -> None:
-        """Override `_apply` of the leaves and of the modules that contain them.
+        """Override `_apply` and `__deepcopy__` of the leaves and of the modules that contain them.
 
         Args:
             model: changed in place.
             leaves: the modules with offloaded weights, each with the device that computes it.
         """
-        self._guards: list[_ApplyGuard] = []
+        self._guards: list[MethodOverride] = []
         inside: dict[str, dict[Leaf, torch.device]] = defaultdict(dict)
         for leaf, device in leaves.items():
             for path in [leaf.path, *paths_above(leaf.path)]:
                 inside[path][leaf] = device
         try:
             for path, found in inside.items():
-                self._guards.append(_ApplyGuard(model.get_submodule(path), found))
+                module = model.get_submodule(path)
+                self._guards.append(_ApplyGuard(module, found))
+                self._guards.append(_Copy(path, module, found))
         except BaseException:
             self.remove()
             raise
 
     def remove(self) -> None:
-        """Restore the modules' own `_apply`; calling it again does nothing."""
+        """Restore the modules' own methods; calling it again does nothing."""
         remove_all(self._guards)
 
 
@@ -57,12 +211,7 @@ class _ApplyGuard(MethodOverride):
     def __init__(self, module: nn.Module, leaves: Mapping[Leaf, torch.device]) -> None:
         self._own: Callable[..., Any] = module._apply
         self._away = {name for leaf in leaves if leaf.module is module for name in leaf.parameters}
-        # One weight stands for all of its dtype and device.
-        self._looked_at = {
-            (leaf.module.get_parameter(name).dtype, device): leaf.path
-            for leaf, device in leaves.items()
-            for name in leaf.parameters
-        }
+        self._leaves = leaves
         super().__init__(module, "_apply")
 
     def __call__(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
@@ -72,7 +221,13 @@ class _ApplyGuard(MethodOverride):
             OffloadError: `fn` would change those too.
         """
         if recurse or self._away:
-            for (dtype, device), path in self._looked_at.items():
+            # One weight stands for all of its dtype and device.
+            looked_at = {
+                (leaf.module.get_parameter(name).dtype, device): leaf.path
+                for leaf, device in self._leaves.items()
+                for name in leaf.parameters
+            }
+            for (dtype, device), path in looked_at.items():
                 _require_unchanged(fn, dtype, device, path)
         own: dict[str, Any] = vars(self.module)
         held = own["_parameters"]
@@ -83,6 +238,36 @@ class _ApplyGuard(MethodOverride):
             held.update(own["_parameters"])  # torch may put other parameters there
             own["_parameters"] = held
         return self.module
+
+
+class _Copy(MethodOverride):
+    """Copies a part of a model as it would be without offloading, onto the device that computes it.
+
+    PEFT copies layers that it trains as a whole (`modules_to_save`), or computes with (DoRA).
+    """
+
+    def __init__(self, path: str, module: nn.Module, leaves: Mapping[Leaf, torch.device]) -> None:
+        self._path = path
+        self._devices = {device for leaf, device in leaves.items() if leaf.module is module}
+        super().__init__(module, "__deepcopy__")
+
+    def __call__(self, memo: dict[int, Any]) -> nn.Module:
+        """Copy the module.
+
+        Raises:
+            OffloadError: it is the whole model, or a file with its weights has changed.
+        """
+        if not self._path:
+            self.__deepcopy__(memo)
+        require_readable(self.module)
+        reduced: Any = self.module.__reduce_ex__(4)
+        make, given, state = reduced[:3]
+        made: Any = make(*given)
+        memo[id(self.module)] = made
+        made.__setstate__(copy.deepcopy(without_overrides(state), memo))
+        for device in self._devices:
+            made.to(device)
+        return made  # type: ignore[no-any-return]
 
 
 def _require_unchanged(
@@ -104,12 +289,22 @@ def hook_state_dicts(weights: Residency, pool: SlotPool) -> list[Any]:
     Returns:
         The handles that remove the hooks.
     """
-    module, store = weights.leaf.module, weights.group.store
+    module, group = weights.leaf.module, weights.group
     return [
-        module.register_state_dict_post_hook(functools.partial(_show_at_rest, pool, store)),  # type: ignore[no-untyped-call]
-        module._register_load_state_dict_pre_hook(functools.partial(_prepare_to_load, weights)),  # type: ignore[no-untyped-call]
+        module.register_state_dict_post_hook(_Hook(_show_at_rest, pool, group)),  # type: ignore[no-untyped-call]
+        module._register_load_state_dict_pre_hook(_Hook(_prepare_to_load, weights)),  # type: ignore[no-untyped-call]
         module.register_load_state_dict_post_hook(_RefetchAfterLoad(pool, weights.group)),  # type: ignore[no-untyped-call]
     ]
+
+
+class _Hook(NonCopyable):
+    """A function with its first arguments, which a copy of the hooked module does not get."""
+
+    def __init__(self, function: Callable[..., None], *given: object) -> None:
+        self._function, self._given = function, given
+
+    def __call__(self, *args: object) -> None:
+        self._function(*self._given, *args)
 
 
 def _prepare_to_load(weights: Residency, state: Mapping[str, object], prefix: str, *_: object) -> None:
@@ -128,7 +323,7 @@ def _prepare_to_load(weights: Residency, state: Mapping[str, object], prefix: st
     weights.swap_out()
 
 
-class _RefetchAfterLoad:
+class _RefetchAfterLoad(NonCopyable):
     def __init__(self, pool: SlotPool, group: Group) -> None:
         self._pool, self._group = weakref.ref(pool), group
 
@@ -139,12 +334,16 @@ class _RefetchAfterLoad:
 
 
 def _show_at_rest(
-    pool: SlotPool, store: Store, module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: object
+    pool: SlotPool, group: Group, module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: object
 ) -> None:
-    store.require_unchanged()
+    group.store.require_unchanged()
     # While the leaf runs, its tensors are those in a slot, which will be overwritten.
     memories = {slot.memory.untyped_storage().data_ptr() for slot in pool.slots}
     for name, tensor in state.items():
-        is_own = name.startswith(prefix) and type(tensor) is torch.Tensor
-        if is_own and tensor.untyped_storage().data_ptr() in memories:
-            state[name] = store.at_rest(tensor)
+        if not name.startswith(prefix):
+            continue
+        if type(tensor) is _Traveller:
+            with without_torch_function():
+                tensor = state[name] = tensor.as_subclass(torch.Tensor)
+        if type(tensor) is torch.Tensor and tensor.untyped_storage().data_ptr() in memories:
+            state[name] = group.store.at_rest(tensor)

@@ -3,12 +3,14 @@
 They are on blocks, not on leaves: where everything is on its device already, a call costs one comparison for each
 argument. Activations move where the device changes. What every block is given by name, a mask or position embeddings,
 moves once for each device and forward. A model that one device computes is hooked only where callers enter it: the
-model itself, and the models inside it that are called on their own.
+model itself, and the models inside it that are called on their own. bitsandbytes' kernels read an input that is on
+another device as if it were on theirs, which ends all work with CUDA in the process.
 """
 
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
@@ -16,23 +18,31 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo
 from torch.nn.utils.rnn import PackedSequence
+
+from ..hardware.devices import CPU
 
 # The attribute of a model that holds its hooks.
 _HOOKS_ATTRIBUTE = "_bigload_device_hooks"
 
 
 class DeviceHooks:
-    """The hooks of one model."""
+    """The hooks of one model.
+
+    Attributes:
+        ask_layers: they ask layers of the model for their device.
+    """
 
     def __init__(self) -> None:
+        self.ask_layers = False
         self._handles: list[Any] = []
         self._memo = _Memo()
 
     def add(
         self,
         model: nn.Module,
-        devices: Mapping[str, torch.device],
+        devices: Mapping[str, torch.device | nn.Module],
         in_fp32: Collection[str],
         dtype: torch.dtype | None,
     ) -> None:
@@ -44,7 +54,12 @@ class DeviceHooks:
         for path, device in devices.items():
             module = model.get_submodule(path)
             skip_keys = model_keys | _skip_keys(module)
-            move = _MoveInputs(device, self._memo, skip_keys)
+            self.ask_layers |= isinstance(device, nn.Module)
+            move = (
+                _MoveInputsToLayer(device, self._memo, skip_keys)
+                if isinstance(device, nn.Module)
+                else _MoveInputs(device, self._memo, skip_keys)
+            )
             self._handles.append(module.register_forward_pre_hook(move, prepend=True, with_kwargs=True))
             if path in in_fp32:
                 casts = _CastInputs(skip_keys, dtype)
@@ -67,7 +82,7 @@ def attach(
     in_fp32: Collection[str] = (),
     dtype: torch.dtype | None = None,
     *,
-    entries: Mapping[str, torch.device] | None = None,
+    entries: Mapping[str, torch.device | nn.Module] | None = None,
 ) -> DeviceHooks:
     """Hook a model so that each module gets its inputs on its own device, and the caller gets outputs on theirs.
 
@@ -79,14 +94,14 @@ def attach(
         in_fp32: paths of modules that compute in float32; their outputs are cast back to the dtype of their inputs.
         dtype: of the outputs of such a module where no input is floating point, as with an embedding.
         entries: path of a module that callers may call with tensors on other devices ("" is the model) -> the device
-            that computes its first layer.
+            that computes its first layer; or such a layer itself, which may be moved later.
 
     Returns:
         The hooks. There are none if all modules are on one device and there are no entries.
     """
     detach(model)
     hooks = DeviceHooks()
-    hooked = dict(entries or {})
+    hooked: dict[str, torch.device | nn.Module] = dict(entries or {})
     if len(set(devices.values())) > 1:
         modules = dict(model.named_modules(remove_duplicate=False))
         hooked |= {path: device for path, device in devices.items() if path in modules}
@@ -101,6 +116,13 @@ def detach(model: nn.Module) -> None:
     hooks = model.__dict__.pop(_HOOKS_ATTRIBUTE, None)
     if isinstance(hooks, DeviceHooks):
         hooks.remove()
+
+
+def detach_from_layers(model: nn.Module) -> None:
+    """Remove the hooks of a model that ask one of its layers where it is, because that layer will be replaced."""
+    hooks = model.__dict__.get(_HOOKS_ATTRIBUTE)
+    if isinstance(hooks, DeviceHooks) and hooks.ask_layers:
+        detach(model)
 
 
 def send_to_device(values: Any, device: torch.device) -> Any:
@@ -157,14 +179,42 @@ class _MoveInputs:
             name in skip_keys or _is_on(value, device) for name, value in kwargs.items()
         ):
             return None
+        return _between_graphs(self._moved, args, kwargs)  # type: ignore[no-any-return]
+
+    def _moved(self, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         # Activations come by position. They are new for each module, so they are not kept.
-        args = tuple(_map_tensors(value, partial(_to_device, device=device)) for value in args)
-        move = self._memo.get if self._memo.is_on and not torch.compiler.is_compiling() else _to_device
-        named = {
-            name: value if name in skip_keys else _map_tensors(value, partial(move, device=device))
-            for name, value in kwargs.items()
-        }
+        args = tuple(_map_tensors(value, partial(_to_device, device=self._device)) for value in args)
+        move = partial(self._memo.get if self._memo.is_on else _to_device, device=self._device)
+        skip_keys = self._skip_keys
+        named = {name: value if name in skip_keys else _map_tensors(value, move) for name, value in kwargs.items()}
         return args, named
+
+
+def _between_graphs(move: Callable[..., Any], *args: Any) -> Any:
+    """Move tensors outside of what torch.compile compiles: Inductor takes no graph with tensors of two GPUs."""
+    # What runs between two graphs would be compiled too. To import torch._dynamo takes more than a second.
+    if torch.compiler.is_compiling() or "torch._dynamo" in sys.modules:
+        return _run_eagerly(move, args)
+    return move(*args)
+
+
+@_disable_dynamo
+def _run_eagerly(move: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    return move(*args)
+
+
+class _MoveInputsToLayer(_MoveInputs):
+    """A pre-hook that moves a module's inputs to where one of its layers is now."""
+
+    def __init__(self, layer: nn.Module, memo: _Memo, skip_keys: Collection[str]) -> None:
+        self._layer = layer
+        super().__init__(CPU, memo, skip_keys)
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if torch.compiler.is_compiling():  # torch itself refuses tensors of several devices then
+            return None
+        self._device = self._layer.get_parameter("weight").device
+        return super().__call__(module, args, kwargs)
 
 
 class _CastInputs:
@@ -175,7 +225,7 @@ class _CastInputs:
         self._dtypes = _DtypeStack()
 
     def begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        floating = (tensor for tensor in _tensors((args, kwargs)) if tensor.is_floating_point())
+        floating = (tensor for tensor in tensors_in((args, kwargs)) if tensor.is_floating_point())
         self._dtypes.stack.append(next((tensor.dtype for tensor in floating), self._default))
         args = tuple(_map_tensors(value, _in_fp32) for value in args)
         kwargs = {name: v if name in self._skip_keys else _map_tensors(v, _in_fp32) for name, v in kwargs.items()}
@@ -209,7 +259,7 @@ class _ModelCalls:
         self._memo.moved.clear()  # hooks at the end are not called for a forward that Ctrl-C interrupted
         self._memo.is_on = True
         inputs = (args, [value for name, value in kwargs.items() if name not in self._skip_keys])
-        first = next(_tensors(inputs), None)
+        first = next(tensors_in(inputs), None)
         self._memo.origins.append(None if first is None else first.device)
 
     def end(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -220,9 +270,9 @@ class _ModelCalls:
             return None
         is_dict = isinstance(output, dict)
         leaving = {name: value for name, value in output.items() if name not in self._skip_keys} if is_dict else output
-        moved = send_to_device(leaving, device)
-        if moved is leaving:
+        if _is_on(leaving, device):
             return None
+        moved = _between_graphs(send_to_device, leaving, device)
         return _with_values(output, moved) if is_dict else moved
 
 
@@ -269,12 +319,13 @@ def _with_values(table: Any, values: Mapping[Any, Any]) -> Any:
     return made
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """List the tensors in tuples, lists and dicts."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (list, tuple)):
         for inner in value:
-            yield from _tensors(inner)
+            yield from tensors_in(inner)
     elif isinstance(value, dict):
         for inner in value.values():
-            yield from _tensors(inner)
+            yield from tensors_in(inner)

@@ -16,11 +16,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ConfigError
-from ..hardware.pinned import Store
-from .at_rest import hook_state_dicts
+from ..errors import ConfigError, OffloadError
+from ..hardware.layout import TensorSpec
+from ..hardware.pinned import HostGroup, Store
+from .at_rest import hook_state_dicts, keep_writes, stop_keeping_writes
 from .forwards import CpuForward, ForwardOverride, StreamedForward
-from .leaves import Group, Leaf, NonCopyable, remove_all, require_owned, streamed_by_leaf
+from .leaves import (
+    Group,
+    Leaf,
+    NonCopyable,
+    StreamedTensor,
+    remove_all,
+    require_owned,
+    require_stored,
+    streamed_by_leaf,
+    without_torch_function,
+)
 from .residency import Residency
 from .slot_pool import SlotPool, StreamStats
 from .slots import Slot
@@ -64,12 +75,16 @@ class Engine(NonCopyable):
             raise ConfigError(f"slots is {slots}; expected 1 or more")
         self.groups, self.device = tuple(groups), device
         self._embeddings = dict(embeddings)
+        self._model = weakref.ref(model)
         self._streamed = {group: streamed_by_leaf(group) for group in groups}
+        for group, streamed in self._streamed.items():
+            require_stored(group, streamed)
         require_owned(model, self._streamed, embeddings)
         self.pool = SlotPool(groups, device, slots, self._forget_slot)
         self._weights: list[Residency] = []
         self._forwards: list[ForwardOverride] = []
         self._state_hooks: list[Any] = []
+        self._is_leaving = False
         try:
             self._install()
         except BaseException:  # Ctrl-C too
@@ -81,11 +96,17 @@ class Engine(NonCopyable):
         self._close.atexit = False
 
     def _install(self) -> None:
+        own = weakref.ref(self)
+
+        def adopt(group: Group) -> None:
+            engine = own()
+            if engine is not None:
+                engine.adopt(group)
+
         for group, by_leaf in self._streamed.items():
             for leaf, streamed in by_leaf.items():
-                for each in streamed:
-                    each.put(group.store.tensors[each.name])
-                weights = Residency(self.pool, group, leaf, streamed)
+                self._put_at_rest(group, streamed)
+                weights = Residency(self.pool, group, leaf, streamed, adopt)
                 self._weights.append(weights)
                 self._forwards.append(StreamedForward(weights))
                 self._state_hooks += hook_state_dicts(weights, self.pool)
@@ -93,6 +114,54 @@ class Engine(NonCopyable):
             CpuForward(leaf.path, leaf.module, self.device, None if files is None else files.require_unchanged)
             for leaf, files in self._embeddings.items()
         ]
+        for parameter in self._embedded():
+            keep_writes(parameter, self.pool)
+
+    def _embedded(self) -> list[nn.Parameter]:
+        """List the parameters that the CPU computes with."""
+        return [parameter for leaf in self._embeddings for parameter in leaf.module.parameters()]
+
+    def _put_at_rest(self, group: Group, streamed: Sequence[StreamedTensor]) -> None:
+        for each in streamed:
+            each.put(group.store.tensors[each.name])
+            if each.parameter is not None:
+                keep_writes(each.parameter, self.pool)
+
+    def adopt(self, group: Group) -> None:
+        """Stream what others have put in the place of a group's weights: other values, dtypes or parameters.
+
+        The caller holds the pool's lock.
+
+        Raises:
+            OffloadError: a weight is in use, on meta, or shared with a module that would not find it.
+        """
+        before = {each for own in self._streamed[group].values() for each in own}
+        if any(each.is_used() for each in before):
+            raise OffloadError(f"a weight of {group.name!r} was replaced while others are in use on the device")
+        for each in before:
+            each.swap_out(group.store.tensors)  # what Ctrl-C has left
+        streamed = streamed_by_leaf(group)
+        tensors = {each.name: each.get() for own in streamed.values() for each in own}
+        for name, tensor in tensors.items():
+            if tensor.is_meta:
+                raise OffloadError(f"{name!r} was offloaded, and has been put on meta since: give it values")
+        model = self._model()
+        if model is not None:
+            require_owned(model, self._streamed | {group: streamed}, self._embeddings)
+        specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        store: Store = group.store
+        if specs != store.layout.parts:
+            store = HostGroup(specs, self.device)
+        for name, tensor in tensors.items():
+            if tensor.data_ptr() != store.tensors[name].data_ptr():
+                store.tensors[name].copy_(tensor)
+                store.use_written(name)
+        self.pool.exchange_store(group, store)
+        self._streamed[group] = streamed
+        for weights in self._weights:
+            if weights.group is group:
+                self._put_at_rest(group, streamed[weights.leaf])
+                weights.follow(streamed[weights.leaf])
 
     def _uninstall(self) -> None:
         remove_all(self._state_hooks)
@@ -137,6 +206,8 @@ class Engine(NonCopyable):
         with self.pool.lock:
             copies: list[tuple[Callable[[torch.Tensor], None], torch.Tensor]] = []
             try:
+                if not self._is_leaving:  # else what is not at rest any more, an interrupted call has put there
+                    self._adopt_replaced()
                 self.pool.free_all()
                 self._copy_all_to_device(copies)
             except BaseException:
@@ -144,15 +215,25 @@ class Engine(NonCopyable):
                 with suppress(torch.OutOfMemoryError):
                     self.pool.make_slots()
                 raise
-            for put, tensor in copies:
-                put(tensor)
+            self._is_leaving = True
+            with without_torch_function():
+                for put, tensor in copies:
+                    put(tensor)
             self._uninstall()
+            stop_keeping_writes(parameter for weights in self._weights for parameter in weights.parameters)
+            stop_keeping_writes(self._embedded())
             while self._streamed:
                 group, _ = self._streamed.popitem()
                 self.pool.drop(group)
                 group.store.release()
             self._embeddings = {}
             self._close()
+
+    def _adopt_replaced(self) -> None:
+        for group, by_leaf in list(self._streamed.items()):
+            at_rest = group.store.tensors
+            if any(each.is_replaced(at_rest[each.name]) for streamed in by_leaf.values() for each in streamed):
+                self.adopt(group)
 
     def _copy_all_to_device(self, copies: list[tuple[Callable[[torch.Tensor], None], torch.Tensor]]) -> None:
         """Append a copy of each weight on the device, with the function that puts it into the model."""
@@ -162,8 +243,8 @@ class Engine(NonCopyable):
         for group, by_leaf in self._streamed.items():
             for each in {each for streamed in by_leaf.values() for each in streamed}:
                 copies.append((each.restore, group.store.source_of(each.name).to(self.device, copy=True)))
-        for leaf in self._embeddings:
-            for own in leaf.module.parameters():
+        with without_torch_function():
+            for own in self._embedded():
                 copies.append((functools.partial(setattr, own, "data"), own.data.to(self.device, copy=True)))
         for store in stores:
             store.require_unchanged()

@@ -45,10 +45,11 @@ class FilePart:
 class FileGroup(Store):
     """A group's parts in files. At rest the model's tensors are views of the mapped files, so they can be read, slowly.
 
-    A write to such a tensor stays in memory and never reaches the device.
+    What is written to such a tensor stays in memory, and is read from there from then on: the files never change.
 
     Attributes:
         stays_in_page_cache: whether the files' pages are left in the system's page cache after a read.
+        written: names of the parts whose values are those in memory.
     """
 
     @torch.inference_mode(False)
@@ -64,6 +65,7 @@ class FileGroup(Store):
         self.layout = Layout({name: where.part for name, where in parts.items()})
         self._parts = dict(parts)
         self.stays_in_page_cache = True
+        self.written: set[str] = set()
         mapped = {file: _mapped(file) for file in dict.fromkeys(where.file for where in parts.values())}
         self._stamps = {file: stamp for file, (stamp, _) in mapped.items()}
         self.tensors = {}
@@ -88,6 +90,9 @@ class FileGroup(Store):
             for name, where in self._parts.items():
                 begin = self.layout.offsets[name]
                 part = target[begin : begin + where.part.nbytes]
+                if name in self.written:
+                    self.layout.views(memory)[name].copy_(self.tensors[name])
+                    continue
                 with _read_errors_of(name, where.file):
                     going.append((name, where, reads.begin(where.file, [part], where.offset)))
             for name, where, read in going:
@@ -99,6 +104,10 @@ class FileGroup(Store):
             for name, where in self._parts.items():
                 with _read_errors_of(name, where.file):
                     _drop_from_page_cache(where)
+
+    def use_written(self, name: str) -> None:
+        """Read a part from memory from now on, where others have written to it."""
+        self.written.add(name)
 
     def require_unchanged(self) -> None:
         """Refuse files that have changed since they were opened.

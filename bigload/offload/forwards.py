@@ -20,7 +20,7 @@ from ..quantization.formats import part_name
 from ..quantization.layers import is_quantized
 from ..quantization.quantized_weight import state_around, state_holders
 from .device_hooks import send_to_device
-from .leaves import Leaf, MethodOverride
+from .leaves import Leaf, MethodOverride, without_torch_function
 from .residency import Residency
 from .slots import Slot
 
@@ -52,6 +52,19 @@ def forward_override_of(module: nn.Module) -> ForwardOverride | None:
     return forward if isinstance(forward, ForwardOverride) else None
 
 
+def require_readable(module: nn.Module) -> None:
+    """Refuse to read the weights at rest of a module whose files have changed: that could end the process.
+
+    Raises:
+        OffloadError: a file has changed, or is gone.
+    """
+    forward = forward_override_of(module)
+    if isinstance(forward, StreamedForward):
+        forward.weights.group.store.require_unchanged()
+    elif isinstance(forward, CpuForward) and forward.require_there is not None:
+        forward.require_there()
+
+
 class StreamedForward(ForwardOverride):
     """Runs a leaf with its weights on the device. Autograd keeps the places of its weights, never the slots' memory."""
 
@@ -77,7 +90,9 @@ class StreamedForward(ForwardOverride):
             return self.own(*args, **kwargs)
         if not torch.is_grad_enabled():
             return self.run(*args, **kwargs)
-        if any(parameter.requires_grad for parameter in self.weights.parameters):
+        with without_torch_function():
+            is_trained = any(parameter.requires_grad for parameter in self.weights.parameters)
+        if is_trained:
             return self._run_without_weight_gradients(*args, **kwargs)
         if self._is_quantized:
             (x,) = (*args, *kwargs.values())
@@ -236,7 +251,7 @@ class CpuForward(ForwardOverride):
                 the process.
         """
         super().__init__(path, module, module.forward)
-        self._device, self._require_there = device, require_there
+        self._device, self.require_there = device, require_there
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Move the inputs to the CPU, compute there, and move the outputs to the device."""
@@ -244,8 +259,8 @@ class CpuForward(ForwardOverride):
             return _run_eagerly(self, args, kwargs)
         if self.is_removed:
             return self.own(*args, **kwargs)
-        if self._require_there is not None:
-            self._require_there()
+        if self.require_there is not None:
+            self.require_there()
         args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.to("cpu"), (args, kwargs))
         return tree_map_only(torch.Tensor, lambda tensor: tensor.to(self._device), self.own(*args, **kwargs))
 

@@ -18,12 +18,12 @@ from ..hardware.free_memory import free_bytes
 from ..hardware.pinned import Store
 from ..planning.plan import PlacedUnit, Plan
 from .at_rest import ApplyGuards
-from .device_hooks import detach
+from .device_hooks import attach
 from .engine import Engine
 from .files import FileGroup, limit_page_cache
 from .forwards import forward_override_of
-from .leaves import Group, Leaf, remove_all
-from .model_device import ModelDevices
+from .leaves import Group, Leaf, NonCopyable, remove_all
+from .model_device import ModelDevices, entries_of_whole
 from .slot_pool import StreamStats
 from .targets import OffloadTargets
 
@@ -54,15 +54,15 @@ class Offload:
         self._handles: list[Any] = []
         by_device: dict[torch.device, dict[PlacedUnit, list[Leaf]]] = defaultdict(dict)
         device_of: dict[Leaf, torch.device] = {}
+        modules = {path for path, _ in model.named_modules(remove_duplicate=False)}
         try:
             for placed in plan.offloaded:
                 leaves = leaves_of(model, placed)
                 if leaves:
                     by_device[placed.device][placed] = leaves
                     device_of |= dict.fromkeys(leaves, placed.device)
-                for path in placed.unit.paths if placed.streamed_bytes else ():
-                    hook = MoveAddedParameters(placed.device, leaves)
-                    self._handles.append(model.get_submodule(path).register_forward_pre_hook(hook, prepend=True))
+                for path in modules.intersection(placed.unit.paths) if leaves else ():
+                    self._handles += MoveAddedParameters(model, path, placed.device, leaves).register()
             for device, units in by_device.items():
                 self._engines.append(_make_engine(model, units, device, config, targets))
             self._spare_page_cache()
@@ -122,7 +122,7 @@ class Offload:
         if model is None:
             return
         if len(set(self.plan.execution_map.values())) == 1:
-            detach(model)  # all of it is on one device now
+            attach(model, {}, entries=entries_of_whole(model))  # all of it is on one device now
         if vars(model).get("offload") is self:
             del model.offload
 
@@ -140,25 +140,49 @@ def require_not_offloaded(model: Any) -> None:
         )
 
 
-class MoveAddedParameters:
+class MoveAddedParameters(NonCopyable):
     """A pre-hook that moves parameters that others have added to an offloaded block to its device.
 
-    PEFT creates an adapter on the device of the weight that it adapts, which for an offloaded weight is the CPU.
+    PEFT creates an adapter on the device of the weight that it adapts, which for an offloaded weight is the CPU. It
+    puts a layer with the adapter in the place of the layer that it adapts, so what is at the path counts.
     """
 
-    def __init__(self, device: torch.device, leaves: Sequence[Leaf]) -> None:
-        """Remember the offloaded parameters, which stay where they are."""
-        self._away = {id(leaf.module.get_parameter(name)) for leaf in leaves for name in leaf.parameters}
-        self._device = device
+    def __init__(self, model: nn.Module, path: str, device: torch.device, leaves: Sequence[Leaf]) -> None:
+        """Remember the offloaded weights, which stay where they are, even if others exchange their parameters.
+
+        Args:
+            model: the model.
+            path: the path in it of the block.
+            device: the device that computes the block.
+            leaves: its modules with offloaded weights.
+        """
+        self._model, self._path, self._device = weakref.ref(model), path, device
+        self._leaves = leaves
         self._has_looked = False
 
-    def __call__(self, block: nn.Module, args: object) -> None:
+    def register(self) -> list[Any]:
+        """Hook the block; for a single layer also what calls it, since what takes its place is not hooked."""
+        model, path = self._model(), self._path
+        assert model is not None  # it is being hooked
+        hooked = [block := model.get_submodule(path)]
+        if path and any(leaf.module is block for leaf in self._leaves):
+            path = path.rpartition(".")[0]
+            while isinstance(model.get_submodule(path), (nn.ModuleList, nn.ModuleDict)) and path:
+                path = path.rpartition(".")[0]
+            hooked.append(model.get_submodule(path))
+        return [module.register_forward_pre_hook(self, prepend=True) for module in hooked]
+
+    def __call__(self, module: nn.Module, args: object) -> None:
         """Look for such parameters before the first forward, and before each forward with gradients enabled."""
         if self._has_looked and not torch.is_grad_enabled():
             return
         self._has_looked = True
-        for parameter in block.parameters():
-            if parameter.device != self._device and not parameter.is_meta and id(parameter) not in self._away:
+        model = self._model()
+        if model is None:
+            return
+        away = {id(leaf.module.get_parameter(name)) for leaf in self._leaves for name in leaf.parameters}
+        for parameter in model.get_submodule(self._path).parameters():
+            if parameter.device != self._device and not parameter.is_meta and id(parameter) not in away:
                 _move(parameter, self._device)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -17,6 +17,9 @@ from ..quantization.layers import is_quantized
 from ..quantization.quantized_weight import state_holders
 from .slots import Slot, Use
 
+# Parameters at rest, and bitsandbytes' own, override `__torch_function__`; what moves them goes past it.
+without_torch_function = torch._C.DisableTorchFunctionSubclass
+DATA: Any = torch.Tensor.data
 # Part of a weight -> the (object, attribute) pairs that hold it.
 _Places = dict[str, list[tuple[Any, str]]]
 
@@ -27,7 +30,7 @@ class NonCopyable:
     def __deepcopy__(self, memo: object) -> NoReturn:
         raise OffloadError(
             "a model with offloaded weights cannot be copied or pickled; save its state_dict, or call "
-            "model.offload.remove() first"
+            "model.offload.remove() first (a part of it can be copied)"
         )
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
@@ -49,6 +52,24 @@ class MethodOverride(NonCopyable):
             del own[self._name]
         elif own.get(self._name) is self:
             own[self._name] = self._before
+
+
+def without_overrides(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a module's attributes as they are without its offloading, for a copy."""
+    own = {}
+    for name, value in state.items():
+        kept = value
+        while isinstance(kept, MethodOverride):
+            kept = kept._before
+        if isinstance(value, dict) and name.endswith("_hooks"):
+            kept = type(value)((key, hook) for key, hook in value.items() if not _is_ours(hook))
+        if kept is value or kept is not None:
+            own[name] = kept
+    return own
+
+
+def _is_ours(hook: Any) -> bool:
+    return isinstance(getattr(hook, "hook", hook), NonCopyable)  # torch wraps some
 
 
 def remove_all(handles: list[Any]) -> None:
@@ -81,6 +102,7 @@ class StreamedTensor:
         parameter: the parameter whose values it is; None for the other parts of a quantized weight.
         identity: equal for tensors that are one and the same.
         is_swapped_in: the objects hold the slot's tensor, for a call that runs or one that was interrupted.
+        version: how often the parameter had been written to when it was last found unchanged.
     """
 
     def __init__(self, name: str, places: Iterable[tuple[Any, str]], owner: nn.Module, key: str) -> None:
@@ -91,17 +113,21 @@ class StreamedTensor:
         self.parameter: nn.Parameter | None = holder if isinstance(holder, nn.Parameter) else None
         self.identity = (id(holder), attribute)
         self.is_swapped_in = False
+        self.version = self._count_writes()
+        self._version_in_slot = self.version
         self._users: list[Use] = []
 
     def get(self) -> torch.Tensor:
         """Return the tensor that the objects hold now."""
-        tensor: torch.Tensor = getattr(*self._places[0])
-        return tensor.detach() if isinstance(tensor, nn.Parameter) else tensor
+        with without_torch_function():
+            tensor: torch.Tensor = getattr(*self._places[0])
+            return tensor.detach() if isinstance(tensor, nn.Parameter) else tensor
 
     def put(self, tensor: torch.Tensor) -> None:
         """Let the objects hold another tensor of the same shape and dtype; parameters keep their identity."""
-        for holder, attribute in self._places:
-            setattr(holder, attribute, tensor)
+        with without_torch_function():
+            for holder, attribute in self._places:
+                setattr(holder, attribute, tensor)
 
     def swap_in(self, use: Use, in_slot: torch.Tensor) -> None:
         """Put the slot's tensor in place for a call, unless another call has done so."""
@@ -109,11 +135,14 @@ class StreamedTensor:
         self._users.append(use)
         if is_first:
             self.is_swapped_in = True
+            self._version_in_slot = self._count_writes()
             self.put(in_slot)
 
     def swap_out(self, at_rest: Mapping[str, torch.Tensor]) -> None:
-        """Put the tensor at rest back in place, unless a call uses the slot's."""
+        """Put the tensor at rest back in place, unless a call uses the slot's. What was written to that one is kept."""
         if self.is_swapped_in and not self.is_used():
+            if self._count_writes() != self._version_in_slot:
+                at_rest[self.name].copy_(self.get())
             self.put(at_rest[self.name])
             self.is_swapped_in = False
 
@@ -132,21 +161,22 @@ class StreamedTensor:
             self._users = [use for use in self._users if use.slot is not None and use in use.slot.users]
         return self._users[0].slot if self._users else None
 
-    def require_at_rest(self, at_rest: torch.Tensor) -> None:
-        """Refuse to run if others have replaced or moved the parameter: the new values would be ignored.
-
-        Raises:
-            OffloadError: the parameter is not `at_rest`.
-        """
+    def is_replaced(self, at_rest: torch.Tensor) -> bool:
+        """Whether others have put another parameter, or other memory, in the place of the tensor at rest."""
         parameter = self.parameter
         if parameter is None or self.is_swapped_in:
-            return
-        is_at_rest = parameter.data_ptr() == at_rest.data_ptr()
-        if not is_at_rest or self._owner._parameters.get(self._key) is not parameter:
-            raise OffloadError(
-                f"{self.name!r} is offloaded, but was replaced or moved since; call model.offload.remove() first, then "
-                "change it"
-            )
+            return False
+        is_other = self._owner._parameters.get(self._key) is not parameter
+        return is_other or parameter.data_ptr() != at_rest.data_ptr()
+
+    def is_written(self) -> bool:
+        """Whether the parameter was written to since this was last asked."""
+        before, self.version = self.version, self._count_writes()
+        return before != self.version
+
+    def _count_writes(self) -> int:
+        parameter = self.parameter
+        return 0 if parameter is None or parameter.is_inference() else parameter._version
 
 
 def streamed_tensors_of(leaf: Leaf) -> list[StreamedTensor]:
@@ -189,14 +219,15 @@ def _places_8bit(path: str, layer: Any) -> _Places:
     return {"weight": [(layer.weight, "data"), (layer.state, "CB")], "SCB": [(layer.state, "SCB")]}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Group:
     """Leaves whose weights are copied to the device together.
 
     Attributes:
         name: such as the path of a decoder layer.
         leaves: its modules.
-        store: holds the weights at rest; its parts have the names of the leaves' streamed tensors.
+        store: holds the weights at rest; its parts have the names of the leaves' streamed tensors. It is exchanged
+            when others give a weight another dtype or shape.
     """
 
     name: str
@@ -208,7 +239,7 @@ def streamed_by_leaf(group: Group) -> dict[Leaf, list[StreamedTensor]]:
     """List the streamed tensors of each leaf. Leaves that share a tensor get one object for it.
 
     Raises:
-        OffloadError: a leaf is listed twice, or the store lacks one of its tensors.
+        OffloadError: a leaf is listed twice, or one of its tensors cannot be streamed.
     """
     known: dict[tuple[int, str], StreamedTensor] = {}
     found: dict[Leaf, list[StreamedTensor]] = {}
@@ -218,12 +249,19 @@ def streamed_by_leaf(group: Group) -> dict[Leaf, list[StreamedTensor]]:
             raise OffloadError(f"{leaf.path!r} is twice in the group {group.name!r}")
         modules.add(leaf.module)
         found[leaf] = [known.setdefault(each.identity, each) for each in streamed_tensors_of(leaf)]
-    for each in known.values():
-        part = group.store.layout.parts.get(each.name)
-        tensor = each.get()
+    return found
+
+
+def require_stored(group: Group, streamed: Mapping[Leaf, Sequence[StreamedTensor]]) -> None:
+    """Refuse a store that lacks a tensor of the leaves, or holds it in another dtype or shape.
+
+    Raises:
+        OffloadError: the store is not one of these tensors.
+    """
+    for each in (each for own in streamed.values() for each in own):
+        part, tensor = group.store.layout.parts.get(each.name), each.get()
         if part is None or (part.dtype, part.shape) != (tensor.dtype, tuple(tensor.shape)):
             raise OffloadError(f"{each.name!r} is {tensor.dtype} {tuple(tensor.shape)}, its store holds {part}")
-    return found
 
 
 def require_owned(

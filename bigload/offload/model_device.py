@@ -12,7 +12,7 @@ from __future__ import annotations
 import copyreg
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from ..errors import OffloadError
 from ..model import transformers_facts
 from ..model.tree import first_paths, modules_by_path, paths_above
 from ..planning.plan import Plan
+from ..quantization.layers import is_quantized
 from .forwards import StreamedForward, forward_override_of
 
 # The attribute of a module that names the device that computes it.
@@ -30,7 +31,7 @@ _DEVICE_ATTRIBUTE = "_bigload_device"
 _CLASS_ATTRIBUTES = ("__module__", "__qualname__", "__doc__", "__firstlineno__")
 
 
-def entries(model: nn.Module, plan: Plan) -> dict[str, torch.device]:
+def entries(model: nn.Module, plan: Plan) -> Mapping[str, torch.device | nn.Module]:
     """List the modules that callers may call with tensors on other devices.
 
     Args:
@@ -38,13 +39,28 @@ def entries(model: nn.Module, plan: Plan) -> dict[str, torch.device]:
         plan: its plan.
 
     Returns:
-        Path -> the device that computes its first layer, of the model ("") and of the models of transformers in it. It
-        is empty if the whole model is on the one device that computes it.
+        Path -> the device that computes its first layer, of the model ("") and of the models of transformers in it. If
+        the whole model is on the one device that computes it, the result is that of `entries_of_whole`.
     """
     if not plan.offloaded and len(set(plan.execution_map.values())) == 1:
-        return {}
-    called = [path for module, path in first_paths(model).items() if not path or _has_device_property(module)]
-    return {path: device for path in called if (device := plan.device_of(path)) is not None}
+        return entries_of_whole(model)
+    return {path: device for path in _called(model) if (device := plan.device_of(path)) is not None}
+
+
+def entries_of_whole(model: nn.Module) -> dict[str, nn.Module]:
+    """List the modules that callers may call, of a model that is on one device, and may be moved to another one.
+
+    Returns:
+        Path -> a quantized layer in the module, which tells the device. Modules without one are left out: torch itself
+        refuses an input on another device there.
+    """
+    layers = {path: module for module, path in first_paths(model).items() if is_quantized(module)}
+    first = {above: path for path in reversed(layers) for above in [path, *paths_above(path)]}
+    return {path: layers[first[path]] for path in _called(model) if path in first}
+
+
+def _called(model: nn.Module) -> list[str]:
+    return [path for module, path in first_paths(model).items() if not path or _has_device_property(module)]
 
 
 class ModelDevices:

@@ -11,16 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-import torch
-
-from .leaves import Group, Leaf, StreamedTensor
+from .leaves import Group, Leaf, StreamedTensor, without_torch_function
 from .slot_pool import SlotPool
 from .slots import Slot, Use
 
 _T = TypeVar("_T")
-
-# bitsandbytes' parameters override `__torch_function__`, which changes nothing here and takes time.
-without_torch_function = torch._C.DisableTorchFunctionSubclass
 
 
 class Residency:
@@ -32,8 +27,21 @@ class Residency:
         parameters: the parameters of it that are streamed.
     """
 
-    def __init__(self, pool: SlotPool, group: Group, leaf: Leaf, streamed: Sequence[StreamedTensor]) -> None:
-        self._pool, self.group, self.leaf, self._streamed = pool, group, leaf, streamed
+    def __init__(
+        self,
+        pool: SlotPool,
+        group: Group,
+        leaf: Leaf,
+        streamed: Sequence[StreamedTensor],
+        adopt: Callable[[Group], object] = lambda group: None,
+    ) -> None:
+        """Keep what `adopt` does: it takes over what others have put in the place of a group's weights."""
+        self._pool, self.group, self.leaf, self._adopt = pool, group, leaf, adopt
+        self.follow(streamed)
+
+    def follow(self, streamed: Sequence[StreamedTensor]) -> None:
+        """Stream these tensors of the leaf from now on."""
+        self._streamed = streamed
         self._owned = [each for each in streamed if each.parameter is not None]
         self.parameters = [each.parameter for each in self._owned if each.parameter is not None]
 
@@ -41,7 +49,7 @@ class Residency:
         """Call `compute` with the slot that holds the group; the leaf's own tensors stay at rest.
 
         Raises:
-            OffloadError: a weight has been replaced or moved, or cannot be read.
+            OffloadError: a weight has been replaced by one that cannot be streamed, or cannot be read.
             torch.OutOfMemoryError: the device has no room.
         """
         out = self._while_used(self._acquire, compute)
@@ -79,7 +87,16 @@ class Residency:
 
     def _acquire(self, use: Use) -> Slot:
         with self._pool.lock, without_torch_function():
-            return self._pool.enter(use, self.group, self.leaf, self._owned)
+            self._pool.require_streamed(self.group, self.leaf)
+            at_rest = self.group.store.tensors
+            for each in self._owned:
+                if each.is_replaced(at_rest[each.name]):
+                    self._adopt(self.group)
+                    break
+                if each.is_written():
+                    self.group.store.use_written(each.name)
+                    self._pool.forget(self.group)
+            return self._pool.enter(use, self.group, self.leaf)
 
     def _leave(self) -> None:
         with self._pool.lock:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import OffloadError
-from .leaves import Group, Leaf, NonCopyable, StreamedTensor
+from ..hardware.pinned import Store
+from .leaves import Group, Leaf, NonCopyable
 from .prefetch_order import PrefetchOrder, Step
 from .slots import Slot, Use, copier_to
 
@@ -57,7 +58,7 @@ class SlotPool(NonCopyable):
             groups: what will be copied into them, in the order in which forward is likely to reach them.
             device: the slots' device.
             slots: how many there are, at most one for each group.
-            on_free: called with each slot that is freed.
+            on_free: called with each slot that is freed, or whose contents get another layout.
 
         Raises:
             torch.OutOfMemoryError: the device has no room for the slots.
@@ -80,7 +81,7 @@ class SlotPool(NonCopyable):
         while len(self.slots) < self._max_slots:
             self.slots.append(self.copier.make_slot(self._slot_nbytes))
 
-    def enter(self, use: Use, group: Group, leaf: Leaf, streamed: Sequence[StreamedTensor]) -> Slot:
+    def enter(self, use: Use, group: Group, leaf: Leaf) -> Slot:
         """Begin a use of a group. It is copied to the device if it is not there, and the next ones are prefetched.
 
         The caller holds the lock.
@@ -89,24 +90,16 @@ class SlotPool(NonCopyable):
             use: the use, which gets its slot.
             group: the group.
             leaf: the leaf of the group that will run.
-            streamed: the streamed parameters of the leaf.
 
         Returns:
             The slot that holds the group.
 
         Raises:
-            OffloadError: a weight of the leaf was replaced or moved, cannot be read, or is no longer offloaded.
+            OffloadError: the group cannot be read, or is no longer offloaded.
             torch.OutOfMemoryError: the device has no room.
         """
-        if group not in self._groups:
-            raise OffloadError(
-                f"remove() moved the weights of {leaf.path!r} to the device meanwhile: run the model again"
-            )
         is_backward = _is_backward()
         step = self.order.arrive(group, leaf, is_backward=is_backward)
-        at_rest = group.store.tensors
-        for each in streamed:
-            each.require_at_rest(at_rest[each.name])
         slot = self._slot_of(group)
         if slot is None or self.copier.has_failed(slot):  # what could not be prefetched may be readable now
             slot = self._room()
@@ -122,6 +115,17 @@ class SlotPool(NonCopyable):
         if step is not None:  # the first leaf of a group prefetches for the others too
             self._prefetch(step, [group])
         return slot
+
+    def require_streamed(self, group: Group, leaf: Leaf) -> None:
+        """Refuse a group that `remove()` has put onto the device.
+
+        Raises:
+            OffloadError: the group is no longer streamed.
+        """
+        if group not in self._groups:
+            raise OffloadError(
+                f"remove() moved the weights of {leaf.path!r} to the device meanwhile: run the model again"
+            )
 
     def join(self, use: Use, slot: Slot) -> None:
         """Begin one more use of a slot that is in use. The caller holds the lock."""
@@ -164,7 +168,7 @@ class SlotPool(NonCopyable):
 
     def _free_slot(self, keep: Sequence[Group]) -> Slot | None:
         kept = {group.store for group in keep}
-        free = [slot for slot in self.slots if not slot.users and slot.store not in kept]
+        free = [slot for slot in self.slots if not slot.users and slot.store not in kept and not self._is_small(slot)]
         return min(free, key=lambda slot: (slot.store is not None, slot.used), default=None)
 
     def _room(self) -> Slot:
@@ -187,8 +191,13 @@ class SlotPool(NonCopyable):
         self._fetches += 1
         self._nbytes += group.store.layout.nbytes
 
+    def _is_small(self, slot: Slot) -> bool:
+        return slot.memory.numel() < self._slot_nbytes
+
     def trim(self) -> None:
-        """Free unused slots beyond the number that was asked for. The caller holds the lock."""
+        """Free unused slots beyond the number that was asked for, or too small. The caller holds the lock."""
+        for small in [slot for slot in self.slots if self._is_small(slot) and not slot.users]:
+            self.free(small)
         while len(self.slots) > self._max_slots:
             slot = self._free_slot(keep=())
             if slot is None:
@@ -207,6 +216,16 @@ class SlotPool(NonCopyable):
             for slot in self.slots:
                 if slot.store is group.store:
                     slot.store = None  # running calls go on with the old values
+
+    def exchange_store(self, group: Group, store: Store) -> None:
+        """Stream a group from another store. The caller holds the lock; running calls go on with the old values."""
+        self.forget(group)
+        for slot in self.slots:
+            slot.forget_views(group.store)
+            self._on_free(slot)  # what is kept for it views the old layout
+        group.store = store
+        self._slot_nbytes = max(self._slot_nbytes, store.layout.nbytes)
+        self.trim()
 
     def free_all(self) -> None:
         """Free all slots. The caller holds the lock.

@@ -67,6 +67,10 @@ class Slot:
             found = self._views[id(store)] = store.layout.views(self.memory)
         return found
 
+    def forget_views(self, store: Store) -> None:
+        """Drop the views of a store that will not be used any more; another one may get its id."""
+        self._views.pop(id(store), None)
+
 
 # One in this many copies is timed. Timing costs the host as much as launching the copy.
 _TIMED_EVERY = 8

@@ -164,3 +164,47 @@ def test_load_that_is_interrupted_leaves_own_methods(loaded, monkeypatch):
     assert len(calls) == 3
     assert all(parameter.is_meta for parameter in model.parameters())
     assert not any("_apply" in vars(module) for module in model.modules())
+
+
+def where(model):
+    return [(id(parameter), parameter.data_ptr(), parameter.device) for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("mode", [PLAIN, "nf4", "int8"], ids=["plain", "nf4", "int8"])
+def test_accelerator_prepares_it_as_it_is(loaded, device, mode):
+    accelerate = pytest.importorskip("accelerate")
+    model = loaded(llama, ["model.embed_tokens", "model.layers.0", "lm_head"], mode)
+    expected, before = outputs(model, TOKENS.to(device)), where(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter is model.model.norm.weight)
+    optimizer = torch.optim.SGD([model.model.norm.weight], lr=0.1)
+    accelerator = accelerate.Accelerator(cpu=device.type == "cpu")
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    assert where(model) == before
+    assert torch.equal(outputs(prepared, TOKENS.to(device)), expected)
+    accelerator.backward(prepared(TOKENS.to(device)).logits.float().sum())
+    optimizer.step()
+    assert not torch.equal(outputs(prepared, TOKENS.to(device)), expected)
+
+
+CASTS = {
+    "type": lambda model: model.type(torch.float16),
+    "apply": lambda model: model.apply(lambda module: module.half() if not list(module.children()) else None),
+    "to like another": lambda model: model.to(torch.empty(1, dtype=torch.float64)),
+    "to all at once": lambda model: model.to(
+        dtype=torch.float16, non_blocking=True, memory_format=torch.preserve_format
+    ),
+    "a part by _apply": lambda model: model.transformer["h"][0]._apply(lambda tensor: tensor.half()),
+    "by a layer around it": lambda model: torch.nn.Sequential(model).half(),
+    "by a module": lambda model: torch.nn.Module.to(model, torch.float64),
+}
+
+
+@pytest.mark.parametrize("call", CASTS)
+def test_casts_of_every_kind_are_refused(loaded, device, call):
+    model = loaded()
+    expected = outputs(model, TOKENS.to(device))
+    with pytest.raises(OffloadError, match=r"cannot be (cast|moved) to .*model\.offload\.remove\(\)"):
+        CASTS[call](model)
+    if call not in ("apply", "by a layer around it"):  # these begin with parts that rest nowhere else
+        assert torch.equal(outputs(model, TOKENS.to(device)), expected)

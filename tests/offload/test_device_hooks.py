@@ -309,3 +309,72 @@ def test_containers_of_other_classes_keep_them(moves):
     assert found["table"]["a"].device == found["ordered"]["a"].device == META
     assert found["output"].last_hidden_state.device == META
     assert given["output"].last_hidden_state.device == CPU
+
+
+class Masked(nn.Module):
+    """A part that is given what all parts share, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+
+    def forward(self, x, mask=None):
+        return torch.relu(self.layer(x)) * mask
+
+
+class Parts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList(Masked() for _ in range(4))
+
+    def forward(self, x, mask):
+        for part in self.parts:
+            x = part(x, mask=mask)
+        return {"x": x + 1}
+
+
+def devices_of_graphs(model, *given):
+    """Compile a model and run it twice. Returns the output and the devices that each graph has to do with."""
+    graphs = []
+
+    def backend(graph, examples):
+        values = [*examples, *(node.meta.get("example_value") for node in graph.graph.nodes)]
+        graphs.append({value.device for value in values if isinstance(value, torch.Tensor)})
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        compiled(*given)
+        out = compiled(*given)
+    return out["x"], graphs
+
+
+def test_each_graph_of_a_compiled_model_is_on_one_device(moves):
+    model = Parts().eval()
+    model.parts[2:].to(META)
+    attach(model, {f"parts.{index}": META if index > 1 else CPU for index in range(4)})
+    out, graphs = devices_of_graphs(model, torch.randn(2, 64), torch.ones(2, 64))
+    assert out.device == CPU
+    assert {CPU} in graphs
+    assert {META} in graphs
+    assert {CPU, META} not in graphs
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
+def test_compiled_model_on_two_gpus_gives_what_it_gives(mode):
+    from bigload import load_and_quantize_model
+
+    device_map = {"": 0, "parts.2": 1, "parts.3": 1}
+    model = load_and_quantize_model(Parts().bfloat16(), mode, device_map=device_map).eval()
+    given = torch.randn(2, 64, dtype=torch.bfloat16), torch.ones(2, 64, dtype=torch.bfloat16)
+    given = [tensor.to("cuda:0") for tensor in given]
+    with torch.no_grad():
+        expected = model(*given)["x"]
+        out, graphs = devices_of_graphs(model, *given)
+        assert torch.equal(out, expected)
+        assert all(len({device for device in each if device.type == "cuda"}) < 2 for each in graphs)
+        torch._dynamo.reset()
+        whole = torch.compile(model)(*given)["x"]
+    torch.testing.assert_close(whole, expected, rtol=0.05, atol=0.05)  # inductor rounds less often than bf16 does

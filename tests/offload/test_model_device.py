@@ -6,6 +6,7 @@ A plan for a GPU that is not here is made for a model on the CPU; "meta" takes t
 import copy
 import inspect
 import pickle
+from contextlib import suppress
 from typing import ClassVar
 
 import pytest
@@ -16,7 +17,7 @@ from streaming import hooks_of
 from torch import nn
 from transformers import CLIPModel, LlamaForCausalLM
 
-from bigload import OffloadError, load_and_quantize_model, plan_device_map
+from bigload import OffloadError, dequantize_model, load_and_quantize_model, plan_device_map
 from bigload.offload import device_hooks
 from bigload.offload.device_hooks import attach
 from bigload.offload.model_device import ModelDevices, entries
@@ -78,12 +79,88 @@ def test_a_tied_embedding_is_computed_where_its_first_name_is():
     assert entries(model, planned(model, "decoder.block.0")) == dict.fromkeys(["", "encoder", "decoder"], GPU)
 
 
-def test_whole_models_have_no_entries_and_their_own_classes(tmp_path, device):
+def test_whole_models_keep_their_classes_and_ask_a_layer_where_they_are(tmp_path, device):
     folder = save_checkpoint(llama(), tmp_path)
     model = load_and_quantize_model(empty(llama), "nf4", folder, device_map=device)
     assert type(model) is LlamaForCausalLM
-    assert not entries(model, planned(llama()))
-    assert not hooks_of(model)
+    first = model.model.layers[0].self_attn.q_proj
+    assert entries(model, planned(llama())) == {"": first, "model": first}
+    assert not any(hooks_of(layer) for layer in model.model.layers)
+    plain = load_and_quantize_model(empty(llama), PLAIN, folder, device_map=device)
+    assert not hooks_of(plain)
+
+
+CALLS_OF_WHOLE = {
+    "by position": lambda model, x: model(x).logits,
+    "by name": lambda model, x: model(input_ids=x, attention_mask=torch.ones_like(x)).logits,
+    "the model in it": lambda model, x: model.model(x).last_hidden_state,
+}
+
+
+@pytest.mark.parametrize("how", CALLS_OF_WHOLE)
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
+def test_input_from_elsewhere_comes_to_a_whole_model_wherever_that_is_now(tmp_path, moves, how, mode):
+    """bitsandbytes' kernels would read it as if it were on their device."""
+    folder = save_checkpoint(llama(), tmp_path)
+    model = load_and_quantize_model(empty(llama), mode, folder, device_map="cpu").eval()
+    given = TOKENS.to(META)
+    with torch.no_grad():
+        expected = CALLS_OF_WHOLE[how](model, torch.zeros_like(TOKENS))  # from meta come zeros
+        assert not moves
+        found = []
+        handle = model.model.layers[0].register_forward_hook(lambda module, args, out: found.append(args[0].device))
+        out = CALLS_OF_WHOLE[how](model, given)
+        handle.remove()
+    assert found == [CPU]
+    assert moves[0][1] == CPU
+    assert moves[0][0] is given
+    assert out.device == (CPU if how == "the model in it" else META)
+    assert out.shape == expected.shape
+
+    moves.clear()
+    copied = copy.deepcopy(model)
+    for each in copied.modules():
+        if isinstance(each, nn.Linear):
+            each.weight = nn.Parameter(torch.empty_like(each.weight, device=META), requires_grad=False)
+    with suppress(Exception):  # what is left on the CPU cannot be computed with
+        CALLS_OF_WHOLE[how](copied, TOKENS)
+    assert moves[0][1] == META
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("how", CALLS_OF_WHOLE)
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
+def test_input_on_the_cpu_is_right_for_a_whole_model_on_a_gpu(tmp_path, how, mode):
+    folder = save_checkpoint(llama(), tmp_path)
+    model = load_and_quantize_model(empty(llama), mode, folder, device_map=0).eval()
+    with torch.no_grad():
+        expected = CALLS_OF_WHOLE[how](model, TOKENS.to(GPU))
+        assert torch.equal(CALLS_OF_WHOLE[how](model, TOKENS).to(GPU), expected)
+        there = torch.nn.Linear(64, 64)
+        layer = load_and_quantize_model(there, mode, device_map=0)
+        assert layer(torch.ones(2, 64)).device == CPU
+    assert torch.equal(model.generate(TOKENS, max_new_tokens=3), model.generate(TOKENS.to(GPU), max_new_tokens=3).cpu())
+
+
+def test_whole_models_are_compiled_in_one_graph_and_dequantized_without_hooks(tmp_path, device):
+    folder = save_checkpoint(GPT().bfloat16(), tmp_path)
+    model = load_and_quantize_model(empty(GPT), "nf4", folder, device_map=device).eval()
+    assert hooks_of(model)
+    with torch.no_grad():
+        expected = model(TOKENS.to(device))
+        graphs = torch._dynamo.explain(model)(TOKENS.to(device)).graph_count
+        plain = torch._dynamo.explain(bigload_free(model))(TOKENS.to(device)).graph_count
+        assert graphs == plain
+        assert torch.equal(torch.compile(model, backend="eager")(TOKENS.to(device)), expected)
+    assert not hooks_of(dequantize_model(model))
+
+
+def bigload_free(model):
+    """Copy a model without hooks."""
+    made = copy.deepcopy(model)
+    device_hooks.detach(made)
+    assert not hooks_of(made)
+    return made
 
 
 def test_class_is_what_it_was_to_all_who_ask(offloaded, tmp_path):

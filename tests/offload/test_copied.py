@@ -1,0 +1,172 @@
+"""Parts of an offloaded model that others copy, and adapters beside its layers."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from checkpoints import PLAIN, loaded, offloaded, save_checkpoint
+from comparisons import assert_same_bits, equal, outputs, relative_error, state_of
+from models import GPT, TOKENS, llama
+from references import FOUR_BIT
+from streaming import hooks_of
+from torch import nn
+
+from bigload import OffloadError, load_and_quantize_model
+from bigload.offload.leaves import MethodOverride
+
+pytestmark = pytest.mark.usefixtures("small_parts_stream")
+
+AWAY = ["model.embed_tokens", "model.layers.0", "lm_head"]
+
+
+@pytest.fixture(params=[None, "disk"])
+def twins(tmp_path, device, request):
+    """Return a function that loads the same Llama whole, and with parts of it offloaded."""
+
+    def made(mode="nf4", build=llama, away=AWAY):
+        torch.manual_seed(5)
+        folder = save_checkpoint(build().bfloat16(), tmp_path / "source")
+        whole = loaded(folder, device, mode, build)
+        return whole, offloaded(build, folder, device, away, tmp_path / "cache", mode, request.param)
+
+    return made
+
+
+def is_plain(module):
+    held = [value for inner in module.modules() for value in vars(inner).values()]
+    return not any(isinstance(value, MethodOverride) for value in held) and not hooks_of(module)
+
+
+@pytest.mark.parametrize("mode", [PLAIN, "nf4", "nf4-dq", "int8"], ids=["plain", "nf4", "nf4-dq", "int8"])
+@pytest.mark.parametrize("path", ["lm_head", "model.embed_tokens", "model.layers.0.mlp.up_proj", "model.layers.0.mlp"])
+def test_copy_of_a_part_is_what_it_would_be_in_the_whole_model(twins, device, mode, path):
+    whole, model = (each.eval() for each in twins(mode))
+    expected = outputs(model, TOKENS.to(device))
+    own, part = whole.get_submodule(path), model.get_submodule(path)
+    x = TOKENS.to(device) if "embed" in path else torch.randn(3, 64, device=device, dtype=torch.bfloat16)
+    for made in (copy.deepcopy(part), copy.deepcopy([part])[0]):
+        assert is_plain(made)
+        assert {type(tensor) for tensor in made.parameters()} == {type(tensor) for tensor in own.parameters()}
+        assert {tensor.device for tensor in made.parameters()} == {device}
+        assert equal(outputs(made, x), outputs(own, x))
+        state = state_of(own)
+        assert_same_bits(state_of(made), state)
+        if mode == PLAIN:
+            nn.init.zeros_(next(made.parameters()).requires_grad_().data)
+            made(x).sum().backward()
+    assert equal(outputs(model, TOKENS.to(device)), expected)
+
+
+def test_copy_of_the_whole_is_refused_before_anything_is_copied(twins, device):
+    _, model = twins()
+    with pytest.raises(OffloadError, match=r"remove\(\).*a part of it can be copied"):
+        copy.deepcopy(model)
+    with pytest.raises(OffloadError, match="a part of it can be copied"):
+        copy.deepcopy(nn.Sequential(nn.Linear(2, 2), model))
+    with pytest.raises(OffloadError, match="a part of it can be copied"):
+        pickle.dumps(model.lm_head)
+    model.lm_head = copy.deepcopy(model.lm_head)
+    model.offload.remove()
+    assert is_plain(copy.deepcopy(model))
+
+
+def test_copy_of_a_part_in_a_file_that_has_changed_is_refused(tmp_path, device):
+    folder = save_checkpoint(GPT().bfloat16(), tmp_path / "source")
+    model = offloaded(GPT, folder, device, ["transformer.h.0", "transformer.wte"], tmp_path / "cache", PLAIN, "disk")
+    (folder / "model.safetensors").unlink()
+    for part in (model.transformer["h"][0].mlp["c_fc"], model.transformer["wte"], model.transformer["h"]):
+        with pytest.raises(OffloadError, match="which the model needs as it runs"):
+            copy.deepcopy(part)
+
+
+OPTIONS = {
+    "a saved head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "a saved embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "DoRA": {"target_modules": ["q_proj", "down_proj"], "use_dora": True},
+    "all": {"target_modules": ["embed_tokens", "lm_head", "up_proj"]},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]},
+}
+
+
+# On the CPU, PEFT's DoRA loses the scales of int8 layers, also of those in a model that is not offloaded.
+JOBS = [(mode, name) for mode in ("nf4", "int8") for name in OPTIONS if (mode, name) != ("int8", "DoRA")]
+
+
+@pytest.mark.parametrize(("mode", "options"), JOBS)
+def test_peft_trains_beside_offloaded_layers_as_beside_resident_ones(twins, device, mode, options):
+    peft = pytest.importorskip("peft")
+    tokens, losses = TOKENS.to(device), []
+    for model in twins(mode):
+        torch.manual_seed(2)
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, **OPTIONS[options]))
+        optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(3):
+            loss = adapted(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        assert {p.device for p in adapted.parameters() if p.requires_grad} == {device}
+    assert losses[0] != losses[2]
+    if device.type == "cuda" and options == "DoRA" and mode in FOUR_BIT:
+        # The CPU dequantizes what rests there; it rounds as a GPU does, except for a few values.
+        assert relative_error(torch.tensor(losses[3:]), torch.tensor(losses[:3])) < 0.01
+    else:
+        assert losses[:3] == losses[3:]
+
+
+class Net(nn.Module):
+    """Two layers that are keys of a map by themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(64, 64)
+        self.inner = nn.ModuleDict({"out": nn.Linear(64, 64)})
+
+    def forward(self, x):
+        return self.inner["out"](self.project(x))
+
+
+@pytest.mark.parametrize("method", ["LoraConfig", "IA3Config", "OFTConfig"])
+def test_adapter_of_a_layer_that_is_a_unit_comes_onto_its_device(monkeypatch, method):
+    """Some adapters are used before the layer that they adapt."""
+    peft = pytest.importorskip("peft")
+    from bigload import plan_device_map
+    from bigload.offload import handle
+
+    brought = []
+    monkeypatch.setattr(handle, "_move", lambda parameter, device: brought.append(id(parameter)))
+    model, keys = Net(), ["project", "inner.out"]
+    plan = plan_device_map(model, "nf4", device_map={"": 0, **dict.fromkeys(keys, "cpu")})
+    hooks = [
+        handle.MoveAddedParameters(model, placed.unit.name, placed.device, handle.leaves_of(model, placed))
+        for placed in plan.offloaded
+    ]
+    for hook in hooks:
+        assert len(hook.register()) == 2
+    options = {"feedforward_modules": []} if method == "IA3Config" else {"r": 4} if method == "LoraConfig" else {}
+    adapted = peft.get_peft_model(model, getattr(peft, method)(target_modules=["project", "out"], **options))
+    adapted(torch.randn(2, 64))
+    added = {id(parameter) for parameter in adapted.parameters() if parameter.requires_grad}
+    assert added
+    assert added <= set(brought)
+    assert id(model.project.get_base_layer().weight) not in brought
+
+
+def test_lone_layers_train_with_adapters(device, tmp_path):
+    peft = pytest.importorskip("peft")
+    home, found = "cpu" if device.type == "cuda" else "disk", []
+    for away in ({}, {"project": home, "inner.out": home}):
+        torch.manual_seed(1)
+        model = load_and_quantize_model(
+            Net().bfloat16(), "nf4", device_map={"": device, **away}, offload_folder=tmp_path
+        )
+        torch.manual_seed(2)
+        adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["project", "out"]))
+        out = adapted(torch.randn(2, 64, device=device, dtype=torch.bfloat16))
+        out.sum().backward()
+        gradients = [p.grad for p in adapted.parameters() if p.requires_grad]
+        assert {each.device for each in gradients} == {device}
+        found.append([out.detach(), *gradients])
+    assert all(equal(one, other) for one, other in zip(*found, strict=True))
