@@ -39,7 +39,7 @@ from .planning.planner import plan_load
 from .planning.request import LoadRequest, PlacementRequest
 from .planning.sources import KeyMapping
 from .quantization import bnb
-from .saving import shard_bytes, write_configs
+from .saving import shard_bytes, weights_stem, write_configs
 
 # Identifies an unfinished conversion, in its folder.
 _PROGRESS_NAME = "progress.json"
@@ -126,7 +126,7 @@ def quantize_checkpoint(
             skipped = [path for path in plain_linears(view) if path not in plan.layers]
             # First what may fail, then what takes long.
             write_configs(model, made, plan.config, skipped, plan.layers, plan.config.load_dtype)
-            layout = _convert(plan, made, max_shard_bytes, progress)
+            layout = _convert(plan, made, max_shard_bytes, weights_stem(model), progress)
             _describe(plan, made, layout, skipped)
             if is_folder:
                 copy_the_rest(checkpoint.location.parent, made)
@@ -218,11 +218,12 @@ def _fingerprint(plan: Plan, checkpoint: Checkpoint, max_shard_bytes: int) -> st
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
-def _convert(plan: Plan, folder: Path, max_shard_bytes: int, progress: bool | None) -> str:
+def _convert(plan: Plan, folder: Path, max_shard_bytes: int, stem: str, progress: bool | None) -> str:
     """Write the weights and return the hash of their layout, for the record."""
     tensors = sorted(plan.tensors, key=_in_file_order)
     outputs = [Output(planned, plan.config) for planned in tensors if planned.tensor.persistent]
-    writer = ShardWriter(folder, [entry for output in outputs for entry in output.entries.values()], max_shard_bytes)
+    entries = [entry for output in outputs for entry in output.entries.values()]
+    writer = ShardWriter(folder, entries, max_shard_bytes, stem)
     with progress_bar(plan.source_bytes, "quantizing", progress) as bar, default_stream(plan.tensors[0].device):
         try:
             tasks: list[ReadTask] = []

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import CheckpointError, ConfigError
 from ..optional import import_optional
+from .diffusers_facts import is_diffusers_class
 from .empty import default_dtype, init_empty_weights
 
 
@@ -135,7 +136,8 @@ def tied_pairs(model: nn.Module) -> list[tuple[str, str]]:
 def fp32_patterns(modules: Collection[nn.Module], torch_dtype: torch.dtype) -> list[str]:
     """Return the names of modules that transformers keeps in fp32 when it loads a model in a dtype.
 
-    `_keep_in_fp32_modules` applies to float16 only, `_keep_in_fp32_modules_strict` to both 16-bit dtypes.
+    `_keep_in_fp32_modules` applies to float16 only, `_keep_in_fp32_modules_strict` to both 16-bit dtypes. (The
+    attribute of this name in diffusers' classes follows another rule.)
 
     Args:
         modules: all modules of the model.
@@ -150,7 +152,8 @@ def fp32_patterns(modules: Collection[nn.Module], torch_dtype: torch.dtype) -> l
     kept: list[Any] = []
     for field in fields:
         kept += [vars(module)[field] for module in modules if field in vars(module)]
-        kept += [getattr(cls, field, None) for cls in {type(module) for module in modules if field not in vars(module)}]
+        classes = {type(module) for module in modules if field not in vars(module)}
+        kept += [getattr(cls, field, None) for cls in classes if not is_diffusers_class(cls)]
     return sorted({name for names in kept for name in names or ()})
 
 
