@@ -26,7 +26,7 @@ from .errors import CheckpointError, ConfigError
 from .hardware.devices import Device
 from .io.extents import ReadTask
 from .io.transfer import default_stream
-from .model import transformers_facts
+from .model.described import empty_model
 from .model.quantizable import plain_linears
 from .model.view import ModelView
 from .offload.weight_cache import SourceFingerprints, content_hash
@@ -70,8 +70,8 @@ def quantize_checkpoint(
         src: a checkpoint, as in `load_and_quantize_model`; never changed.
         dst: the folder to create. Other files in the folder of `src`, such as a tokenizer, are copied.
         bnb_quantization_config: as in `load_and_quantize_model`.
-        model: the empty model that the checkpoint is for; None builds it with transformers from a config.json in the
-            folder of `src`.
+        model: the empty model that the checkpoint is for; None builds it with transformers or diffusers from a
+            config.json in the folder of `src`.
         max_shard_size: the largest size of the tensors in one file, in bytes or as "5GB".
         device: the device that quantizes; by default the current GPU, or the CPU if there is none.
         key_mapping: as in `load_and_quantize_model`.
@@ -136,7 +136,7 @@ def quantize_checkpoint(
 def _empty_model(folder: Path) -> nn.Module:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"'{folder}' has no config.json to build the model from: pass an empty one as model=")
-    return transformers_facts.empty_model(folder)
+    return empty_model(folder)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..optional import import_optional
+from .empty import init_empty_weights
 
 # The name of a file of weights, before its number and its suffix.
 WEIGHTS_STEM = "diffusion_pytorch_model"
@@ -156,6 +157,14 @@ def save_config(model: Any, folder: Path, quantization: Any) -> None:
     other.save_config(folder)
 
 
-def in_config(names: Collection[str]) -> bool:
-    """Whether a config.json with these keys is one of diffusers."""
-    return "_class_name" in names and "_diffusers_version" in names
+def empty_model(config: Mapping[str, Any]) -> nn.Module:
+    """Build the model that a config.json of diffusers describes: without weights, in eval mode.
+
+    Raises:
+        AttributeError: diffusers has no such class.
+        MissingDependencyError: diffusers is not installed.
+    """
+    model_class = getattr(import_diffusers(), config["_class_name"])
+    with init_empty_weights():
+        model: nn.Module = model_class.from_config(dict(config))
+    return model.eval()

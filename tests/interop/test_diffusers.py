@@ -17,6 +17,7 @@ from bigload import (
     quantize_checkpoint,
     save_quantized_model,
 )
+from bigload.cli import main
 from bigload.quantization.layers import quantized_layers
 
 diffusers = pytest.importorskip("diffusers")
@@ -155,6 +156,24 @@ def test_diffusers_reads_what_is_quantized_from_files_to_files(tmp_path, name, m
     quantize_checkpoint(folder, tmp_path / "made", config, model=given, max_shard_size="9KB", device=device)
     assert (tmp_path / "made" / "diffusion_pytorch_model.safetensors.index.json").is_file()
     assert_same_bits(read_by_diffusers(name, tmp_path / "made", device).state_dict(), model.state_dict())
+
+
+def test_command_line_builds_the_model_from_its_config(tmp_path, name, capsys):
+    folder = saved(name, tmp_path / "full")
+    assert main(["quantize", str(folder), str(tmp_path / "made"), "--device", "cpu"]) == 0
+    assert main(["load", str(tmp_path / "made"), "--device-map", "cpu"]) == 0
+    assert main(["plan", str(folder / "config.json"), "--device-map", "cpu"]) == 0
+    ours = loaded(name, tmp_path / "made", None, strict=True)
+    assert_same_bits(ours.state_dict(), loaded(name, folder, "nf4").state_dict())
+
+
+@pytest.mark.parametrize("fields", [{"_class_name": "NoSuchModel"}, {"num_layers": "two"}])
+def test_a_config_that_diffusers_cannot_build_is_one_message(tmp_path, capsys, fields):
+    folder = saved("SD3Transformer2DModel", tmp_path)
+    said = json.loads((folder / "config.json").read_text()) | fields
+    (folder / "config.json").write_text(json.dumps(said))
+    assert main(["load", str(folder), "--device-map", "cpu"]) == 1
+    assert "diffusers cannot build a model" in capsys.readouterr().err
 
 
 def test_we_read_what_diffusers_has_quantized(tmp_path, name, mode, device, as_on_gpu):
