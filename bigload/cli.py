@@ -51,7 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="load a real sentence encoder in three modes and compare the results")
     demo.set_defaults(run=_demo)
     load = commands.add_parser(
-        "load", help="load a model of transformers from a folder, print how long it took, and generate text if asked"
+        "load",
+        help="load a model of transformers or diffusers from a folder, print how long it took, generate text if asked",
     )
     load.add_argument("path", type=Path, help="folder with config.json and safetensors")
     load.add_argument(
@@ -124,7 +125,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _load(options: argparse.Namespace) -> None:
     from .loading import load_and_quantize_model
-    from .model.transformers_facts import empty_model
+    from .model.described import empty_model
 
     if not (options.path / "config.json").is_file():
         raise CheckpointError(f"'{options.path}' is not a folder with a config.json; `load` builds the model from it")
@@ -150,7 +151,7 @@ def _load(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     from .checkpoint.folders import WEIGHTS
     from .config import OffloadConfig
-    from .model.transformers_facts import empty_model
+    from .model.described import empty_model
     from .planning.plan import plan_table
     from .planning.planner import plan_device_map
     from .planning.report import draw_plan, plan_json
@@ -248,8 +249,15 @@ class _Prompt:
         if not getattr(model, "can_generate", bool)():
             raise ConfigError(f"{type(model).__name__} does not generate text; leave --prompt out")
         try:
-            self._tokenizer = import_transformers().AutoTokenizer.from_pretrained(options.path, local_files_only=True)
+            self._tokenizer = import_transformers().AutoTokenizer.from_pretrained(
+                options.path, local_files_only=True, trust_remote_code=False
+            )
         except Exception as error:  # tokenizers fail in many ways
+            if "trust_remote_code" in str(error):
+                raise CheckpointError(
+                    f"the tokenizer in '{options.path}' is made by code of its own, which bigload does not run: leave "
+                    "--prompt out"
+                ) from None
             raise CheckpointError(f"'{options.path}' holds no tokenizer that transformers can load: {error}") from error
         self._tokens = self._tokenizer(options.prompt, return_tensors="pt")
         self._count = options.max_new_tokens

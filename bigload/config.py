@@ -215,9 +215,20 @@ class BnbQuantizationConfig:
         Raises:
             MissingDependencyError: transformers is not installed.
         """
+        return self._of_library("transformers")
+
+    def to_diffusers(self) -> Any:
+        """Make diffusers' `BitsAndBytesConfig` with the same meaning; it has the fields of transformers'.
+
+        Raises:
+            MissingDependencyError: diffusers is not installed.
+        """
+        return self._of_library("diffusers")
+
+    def _of_library(self, name: str) -> Any:
         fields = self.to_dict()
         compute_dtype = fields["bnb_4bit_compute_dtype"]
-        return import_optional("transformers", "pip install transformers").BitsAndBytesConfig(
+        return import_optional(name, f"pip install {name}").BitsAndBytesConfig(
             load_in_8bit=self.load_in_8bit,
             load_in_4bit=self.load_in_4bit,
             llm_int8_threshold=float(self.llm_int8_threshold),

@@ -26,7 +26,7 @@ from .errors import CheckpointError, ConfigError
 from .hardware.devices import Device
 from .io.extents import ReadTask
 from .io.transfer import default_stream
-from .model import transformers_facts
+from .model.described import empty_model
 from .model.quantizable import plain_linears
 from .model.view import ModelView
 from .offload.weight_cache import SourceFingerprints, content_hash
@@ -39,7 +39,7 @@ from .planning.planner import plan_load
 from .planning.request import LoadRequest, PlacementRequest
 from .planning.sources import KeyMapping
 from .quantization import bnb
-from .saving import shard_bytes, write_configs
+from .saving import shard_bytes, weights_stem, write_configs
 
 # Identifies an unfinished conversion, in its folder.
 _PROGRESS_NAME = "progress.json"
@@ -70,8 +70,8 @@ def quantize_checkpoint(
         src: a checkpoint, as in `load_and_quantize_model`; never changed.
         dst: the folder to create. Other files in the folder of `src`, such as a tokenizer, are copied.
         bnb_quantization_config: as in `load_and_quantize_model`.
-        model: the empty model that the checkpoint is for; None builds it with transformers from a config.json in the
-            folder of `src`.
+        model: the empty model that the checkpoint is for; None builds it with transformers or diffusers from a
+            config.json in the folder of `src`.
         max_shard_size: the largest size of the tensors in one file, in bytes or as "5GB".
         device: the device that quantizes; by default the current GPU, or the CPU if there is none.
         key_mapping: as in `load_and_quantize_model`.
@@ -126,7 +126,7 @@ def quantize_checkpoint(
             skipped = [path for path in plain_linears(view) if path not in plan.layers]
             # First what may fail, then what takes long.
             write_configs(model, made, plan.config, skipped, plan.layers, plan.config.load_dtype)
-            layout = _convert(plan, made, max_shard_bytes, progress)
+            layout = _convert(plan, made, max_shard_bytes, weights_stem(model), progress)
             _describe(plan, made, layout, skipped)
             if is_folder:
                 copy_the_rest(checkpoint.location.parent, made)
@@ -136,7 +136,7 @@ def quantize_checkpoint(
 def _empty_model(folder: Path) -> nn.Module:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"'{folder}' has no config.json to build the model from: pass an empty one as model=")
-    return transformers_facts.empty_model(folder)
+    return empty_model(folder)
 
 
 @contextmanager
@@ -218,11 +218,12 @@ def _fingerprint(plan: Plan, checkpoint: Checkpoint, max_shard_bytes: int) -> st
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
-def _convert(plan: Plan, folder: Path, max_shard_bytes: int, progress: bool | None) -> str:
+def _convert(plan: Plan, folder: Path, max_shard_bytes: int, stem: str, progress: bool | None) -> str:
     """Write the weights and return the hash of their layout, for the record."""
     tensors = sorted(plan.tensors, key=_in_file_order)
     outputs = [Output(planned, plan.config) for planned in tensors if planned.tensor.persistent]
-    writer = ShardWriter(folder, [entry for output in outputs for entry in output.entries.values()], max_shard_bytes)
+    entries = [entry for output in outputs for entry in output.entries.values()]
+    writer = ShardWriter(folder, entries, max_shard_bytes, stem)
     with progress_bar(plan.source_bytes, "quantizing", progress) as bar, default_stream(plan.tensors[0].device):
         try:
             tasks: list[ReadTask] = []

@@ -14,10 +14,10 @@ from torch import nn
 
 from .checkpoint.folders import new_folder
 from .checkpoint.record import RECORD_NAME, Record
-from .checkpoint.writer import Entry, ShardWriter, write_json
+from .checkpoint.writer import STEM, Entry, ShardWriter, write_json
 from .config import BnbQuantizationConfig
 from .errors import ConfigError, QuantizationError, listed
-from .model import transformers_facts
+from .model import diffusers_facts, transformers_facts
 from .model.quantizable import plain_linears
 from .model.tree import leaves, modules_by_path
 from .pipeline.attributes import skip_list
@@ -38,13 +38,13 @@ def save_quantized_model(
     """Save a quantized model as safetensors, which load without quantizing again.
 
     `load_and_quantize_model(empty, None, folder)` loads it with the same bits, layers and dtypes. For a model of
-    transformers a config.json is written too, with which `from_pretrained(folder)` loads it. Tied weights are stored
-    once. The folder appears when it is complete.
+    transformers or diffusers a config.json is written too, with which `from_pretrained(folder)` loads it. Tied weights
+    are stored once. The folder appears when it is complete.
 
     Args:
         model: a model loaded by bigload, or any other with layers of bitsandbytes.
         folder: the folder to create.
-        max_shard_size: the largest size of the tensors in one file, in bytes or as "5GB"; a larger tensor gets a file
+        max_shard_size: the largest size of the tensors in one file, in bytes or as "5GB"; a larger weight gets a file
             of its own.
         overwrite: replace a folder that is not empty.
 
@@ -74,7 +74,8 @@ def save_quantized_model(
     skipped = [path for path in plain_linears(model) if path not in layers]
     with new_folder(folder, overwrite=overwrite) as made:
         write_configs(model, made, config, skipped, layers, getattr(model, "dtype", None))
-        writer = ShardWriter(made, [Entry(n, t.dtype, tuple(t.shape)) for n, t in state.items()], max_shard_bytes)
+        entries = [Entry(n, t.dtype, tuple(t.shape)) for n, t in state.items()]
+        writer = ShardWriter(made, entries, max_shard_bytes, weights_stem(model))
         try:
             for name, tensor in state.items():
                 writer.write(name, tensor)
@@ -100,6 +101,11 @@ def shard_bytes(size: int | str) -> int:
     return nbytes
 
 
+def weights_stem(model: nn.Module) -> str:
+    """Return what the names of a model's files of weights begin with, for the library that its class comes from."""
+    return diffusers_facts.WEIGHTS_STEM if diffusers_facts.is_diffusers(model) else STEM
+
+
 def write_configs(
     model: Any,
     folder: Path,
@@ -108,9 +114,24 @@ def write_configs(
     layers: Mapping[str, nn.Module],
     dtype: Any,
 ) -> None:
-    """Write the configs of a model of transformers, for `from_pretrained`; warn if it will not make the same layers."""
-    if not transformers_facts.is_pretrained(model):
-        return
+    """Write the configs of a model of transformers or diffusers, for `from_pretrained`.
+
+    A warning says where it will not make the same layers.
+    """
+    if transformers_facts.is_pretrained(model):
+        _write_transformers_configs(model, folder, config, skipped, layers, dtype)
+    elif diffusers_facts.is_diffusers(model):
+        _write_diffusers_config(model, folder, config, layers)
+
+
+def _write_transformers_configs(
+    model: Any,
+    folder: Path,
+    config: BnbQuantizationConfig,
+    skipped: Iterable[str],
+    layers: Mapping[str, nn.Module],
+    dtype: Any,
+) -> None:
     quantization = config.to_transformers()
     quantization.llm_int8_skip_modules = skip_list(skipped, layers)
     transformers_facts.save_configs(model, folder, quantization, dtype)
@@ -125,6 +146,23 @@ def write_configs(
             type(model).__name__,
             transformers_facts.import_transformers().__version__,
             listed(unknown),
+        )
+
+
+def _write_diffusers_config(
+    model: Any, folder: Path, config: BnbQuantizationConfig, layers: Mapping[str, nn.Module]
+) -> None:
+    quantization, modules = config.to_diffusers(), modules_by_path(model)
+    quantization.llm_int8_skip_modules = diffusers_facts.skip_list(modules, layers.values())
+    diffusers_facts.save_config(model, folder, quantization)
+    otherwise = diffusers_facts.made_otherwise(modules, layers.values(), quantization)
+    if otherwise:
+        logger.warning(
+            "from_pretrained cannot load this saved %s: diffusers takes a name without dots in its list of layers to "
+            "skip for that of any layer, so that it cannot tell %s from others of that name; load it with "
+            "load_and_quantize_model(model, None, folder)",
+            type(model).__name__,
+            listed(otherwise),
         )
 
 

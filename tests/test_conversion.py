@@ -242,7 +242,7 @@ def test_finished_files_made_of_other_tensors_are_not_taken(tmp_path, device, mo
         options = {"model": empty(), "max_shard_size": 1, "device": device, "key_mapping": mapping}
         quantize_checkpoint(tmp_path / "source", tmp_path / "made", "nf4", **options)
 
-    fail_at(monkeypatch, os, "pwrite", 30, KeyboardInterrupt())
+    fail_at(monkeypatch, os, "pwrite", 20, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         run("model.")
     monkeypatch.undo()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,7 +27,9 @@ from .record import layout_of
 from .safetensors import DTYPES
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-INDEX_NAME = "model.safetensors.index.json"
+STEM = "model"  # of the names of files, as transformers has them
+# The end of the name of a part of a quantized weight, such as "weight.absmax".
+_PART = re.compile(r"(?<![^.])(weight\..+|SCB|weight_format)$")
 # Steps that may wait for the disk at the same time; each keeps a file open.
 _MAX_WAITING = 4
 # A file is synced to the disk after this many bytes, while more is written: the system alone would start much later.
@@ -52,23 +55,24 @@ class Entry:
 class ShardWriter:
     """Writes a checkpoint of safetensors files into a folder; each file has its final name only when it is complete."""
 
-    def __init__(self, folder: Path, entries: Iterable[Entry], max_shard_bytes: int) -> None:
+    def __init__(self, folder: Path, entries: Iterable[Entry], max_shard_bytes: int, stem: str = STEM) -> None:
         """Divide the tensors among files.
 
         Args:
             folder: exists; complete files of the same layout that are there are kept.
             entries: all tensors, in the order in which files are filled.
-            max_shard_bytes: the maximum size of a file's tensors; a larger tensor gets a file of its own.
+            max_shard_bytes: the maximum size of a file's tensors; a larger weight gets a file of its own.
+            stem: what the files' names begin with.
 
         Raises:
             CheckpointError: safetensors does not support a dtype.
         """
-        self._folder = folder
+        self._index = folder / f"{stem}.safetensors.index.json"
         self._syncing = FsyncQueue()
         self._staged: torch.Tensor | None = None
         groups = _split(entries, max_shard_bytes)
         self._shards = [
-            _Shard(folder / _file_name(number, len(groups)), group, self._syncing)
+            _Shard(folder / _file_name(stem, number, len(groups)), group, self._syncing)
             for number, group in enumerate(groups, 1)
         ]
         self._shard_of = {name: shard for shard in self._shards for name in shard.entries}
@@ -135,7 +139,7 @@ class ShardWriter:
             return
         weight_map = {name: shard.path.name for name, shard in self._shard_of.items()}
         total = sum(entry.nbytes for shard in self._shards for entry in shard.entries.values())
-        write_json(self._folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(self._index, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
     def close(self) -> None:
         """Close the files."""
@@ -228,19 +232,24 @@ def write_json(path: Path, content: object) -> None:
 
 
 def _split(entries: Iterable[Entry], max_bytes: int) -> list[list[Entry]]:
+    """Divide tensors among files. The parts of a quantized weight stay together: diffusers reads file by file."""
+    weights: dict[str, list[Entry]] = {}
+    for entry in entries:
+        weights.setdefault(_PART.sub("weight", entry.name), []).append(entry)
     groups: list[list[Entry]] = [[]]
     filled = 0
-    for entry in entries:
-        if groups[-1] and filled + entry.nbytes > max_bytes:
+    for parts in weights.values():
+        nbytes = sum(entry.nbytes for entry in parts)
+        if groups[-1] and filled + nbytes > max_bytes:
             groups.append([])
             filled = 0
-        groups[-1].append(entry)
-        filled += entry.nbytes
+        groups[-1] += parts
+        filled += nbytes
     return groups
 
 
-def _file_name(number: int, count: int) -> str:
-    return "model.safetensors" if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
+def _file_name(stem: str, number: int, count: int) -> str:
+    return f"{stem}.safetensors" if count == 1 else f"{stem}-{number:05}-of-{count:05}.safetensors"
 
 
 def _write(descriptor: int, buffer: memoryview, offset: int) -> None:

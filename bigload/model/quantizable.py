@@ -13,7 +13,8 @@ from torch import nn
 
 from ..config import BnbQuantizationConfig
 from ..errors import CheckpointError, ConfigError, listed
-from . import transformers_facts
+from . import diffusers_facts, transformers_facts
+from .fp32_modules import fp32_patterns
 from .linears import acts_as_linear, class_acts_as_linear
 from .tensors import ModelTensor
 from .view import ModelView, view_of
@@ -56,11 +57,7 @@ def layers_to_quantize(
     _check_quantizable(quantizable)
     view = view_of(model)
     tied = {name for tensor in tensors if _has_several_owners(view, tensor) for name in tensor.names}
-    # Modules that the class keeps in fp32 under some 16-bit dtype must never be quantized: it ruins T5's `wo`.
-    always = [
-        *(config.keep_in_fp32_modules or ()),
-        *transformers_facts.fp32_patterns(view.modules.values(), torch.float16),
-    ]
+    always = [*(config.keep_in_fp32_modules or ()), *fp32_patterns(view.modules)]
     head = default_head(view.model) if config.skip_modules is None else None
     skip = config.skip_modules or []
     paths: dict[nn.Module, list[str]] = {}
@@ -192,7 +189,13 @@ def _has_several_owners(view: ModelView, tensor: ModelTensor) -> bool:
 
 
 def default_head(model: nn.Module) -> nn.Module | None:
-    """Return the output head that the model declares, else its last direct child if that is an nn.Linear."""
+    """Return the output head that the model declares, else its last direct child if that is an nn.Linear.
+
+    A model of diffusers has none: its own loader quantizes all of its Linears, and what it reads cannot say otherwise
+    where others have the same name (Flux's `proj_out`).
+    """
+    if diffusers_facts.is_diffusers(model):
+        return None
     head = transformers_facts.output_head(model)
     if head is None:
         last = list(model.children())[-1:]

@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import json
 import re
+import shutil
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import CheckpointError, ConfigError
 from ..optional import import_optional
+from .diffusers_facts import is_diffusers_class
 from .empty import default_dtype, init_empty_weights
 
 
@@ -33,16 +37,18 @@ def empty_model(folder: Path) -> nn.Module:
     """Build the model that a config.json, or the one in a folder, describes: without weights, in eval mode.
 
     Raises:
-        CheckpointError: transformers cannot build a model from the config.
+        CheckpointError: transformers cannot build a model from the config, or only by code that lies in the folder.
         MissingDependencyError: transformers is not installed.
     """
     transformers = import_transformers()
+    _require_no_code(folder, transformers)
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        names = getattr(config, "architectures", None) or [""]
-        model_class = getattr(transformers, names[0], None)
+        # Not to be trusted, said here: transformers would ask at the terminal.
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model_class = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+        auto = transformers.AutoModel
         with init_empty_weights():
-            model: nn.Module = model_class(config) if model_class else transformers.AutoModel.from_config(config)
+            model: nn.Module = model_class(config) if model_class else auto.from_config(config, trust_remote_code=False)
         if (folder / "generation_config.json").is_file():
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     except Exception as error:  # a model class may raise anything for a config that does not fit it
@@ -52,8 +58,30 @@ def empty_model(folder: Path) -> nn.Module:
     return model.eval()
 
 
+def _require_no_code(folder: Path, transformers: ModuleType) -> None:
+    """Refuse a config whose model is made by code of its own, where transformers has no class for it.
+
+    Raises:
+        CheckpointError: it is.
+    """
+    try:
+        said = json.loads((folder / "config.json" if folder.is_dir() else folder).read_bytes())
+        auto_map, names = dict(said.get("auto_map") or {}), list(said.get("architectures") or ["AutoModel"])
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return  # transformers says what is wrong
+    if not auto_map or (said.get("model_type") in transformers.CONFIG_MAPPING and hasattr(transformers, str(names[0]))):
+        return
+    auto = next((name for name in auto_map if name.startswith("AutoModel")), "AutoModel")
+    raise CheckpointError(
+        f"the model in '{folder}' is made by code of its own ({auto_map.get(auto, auto_map)}, says auto_map in "
+        f"config.json), which bigload does not run: if you trust that code, build the model with transformers' "
+        f"{auto}.from_config under bigload.init_empty_weights(), and pass it to load_and_quantize_model, or to "
+        "quantize_checkpoint as model="
+    )
+
+
 def save_configs(model: Any, folder: Path, quantization: Any, dtype: torch.dtype) -> None:
-    """Write config.json and generation_config.json of a transformers model, as its `save_pretrained` does.
+    """Write config.json, generation_config.json and code of a transformers model, as its `save_pretrained` does.
 
     Args:
         model: the model; its own config is not changed.
@@ -69,11 +97,29 @@ def save_configs(model: Any, folder: Path, quantization: Any, dtype: torch.dtype
     config.architectures = [type(model).__name__]
     config.dtype = str(dtype).removeprefix("torch.")
     try:
+        _save_code(model, config, folder)
         config.save_pretrained(folder)
         if getattr(model, "generation_config", None) is not None and model.can_generate():
             model.generation_config.save_pretrained(folder)
     except (TypeError, ValueError) as error:  # transformers validates what it writes
         raise ConfigError(f"transformers does not save the configs of this {type(model).__name__}: {error}") from error
+
+
+def _save_code(model: Any, config: Any, folder: Path) -> None:
+    """Copy the code of a class that is not transformers' own, which `auto_map` in its config names.
+
+    `save_pretrained` does so only for classes that an Auto class has loaded, not for those that were imported.
+    """
+    dynamic = importlib.import_module("transformers.dynamic_module_utils")
+    if getattr(model, "_auto_class", None) is not None:
+        dynamic.custom_object_save(model, folder, config=config)  # and the config's own when it is saved
+    auto_map = getattr(config, "auto_map", None) or {}
+    files = {str(reference).rpartition(".")[0] for reference in auto_map.values()}
+    for module in {type(model).__module__, type(config).__module__}:
+        source = getattr(sys.modules.get(module), "__file__", None)
+        if source is not None and module.rpartition(".")[2] in files:
+            for file in (source, *dynamic.get_relative_import_files(source)):
+                shutil.copyfile(file, folder / Path(file).name)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -135,7 +181,8 @@ def tied_pairs(model: nn.Module) -> list[tuple[str, str]]:
 def fp32_patterns(modules: Collection[nn.Module], torch_dtype: torch.dtype) -> list[str]:
     """Return the names of modules that transformers keeps in fp32 when it loads a model in a dtype.
 
-    `_keep_in_fp32_modules` applies to float16 only, `_keep_in_fp32_modules_strict` to both 16-bit dtypes.
+    `_keep_in_fp32_modules` applies to float16 only, `_keep_in_fp32_modules_strict` to both 16-bit dtypes. (The
+    attribute of this name in diffusers' classes follows another rule.)
 
     Args:
         modules: all modules of the model.
@@ -150,7 +197,8 @@ def fp32_patterns(modules: Collection[nn.Module], torch_dtype: torch.dtype) -> l
     kept: list[Any] = []
     for field in fields:
         kept += [vars(module)[field] for module in modules if field in vars(module)]
-        kept += [getattr(cls, field, None) for cls in {type(module) for module in modules if field not in vars(module)}]
+        classes = {type(module) for module in modules if field not in vars(module)}
+        kept += [getattr(cls, field, None) for cls in classes if not is_diffusers_class(cls)]
     return sorted({name for names in kept for name in names or ()})
 
 

@@ -19,8 +19,9 @@ from typing import Any
 
 from torch import nn
 
-# Methods that run before the weights are loaded, or that replace them.
-_BEFORE_LOADING = re.compile(r"__init__|_*init_.*|_*reset_parameters|_*tie_.*|_*resize_.*")
+# Methods that run before the weights are loaded, or that replace them. (diffusers' `fuse_projections`, which only users
+# call, makes one plain layer of several; of quantized layers it cannot, and fails.)
+_BEFORE_LOADING = re.compile(r"__init__|_*init_.*|_*reset_parameters|_*tie_.*|_*resize_.*|fuse_projections")
 # torch's encoder layer reads weights only in its fused path, which loading disables.
 _NOT_READING = (nn.Module, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 # Attributes and methods of a weight that do not read its values.

@@ -1,4 +1,4 @@
-"""The attributes that accelerate, transformers, PEFT and Trainer look for on a loaded model."""
+"""The attributes that accelerate, transformers, diffusers, PEFT and Trainer look for on a loaded model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..model import transformers_facts
+from ..model import diffusers_facts, transformers_facts
 from ..model.quantizable import plain_linears
 from ..model.view import ModelView
 from ..planning.plan import Plan
@@ -23,7 +23,7 @@ ABSENT = object()
 
 
 def attributes(view: ModelView, plan: Plan) -> list[Edit]:
-    """Return the assignments that accelerate makes on a loaded model, and on a model of transformers its own loader.
+    """Return the assignments that accelerate makes on a loaded model, and those of the model's own library's loader.
 
     PEFT and Trainer read accelerate's attributes on any model. Those of transformers must be complete: Trainer refuses
     a model that has only `is_quantized`, and `save_pretrained` writes the quantization_config for `from_pretrained`.
@@ -37,6 +37,8 @@ def attributes(view: ModelView, plan: Plan) -> list[Edit]:
     edits: list[Edit] = [(model.__dict__, name, value) for name, value in own.items()]
     if quantized and transformers_facts.is_pretrained(model):
         edits += _of_transformers(view, plan)
+    elif quantized and diffusers_facts.is_diffusers(model):
+        edits += _of_diffusers(view, plan)
     return edits
 
 
@@ -53,6 +55,13 @@ def _of_transformers(view: ModelView, plan: Plan) -> list[Edit]:
     return [(model.__dict__, name, value) for name, value in own.items()] + _with_configs(view, copies)
 
 
+def _of_diffusers(view: ModelView, plan: Plan) -> list[Edit]:
+    quantization = plan.config.to_diffusers()
+    quantization.llm_int8_skip_modules = diffusers_facts.skip_list(view.modules, plan.layers.values())
+    own = diffusers_facts.attributes_of_quantized(view.model, quantization, plan.config.load_dtype)
+    return [(view.model.__dict__, name, value) for name, value in own.items()]
+
+
 def clear_attributes(model: nn.Module) -> list[Edit]:
     """Return the assignments that undo those of `attributes`, for a model that is no longer quantized."""
     own: dict[str, Any] = {"is_loaded_in_4bit": False, "is_loaded_in_8bit": False}
@@ -64,6 +73,9 @@ def clear_attributes(model: nn.Module) -> list[Edit]:
     for config in copies.values():
         if hasattr(config, "model_type"):
             vars(config).pop("quantization_config", None)
+    if diffusers_facts.is_diffusers(model):
+        edits += [(vars(model), name, ABSENT) for name in diffusers_facts.SERIALIZABLE if name in vars(model)]
+        edits.append((vars(model), "_internal_dict", diffusers_facts.config_without_quantization(model)))
     return edits + _with_configs(view, copies)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..config import BnbQuantizationConfig
 from ..model import transformers_facts
+from ..model.fp32_modules import fp32_patterns
 from ..model.quantizable import default_head, matches
 from ..model.tensors import ModelTensor
 from ..model.view import ModelView
@@ -64,7 +65,7 @@ def _not_meant_to_stay(
     named = [
         *(config.skip_modules or ()),
         *(config.keep_in_fp32_modules or ()),
-        *transformers_facts.fp32_patterns(view.modules.values(), torch.float16),
+        *fp32_patterns(view.modules),
     ]
     head = default_head(view.model) if config.skip_modules is None else None
 

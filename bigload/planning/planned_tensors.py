@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from ..errors import CheckpointError, ConfigError
 from ..hardware.devices import CPU, Place
 from ..io.tensors import LazyTensor, StoredTensor
 from ..model import transformers_facts
+from ..model.fp32_modules import fp32_rule
 from ..model.quantizable import matches
 from ..model.tensors import ModelTensor
 from ..model.view import ModelView, view_of
@@ -93,10 +94,7 @@ def formatted_tensors(
         CheckpointError: a weight that is stored quantized has another shape than the layer's.
         ConfigError: a weight cannot be stored in the format asked for.
     """
-    fp32 = [
-        *(config.keep_in_fp32_modules or ()),
-        *transformers_facts.fp32_patterns(view_of(model).modules.values(), config.load_dtype),
-    ]
+    asked, by_class = config.keep_in_fp32_modules or (), fp32_rule(view_of(model).modules, config.load_dtype)
     weights = {f"{path}.weight".lstrip("."): layer for path, layer in layers.items()}
     planned = []
     for tensor in tensors:
@@ -104,7 +102,8 @@ def formatted_tensors(
         layer = next((weights[name] for name in tensor.names if name in weights), None)
         if layer is None:
             usual = (class_dtypes or {}).get(tensor.name, config.load_dtype)
-            fmt = Plain(_kept_dtype(tensor, pieces, usual, fp32))
+            in_fp32 = any(by_class(name) or matches(name, asked) for name in tensor.names)
+            fmt = Plain(_kept_dtype(tensor, pieces, torch.float32 if in_fp32 else usual))
             planned.append(PlannedTensor(tensor, tensor.shape, pieces, fmt, device))
         else:
             planned.append(_of_layer(tensor, layer, pieces, config, device))
@@ -130,14 +129,12 @@ def _of_layer(
     return PlannedTensor(tensor, shape, pieces, fmt, device, is_transposed=is_transposed)
 
 
-def _kept_dtype(
-    tensor: ModelTensor, sources: Sequence[Source], usual: torch.dtype, fp32: Collection[str]
-) -> torch.dtype:
+def _kept_dtype(tensor: ModelTensor, sources: Sequence[Source], usual: torch.dtype) -> torch.dtype:
     if not tensor.persistent and sources:
         return sources[0].tensor.dtype  # rebuilt by its class, in the dtype of its choice
     if not tensor.value.is_floating_point() or not sources:
         return tensor.value.dtype  # integers, and buffers that the checkpoint does not hold
-    return torch.float32 if any(matches(name, fp32) for name in tensor.names) else usual
+    return usual
 
 
 def _quantized_format(config: BnbQuantizationConfig) -> Format:

@@ -20,7 +20,7 @@ from ..config import BnbQuantizationConfig, OffloadConfig
 from ..errors import CheckpointError, ConfigError, PlacementError, listed
 from ..hardware.devices import CPU, Device, DeviceMap
 from ..io.transfer import WINDOW_BYTES
-from ..model import transformers_facts
+from ..model import diffusers_facts, transformers_facts
 from ..model.quantizable import layers_recorded, layers_stored_quantized, layers_to_quantize
 from ..model.tensors import ModelTensor, tensors_of
 from ..model.view import ModelView
@@ -84,7 +84,10 @@ def _sources(
         rebuilt_buffers=partial(transformers_facts.rebuilt_buffers, model, config.load_dtype),
         strict=request.strict,
     )
-    if checkpoint.record is not None and (request.as_saved or request.config.torch_dtype == "auto"):
+    is_auto = request.config.torch_dtype == "auto"
+    # diffusers stores no dtype beside the weights, and what its class keeps in float32 may be most of what is plain.
+    has_no_other = checkpoint.is_quantized and diffusers_facts.is_diffusers(model)
+    if (checkpoint.record is not None and (request.as_saved or is_auto)) or (has_no_other and is_auto):
         return config, sources, {name: pieces[0].tensor.dtype for name, pieces in sources.items() if pieces}
     return config, sources, class_dtypes
 
