@@ -68,6 +68,7 @@ def load_and_quantize_model(
     key_mapping: KeyMapping | None = None,
     tied_parameters: Sequence[tuple[str, str]] | None = None,
     quantizable: Sequence[type[nn.Linear]] = (),
+    initialize_missing: Sequence[str] = (),
     strict: bool = False,
     progress: bool | None = None,
 ) -> nn.Module:
@@ -98,7 +99,11 @@ def load_and_quantize_model(
             transformers class that ties them.
         quantizable: further subclasses of nn.Linear to quantize; those that compute exactly the same are quantized
             anyway.
-        strict: raise for checkpoint tensors without a place in the model instead of warning.
+        initialize_missing: names of modules or parameters that the checkpoint may lack, such as a new head
+            ("score",): their classes initialise them. Parameters that it lacks and that are real keep their values,
+            with a warning. Neither is quantized.
+        strict: raise instead of warning, for checkpoint tensors without a place in the model, and for real parameters
+            that the checkpoint lacks.
         progress: show a progress bar in bytes; by default if standard error is a terminal.
 
     Returns:
@@ -128,8 +133,7 @@ def load_and_quantize_model(
         ('Linear4bit', 'Linear')
         >>> folder.cleanup()
     """
-    origin = "the model's own weights" if weights_location is None else f"{weights_location!r}"
-    context = f"loading {origin} with device_map={device_map!r}"
+    context = _described(weights_location, device_map)
     with _with_context(context):
         begun = time.perf_counter()
         request = load_request(
@@ -143,6 +147,7 @@ def load_and_quantize_model(
             key_mapping=key_mapping,
             tied_parameters=tied_parameters,
             quantizable=quantizable,
+            initialize_missing=initialize_missing,
             strict=strict,
         )
         spent_s = time.perf_counter() - begun
@@ -167,10 +172,14 @@ def load_and_quantize_model(
             model = assembly.commit(lambda made: _set_to_run(made, plan, request.placement.offload, targets))
     elapsed_s = time.perf_counter() - begun
     bytes_read = plan.source_bytes - targets.spared_bytes
-    report = LoadReport(mode, bytes_read, elapsed_s, plan.device_bytes, peaks.since())
-    model.load_report = report  # type: ignore[assignment]
-    logger.info("%s", report)
+    model.load_report = LoadReport(mode, bytes_read, elapsed_s, plan.device_bytes, peaks.since())  # type: ignore[assignment]
+    logger.info("%s", model.load_report)
     return model
+
+
+def _described(weights_location: WeightsLocation | None, device_map: DeviceMap) -> str:
+    origin = "the model's own weights" if weights_location is None else f"{weights_location!r}"
+    return f"loading {origin} with device_map={device_map!r}"
 
 
 def _offload_targets(plan: Plan, request: PlacementRequest) -> OffloadTargets:

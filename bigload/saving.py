@@ -18,6 +18,7 @@ from .checkpoint.writer import Entry, ShardWriter, write_json
 from .config import BnbQuantizationConfig
 from .errors import ConfigError, QuantizationError, listed
 from .model import transformers_facts
+from .model.own_loading import changed_when_loaded_again
 from .model.quantizable import plain_linears
 from .model.tree import leaves, modules_by_path
 from .pipeline.attributes import skip_list
@@ -81,7 +82,9 @@ def save_quantized_model(
             writer.finish()
         finally:
             writer.close()
-        record = Record(writer.layout, config, tuple(layers), tuple(skipped), tuple(ties))
+        saved = {name: (tensor.dtype, tensor.shape) for name, tensor in state.items()}
+        changed = changed_when_loaded_again(modules_by_path(model), saved, as_held=False)
+        record = Record(writer.layout, config, tuple(layers), tuple(skipped), tuple(ties), tuple(changed))
         write_json(made / RECORD_NAME, record.to_dict())
 
 
@@ -159,7 +162,10 @@ def _stored_once(model: nn.Module, layers: Mapping[str, Any]) -> tuple[dict[str,
     state: dict[str, torch.Tensor] = model.state_dict()
     extra = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
     if extra:
-        raise QuantizationError(f"{listed(extra)}: extra state that is no tensor, which safetensors cannot hold")
+        raise QuantizationError(
+            f"{listed(extra)}: extra state that is no tensor, which safetensors cannot hold: let "
+            "get_extra_state return a tensor"
+        )
     groups: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)
     modules = modules_by_path(model)
     for name, parameter in leaves(modules, "_parameters").items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import logging
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from torch.overrides import TorchFunctionMode
 from ..errors import CheckpointError, ConfigError
 from ..optional import import_optional
 from .empty import default_dtype, init_empty_weights
+
+logger = logging.getLogger(__name__)
 
 
 def import_transformers() -> ModuleType:
@@ -235,7 +238,8 @@ def class_dtypes(model: Any, torch_dtype: torch.dtype) -> Mapping[str, torch.dty
     """Return the dtype that each floating tensor of a transformers model has when its class builds it in `torch_dtype`.
 
     transformers' own loader builds models the same way, and keeps the dtypes that a class chooses itself: an `A_log` in
-    fp32, a position table in bf16. Empty for other models, which are loaded in one dtype.
+    fp32, a position table in bf16. Empty for other models, which are loaded in one dtype, and for classes that cannot
+    be built from a config alone.
     """
     if not is_pretrained(model):
         return {}
@@ -246,8 +250,10 @@ def class_dtypes(model: Any, torch_dtype: torch.dtype) -> Mapping[str, torch.dty
     known = _known_dtypes.get("last")
     if key is not None and known is not None and known[0] == key:
         return known[1]
-    with default_dtype(torch_dtype), torch.device("meta"), _NoInitialization():
-        twin = type(model)(model.config)
+    with _NoInitialization():
+        twin = _twin(model, torch_dtype, torch.device("meta")) or _twin(model, torch_dtype, torch.device("cpu"))
+    if twin is None:  # the class needs more than a config
+        return {}
     tensors = [*twin.named_parameters(remove_duplicate=False), *twin.named_buffers(remove_duplicate=False)]
     dtypes = {name: tensor.dtype for name, tensor in tensors if tensor.is_floating_point()}
     if key is not None:
@@ -259,13 +265,28 @@ def rebuilt_buffers(model: Any, torch_dtype: torch.dtype) -> dict[str, torch.Ten
     """Build a transformers model anew, without weights, for the buffers that are in no checkpoint.
 
     Returns:
-        Its real buffers by name; empty for other models, as it is unknown how to build them.
+        Its real buffers by name; empty for other models, and where a class cannot be built from its config alone.
     """
     if not is_pretrained(model):
         return {}
-    with default_dtype(torch_dtype), torch.device("cpu"), init_empty_weights():
-        twin = type(model)(model.config)
-    return {name: buffer for name, buffer in twin.named_buffers() if not buffer.is_meta}
+    twin = _twin(model, torch_dtype, torch.device("cpu"))
+    return {} if twin is None else {name: buffer for name, buffer in twin.named_buffers() if not buffer.is_meta}
+
+
+def _twin(model: Any, torch_dtype: torch.dtype, device: torch.device) -> Any:
+    """Build a transformers model of the same class and config without weights; None if its class cannot be built so.
+
+    Args:
+        model: not changed.
+        torch_dtype: the default dtype meanwhile.
+        device: of its buffers; some classes compute with values, which on meta there are none of.
+    """
+    try:
+        with default_dtype(torch_dtype), device, init_empty_weights():
+            return type(model)(model.config)
+    except Exception as error:  # a class may raise anything where it is built from a config alone
+        logger.info("%s cannot be built from its config alone on %s: %s", type(model).__name__, device, error)
+        return None
 
 
 def is_pretrained(model: nn.Module) -> bool:

@@ -57,7 +57,7 @@ class LoadRequest:
         checkpoint: the source of the weights; None means the model's own.
         placement: the arguments that concern placement.
         as_saved: no config was passed for a checkpoint of `save_quantized_model`: restore the model that was saved.
-        key_mapping, tied_parameters, quantizable, strict: as for `load_and_quantize_model`.
+        key_mapping, tied_parameters, quantizable, initialize_missing, strict: as for `load_and_quantize_model`.
     """
 
     config: BnbQuantizationConfig
@@ -67,6 +67,7 @@ class LoadRequest:
     key_mapping: KeyMapping | None = None
     tied_parameters: Sequence[tuple[str, str]] | None = None
     quantizable: Sequence[type[nn.Linear]] = ()
+    initialize_missing: Sequence[str] = ()
     strict: bool = False
 
 
@@ -82,6 +83,7 @@ def load_request(
     key_mapping: KeyMapping | None = None,
     tied_parameters: Sequence[tuple[str, str]] | None = None,
     quantizable: Sequence[type[nn.Linear]] = (),
+    initialize_missing: Sequence[str] = (),
     strict: bool = False,
     must_exist: bool = True,
 ) -> LoadRequest:
@@ -109,7 +111,28 @@ def load_request(
     placement = placement_request(
         config, device_map, no_split_module_classes, max_memory, offload_folder, offload, must_exist=must_exist
     )
-    return LoadRequest(config, checkpoint, placement, as_saved, key_mapping, tied_parameters, quantizable, strict)
+    return LoadRequest(
+        config,
+        checkpoint,
+        placement,
+        as_saved,
+        key_mapping,
+        tied_parameters,
+        quantizable,
+        require_names("initialize_missing", initialize_missing),
+        strict,
+    )
+
+
+def require_names(argument: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names that an argument lists.
+
+    Raises:
+        ConfigError: it is no list of strings.
+    """
+    if isinstance(names, str) or not isinstance(names, Collection) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{argument} must be a list of names, such as ['score'], but it is {names!r}")
+    return tuple(names)
 
 
 def placement_request(
