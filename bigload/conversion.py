@@ -23,7 +23,7 @@ from .checkpoint.record import FORMAT_VERSION, RECORD_NAME, Record
 from .checkpoint.writer import Entry, ShardWriter, write_json
 from .config import as_config
 from .errors import CheckpointError, ConfigError, listed
-from .hardware.devices import Device
+from .hardware.devices import Device, on_cpu_unless_named
 from .io.extents import ReadTask
 from .io.tensors import StoredTensor, read_whole
 from .io.transfer import default_stream
@@ -47,6 +47,7 @@ from .saving import shard_bytes, write_configs
 _PROGRESS_NAME = "progress.json"
 
 
+@on_cpu_unless_named()
 def quantize_checkpoint(
     src: WeightsLocation,
     dst: str | os.PathLike[str],

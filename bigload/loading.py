@@ -16,7 +16,7 @@ from torch import nn
 from .checkpoint.checkpoint import WeightsLocation
 from .config import OffloadConfig
 from .errors import BigloadError, PlacementError
-from .hardware.devices import Device, DeviceMap, named_devices
+from .hardware.devices import Device, DeviceMap, named_devices, on_cpu_unless_named
 from .io.ring import pin_ahead, release_ring
 from .model.view import ModelView
 from .offload.device_hooks import attach, detach
@@ -53,6 +53,7 @@ def _without_collections() -> Iterator[None]:
             gc.enable()
 
 
+@on_cpu_unless_named()
 @_without_collections()
 def load_and_quantize_model(
     model: nn.Module,
@@ -155,7 +156,8 @@ def load_and_quantize_model(
         begun = time.perf_counter() - spent_s
     mode = request.config.mode
     # Tensors created under inference_mode could not be used in training later.
-    with _with_context(f"{context} as {mode}"), torch.inference_mode(False), torch.no_grad():
+    is_plain = "*" in (request.config.skip_modules or ())
+    with _with_context(f"{context}{'' if is_plain else f' as {mode}'}"), torch.inference_mode(False), torch.no_grad():
         view = ModelView(model)
         if "offload" in vars(model):
             require_not_offloaded(model)

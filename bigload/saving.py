@@ -17,10 +17,12 @@ from .checkpoint.record import RECORD_NAME, Record
 from .checkpoint.writer import Entry, ShardWriter, write_json
 from .config import BnbQuantizationConfig
 from .errors import ConfigError, QuantizationError, listed
+from .hardware.devices import on_cpu_unless_named
 from .model import transformers_facts
 from .model.own_loading import changed_when_loaded_again
 from .model.quantizable import plain_linears
 from .model.tree import leaves, modules_by_path
+from .model.view import require_module
 from .pipeline.attributes import skip_list
 from .quantization.formats import dominant_dtype
 from .quantization.layers import config_of_layer, quantized_layers, require_whole_layers, source_class
@@ -29,6 +31,7 @@ from .sizes import parse_size
 logger = logging.getLogger(__name__)
 
 
+@on_cpu_unless_named()
 def save_quantized_model(
     model: nn.Module,
     folder: str | os.PathLike[str],
@@ -68,6 +71,7 @@ def save_quantized_model(
         True
     """
     max_shard_bytes = shard_bytes(max_shard_size)
+    require_module(model)
     model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
     layers = quantized_layers(model)
     config = _config(model, layers)

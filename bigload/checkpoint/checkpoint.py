@@ -93,7 +93,7 @@ def open_checkpoint(weights_location: WeightsLocation) -> Checkpoint:
     try:
         if isinstance(weights_location, str) and not location.exists() and is_hub_id(weights_location):
             location = hub_folder(weights_location)
-        return _open(location)
+        return _open(location.absolute())  # a model that streams reads its files when the working directory has changed
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise CheckpointError(f"'{location}' cannot be read: {error}") from error
 

@@ -130,9 +130,19 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 
 def tied_pairs(model: nn.Module) -> list[tuple[str, str]]:
-    """Return the pairs of parameter names that the model's class ties, even if they are two objects now."""
+    """Return the pairs of parameter names that the model's class ties, even if they are two objects now.
+
+    Its config may have changed since it was built: what that does not tie any more is left out.
+    """
     tied = getattr(model, "all_tied_weights_keys", None)
-    return list(tied.items()) if isinstance(tied, dict) else []
+    if not isinstance(tied, dict):
+        return []
+    expand = getattr(model, "get_expanded_tied_weights_keys", None)
+    try:
+        now = tied if expand is None else expand(all_submodels=True)
+    except Exception:  # a class may name what it no longer has
+        now = tied
+    return [(one, other) for one, other in tied.items() if one in now]
 
 
 def fp32_patterns(modules: Collection[nn.Module], torch_dtype: torch.dtype) -> list[str]:

@@ -18,7 +18,7 @@ from ..checkpoint.checkpoint import Checkpoint, WeightsLocation
 from ..checkpoint.record import Record
 from ..config import BnbQuantizationConfig, OffloadConfig
 from ..errors import CheckpointError, ConfigError, PlacementError, listed
-from ..hardware.devices import CPU, Device, DeviceMap
+from ..hardware.devices import CPU, Device, DeviceMap, on_cpu_unless_named
 from ..io.transfer import WINDOW_BYTES
 from ..model import transformers_facts
 from ..model.initialization import rebuilt_by_owners, seems_unwritten
@@ -212,6 +212,7 @@ def _is_quantized(planned: PlannedTensor) -> bool:
     return any(isinstance(source.tensor, QuantizedTensor) for source in planned.sources)
 
 
+@on_cpu_unless_named()
 def plan_device_map(
     model: nn.Module,
     bnb_quantization_config: Any,

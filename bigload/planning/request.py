@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +21,8 @@ from ..io.ring import ring_bytes
 from ..model.tensors import ModelTensor
 from ..sizes import parse_size
 from .sources import KeyMapping
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -204,10 +208,10 @@ def check_map(
     *,
     must_exist: bool = True,
 ) -> None:
-    """Check that a device map names only existing modules and devices, and covers every tensor.
+    """Check that a device map names existing devices and covers every tensor; warn of modules that do not exist.
 
     Raises:
-        PlacementError: it names an unknown module or device, or leaves out a tensor.
+        PlacementError: it names an unknown device, or leaves out a tensor.
     """
     if device_map is None or is_strategy(device_map):
         return
@@ -222,7 +226,14 @@ def check_map(
     names = {name for tensor in tensors for name in tensor.names}
     unknown = [path for path in device_map if path and path not in names and path not in module_names]
     if unknown:
-        raise PlacementError(f"device_map names {listed(unknown)}, which are no modules or parameters of the model")
+        known = [path for path in (*module_names, *names) if path]
+        close = [difflib.get_close_matches(path, known, 1, 0.8) for path in unknown[:10]]
+        meant = listed(path for found in close for path in found)
+        logger.warning(
+            "device_map names %s, which are no modules or parameters of the model, and without effect%s",
+            listed(unknown),
+            f": did you mean {meant}?" if meant else "",
+        )
     homeless = [tensor.name for tensor in tensors if longest_match(tensor.name, device_map) is None]
     if homeless:
         raise PlacementError(
