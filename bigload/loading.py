@@ -156,8 +156,8 @@ def load_and_quantize_model(
         begun = time.perf_counter() - spent_s
     mode = request.config.mode
     # Tensors created under inference_mode could not be used in training later.
-    is_plain = "*" in (request.config.skip_modules or ())
-    with _with_context(f"{context}{'' if is_plain else f' as {mode}'}"), torch.inference_mode(False), torch.no_grad():
+    how = "" if "*" in (request.config.skip_modules or ()) else f" as {mode}"
+    with _with_context(context + how), torch.inference_mode(False), torch.no_grad():
         view = ModelView(model)
         if "offload" in vars(model):
             require_not_offloaded(model)
@@ -172,8 +172,7 @@ def load_and_quantize_model(
             assembly = Assembly(view, plan)
             execute(plan, on_bytes=bar.update, on_loaded=assembly.add, targets=targets)
             model = assembly.commit(lambda made: _set_to_run(made, plan, request.placement.offload, targets))
-    elapsed_s = time.perf_counter() - begun
-    bytes_read = plan.source_bytes - targets.spared_bytes
+    elapsed_s, bytes_read = time.perf_counter() - begun, plan.source_bytes - targets.spared_bytes
     model.load_report = LoadReport(mode, bytes_read, elapsed_s, plan.device_bytes, peaks.since())  # type: ignore[assignment]
     logger.info("%s", model.load_report)
     return model

@@ -11,6 +11,7 @@ from itertools import chain, islice
 import torch
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.foreign import foreign_error
 from ..errors import CheckpointError, counted, listed
 from ..model.initialization import initial_values
 from ..model.quantizable import matches
@@ -49,7 +50,11 @@ def never_absent(lack: Lack) -> dict[str, torch.Tensor]:
         CheckpointError: always; it lists all that is missing.
     """
     names = [tensor.name for tensor in lack.missing]
-    hints = list(islice(chain(_prefix_hint(names, lack.spare), _likely_ties(lack)), 3))
+    foreign = foreign_error(lack.checkpoint, lack.spare)
+    if foreign is not None:
+        foreign.missing_keys = names
+        raise foreign
+    hints = list(islice(chain(_prefix_hint(names, lack.spare), _expert_hint(lack), _likely_ties(lack)), 3))
     hints = hints or [
         "is it the checkpoint of this model?",
         "If these are new, such as a head to be trained, name them in initialize_missing",
@@ -82,7 +87,8 @@ def new_values(
     rest = [tensor for tensor in lack.missing if tensor not in asked]
     real = [tensor for tensor in rest if not tensor.value.is_meta]
     # Keys of another prefix, or nothing found at all: no new head, but a checkpoint of other names or another model.
-    is_other = not lack.found or any(any(_prefix_hint([t.name], lack.spare)) for t in rest[:100])
+    is_other = not lack.found or foreign_error(lack.checkpoint, lack.spare) is not None
+    is_other = is_other or any(_expert_hint(lack)) or any(any(_prefix_hint([t.name], lack.spare)) for t in rest[:100])
     if rest and (len(real) < len(rest) or is_other or strict):
         never_absent(replace(lack, missing=rest))
     if real:
@@ -114,6 +120,22 @@ def _prefix_hint(missing: Sequence[str], spare: Sequence[str]) -> Iterator[str]:
     if shorter is not None:
         prefix = name.removesuffix(shorter)
         yield f"the checkpoint has '{shorter}': try key_mapping={{'^': {prefix!r}}}"
+
+
+def _expert_hint(lack: Lack) -> Iterator[str]:
+    """Say so if one side has experts one by one and the other has them in one tensor."""
+    one_by_one = re.compile(r"(^|\.)experts\.\d+\.")
+    fused = re.compile(r"(^|\.)experts\.[^.\d]\w*$")
+    names = [tensor.name for tensor in lack.missing]
+    for mine, theirs, how in (
+        (fused, one_by_one, "each expert by itself, as transformers 4 does, where the model has all in one tensor"),
+        (one_by_one, fused, "all experts in one tensor, where the model has each by itself"),
+    ):
+        if any(map(mine.search, names)) and (key := next(filter(theirs.search, lack.spare), None)):
+            yield (
+                f"the checkpoint stores {how} ('{key}'): build the model by the version of transformers that wrote the "
+                "checkpoint, or read and save it again by the from_pretrained of the model's own version"
+            )
 
 
 def _likely_ties(lack: Lack) -> Iterator[str]:

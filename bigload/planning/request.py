@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.checkpoint import Checkpoint, WeightsLocation, open_checkpoint
+from ..checkpoint.foreign import foreign_error
 from ..checkpoint.stored_config import config_of
 from ..config import BnbQuantizationConfig, OffloadConfig, as_config, as_offload_config
 from ..errors import ConfigError, PlacementError, counted, listed
@@ -111,6 +112,9 @@ def load_request(
     elif as_saved and checkpoint is not None and checkpoint.record is not None:
         config = checkpoint.record.config
     else:
+        foreign = None if passed is not None or checkpoint is None else foreign_error(checkpoint, checkpoint.tensors)
+        if foreign is not None:
+            raise foreign
         config = as_config(passed)
     placement = placement_request(
         config, device_map, no_split_module_classes, max_memory, offload_folder, offload, must_exist=must_exist

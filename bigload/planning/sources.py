@@ -13,6 +13,7 @@ import torch
 
 from ..checkpoint.bitsandbytes import QuantizedTensor
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.foreign import foreign_error
 from ..errors import CheckpointError, ConfigError, counted, listed
 from ..io.tensors import LazyTensor, StoredTensor, read_bytes, read_whole
 from ..model.tensors import ModelTensor
@@ -134,7 +135,7 @@ def sources_in_checkpoint(
     if lacking:
         spare = [key for key in stored if key not in places]
         kept |= absent(Lack(lacking, tensors, {n for n, each in found.items() if each is not None}, spare, checkpoint))
-    _require_fit(tensors, found)
+    _require_fit(tensors, found, lambda: foreign_error(checkpoint, unexpected))
     _warn_of_split_ties(tensors, stored)
     own = {t.name: stored[t.name].sources for t in tensors if not t.persistent and t.name in stored and rules}
     absent_buffers = [t for t in tensors if not t.is_parameter and t.name not in own and found.get(t.name) is None]
@@ -311,7 +312,9 @@ def _ends(tensor: StoredTensor, nbytes: int = 65536) -> tuple[bytes, bytes]:
     return bytes(read_bytes(tensor.file, tensor.offset, count)), bytes(read_bytes(tensor.file, last, count))
 
 
-def _require_fit(tensors: Sequence[ModelTensor], found: Mapping[str, Found | None]) -> None:
+def _require_fit(
+    tensors: Sequence[ModelTensor], found: Mapping[str, Found | None], foreign: Callable[[], CheckpointError | None]
+) -> None:
     pairs = [(tensor, each) for tensor in tensors if (each := found.get(tensor.name)) is not None]
     # A Conv1D weight, (in, out) in the model, is stored quantized as (out, in). Whether it is one is checked later.
     fits = {t.name for t, each in pairs if isinstance(each.first, QuantizedTensor) and each.shape == t.shape[::-1]}
@@ -319,6 +322,7 @@ def _require_fit(tensors: Sequence[ModelTensor], found: Mapping[str, Found | Non
         t.name: (each.shape, t.shape, each.first) for t, each in pairs if each.shape != t.shape and t.name not in fits
     }
     if wrong:
+        _raise(foreign())
         cases = [
             f"'{name}' has shape {stored} in '{tensor.file.name}', the model expects {expected}"
             for name, (stored, expected, tensor) in wrong.items()
@@ -339,9 +343,15 @@ def _require_fit(tensors: Sequence[ModelTensor], found: Mapping[str, Found | Non
         and not isinstance(each.first, QuantizedTensor)
     ]
     if packed:
+        _raise(foreign())
         verb = "is" if len(packed) == 1 else "are"
         raise CheckpointError(
             f"{listed(s.name for s in packed)} {verb} stored as {packed[0].dtype} in '{packed[0].file.name}', the "
             "model expects a 16 to 64 bit floating dtype, or weights that bitsandbytes quantized, with their scales; "
             "use the original checkpoint"
         )
+
+
+def _raise(error: CheckpointError | None) -> None:
+    if error is not None:
+        raise error
