@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,15 @@ from torch import nn
 from .checkpoint.checkpoint import Checkpoint, WeightsLocation, open_checkpoint
 from .checkpoint.folders import checked_target, copy_the_rest, put_in_place
 from .checkpoint.record import FORMAT_VERSION, RECORD_NAME, Record
-from .checkpoint.writer import ShardWriter, write_json
+from .checkpoint.writer import Entry, ShardWriter, write_json
 from .config import as_config
-from .errors import CheckpointError, ConfigError
-from .hardware.devices import Device
+from .errors import CheckpointError, ConfigError, listed
+from .hardware.devices import Device, on_cpu_unless_named
 from .io.extents import ReadTask
+from .io.tensors import StoredTensor, read_whole
 from .io.transfer import default_stream
 from .model.described import empty_model
+from .model.own_loading import EXTRA_STATE, changed_when_loaded_again
 from .model.quantizable import plain_linears
 from .model.view import ModelView
 from .offload.weight_cache import SourceFingerprints, content_hash
@@ -36,7 +38,7 @@ from .pipeline.progress import progress_bar
 from .planning.plan import Plan
 from .planning.planned_tensors import PlannedTensor
 from .planning.planner import plan_load
-from .planning.request import LoadRequest, PlacementRequest
+from .planning.request import LoadRequest, PlacementRequest, require_names
 from .planning.sources import KeyMapping
 from .quantization import bnb
 from .saving import shard_bytes, weights_stem, write_configs
@@ -45,6 +47,7 @@ from .saving import shard_bytes, weights_stem, write_configs
 _PROGRESS_NAME = "progress.json"
 
 
+@on_cpu_unless_named()
 def quantize_checkpoint(
     src: WeightsLocation,
     dst: str | os.PathLike[str],
@@ -56,6 +59,7 @@ def quantize_checkpoint(
     key_mapping: KeyMapping | None = None,
     tied_parameters: Sequence[tuple[str, str]] | None = None,
     quantizable: Sequence[type[nn.Linear]] = (),
+    initialize_missing: Sequence[str] = (),
     overwrite: bool = False,
     progress: bool | None = None,
 ) -> None:
@@ -77,6 +81,7 @@ def quantize_checkpoint(
         key_mapping: as in `load_and_quantize_model`.
         tied_parameters: as in `load_and_quantize_model`.
         quantizable: as in `load_and_quantize_model`.
+        initialize_missing: as in `load_and_quantize_model`.
         overwrite: replace a folder that is not empty.
         progress: show a progress bar; by default if standard error is a terminal.
 
@@ -117,17 +122,24 @@ def quantize_checkpoint(
         key_mapping=key_mapping,
         tied_parameters=tied_parameters,
         quantizable=quantizable,
+        initialize_missing=require_names("initialize_missing", initialize_missing),
     )
     with torch.inference_mode(False), torch.no_grad():
         plan = plan_load(view, request)
         if not plan.layers:
             raise ConfigError(f"nothing in this {type(model).__name__} would be quantized: there is nothing to do")
+        objects = [path for path, state in plan.after.extra_states.items() if not isinstance(state, StoredTensor)]
+        if objects:
+            raise CheckpointError(
+                f"{listed(objects)}: extra state that is no tensor, which safetensors cannot hold: load the model "
+                "with load_and_quantize_model instead"
+            )
         with _exclusive(target), _resumable_folder(target, _fingerprint(plan, checkpoint, max_shard_bytes)) as made:
             skipped = [path for path in plain_linears(view) if path not in plan.layers]
             # First what may fail, then what takes long.
             write_configs(model, made, plan.config, skipped, plan.layers, plan.config.load_dtype)
             layout = _convert(plan, made, max_shard_bytes, weights_stem(model), progress)
-            _describe(plan, made, layout, skipped)
+            _describe(plan, made, layout, skipped, view.modules)
             if is_folder:
                 copy_the_rest(checkpoint.location.parent, made)
             checked_target(target, overwrite=overwrite)  # others may have written there meanwhile
@@ -213,6 +225,7 @@ def _fingerprint(plan: Plan, checkpoint: Checkpoint, max_shard_bytes: int) -> st
         "files": sorted({str(tensor.file) for tensor in checkpoint.tensors.values()}),
         "config": plan.config.to_dict(),
         "tensors": [(p.tensor.names, p.shape, str(p.format), p.device.type, origin(p)) for p in plan.tensors],
+        "extra_states": [(path, state.name, state.offset) for path, state in plan.after.extra_states.items()],
         "max_shard_bytes": max_shard_bytes,
     }
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
@@ -222,7 +235,9 @@ def _convert(plan: Plan, folder: Path, max_shard_bytes: int, stem: str, progress
     """Write the weights and return the hash of their layout, for the record."""
     tensors = sorted(plan.tensors, key=_in_file_order)
     outputs = [Output(planned, plan.config) for planned in tensors if planned.tensor.persistent]
+    extra = {f"{path}.{EXTRA_STATE}".lstrip("."): state for path, state in plan.after.extra_states.items()}
     entries = [entry for output in outputs for entry in output.entries.values()]
+    entries += [Entry(name, state.dtype, tuple(state.shape)) for name, state in extra.items()]
     writer = ShardWriter(folder, entries, max_shard_bytes, stem)
     with progress_bar(plan.source_bytes, "quantizing", progress) as bar, default_stream(plan.tensors[0].device):
         try:
@@ -236,6 +251,9 @@ def _convert(plan: Plan, folder: Path, max_shard_bytes: int, stem: str, progress
                 else:
                     writer.write(output.planned.tensor.name, output.planned.tensor.value)
             read_and_load(tasks, plan, on_bytes=bar.update)
+            for name, state in extra.items():
+                if not writer.is_written(name):
+                    writer.write(name, read_whole(state))
             writer.finish()
             return writer.layout
         finally:
@@ -247,8 +265,10 @@ def _in_file_order(planned: PlannedTensor) -> tuple[str, int]:
     return ("", 0) if first is None or isinstance(first, torch.Tensor) else (str(first.file), first.offset)
 
 
-def _describe(plan: Plan, folder: Path, layout: str, skipped: Sequence[str]) -> None:
+def _describe(plan: Plan, folder: Path, layout: str, skipped: Sequence[str], modules: Mapping[str, nn.Module]) -> None:
     ties = [planned.tensor.names for planned in plan.tensors if len(planned.tensor.names) > 1]
     config = dataclasses.replace(plan.config, skip_modules=None, keep_in_fp32_modules=None)
-    record = Record(layout, config, tuple(plan.layers), tuple(skipped), tuple(ties))
+    saved = {p.tensor.name: (p.tensor.value.dtype, p.tensor.shape) for p in plan.tensors if p.tensor.persistent}
+    changed = changed_when_loaded_again(modules, saved, as_held=True)
+    record = Record(layout, config, tuple(plan.layers), tuple(skipped), tuple(ties), tuple(changed))
     write_json(folder / RECORD_NAME, record.to_dict())

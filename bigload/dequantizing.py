@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from .errors import ConfigError, QuantizationError, listed
+from .hardware.devices import on_cpu_unless_named
 from .model import transformers_facts
 from .model.tree import first_paths
+from .model.view import require_module
 from .offload.device_hooks import detach_from_layers
 from .offload.forwards import forward_override_of
 from .pipeline.assembly import apply_edits
@@ -22,6 +24,7 @@ from .quantization.quantized_weight import row_scales
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
+@on_cpu_unless_named()
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Turn a model's bitsandbytes layers back into plain ones, with the values that they compute with.
 
@@ -49,6 +52,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     """
     if dtype is not None and dtype not in _FLOATS:
         raise ConfigError(f"dtype is {dtype!r}; expected torch.float32, float16 or bfloat16, or None")
+    require_module(model)
     layers = quantized_layers(model)
     if not layers:
         raise ConfigError(f"this {type(model).__name__} has no layer that bitsandbytes quantized")

@@ -16,7 +16,7 @@ from torch import nn
 from .checkpoint.checkpoint import WeightsLocation
 from .config import OffloadConfig
 from .errors import BigloadError, PlacementError
-from .hardware.devices import Device, DeviceMap, named_devices
+from .hardware.devices import Device, DeviceMap, named_devices, on_cpu_unless_named
 from .io.ring import pin_ahead, release_ring
 from .model.view import ModelView
 from .offload.device_hooks import attach, detach
@@ -53,6 +53,7 @@ def _without_collections() -> Iterator[None]:
             gc.enable()
 
 
+@on_cpu_unless_named()
 @_without_collections()
 def load_and_quantize_model(
     model: nn.Module,
@@ -68,6 +69,7 @@ def load_and_quantize_model(
     key_mapping: KeyMapping | None = None,
     tied_parameters: Sequence[tuple[str, str]] | None = None,
     quantizable: Sequence[type[nn.Linear]] = (),
+    initialize_missing: Sequence[str] = (),
     strict: bool = False,
     progress: bool | None = None,
 ) -> nn.Module:
@@ -98,7 +100,11 @@ def load_and_quantize_model(
             transformers class that ties them.
         quantizable: further subclasses of nn.Linear to quantize; those that compute exactly the same are quantized
             anyway.
-        strict: raise for checkpoint tensors without a place in the model instead of warning.
+        initialize_missing: names of modules or parameters that the checkpoint may lack, such as a new head
+            ("score",): their classes initialise them. Parameters that it lacks and that are real keep their values,
+            with a warning. Neither is quantized.
+        strict: raise instead of warning, for checkpoint tensors without a place in the model, and for real parameters
+            that the checkpoint lacks.
         progress: show a progress bar in bytes; by default if standard error is a terminal.
 
     Returns:
@@ -128,8 +134,7 @@ def load_and_quantize_model(
         ('Linear4bit', 'Linear')
         >>> folder.cleanup()
     """
-    origin = "the model's own weights" if weights_location is None else f"{weights_location!r}"
-    context = f"loading {origin} with device_map={device_map!r}"
+    context = _described(weights_location, device_map)
     with _with_context(context):
         begun = time.perf_counter()
         request = load_request(
@@ -143,6 +148,7 @@ def load_and_quantize_model(
             key_mapping=key_mapping,
             tied_parameters=tied_parameters,
             quantizable=quantizable,
+            initialize_missing=initialize_missing,
             strict=strict,
         )
         spent_s = time.perf_counter() - begun
@@ -150,7 +156,8 @@ def load_and_quantize_model(
         begun = time.perf_counter() - spent_s
     mode = request.config.mode
     # Tensors created under inference_mode could not be used in training later.
-    with _with_context(f"{context} as {mode}"), torch.inference_mode(False), torch.no_grad():
+    how = "" if "*" in (request.config.skip_modules or ()) else f" as {mode}"
+    with _with_context(context + how), torch.inference_mode(False), torch.no_grad():
         view = ModelView(model)
         if "offload" in vars(model):
             require_not_offloaded(model)
@@ -165,12 +172,15 @@ def load_and_quantize_model(
             assembly = Assembly(view, plan)
             execute(plan, on_bytes=bar.update, on_loaded=assembly.add, targets=targets)
             model = assembly.commit(lambda made: _set_to_run(made, plan, request.placement.offload, targets))
-    elapsed_s = time.perf_counter() - begun
-    bytes_read = plan.source_bytes - targets.spared_bytes
-    report = LoadReport(mode, bytes_read, elapsed_s, plan.device_bytes, peaks.since())
-    model.load_report = report  # type: ignore[assignment]
-    logger.info("%s", report)
+    elapsed_s, bytes_read = time.perf_counter() - begun, plan.source_bytes - targets.spared_bytes
+    model.load_report = LoadReport(mode, bytes_read, elapsed_s, plan.device_bytes, peaks.since())  # type: ignore[assignment]
+    logger.info("%s", model.load_report)
     return model
+
+
+def _described(weights_location: WeightsLocation | None, device_map: DeviceMap) -> str:
+    origin = "the model's own weights" if weights_location is None else f"{weights_location!r}"
+    return f"loading {origin} with device_map={device_map!r}"
 
 
 def _offload_targets(plan: Plan, request: PlacementRequest) -> OffloadTargets:

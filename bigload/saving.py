@@ -17,9 +17,12 @@ from .checkpoint.record import RECORD_NAME, Record
 from .checkpoint.writer import STEM, Entry, ShardWriter, write_json
 from .config import BnbQuantizationConfig
 from .errors import ConfigError, QuantizationError, listed
+from .hardware.devices import on_cpu_unless_named
 from .model import diffusers_facts, transformers_facts
+from .model.own_loading import changed_when_loaded_again
 from .model.quantizable import plain_linears
 from .model.tree import leaves, modules_by_path
+from .model.view import require_module
 from .pipeline.attributes import skip_list
 from .quantization.formats import dominant_dtype
 from .quantization.layers import config_of_layer, quantized_layers, require_whole_layers, source_class
@@ -28,6 +31,7 @@ from .sizes import parse_size
 logger = logging.getLogger(__name__)
 
 
+@on_cpu_unless_named()
 def save_quantized_model(
     model: nn.Module,
     folder: str | os.PathLike[str],
@@ -67,6 +71,7 @@ def save_quantized_model(
         True
     """
     max_shard_bytes = shard_bytes(max_shard_size)
+    require_module(model)
     model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
     layers = quantized_layers(model)
     config = _config(model, layers)
@@ -82,7 +87,9 @@ def save_quantized_model(
             writer.finish()
         finally:
             writer.close()
-        record = Record(writer.layout, config, tuple(layers), tuple(skipped), tuple(ties))
+        saved = {name: (tensor.dtype, tensor.shape) for name, tensor in state.items()}
+        changed = changed_when_loaded_again(modules_by_path(model), saved, as_held=False)
+        record = Record(writer.layout, config, tuple(layers), tuple(skipped), tuple(ties), tuple(changed))
         write_json(made / RECORD_NAME, record.to_dict())
 
 
@@ -197,7 +204,10 @@ def _stored_once(model: nn.Module, layers: Mapping[str, Any]) -> tuple[dict[str,
     state: dict[str, torch.Tensor] = model.state_dict()
     extra = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
     if extra:
-        raise QuantizationError(f"{listed(extra)}: extra state that is no tensor, which safetensors cannot hold")
+        raise QuantizationError(
+            f"{listed(extra)}: extra state that is no tensor, which safetensors cannot hold: let "
+            "get_extra_state return a tensor"
+        )
     groups: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)
     modules = modules_by_path(model)
     for name, parameter in leaves(modules, "_parameters").items():

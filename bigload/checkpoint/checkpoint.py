@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..errors import CheckpointError, listed
-from ..io.tensors import StoredTensor
+from ..io.tensors import State, StoredTensor
 from ..quantization import formats
 from .bitsandbytes import QuantizedTensor, merge_quantized_parts
 from .hub import hub_folder, is_hub_id
@@ -22,6 +24,7 @@ from .safetensors import parse_json, read_header
 WeightsLocation = str | os.PathLike[str]
 
 _PICKLES = (".bin", ".pt", ".pth")
+_SHARDS = (".safetensors", *_PICKLES)
 # Files that training writes beside the weights, pickled too.
 NOT_WEIGHTS = re.compile(
     r"((training_args|optimizer|scheduler|scaler|rng_state.*|trainer_state)\.(bin|pt|pth))|adapter_model\..*"
@@ -49,11 +52,13 @@ class Checkpoint:
         location: the file of the weights, or their index.
         tensors: by name, in the order of files and offsets; a quantized weight is one tensor.
         record: the contents of bigload.json, which `save_quantized_model` writes beside the weights.
+        metadata: of a pickled state_dict: module path -> what its `_load_from_state_dict` is told.
     """
 
     location: Path
     tensors: dict[str, StoredTensor]
     record: Record | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_quantized(self) -> bool:
@@ -88,7 +93,7 @@ def open_checkpoint(weights_location: WeightsLocation) -> Checkpoint:
     try:
         if isinstance(weights_location, str) and not location.exists() and is_hub_id(weights_location):
             location = hub_folder(weights_location)
-        return _open(location)
+        return _open(location.absolute())  # a model that streams reads its files when the working directory has changed
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise CheckpointError(f"'{location}' cannot be read: {error}") from error
 
@@ -103,7 +108,8 @@ def _open(location: Path) -> Checkpoint:
         )
     tensors = _read_index(location) if location.name.endswith(".json") else _read_file(location)
     layout = layout_of((tensor.name, tensor.dtype, tensor.shape) for tensor in tensors.values())
-    return Checkpoint(location, merge_quantized_parts(tensors), read_record(location.parent, layout))
+    record = read_record(location.parent, layout)
+    return Checkpoint(location, merge_quantized_parts(tensors), record, tensors.metadata)
 
 
 def _find_in_folder(folder: Path) -> Path:
@@ -121,9 +127,11 @@ def _find_in_folder(folder: Path) -> Path:
     )
 
 
-def _read_index(path: Path) -> dict[str, StoredTensor]:
+def _read_index(path: Path) -> State:
     index = parse_json(path.read_bytes(), path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if isinstance(index, dict) and index and all(str(file).endswith(_SHARDS) for file in index.values()):
+        weight_map = index  # the map alone, as some tools write it
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(f"'{path}' is not an index: expected a JSON object with a 'weight_map' of tensor -> file")
     shards = {shard: path.parent / shard for shard in dict.fromkeys(weight_map.values())}
@@ -144,17 +152,18 @@ def _read_index(path: Path) -> dict[str, StoredTensor]:
             "first); the index and the shards are of different checkpoints",
             missing_keys=lost,
         )
-    return {
+    tensors = {
         name: tensor
         for shard, header in headers.items()
         for name, tensor in header.items()
         if weight_map.get(name) == shard
     }
+    return State(tensors, {path: said for header in headers.values() for path, said in header.metadata.items()})
 
 
-def _read_file(path: Path) -> dict[str, StoredTensor]:
+def _read_file(path: Path) -> State:
     if path.suffix == ".safetensors":
-        return read_header(path)
+        return State(read_header(path))
     if path.suffix in _PICKLES:
         return read_pickle(path)
     raise CheckpointError(f"'{path}' is no checkpoint: expected a .safetensors, .bin, .pt, .pth or .index.json file")

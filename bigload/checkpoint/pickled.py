@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, listed
-from ..io.tensors import LazyTensor, StoredTensor
+from ..io.tensors import LazyTensor, State, StoredObject, StoredTensor
 
 
-def read_pickle(path: Path) -> dict[str, StoredTensor]:
+def read_pickle(path: Path) -> State:
     """Map the file of a pickled state_dict.
 
     Raises:
@@ -32,16 +32,26 @@ def read_pickle(path: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"'{path}' is damaged or not a checkpoint of torch: {error}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"'{path}' holds a {type(state).__name__}, expected a state_dict of tensors by name")
-    others = [str(name) for name, value in state.items() if not (isinstance(name, str) and _is_plain(value))]
+    others = [str(name) for name, value in state.items() if not (isinstance(name, str) and _may_hold(name, value))]
     if others:
         raise CheckpointError(
             f"'{path}' holds {listed(others)}, which are not plain tensors by name; expected a state_dict: save that "
             "part alone"
         )
-    return {
-        name: LazyTensor(name, path, value.dtype, tuple(value.shape), rank, value.nbytes, partial(_own_tensor, value))
-        for rank, (name, value) in enumerate(state.items())
-    }
+    tensors = {name: _described(path, rank, name, value) for rank, (name, value) in enumerate(state.items())}
+    return State(tensors, getattr(state, "_metadata", None))
+
+
+def _described(path: Path, rank: int, name: str, value: Any) -> StoredTensor:
+    if not _is_plain(value):
+        return StoredObject(name, path, torch.uint8, (0,), rank, 0, value)
+    return LazyTensor(name, path, value.dtype, tuple(value.shape), rank, value.nbytes, partial(_own_tensor, value))
+
+
+def _may_hold(name: str, value: Any) -> bool:
+    """Whether a state_dict may hold this: a tensor, or a module's extra state, which may be anything."""
+    is_extra_state = name.rpartition(".")[2] == "_extra_state" and not isinstance(value, torch.Tensor)
+    return is_extra_state or _is_plain(value)
 
 
 def _is_plain(value: Any) -> bool:

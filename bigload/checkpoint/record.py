@@ -31,6 +31,8 @@ class Record:
         layers: paths of the quantized layers.
         kept: paths of the layers that could have been quantized but were not.
         ties: the names of each group of tied parameters; the weight is stored by the first.
+        as_loaded: paths of the modules whose tensors are stored as their own `_load_from_state_dict` left them, so that
+            it must not change them again.
     """
 
     layout: str
@@ -38,6 +40,7 @@ class Record:
     layers: tuple[str, ...]
     kept: tuple[str, ...]
     ties: tuple[tuple[str, ...], ...]
+    as_loaded: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON values."""
@@ -48,6 +51,7 @@ class Record:
             "layers": list(self.layers),
             "kept": list(self.kept),
             "ties": [list(names) for names in self.ties],
+            **({"as_loaded": list(self.as_loaded)} if self.as_loaded else {}),
         }
 
 
@@ -99,9 +103,9 @@ def _fields(config: BnbQuantizationConfig) -> list[str]:
 
 
 def _parsed(said: Mapping[str, Any]) -> Record:
-    ties = [_names(names) for names in said["ties"]]
+    ties, as_loaded = [_names(names) for names in said["ties"]], _names(said.get("as_loaded", []))
     config = BnbQuantizationConfig.from_dict(dict(said["config"]))
-    return Record(said["layout"], config, _names(said["layers"]), _names(said["kept"]), tuple(ties))
+    return Record(said["layout"], config, _names(said["layers"]), _names(said["kept"]), tuple(ties), as_loaded)
 
 
 def _names(value: Any) -> tuple[str, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 import torch
@@ -16,6 +17,14 @@ Place = torch.device | Literal["disk"]
 
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 CPU = torch.device("cpu")
+
+
+@contextmanager
+def on_cpu_unless_named() -> Iterator[None]:
+    """Make tensors on the CPU where no device is named, whatever `torch.set_default_device` or a context says."""
+    is_cpu = torch.get_default_device().type == "cpu"
+    with nullcontext() if is_cpu else CPU:  # each call of torch is slower within a device's context
+        yield
 
 
 def is_strategy(device_map: DeviceMap) -> bool:

@@ -68,5 +68,5 @@ def in_mapping(mapping: Any, dtype: torch.dtype, offset: int, shape: Shape) -> t
     """
     count = math.prod(shape)
     if not count:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     return torch.frombuffer(mapping, dtype=dtype, count=count, offset=offset).view(shape)

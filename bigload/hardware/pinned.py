@@ -110,7 +110,7 @@ class HostGroup(Store):
             self._unpin()
         self.is_pinned = False
         self.tensors = {}
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._mapping = _Mapping(-1, 1)
 
 
@@ -169,12 +169,12 @@ def pinned_memory(nbytes: int, at_least: int | None = None) -> torch.Tensor:
     least, size = nbytes if at_least is None else at_least, nbytes
     while True:
         try:
-            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
         except RuntimeError as error:
             size //= 2
             if size < max(least, 1):
                 _warn_of_pageable_memory(least, error)
-                return torch.empty(nbytes, dtype=torch.uint8)
+                return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
 
 _has_warned = False

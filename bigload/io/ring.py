@@ -84,7 +84,11 @@ class Ring:
         self.slot_bytes = slot_bytes(nbytes)
         if not pinned:  # first use of memory takes time: no more slots than the threads keep busy
             nbytes = min(nbytes, 3 * self.slot_bytes)
-        memory = pinned_memory(nbytes, 2 * self.slot_bytes) if pinned else torch.empty(nbytes, dtype=torch.uint8)
+        memory = (
+            pinned_memory(nbytes, 2 * self.slot_bytes)
+            if pinned
+            else torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        )
         self.count = len(memory) // self.slot_bytes
         self.slots = list(memory[: self.count * self.slot_bytes].view(self.count, self.slot_bytes))
         self.buffers = [as_bytes(slot) for slot in self.slots]

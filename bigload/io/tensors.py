@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -34,6 +36,34 @@ class LazyTensor(StoredTensor):
     """
 
     load: Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class ComputedTensor(LazyTensor):
+    """A tensor that a module's own code computes from others: what it is depends on that code too."""
+
+
+@dataclass(frozen=True)
+class StoredObject(StoredTensor):
+    """The extra state of a module, pickled, if it is no tensor.
+
+    Attributes:
+        value: the object.
+    """
+
+    value: Any
+
+
+class State(dict[str, StoredTensor]):
+    """The tensors of a file by name, with the metadata of a state_dict.
+
+    Attributes:
+        metadata: module path -> what the module's `_load_from_state_dict` is told, such as its version.
+    """
+
+    def __init__(self, tensors: Mapping[str, StoredTensor] = MappingProxyType({}), metadata: Any = None) -> None:
+        super().__init__(tensors)
+        self.metadata: dict[str, Any] = dict(metadata) if isinstance(metadata, Mapping) else {}
 
 
 def read_whole(tensor: StoredTensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import copy
 import functools
 import importlib
 import json
+import logging
 import re
 import shutil
 import sys
@@ -22,6 +23,8 @@ from ..errors import CheckpointError, ConfigError
 from ..optional import import_optional
 from .diffusers_facts import is_diffusers_class
 from .empty import default_dtype, init_empty_weights
+
+logger = logging.getLogger(__name__)
 
 
 def import_transformers() -> ModuleType:
@@ -173,9 +176,19 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 
 def tied_pairs(model: nn.Module) -> list[tuple[str, str]]:
-    """Return the pairs of parameter names that the model's class ties, even if they are two objects now."""
+    """Return the pairs of parameter names that the model's class ties, even if they are two objects now.
+
+    Its config may have changed since it was built: what that does not tie any more is left out.
+    """
     tied = getattr(model, "all_tied_weights_keys", None)
-    return list(tied.items()) if isinstance(tied, dict) else []
+    if not isinstance(tied, dict):
+        return []
+    expand = getattr(model, "get_expanded_tied_weights_keys", None)
+    try:
+        now = tied if expand is None else expand(all_submodels=True)
+    except Exception:  # a class may name what it no longer has
+        now = tied
+    return [(one, other) for one, other in tied.items() if one in now]
 
 
 def fp32_patterns(modules: Collection[nn.Module], torch_dtype: torch.dtype) -> list[str]:
@@ -283,7 +296,8 @@ def class_dtypes(model: Any, torch_dtype: torch.dtype) -> Mapping[str, torch.dty
     """Return the dtype that each floating tensor of a transformers model has when its class builds it in `torch_dtype`.
 
     transformers' own loader builds models the same way, and keeps the dtypes that a class chooses itself: an `A_log` in
-    fp32, a position table in bf16. Empty for other models, which are loaded in one dtype.
+    fp32, a position table in bf16. Empty for other models, which are loaded in one dtype, and for classes that cannot
+    be built from a config alone.
     """
     if not is_pretrained(model):
         return {}
@@ -294,8 +308,10 @@ def class_dtypes(model: Any, torch_dtype: torch.dtype) -> Mapping[str, torch.dty
     known = _known_dtypes.get("last")
     if key is not None and known is not None and known[0] == key:
         return known[1]
-    with default_dtype(torch_dtype), torch.device("meta"), _NoInitialization():
-        twin = type(model)(model.config)
+    with _NoInitialization():
+        twin = _twin(model, torch_dtype, torch.device("meta")) or _twin(model, torch_dtype, torch.device("cpu"))
+    if twin is None:  # the class needs more than a config
+        return {}
     tensors = [*twin.named_parameters(remove_duplicate=False), *twin.named_buffers(remove_duplicate=False)]
     dtypes = {name: tensor.dtype for name, tensor in tensors if tensor.is_floating_point()}
     if key is not None:
@@ -307,13 +323,28 @@ def rebuilt_buffers(model: Any, torch_dtype: torch.dtype) -> dict[str, torch.Ten
     """Build a transformers model anew, without weights, for the buffers that are in no checkpoint.
 
     Returns:
-        Its real buffers by name; empty for other models, as it is unknown how to build them.
+        Its real buffers by name; empty for other models, and where a class cannot be built from its config alone.
     """
     if not is_pretrained(model):
         return {}
-    with default_dtype(torch_dtype), torch.device("cpu"), init_empty_weights():
-        twin = type(model)(model.config)
-    return {name: buffer for name, buffer in twin.named_buffers() if not buffer.is_meta}
+    twin = _twin(model, torch_dtype, torch.device("cpu"))
+    return {} if twin is None else {name: buffer for name, buffer in twin.named_buffers() if not buffer.is_meta}
+
+
+def _twin(model: Any, torch_dtype: torch.dtype, device: torch.device) -> Any:
+    """Build a transformers model of the same class and config without weights; None if its class cannot be built so.
+
+    Args:
+        model: not changed.
+        torch_dtype: the default dtype meanwhile.
+        device: of its buffers; some classes compute with values, which on meta there are none of.
+    """
+    try:
+        with default_dtype(torch_dtype), device, init_empty_weights():
+            return type(model)(model.config)
+    except Exception as error:  # a class may raise anything where it is built from a config alone
+        logger.info("%s cannot be built from its config alone on %s: %s", type(model).__name__, device, error)
+        return None
 
 
 def is_pretrained(model: nn.Module) -> bool:

@@ -27,9 +27,7 @@ class ModelView:
         Raises:
             ConfigError: `model` is not an nn.Module.
         """
-        if not isinstance(model, nn.Module):
-            found = f"the class {model.__name__}: call it" if isinstance(model, type) else f"a {type(model).__name__}"
-            raise ConfigError(f"model must be an nn.Module, but it is {found}")
+        require_module(model)
         self.model = model
         self.modules = modules_by_path(model)
 
@@ -61,6 +59,17 @@ class ModelView:
     def owner(self, name: str) -> nn.Module:
         """Return the module that holds a parameter or buffer."""
         return self.modules[name.rpartition(".")[0]]
+
+
+def require_module(model: object) -> None:
+    """Check that a model is one.
+
+    Raises:
+        ConfigError: it is not an nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        found = f"the class {model.__name__}: call it" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise ConfigError(f"model must be an nn.Module, but it is {found}")
 
 
 def view_of(model: nn.Module | ModelView) -> ModelView:

@@ -142,7 +142,7 @@ class StreamedForward(ForwardOverride):
     def _run_without_weight_gradients(self, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
             out = self.run(*args, **kwargs)
-        dummy = torch.empty(0, requires_grad=True)  # makes autograd call the backward
+        dummy = torch.empty(0, device="cpu", requires_grad=True)  # makes autograd call the backward
 
         def refuse(tensor: torch.Tensor) -> Any:
             if not tensor.is_floating_point():

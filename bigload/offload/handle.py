@@ -13,7 +13,7 @@ from torch import nn
 
 from ..config import OffloadConfig
 from ..errors import ConfigError, listed
-from ..hardware.devices import CPU
+from ..hardware.devices import CPU, on_cpu_unless_named
 from ..hardware.free_memory import free_bytes
 from ..hardware.pinned import Store
 from ..planning.plan import PlacedUnit, Plan
@@ -108,6 +108,7 @@ class Offload:
                 stack.enter_context(engine.materialize(module))
             yield
 
+    @on_cpu_unless_named()
     def remove(self) -> None:
         """Move all weights to the devices that compute them, for good, and free the host memory.
 

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from ..checkpoint.safetensors import read_header
 from ..errors import CheckpointError, OffloadError
-from ..io.tensors import LazyTensor, StoredTensor
+from ..io.tensors import ComputedTensor, LazyTensor, StoredTensor
 from ..planning.planned_tensors import PlannedTensor
 from ..planning.sources import Source
 from ..quantization.bnb import library
@@ -170,8 +170,9 @@ class SourceFingerprints:
         """Return values for JSON that differ if the source's bytes differ."""
         tensor = source.tensor
         region = [str(source.region), source.transposed]
-        if isinstance(tensor, torch.Tensor):  # the model's own
-            return [content_hash(tensor), str(tensor.dtype), *region]
+        if isinstance(tensor, (torch.Tensor, ComputedTensor)):  # the model's own, or its code's: in no file
+            values = tensor if isinstance(tensor, torch.Tensor) else tensor.load()
+            return [content_hash(values), str(tensor.dtype), *region]
         if tensor.file not in self._files:
             stat = tensor.file.stat()
             self._files[tensor.file] = [_header_hash(tensor.file), stat.st_size, stat.st_mtime_ns]

@@ -14,6 +14,7 @@ from ..model.view import ModelView
 from ..planning.plan import Plan
 from ..quantization.layers import make_layer
 from . import attributes
+from .after_load import finished
 from .attributes import ABSENT, Edit
 from .execute import LoadedTensor
 
@@ -66,7 +67,12 @@ class Assembly:
             edits += _without_fast_path(module, new_layers)
         root = new_layers.get(view.model, view.model)
         after = view if root is view.model else ModelView(root)
-        apply_edits(edits + attributes.attributes(after, self._plan), lambda: then(root))
+
+        def finish() -> None:
+            with finished(after, self._plan.after):
+                then(root)
+
+        apply_edits(edits + attributes.attributes(after, self._plan), finish)
         return root
 
     def _bias(self, tensor: ModelTensor, value: Any) -> nn.Parameter:

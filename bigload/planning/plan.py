@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -74,6 +75,21 @@ class Account:
         return None if self.budget is None else self.budget - self.needed
 
 
+@dataclass(eq=False)
+class AfterLoad:
+    """What the modules say is to be done when the tensors are in the model.
+
+    Attributes:
+        extra_states: module path -> what its `set_extra_state` is given: a tensor of the checkpoint, or a value.
+        attributes: module path -> what its own loading sets on it.
+        post_hooks: the paths of modules with hooks that follow their loading, in order.
+    """
+
+    extra_states: dict[str, Any] = field(default_factory=dict)
+    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    post_hooks: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """All that a load will do.
@@ -86,6 +102,7 @@ class Plan:
         devices: block path -> the device that computes it; None where that is the device map.
         units: the modules that are placed whole, in the order of the model.
         accounts: the bytes needed of each place.
+        after: what is left to do when the tensors are loaded.
     """
 
     tensors: tuple[PlannedTensor, ...]
@@ -95,6 +112,7 @@ class Plan:
     devices: Mapping[str, torch.device] | None = None
     units: tuple[PlacedUnit, ...] = ()
     accounts: tuple[Account, ...] = ()
+    after: AfterLoad = field(default_factory=AfterLoad)
 
     @cached_property
     def source_bytes(self) -> int:

@@ -18,9 +18,10 @@ from ..checkpoint.checkpoint import Checkpoint, WeightsLocation
 from ..checkpoint.record import Record
 from ..config import BnbQuantizationConfig, OffloadConfig
 from ..errors import CheckpointError, ConfigError, PlacementError, listed
-from ..hardware.devices import CPU, Device, DeviceMap
+from ..hardware.devices import CPU, Device, DeviceMap, on_cpu_unless_named
 from ..io.transfer import WINDOW_BYTES
 from ..model import diffusers_facts, transformers_facts
+from ..model.initialization import rebuilt_by_owners, seems_unwritten
 from ..model.quantizable import layers_recorded, layers_stored_quantized, layers_to_quantize
 from ..model.tensors import ModelTensor, tensors_of
 from ..model.view import ModelView
@@ -28,8 +29,10 @@ from ..quantization.formats import FourBit, dominant_dtype
 from .advice import check_accounts
 from .cpu_or_gpu import is_faster_on_cpu
 from .leftover import warn_of_leftover
+from .load_rules import LoadRules
+from .missing import new_values
 from .placement import Placement, place_tensors, place_units, place_whole
-from .plan import Plan, accounts_of
+from .plan import AfterLoad, Plan, accounts_of
 from .planned_tensors import PlannedTensor, formatted_tensors
 from .request import LoadRequest, PlacementRequest, check_map, load_request, only_device
 from .sources import KeyMapping, Source, sources_in_checkpoint
@@ -47,33 +50,37 @@ def plan_load(view: ModelView, request: LoadRequest) -> Plan:
     ties = _saved_ties(view, request.checkpoint) if request.tied_parameters is None else request.tied_parameters
     tensors = tensors_of(view, ties)
     check_map(placement.device_map, tensors, view.modules, must_exist=placement.must_exist)
-    config, sources, class_dtypes = _sources(view, request, tensors)
+    config, sources, class_dtypes, after = _sources(view, request, tensors)
     layers = _layers(view, request, config, tensors, sources)
     device = only_device(placement) if placement.must_exist else None  # a plan to be inspected lists its units
+    _require_extra_state_kept(layers, after)
     planned = formatted_tensors(view, config, tensors, layers, sources, class_dtypes, device or CPU)
     reserve = placement.offload.reserve_bytes(_dequantized_bytes(planned, config))
     placement = replace(placement, reserve=max(reserve, WINDOW_BYTES))
     placed = None if device is None else place_whole(planned, device, placement)
-    return _placed(planned, layers, config, placed or _placement(view, planned, placement), placement)
+    plan = _placed(planned, layers, config, placed or _placement(view, planned, placement), placement)
+    return replace(plan, after=after)
 
 
 _Sources = Mapping[str, tuple[Source, ...]]
 
 
-def _sources(
-    view: ModelView, request: LoadRequest, tensors: Sequence[ModelTensor]
-) -> tuple[BnbQuantizationConfig, _Sources, Mapping[str, torch.dtype] | None]:
+_Found = tuple[BnbQuantizationConfig, _Sources, Mapping[str, torch.dtype] | None, AfterLoad]
+
+
+def _sources(view: ModelView, request: LoadRequest, tensors: Sequence[ModelTensor]) -> _Found:
     """Find where the values of each tensor come from.
 
     Returns:
-        The config with every "auto" resolved; sources by each tensor's first name; and the dtype of each tensor in the
-        model's class, or in the saved model.
+        The config with every "auto" resolved; sources by each tensor's first name; the dtype of each tensor in the
+        model's class, or in the saved model; and what is left to do when the tensors are loaded.
     """
     model, checkpoint = view.model, request.checkpoint
     if checkpoint is None:
         return _own_sources(view, request, tensors)
     config = request.config.resolved(checkpoint.dominant_dtype)
     class_dtypes = transformers_facts.class_dtypes(model, config.load_dtype)
+    rules = LoadRules(view, checkpoint, checkpoint.record.as_loaded if checkpoint.record is not None else ())
     sources = sources_in_checkpoint(
         tensors,
         checkpoint,
@@ -82,25 +89,33 @@ def _sources(
         ignores_key=partial(transformers_facts.ignores_key, model),
         class_dtypes=class_dtypes,
         rebuilt_buffers=partial(transformers_facts.rebuilt_buffers, model, config.load_dtype),
+        rebuilt_by_owners=partial(rebuilt_by_owners, view),
+        seems_unwritten=partial(seems_unwritten, view),
+        rules=rules,
+        absent=partial(
+            new_values,
+            view,
+            request.initialize_missing,
+            strict=request.strict,
+            is_executed=request.placement.must_exist,
+        ),
         strict=request.strict,
     )
     is_auto = request.config.torch_dtype == "auto"
     # diffusers stores no dtype beside the weights, and what its class keeps in float32 may be most of what is plain.
     has_no_other = checkpoint.is_quantized and diffusers_facts.is_diffusers(model)
     if (checkpoint.record is not None and (request.as_saved or is_auto)) or (has_no_other and is_auto):
-        return config, sources, {name: pieces[0].tensor.dtype for name, pieces in sources.items() if pieces}
-    return config, sources, class_dtypes
+        class_dtypes = {name: pieces[0].tensor.dtype for name, pieces in sources.items() if pieces}
+    return config, sources, class_dtypes, rules.after
 
 
-def _own_sources(
-    view: ModelView, request: LoadRequest, tensors: Sequence[ModelTensor]
-) -> tuple[BnbQuantizationConfig, _Sources, Mapping[str, torch.dtype] | None]:
+def _own_sources(view: ModelView, request: LoadRequest, tensors: Sequence[ModelTensor]) -> _Found:
     """Use the model's own weights. They may be on meta only if the plan is not executed."""
     sources, dtype = _own_weights(tensors, may_be_empty=not request.placement.must_exist)
     if request.placement.must_exist:
-        return request.config.resolved(dtype), sources, None
+        return request.config.resolved(dtype), sources, None, AfterLoad()
     config = request.config.resolved(transformers_facts.config_dtype(view.model) or dtype)
-    return config, sources, transformers_facts.class_dtypes(view.model, config.load_dtype)
+    return config, sources, transformers_facts.class_dtypes(view.model, config.load_dtype), AfterLoad()
 
 
 def _layers(
@@ -121,8 +136,20 @@ def _layers(
     if record is not None and request.as_saved:
         return layers_recorded(view, record.layers, quantizable)
     layers = layers_to_quantize(view, config, tensors, quantizable)
+    if checkpoint is not None:  # what it does not hold is new, to be trained: not quantized
+        new = {name for name, pieces in sources.items() if pieces and isinstance(pieces[0].tensor, torch.Tensor)}
+        layers = {path: layer for path, layer in layers.items() if f"{path}.weight".lstrip(".") not in new}
     warn_of_leftover(view, config, tensors, layers)
     return layers
+
+
+def _require_extra_state_kept(layers: Mapping[str, nn.Module], after: AfterLoad) -> None:
+    lost = [path for path in layers if path in after.extra_states]
+    if lost:
+        raise CheckpointError(
+            f"{listed(lost)}: their extra state is in the checkpoint, and a quantized layer has none: add them to "
+            "skip_modules"
+        )
 
 
 def _dequantized_bytes(tensors: Sequence[PlannedTensor], config: BnbQuantizationConfig) -> int:
@@ -188,6 +215,7 @@ def _is_quantized(planned: PlannedTensor) -> bool:
     return any(isinstance(source.tensor, QuantizedTensor) for source in planned.sources)
 
 
+@on_cpu_unless_named()
 def plan_device_map(
     model: nn.Module,
     bnb_quantization_config: Any,
@@ -201,6 +229,7 @@ def plan_device_map(
     key_mapping: KeyMapping | None = None,
     tied_parameters: Sequence[tuple[str, str]] | None = None,
     quantizable: Sequence[type[nn.Linear]] = (),
+    initialize_missing: Sequence[str] = (),
 ) -> Plan:
     """Plan a load without loading: the place of every tensor, and the exact bytes needed on each device.
 
@@ -209,7 +238,7 @@ def plan_device_map(
         bnb_quantization_config: as for `load_and_quantize_model`.
         weights_location: the checkpoint; None plans from the model alone, as if a checkpoint held all of its tensors.
         device_map, no_split_module_classes, max_memory, offload_folder, offload, key_mapping, tied_parameters,
-            quantizable: as for `load_and_quantize_model`. The devices need not exist on this machine.
+            quantizable, initialize_missing: as for `load_and_quantize_model`. The devices need not exist here.
 
     Returns:
         The plan. `accounts` holds the bytes needed on each device and on the disk, `device_map` and `units` the places,
@@ -238,6 +267,7 @@ def plan_device_map(
         key_mapping=key_mapping,
         tied_parameters=tied_parameters,
         quantizable=quantizable,
+        initialize_missing=initialize_missing,
         must_exist=False,
     )
     with torch.inference_mode(False), torch.no_grad():

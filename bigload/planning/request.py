@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +13,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.checkpoint import Checkpoint, WeightsLocation, open_checkpoint
+from ..checkpoint.foreign import foreign_error
 from ..checkpoint.stored_config import config_of
 from ..config import BnbQuantizationConfig, OffloadConfig, as_config, as_offload_config
 from ..errors import ConfigError, PlacementError, counted, listed
@@ -19,6 +22,8 @@ from ..io.ring import ring_bytes
 from ..model.tensors import ModelTensor
 from ..sizes import parse_size
 from .sources import KeyMapping
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class LoadRequest:
         checkpoint: the source of the weights; None means the model's own.
         placement: the arguments that concern placement.
         as_saved: no config was passed for a checkpoint of `save_quantized_model`: restore the model that was saved.
-        key_mapping, tied_parameters, quantizable, strict: as for `load_and_quantize_model`.
+        key_mapping, tied_parameters, quantizable, initialize_missing, strict: as for `load_and_quantize_model`.
     """
 
     config: BnbQuantizationConfig
@@ -67,6 +72,7 @@ class LoadRequest:
     key_mapping: KeyMapping | None = None
     tied_parameters: Sequence[tuple[str, str]] | None = None
     quantizable: Sequence[type[nn.Linear]] = ()
+    initialize_missing: Sequence[str] = ()
     strict: bool = False
 
 
@@ -82,6 +88,7 @@ def load_request(
     key_mapping: KeyMapping | None = None,
     tied_parameters: Sequence[tuple[str, str]] | None = None,
     quantizable: Sequence[type[nn.Linear]] = (),
+    initialize_missing: Sequence[str] = (),
     strict: bool = False,
     must_exist: bool = True,
 ) -> LoadRequest:
@@ -105,11 +112,35 @@ def load_request(
     elif as_saved and checkpoint is not None and checkpoint.record is not None:
         config = checkpoint.record.config
     else:
+        foreign = None if passed is not None or checkpoint is None else foreign_error(checkpoint, checkpoint.tensors)
+        if foreign is not None:
+            raise foreign
         config = as_config(passed)
     placement = placement_request(
         config, device_map, no_split_module_classes, max_memory, offload_folder, offload, must_exist=must_exist
     )
-    return LoadRequest(config, checkpoint, placement, as_saved, key_mapping, tied_parameters, quantizable, strict)
+    return LoadRequest(
+        config,
+        checkpoint,
+        placement,
+        as_saved,
+        key_mapping,
+        tied_parameters,
+        quantizable,
+        require_names("initialize_missing", initialize_missing),
+        strict,
+    )
+
+
+def require_names(argument: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names that an argument lists.
+
+    Raises:
+        ConfigError: it is no list of strings.
+    """
+    if isinstance(names, str) or not isinstance(names, Collection) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{argument} must be a list of names, such as ['score'], but it is {names!r}")
+    return tuple(names)
 
 
 def placement_request(
@@ -181,10 +212,10 @@ def check_map(
     *,
     must_exist: bool = True,
 ) -> None:
-    """Check that a device map names only existing modules and devices, and covers every tensor.
+    """Check that a device map names existing devices and covers every tensor; warn of modules that do not exist.
 
     Raises:
-        PlacementError: it names an unknown module or device, or leaves out a tensor.
+        PlacementError: it names an unknown device, or leaves out a tensor.
     """
     if device_map is None or is_strategy(device_map):
         return
@@ -199,7 +230,14 @@ def check_map(
     names = {name for tensor in tensors for name in tensor.names}
     unknown = [path for path in device_map if path and path not in names and path not in module_names]
     if unknown:
-        raise PlacementError(f"device_map names {listed(unknown)}, which are no modules or parameters of the model")
+        known = [path for path in (*module_names, *names) if path]
+        close = [difflib.get_close_matches(path, known, 1, 0.8) for path in unknown[:10]]
+        meant = listed(path for found in close for path in found)
+        logger.warning(
+            "device_map names %s, which are no modules or parameters of the model, and without effect%s",
+            listed(unknown),
+            f": did you mean {meant}?" if meant else "",
+        )
     homeless = [tensor.name for tensor in tensors if longest_match(tensor.name, device_map) is None]
     if homeless:
         raise PlacementError(

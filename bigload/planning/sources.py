@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, islice
+from typing import Protocol
 
 import torch
 
 from ..checkpoint.bitsandbytes import QuantizedTensor
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.foreign import foreign_error
 from ..errors import CheckpointError, ConfigError, counted, listed
 from ..io.tensors import LazyTensor, StoredTensor, read_bytes, read_whole
 from ..model.tensors import ModelTensor
 from ..model.transformers_facts import KeyConversion
+from .missing import Absent, Lack, buffer_values, never_absent
 from .tracing import TracedTensor
 
 logger = logging.getLogger(__name__)
@@ -45,12 +47,34 @@ class Source:
 
 
 @dataclass(frozen=True)
-class _Found:
-    """The sources in the checkpoint for one name of the model."""
+class Found:
+    """The sources in the checkpoint for one name of the model.
+
+    Attributes:
+        sources: the pieces.
+        shape: of the whole.
+        first: a stored tensor that stands for them in messages.
+    """
 
     sources: tuple[Source, ...]
     shape: tuple[int, ...]
     first: StoredTensor
+
+
+class Rules(Protocol):
+    """What the modules say about their own loading.
+
+    Attributes:
+        excused: names of tensors that the checkpoint need not hold.
+    """
+
+    excused: set[str]
+
+    def apply(self, stored: Mapping[str, Found]) -> dict[str, Found]:
+        """Return where each tensor of the model is loaded from, by its name."""
+
+    def review(self, missing: list[str], unexpected: list[str]) -> None:
+        """Take away the keys that may be missing or unexpected."""
 
 
 def sources_in_checkpoint(
@@ -62,6 +86,10 @@ def sources_in_checkpoint(
     ignores_key: Callable[[str], bool] = lambda key: False,
     class_dtypes: Mapping[str, torch.dtype] | None = None,
     rebuilt_buffers: Callable[[], Mapping[str, torch.Tensor]] = dict,
+    rebuilt_by_owners: Callable[[Sequence[ModelTensor]], Mapping[str, torch.Tensor]] = lambda buffers: {},
+    seems_unwritten: Callable[[], bool] = lambda: False,
+    rules: Rules | None = None,
+    absent: Absent = never_absent,
     strict: bool = False,
 ) -> dict[str, tuple[Source, ...]]:
     """Find the sources of every tensor of the model, under any of its names.
@@ -74,30 +102,44 @@ def sources_in_checkpoint(
         ignores_key: whether a key may be unused without a warning.
         class_dtypes: the dtype in which the model's class builds each tensor, where known.
         rebuilt_buffers: returns the buffers that are in no checkpoint, from a model that is built anew; called only if
-            one of them is on meta, or of another dtype than its class makes.
+            one of them is on meta, or of another dtype than its class makes, or if `seems_unwritten`.
+        rebuilt_by_owners: returns those of some buffers that the modules which hold them can make anew.
+        seems_unwritten: whether the model's tensors look as after `to_empty()`.
+        rules: what the modules say about their own loading, applied after `conversion`.
+        absent: given the tensors that the checkpoint lacks, and what is known of it, returns the values that they get
+            instead, or raises.
         strict: raise for other unused keys instead of warning.
 
     Returns:
         Sources by each tensor's first name, without real buffers that the checkpoint does not hold.
 
     Raises:
-        CheckpointError: parameters or meta buffers without a source, wrong shapes, stored integers where floats are
-            expected, or unused keys under `strict`; lists all cases of the first kind found.
+        CheckpointError: parameters or meta buffers without a source (unless `absent` gives them values), wrong shapes,
+            stored integers where floats are expected, or unused keys under `strict`; lists all cases of the first kind
+            found.
         ConfigError: two checkpoint keys are renamed to one, or a pattern is not a regular expression.
     """
-    renamed = _renamed(checkpoint, key_mapping)
-    stored = _by_model_name(renamed, conversion)
+    stored = _by_model_name(_renamed(checkpoint, key_mapping), conversion)
+    if rules is not None:
+        stored = rules.apply(stored)
     found = {
         tensor.name: next((stored[name] for name in tensor.names if name in stored), None)
         for tensor in tensors
         if tensor.persistent
     }
-    _require_sources(tensors, found, stored, checkpoint)
-    _require_fit(tensors, found)
-    _warn_of_split_ties(tensors, stored)
-    buffers = _rebuilt_buffer_sources(tensors, class_dtypes or {}, rebuilt_buffers)
     places = {name for tensor in tensors for name in tensor.names}
     unexpected = [key for key in stored if key not in places and not ignores_key(key)]
+    missing = [t for t in tensors if t.persistent and found[t.name] is None and (t.is_parameter or t.value.is_meta)]
+    kept = _kept(missing, unexpected, rules)
+    lacking = [tensor for tensor in missing if tensor.name not in kept]
+    if lacking:
+        spare = [key for key in stored if key not in places]
+        kept |= absent(Lack(lacking, tensors, {n for n, each in found.items() if each is not None}, spare, checkpoint))
+    _require_fit(tensors, found, lambda: foreign_error(checkpoint, unexpected))
+    _warn_of_split_ties(tensors, stored)
+    own = {t.name: stored[t.name].sources for t in tensors if not t.persistent and t.name in stored and rules}
+    absent_buffers = [t for t in tensors if not t.is_parameter and t.name not in own and found.get(t.name) is None]
+    kept |= buffer_values(absent_buffers, class_dtypes or {}, rebuilt_buffers, rebuilt_by_owners, seems_unwritten)
     if unexpected:
         message = (
             f"{counted(len(unexpected), 'tensor')} of '{checkpoint.location}' without a place in the model: "
@@ -106,7 +148,18 @@ def sources_in_checkpoint(
         if strict:
             raise CheckpointError(f"{message}; strict=True allows none", unexpected_keys=unexpected)
         logger.warning("%s", message)
-    return {**{name: each.sources for name, each in found.items() if each is not None}, **buffers}
+    in_memory = {name: (Source(value),) for name, value in kept.items()}
+    return {**{name: each.sources for name, each in found.items() if each is not None}, **in_memory, **own}
+
+
+def _kept(missing: Sequence[ModelTensor], unexpected: list[str], rules: Rules | None) -> dict[str, torch.Tensor]:
+    """Return what modules with rules of their own keep; takes what they allow from `unexpected`."""
+    if rules is None:
+        return {}
+    names = [tensor.name for tensor in missing]
+    rules.review(names, unexpected)
+    allowed = rules.excused | {tensor.name for tensor in missing} - set(names)
+    return {t.name: t.value for t in missing if not t.value.is_meta and not allowed.isdisjoint(t.names)}
 
 
 def _renamed(checkpoint: Checkpoint, key_mapping: KeyMapping | None) -> dict[str, StoredTensor]:
@@ -120,14 +173,14 @@ def _renamed(checkpoint: Checkpoint, key_mapping: KeyMapping | None) -> dict[str
     return stored
 
 
-def _by_model_name(stored: Mapping[str, StoredTensor], conversion: KeyConversion | None) -> dict[str, _Found]:
-    found: dict[str, _Found] = {}
+def _by_model_name(stored: Mapping[str, StoredTensor], conversion: KeyConversion | None) -> dict[str, Found]:
+    found: dict[str, Found] = {}
     groups: dict[str, dict[str, list[StoredTensor]]] = {}
     # Numeric order, with layers.10 after layers.9: merged tensors are stacked in that order.
     for key in sorted(stored, key=_natural_order) if conversion else stored:
         name, pattern = conversion.target(key) if conversion else (key, None)
         if pattern is None:
-            found.setdefault(name, _Found((Source(stored[key]),), stored[key].shape, stored[key]))
+            found.setdefault(name, Found((Source(stored[key]),), stored[key].shape, stored[key]))
         elif isinstance(stored[key], QuantizedTensor):
             raise CheckpointError(
                 f"'{key}' is quantized already, but this model combines it with others into '{name}', which needs "
@@ -145,7 +198,7 @@ def _natural_order(key: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in key.split(".")]
 
 
-def _combined(target: str, group: Mapping[str, Sequence[StoredTensor]], conversion: KeyConversion) -> dict[str, _Found]:
+def _combined(target: str, group: Mapping[str, Sequence[StoredTensor]], conversion: KeyConversion) -> dict[str, Found]:
     """Return the sources of combined tensors: regions if transformers only rearranges them, else a computation."""
     stored = {tensor.name: tensor for tensors in group.values() for tensor in tensors}
     first = next(iter(stored.values()))
@@ -155,7 +208,7 @@ def _combined(target: str, group: Mapping[str, Sequence[StoredTensor]], conversi
     except Exception:  # not only NotTraceable: operations that fail on stand-ins may work on tensors
         return _computed(target, group, conversion)
     return {
-        name: _Found(
+        name: Found(
             tuple(Source(stored[piece.name], piece.region, piece.transposed) for piece in traced.pieces),
             tuple(traced.shape),
             first,
@@ -164,7 +217,7 @@ def _combined(target: str, group: Mapping[str, Sequence[StoredTensor]], conversi
     }
 
 
-def _computed(target: str, group: Mapping[str, Sequence[StoredTensor]], conversion: KeyConversion) -> dict[str, _Found]:
+def _computed(target: str, group: Mapping[str, Sequence[StoredTensor]], conversion: KeyConversion) -> dict[str, Found]:
     first = next(iter(group.values()))[0]
     empty = {
         pattern: [torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for tensor in tensors]
@@ -185,7 +238,7 @@ def _computed(target: str, group: Mapping[str, Sequence[StoredTensor]], conversi
         return result
 
     return {
-        name: _Found(
+        name: Found(
             (
                 Source(
                     LazyTensor(
@@ -229,7 +282,7 @@ def _renamed_by(function: Callable[[str], str], key: str) -> str:
     return name
 
 
-def _warn_of_split_ties(tensors: Sequence[ModelTensor], stored: Mapping[str, _Found]) -> None:
+def _warn_of_split_ties(tensors: Sequence[ModelTensor], stored: Mapping[str, Found]) -> None:
     """Warn if a tied weight is stored under several names with different values; the first one is used."""
     for tensor in tensors:
         twins = [stored[name].first for name in tensor.names if name in stored]
@@ -259,77 +312,9 @@ def _ends(tensor: StoredTensor, nbytes: int = 65536) -> tuple[bytes, bytes]:
     return bytes(read_bytes(tensor.file, tensor.offset, count)), bytes(read_bytes(tensor.file, last, count))
 
 
-def _rebuilt_buffer_sources(
-    tensors: Sequence[ModelTensor],
-    class_dtypes: Mapping[str, torch.dtype],
-    rebuilt_buffers: Callable[[], Mapping[str, torch.Tensor]],
-) -> dict[str, tuple[Source, ...]]:
-    transient = [tensor for tensor in tensors if not tensor.persistent]
-    wanted = [t for t in transient if t.value.is_meta or class_dtypes.get(t.name, t.value.dtype) != t.value.dtype]
-    if not wanted:
-        return {}
-    made = rebuilt_buffers()
-    lost = [tensor.name for tensor in wanted if tensor.name not in made]
-    if lost:
-        raise CheckpointError(
-            f"non-persistent buffers are on meta and in no checkpoint: {listed(lost)}; build the model under "
-            "bigload.init_empty_weights(), which leaves buffers real",
-            missing_keys=lost,
-        )
-    return {tensor.name: (Source(made[tensor.name]),) for tensor in wanted}
-
-
-def _require_sources(
-    tensors: Sequence[ModelTensor],
-    found: Mapping[str, _Found | None],
-    stored: Mapping[str, _Found],
-    checkpoint: Checkpoint,
+def _require_fit(
+    tensors: Sequence[ModelTensor], found: Mapping[str, Found | None], foreign: Callable[[], CheckpointError | None]
 ) -> None:
-    missing = [t for t in tensors if t.persistent and found[t.name] is None and (t.is_parameter or t.value.is_meta)]
-    if missing:
-        names = [tensor.name for tensor in missing]
-        places = {name for tensor in tensors for name in tensor.names}
-        spare = [key for key in stored if key not in places]
-        hints = list(islice(chain(_prefix_hint(names, spare), _likely_ties(missing, tensors, found)), 3))
-        raise CheckpointError(
-            f"{counted(len(names), 'tensor')} of the model without a source in '{checkpoint.location}': "
-            + "; ".join([listed(names, limit=100), *(hints or ["is it the checkpoint of this model?"])]),
-            missing_keys=names,
-        )
-
-
-def _prefix_hint(missing: Sequence[str], spare: Sequence[str]) -> Iterator[str]:
-    """Suggest a `key_mapping` for a prefix that only the checkpoint's keys, or only the model's names, have."""
-    name = missing[0]
-    longer = next((key for key in spare if key.endswith(f".{name}")), None)
-    if longer is not None:
-        prefix = longer.removesuffix(name)
-        yield f"the checkpoint has '{longer}': try key_mapping={{{'^' + re.escape(prefix)!r}: ''}}"
-    shorter = next((key for key in spare if name.endswith(f".{key}") and "." in key), None)
-    if shorter is not None:
-        prefix = name.removesuffix(shorter)
-        yield f"the checkpoint has '{shorter}': try key_mapping={{'^': {prefix!r}}}"
-
-
-def _likely_ties(
-    missing: Sequence[ModelTensor], tensors: Sequence[ModelTensor], found: Mapping[str, _Found | None]
-) -> Iterator[str]:
-    """Suggest ties of missing matrices to the only other matrix of their shape, as of a head to the embedding."""
-    by_shape: dict[tuple[int, ...], list[str]] = {}
-    for tensor in tensors:
-        if tensor.is_parameter and found.get(tensor.name) is not None:
-            by_shape.setdefault(tensor.shape, []).append(tensor.name)
-    for tensor in missing:
-        same = by_shape.get(tensor.shape, ())
-        is_matrix = tensor.is_parameter and len(tensor.shape) == 2 and tensor.shape[0] != tensor.shape[1]
-        if is_matrix and len(same) == 1:
-            yield (
-                f"'{tensor.name}' has the shape of '{same[0]}': if they are one weight, pass "
-                f"tied_parameters=[('{same[0]}', '{tensor.name}')]"
-            )
-
-
-def _require_fit(tensors: Sequence[ModelTensor], found: Mapping[str, _Found | None]) -> None:
     pairs = [(tensor, each) for tensor in tensors if (each := found.get(tensor.name)) is not None]
     # A Conv1D weight, (in, out) in the model, is stored quantized as (out, in). Whether it is one is checked later.
     fits = {t.name for t, each in pairs if isinstance(each.first, QuantizedTensor) and each.shape == t.shape[::-1]}
@@ -337,6 +322,7 @@ def _require_fit(tensors: Sequence[ModelTensor], found: Mapping[str, _Found | No
         t.name: (each.shape, t.shape, each.first) for t, each in pairs if each.shape != t.shape and t.name not in fits
     }
     if wrong:
+        _raise(foreign())
         cases = [
             f"'{name}' has shape {stored} in '{tensor.file.name}', the model expects {expected}"
             for name, (stored, expected, tensor) in wrong.items()
@@ -357,9 +343,15 @@ def _require_fit(tensors: Sequence[ModelTensor], found: Mapping[str, _Found | No
         and not isinstance(each.first, QuantizedTensor)
     ]
     if packed:
+        _raise(foreign())
         verb = "is" if len(packed) == 1 else "are"
         raise CheckpointError(
             f"{listed(s.name for s in packed)} {verb} stored as {packed[0].dtype} in '{packed[0].file.name}', the "
             "model expects a 16 to 64 bit floating dtype, or weights that bitsandbytes quantized, with their scales; "
             "use the original checkpoint"
         )
+
+
+def _raise(error: CheckpointError | None) -> None:
+    if error is not None:
+        raise error

@@ -19,6 +19,7 @@ from bigload import (
     quantize_checkpoint,
     save_quantized_model,
 )
+from bigload.model import transformers_facts
 from bigload.quantization.layers import quantized_layers
 
 MODES = ("nf4", "nf4-dq", "fp4", "int8")
@@ -140,6 +141,11 @@ def test_head_that_is_untied_in_a_model_that_ties_is_refused(tmp_path):
     with pytest.raises(QuantizationError, match="tie_word_embeddings to False"):
         save_quantized_model(model, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+    model.config.tie_word_embeddings = False  # the remedy
+    save_quantized_model(model, tmp_path / "saved")
+    again = load_and_quantize_model(transformers_facts.empty_model(tmp_path / "saved"), None, tmp_path / "saved")
+    assert torch.equal(again.lm_head.weight.cpu(), model.lm_head.weight.cpu())
+    assert not torch.equal(again.lm_head.weight, again.model.embed_tokens.weight)
 
 
 def test_generation_config_that_transformers_refuses_is_an_error_of_ours(tmp_path):

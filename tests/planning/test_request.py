@@ -42,14 +42,11 @@ def test_callers_map_is_not_changed(two_gpus):
     assert device_map == {"": "cuda", "layers.1": 1}
 
 
-def test_unknown_blocks_are_refused_and_all_named():
-    with pytest.raises(PlacementError, match=r"'layers\.2', 'heads'"):
-        resolve(Blocks(), {"": "cpu", "layers.2": "cpu", "heads": "cpu"})
-
-
-def test_part_of_a_component_is_an_unknown_block():
-    with pytest.raises(PlacementError, match="'lay'"):
-        resolve(Blocks(), {"": "cpu", "lay": "cpu"})
+@pytest.mark.parametrize(("paths", "named"), [(["layers.2", "heads"], "'layers.2', 'heads'"), (["lay"], "'lay'")])
+def test_unknown_blocks_are_warned_of_and_all_named(caplog, paths, named):
+    with caplog.at_level("WARNING"):
+        resolve(Blocks(), {"": "cpu"} | dict.fromkeys(paths, "cpu"))
+    assert f"device_map names {named}, which are no modules" in caplog.text
 
 
 def test_tensors_left_out_are_refused_and_all_named():
@@ -116,3 +113,13 @@ def test_what_is_no_folder_is_refused(folder):
 def test_misspelled_place_in_a_map_is_named_with_its_block():
     with pytest.raises(PlacementError, match=r"device_map\['transformer.h.1'\]: 'dsk' is not a device.*'disk'"):
         plan_device_map(empty(GPT), "nf4", device_map={"": "cpu", "transformer.h.1": "dsk"})
+
+
+def test_a_path_of_a_map_that_no_module_has_is_warned_of_with_a_likely_one(caplog):
+    model = torch.nn.ModuleDict({"final_layernorm": torch.nn.LayerNorm(4), "body": torch.nn.Linear(4, 4)})
+    modules = dict(model.named_modules())
+    with caplog.at_level("WARNING"):
+        check_map({"": "cpu", "final_layer_norm": "cpu", "zzz": "cpu"}, tensors_of(model), modules)
+    (record,) = caplog.records
+    assert "names 'final_layer_norm', 'zzz'" in record.getMessage()
+    assert "did you mean 'final_layernorm'?" in record.getMessage()

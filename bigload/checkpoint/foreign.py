@@ -1,0 +1,86 @@
+"""Checkpoints that other methods than bitsandbytes quantized: named by what they hold and by the config beside them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+from ..errors import CheckpointError, listed
+from .checkpoint import Checkpoint
+
+# Method -> the ends of names that its checkpoints hold, all of them. More particular ones come first.
+_PARTS: dict[str, tuple[str, ...]] = {
+    "MXFP4": ("_blocks", "_scales"),
+    "GPTQ": (".qweight", ".qzeros", ".scales", ".g_idx"),
+    "AWQ or GPTQ": (".qweight", ".scales"),
+    "HQQ": (".W_q",),
+    "quanto": (".weight._data", ".weight._scale"),
+    "quanto, packed": (".weight._data._data", ".weight._scale"),
+    "compressed-tensors NVFP4": (".weight_packed", ".weight_global_scale"),
+    "compressed-tensors": (".weight_packed", ".weight_scale"),
+    "ModelOpt NVFP4": (".weight_scale", ".weight_scale_2"),
+    "block-wise FP8": (".weight_scale_inv",),
+    "EETQ": (".weight_scales",),
+    "AQLM": (".codes", ".codebooks"),
+    "VPTQ": (".centroids", ".indices"),
+    "ExLlamaV2": (".q_weight", ".q_scale"),
+}
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+# Files beside the weights that say how they were quantized, and the path to the name of the method in them.
+_CONFIGS = (
+    ("config.json", ("quantization_config", "quant_method")),
+    ("config.json", ("compression_config", "quant_method")),
+    ("hf_quant_config.json", ("quantization", "quant_algo")),
+    ("quantize_config.json", ("quant_method",)),
+    ("quant_config.json", ("quant_method",)),
+)
+
+
+def foreign_error(checkpoint: Checkpoint, spare: Iterable[str]) -> CheckpointError | None:
+    """Return the error for a checkpoint that another method quantized; None if nothing shows that.
+
+    Args:
+        checkpoint: the checkpoint.
+        spare: its keys that have no place in the model.
+    """
+    keys = list(spare)
+    found = next((method for method, ends in _PARTS.items() if all(any(map(_ends(e), keys)) for e in ends)), None)
+    in_fp8 = [tensor for tensor in checkpoint.tensors.values() if tensor.dtype in _FLOAT8]
+    said = _said(checkpoint.location.parent)
+    if found is None and in_fp8 and said:
+        found = "FP8"
+    if found is None and any(re.search(r"\.(weight|input)_scale$", key) for key in keys):
+        found = "a method that stores scales beside the weights"
+    if found is None:
+        return None
+    ends = _PARTS.get(found, (".weight_scale", ".input_scale"))
+    shown = [next(filter(_ends(end), keys)) for end in ends if any(map(_ends(end), keys))] or [in_fp8[0].name]
+    method = f"{said[0]!r}, as '{said[1]}' says" if said else found
+    return CheckpointError(
+        f"'{checkpoint.location}' was quantized by {method} (it holds {listed(shown)}), which bigload does not read: "
+        "it reads weights of 16 to 64 bits, and those that bitsandbytes quantized. Use the original checkpoint, or "
+        "load this one with the library that made it",
+        unexpected_keys=shown,
+    )
+
+
+def _ends(end: str) -> Callable[[str], bool]:
+    return lambda key: key.endswith(end)
+
+
+def _said(folder: Path) -> tuple[str, str] | None:
+    """Return the method that a config beside the weights names, and the config's file."""
+    for file, path in _CONFIGS:
+        try:
+            value = json.loads((folder / file).read_text())
+            for name in path:
+                value = value[name]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue  # no such file, or one that says nothing
+        if isinstance(value, str) and "bitsandbytes" not in value:
+            return value, file
+    return None

@@ -1,0 +1,66 @@
+"""What the modules say is to be done when their tensors are loaded: extra state, attributes, and hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ..errors import CheckpointError
+from ..io.tensors import StoredTensor, read_whole
+from ..model.own_loading import run_post_hooks
+from ..model.view import ModelView
+from ..planning.plan import AfterLoad
+
+
+@contextmanager
+def finished(view: ModelView, after: AfterLoad) -> Iterator[None]:
+    """Give modules their extra state and attributes, and run their hooks; undone if that or the `with` block fails.
+
+    Raises:
+        CheckpointError: a module's own code fails.
+    """
+    changed = [view.modules[path] for path in {*after.extra_states, *after.attributes, *after.post_hooks}]
+    with _restored_on_failure(changed):
+        for path, attributes in after.attributes.items():
+            vars(view.modules[path]).update(attributes)
+        for path, state in after.extra_states.items():
+            _run(path, view.modules[path], "set_extra_state", _value(state))
+        for path in after.post_hooks:
+            _run(path, view.modules[path], "", None)
+        yield
+
+
+def _value(state: Any) -> Any:
+    return read_whole(state).clone() if isinstance(state, StoredTensor) else state
+
+
+def _run(path: str, module: nn.Module, method: str, value: Any) -> None:
+    try:
+        if method:
+            getattr(module, method)(value)
+        else:
+            run_post_hooks(module, [], [])
+    except Exception as error:  # a module's own code may raise anything
+        what = f"its {method}" if method else "its hook after load_state_dict"
+        raise CheckpointError(
+            f"'{path}', a {type(module).__name__}, is not loaded: {what} raised {type(error).__name__}: {error}"
+        ) from error
+
+
+@contextmanager
+def _restored_on_failure(modules: Iterable[nn.Module]) -> Iterator[None]:
+    before = [
+        (own, dict(own))
+        for module in modules
+        for own in (vars(module), module._parameters, module._buffers, module._modules)
+    ]
+    try:
+        yield
+    except BaseException:  # Ctrl-C too
+        for own, values in before:
+            own.clear()
+            own.update(values)
+        raise
