@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import nn
 
 from ..config import BnbQuantizationConfig
-from ..errors import counted
+from ..errors import counted, listed
 from ..hardware.devices import CPU, Place
 from ..quantization import formats
 from ..quantization.formats import Plain
@@ -86,6 +86,8 @@ class Plan:
         devices: block path -> the device that computes it; None where that is the device map.
         units: the modules that are placed whole, in the order of the model.
         accounts: the bytes needed of each place.
+        read_weights: path -> "values", "dtype" or "shape": layers that are not quantized because other code reads this
+            of their weight without calling them.
     """
 
     tensors: tuple[PlannedTensor, ...]
@@ -95,6 +97,7 @@ class Plan:
     devices: Mapping[str, torch.device] | None = None
     units: tuple[PlacedUnit, ...] = ()
     accounts: tuple[Account, ...] = ()
+    read_weights: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def source_bytes(self) -> int:
@@ -255,6 +258,9 @@ def _unit_rows(units: Sequence[PlacedUnit]) -> Iterator[tuple[str, ...]]:
 def _summary(plan: Plan, link_gb_per_s: float | None) -> Iterator[str]:
     layers = counted(len(plan.layers), "layer")
     yield f"{layers} as {plan.config.mode}, {show(sum(placed.unit.nbytes for placed in plan.units))} in all"
+    for what in sorted(set(plan.read_weights.values())):
+        paths = [path for path, read in plan.read_weights.items() if read == what]
+        yield f"not quantized, as other code reads the {what} of their weight: {listed(paths, 4)}"
     if not plan.offloaded:
         yield "nothing is offloaded"
         return

@@ -21,7 +21,7 @@ from ..errors import CheckpointError, ConfigError, PlacementError, listed
 from ..hardware.devices import CPU, Device, DeviceMap
 from ..io.transfer import WINDOW_BYTES
 from ..model import transformers_facts
-from ..model.quantizable import layers_recorded, layers_stored_quantized, layers_to_quantize
+from ..model.quantizable import layers_recorded, layers_stored_quantized, layers_to_quantize, plain_because_read
 from ..model.tensors import ModelTensor, tensors_of
 from ..model.view import ModelView
 from ..quantization.formats import FourBit, dominant_dtype
@@ -54,7 +54,9 @@ def plan_load(view: ModelView, request: LoadRequest) -> Plan:
     reserve = placement.offload.reserve_bytes(_dequantized_bytes(planned, config))
     placement = replace(placement, reserve=max(reserve, WINDOW_BYTES))
     placed = None if device is None else place_whole(planned, device, placement)
-    return _placed(planned, layers, config, placed or _placement(view, planned, placement), placement)
+    made = _placed(planned, layers, config, placed or _placement(view, planned, placement), placement)
+    read = plain_because_read(view, config, request.quantizable)
+    return replace(made, read_weights={path: what for path, what in read.items() if path not in layers})
 
 
 _Sources = Mapping[str, tuple[Source, ...]]
