@@ -42,8 +42,8 @@ def layers_to_quantize(
 ) -> dict[str, nn.Module]:
     """Return the layers to quantize, by path: nn.Linear, subclasses that compute the same, and GPT-2's Conv1D.
 
-    Skipped are tied weights, layers whose weight another module reads itself, modules kept in fp32 by the config or the
-    transformers class, and `skip_modules` or, if that is None, the output head.
+    Skipped are tied weights, layers whose weight other code reads (`plain_because_read`), modules kept in fp32 by the
+    config or the transformers class, and `skip_modules` or, if that is None, the output head.
 
     Args:
         model: not changed.
@@ -63,10 +63,10 @@ def layers_to_quantize(
     paths: dict[nn.Module, list[str]] = {}
     for path, module in view.modules.items():
         paths.setdefault(module, []).append(f"{path}.weight".lstrip("."))
-    read = view.read_by_owner
+    read = plain_because_read(view, config, quantizable)
     layers = {}
     for path, module in plain_linears(view, quantizable).items():
-        if module is head or module in read or not _weight(module).numel():
+        if module is head or path in read or not _weight(module).numel():
             continue
         if not any(weight in tied or matches(weight, [*always, *skip]) for weight in paths[module]):
             layers[path] = module
@@ -76,6 +76,40 @@ def layers_to_quantize(
         if unused:
             logger.warning("%s names %s, which nothing in the model matches", field, listed(unused))
     return layers
+
+
+def plain_because_read(
+    model: nn.Module | ModelView, config: BnbQuantizationConfig, quantizable: Sequence[type[nn.Linear]] = ()
+) -> dict[str, str]:
+    """Return the layers that stay plain because other code reads their weight, each with what it reads.
+
+    The values of a quantized weight are packed; it shows the dtype that it is stored in, and 4 bit another shape.
+
+    Args:
+        model: not changed.
+        config: how weights would be quantized.
+        quantizable: further subclasses of nn.Linear to quantize.
+
+    Returns:
+        Path -> "values", "dtype" or "shape". A read that is right for a quantized weight too does not count.
+    """
+    view = view_of(model)
+    trains = config.llm_int8_has_fp16_weight
+    stored = torch.int8 if config.load_in_8bit else config.bnb_4bit_quant_storage
+    assert isinstance(stored, torch.dtype)  # the config has checked it
+    shown = None if trains or stored == config.torch_dtype else stored
+    reads = view.weight_reads(shown)
+    found = {}
+    for path, module in plain_linears(view, quantizable).items() if reads else ():
+        wrong = {"values"}
+        if shown is not None:
+            wrong.add("dtype")
+        if config.load_in_4bit or (transformers_facts.is_conv1d(module) and not trains):
+            wrong.add("shape")
+        read = wrong & reads.get(module, set())
+        if read:
+            found[path] = max(read)  # values before shape before dtype
+    return found
 
 
 def layers_stored_quantized(

@@ -5,12 +5,13 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import ConfigError
 from .transformers_facts import is_pretrained
 from .tree import leaves, modules_by_path, unique_modules
-from .weight_readers import weights_read
+from .weight_readers import Reader, names_used, reader
 
 
 class ModelView:
@@ -30,6 +31,7 @@ class ModelView:
         require_module(model)
         self.model = model
         self.modules = modules_by_path(model)
+        self._weight_reads: dict[torch.dtype | None, dict[nn.Module, set[str]]] = {}
 
     @cached_property
     def first_paths(self) -> dict[nn.Module, str]:
@@ -54,7 +56,26 @@ class ModelView:
     @cached_property
     def read_by_owner(self) -> set[nn.Module]:
         """The modules whose weight another module reads without calling their forward."""
-        return {owner.get_submodule(path) for owner in self.first_paths for path in weights_read(owner)}
+        return {module for module, read in self.weight_reads(None).items() if "values" in read}
+
+    @cached_property
+    def _readers(self) -> list[Reader]:
+        return [found for found in map(reader, self.first_paths) if found is not None]
+
+    def weight_reads(self, stored: torch.dtype | None) -> dict[nn.Module, set[str]]:
+        """Return what other modules read of each module's weight: "values", "dtype" or "shape".
+
+        Args:
+            stored: the dtype that a quantized weight shows; a read that is guarded against it does not count.
+        """
+        if stored not in self._weight_reads:
+            found: dict[nn.Module, set[str]] = {}
+            for one in self._readers:
+                for read in one.reads(stored):
+                    if read.getter is None or names_used(self.first_paths, read.getter):
+                        found.setdefault(one.owner.get_submodule(read.path), set()).add(read.what)
+            self._weight_reads[stored] = found
+        return self._weight_reads[stored]
 
     def owner(self, name: str) -> nn.Module:
         """Return the module that holds a parameter or buffer."""

@@ -1,71 +1,157 @@
-"""Finds modules that read a child's weight without calling the child's forward: such a child must not be quantized.
+"""Finds modules that read a child's weight without calling the child's forward, which may make it wrong to quantize.
 
 Mamba's mixer multiplies by `self.dt_proj.weight` itself, for instance; in a quantized layer that would be packed bytes.
-The source of each method is searched for reads of `self.child.weight`, also through a local name, in a loop over a list
-of children, or of a child's own child. Reads through other calls (getattr, a helper function that receives the child)
-are not found.
+A vision tower casts its input to `self.proj.weight.dtype`, which would be uint8. The methods of each module, and the
+functions that they pass children to, are searched for such reads.
 """
 
 from __future__ import annotations
 
-import ast
 import functools
 import inspect
 import re
-import textwrap
-from collections.abc import Iterator
-from types import CodeType, FunctionType
-from typing import Any
+from collections.abc import Iterable, Iterator, Set
+from types import CodeType, FunctionType, ModuleType
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
-# Methods that run before the weights are loaded, or that replace them. (diffusers' `fuse_projections`, which only users
-# call, makes one plain layer of several; of quantized layers it cannot, and fails.)
-_BEFORE_LOADING = re.compile(r"__init__|_*init_.*|_*reset_parameters|_*tie_.*|_*resize_.*|fuse_projections")
+from .weight_reads import Read, reads_of
+
+# Methods that run before the weights are loaded, that replace them, or that only describe the module.
+# (diffusers' `fuse_projections`, which only users call, makes one plain layer of several; of quantized layers it fails.)
+_NO_FORWARD = re.compile(
+    r"__init__|_*init_.*|_*reset_parameters|_*tie_.*|_*resize_.*|__repr__|extra_repr|fuse_projections"
+)
 # torch's encoder layer reads weights only in its fused path, which loading disables.
 _NOT_READING = (nn.Module, nn.TransformerEncoderLayer, nn.TransformerEncoder)
-# Attributes and methods of a weight that do not read its values.
-_FACTS = {"dtype", "device", "shape", "size", "dim", "ndim", "is_meta", "requires_grad", "requires_grad_", "numel"}
+# Base classes of models, which only ask for the dtype of floating parameters.
+_LIBRARIES = re.compile(
+    r"(transformers\.(modeling_utils|generation|integrations|utils)|diffusers\.models\.modeling_utils|peft)\b"
+)
+
+_USUAL_ATTRIBUTES = frozenset(vars(nn.Module()))
+
+
+class Reader(NamedTuple):
+    """A module whose methods may read weights of its children.
+
+    Attributes:
+        owner: the module.
+        methods: those to search.
+        held: names and classes of its callable attributes that are no modules and may read weights.
+    """
+
+    owner: nn.Module
+    methods: tuple[FunctionType, ...]
+    held: tuple[tuple[str, type], ...]
+
+    def reads(self, stored: torch.dtype | None = None) -> Iterator[Read]:
+        """Yield what the methods read of the children's weights: their values, dtype or shape.
+
+        Reads under an `if` that is false for this instance do not count. If the source of a method is not available,
+        but it uses the name `weight`, every child that it names counts.
+
+        Args:
+            stored: the dtype that a quantized weight shows. A read that is guarded against it does not count.
+        """
+        for method in self.methods:
+            found = reads_of(method, self.owner, self.held, stored)
+            yield from _children_named(method, self.owner) if found is None else found
+
+
+def reader(owner: nn.Module) -> Reader | None:
+    """Return what must be searched of a module; None if its methods read no weight."""
+    if not owner._modules:
+        return None
+    cls: Any = type(owner)
+    methods = _methods_reading(cls)
+    own = vars(owner)
+    held = [name for name in _names_of_attributes(cls).intersection(own) if _is_reading_class(own[name].__class__)]
+    if held:
+        users = [method for _, method in _methods_in_question(cls) if names_in(method.__code__).intersection(held)]
+        methods = tuple(dict.fromkeys([*methods, *users]))
+    return Reader(owner, methods, tuple((name, own[name].__class__) for name in held)) if methods else None
 
 
 def weights_read(owner: nn.Module) -> set[str]:
-    """Return the paths, from the owner, of the modules whose weight the owner's own methods read.
+    """Return the paths, from the owner, of the modules whose weight's values the owner's own methods read."""
+    found = reader(owner)
+    return set() if found is None else {read.path for read in found.reads() if read.what == "values"}
 
-    Reads under an `if` that is false for this instance do not count. If the source of a method is not available, but it
-    uses the name `weight`, every child that it names counts.
-    """
-    if not owner._modules:
-        return set()
-    methods = (method for cls in type(owner).__mro__ for method in _methods_naming_weights(cls))
-    return {child for method in methods for child in _read_by(method, owner)}
+
+def names_used(modules: Iterable[nn.Module], name: str) -> bool:
+    """Whether any method of the modules' classes names this attribute, except a method of this name itself."""
+    classes = {cls for module in modules for cls in type(module).__mro__ if cls is not nn.Module}
+    methods = (method for cls in classes for own, method in _methods(cls) if own != name)
+    return any(name in names_in(method.__code__) for method in methods)
+
+
+def _children_named(method: FunctionType, owner: nn.Module) -> Iterator[Read]:
+    names = names_in(method.__code__)
+    return (Read(name, "values") for name, child in owner._modules.items() if child is not None and name in names)
+
+
+def _methods(cls: type) -> Iterator[tuple[str, FunctionType]]:
+    for name, member in vars(cls).items():
+        function = member.fget if isinstance(member, property) else member
+        function = inspect.unwrap(function) if callable(function) else function
+        if isinstance(function, FunctionType):
+            yield name, function
 
 
 @functools.cache
-def _methods_naming_weights(cls: type) -> tuple[FunctionType, ...]:
-    if not issubclass(cls, nn.Module) or cls in _NOT_READING:
-        return ()
-    members = [
-        inspect.unwrap(function)
-        for name, member in vars(cls).items()
-        if not _BEFORE_LOADING.fullmatch(name)
-        for function in [member.fget if isinstance(member, property) else member]
-        if isinstance(function, FunctionType)
-    ]
-    # Few methods name a weight, and checking their names is much faster than parsing their source.
-    return tuple(m for m in members if isinstance(m, FunctionType) and "weight" in names_in(m.__code__))
+def _methods_in_question(cls: Any) -> tuple[tuple[str, FunctionType], ...]:
+    """Return the methods of a class and its bases that run once the weights are loaded."""
+    bases = [base for base in cls.__mro__ if issubclass(base, nn.Module) and base not in _NOT_READING]
+    own = [base for base in bases if not _LIBRARIES.match(base.__module__)]
+    return tuple((name, m) for base in own for name, m in _methods(base) if not _NO_FORWARD.fullmatch(name))
 
 
-def _read_by(function: FunctionType, owner: nn.Module) -> Iterator[str]:
+@functools.cache
+def _names_of_attributes(cls: Any) -> frozenset[str]:
+    """Return the names that the methods use, among them those of an instance's own attributes."""
+    return (
+        frozenset().union(*(names_in(method.__code__) for _, method in _methods_in_question(cls))) - _USUAL_ATTRIBUTES
+    )
+
+
+@functools.cache
+def _methods_reading(cls: Any) -> tuple[FunctionType, ...]:
+    """Return the methods to search: few name a weight, and looking at names is much faster than parsing."""
+    methods = _methods_in_question(cls)
+    reading = {name for name, method in methods if _may_read(method)}
+    return tuple(method for name, method in methods if name in reading or _calls_reader(method, reading))
+
+
+@functools.cache
+def _is_reading_class(cls: Any) -> bool:
+    """Whether instances of a class, which are no modules, may read weights when they are called."""
+    return not issubclass(cls, nn.Module) and _is_reader(vars(cls).get("__call__"))
+
+
+def _calls_reader(method: FunctionType, reading: Set[str]) -> bool:
+    names = names_in(method.__code__)
+    if not names.isdisjoint(reading):
+        return True
+    called = [method.__globals__[name] for name in names if name in method.__globals__]
+    inner = [vars(one).get(name) for one in called if isinstance(one, ModuleType) for name in names]
+    return any(map(_is_reader, [*called, *inner]))
+
+
+def _is_reader(called: Any) -> bool:
+    is_own = isinstance(called, FunctionType) and not (called.__module__ or "").startswith("torch.")
+    return is_own and _may_read(called)
+
+
+def _may_read(function: FunctionType) -> bool:
+    """Whether a function may read weights, by the names in its code."""
     names = names_in(function.__code__)
-    me = function.__code__.co_varnames[0] if function.__code__.co_argcount else ""
-    children = [name for name, child in owner._modules.items() if child is not None and name in names]
-    if not children:
-        return
-    tree = _parsed(function)
-    if tree is None:
-        yield from children
-    else:
-        yield from _WeightReads(owner, me, tree).under(tree)
+    if "weight" in names or {"parameters", "dtype"} <= names:
+        return True
+    texts = function.__code__.co_consts if "getattr" in names or "get_parameter" in names else ()
+    return any(isinstance(text, str) and text.endswith("weight") for text in texts)
 
 
 @functools.cache
@@ -73,97 +159,3 @@ def names_in(code: CodeType) -> frozenset[str]:
     """Return the names of globals and attributes in a function's code, and in the functions inside it."""
     inner = (names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType))
     return frozenset(code.co_names).union(*inner)
-
-
-@functools.cache
-def _parsed(function: FunctionType) -> ast.AST | None:
-    try:
-        return ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):  # defined at a prompt, or generated
-        return None
-
-
-_EVERY_CHILD = "*"  # in a path: every child of a list of modules
-
-
-class _WeightReads:
-    """Finds reads of children's weights in one method: `self.child.weight`, or through a local name of the child."""
-
-    def __init__(self, owner: nn.Module, me: str, tree: ast.AST) -> None:
-        self._owner, self._me = owner, me
-        self._aliases: dict[str, set[tuple[str, ...]]] = {}
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Assign):
-                for target in node.targets:
-                    self._learn(target, node.value)
-            elif isinstance(node, (ast.For, ast.comprehension)):
-                several = node.iter.elts if isinstance(node.iter, (ast.Tuple, ast.List)) else []
-                for each in several or [ast.Subscript(node.iter, ast.Constant(0), ast.Load())]:
-                    self._learn(node.target, each)
-
-    def _learn(self, target: ast.expr, value: ast.expr) -> None:
-        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
-            for inner_target, inner_value in zip(target.elts, value.elts, strict=False):
-                self._learn(inner_target, inner_value)
-        elif isinstance(target, ast.Name):
-            self._aliases.setdefault(target.id, set()).update(self._paths(value))
-
-    def under(self, node: ast.AST) -> Iterator[str]:
-        """Yield the paths, from the owner, of the modules whose weight the code reads.
-
-        Assignments to a weight, and reads of its shape, dtype or the like, do not count.
-        """
-        if isinstance(node, ast.Attribute) and node.attr in _FACTS and self._read(node.value):
-            return
-        read = self._read(node)
-        if read and isinstance(getattr(node, "ctx", None), ast.Load):
-            for path in read:
-                yield from _resolved(self._owner, path)
-            return
-        skipped = node.body if isinstance(node, ast.If) and _is_false(node.test, self._owner) else []
-        for inner in ast.iter_child_nodes(node):
-            if not any(inner is statement for statement in skipped):
-                yield from self.under(inner)
-
-    def _read(self, node: ast.AST) -> set[tuple[str, ...]]:
-        return self._paths(node.value) if isinstance(node, ast.Attribute) and node.attr == "weight" else set()
-
-    def _paths(self, node: ast.AST) -> set[tuple[str, ...]]:
-        """Return the paths that `self.child`, `self.child.inner`, `self.children[0]` or a local name may refer to."""
-        if isinstance(node, ast.Name):
-            return {()} if node.id == self._me else self._aliases.get(node.id, set())
-        if isinstance(node, ast.Attribute):
-            return {(*path, node.attr) for path in self._paths(node.value)}
-        if isinstance(node, ast.Subscript):
-            return {(*path, _EVERY_CHILD) for path in self._paths(node.value)}
-        return set()
-
-
-def _resolved(owner: nn.Module, path: tuple[str, ...]) -> Iterator[str]:
-    found = [("", owner)]
-    for part in path:
-        found = [
-            (f"{at}.{name}".lstrip("."), child)
-            for at, module in found
-            for name, child in module._modules.items()
-            if child is not None
-            if part in (name, _EVERY_CHILD)
-        ]
-    yield from (at for at, _ in found if at)
-
-
-_PLAIN = (ast.Expression, ast.Compare, ast.BoolOp, ast.UnaryOp, ast.Attribute, ast.Name, ast.Constant)
-_PLAIN_PARTS = (ast.cmpop, ast.boolop, ast.unaryop, ast.expr_context)
-
-
-def _is_false(test: ast.expr, owner: nn.Module) -> bool:
-    """Whether a condition is false for this owner. Only comparisons of its attributes with constants are evaluated."""
-    nodes: list[Any] = list(ast.walk(test))
-    if not all(isinstance(node, _PLAIN + _PLAIN_PARTS) for node in nodes):
-        return False
-    if any(isinstance(node, ast.Attribute) and node.attr == "training" for node in nodes):
-        return False  # train() and eval() change it
-    try:
-        return not eval(compile(ast.Expression(test), "<condition>", "eval"), {"__builtins__": {}, "self": owner})
-    except Exception:  # an attribute that is not set yet, or a local name of the method
-        return False

@@ -18,6 +18,7 @@ from ..quantization.bnb import library
 from ..quantization.cpu_forwards import input_gradient, streamed_forward
 from ..quantization.formats import part_name
 from ..quantization.layers import is_quantized
+from ..quantization.own_forwards import on_matrix, own_forward, require_floating
 from ..quantization.quantized_weight import state_around, state_holders
 from .device_hooks import send_to_device
 from .leaves import Leaf, MethodOverride, without_torch_function
@@ -198,7 +199,7 @@ class _Quantized(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, streamed: StreamedForward, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         out: torch.Tensor = streamed.run(x)
-        ctx.streamed, ctx.dtype = streamed, x.dtype
+        ctx.streamed, ctx.dtype, ctx.is_int8 = streamed, x.dtype, hasattr(streamed.module, "state")
         ctx.bias_dtype = None if bias is None else bias.dtype
         return out
 
@@ -208,7 +209,8 @@ class _Quantized(torch.autograd.Function):
         _, needs_input, needs_bias = ctx.needs_input_grad
         grad_input = grad_bias = None
         if needs_bias:  # autograd sums over the remaining dimensions
-            grad_bias = grad.sum(0, dtype=ctx.bias_dtype) if grad.dim() > 1 else grad.to(ctx.bias_dtype)
+            summed = grad.reshape(-1, grad.shape[-1]) if ctx.is_int8 else grad  # in the order of the resident layer
+            grad_bias = summed.sum(0, dtype=ctx.bias_dtype) if summed.dim() > 1 else summed.to(ctx.bias_dtype)
         if needs_input:
             streamed = ctx.streamed
 
@@ -286,15 +288,16 @@ def _forward_maker(
     """
     layer: Any = leaf.module
     forward = getattr(own, "__func__", None) or getattr(own, "func", None)
-    if leaf.parameters != ("weight",) or forward is not type(layer).forward:
+    usual = (type(layer).forward, own_forward(layer)) if has_quantized_weight else (nn.Linear.forward,)
+    if leaf.parameters != ("weight",) or forward not in usual:
         return None
     make: Callable[[Any, str, Tensors], Forward] | None = None
     if not has_quantized_weight:
-        make = _linear if forward is nn.Linear.forward else None
-    elif forward is library().nn.Linear8bitLt.forward:
+        make = _linear if type(layer).forward is nn.Linear.forward else None
+    elif type(layer).forward is library().nn.Linear8bitLt.forward:
         make = _linear_8bit
     # Until its compute dtype is set, a 4-bit layer chooses it in its first forward.
-    elif forward is library().nn.Linear4bit.forward and layer.compute_type_is_set and layer.compute_dtype:
+    elif type(layer).forward is library().nn.Linear4bit.forward and layer.compute_type_is_set and layer.compute_dtype:
         make = _linear_4bit
     name = f"{leaf.path}.weight" if leaf.path else "weight"
     return None if make is None else functools.partial(make, layer, name)
@@ -312,6 +315,7 @@ def _linear_4bit(layer: Any, name: str, tensors: Tensors) -> Forward:
     matmul = library().matmul_4bit
 
     def forward(x: torch.Tensor) -> torch.Tensor:
+        require_floating(layer, x)
         dtype, bias = layer.compute_dtype, layer.bias
         out = matmul(x.to(dtype), weight, bias=None if bias is None else bias.to(dtype), quant_state=state)
         return out.to(x.dtype)  # type: ignore[no-any-return]
@@ -324,9 +328,13 @@ def _linear_8bit(layer: Any, name: str, tensors: Tensors) -> Forward:
     state.CB, state.SCB = weight, tensors[part_name(name, "SCB")]
     matmul = library().matmul
 
-    def forward(x: torch.Tensor) -> torch.Tensor:
+    def compute(x: torch.Tensor) -> torch.Tensor:
         bias, state.is_training, state.threshold = layer.bias, layer.training, layer.state.threshold
         bias = None if bias is None else bias.to(x.dtype)
         return matmul(x, weight, bias=bias, state=state)  # type: ignore[no-any-return]
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        require_floating(layer, x)
+        return on_matrix(compute, x)
 
     return forward

@@ -25,7 +25,7 @@ class Assembly:
     def __init__(self, view: ModelView, plan: Plan) -> None:
         """Prepare for a plan's weights. The model is not changed before `commit`."""
         self._view, self._plan = view, plan
-        self._weights = {f"{path}.weight".lstrip("."): layer for path, layer in plan.layers.items()}
+        self._weights = {f"{path}.weight".lstrip("."): (path, layer) for path, layer in plan.layers.items()}
         self._planned = {planned.tensor.name: planned for planned in plan.tensors}
         self._loaded: dict[str, LoadedTensor] = {}
         self._new_layers: dict[nn.Module, nn.Module] = {}
@@ -33,10 +33,10 @@ class Assembly:
     def add(self, name: str, value: LoadedTensor) -> None:
         """Add a loaded tensor by its first name; if it is the weight of a quantized layer, that layer is made."""
         self._loaded[name] = value
-        layer = next((self._weights[n] for n in self._planned[name].tensor.names if n in self._weights), None)
+        planned = self._planned[name]
+        path, layer = next((self._weights[n] for n in planned.tensor.names if n in self._weights), ("", None))
         if layer is not None:
-            planned = self._planned[name]
-            self._new_layers[layer] = make_layer(layer, value, planned.shape, self._plan.config, planned.device)
+            self._new_layers[layer] = make_layer(layer, value, planned.shape, self._plan.config, planned.device, path)
 
     def commit(self, then: Callable[[nn.Module], object] = lambda model: None) -> nn.Module:
         """Put the weights and the quantized layers into the model.

@@ -11,7 +11,7 @@ from torch import nn
 from ..config import BnbQuantizationConfig
 from ..model import transformers_facts
 from ..model.fp32_modules import fp32_patterns
-from ..model.quantizable import default_head, matches
+from ..model.quantizable import default_head, matches, plain_because_read
 from ..model.tensors import ModelTensor
 from ..model.view import ModelView
 from ..sizes import show
@@ -55,7 +55,7 @@ def warn_of_leftover(
         config.mode,
         amount if quantized else "nothing is quantized",
         str(dtype).removeprefix("torch."),
-        _by_class(view, left, dtype),
+        _by_class(view, left, config),
     )
 
 
@@ -76,12 +76,15 @@ def _not_meant_to_stay(
     return [tensor for tensor in tensors if not any(map(is_meant, tensor.names))]
 
 
-def _by_class(view: ModelView, tensors: Sequence[ModelTensor], dtype: torch.dtype) -> str:
+def _by_class(view: ModelView, tensors: Sequence[ModelTensor], config: BnbQuantizationConfig) -> str:
     """Describe the classes that hold some weights, largest share first, with why each is not quantized."""
+    dtype, read = config.load_dtype, plain_because_read(view, config)
     groups: dict[tuple[str, str], list[ModelTensor]] = {}
     for tensor in tensors:
         owner = view.owner(tensor.name)
-        groups.setdefault((type(owner).__name__, _reason(owner, tensor, view.read_by_owner)), []).append(tensor)
+        groups.setdefault((type(owner).__name__, _reason(owner, tensor, read.get(view.first_paths[owner]))), []).append(
+            tensor
+        )
     shares = sorted(groups.items(), key=lambda group: -_elements(group[1]))
     least = _SHARE * _elements(tensors)
     named = [group for group in shares[:_NAMED] if _elements(group[1]) >= least]
@@ -93,11 +96,11 @@ def _by_class(view: ModelView, tensors: Sequence[ModelTensor], dtype: torch.dtyp
     return ", ".join([*shown, f"{_size(others, dtype)} in others"] if others >= least else shown)
 
 
-def _reason(owner: nn.Module, tensor: ModelTensor, read: set[nn.Module]) -> str:
+def _reason(owner: nn.Module, tensor: ModelTensor, read: str | None) -> str:
     if not (isinstance(owner, nn.Linear) or transformers_facts.is_conv1d(owner)):
         return "no nn.Linear"
-    if owner in read:
-        return "their owner reads their weight"
+    if read is not None:
+        return "their owner reads their weight" if read == "values" else f"other code reads the {read} of their weight"
     if len(tensor.names) > 1:
         return "tied"
     if type(owner) is nn.Linear or transformers_facts.is_conv1d(owner):

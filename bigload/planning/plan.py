@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..config import BnbQuantizationConfig
-from ..errors import counted
+from ..errors import counted, listed
 from ..hardware.devices import CPU, Place
 from ..quantization import formats
 from ..quantization.formats import Plain
@@ -103,6 +103,8 @@ class Plan:
         units: the modules that are placed whole, in the order of the model.
         accounts: the bytes needed of each place.
         after: what is left to do when the tensors are loaded.
+        read_weights: path -> "values", "dtype" or "shape": layers that are not quantized because other code reads this
+            of their weight without calling them.
     """
 
     tensors: tuple[PlannedTensor, ...]
@@ -113,6 +115,7 @@ class Plan:
     units: tuple[PlacedUnit, ...] = ()
     accounts: tuple[Account, ...] = ()
     after: AfterLoad = field(default_factory=AfterLoad)
+    read_weights: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def source_bytes(self) -> int:
@@ -273,6 +276,9 @@ def _unit_rows(units: Sequence[PlacedUnit]) -> Iterator[tuple[str, ...]]:
 def _summary(plan: Plan, link_gb_per_s: float | None) -> Iterator[str]:
     layers = counted(len(plan.layers), "layer")
     yield f"{layers} as {plan.config.mode}, {show(sum(placed.unit.nbytes for placed in plan.units))} in all"
+    for what in sorted(set(plan.read_weights.values())):
+        paths = [path for path, read in plan.read_weights.items() if read == what]
+        yield f"not quantized, as other code reads the {what} of their weight: {listed(paths, 4)}"
     if not plan.offloaded:
         yield "nothing is offloaded"
         return

@@ -22,7 +22,7 @@ from ..hardware.devices import CPU, Device, DeviceMap, on_cpu_unless_named
 from ..io.transfer import WINDOW_BYTES
 from ..model import diffusers_facts, transformers_facts
 from ..model.initialization import rebuilt_by_owners, seems_unwritten
-from ..model.quantizable import layers_recorded, layers_stored_quantized, layers_to_quantize
+from ..model.quantizable import layers_recorded, layers_stored_quantized, layers_to_quantize, plain_because_read
 from ..model.tensors import ModelTensor, tensors_of
 from ..model.view import ModelView
 from ..quantization.formats import FourBit, dominant_dtype
@@ -58,8 +58,10 @@ def plan_load(view: ModelView, request: LoadRequest) -> Plan:
     reserve = placement.offload.reserve_bytes(_dequantized_bytes(planned, config))
     placement = replace(placement, reserve=max(reserve, WINDOW_BYTES))
     placed = None if device is None else place_whole(planned, device, placement)
-    plan = _placed(planned, layers, config, placed or _placement(view, planned, placement), placement)
-    return replace(plan, after=after)
+    made = _placed(planned, layers, config, placed or _placement(view, planned, placement), placement)
+    read = plain_because_read(view, config, request.quantizable)
+    read = {path: what for path, what in read.items() if path not in layers}
+    return replace(made, after=after, read_weights=read)
 
 
 _Sources = Mapping[str, tuple[Source, ...]]

@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from ..config import BnbQuantizationConfig
 from .bnb import dequantize_4bit, library
+from .own_forwards import forward_4bit, forward_int8, own_forward, require_floating, set_forward
 from .quantized_weight import row_scales
 
 # bitsandbytes' packed CPU kernel computes this many rows of the weight at once.
@@ -44,23 +45,19 @@ def adapt_to_cpu(layer: Any, shape: tuple[int, ...], config: BnbQuantizationConf
         has_packed_kernel = getattr(layer, "support_avx512bf16_for_cpu", False)
         layer.support_avx512bf16_for_cpu = False  # otherwise bitsandbytes packs the weight in place
         if in_features % config.bnb_4bit_blocksize:
-            _set_forward(layer, _forward_4bit)
+            set_forward(layer, _forward_4bit)
         elif has_packed_kernel and out_features % _PACKED_ROWS == 0:
-            _set_forward(layer, _forward_packed)
+            set_forward(layer, _forward_packed)
     elif config.llm_int8_has_fp16_weight:
-        _set_forward(layer, _forward_main_weights)
+        set_forward(layer, _forward_main_weights)
     elif in_features == 1:
-        _set_forward(layer, _forward_int8)
-
-
-def _set_forward(layer: Any, forward: Callable[[Any, torch.Tensor], torch.Tensor]) -> None:
-    # A partial of a module-level function can be copied and pickled with the layer.
-    layer.forward = functools.partial(forward, layer)
+        set_forward(layer, _forward_int8)
 
 
 def _forward_4bit(layer: Any, x: torch.Tensor) -> torch.Tensor:
     if x.device.type != "cpu":
-        return type(layer).forward(layer, x)  # type: ignore[no-any-return]
+        return forward_4bit(layer, x)
+    require_floating(layer, x)
     dtype = layer.compute_dtype or x.dtype
     bias = _bias(layer, dtype)
     out: torch.Tensor = _DequantizedMatmul.apply(x.to(dtype), layer.weight)  # type: ignore[no-untyped-call]
@@ -87,14 +84,16 @@ class _DequantizedMatmul(torch.autograd.Function):
 
 def _forward_int8(layer: Any, x: torch.Tensor) -> torch.Tensor:
     if x.device.type != "cpu":
-        return type(layer).forward(layer, x)  # type: ignore[no-any-return]
+        return forward_int8(layer, x)
+    require_floating(layer, x)
     weight = layer.weight.data * (row_scales(layer) / 127).unsqueeze(1)
     return functional.linear(x, weight.to(x.dtype), _bias(layer, x.dtype))
 
 
 def _forward_main_weights(layer: Any, x: torch.Tensor) -> torch.Tensor:
     if x.device.type != "cpu":
-        return type(layer).forward(layer, x)  # type: ignore[no-any-return]
+        return forward_int8(layer, x)
+    require_floating(layer, x)
     layer.state.is_training = True  # bitsandbytes has no CPU kernel for eval mode
     layer.state.CB = None  # so that the weight is quantized as it is now
     out = library().matmul(x.reshape(-1, x.shape[-1]), layer.weight, bias=_bias(layer, x.dtype), state=layer.state)
@@ -108,9 +107,10 @@ def _forward_packed(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """
     needs_grad = torch.is_grad_enabled() and x.requires_grad
     if torch.compiler.is_compiling():
-        return type(layer).forward(layer, x)  # type: ignore[no-any-return]
+        return forward_4bit(layer, x)
     if x.device.type != "cpu" or layer.training or needs_grad or x.numel() == 0:
-        return type(layer).forward(layer, x)  # type: ignore[no-any-return]
+        return forward_4bit(layer, x)
+    require_floating(layer, x)
     dtype = layer.compute_dtype or x.dtype
     data, state = _packed(layer)
     out = library().matmul_4bit(x.to(dtype), data, bias=_bias(layer, dtype), quant_state=state)
@@ -149,7 +149,7 @@ def streamed_forward(layer: nn.Module) -> Callable[..., Any]:
     if getattr(own, "func", None) is not _forward_packed:
         return own
     _packed_copies.pop(layer, None)
-    return functools.partial(type(layer).forward, layer)
+    return functools.partial(own_forward(layer), layer)
 
 
 def input_gradient(layer: Any, own: Callable[..., Any], grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -164,7 +164,6 @@ def input_gradient(layer: Any, own: Callable[..., Any], grad: torch.Tensor, dtyp
     Returns:
         (..., in_features), in `dtype`.
     """
-    computed = dtype
     kernel = getattr(own, "func", None) if grad.device.type == "cpu" else None
     if hasattr(layer, "state"):
         rows, scales = layer.state.CB, layer.state.SCB.unsqueeze(1)
@@ -172,11 +171,12 @@ def input_gradient(layer: Any, own: Callable[..., Any], grad: torch.Tensor, dtyp
             weight = (rows * (scales / 127)).to(dtype)
         else:
             weight = rows.to(dtype, copy=True).mul_(scales.mul(1.0 / 127.0))
+        rows_of_grad = grad.reshape(-1, grad.shape[-1]).to(dtype)  # its layout decides the last bits
+        return torch.matmul(rows_of_grad, weight).view(*grad.shape[:-1], weight.shape[1])
+    computed = layer.compute_dtype or dtype
+    data, state = layer.weight.data, layer.weight.quant_state
+    if kernel is _forward_4bit:
+        weight = dequantize_4bit(data, state, computed)
     else:
-        computed = layer.compute_dtype or dtype
-        data, state = layer.weight.data, layer.weight.quant_state
-        if kernel is _forward_4bit:
-            weight = dequantize_4bit(data, state, computed)
-        else:
-            weight = library().functional.dequantize_4bit(data.view(-1, 1), state).to(computed)
+        weight = library().functional.dequantize_4bit(data.view(-1, 1), state).to(computed)
     return torch.matmul(grad.to(computed), weight).to(dtype)

@@ -21,6 +21,7 @@ from ..errors import QuantizationError, listed
 from ..model.tree import first_paths
 from .bnb import library
 from .cpu_forwards import adapt_to_cpu
+from .own_forwards import own_forward, set_forward
 from .quantized_weight import QuantizedWeight, row_scales
 
 # Attributes that bitsandbytes, or this package, sets on bitsandbytes' layers.
@@ -30,6 +31,7 @@ _LAYER_ATTRIBUTES = {
     "forward",
     "index",
     "is_training",
+    "loaded_as",
     "quant_state",
     "quant_storage",
     "source_cls",
@@ -44,6 +46,7 @@ def make_layer(
     shape: tuple[int, ...],
     config: BnbQuantizationConfig,
     device: torch.device,
+    path: str = "",
 ) -> nn.Module:
     """Make the bitsandbytes layer that replaces a plain one; the weight is not copied, a bias is still on meta.
 
@@ -53,12 +56,15 @@ def make_layer(
         shape: (out_features, in_features).
         config: how the weight was quantized.
         device: where the layer will compute.
+        path: of the layer in its model, which errors name.
     """
     has_bias = layer._parameters["bias"] is not None
     if config.load_in_8bit:
         new = _make_int8(layer, weight, has_bias, shape, config)
     else:
         new = _make_4bit(weight, has_bias, shape, config)
+    new.loaded_as = path  # type: ignore[assignment]
+    set_forward(new, own_forward(new))
     if device.type == "cpu":
         adapt_to_cpu(new, shape, config)
     carry_over(new, layer)

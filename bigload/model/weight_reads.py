@@ -1,0 +1,278 @@
+"""Finds what one function reads of the weights of a module's children, in its syntax tree.
+
+Recognised are `self.child.weight`, also through a local name, `getattr`, a loop over a list of children, or a function
+that the child is passed to; and `next(module.parameters())`.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from types import FunctionType, ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .weight_names import Names, Path, Paths, resolved
+
+# Attributes and methods of a weight that say the same of a quantized one, or are asked to find out whether it is one.
+_HARMLESS = {"device", "dim", "ndim", "is_meta", "is_cuda", "requires_grad", "requires_grad_", "is_floating_point"}
+_SHAPE = {"shape", "size", "numel", "nelement"}
+# Of a dtype, what only asks which kind it is.
+_GUARDS = {"is_floating_point", "is_complex", "is_signed"}
+_ASKING = {"isinstance", "hasattr", "type", "id", "is_floating_point"}
+_ENDS = (ast.Return, ast.Raise, ast.Continue, ast.Break)
+_MAX_DEPTH = 3
+
+
+class Read(NamedTuple):
+    """What a function reads of a child's weight.
+
+    Attributes:
+        path: the child's, from the owner.
+        what: "values", "dtype" or "shape".
+        getter: the name of the function, if it only returns the dtype to whoever calls it.
+    """
+
+    path: str
+    what: str
+    getter: str | None = None
+
+
+class _Found(NamedTuple):
+    """A read in the code of a class: of the children on a path, for owners whose conditions are not false."""
+
+    path: Path
+    what: str
+    getter: str | None
+    conditions: tuple[Callable[[nn.Module], bool | None], ...]
+
+
+def reads_of(
+    function: FunctionType, owner: nn.Module, held: tuple[tuple[str, type], ...], stored: torch.dtype | None
+) -> list[Read] | None:
+    """List what a method of a module reads of its children's weights.
+
+    Args:
+        function: the method; its first argument is the owner.
+        owner: the module.
+        held: names and classes of the owner's callable attributes that are no modules.
+        stored: the dtype that a quantized weight shows, with which guards such as `!= torch.int8` are decided.
+
+    Returns:
+        None if the function's source is not available.
+    """
+    cls: Any = type(owner)
+    found = _in_class(function, cls, held, stored)
+    if found is None:
+        return None
+    possible = (read for read in found if not any(condition(owner) is False for condition in read.conditions))
+    return [Read(at, read.what, read.getter) for read in possible for at in resolved(owner, read.path)]
+
+
+@functools.cache  # the search takes milliseconds, and a model has many modules of a class
+def _in_class(
+    function: FunctionType, cls: type, held: tuple[tuple[str, type], ...], stored: torch.dtype | None
+) -> tuple[_Found, ...] | None:
+    tree = parsed(function)
+    arguments = function.__code__.co_varnames[: function.__code__.co_argcount]
+    if tree is None:
+        return None
+    scope = _Scope(function.__name__, function.__globals__, cls, dict(held), stored, has_self=True)
+    bound: dict[str, Paths] = {arguments[0]: {()}} if arguments else {}
+    return tuple(dict.fromkeys(_Function(scope, tree, bound).reads()))
+
+
+class _Scope(NamedTuple):
+    """Where the names in a function's code come from.
+
+    Attributes:
+        name: of the function.
+        names: the globals of its file.
+        cls: the class of the owner.
+        held: the classes of the owner's callable attributes that are no modules, by name.
+        stored: the dtype that a quantized weight shows.
+        has_self: the function calls the owner `self`.
+        depth: how many calls led to it.
+    """
+
+    name: str
+    names: dict[str, Any]
+    cls: type
+    held: dict[str, type]
+    stored: torch.dtype | None
+    has_self: bool
+    depth: int = 0
+
+
+@functools.cache
+def parsed(function: FunctionType) -> ast.AST | None:
+    """Return the syntax tree of a function; None if its source is not available."""
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):  # defined at a prompt, or generated
+        return None
+
+
+class _Function:
+    """The reads in one function, some of whose names stand for the owner or its children."""
+
+    def __init__(self, scope: _Scope, tree: ast.AST, bound: Mapping[str, Paths]) -> None:
+        self._scope, self._tree, self._names = scope, tree, Names(tree, bound, scope.stored)
+        self._conditions: list[Callable[[nn.Module], bool | None]] = []  # of the code that is being searched
+
+    def reads(self) -> Iterator[_Found]:
+        """Yield the reads. Assignments to a weight do not count, nor what asks for a fact that stays the same."""
+        yield from self._under(self._tree)
+
+    def _under(self, node: ast.AST) -> Iterator[_Found]:
+        if isinstance(node, ast.Attribute) and (
+            weight := self._names.weight(node.value) | self._names.first_parameter(node.value)
+        ):
+            yield from self._fact(node.attr, weight, is_first=not self._names.weight(node.value))
+        elif isinstance(node, ast.Attribute) and node.attr in _GUARDS and self._names.dtype_read(node.value):
+            return
+        elif dtype := self._names.dtype_read(node):
+            yield from self._found(dtype, "dtype")
+        elif (weight := self._names.weight(node)) and isinstance(getattr(node, "ctx", ast.Load()), ast.Load):
+            yield from self._found(weight, "values")
+        elif isinstance(node, (ast.Raise, ast.JoinedStr)):
+            return
+        elif isinstance(node, ast.Compare):
+            for operand in (node.left, *node.comparators):
+                if not self._names.dtype_read(operand):
+                    yield from self._under(operand)
+        elif isinstance(node, ast.Return) and node.value is not None and (dtype := self._names.dtype_read(node.value)):
+            name = self._scope.name if self._scope.depth == 0 else None
+            yield from self._found(dtype, "dtype", name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)) and self._only_names_dtype(node):
+            return
+        elif isinstance(node, ast.Call):
+            yield from self._call(node)
+        else:
+            yield from self._inside(node)
+
+    def _inside(self, node: ast.AST) -> Iterator[_Found]:
+        """Yield the reads in the parts of a node that can run."""
+        if isinstance(node, ast.BoolOp):
+            is_and, outer = isinstance(node.op, ast.And), len(self._conditions)
+            for value in node.values:
+                yield from self._under(value)
+                if self._names.truth(value) is not None and self._names.truth(value) is not is_and:
+                    break
+                if is_and:
+                    self._conditions.append(functools.partial(self._truth_for, value))
+            del self._conditions[outer:]
+            return
+        test = node.test if isinstance(node, (ast.If, ast.IfExp)) else None
+        known = None if test is None else self._names.truth(test)
+        for name, part in ast.iter_fields(node):
+            if (name == "body" and known is False) or (name == "orelse" and known is True):
+                continue
+            is_guarded = test is not None and name == "body"
+            if is_guarded and test is not None:
+                self._conditions.append(functools.partial(self._truth_for, test))
+            for inner in part if isinstance(part, list) else [part]:
+                if isinstance(inner, ast.AST):
+                    yield from self._under(inner)
+                    if self._always_ends(inner):
+                        break
+            if is_guarded:
+                self._conditions.pop()
+
+    def _truth_for(self, test: ast.expr, owner: nn.Module) -> bool | None:
+        return self._names.truth_for(test, owner if self._scope.has_self else None)
+
+    def _always_ends(self, node: ast.AST) -> bool:
+        """Whether the statements after an `if` never run, since its condition is known."""
+        known = self._names.truth(node.test) if isinstance(node, ast.If) else None
+        if known is None or not isinstance(node, ast.If):
+            return False
+        live = node.body if known else node.orelse
+        return bool(live) and isinstance(live[-1], _ENDS)
+
+    def _fact(self, name: str, weight: Paths, *, is_first: bool) -> Iterator[_Found]:
+        if name == "dtype":
+            yield from self._found(weight, "dtype")
+        elif name in _SHAPE:
+            yield from self._found(weight, "shape")
+        elif name not in _HARMLESS:
+            # Of a module's first parameter, unknown to whom it belongs, it is new_zeros() and the like.
+            yield from self._found(weight, "dtype" if is_first else "values")
+
+    def _only_names_dtype(self, node: ast.Assign | ast.AnnAssign) -> bool:
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        return (
+            node.value is not None
+            and bool(self._names.dtype_read(node.value) or self._names.first_parameter(node.value))
+            and all(isinstance(target, ast.Name) for target in targets)
+        )
+
+    def _call(self, node: ast.Call) -> Iterator[_Found]:
+        called = node.func
+        name = called.id if isinstance(called, ast.Name) else getattr(called, "attr", "")
+        if name in _ASKING and not self._names.weight(called):
+            asked = [argument for argument in node.args if not self._names.weight(argument)]
+            for argument in [called, *asked]:
+                yield from self._under(argument)
+            return
+        if self._scope.depth < _MAX_DEPTH:
+            yield from self._in_callee(node)
+        yield from self._inside(node)
+
+    def _in_callee(self, node: ast.Call) -> Iterator[_Found]:
+        """Yield what a function reads of the children that it is passed."""
+        passed: list[tuple[int | str, Paths]] = [
+            *((index, self._names.paths(argument)) for index, argument in enumerate(node.args)),
+            *((keyword.arg, self._names.paths(keyword.value)) for keyword in node.keywords if keyword.arg),
+        ]
+        if not any(paths for _, paths in passed):
+            return
+        function, receiver = self._callee(node.func)
+        tree = None if function is None else parsed(function)
+        if function is None or tree is None:
+            return
+        code = function.__code__
+        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        if receiver is not None:
+            passed = [(0, receiver), *((key + 1 if isinstance(key, int) else key, paths) for key, paths in passed)]
+        bound = {
+            names[key] if isinstance(key, int) else key: paths
+            for key, paths in passed
+            if paths and (not isinstance(key, int) or key < len(names))
+        }
+        scope = self._scope._replace(names=function.__globals__, has_self=receiver == {()}, depth=self._scope.depth + 1)
+        for read in _Function(scope, tree, bound).reads():
+            yield read._replace(conditions=(*self._conditions, *read.conditions))
+
+    def _callee(self, called: ast.expr) -> tuple[FunctionType | None, Paths | None]:
+        """Return the function that a call runs, and what its first argument stands for if the call does not pass it."""
+        names = self._scope.names
+        if isinstance(called, ast.Name):
+            return _as_function(names.get(called.id)), None
+        if not isinstance(called, ast.Attribute):
+            return None, None
+        if isinstance(called.value, ast.Name) and isinstance(names.get(called.value.id), ModuleType):
+            return _as_function(getattr(names[called.value.id], called.attr, None)), None
+        if self._names.paths(called.value) != {()}:
+            return None, None
+        held = self._scope.held.get(called.attr)
+        if held is not None:  # such as an attention processor
+            return _as_function(inspect.getattr_static(held, "__call__", None)), set()
+        method = inspect.getattr_static(self._scope.cls, called.attr, None)
+        if isinstance(method, staticmethod):
+            return _as_function(method.__func__), None
+        return _as_function(method), {()}
+
+    def _found(self, paths: Paths, what: str, getter: str | None = None) -> Iterator[_Found]:
+        return (_Found(path, what, getter, tuple(self._conditions)) for path in sorted(paths))
+
+
+def _as_function(called: Any) -> FunctionType | None:
+    function = inspect.unwrap(called) if callable(called) else None
+    is_own = isinstance(function, FunctionType) and not (function.__module__ or "").startswith("torch.")
+    return function if is_own else None

@@ -1,0 +1,179 @@
+"""What quantized layers do with inputs that bitsandbytes refuses, crashes on, or computes without a word."""
+
+import copy
+
+import pytest
+import torch
+from streaming import engines_of
+from torch import nn
+
+from bigload import BnbQuantizationConfig, QuantizationError, load_and_quantize_model
+
+MODES = ("nf4", "nf4-dq", "fp4", "int8", "int8-training")
+# (in_features, out_features): a usual layer, and those that have a forward of their own on the CPU.
+SIZES = [(64, 128), (96, 33), (1, 5)]
+INTEGERS = [torch.uint8, torch.int8, torch.int64, torch.bool]
+
+
+class Named(nn.Module):
+    """Its middle layer has a path of two parts; the first and last are small."""
+
+    def __init__(self, width=64, out=128):
+        super().__init__()
+        self.inner = nn.ModuleDict({"proj": nn.Linear(width, out)})
+        self.act = nn.Identity()
+
+    def forward(self, x):
+        return self.act(self.inner["proj"](x))
+
+
+def loaded(mode, device, width=64, out=128, rests=False, folder=None, **fields):
+    """Load the model; its layer is streamed to the device if it rests elsewhere."""
+    torch.manual_seed(0)
+    where = {"": device}
+    if rests:
+        where["inner"] = "disk" if device.type == "cpu" else "cpu"
+
+    return load_and_quantize_model(Named(width, out), mode, device_map=where, offload_folder=folder, **fields)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_an_input_of_integers_is_refused_and_the_layer_is_as_before(mode, size, training, device):
+    model = loaded(mode, device, *size).train(training)
+    layer = model.inner["proj"]
+    before = copy.deepcopy(model.state_dict())
+    x = torch.randn(3, size[0], device=device)
+    with torch.no_grad():
+        expected = model(x)
+        for dtype in INTEGERS:
+            with pytest.raises(QuantizationError, match=rf"'inner\.proj' is quantized .* got {dtype}"):
+                model((100 * x).to(dtype))
+        assert torch.equal(model(x), expected)
+    assert layer.bias.dtype == before["inner.proj.bias"].dtype
+    assert torch.equal(layer.bias, before["inner.proj.bias"])
+
+
+@pytest.mark.parametrize("mode", MODES[:4])
+def test_a_streamed_layer_refuses_integers_with_and_without_gradients(mode, device, tmp_path, small_parts_stream):
+    model = loaded(mode, device, rests=True, folder=tmp_path).eval()
+    assert engines_of(model)
+    x = torch.randn(3, 64, device=device)
+    with torch.no_grad():
+        expected = model(x)  # afterwards the layer is computed as a function of the slot's tensors
+        expected_again = model(x)
+        for dtype in INTEGERS:
+            with pytest.raises(QuantizationError, match=r"'inner\.proj' is quantized"):
+                model((100 * x).to(dtype))
+    with pytest.raises(QuantizationError, match=r"'inner\.proj' is quantized"):
+        model((100 * x).to(torch.int8))
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
+    assert torch.equal(expected_again, expected)
+    assert model.inner["proj"].bias.is_floating_point()
+
+
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
+def test_both_remedies_for_an_input_of_integers_work(mode, device):
+    x = (100 * torch.randn(3, 64, device=device)).to(torch.int8)
+    torch.manual_seed(0)
+    expected = Named().to(device)(x.float())
+    skipped = load_and_quantize_model(
+        Named(), {"load_in_8bit" if mode == "int8" else "load_in_4bit": True, "skip_modules": ["inner.proj"]},
+        device_map=device,
+    )  # fmt: skip
+    assert type(skipped.inner["proj"]) is nn.Linear
+    with torch.no_grad():
+        cast = loaded(mode, device).eval()(x.float())
+    assert (cast - expected).norm() < 0.2 * expected.norm()
+
+
+# Inputs of 1 to 5 dimensions, and without rows. The last two are views that are not contiguous.
+SHAPES = [(64,), (1, 64), (5, 64), (2, 3, 64), (2, 3, 2, 64), (2, 1, 3, 2, 64), (0, 64), (2, 0, 64), (2, 0, 3, 64)]
+
+
+def inputs(device, dtype):
+    generator = torch.Generator().manual_seed(1)
+    made = [torch.randn(shape, generator=generator) for shape in SHAPES]
+    made += [
+        torch.randn((64, 5), generator=generator).t(),
+        torch.randn((3, 64, 2), generator=generator).transpose(1, 2),
+        torch.randn((2, 64, 3, 2), generator=generator).permute(0, 2, 3, 1),
+        torch.randn((4, 128), generator=generator)[:, ::2],
+    ]
+    for x in made:
+        if x.numel() > 64:
+            x[..., 7] *= 20  # beyond the threshold of 6: an outlier
+    return [x.to(device, dtype) for x in made]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize(
+    ("mode", "rests"),
+    [("int8", False), ("int8", True), ("int8-training", False)],  # main weights are not offloaded
+    ids=["resident", "streamed", "main weights"],
+)
+def test_int8_takes_inputs_of_any_dimensions_as_the_matrix_of_their_rows(
+    mode, rests, training, dtype, device, tmp_path, small_parts_stream
+):
+    model = loaded(mode, device, rests=rests, folder=tmp_path).train(training)
+    for x in inputs(device, dtype):
+        matrix = x.reshape(-1, 64)
+        with torch.no_grad():
+            out = model(x)
+            assert out.shape == (*x.shape[:-1], 128)
+            assert out.dtype == dtype
+            assert torch.equal(out, model(matrix).view(out.shape))
+        gradients = []
+        for each in (x, matrix):
+            entry = each.detach().clone().requires_grad_()
+            out = model(entry)
+            (out.float() ** 2).sum().backward()
+            gradients.append(entry.grad)
+        assert gradients[0].shape == x.shape
+        assert torch.equal(gradients[0].reshape(matrix.shape), gradients[1])
+        assert x.numel() == 0 or gradients[0].abs().sum() > 0
+
+
+class Turned(nn.Module):
+    """Uses each layer's output transposed, so that the gradients that come back are not contiguous."""
+
+    def __init__(self, dims):
+        super().__init__()
+        self.dims = dims
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(64, 64)) for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x).transpose(*self.dims)
+            x = (x * torch.arange(x.shape[-1], device=x.device).to(x.dtype)).transpose(*self.dims).sin()
+        return x
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "with biases"])
+@pytest.mark.parametrize("shape", [(4, 64), (2, 24, 64), (1, 24, 64), (2, 3, 5, 64)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
+def test_gradients_through_streamed_layers_have_the_bits_of_resident_ones(
+    mode, dtype, shape, trained, device, tmp_path, small_parts_stream
+):
+    found = []
+    for rests in (False, True):
+        torch.manual_seed(0)
+        off = {f"blocks.{i}": "disk" if device.type == "cpu" else "cpu" for i in range(2)} if rests else {}
+        model = load_and_quantize_model(
+            Turned((-1, -2)), BnbQuantizationConfig.from_mode(mode, torch_dtype=dtype, skip_modules=[]),
+            device_map={"": device, **off}, offload_folder=tmp_path,
+        ).eval()  # fmt: skip
+        for block in model.blocks:
+            block[0].bias.requires_grad_(trained)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(device, dtype).requires_grad_()
+        out = model(x)
+        (out.float() ** 2).sum().backward()
+        found.append([out, x.grad, *(block[0].bias.grad for block in model.blocks if trained)])
+    assert engines_of(model)
+    assert found[0][1].abs().sum() > 0
+    for resident, streamed in zip(*found, strict=True):
+        assert torch.equal(resident, streamed)
