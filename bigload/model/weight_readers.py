@@ -20,7 +20,7 @@ from torch import nn
 from .weight_reads import Read, reads_of
 
 # Methods that run before the weights are loaded, that replace them, or that only describe the module.
-# (diffusers' `fuse_projections`, which only users call, makes one plain layer of several; of quantized layers it fails.)
+# (diffusers' `fuse_projections`, which only users call, makes one plain layer of several, which fails if quantized.)
 _NO_FORWARD = re.compile(
     r"__init__|_*init_.*|_*reset_parameters|_*tie_.*|_*resize_.*|__repr__|extra_repr|fuse_projections"
 )
