@@ -102,7 +102,7 @@ class StreamedTensor:
         parameter: the parameter whose values it is; None for the other parts of a quantized weight.
         identity: equal for tensors that are one and the same.
         is_swapped_in: the objects hold the slot's tensor, for a call that runs or one that was interrupted.
-        version: how often the parameter had been written to when it was last found unchanged.
+        version: how often the parameter had been written to at the last `note_writes`.
     """
 
     def __init__(self, name: str, places: Iterable[tuple[Any, str]], owner: nn.Module, key: str) -> None:
@@ -170,9 +170,12 @@ class StreamedTensor:
         return is_other or parameter.data_ptr() != at_rest.data_ptr()
 
     def is_written(self) -> bool:
-        """Whether the parameter was written to since this was last asked."""
-        before, self.version = self.version, self._count_writes()
-        return before != self.version
+        """Whether the parameter was written to since `note_writes`."""
+        return self.version != self._count_writes()
+
+    def note_writes(self) -> None:
+        """Take note of all that was written so far."""
+        self.version = self._count_writes()
 
     def _count_writes(self) -> int:
         parameter = self.parameter
