@@ -90,7 +90,7 @@ class Residency:
             self._pool.require_streamed(self.group, self.leaf)
             at_rest = self.group.store.tensors
             for each in self._owned:
-                if each.is_written() or each.is_replaced(at_rest[each.name]):
+                if each.is_changed(at_rest[each.name]):
                     self._adopt(self.group)
                     break
             return self._pool.enter(use, self.group, self.leaf)
