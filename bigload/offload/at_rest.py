@@ -297,6 +297,15 @@ def hook_state_dicts(weights: Residency, pool: SlotPool) -> list[Any]:
     ]
 
 
+def hook_embedding(module: nn.Module) -> Any:
+    """Hook a module that the CPU computes where its weights rest, so that `state_dict` holds tensors of torch's class.
+
+    Returns:
+        The handle that removes the hook.
+    """
+    return module.register_state_dict_post_hook(_Hook(_show_plain))  # type: ignore[no-untyped-call]
+
+
 class _Hook(NonCopyable):
     """A function with its first arguments, which a copy of the hooked module does not get."""
 
@@ -339,11 +348,16 @@ def _show_at_rest(
     group.store.require_unchanged()
     # While the leaf runs, its tensors are those in a slot, which will be overwritten.
     memories = {slot.memory.untyped_storage().data_ptr() for slot in pool.slots}
+    _show_plain(module, state, prefix)
     for name, tensor in state.items():
-        if not name.startswith(prefix):
-            continue
-        if type(tensor) is _Traveller:
-            with without_torch_function():
-                tensor = state[name] = tensor.as_subclass(torch.Tensor)
-        if type(tensor) is torch.Tensor and tensor.untyped_storage().data_ptr() in memories:
+        is_own = name.startswith(prefix) and type(tensor) is torch.Tensor
+        if is_own and tensor.untyped_storage().data_ptr() in memories:
             state[name] = group.store.at_rest(tensor)
+
+
+def _show_plain(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: object) -> None:
+    """Let a state_dict hold tensors of torch's own class, which share the memory of a module's weights at rest."""
+    with without_torch_function():
+        for name, tensor in state.items():
+            if name.startswith(prefix) and type(tensor) is _Traveller:
+                state[name] = tensor.as_subclass(torch.Tensor)

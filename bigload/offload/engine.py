@@ -19,7 +19,7 @@ from torch import nn
 from ..errors import ConfigError, OffloadError
 from ..hardware.layout import TensorSpec
 from ..hardware.pinned import HostGroup, Store
-from .at_rest import hook_state_dicts, keep_writes, stop_keeping_writes
+from .at_rest import hook_embedding, hook_state_dicts, keep_writes, stop_keeping_writes
 from .forwards import CpuForward, ForwardOverride, StreamedForward
 from .leaves import (
     Group,
@@ -114,6 +114,8 @@ class Engine(NonCopyable):
             CpuForward(leaf.path, leaf.module, self.device, None if files is None else files.require_unchanged)
             for leaf, files in self._embeddings.items()
         ]
+        for leaf in self._embeddings:
+            self._state_hooks.append(hook_embedding(leaf.module))
         for parameter in self._embedded():
             keep_writes(parameter, self.pool)
 
@@ -128,7 +130,7 @@ class Engine(NonCopyable):
                 keep_writes(each.parameter, self.pool)
 
     def adopt(self, group: Group) -> None:
-        """Stream what others have put in the place of a group's weights: other values, dtypes or parameters.
+        """Stream what others have written to a group's weights, or put in their place, of any dtype and shape.
 
         The caller holds the pool's lock.
 
@@ -136,6 +138,13 @@ class Engine(NonCopyable):
             OffloadError: a weight is in use, on meta, or shared with a module that would not find it.
         """
         before = {each for own in self._streamed[group].values() for each in own}
+        for each in before:
+            if each.is_written():
+                each.note_writes()
+                group.store.use_written(each.name)
+                self.pool.forget(group)
+        if not self._is_replaced(group):
+            return
         if any(each.is_used() for each in before):
             raise OffloadError(f"a weight of {group.name!r} was replaced while others are in use on the device")
         for each in before:
@@ -152,11 +161,12 @@ class Engine(NonCopyable):
         store: Store = group.store
         if specs != store.layout.parts:
             store = HostGroup(specs, self.device)
-        for name, tensor in tensors.items():
-            if tensor.data_ptr() != store.tensors[name].data_ptr():
-                store.tensors[name].copy_(tensor)
-                store.use_written(name)
-        self.pool.exchange_store(group, store)
+        other = [name for name, tensor in tensors.items() if tensor.data_ptr() != store.tensors[name].data_ptr()]
+        for name in other:
+            store.tensors[name].copy_(tensors[name])
+            store.use_written(name)
+        if other:
+            self.pool.exchange_store(group, store)
         self._streamed[group] = streamed
         for weights in self._weights:
             if weights.group is group:
@@ -230,10 +240,12 @@ class Engine(NonCopyable):
             self._close()
 
     def _adopt_replaced(self) -> None:
-        for group, by_leaf in list(self._streamed.items()):
-            at_rest = group.store.tensors
-            if any(each.is_replaced(at_rest[each.name]) for streamed in by_leaf.values() for each in streamed):
-                self.adopt(group)
+        for group in self._streamed.copy():
+            self.adopt(group)
+
+    def _is_replaced(self, group: Group) -> bool:
+        at_rest, by_leaf = group.store.tensors, self._streamed[group]
+        return any(each.is_replaced(at_rest[each.name]) for streamed in by_leaf.values() for each in streamed)
 
     def _copy_all_to_device(self, copies: list[tuple[Callable[[torch.Tensor], None], torch.Tensor]]) -> None:
         """Append a copy of each weight on the device, with the function that puts it into the model."""

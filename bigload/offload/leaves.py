@@ -102,7 +102,7 @@ class StreamedTensor:
         parameter: the parameter whose values it is; None for the other parts of a quantized weight.
         identity: equal for tensors that are one and the same.
         is_swapped_in: the objects hold the slot's tensor, for a call that runs or one that was interrupted.
-        version: how often the parameter had been written to when it was last found unchanged.
+        version: how often the parameter had been written to at the last `note_writes`.
     """
 
     def __init__(self, name: str, places: Iterable[tuple[Any, str]], owner: nn.Module, key: str) -> None:
@@ -113,6 +113,7 @@ class StreamedTensor:
         self.parameter: nn.Parameter | None = holder if isinstance(holder, nn.Parameter) else None
         self.identity = (id(holder), attribute)
         self.is_swapped_in = False
+        self._is_counted = self.parameter is not None and not self.parameter.is_inference()
         self.version = self._count_writes()
         self._version_in_slot = self.version
         self._users: list[Use] = []
@@ -169,14 +170,27 @@ class StreamedTensor:
         is_other = self._owner._parameters.get(self._key) is not parameter
         return is_other or parameter.data_ptr() != at_rest.data_ptr()
 
+    def is_changed(self, at_rest: torch.Tensor) -> bool:
+        """Whether `is_written` or `is_replaced`, of a parameter. Each call of a leaf asks, so this calls neither."""
+        parameter = self.parameter
+        if parameter is None or self.is_swapped_in:
+            return False
+        return (
+            (self._is_counted and parameter._version != self.version)
+            or self._owner._parameters.get(self._key) is not parameter
+            or parameter.data_ptr() != at_rest.data_ptr()
+        )
+
     def is_written(self) -> bool:
-        """Whether the parameter was written to since this was last asked."""
-        before, self.version = self.version, self._count_writes()
-        return before != self.version
+        """Whether the parameter was written to since `note_writes`."""
+        return self.version != self._count_writes()
+
+    def note_writes(self) -> None:
+        """Take note of all that was written so far."""
+        self.version = self._count_writes()
 
     def _count_writes(self) -> int:
-        parameter = self.parameter
-        return 0 if parameter is None or parameter.is_inference() else parameter._version
+        return self.parameter._version if self._is_counted and self.parameter is not None else 0
 
 
 def streamed_tensors_of(leaf: Leaf) -> list[StreamedTensor]:

@@ -33,9 +33,9 @@ class Residency:
         group: Group,
         leaf: Leaf,
         streamed: Sequence[StreamedTensor],
-        adopt: Callable[[Group], object] = lambda group: None,
+        adopt: Callable[[Group], object],
     ) -> None:
-        """Keep what `adopt` does: it takes over what others have put in the place of a group's weights."""
+        """Keep `adopt`, which takes over what others have written to a group's weights, or put in their place."""
         self._pool, self.group, self.leaf, self._adopt = pool, group, leaf, adopt
         self.follow(streamed)
 
@@ -90,12 +90,9 @@ class Residency:
             self._pool.require_streamed(self.group, self.leaf)
             at_rest = self.group.store.tensors
             for each in self._owned:
-                if each.is_replaced(at_rest[each.name]):
+                if each.is_changed(at_rest[each.name]):
                     self._adopt(self.group)
                     break
-                if each.is_written():
-                    self.group.store.use_written(each.name)
-                    self._pool.forget(self.group)
             return self._pool.enter(use, self.group, self.leaf)
 
     def _leave(self) -> None:

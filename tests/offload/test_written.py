@@ -299,3 +299,27 @@ def test_cast_weights_stay_at_rest_when_the_model_is_moved(twins, device):
     model.to(device)
     assert_same_bits({"head": model.state_dict()["lm_head.weight"]}, {"head": expected})
     assert len(engines_of(model)) == 1
+
+
+@pytest.mark.parametrize("mode", MODES, ids=["plain", "nf4", "nf4-dq", "int8"])
+def test_state_dict_holds_tensors_of_torch_on_the_cpu(twins, device, mode):
+    whole, model = twins(mode, None)
+    state = model.state_dict()
+    assert {type(tensor) for tensor in state.values()} == {torch.Tensor}
+    assert state["model.embed_tokens.weight"].device == torch.device("cpu")
+    assert_same_bits(state_of(model), {name: tensor.to(state[name].device) for name, tensor in state_of(whole).items()})
+
+
+@torch.no_grad()
+def test_group_of_which_all_was_written_is_copied_once_more(device, tmp_path):
+    _, model, engine = streamed(device, tmp_path, "cpu")
+    x = torch.randn(3, 64, device=device)
+    for _ in range(3):
+        model(x)
+    engine.pool.copier.finish()
+    for parameter in model.parameters():
+        parameter.mul_(2)
+    before = engine.stats().fetches
+    model(x)
+    # Each layer of a group was written to. A group that was copied ahead since is copied again.
+    assert engine.stats().fetches - before <= 2 * len(engine.groups)
