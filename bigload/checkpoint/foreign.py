@@ -62,8 +62,8 @@ def foreign_error(checkpoint: Checkpoint, spare: Iterable[str]) -> CheckpointErr
     method = f"{said[0]!r}, as '{said[1]}' says" if said else found
     return CheckpointError(
         f"'{checkpoint.location}' was quantized by {method} (it holds {listed(shown)}), which bigload does not read: "
-        "it reads weights of 16 to 64 bits, and those that bitsandbytes quantized. Use the original checkpoint, or load "
-        "this one with the library that made it",
+        "it reads weights of 16 to 64 bits, and those that bitsandbytes quantized. Use the original checkpoint, or "
+        "load this one with the library that made it",
         unexpected_keys=shown,
     )
 
