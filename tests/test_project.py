@@ -45,16 +45,16 @@ def test_figures_of_the_readme_are_those_of_the_result_file():
 PUBLIC = {
     "load_and_quantize_model": (
         "model bnb_quantization_config weights_location device_map no_split_module_classes max_memory offload_folder "
-        "offload_state_dict offload key_mapping tied_parameters quantizable strict progress"
+        "offload_state_dict offload key_mapping tied_parameters quantizable initialize_missing strict progress"
     ),
     "plan_device_map": (
         "model bnb_quantization_config weights_location device_map no_split_module_classes max_memory offload_folder "
-        "offload key_mapping tied_parameters quantizable"
+        "offload key_mapping tied_parameters quantizable initialize_missing"
     ),
     "save_quantized_model": "model folder max_shard_size overwrite",
     "quantize_checkpoint": (
-        "src dst bnb_quantization_config model max_shard_size device key_mapping tied_parameters quantizable overwrite "
-        "progress"
+        "src dst bnb_quantization_config model max_shard_size device key_mapping tied_parameters quantizable "
+        "initialize_missing overwrite progress"
     ),
     "dequantize_model": "model dtype",
     "init_empty_weights": "include_buffers",

@@ -8,15 +8,26 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from torch.utils.weak import WeakIdKeyDictionary
+
+from .unallocated import Unallocated
 
 
 class _Building(threading.local):
-    """This thread's open `init_empty_weights` blocks, each a map from real parameters to the empty ones."""
+    """This thread's open `init_empty_weights` blocks, each a map from real parameters to the empty ones.
+
+    Attributes:
+        blocks: the maps, the outermost first.
+        unallocated: keeps large tensors from being allocated, in the outermost block that leaves buffers real.
+    """
 
     def __init__(self) -> None:
         self.blocks: list[WeakIdKeyDictionary] = []
+        self.unallocated: Unallocated | None = None
 
 
 _building = _Building()
@@ -28,8 +39,9 @@ _installed = False
 def init_empty_weights(include_buffers: bool = False) -> Iterator[None]:
     """Build modules without weights: each parameter is replaced by one on the meta device when it is registered.
 
-    Shared parameters stay shared. Buffers stay real: they are small, and often not in the checkpoint. Other threads are
-    not affected.
+    Parameters of a MiB or more are not allocated at all, unless their values are computed from others. Shared
+    parameters stay shared. Buffers stay real: they are small, and often not in the checkpoint. Other threads are not
+    affected.
 
     Args:
         include_buffers: create buffers, and all other tensors, on meta too.
@@ -42,21 +54,29 @@ def init_empty_weights(include_buffers: bool = False) -> Iterator[None]:
         >>> model.weight.device
         device(type='meta')
     """
-    _install_hook()
+    _install_hooks()
+    unallocated = None if include_buffers or _building.unallocated else Unallocated()
     _building.blocks.append(WeakIdKeyDictionary())
+    if unallocated is not None:
+        _building.unallocated = unallocated
     try:
-        with torch.device("meta") if include_buffers else nullcontext():
+        with torch.device("meta") if include_buffers else unallocated or nullcontext():
             yield
+            if unallocated is not None:
+                unallocated.finish()
     finally:
         _building.blocks.pop()
+        if unallocated is not None:
+            _building.unallocated = None
 
 
-def _install_hook() -> None:
-    """Register the hook once, never to remove it: torch iterates its hooks while other threads build modules."""
+def _install_hooks() -> None:
+    """Register the hooks once, never to remove it: torch iterates its hooks while other threads build modules."""
     global _installed
     with _installing:
         if not _installed:
             register_module_parameter_registration_hook(_to_meta)  # type: ignore[arg-type]
+            register_module_buffer_registration_hook(_to_real)
             _installed = True
 
 
@@ -70,6 +90,12 @@ def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn
     if parameter not in empty:
         empty[parameter] = like_parameter(parameter, torch.empty_like(parameter.data, device="meta"))
     return empty[parameter]  # type: ignore[no-any-return]
+
+
+def _to_real(module: nn.Module, name: str, buffer: torch.Tensor | None) -> None:
+    """Allocate a buffer that is not yet: it stays real."""
+    if _building.unallocated is not None and buffer is not None:
+        _building.unallocated.make_real(buffer)
 
 
 _default = threading.RLock()

@@ -9,6 +9,7 @@ import torch
 
 from ..errors import PlacementError, listed
 from ..hardware.devices import Place
+from ..io.transfer import WINDOW_BYTES
 from ..quantization import formats
 from ..quantization.formats import FourBit, Plain
 from ..sizes import show
@@ -34,8 +35,9 @@ def does_not_fit_error(
     place = devices[error.place] if isinstance(error.place, int) else error.place
     allowed = max(error.allowed, 0)
     lacking = error.needed - error.allowed
-    alone = units[error.item].name if error.item is not None else ""
-    extra = f", beside {show(reserve)} kept for activations" if is_device and reserve else ""
+    # Where nothing may be used, any unit is too large, and which one says nothing.
+    alone = units[error.item].name if error.item is not None and allowed else ""
+    extra = f", beside {show(reserve)} {_kept_for(reserve)}" if is_device and reserve else ""
     too_large = f"'{alone}' alone is too large for it; " if alone else ""
     helps = _smaller_modes(units, lacking)
     if may_use_disk:
@@ -47,6 +49,10 @@ def does_not_fit_error(
         f"what must be on {place} needs {show(error.needed)}, where {show(allowed)} may be used{extra}: "
         f"{show(lacking)} too little; {too_large}what would help: {', or '.join(helps)}"
     )
+
+
+def _kept_for(reserve: int) -> str:
+    return "kept for the transfers of the load" if reserve == WINDOW_BYTES else "kept for activations"
 
 
 def _smaller_modes(units: Sequence[Unit], lacking: int) -> list[str]:
@@ -75,7 +81,7 @@ def check_accounts(accounts: Sequence[Account], limited: Collection[Place]) -> N
     """
     for account in accounts:
         if account.free is not None and account.free < 0:
-            beside = f" (of it {show(account.reserve)} kept for activations)" if account.reserve else ""
+            beside = f" (of it {show(account.reserve)} {_kept_for(account.reserve)})" if account.reserve else ""
             allowed = "max_memory allows" if account.place in limited else "where there is free now"
             raise PlacementError(
                 f"the model needs {show(account.needed)}{beside} on {account.place}, {allowed} "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -10,15 +11,19 @@ from typing import TypeVar
 
 import torch
 
+from ..errors import listed
 from ..hardware.devices import CPU, Place, as_place, default_device, is_strategy
 from ..hardware.free_memory import free_bytes, free_disk_bytes
 from ..model.view import ModelView
+from ..sizes import show
 from .advice import does_not_fit_error, split_unit_error
 from .plan import PlacedUnit
 from .planned_tensors import PlannedTensor
 from .request import PlacementRequest, computing_devices, longest_match, places_of
 from .solver import DoesNotFitError, Item, OffPlace, Rules, solve_placement
-from .units import GPU_BYTES, Unit, bytes_of, units_of, whole_model
+from .units import GPU_BYTES, RESIDENT_BYTES, Unit, bytes_of, units_of, whole_model
+
+logger = logging.getLogger(__name__)
 
 _P = TypeVar("_P", bound=Place)
 
@@ -196,6 +201,7 @@ def _place_by_map(units: Sequence[Unit], places: Mapping[str, Place], request: P
     computing = gpus or [CPU]
     on_cpu = bool(gpus) and request.fp32_on_cpu
     placed: list[PlacedUnit] = []
+    staying: dict[str, list[str]] = {"small": [], "shared": []}
     turn = 0
     for unit in units:
         found = _places_in(unit, places)
@@ -212,6 +218,8 @@ def _place_by_map(units: Sequence[Unit], places: Mapping[str, Place], request: P
             turn += not devices
             mapped = _unit_offloading(unit, away[0], places)
             placed.append(PlacedUnit(mapped, device, away[0]) if mapped.offloaded else PlacedUnit(unit, device))
+            _note_staying(mapped, away[0], places, staying)
+    _warn_of_staying(staying)
     used = {one.device for one in placed} | {CPU for one in placed if one.home == CPU}
     budgets: dict[Place, int] = dict(request.budgets)
     if request.must_exist:
@@ -222,6 +230,35 @@ def _place_by_map(units: Sequence[Unit], places: Mapping[str, Place], request: P
     if used == set(places.values()) and len(used) == 1:
         return replace(made, devices=dict.fromkeys(places, computing[0]))
     return made
+
+
+def _note_staying(unit: Unit, away: Place, places: Mapping[str, Place], staying: Mapping[str, list[str]]) -> None:
+    """Note what a map sends away and stays: large tensors, and a unit of small ones only."""
+    leaving = set(map(id, unit.offloaded))
+    sent = [
+        planned
+        for planned in unit.tensors
+        if id(planned) not in leaving and places[longest_match(planned.tensor.name, places) or ""] == away
+    ]
+    large = [planned.tensor.name for planned in sent if planned.nbytes >= RESIDENT_BYTES]
+    staying["shared"] += large
+    if sent and not leaving and not large:
+        staying["small"].append(unit.name)
+
+
+def _warn_of_staying(staying: Mapping[str, list[str]]) -> None:
+    if staying["small"]:
+        logger.warning(
+            "device_map offloads %s, which stay on the device that computes: their tensors are all below %s",
+            listed(staying["small"]),
+            show(RESIDENT_BYTES),
+        )
+    if staying["shared"]:
+        logger.warning(
+            "device_map offloads %s, which stay on the device that computes: only floating-point parameters that the "
+            "forward of one module without children reads can be offloaded",
+            listed(staying["shared"]),
+        )
 
 
 def _places_in(unit: Unit, places: Mapping[str, Place]) -> list[Place]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ from ..model.quantizable import layers_recorded, layers_stored_quantized, layers
 from ..model.tensors import ModelTensor, tensors_of
 from ..model.view import ModelView
 from ..quantization.formats import FourBit, dominant_dtype
+from ..sizes import show
 from .advice import check_accounts
 from .cpu_or_gpu import is_faster_on_cpu
 from .leftover import warn_of_leftover
@@ -36,6 +38,8 @@ from .plan import AfterLoad, Plan, accounts_of
 from .planned_tensors import PlannedTensor, formatted_tensors
 from .request import LoadRequest, PlacementRequest, check_map, load_request, only_device
 from .sources import KeyMapping, Source, sources_in_checkpoint
+
+logger = logging.getLogger(__name__)
 
 
 def plan_load(view: ModelView, request: LoadRequest) -> Plan:
@@ -58,10 +62,16 @@ def plan_load(view: ModelView, request: LoadRequest) -> Plan:
     reserve = placement.offload.reserve_bytes(_dequantized_bytes(planned, config))
     placement = replace(placement, reserve=max(reserve, WINDOW_BYTES))
     placed = None if device is None else place_whole(planned, device, placement)
-    made = _placed(planned, layers, config, placed or _placement(view, planned, placement), placement)
+    plan = _placed(planned, layers, config, placed or _placement(view, planned, placement), placement)
+    if reserve < WINDOW_BYTES and any(device.type == "cuda" for device in plan.device_bytes):
+        logger.warning(
+            "reserve is %s, but the transfers of the load need %s: that is kept free instead",
+            show(reserve),
+            show(WINDOW_BYTES),
+        )
     read = plain_because_read(view, config, request.quantizable)
     read = {path: what for path, what in read.items() if path not in layers}
-    return replace(made, after=after, read_weights=read)
+    return replace(plan, after=after, read_weights=read)
 
 
 _Sources = Mapping[str, tuple[Source, ...]]

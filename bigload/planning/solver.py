@@ -161,7 +161,9 @@ def _in_order(sizes: Sequence[int], capacities: Sequence[int], strategy: str) ->
     if len(capacities) == 1:
         return [0] * len(sizes) if sum(sizes) <= capacities[0] else None
     filled = _greedy(sizes, capacities)
-    if filled is None or strategy == "sequential":
+    if filled is None:
+        return _largest_first(sizes, capacities)
+    if strategy == "sequential":
         return filled
     if strategy == "balanced_low_0":
         first = _least(lambda cap: _greedy(sizes, [min(cap, capacities[0]), *capacities[1:]]), capacities[0])
@@ -182,6 +184,18 @@ def _greedy(sizes: Sequence[int], capacities: Sequence[int]) -> list[int] | None
                 return None
         used += size
         filled.append(device)
+    return filled
+
+
+def _largest_first(sizes: Sequence[int], capacities: Sequence[int]) -> list[int] | None:
+    """Give up the order of the units: place the largest first, each where it leaves the least room."""
+    left, filled = list(capacities), [0] * len(sizes)
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        fitting = [device for device, room in enumerate(left) if room >= sizes[index]]
+        if not fitting:
+            return None
+        filled[index] = min(fitting, key=lambda device: left[device])
+        left[filled[index]] -= sizes[index]
     return filled
 
 

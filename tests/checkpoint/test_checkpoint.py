@@ -187,3 +187,9 @@ def test_dominant_dtype_counts_bytes_not_tensors(tmp_path):
     tensors = {f"norm{n}": torch.zeros(1) for n in range(5)}
     save({**tensors, "weight": torch.zeros(100, dtype=torch.bfloat16)}, tmp_path)
     assert open_checkpoint(tmp_path).dominant_dtype is torch.bfloat16
+
+
+def test_an_index_may_be_the_map_alone(tmp_path):
+    index = save_shards({"a.safetensors": {"x": torch.ones(2)}, "b.safetensors": {"y": torch.ones(3)}}, tmp_path)
+    index.write_text('{"x": "a.safetensors", "y": "b.safetensors"}')
+    assert open_checkpoint(tmp_path).tensors.keys() == {"x", "y"}

@@ -185,3 +185,41 @@ def test_threads_that_enter_and_leave_at_once_do_not_disturb_each_other():
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(build, range(16)))
+
+
+class Holds(nn.Module):
+    """A parameter of 64 TiB, which no machine could hold, and large tensors that are none."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.weight = nn.Parameter(make(2**22, 2**22))
+        self.register_buffer("table", torch.zeros(2**18))
+        self.table[3] = 5
+        self.later = torch.ones(2**18)
+        half = torch.full((2**18,), 2.0)
+        self.register_buffer("quarter", half / 4)
+        filled = torch.empty(2**18).fill_(7)
+        self.register_buffer("filled", filled, persistent=False)
+        nn.init.normal_(self.weight)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand, lambda *shape: torch.empty(*shape).normal_()],
+)
+def test_parameters_are_never_allocated_and_everything_else_is(make):
+    with init_empty_weights():
+        model = Holds(make)
+    assert model.weight.is_meta
+    assert model.weight.shape == (2**22, 2**22)
+    real = {name: value.unique().tolist() for name, value in model.named_buffers()}
+    assert real == {"table": [0, 5], "quarter": [0.5], "filled": [7]}
+    assert model.later.sum() == 2**18
+
+
+def test_large_tensors_of_nested_blocks_and_dtypes_are_as_without():
+    with init_empty_weights():
+        with init_empty_weights():
+            inner = torch.ones(2**19, dtype=torch.float16)
+        outer = inner.float() + torch.zeros(2**19)
+    assert (outer.device.type, outer.dtype, outer.unique().tolist()) == ("cpu", torch.float32, [1])

@@ -158,3 +158,41 @@ def test_what_nothing_of_can_leave_is_not_offloaded():
 def test_gpus_are_taken_in_the_order_of_their_numbers():
     plan = planned(lambda: GPT(layers=12), max_memory=dict.fromkeys((10, 2, 1), "1GiB"))
     assert list(dict.fromkeys(device.index for device in plan.execution_map.values())) == [1, 2, 10]
+
+
+class Mixed(torch.nn.Module):
+    """A large parameter beside a child, and blocks that are small."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.rand(1024, 1024))
+        self.layer, self.small = torch.nn.Linear(1024, 2560), torch.nn.Linear(8, 8)
+
+
+@pytest.mark.parametrize("home", ["cpu", "disk"])
+def test_what_is_sent_away_and_stays_is_said(caplog, home):
+    maps = {"": 0, "table": home, "small": home, "layer": home}
+    with caplog.at_level("WARNING"):
+        plan_device_map(Mixed(), "nf4", device_map=maps, offload_folder="files")
+    said = [record.getMessage() for record in caplog.records if "stay on the device" in record.getMessage()]
+    assert ["'small', which stay" in said[0], "'table', which stay" in said[1], len(said)] == [True, True, 2]
+
+
+def test_norms_and_biases_that_stay_as_ever_are_not_said(caplog):
+    with caplog.at_level("WARNING"):
+        plan_device_map(Mixed(), "nf4", device_map={"": 0, "layer": "cpu"})
+    assert "stay on the device" not in caplog.text
+
+
+def test_a_reserve_below_what_the_load_needs_is_said(caplog):
+    with caplog.at_level("WARNING"):
+        plan = plan_device_map(Mixed(), "nf4", device_map=0, offload=OffloadConfig(reserve="1MiB"))
+    assert "reserve is 1.00 MiB, but the transfers of the load need 144.00 MiB" in caplog.text
+    assert plan.accounts[0].reserve == 144 * 2**20
+
+
+def test_a_budget_that_leaves_nothing_blames_no_unit_and_says_what_is_kept():
+    options = {"max_memory": {0: "1MiB", "cpu": 0}, "offload": OffloadConfig(reserve=0)}
+    with pytest.raises(PlacementError, match="kept for the transfers of the load") as caught:
+        plan_device_map(Mixed(), "nf4", device_map="auto", **options)
+    assert "alone is too large" not in str(caught.value)

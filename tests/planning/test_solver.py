@@ -218,3 +218,12 @@ def test_a_home_too_small_for_the_first_choice_does_not_end_the_search():
 def test_homes_are_divided_unevenly_where_no_even_division_fits():
     placed = solve_placement([Item(1, 0, 1, 1), Item(10, 0, 10, 10)], [10], {"cpu": 1, "disk": 10}, Rules(slots=1))
     assert [place.away for place in placed] == ["cpu", "disk"]
+
+
+@pytest.mark.parametrize("strategy", ["balanced", "balanced_low_0", "sequential"])
+def test_what_fits_in_another_order_alone_is_placed(strategy):
+    sizes = [48, 32]  # the first fits onto the second device only, which has no room for both
+    items = [Item(size, 0, size, size, is_block=True) for size in sizes]
+    placed = solve_placement(items, [40, 79], {}, Rules(strategy, 2))
+    assert [one.device for one in placed] == [1, 0]
+    assert not any(one.away for one in placed)
