@@ -9,10 +9,12 @@ from torch import nn
 
 from .errors import ConfigError, QuantizationError, listed
 from .model import transformers_facts
+from .model.aliases import aliases
 from .model.tree import first_paths
 from .offload.forwards import forward_override_of
 from .pipeline.assembly import apply_edits
 from .pipeline.attributes import Edit, clear_attributes
+from .pipeline.exchange import exchanges
 from .quantization.bnb import dequantize_4bit, library
 from .quantization.formats import dominant_dtype
 from .quantization.layers import carry_over, quantized_layers, require_whole_layers, source_class
@@ -55,12 +57,15 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     _require_own_forwards(layers)
     own = dominant_dtype((p.dtype, p.nbytes) for p in model.parameters() if type(p) is nn.Parameter)
     plain = {layer: _plain(layer, dtype, own) for layer in layers.values()}
+    modules = first_paths(model)
     edits: list[Edit] = [
         (module._modules, name, plain[child])
-        for module in first_paths(model)
+        for module in modules
         for name, child in module._modules.items()
         if child in plain
     ]
+    held = aliases(modules, lambda value: getattr(value, "__self__", value) in plain)
+    edits += exchanges(held, plain, {})
     root = plain.get(model, model)
     apply_edits(edits + clear_attributes(root))
     return root
