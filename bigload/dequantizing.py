@@ -32,7 +32,8 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     Args:
         model: changed in place.
         dtype: of the dequantized weights and their biases. None means the dtype that a 4-bit weight was quantized from;
-            int8 does not store that, so there it means the dominant dtype of the model's other weights.
+            int8 does not store that: there it means the `torch_dtype` that bigload loaded the layer in, and for layers
+            that others made the dominant dtype of the model's other weights.
 
     Returns:
         The same model. If the model itself is a quantized layer, the layer that replaces it.
@@ -93,7 +94,9 @@ def _plain(layer: Any, dtype: torch.dtype | None, own: torch.dtype) -> nn.Module
         values = weight.data.to(dtype or weight.dtype)
     else:
         # LLM.int8(), arXiv 2208.07339, section 2: the scale of each row is its largest absolute value over 127.
-        values = (weight.data * (row_scales(layer) / 127).unsqueeze(1)).to(dtype or own)
+        values = (weight.data * (row_scales(layer) / 127).unsqueeze(1)).to(
+            dtype or vars(layer).get("loaded_dtype", own)
+        )
     kind = source_class(layer)
     new = _empty(kind, values.shape, layer.bias is not None)
     if transformers_facts.is_conv1d_class(kind):

@@ -171,8 +171,7 @@ class _Contents:
     def __init__(self, container: Any) -> None:
         self._container = container
 
-    def get(self, key: str, default: Any = None) -> _Items:
-        """Return its items."""
+    def __getitem__(self, key: str) -> _Items:
         return _Items(self._container.items() if isinstance(self._container, dict) else self._container)
 
     def __setitem__(self, key: str, items: _Items) -> None:
@@ -187,9 +186,8 @@ class _Attributes:
     def __init__(self, owner: Any) -> None:
         self._owner = owner
 
-    def get(self, key: str, default: Any = None) -> Any:
-        """Return an attribute."""
-        return getattr(self._owner, key, default)
+    def __getitem__(self, key: str) -> Any:
+        return getattr(self._owner, key)
 
     def __setitem__(self, key: str, value: Any) -> None:
         object.__setattr__(self._owner, key, value)  # of a frozen dataclass too

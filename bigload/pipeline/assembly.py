@@ -119,13 +119,20 @@ def apply_edits(edits: list[Edit], then: Callable[[], object] = lambda: None) ->
     before: list[Edit] = []
     try:
         for slots, key, value in edits:
-            before.append((slots, key, slots.get(key, ABSENT)))
+            before.append((slots, key, _get(slots, key)))
             _set(slots, key, value)
         then()
     except BaseException:  # Ctrl-C too: half a model is worse than none
         for slots, key, value in reversed(before):
             _set(slots, key, value)
         raise
+
+
+def _get(slots: Any, key: str) -> Any:
+    try:
+        return slots[key]  # a scripted module's parameters are no dict, and have no get()
+    except KeyError:
+        return ABSENT
 
 
 def _set(slots: Any, key: str, value: Any) -> None:
