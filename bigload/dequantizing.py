@@ -10,12 +10,14 @@ from torch import nn
 from .errors import ConfigError, QuantizationError, listed
 from .hardware.devices import on_cpu_unless_named
 from .model import transformers_facts
+from .model.aliases import aliases
 from .model.tree import first_paths
 from .model.view import require_module
 from .offload.device_hooks import detach_from_layers
 from .offload.forwards import forward_override_of
 from .pipeline.assembly import apply_edits
 from .pipeline.attributes import Edit, clear_attributes
+from .pipeline.exchange import exchanges
 from .quantization.bnb import dequantize_4bit, library
 from .quantization.formats import dominant_dtype
 from .quantization.layers import carry_over, quantized_layers, require_whole_layers, source_class
@@ -34,7 +36,8 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     Args:
         model: changed in place.
         dtype: of the dequantized weights and their biases. None means the dtype that a 4-bit weight was quantized from;
-            int8 does not store that, so there it means the dominant dtype of the model's other weights.
+            int8 does not store that: there it means the `torch_dtype` that bigload loaded the layer in, and for layers
+            that others made the dominant dtype of the model's other weights.
 
     Returns:
         The same model. If the model itself is a quantized layer, the layer that replaces it.
@@ -60,12 +63,15 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     _require_own_forwards(layers)
     own = dominant_dtype((p.dtype, p.nbytes) for p in model.parameters() if type(p) is nn.Parameter)
     plain = {layer: _plain(layer, dtype, own) for layer in layers.values()}
+    modules = first_paths(model)
     edits: list[Edit] = [
         (module._modules, name, plain[child])
-        for module in first_paths(model)
+        for module in modules
         for name, child in module._modules.items()
         if child in plain
     ]
+    held = aliases(modules, lambda value: getattr(value, "__self__", value) in plain)
+    edits += exchanges(held, plain, {})
     root = plain.get(model, model)
     apply_edits(edits + clear_attributes(root))
     detach_from_layers(model)
@@ -94,7 +100,9 @@ def _plain(layer: Any, dtype: torch.dtype | None, own: torch.dtype) -> nn.Module
         values = weight.data.to(dtype or weight.dtype)
     else:
         # LLM.int8(), arXiv 2208.07339, section 2: the scale of each row is its largest absolute value over 127.
-        values = (weight.data * (row_scales(layer) / 127).unsqueeze(1)).to(dtype or own)
+        values = (weight.data * (row_scales(layer) / 127).unsqueeze(1)).to(
+            dtype or vars(layer).get("loaded_dtype", own)
+        )
     kind = source_class(layer)
     new = _empty(kind, values.shape, layer.bias is not None)
     if transformers_facts.is_conv1d_class(kind):

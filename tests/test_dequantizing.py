@@ -216,3 +216,25 @@ def test_model_of_transformers_within_another_is_quantized_no_more(tmp_path, dev
     assert not getattr(plain.lm, "is_quantized", False)
     assert not plain.lm.is_loaded_in_4bit
     plain.lm.half()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_int8_of_a_model_that_is_mostly_float32_comes_back_in_the_dtype_it_was_loaded_in(device, dtype):
+    class Mostly(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.kept, self.norm = nn.Linear(64, 64), nn.Linear(64, 512), nn.LayerNorm(512)
+
+        def forward(self, x):
+            return self.norm(self.kept(self.fc(x).float()))
+
+    config = {"load_in_8bit": True, "keep_in_fp32_modules": ["kept", "norm"], "skip_modules": [], "torch_dtype": dtype}
+    model = load_and_quantize_model(Mostly(), BnbQuantizationConfig(**config), device_map=device).eval()
+    x = torch.randn(3, 64, device=device, dtype=dtype)
+    with torch.no_grad():
+        before = model(x)
+        after = dequantize_model(model)(x)
+    assert (model.fc.weight.dtype, model.fc.bias.dtype) == (dtype, dtype)
+    assert model.kept.weight.dtype == torch.float32
+    assert relative_error(after, before) < 0.03
+    assert not {"loaded_as", "loaded_dtype"} & vars(model.fc).keys()

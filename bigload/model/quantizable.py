@@ -58,7 +58,7 @@ def layers_to_quantize(
     view = view_of(model)
     tied = {name for tensor in tensors if _has_several_owners(view, tensor) for name in tensor.names}
     always = [*(config.keep_in_fp32_modules or ()), *fp32_patterns(view.modules)]
-    head = default_head(view.model) if config.skip_modules is None else None
+    heads = default_heads(view.model) if config.skip_modules is None else set()
     skip = config.skip_modules or []
     paths: dict[nn.Module, list[str]] = {}
     for path, module in view.modules.items():
@@ -66,7 +66,7 @@ def layers_to_quantize(
     read = plain_because_read(view, config, quantizable)
     layers = {}
     for path, module in plain_linears(view, quantizable).items():
-        if module is head or path in read or not _weight(module).numel():
+        if module in heads or path in read or not _weight(module).numel():
             continue
         if not any(weight in tied or matches(weight, [*always, *skip]) for weight in paths[module]):
             layers[path] = module
@@ -222,19 +222,22 @@ def _has_several_owners(view: ModelView, tensor: ModelTensor) -> bool:
     return len(tensor.names) > 1 and len({id(view.owner(name)) for name in tensor.names}) > 1
 
 
-def default_head(model: nn.Module) -> nn.Module | None:
+def default_heads(model: nn.Module) -> set[nn.Module]:
     """Return the output head that the model declares, else its last direct child if that is an nn.Linear.
+
+    If the model declares a list of heads, as MusicGen does, all modules in it are heads: transformers does not quantize
+    what is below the declared one either.
 
     A model of diffusers has none: its own loader quantizes all of its Linears, and what it reads cannot say otherwise
     where others have the same name (Flux's `proj_out`).
     """
     if diffusers_facts.is_diffusers(model):
-        return None
+        return set()
     head = transformers_facts.output_head(model)
     if head is None:
         last = list(model.children())[-1:]
         head = last[0] if last and isinstance(last[0], nn.Linear) else None
-    return head
+    return set() if head is None else set(head.modules())
 
 
 def _is_quantizable(module: nn.Module, quantizable: Sequence[type[nn.Linear]]) -> bool:

@@ -86,6 +86,8 @@ class StreamedForward(ForwardOverride):
         """Compute the leaf's own forward."""
         if torch.compiler.is_compiling():
             return _run_eagerly(self, args, kwargs)
+        if torch._C._is_tracing():  # torch.jit.trace
+            raise OffloadError(_CANNOT_EXPORT)
         # The own forward refuses another number of arguments.
         if self.is_removed or (self._takes_one_argument and len(args) + len(kwargs) != 1):
             return self.own(*args, **kwargs)
@@ -153,9 +155,17 @@ class StreamedForward(ForwardOverride):
         return tree_map_only(torch.Tensor, refuse, out)
 
 
+_CANNOT_EXPORT = (
+    "a model with offloaded weights cannot be exported or traced: a graph cannot fetch its weights; call "
+    "model.offload.remove() first, or load the model without offloading"
+)
+
+
 # torch.compiler.disable would import torch._dynamo here and now, which takes more than a second.
 @_disable_dynamo
 def _run_eagerly(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if torch.compiler.is_compiling():  # torch.export runs it without the compiler
+        raise OffloadError(_CANNOT_EXPORT)
     return forward(*args, **kwargs)
 
 

@@ -16,6 +16,7 @@ from ..quantization.layers import make_layer
 from . import attributes
 from .after_load import finished
 from .attributes import ABSENT, Edit
+from .exchange import HeldElsewhere
 from .execute import LoadedTensor
 
 
@@ -23,8 +24,13 @@ class Assembly:
     """The new layers and tensors of a model: made while the weights load, then put into the model in one step."""
 
     def __init__(self, view: ModelView, plan: Plan) -> None:
-        """Prepare for a plan's weights. The model is not changed before `commit`."""
+        """Prepare for a plan's weights. The model is not changed before `commit`.
+
+        Raises:
+            ConfigError: something beside its layer holds a weight that is to be quantized.
+        """
         self._view, self._plan = view, plan
+        self._held_elsewhere = HeldElsewhere(view, plan)
         self._weights = {f"{path}.weight".lstrip("."): (path, layer) for path, layer in plan.layers.items()}
         self._planned = {planned.tensor.name: planned for planned in plan.tensors}
         self._loaded: dict[str, LoadedTensor] = {}
@@ -51,20 +57,24 @@ class Assembly:
         """
         view, new_layers = self._view, self._new_layers
         edits: list[Edit] = []
+        tensors: dict[int, torch.Tensor | None] = {}
         for planned in self._plan.tensors:
             value = _value(planned.tensor, planned.device, self._loaded.get(planned.tensor.name))
             for name in planned.tensor.names:
                 leaf, owner = name.rpartition(".")[2], view.owner(name)
+                slots: Any = owner._parameters if planned.tensor.is_parameter else owner._buffers
                 if owner not in new_layers:
-                    slots = owner._parameters if planned.tensor.is_parameter else owner._buffers
                     edits.append((slots, leaf, value))
+                    tensors[id(slots[leaf])] = value
                 elif leaf == "bias":
-                    new_layers[owner]._parameters["bias"] = self._bias(planned.tensor, value)
+                    bias = self._bias(planned.tensor, value)
+                    new_layers[owner]._parameters["bias"] = tensors[id(slots[leaf])] = bias
         for module in view.first_paths:
             edits += [
                 (module._modules, key, new_layers[child]) for key, child in _children(module) if child in new_layers
             ]
             edits += _without_fast_path(module, new_layers)
+        edits += self._held_elsewhere.edits(new_layers, tensors)
         root = new_layers.get(view.model, view.model)
         after = view if root is view.model else ModelView(root)
 
@@ -115,7 +125,7 @@ def apply_edits(edits: list[Edit], then: Callable[[], object] = lambda: None) ->
     before: list[Edit] = []
     try:
         for slots, key, value in edits:
-            before.append((slots, key, slots.get(key, ABSENT)))
+            before.append((slots, key, _get(slots, key)))
             _set(slots, key, value)
         then()
     except BaseException:  # Ctrl-C too: half a model is worse than none
@@ -124,7 +134,14 @@ def apply_edits(edits: list[Edit], then: Callable[[], object] = lambda: None) ->
         raise
 
 
-def _set(slots: dict[str, Any], key: str, value: Any) -> None:
+def _get(slots: Any, key: str) -> Any:
+    try:
+        return slots[key]  # a scripted module's parameters are no dict, and have no get()
+    except KeyError:
+        return ABSENT
+
+
+def _set(slots: Any, key: str, value: Any) -> None:
     if value is ABSENT:
         slots.pop(key, None)
     else:

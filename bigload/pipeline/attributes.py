@@ -16,9 +16,9 @@ from ..model.quantizable import plain_linears
 from ..model.view import ModelView
 from ..planning.plan import Plan
 
-# One assignment: a module's dict of attributes, parameters, buffers or modules; the key; the new value, or ABSENT to
-# delete the key.
-Edit = tuple[dict[str, Any], str, Any]
+# One assignment: a module's dict of attributes, parameters, buffers or modules, or what acts as one; the key; the new
+# value, or ABSENT to delete the key.
+Edit = tuple[Any, str, Any]
 ABSENT = object()
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from ..config import BnbQuantizationConfig
 from ..model import transformers_facts
 from ..model.fp32_modules import fp32_patterns
-from ..model.quantizable import default_head, matches, plain_because_read
+from ..model.quantizable import default_heads, matches, plain_because_read
 from ..model.tensors import ModelTensor
 from ..model.view import ModelView
 from ..sizes import show
@@ -67,11 +67,11 @@ def _not_meant_to_stay(
         *(config.keep_in_fp32_modules or ()),
         *fp32_patterns(view.modules),
     ]
-    head = default_head(view.model) if config.skip_modules is None else None
+    heads = default_heads(view.model) if config.skip_modules is None else set()
 
     def is_meant(name: str) -> bool:
         owner = view.owner(name)
-        return owner is head or isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) or matches(name, named)
+        return owner in heads or isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) or matches(name, named)
 
     return [tensor for tensor in tensors if not any(map(is_meant, tensor.names))]
 

@@ -63,6 +63,7 @@ def plan_load(view: ModelView, request: LoadRequest) -> Plan:
     placement = replace(placement, reserve=max(reserve, WINDOW_BYTES))
     placed = None if device is None else place_whole(planned, device, placement)
     plan = _placed(planned, layers, config, placed or _placement(view, planned, placement), placement)
+    _require_scripts_at_hand(view, plan)
     if reserve < WINDOW_BYTES and any(device.type == "cuda" for device in plan.device_bytes):
         logger.warning(
             "reserve is %s, but the transfers of the load need %s: that is kept free instead",
@@ -221,6 +222,19 @@ def _placed(
     )
     check_accounts(accounts, request.budgets)
     return Plan(tuple(made), layers, placement.device_map, config, placement.devices, placement.units, accounts)
+
+
+def _require_scripts_at_hand(view: ModelView, plan: Plan) -> None:
+    """Refuse to offload weights of a scripted module: its compiled code would not wait for them."""
+    if not plan.offloaded or not any(isinstance(module, torch.jit.ScriptModule) for module in view.modules.values()):
+        return
+    away = [planned.tensor.name for planned in plan.tensors if planned.home is not None]
+    scripted = [name for name in away if isinstance(view.owner(name), torch.jit.ScriptModule)]
+    if scripted:
+        raise PlacementError(
+            f"{listed(scripted)}: of a scripted module, whose compiled code cannot stream its weights: keep it on the "
+            "device that computes, by name in device_map"
+        )
 
 
 def _is_quantized(planned: PlannedTensor) -> bool:

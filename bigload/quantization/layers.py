@@ -32,6 +32,7 @@ _LAYER_ATTRIBUTES = {
     "index",
     "is_training",
     "loaded_as",
+    "loaded_dtype",
     "quant_state",
     "quant_storage",
     "source_cls",
@@ -63,7 +64,8 @@ def make_layer(
         new = _make_int8(layer, weight, has_bias, shape, config)
     else:
         new = _make_4bit(weight, has_bias, shape, config)
-    new.loaded_as = path  # type: ignore[assignment]
+    # For errors, and for dequantize_model: int8 does not store what it was quantized from.
+    vars(new).update(loaded_as=path, loaded_dtype=config.load_dtype)
     set_forward(new, own_forward(new))
     if device.type == "cpu":
         adapt_to_cpu(new, shape, config)

@@ -319,3 +319,41 @@ def test_pattern_of_either_kind_that_matches_nothing_is_blamed_on_its_own_field(
     first, second = sorted(record.getMessage() for record in caplog.records)
     assert first.startswith("keep_in_fp32_modules names 'x'")
     assert second.startswith("skip_modules names 'y'")
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [
+        lambda layers: nn.ModuleList(layers),
+        lambda layers: nn.ModuleDict({"a": layers[0], "b": nn.Sequential(layers[1])}),
+    ],
+    ids=["a list", "nested"],
+)
+def test_all_layers_below_a_declared_head_are_heads(heads):
+    model = WithHead(body=nn.Linear(4, 4), head=heads([nn.Linear(4, 4), nn.Linear(4, 4)]), norm=nn.LayerNorm(4))
+    assert quantized(model) == {"body"}
+    assert len(quantized(model, skip_modules=[])) == 3
+
+
+def test_a_list_of_layers_that_no_model_declares_as_heads_is_quantized():
+    model = Net(body=nn.Linear(4, 4), layers=nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]))
+    assert quantized(model) == {"body", "layers.0", "layers.1"}
+
+
+@pytest.mark.parametrize("family", ["MusicGen", "Bark"])
+def test_models_of_transformers_with_several_heads_keep_all_that_transformers_keeps(family):
+    from transformers import BarkFineConfig, BarkFineModel, MusicgenDecoderConfig, MusicgenForCausalLM
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    sizes = {"hidden_size": 16, "num_heads": 2, "num_layers": 1}
+    if family == "MusicGen":
+        sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 32, "vocab_size": 32, "num_codebooks": 3}
+        model = MusicgenForCausalLM(MusicgenDecoderConfig(**sizes))
+    else:
+        model = BarkFineModel(BarkFineConfig(**sizes, input_vocab_size=32, output_vocab_size=32, n_codes_total=4))
+    heads = {f"lm_heads.{index}" for index in range(len(model.lm_heads))}
+    assert "lm_heads" in get_keys_to_not_convert(model)
+    assert len(heads) > 1
+    assert not quantized(model) & heads
+    # MusicGen's are quantized if nothing is to be skipped; Bark's are tied.
+    assert bool(quantized(model, skip_modules=[]) & heads) == (family == "MusicGen")

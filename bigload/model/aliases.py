@@ -1,0 +1,193 @@
+"""Finds what holds a model's modules and tensors beside their owners: lists, dicts, partials, bound methods, closures.
+
+`self.steps = [self.fc1, self.fc2]` would keep the old layers when the model gets new ones. Containers are changed in
+place, so that whoever shares one sees the new layers. What cannot be changed, such as a tuple, is made anew and put
+where it was.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+import weakref
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+# The attributes that every module has, and those of them that hold hooks. The others hold what is registered, which the
+# model's own traversals replace.
+_USUAL = frozenset(vars(nn.Module()))
+_HOOKS = tuple(name for name in _USUAL if name.endswith("_hooks"))
+_PLAIN = frozenset({int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size, type})
+_MUTABLE = (list, dict, set, deque)
+# Libraries whose objects hold none of a model's modules, but much else.
+_FOREIGN = frozenset({"torch", "logging", "threading", "tokenizers", "numpy", "builtins", "re", "io"})
+_MAX_DEPTH = 8
+
+
+class Alias(NamedTuple):
+    """A place that holds modules or tensors of a model.
+
+    Attributes:
+        name: of the attribute, such as "encoder.steps".
+        slots: a mapping with the place, or an object that acts as one.
+        key: of the place.
+        value: what it holds now.
+        held: what was searched for and is in it: modules, tensors, and bound methods of modules.
+    """
+
+    name: str
+    slots: Any
+    key: str
+    value: Any
+    held: tuple[Any, ...]
+
+
+def aliases(modules: Mapping[nn.Module, str], wanted: Callable[[Any], bool]) -> list[Alias]:
+    """Find what holds some modules and tensors outside the registries of the modules that own them.
+
+    Args:
+        modules: all modules of the model, each with its path.
+        wanted: whether to search for a module, a tensor, or a bound method of a module.
+    """
+    search = _Search(modules, wanted)
+    for module, path in modules.items():
+        own = vars(module)
+        for name in own.keys() - _USUAL:
+            if own[name].__class__ not in _PLAIN:
+                search.look(f"{path}.{name}".lstrip("."), own, name, own[name])
+        for name in filter(own.get, _HOOKS):
+            search.look(f"{path}.{name}".lstrip("."), own, name, own[name])
+    return search.found
+
+
+def exchanged(value: Any, new: Callable[[Any], Any]) -> Any:
+    """Return what an alias holds with its modules, tensors and bound methods exchanged.
+
+    Args:
+        value: an alias's value.
+        new: returns what comes in the place of one of them.
+    """
+    swap = functools.partial(exchanged, new=new)
+    if isinstance(value, _Items):
+        return _Items(map(swap, value))
+    if isinstance(value, tuple) and hasattr(value, "_make"):
+        return value._make(map(swap, value))
+    if value.__class__ in (tuple, frozenset):
+        return value.__class__(map(swap, value))
+    if isinstance(value, functools.partial):
+        made = value.__class__(swap(value.func), *map(swap, value.args), **dict(map(swap, value.keywords.items())))
+        vars(made).update(vars(value))
+        return made
+    if isinstance(value, weakref.ref):
+        target = value()
+        return value if target is None or new(target) is target else weakref.ref(new(target))
+    return new(value)
+
+
+class _Search:
+    """A search through the objects that modules hold."""
+
+    def __init__(self, modules: Collection[nn.Module], wanted: Callable[[Any], bool]) -> None:
+        self.found: list[Alias] = []
+        self._modules, self._wanted = modules, wanted
+        self._seen: dict[int, Any] = {}  # the objects are kept, so that no other gets the id of one
+
+    def look(self, name: str, slots: Any, key: str, value: Any, depth: int = 0) -> None:
+        """Look at one place, and into what it holds."""
+        atoms = list(_atoms(value))
+        held = tuple(atom for atom in atoms if _may_be_wanted(atom) and self._wanted(atom))
+        if held:
+            self.found.append(Alias(name, slots, key, value, held))
+        for atom in atoms:
+            if depth < _MAX_DEPTH and atom.__class__ not in _PLAIN and id(atom) not in self._seen:
+                self._look_into(name, atom, depth + 1)
+
+    def _look_into(self, name: str, value: Any, depth: int) -> None:
+        if isinstance(value, nn.Module) and value in self._modules:
+            return
+        self._seen[id(value)] = value
+        if isinstance(value, _MUTABLE):
+            items = _Items(value.items() if isinstance(value, dict) else value)
+            self.look(name, _Contents(value), "", items, depth)
+        elif isinstance(value, types.MethodType):
+            if not isinstance(value.__self__, nn.Module) or value.__self__ not in self._modules:
+                self._look_into(name, value.__self__, depth)
+        elif isinstance(value, types.FunctionType):
+            for cell in value.__closure__ or ():
+                if _is_filled(cell):
+                    self.look(name, _Attributes(cell), "cell_contents", cell.cell_contents, depth)
+            for key in ("__defaults__", "__kwdefaults__"):
+                self.look(name, _Attributes(value), key, getattr(value, key), depth)
+        elif isinstance(value, nn.Module) or value.__class__.__module__.partition(".")[0] not in _FOREIGN:
+            for key, held in list(getattr(value, "__dict__", {}).items()) if not isinstance(value, type) else ():
+                self.look(f"{name}.{key}", vars(value), key, held, depth)
+            for key in _slots_of(value):
+                self.look(f"{name}.{key}", _Attributes(value), key, getattr(value, key), depth)
+
+
+def _atoms(value: Any) -> Iterator[Any]:
+    """Yield what a value holds, through the objects that cannot be changed."""
+    if isinstance(value, (tuple, frozenset)):  # _Items too
+        for each in value:
+            yield from _atoms(each)
+    elif isinstance(value, functools.partial):
+        yield from _atoms((value.func, *value.args, *value.keywords.values()))
+    elif isinstance(value, weakref.ref):
+        yield value()
+    else:
+        yield value
+
+
+def _may_be_wanted(value: Any) -> bool:
+    return isinstance(value, (nn.Module, torch.Tensor, types.MethodType))
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # not assigned yet
+        return False
+
+
+def _slots_of(value: Any) -> list[str]:
+    named = [getattr(cls, "__slots__", ()) for cls in type(value).__mro__]
+    every = [name for names in named for name in ([names] if isinstance(names, str) else names)]
+    return [name for name in every if name not in ("__dict__", "__weakref__") and hasattr(value, name)]
+
+
+class _Items(tuple[Any, ...]):
+    """The items of a container that is changed in place; of a dict, pairs."""
+
+    __slots__ = ()
+
+
+class _Contents:
+    """All that a container holds, as the one entry of a mapping."""
+
+    def __init__(self, container: Any) -> None:
+        self._container = container
+
+    def __getitem__(self, key: str) -> _Items:
+        return _Items(self._container.items() if isinstance(self._container, dict) else self._container)
+
+    def __setitem__(self, key: str, items: _Items) -> None:
+        self._container.clear()
+        add = self._container.extend if isinstance(self._container, (list, deque)) else self._container.update
+        add(items)
+
+
+class _Attributes:
+    """The attributes of an object without a dict, as a mapping."""
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = owner
+
+    def __getitem__(self, key: str) -> Any:
+        return getattr(self._owner, key)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        object.__setattr__(self._owner, key, value)  # of a frozen dataclass too
