@@ -32,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_against(commands.add_parser("against", help="time this checkout against another one, in turn"))
     plans = commands.add_parser("plans", help="plan well-known models on usual budgets: the table in docs/plans.md")
     plans.set_defaults(run=_plans)
+    _add_sweep(commands.add_parser("sweep", help="compare small models of many classes with themselves dequantized"))
     _add_report(commands.add_parser("report", help="turn result files into Markdown tables and charts"))
     _add_one(commands.add_parser("one"))  # without a help, so that it is not listed
     return parser
@@ -226,6 +227,30 @@ def _against(options: argparse.Namespace) -> None:
         print(json.dumps({name: row[name] for name in ("case", "ratio")}), file=sys.stderr, flush=True)
         result["rows"].append(row)
         _give(result, options.out)
+
+
+def _add_sweep(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("classes", nargs="*", help="names of classes, of one library (default: all)")
+    parser.add_argument("--libraries", nargs="+", default=["transformers", "diffusers"], help="(default: %(default)s)")
+    parser.add_argument("--timeout", type=float, default=120, help="seconds a class may take (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="where the result goes, as JSON")
+    parser.add_argument("--commit", help="bigload's, where git cannot tell")
+    parser.set_defaults(run=_sweep)
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    from .limits import describe_machine
+    from .sweep import EXACT, TOLERANCE, as_json, summary, sweep
+
+    result = {"benchmark": "sweep", **describe_machine("cpu", options.commit), "tolerance": TOLERANCE, "exact": EXACT}
+    rows: list[dict[str, Any]] = []
+    result["rows"] = rows
+    for found in sweep(options.libraries, options.classes, options.timeout):
+        rows += found
+        print(*(json.dumps(row) for row in found), sep="\n", file=sys.stderr, flush=True)
+        if options.out:
+            options.out.write_text(as_json(result))
+    print(summary(rows))
 
 
 def _plans(options: argparse.Namespace) -> None:

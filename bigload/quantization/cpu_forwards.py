@@ -6,7 +6,8 @@ attribute of the instance. Found in version 0.50.2, by comparing with a dequanti
 * 4-bit, in_features not a multiple of the blocksize: the AVX512-BF16 path raises; the other path is wrong by 20% and
   more if in_features is a multiple of 16 (it begins new blocks in each row, where quantization does not).
 * 4-bit, AVX512-BF16: the first eval forward repacks the weight in place for a kernel that needs out_features to be a
-  multiple of 32, has no backward, and crashes the process on an input without rows. Packing rounds the scales for good.
+  multiple of 32, has no backward, and crashes the process on an input without rows. An input that is not contiguous
+  gives garbage. Packing rounds the scales for good.
 * int8, one input feature: torch._int_mm returns noise.
 * int8 main weights: there is no kernel in eval mode, and the backward fails on inputs of three dimensions.
 """
@@ -113,7 +114,8 @@ def _forward_packed(layer: Any, x: torch.Tensor) -> torch.Tensor:
     require_floating(layer, x)
     dtype = layer.compute_dtype or x.dtype
     data, state = _packed(layer)
-    out = library().matmul_4bit(x.to(dtype), data, bias=_bias(layer, dtype), quant_state=state)
+    # The kernel reads its input as if its rows lay one after the other: a transposed one gives garbage.
+    out = library().matmul_4bit(x.to(dtype).contiguous(), data, bias=_bias(layer, dtype), quant_state=state)
     return out.to(x.dtype)  # type: ignore[no-any-return]
 
 

@@ -229,3 +229,27 @@ def test_layer_that_ran_on_the_cpu_moves_to_a_gpu_with_its_exact_weight(mode):
             layer.eval()(x)
             moved = layer.to("cuda")
             assert relative_error(moved(x.cuda()), expected) < 1e-2
+
+
+LAYOUTS = {
+    "transposed": lambda rows: rows.T.contiguous().T,
+    "transposed in a batch": lambda rows: rows.expand(2, *rows.shape).transpose(1, 2).contiguous().transpose(1, 2),
+    "every second row": lambda rows: rows.repeat_interleave(2, 0)[::2],
+    "every second feature": lambda rows: rows.repeat_interleave(2, 1)[:, ::2],
+    "one row for all": lambda rows: rows[:1].expand(4, -1),
+    "one feature for all": lambda rows: rows[:, :1].expand(-1, rows.shape[1]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", [*FOUR_BIT, "int8"])
+def test_how_an_input_lies_in_memory_does_not_matter(device, layout, mode):
+    """A picture's patches come transposed, from `flatten(2).transpose(1, 2)`: the packed kernel read them in order."""
+    for shape in SHAPES:
+        model = nn.Sequential(nn.Linear(shape[1], shape[0]), nn.Identity())
+        config = BnbQuantizationConfig.from_mode(mode, torch_dtype="fp16")
+        layer = load_and_quantize_model(model, config, device_map=device)[0].eval()
+        x = LAYOUTS[layout](torch.randn(6, shape[1], dtype=torch.float16, device=device))
+        with torch.no_grad():
+            expected = layer(x.clone(memory_format=torch.contiguous_format))
+            assert relative_error(layer(x), expected) < 2e-3  # other kernels sum in another order
