@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -308,20 +309,15 @@ def as_config(given: Any) -> BnbQuantizationConfig:
     )
 
 
-_has_warned = False
-
-
+@functools.cache  # once in a process
 def _warn_of_float32() -> None:
-    """Warn once that 4-bit layers will compute in float32, which few who leave out the compute dtype have meant."""
-    global _has_warned
-    if not _has_warned:
-        _has_warned = True
-        logger.warning(
-            "4-bit layers will compute in float32, the default of BitsAndBytesConfig, for which bitsandbytes has only "
-            "slow kernels: set bnb_4bit_compute_dtype=torch.bfloat16, or name a mode such as 'nf4' for the "
-            "checkpoint's own dtype. If float32 is meant, BnbQuantizationConfig(bnb_4bit_compute_dtype='fp32', ...) "
-            "says so without this warning"
-        )
+    """Warn that 4-bit layers will compute in float32, which few who leave out the compute dtype have meant."""
+    logger.warning(
+        "4-bit layers will compute in float32, the default of BitsAndBytesConfig, for which bitsandbytes has only slow "
+        "kernels: set bnb_4bit_compute_dtype=torch.bfloat16, or name a mode such as 'nf4' for the checkpoint's own "
+        "dtype. If float32 is meant, BnbQuantizationConfig(bnb_4bit_compute_dtype='fp32', ...) says so without this "
+        "warning"
+    )
 
 
 def _unanchored(name: Any) -> Any:

@@ -24,11 +24,11 @@ from .checkpoint.writer import Entry, ShardWriter, write_json
 from .config import as_config
 from .errors import CheckpointError, ConfigError, listed
 from .hardware.devices import Device, on_cpu_unless_named
+from .inspection.own_loading import EXTRA_STATE, changed_when_loaded_again
 from .io.extents import ReadTask
 from .io.tensors import StoredTensor, read_whole
 from .io.transfer import default_stream
 from .model.described import empty_model
-from .model.own_loading import EXTRA_STATE, changed_when_loaded_again
 from .model.quantizable import plain_linears
 from .model.view import ModelView
 from .offload.weight_cache import SourceFingerprints, content_hash

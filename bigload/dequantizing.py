@@ -9,8 +9,8 @@ from torch import nn
 
 from .errors import ConfigError, QuantizationError, listed
 from .hardware.devices import on_cpu_unless_named
+from .inspection.aliases import aliases
 from .model import transformers_facts
-from .model.aliases import aliases
 from .model.tree import first_paths
 from .model.view import require_module
 from .offload.device_hooks import detach_from_layers

@@ -18,8 +18,8 @@ from .checkpoint.writer import STEM, Entry, ShardWriter, write_json
 from .config import BnbQuantizationConfig
 from .errors import ConfigError, QuantizationError, listed
 from .hardware.devices import on_cpu_unless_named
+from .inspection.own_loading import changed_when_loaded_again
 from .model import diffusers_facts, transformers_facts
-from .model.own_loading import changed_when_loaded_again
 from .model.quantizable import plain_linears
 from .model.tree import leaves, modules_by_path
 from .model.view import require_module

@@ -13,9 +13,9 @@ from torch import nn
 
 from ..config import BnbQuantizationConfig
 from ..errors import CheckpointError, ConfigError, listed
+from ..inspection.linears import acts_as_linear, class_acts_as_linear
 from . import diffusers_facts, transformers_facts
 from .fp32_modules import fp32_patterns
-from .linears import acts_as_linear, class_acts_as_linear
 from .tensors import ModelTensor
 from .view import ModelView, view_of
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
+from ..inspection.weight_readers import Reader, names_used, reader
 from .transformers_facts import is_pretrained
 from .tree import leaves, modules_by_path, unique_modules
-from .weight_readers import Reader, names_used, reader
 
 
 class ModelView:

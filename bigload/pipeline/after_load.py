@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from ..errors import CheckpointError
+from ..inspection.own_loading import run_post_hooks
 from ..io.tensors import StoredTensor, read_whole
-from ..model.own_loading import run_post_hooks
 from ..model.view import ModelView
 from ..planning.plan import AfterLoad
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
-from ..model.aliases import Alias, aliases, exchanged
+from ..inspection.aliases import Alias, aliases, exchanged
 from ..model.view import ModelView
 from ..planning.plan import Plan
 from .attributes import Edit

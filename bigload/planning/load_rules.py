@@ -14,8 +14,7 @@ from torch import nn
 from ..checkpoint.bitsandbytes import QuantizedTensor
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import CheckpointError, listed
-from ..io.tensors import ComputedTensor, StoredObject, StoredTensor, read_whole
-from ..model.own_loading import (
+from ..inspection.own_loading import (
     EXTRA_STATE,
     Outcome,
     follow,
@@ -27,7 +26,8 @@ from ..model.own_loading import (
     rule_of,
     try_post_hooks,
 )
-from ..model.stand_ins import CannotFollow, memory_of
+from ..inspection.stand_ins import CannotFollow, memory_of
+from ..io.tensors import ComputedTensor, StoredObject, StoredTensor, read_whole
 from ..model.tree import paths_above
 from ..model.view import ModelView
 from .plan import AfterLoad

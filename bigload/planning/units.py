@@ -10,9 +10,9 @@ from functools import cached_property
 from torch import nn
 
 from ..errors import listed
+from ..inspection.weight_readers import weights_read
 from ..model import transformers_facts
 from ..model.view import ModelView
-from ..model.weight_readers import weights_read
 from ..quantization import formats
 from ..quantization.formats import Plain
 from .planned_tensors import PlannedTensor

@@ -18,7 +18,7 @@ from bigload import (
     quantize_checkpoint,
     save_quantized_model,
 )
-from bigload.model.linears import acts_as_linear, class_acts_as_linear
+from bigload.inspection.linears import acts_as_linear, class_acts_as_linear
 from bigload.quantization.layers import quantized_layers
 
 

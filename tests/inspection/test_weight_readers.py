@@ -17,9 +17,9 @@ from transformers.models.bloom.modeling_bloom import BloomAttention, BloomMLP
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from bigload import BnbQuantizationConfig, load_and_quantize_model
+from bigload.inspection.weight_readers import weights_read
 from bigload.model.quantizable import layers_to_quantize
 from bigload.model.tensors import tensors_of
-from bigload.model.weight_readers import weights_read
 
 
 class Owner(nn.Module):
