@@ -12,9 +12,8 @@ from typing import Any, Literal
 
 import torch
 
-from .errors import ConfigError, PlacementError, listed
+from .errors import ConfigError, PlacementError, import_optional, listed
 from .modes import MODES
-from .optional import import_optional
 from .sizes import parse_size
 
 logger = logging.getLogger(__name__)

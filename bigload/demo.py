@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cosine_similarity, normalize
 
+from .errors import import_optional
 from .loading import load_and_quantize_model
 from .model.transformers_facts import empty_model, import_transformers
-from .optional import import_optional
 from .sizes import show
 
 MODES = ("int8", "nf4", "nf4-dq")

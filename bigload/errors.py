@@ -1,4 +1,4 @@
-"""The exceptions.
+"""The exceptions, and the import of libraries that only some functions need.
 
 Each also derives from the builtin that accelerate raises in the same case, so that an `except ValueError` written for
 accelerate keeps working.
@@ -6,7 +6,9 @@ accelerate keeps working.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Mapping
+from types import ModuleType
 
 
 class BigloadError(Exception):
@@ -76,3 +78,19 @@ def listed(names: Iterable[str], limit: int = 10) -> str:
     quoted = [repr(name) for name in names]
     more = f" and {len(quoted) - limit} more" if len(quoted) > limit else ""
     return ", ".join(quoted[:limit]) + more
+
+
+def import_optional(name: str, remedy: str) -> ModuleType:
+    """Import a library that may not be installed.
+
+    Args:
+        name: the module.
+        remedy: what the error tells the user to do.
+
+    Raises:
+        MissingDependencyError: it cannot be imported.
+    """
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError) as error:  # OSError: its native library cannot be loaded
+        raise MissingDependencyError(f"this needs {name}, which cannot be imported ({error}): {remedy}") from error

@@ -10,8 +10,7 @@ from torch import nn
 from bigload import load_and_quantize_model
 from bigload.checkpoint.checkpoint import open_checkpoint
 from bigload.cli import main
-from bigload.errors import MissingDependencyError
-from bigload.optional import import_optional
+from bigload.errors import MissingDependencyError, import_optional
 from bigload.quantization import bnb
 
 

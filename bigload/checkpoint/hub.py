@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ..errors import CheckpointError
-from ..optional import import_optional
+from ..errors import CheckpointError, import_optional
 
 _HUB_ID = re.compile(r"(?P<id>[\w][\w.-]*/[\w][\w.-]*)(@(?P<revision>[^@\s]+))?")
 _FILES = (".safetensors", ".bin", ".pt", ".pth", ".json")

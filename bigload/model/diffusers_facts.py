@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..optional import import_optional
+from ..errors import import_optional
 from .empty import init_empty_weights
 
 # The name of a file of weights, before its number and its suffix.

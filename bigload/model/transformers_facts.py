@@ -19,8 +19,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..errors import CheckpointError, ConfigError
-from ..optional import import_optional
+from ..errors import CheckpointError, ConfigError, import_optional
 from .diffusers_facts import is_diffusers_class
 from .empty import default_dtype, init_empty_weights
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..optional import import_optional
+from ..errors import import_optional
 from .plan import Plan, step_seconds
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..optional import import_optional
+from ..errors import import_optional
 
 
 @functools.cache
