@@ -77,7 +77,10 @@ def builder(library: str, name: str) -> Build:
     Raises:
         NotBuiltError: none of the ways that are tried builds it.
     """
-    cls = getattr(importlib.import_module(library), name)
+    try:
+        cls: Any = getattr(importlib.import_module(library), name)
+    except (AttributeError, ImportError) as error:
+        raise NotBuiltError(str(error)) from error
     why: list[str] = []
     for build in (_of_transformers if library == "transformers" else _of_diffusers)(cls):
         try:
