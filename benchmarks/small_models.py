@@ -48,7 +48,7 @@ _TASKS = (
     "MODEL_FOR_CTC_MAPPING_NAMES",
     "MODEL_MAPPING_NAMES",
 )
-MAX_PARAMETERS = 30_000_000  # of a model that is small enough
+MAX_PARAMETERS = 15_000_000  # of a model that is small enough
 
 Build = Callable[[], nn.Module]
 
@@ -77,7 +77,10 @@ def builder(library: str, name: str) -> Build:
     Raises:
         NotBuiltError: none of the ways that are tried builds it.
     """
-    cls = getattr(importlib.import_module(library), name)
+    try:
+        cls: Any = getattr(importlib.import_module(library), name)
+    except (AttributeError, ImportError) as error:
+        raise NotBuiltError(str(error)) from error
     why: list[str] = []
     for build in (_of_transformers if library == "transformers" else _of_diffusers)(cls):
         try:
@@ -240,7 +243,7 @@ _IS_WIDTH_OF_TEXT = re.compile(
     r".*(text_dim|joint_attention_dim|cross_attention_dim|caption_channels|text_embed_dim).*"
 )
 _ALWAYS = {"encoder_hidden_states", "timestep", "img_ids", "txt_ids", "pooled_projections", "class_labels"}
-_ALWAYS |= {"img_shapes", "added_cond_kwargs"}
+_ALWAYS |= {"img_shapes", "added_cond_kwargs", "num_frames", "height", "width", "padding_mask"}
 
 
 def _by_name(config: Mapping[str, Any], shape: tuple[int, ...], width: int, time: torch.Tensor) -> dict[str, Any]:
@@ -266,6 +269,13 @@ def _by_name(config: Mapping[str, Any], shape: tuple[int, ...], width: int, time
         "controlnet_cond": _ramp((1, 3, 64, 64)),
         "img_shapes": [[(1, 4, 4)]],
         "txt_seq_lens": [7],
+        "num_frames": 1,  # of 16 tokens of a picture
+        "height": 4,
+        "width": 4,
+        "padding_mask": torch.zeros(1, 1, shape[-2], shape[-1]),
+        "original_size": _ramp((1, 2)),
+        "target_size": _ramp((1, 2)),
+        "crop_coords": _ramp((1, 2)),
         "added_cond_kwargs": {"resolution": _ramp((1, 2)), "aspect_ratio": _ramp((1, 1))},
         "encoder_hid": text,
     }

@@ -72,6 +72,14 @@ def test_a_class_that_ends_or_hangs_its_process_is_a_row(monkeypatch, problem, o
     assert {row["class"]: row["outcome"] for row in found} == {"Good": "equal", "Bad": outcome, "Fine": "equal"}
 
 
+def test_a_class_without_linears_is_none_of_those_that_are_wrong(tmp_path):
+    from benchmarks.sweep import summary, sweep_class
+
+    rows = sweep_class("transformers", "MobileNetV2ForImageClassification", tmp_path)
+    assert {row["outcome"] for row in rows} == {"nothing to quantize"}
+    assert "MobileNet" not in summary([{"library": "transformers", "class": "MobileNetV2"} | row for row in rows])
+
+
 def test_classes_without_a_small_model_say_why(tmp_path):
     from benchmarks.sweep import sweep_class
 
