@@ -310,8 +310,6 @@ def _dequantize(loaded: Loaded) -> None:
 
 
 def _gradients(loaded: Loaded) -> None:
-    if loaded.case.family == "falcon" and loaded.case.mode == "int8":
-        return  # its blocks add in place to what an int8 layer gives, which bitsandbytes refuses
     found = []
     for model in (loaded.model, loaded.reference):
         model.zero_grad()

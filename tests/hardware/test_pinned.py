@@ -104,7 +104,7 @@ def test_memory_that_cannot_be_pinned_is_pageable_right_and_warned_of_once(monke
 def test_memory_is_pinned_as_far_as_the_system_allows(monkeypatch, caplog, can_be_pinned, at_least, found):
     own, tried = torch.empty, []
 
-    def empty(nbytes, *, dtype, pin_memory=False):
+    def empty(nbytes, *, dtype, device=None, pin_memory=False):
         if pin_memory:
             tried.append(nbytes)
             if nbytes > can_be_pinned:
@@ -120,7 +120,7 @@ def test_memory_is_pinned_as_far_as_the_system_allows(monkeypatch, caplog, can_b
 
 
 def test_no_memory_that_cannot_be_pinned_is_none(monkeypatch):
-    def refusing(nbytes, *, dtype, pin_memory=False):
+    def refusing(nbytes, *, dtype, device=None, pin_memory=False):
         if pin_memory:
             raise RuntimeError("CUDA error: out of memory")
         return own(nbytes, dtype=dtype)

@@ -137,8 +137,7 @@ they differ; "the rest" is quantized by both. This table is made by `python test
 
 Falcon is made of `FalconLinear`, a subclass of `nn.Linear` with the same arithmetic. bigload quantizes such subclasses,
 as accelerate does and transformers 5.0 did; transformers from 5.17 on leaves them in 16 bit. The bits are those that it
-makes when the model is built of `nn.Linear`. In int8 a Falcon runs without gradients only: its blocks add in place to
-what a layer gives, which bitsandbytes' int8 layers do not allow with them.
+makes when the model is built of `nn.Linear`.
 
 | family | model | quantized by bigload only | by transformers only |
 |---|---|---|---|

@@ -87,17 +87,14 @@ def test_every_layer_of_a_familys_own_subclass_of_linear_is_quantized(saved):
 
 
 @pytest.mark.parametrize("mode", ["nf4", "int8"])
-def test_gradients_pass_through_a_falcon_in_4_bit_and_not_in_int8(saved, device, mode):
+def test_gradients_pass_through_a_falcon(saved, device, mode):
+    """Its blocks add in place to what a layer gives, which must be no view of what bitsandbytes computed."""
     model = load_and_quantize_model(empty_model(saved("falcon")), mode, saved("falcon"), device_map=device)
     embedding = model.get_input_embeddings().weight.requires_grad_()
     inputs = {name: tensor.to(device) for name, tensor in architectures.inputs("falcon").items()}
-    if mode == "int8":  # bitsandbytes gives a view of what it computed, and Falcon's blocks add to that in place
-        with pytest.raises(RuntimeError, match="modified inplace"):
-            model(**inputs)
-    else:
-        model(**inputs).logits.float().square().mean().backward()
-        assert embedding.grad.isfinite().all()
-        assert embedding.grad.any()
+    model(**inputs).logits.float().square().mean().backward()
+    assert embedding.grad.isfinite().all()
+    assert embedding.grad.any()
 
 
 def test_table_of_the_default_skip_sets_in_the_docs_is_the_one_made_here():
