@@ -138,7 +138,7 @@ def _devices(names: str) -> list[Any]:
 
 
 if __name__ == "__main__":
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     sys.path[:0] = [str(HERE), str(HERE.parent / "helpers")]
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)

@@ -9,7 +9,6 @@ import contextlib
 import copy
 import gc
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -44,13 +43,9 @@ class Loaded:
     model: nn.Module
     reference: nn.Module
     device: torch.device
+    dtype: torch.dtype
     folder: Path
     load_again: Callable[[], nn.Module]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the floating-point inputs."""
-        return floating_dtype(self.reference)
 
     def inputs(self) -> dict[str, Any]:
         """New inputs on the device that computes."""
@@ -87,10 +82,11 @@ def check(case: Case, devices: list[torch.device], folder: Path) -> str:
         plain = save_checkpoint(whole, folder / "plain")
         config = _config(case, family)
         # A dtype of None may mean another one where the weights are real: the reference is told which.
+        dtype = dtype_of(family, plain, config)
         reference = load_and_quantize_model(empty(family.build), config, plain, device_map={"": devices[0]}).eval()
         try:
             load = partial(_load, case, family, whole, plain, config, devices, folder)
-            loaded = Loaded(case, family, load().eval(), reference, devices[0], folder, load)
+            loaded = Loaded(case, family, load().eval(), reference, devices[0], dtype, folder, load)
         except bigload.BigloadError as error:
             return f"refused: {type(error).__name__}\n{error}"
         compare_outputs(loaded, "forward")
@@ -158,15 +154,18 @@ def _source(
     if case.source == "safetensors":
         return model, plain, config
     where = folder / case.source
-    if case.source == "sharded":
-        return model, save_checkpoint(whole, where, shards=3), config
-    if case.source == "pickled":
-        where.mkdir(exist_ok=True)
-        torch.save(whole.state_dict(), where / "pytorch_model.bin")
-        return model, where, config
     if not where.exists():
         _WRITERS[case.source](case, family, whole, plain, config, device, where)
-    return model, where, None
+    return model, where, config if case.source in ("sharded", "pickled") else None
+
+
+def _save_shards(case, family, whole, plain, config, device, where) -> None:  # type: ignore[no-untyped-def]
+    save_checkpoint(whole, where, shards=3)
+
+
+def _pickle(case, family, whole, plain, config, device, where) -> None:  # type: ignore[no-untyped-def]
+    where.mkdir()
+    torch.save(whole.state_dict(), where / "pytorch_model.bin")
 
 
 def _save(case, family, whole, plain, config, device, where) -> None:  # type: ignore[no-untyped-def]
@@ -181,8 +180,7 @@ def _convert(case, family, whole, plain, config, device, where) -> None:  # type
 def _save_with_transformers(case, family, whole, plain, config, device, where) -> None:  # type: ignore[no-untyped-def]
     import transformers
 
-    plain_load = load_and_quantize_model(empty(family.build), config, plain, device_map="cpu")
-    dtype = floating_dtype(plain_load)
+    dtype = dtype_of(family, plain, config)
     fields = {"bnb_4bit_quant_type": case.mode[:3], "bnb_4bit_use_double_quant": case.mode.endswith("dq")}
     fields |= {"load_in_4bit": True, "bnb_4bit_compute_dtype": dtype}
     theirs = transformers.BitsAndBytesConfig(
@@ -193,7 +191,13 @@ def _save_with_transformers(case, family, whole, plain, config, device, where) -
     made.save_pretrained(where)
 
 
-_WRITERS = {"saved": _save, "converted": _convert, "transformers": _save_with_transformers}
+_WRITERS = {
+    "sharded": _save_shards,
+    "pickled": _pickle,
+    "saved": _save,
+    "converted": _convert,
+    "transformers": _save_with_transformers,
+}
 
 
 def _budgets(
@@ -208,13 +212,9 @@ def _budgets(
     return budgets
 
 
-def floating_dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype that most of a model's unquantized values have."""
-    counts = Counter[torch.dtype]()
-    for parameter in model.parameters():
-        if parameter.dtype in DTYPES.values():
-            counts[parameter.dtype] += parameter.numel()
-    return counts.most_common(1)[0][0]
+def dtype_of(family: Family, plain: Path, config: BnbQuantizationConfig) -> torch.dtype:
+    """Return the dtype of what is not quantized; T5 holds more in float32, whatever was asked."""
+    return bigload.plan_device_map(empty(family.build), config, plain, device_map="cpu").config.load_dtype
 
 
 def outputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -338,6 +338,8 @@ def _generate(loaded: Loaded) -> None:
     if not hasattr(loaded.model, "generate") or loaded.case.is_cpu_computed:
         return
     inputs = {name: value for name, value in loaded.inputs().items() if not name.startswith("decoder")}
+    if len(inputs) < len(loaded.inputs()):
+        inputs["decoder_start_token_id"] = 0
     tokens = [
         model.generate(**inputs, max_new_tokens=4, do_sample=False)  # type: ignore[operator]
         for model in (loaded.model, loaded.reference)
