@@ -111,6 +111,7 @@ class Uses(TorchFunctionMode):
         super().__init__()
         self._state, self._whole = _by_storage(state), {memory_of(tensor) for tensor in state.values()}
         self._own = _by_storage(own)
+        self._overwritten = set[str]()  # the values that they had before matter no more
         self.keys, self.read, self.written, self.changed = set[str](), set[str](), set[str](), set[str]()
 
     def __torch_function__(
@@ -123,6 +124,8 @@ class Uses(TorchFunctionMode):
             if is_in_place and args and isinstance(args[0], torch.Tensor):
                 self.changed |= self._named(self._own, args[0])
             if name in _WHOLE_WRITES and args and isinstance(args[0], torch.Tensor):
+                if args[0].untyped_storage().nbytes() == args[0].nbytes:
+                    self._overwritten |= self._named(self._own, args[0])
                 self.written |= self._named(self._own, args[0])
                 self.keys |= self._named(self._state, args[0])
                 rest = rest[1:]
@@ -138,7 +141,7 @@ class Uses(TorchFunctionMode):
             if isinstance(value, torch.Tensor):
                 self.keys |= self._named(self._state, value)
                 own = self._named(self._own, value)
-                self.read |= own
+                self.read |= own - self._overwritten
                 self.written |= own
             elif isinstance(value, (list, tuple)):
                 self._note(value)
