@@ -61,6 +61,11 @@ def aliases(modules: Mapping[nn.Module, str], wanted: Callable[[Any], bool]) -> 
                 search.look(f"{path}.{name}".lstrip("."), own, name, own[name])
         for name in filter(own.get, _HOOKS):
             search.look(f"{path}.{name}".lstrip("."), own, name, own[name])
+    for cls in {type(module) for module in modules}:
+        if cls.__module__.partition(".")[0] not in _FOREIGN:
+            for name, value in vars(cls).items():
+                if isinstance(value, _MUTABLE) and value:
+                    search.look_into(f"{cls.__name__}.{name}", value, 1)
     return search.found
 
 
@@ -76,16 +81,22 @@ def exchanged(value: Any, new: Callable[[Any], Any]) -> Any:
         return _Items(map(swap, value))
     if isinstance(value, tuple) and hasattr(value, "_make"):
         return value._make(map(swap, value))
-    if value.__class__ in (tuple, frozenset):
-        return value.__class__(map(swap, value))
+    if isinstance(value, (tuple, frozenset)):
+        return _with_attributes(value.__class__(map(swap, value)), value)
     if isinstance(value, functools.partial):
         made = value.__class__(swap(value.func), *map(swap, value.args), **dict(map(swap, value.keywords.items())))
-        vars(made).update(vars(value))
-        return made
+        return _with_attributes(made, value)
+    if isinstance(value, types.MethodType) and isinstance(value.__func__, functools.partial):
+        value = types.MethodType(swap(value.__func__), value.__self__)
     if isinstance(value, weakref.ref):
         target = value()
         return value if target is None or new(target) is target else weakref.ref(new(target))
     return new(value)
+
+
+def _with_attributes(made: Any, old: Any) -> Any:
+    getattr(made, "__dict__", {}).update(getattr(old, "__dict__", {}))
+    return made
 
 
 class _Search:
@@ -104,9 +115,10 @@ class _Search:
             self.found.append(Alias(name, slots, key, value, held))
         for atom in atoms:
             if depth < _MAX_DEPTH and atom.__class__ not in _PLAIN and id(atom) not in self._seen:
-                self._look_into(name, atom, depth + 1)
+                self.look_into(name, atom, depth + 1)
 
-    def _look_into(self, name: str, value: Any, depth: int) -> None:
+    def look_into(self, name: str, value: Any, depth: int) -> None:
+        """Look into what one object holds."""
         if isinstance(value, nn.Module) and value in self._modules:
             return
         self._seen[id(value)] = value
@@ -115,7 +127,7 @@ class _Search:
             self.look(name, _Contents(value), "", items, depth)
         elif isinstance(value, types.MethodType):
             if not isinstance(value.__self__, nn.Module) or value.__self__ not in self._modules:
-                self._look_into(name, value.__self__, depth)
+                self.look_into(name, value.__self__, depth)
         elif isinstance(value, types.FunctionType):
             for cell in value.__closure__ or ():
                 if _is_filled(cell):
@@ -136,6 +148,9 @@ def _atoms(value: Any) -> Iterator[Any]:
             yield from _atoms(each)
     elif isinstance(value, functools.partial):
         yield from _atoms((value.func, *value.args, *value.keywords.values()))
+    elif isinstance(value, types.MethodType):
+        yield value
+        yield from _atoms(value.__func__)
     elif isinstance(value, weakref.ref):
         yield value()
     else:

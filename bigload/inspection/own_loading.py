@@ -137,9 +137,12 @@ def follow(
     if any(map(holds_tensors, outcome.attributes.values())):
         raise CannotFollow(f"it keeps tensors in {', '.join(outcome.attributes)}")
     outcome.values = {
-        name: value for name, value in held.items() if value is not own[name] or value._version > versions[name]
+        name: value
+        for name, value in held.items()
+        if value is not own[name] or value._version > versions[name] or name in uses.changed
     }
-    uses.note_parts([*outcome.values.values(), *outcome.state.values(), *outcome.extra])
+    put = [value for name, value in outcome.values.items() if value is not own[name]]
+    uses.note_parts([*put, *outcome.state.values(), *outcome.extra])
     outcome.used, outcome.written = uses.keys, uses.written
     if not written and any(own_value(module, name).is_meta for name in uses.read):
         raise CannotFollow("it uses values that the module had before, which are on meta")

@@ -103,14 +103,16 @@ class Uses(TorchFunctionMode):
     Attributes:
         keys: keys of those of the state_dict.
         read: names of the module's own tensors whose values are used.
-        written: names of the module's own tensors that are written to.
+        written: names of the module's own tensors that may be written to.
+        changed: names of those that are, through `tensor.data` too, which counts no version.
     """
 
     def __init__(self, state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
         self._state, self._whole = _by_storage(state), {memory_of(tensor) for tensor in state.values()}
         self._own = _by_storage(own)
-        self.keys, self.read, self.written = set[str](), set[str](), set[str]()
+        self._overwritten = set[str]()  # the values that they had before matter no more
+        self.keys, self.read, self.written, self.changed = set[str](), set[str](), set[str](), set[str]()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -118,7 +120,12 @@ class Uses(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name not in _LOOKS:
             rest = [*args, *(kwargs or {}).values()]
+            is_in_place = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+            if is_in_place and args and isinstance(args[0], torch.Tensor):
+                self.changed |= self._named(self._own, args[0])
             if name in _WHOLE_WRITES and args and isinstance(args[0], torch.Tensor):
+                if args[0].untyped_storage().nbytes() == args[0].nbytes:
+                    self._overwritten |= self._named(self._own, args[0])
                 self.written |= self._named(self._own, args[0])
                 self.keys |= self._named(self._state, args[0])
                 rest = rest[1:]
@@ -134,7 +141,7 @@ class Uses(TorchFunctionMode):
             if isinstance(value, torch.Tensor):
                 self.keys |= self._named(self._state, value)
                 own = self._named(self._own, value)
-                self.read |= own
+                self.read |= own - self._overwritten
                 self.written |= own
             elif isinstance(value, (list, tuple)):
                 self._note(value)

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import ast
+import functools
+import inspect
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
 
 from .conditions import truth
 
-# A path from the owner: names of children, _EVERY_CHILD for each of a list, _FIRST for who holds the first parameter.
-Path = tuple[str, ...]
+# A path from the owner: names of children, _EVERY_CHILD for each of a list, _ALL for a module and everything below it,
+# _FIRST for who holds the first parameter. It begins with an object if that, such as a closure's, is known.
+Path = tuple[Any, ...]
 Paths = set[Path]
-_EVERY_CHILD, _FIRST = "*", "first()"
+_EVERY_CHILD, _ALL, _FIRST = "*", "**", "first()"
+
+# Methods that list what a module or a dict holds.
+_LISTS = ("values", "children", "items", "named_children", "modules", "named_modules")
 
 
 class Names:
@@ -31,14 +40,22 @@ class Names:
         self._modules: dict[str, Paths] = {name: set(paths) for name, paths in bound.items()}
         self._parameters: dict[str, Paths] = {}  # names of the first parameter of a module
         self._dtypes: dict[str, Paths] = {}
+        self._elements: dict[str, Paths] = {}  # names of lists and dicts of modules
+        self._functions = {node.name: node.args for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
         for node in ast.walk(tree):
             if isinstance(node, ast.Assign):
                 for target in node.targets:
                     self._learn(target, node.value)
+                    if isinstance(node.value, ast.Lambda) and isinstance(target, ast.Name):
+                        self._functions[target.id] = node.value.args
             elif isinstance(node, (ast.AnnAssign, ast.NamedExpr)) and node.value is not None:
                 self._learn(node.target, node.value)
+                if isinstance(node.value, ast.Lambda) and isinstance(node.target, ast.Name):
+                    self._functions[node.target.id] = node.value.args
             elif isinstance(node, (ast.For, ast.comprehension)):
                 self._learn_loop(node.target, node.iter)
+            elif isinstance(node, ast.Call):
+                self._learn_arguments(as_direct(node))
 
     def _learn(self, target: ast.expr, value: ast.expr) -> None:
         if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
@@ -47,8 +64,23 @@ class Names:
         elif isinstance(target, ast.Name):
             self._modules.setdefault(target.id, set()).update(self.paths(value))
             self._dtypes.setdefault(target.id, set()).update(self.dtype_read(value))
+            self._elements.setdefault(target.id, set()).update(self.elements(value))
             if first := self.first_parameter(value):
                 self._parameters.setdefault(target.id, set()).update(first)
+
+    def _learn_arguments(self, call: ast.Call) -> None:
+        """Learn what a lambda, or a function inside this one, is called with."""
+        called = call.func
+        arguments = called.args if isinstance(called, ast.Lambda) else None
+        if isinstance(called, ast.Name):
+            arguments = self._functions.get(called.id)
+        if arguments is None:
+            return
+        names = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
+        passed = [*zip(names, call.args, strict=False), *((keyword.arg, keyword.value) for keyword in call.keywords)]
+        for name, value in passed:
+            if name is not None:
+                self._learn(ast.Name(name, ast.Store()), value)
 
     def _learn_loop(self, target: ast.expr, source: ast.expr) -> None:
         if isinstance(source, (ast.Tuple, ast.List)):
@@ -66,10 +98,11 @@ class Names:
                     self._learn_loop(element, argument)
             elif name in ("reversed", "list", "iter"):
                 self._learn_loop(target, source.args[0])
-        elif isinstance(called, ast.Attribute) and name in ("values", "children", "items", "named_children"):
-            is_pair = isinstance(target, ast.Tuple) and name in ("items", "named_children")
+        elif isinstance(called, ast.Attribute) and name in _LISTS:
+            is_pair = isinstance(target, ast.Tuple) and name in ("items", "named_children", "named_modules")
             each = target.elts[-1] if is_pair and isinstance(target, ast.Tuple) else target
-            self._learn_loop(each, called.value)
+            part: ast.expr = ast.Constant(_ALL if "modules" in name else None)
+            self._learn(each, ast.Subscript(called.value, part, ast.Load()))
         else:
             self._learn(target, ast.Subscript(source, ast.Constant(None), ast.Load()))
 
@@ -102,8 +135,15 @@ class Names:
         """Return the paths of the modules whose weight an expression is."""
         if isinstance(node, ast.Attribute) and node.attr == "weight":
             return self.paths(node.value)
-        if isinstance(node, ast.Call) and _constant_argument(node, "getattr", 1) == "weight":
-            return self.paths(node.args[0])
+        if isinstance(node, ast.Call) and (name := _constant_argument(node, "getattr", 1)):
+            *inner, last = name.split(".")
+            return {(*path, *inner) for path in self.paths(node.args[0])} if last == "weight" else set()
+        if (
+            isinstance(node, ast.Subscript)
+            and isinstance(node.value, ast.Attribute)
+            and node.value.attr == "_parameters"
+        ):
+            return self.paths(node.value.value) if _element(node.slice) == "weight" else set()
         if isinstance(node, ast.Call) and (name := _constant_argument(node, "get_parameter", 0)):
             *inner, last = name.split(".")
             if last == "weight" and isinstance(node.func, ast.Attribute):
@@ -134,17 +174,50 @@ class Names:
         if isinstance(node, ast.Attribute):
             return {(*path, node.attr) for path in self.paths(node.value)}
         if isinstance(node, ast.Subscript):
-            return {(*path, _element(node.slice)) for path in self.paths(node.value)}
+            return {(*path, _element(node.slice)) for path in self.paths(node.value)} | self.elements(node.value)
+        if isinstance(node, ast.BoolOp):
+            return set().union(*map(self.paths, node.values))
         if isinstance(node, ast.IfExp):
             return self.paths(node.body) | self.paths(node.orelse)
         if isinstance(node, ast.NamedExpr):
             return self.paths(node.value)
         if isinstance(node, ast.Call):
-            if name := _constant_argument(node, "getattr", 1):
-                return {(*path, name) for path in self.paths(node.args[0])}
+            if isinstance(node.func, ast.Name) and node.func.id == "getattr" and len(node.args) > 1:
+                known = _pattern(node.args[1])
+                return {(*path, *known.split(".")) for path in self.paths(node.args[0])}
+            if isinstance(node.func, ast.Name) and node.func.id == "next" and node.args:
+                return self.elements(node.args[0])
             if (name := _constant_argument(node, "get_submodule", 0)) and isinstance(node.func, ast.Attribute):
                 return {(*path, *name.split(".")) for path in self.paths(node.func.value)}
         return set()
+
+    def elements(self, node: ast.AST) -> Paths:
+        """Return the paths of the modules that an expression lists."""
+        if isinstance(node, ast.Name):
+            return self._elements.get(node.id, set())
+        if isinstance(node, (ast.Tuple, ast.List, ast.Set)):
+            return set().union(*map(self.paths, node.elts))
+        if isinstance(node, ast.Dict):
+            return set().union(*map(self.paths, node.values))
+        if isinstance(node, (ast.ListComp, ast.GeneratorExp)):
+            return self.paths(node.elt)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            part = {"children": _EVERY_CHILD, "values": _EVERY_CHILD, "modules": _ALL}.get(node.func.attr)
+            return {(*path, part) for path in self.paths(node.func.value)} if part else set()
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
+            return self.elements(node.args[0]) if node.func.id in ("list", "tuple", "iter", "reversed") else set()
+        return set()
+
+
+def as_direct(call: ast.Call) -> ast.Call:
+    """Return the call that a `partial` or `map` stands for; another one unchanged."""
+    name = call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")
+    if name == "partial" and call.args:
+        return ast.Call(call.args[0], call.args[1:], call.keywords)
+    if name in ("map", "filter") and len(call.args) > 1:
+        each: list[ast.expr] = [ast.Subscript(source, ast.Constant(None), ast.Load()) for source in call.args[1:]]
+        return ast.Call(call.args[0], each, [])
+    return call
 
 
 def _constant_argument(node: ast.Call, function: str, index: int) -> str | None:
@@ -154,6 +227,14 @@ def _constant_argument(node: ast.Call, function: str, index: int) -> str | None:
         return None
     value = node.args[index]
     return value.value if isinstance(value, ast.Constant) and isinstance(value.value, str) else None
+
+
+def _pattern(node: ast.expr) -> str:
+    """Return a name, with a star for what is not known of it."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(_pattern, node.values))
+    is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
+    return str(node.value) if isinstance(node, ast.Constant) and is_text else _EVERY_CHILD
 
 
 def _element(index: ast.expr) -> str:
@@ -166,27 +247,53 @@ def _element(index: ast.expr) -> str:
     return str(sign * index.value) if isinstance(index.value, int) else index.value
 
 
-def resolved(owner: nn.Module, path: Path) -> Iterator[str]:
-    """Yield the paths of the modules of this owner that a path stands for."""
-    found = [("", owner)]
+def resolved(owner: nn.Module, path: Path) -> Iterator[nn.Module]:
+    """Yield the modules that a path from this owner stands for."""
+    found: list[Any] = [owner]
     for part in path:
-        found = [
-            (f"{at}.{name}".strip("."), child)
-            for at, module in found
-            for name, child in (_holder_of_first(module) if part == _FIRST else _children(module, part))
-        ]
-    yield from (at for at, _ in found if at)
+        found = [inner for each in found for inner in _inside(each, part)] if isinstance(part, str) else [part]
+    yield from (each for each in found if isinstance(each, nn.Module))
 
 
-def _children(module: nn.Module, part: str) -> list[tuple[str, nn.Module]]:
-    children = [(name, child) for name, child in module._modules.items() if child is not None]
-    if part.startswith("-") and part[1:].isdigit():
-        return children[int(part) :][:1] if int(part[1:]) <= len(children) else []
-    return [(name, child) for name, child in children if part in (name, _EVERY_CHILD)]
+def _inside(holder: Any, part: str) -> list[Any]:
+    """Return what is in a module, a list or a dict under a name, an index or a key."""
+    if isinstance(holder, nn.Module):
+        if part == _FIRST:
+            return _holder_of_first(holder)
+        if part == _ALL:
+            return list(holder.modules())
+        if part not in holder._modules and not part.lstrip("-").isdigit() and _EVERY_CHILD not in part:
+            return [value for value in [_attribute(holder, part)] if value is not None]
+        holder = holder._modules
+    if isinstance(holder, Mapping):
+        if part in holder:
+            return [holder[part]]
+        if part != _EVERY_CHILD and _EVERY_CHILD in part:
+            return [value for key, value in holder.items() if fnmatchcase(key, part)]
+        holder = tuple(holder.values())
+    if not isinstance(holder, (list, tuple)):
+        held = getattr(holder, "__dict__", {})
+        return [held[part]] if part in held else []
+    if part.lstrip("-").isdigit():
+        return [holder[int(part)]] if -len(holder) <= int(part) < len(holder) else []
+    return list(holder) if part == _EVERY_CHILD else []
 
 
-def _holder_of_first(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the path and the module that holds a module's first parameter, if that is its weight."""
+def _attribute(module: nn.Module, name: str) -> Any:
+    """Return what a module holds beside its children, or what a property of it returns."""
+    if name in vars(module):
+        return vars(module)[name]
+    said = inspect.getattr_static(type(module), name, None)
+    compute = getattr(said, "fget" if isinstance(said, property) else "func", None)
+    if not isinstance(said, (property, functools.cached_property)):
+        return None
+    with suppress(Exception):  # what it needs may not be there before the load
+        return None if compute is None else compute(module)
+    return None
+
+
+def _holder_of_first(module: nn.Module) -> list[nn.Module]:
+    """Return the module that holds a module's first parameter, if that is its weight."""
     name = next((name for name, _ in module.named_parameters()), "")
     path, _, last = name.rpartition(".")
-    return [(path, module.get_submodule(path))] if last == "weight" else []
+    return [module.get_submodule(path)] if last == "weight" else []

@@ -7,22 +7,25 @@ functions that they pass children to, are searched for such reads.
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Set
-from types import CodeType, FunctionType, ModuleType
+from contextlib import suppress
+from itertools import pairwise
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from .weight_reads import Read, reads_of
+from .weight_reads import Read, reads_of, reads_of_own
 
 # Methods that run before the weights are loaded, that replace them, or that only describe the module.
 # (diffusers' `fuse_projections`, which only users call, makes one plain layer of several, which fails if quantized.)
 _NO_FORWARD = re.compile(
-    r"__init__|_*init_.*|_*reset_parameters|_*tie_.*|_*resize_.*|__repr__|extra_repr|fuse_projections"
+    r"__init__|_*(re)?init(iali[sz]e.*|_.*)?|_*reset_parameters|_*tie_.*|_*resize_.*|__repr__|extra_repr|fuse_projections"
 )
 # torch's encoder layer reads weights only in its fused path, which loading disables.
 _NOT_READING = (nn.Module, nn.TransformerEncoderLayer, nn.TransformerEncoder)
@@ -31,6 +34,8 @@ _LIBRARIES = re.compile(
     r"(transformers\.(modeling_utils|generation|integrations|utils)|diffusers\.models\.modeling_utils|peft)\b"
 )
 
+_BY_TEXT = ("getattr", "get_parameter", "_parameters")
+_MAX_DECORATORS = 3
 _USUAL_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
@@ -40,12 +45,14 @@ class Reader(NamedTuple):
     Attributes:
         owner: the module.
         methods: those to search.
-        held: names and classes of its callable attributes that are no modules and may read weights.
+        held: names and classes of its attributes, children among them, whose methods may read weights.
+        own: functions that it holds itself, such as hooks, each with its first arguments.
     """
 
     owner: nn.Module
     methods: tuple[FunctionType, ...]
     held: tuple[tuple[str, type], ...]
+    own: tuple[tuple[FunctionType, tuple[Any, ...]], ...] = ()
 
     def reads(self, stored: torch.dtype | None = None) -> Iterator[Read]:
         """Yield what the methods read of the children's weights: their values, dtype or shape.
@@ -59,26 +66,49 @@ class Reader(NamedTuple):
         for method in self.methods:
             found = reads_of(method, self.owner, self.held, stored)
             yield from _children_named(method, self.owner) if found is None else found
+        for function, passed in self.own:
+            yield from reads_of_own(function, self.owner, passed, stored)
 
 
 def reader(owner: nn.Module) -> Reader | None:
     """Return what must be searched of a module; None if its methods read no weight."""
-    if not owner._modules:
-        return None
     cls: Any = type(owner)
+    if not owner._modules and not any(_hooks_of(owner)) and cls.__module__.startswith("torch."):
+        return None
     methods = _methods_reading(cls)
-    own = vars(owner)
+    attributes = vars(owner)
+    functions = [
+        *(_own_function(hook, (owner,)) for hooks in _hooks_of(owner) for hook in hooks.values()),
+        *(_own_function(attributes[name], ()) for name in attributes.keys() - _USUAL_ATTRIBUTES),
+    ]
+    kept = tuple(function for function in functions if function is not None)
+    own = attributes | owner._modules
     held = [name for name in _names_of_attributes(cls).intersection(own) if _is_reading_class(own[name].__class__)]
     if held:
         users = [method for _, method in _methods_in_question(cls) if names_in(method.__code__).intersection(held)]
         methods = tuple(dict.fromkeys([*methods, *users]))
-    return Reader(owner, methods, tuple((name, own[name].__class__) for name in held)) if methods else None
+    if not methods and not kept:
+        return None
+    return Reader(owner, methods, tuple((name, own[name].__class__) for name in held), kept)
+
+
+def _hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    return module._forward_pre_hooks, module._forward_hooks
+
+
+def _own_function(value: Any, passed: tuple[Any, ...]) -> tuple[FunctionType, tuple[Any, ...]] | None:
+    """Return a function that a module holds, without what is bound to it, if it may read weights."""
+    while isinstance(value, (functools.partial, MethodType)):
+        bound = value.args if isinstance(value, functools.partial) else (value.__self__,)
+        value, passed = (value.func if isinstance(value, functools.partial) else value.__func__), (*bound, *passed)
+    return (value, passed) if _is_reader(value) else None
 
 
 def weights_read(owner: nn.Module) -> set[str]:
     """Return the paths, from the owner, of the modules whose weight's values the owner's own methods read."""
     found = reader(owner)
-    return set() if found is None else {read.path for read in found.reads() if read.what == "values"}
+    read = set() if found is None else {read.module for read in found.reads() if read.what == "values"}
+    return {path for path, module in owner.named_modules(remove_duplicate=False) if module in read}
 
 
 def names_used(modules: Iterable[nn.Module], name: str) -> bool:
@@ -90,15 +120,31 @@ def names_used(modules: Iterable[nn.Module], name: str) -> bool:
 
 def _children_named(method: FunctionType, owner: nn.Module) -> Iterator[Read]:
     names = names_in(method.__code__)
-    return (Read(name, "values") for name, child in owner._modules.items() if child is not None and name in names)
+    return (Read(child, "values") for name, child in owner._modules.items() if child is not None and name in names)
 
 
 def _methods(cls: type) -> Iterator[tuple[str, FunctionType]]:
     for name, member in vars(cls).items():
-        function = member.fget if isinstance(member, property) else member
-        function = inspect.unwrap(function) if callable(function) else function
-        if isinstance(function, FunctionType):
+        for function in _functions_of(member):
             yield name, function
+
+
+def _functions_of(member: Any, depth: int = 0) -> Iterator[FunctionType]:
+    """Yield a method's function, with that which a decorator keeps."""
+    if isinstance(member, property):
+        member = member.fget
+    elif isinstance(member, (functools.cached_property, functools.partialmethod)):
+        member = member.func
+    elif isinstance(member, (classmethod, staticmethod)):
+        member = member.__func__
+    function = inspect.unwrap(member) if callable(member) else member
+    if not isinstance(function, FunctionType):
+        return
+    yield function
+    for cell in (function.__closure__ or ()) if depth < _MAX_DECORATORS else ():
+        with suppress(ValueError):  # not assigned yet
+            if isinstance(cell.cell_contents, FunctionType):
+                yield from _functions_of(cell.cell_contents, depth + 1)
 
 
 @functools.cache
@@ -121,14 +167,17 @@ def _names_of_attributes(cls: Any) -> frozenset[str]:
 def _methods_reading(cls: Any) -> tuple[FunctionType, ...]:
     """Return the methods to search: few name a weight, and looking at names is much faster than parsing."""
     methods = _methods_in_question(cls)
-    reading = {name for name, method in methods if _may_read(method)}
+    reading = {name for name, method in methods if _may_read(method) and not _reads_only_own(method)}
     return tuple(method for name, method in methods if name in reading or _calls_reader(method, reading))
 
 
 @functools.cache
 def _is_reading_class(cls: Any) -> bool:
-    """Whether instances of a class, which are no modules, may read weights when they are called."""
-    return not issubclass(cls, nn.Module) and _is_reader(vars(cls).get("__call__"))
+    """Whether instances of a class may read weights when they are called, of modules that they are passed."""
+    if issubclass(cls, nn.Module):
+        forward = getattr(cls, "forward", None)
+        return _is_reader(forward) and not _reads_only_own(forward)
+    return any(map(_is_reader, vars(cls).values()))
 
 
 def _calls_reader(method: FunctionType, reading: Set[str]) -> bool:
@@ -148,10 +197,24 @@ def _is_reader(called: Any) -> bool:
 def _may_read(function: FunctionType) -> bool:
     """Whether a function may read weights, by the names in its code."""
     names = names_in(function.__code__)
-    if "weight" in names or {"parameters", "dtype"} <= names:
-        return True
-    texts = function.__code__.co_consts if "getattr" in names or "get_parameter" in names else ()
-    return any(isinstance(text, str) and text.endswith("weight") for text in texts)
+    return "weight" in names or _reads_by_text(function.__code__)
+
+
+def _reads_by_text(code: CodeType) -> bool:
+    names = names_in(code)
+    texts = code.co_consts if not names.isdisjoint(_BY_TEXT) else ()
+    return any(isinstance(text, str) and text.endswith("weight") for text in texts) or "parameters" in names
+
+
+@functools.cache
+def _reads_only_own(method: FunctionType) -> bool:
+    """Whether a method's only use of the name `weight` is `self.weight`, as in a norm: parsing it would take longer."""
+    code = method.__code__
+    if any(isinstance(constant, CodeType) for constant in code.co_consts) or _reads_by_text(code):
+        return False
+    steps = list(dis.get_instructions(code))
+    before = [prior for prior, step in pairwise(steps) if step.argval == "weight" and step.opname == "LOAD_ATTR"]
+    return all(prior.opname.startswith("LOAD_FAST") and prior.argval == "self" for prior in before)
 
 
 @functools.cache

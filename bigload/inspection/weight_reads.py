@@ -11,13 +11,14 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
-from types import FunctionType, ModuleType
+from contextlib import suppress
+from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from .weight_names import Names, Path, Paths, resolved
+from .weight_names import Names, Path, Paths, as_direct, resolved
 
 # Attributes and methods of a weight that say the same of a quantized one, or are asked to find out whether it is one.
 _HARMLESS = {"device", "dim", "ndim", "is_meta", "is_cuda", "requires_grad", "requires_grad_", "is_floating_point"}
@@ -25,6 +26,7 @@ _SHAPE = {"shape", "size", "numel", "nelement"}
 # Of a dtype, what only asks which kind it is.
 _GUARDS = {"is_floating_point", "is_complex", "is_signed"}
 _ASKING = {"isinstance", "hasattr", "type", "id", "is_floating_point"}
+_INITIAL = {"normal_", "uniform_", "zero_", "fill_"}
 _ENDS = (ast.Return, ast.Raise, ast.Continue, ast.Break)
 _MAX_DEPTH = 3
 
@@ -33,12 +35,12 @@ class Read(NamedTuple):
     """What a function reads of a child's weight.
 
     Attributes:
-        path: the child's, from the owner.
+        module: the child.
         what: "values", "dtype" or "shape".
         getter: the name of the function, if it only returns the dtype to whoever calls it.
     """
 
-    path: str
+    module: nn.Module
     what: str
     getter: str | None = None
 
@@ -71,7 +73,37 @@ def reads_of(
     if found is None:
         return None
     possible = (read for read in found if not any(condition(owner) is False for condition in read.conditions))
-    return [Read(at, read.what, read.getter) for read in possible for at in resolved(owner, read.path)]
+    return [
+        Read(child, read.what, read.getter)
+        for read in possible
+        for child in resolved(owner, read.path)
+        if child is not owner
+    ]
+
+
+def reads_of_own(
+    function: FunctionType, owner: nn.Module, passed: tuple[Any, ...], stored: torch.dtype | None
+) -> list[Read]:
+    """List what a function that one module holds, such as a hook or a lambda, reads of modules' weights.
+
+    Args:
+        function: the function.
+        owner: the module.
+        passed: its first arguments, where they are known.
+        stored: as for `reads_of`.
+    """
+    tree = parsed(function)
+    if tree is None:
+        return []
+    named = [*zip(function.__code__.co_varnames, passed, strict=False)]
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # not assigned yet
+            named.append((name, cell.cell_contents))
+    bound: dict[str, Paths] = {name: {(value,)} for name, value in named if isinstance(value, nn.Module)}
+    scope = _Scope(function.__name__, function.__globals__, type(owner), {}, stored, has_self=False, depth=1)
+    return [
+        Read(child, read.what) for read in _Function(scope, tree, bound).reads() for child in resolved(owner, read.path)
+    ]
 
 
 @functools.cache  # the search takes milliseconds, and a model has many modules of a class
@@ -109,11 +141,15 @@ class _Scope(NamedTuple):
     depth: int = 0
 
 
-@functools.cache
 def parsed(function: FunctionType) -> ast.AST | None:
     """Return the syntax tree of a function; None if its source is not available."""
+    return _parsed(function.__code__)
+
+
+@functools.cache  # by code, which holds no model as the closure of a function may
+def _parsed(code: CodeType) -> ast.AST | None:
     try:
-        return ast.parse(textwrap.dedent(inspect.getsource(function)))
+        return ast.parse(textwrap.dedent(inspect.getsource(code)))
     except (OSError, TypeError, SyntaxError):  # defined at a prompt, or generated
         return None
 
@@ -140,6 +176,8 @@ class _Function:
             yield from self._found(dtype, "dtype")
         elif (weight := self._names.weight(node)) and isinstance(getattr(node, "ctx", ast.Load()), ast.Load):
             yield from self._found(weight, "values")
+        elif not isinstance(node, ast.Name) and (first := self._names.first_parameter(node)):
+            yield from self._of_first(first)
         elif isinstance(node, (ast.Raise, ast.JoinedStr)):
             return
         elif isinstance(node, ast.Compare):
@@ -201,8 +239,12 @@ class _Function:
         elif name in _SHAPE:
             yield from self._found(weight, "shape")
         elif name not in _HARMLESS:
-            # Of a module's first parameter, unknown to whom it belongs, it is new_zeros() and the like.
-            yield from self._found(weight, "dtype" if is_first else "values")
+            yield from self._of_first(weight) if is_first else self._found(weight, "values")
+
+    def _of_first(self, first: Paths) -> Iterator[_Found]:
+        """Yield a use of a module's first parameter: of the owner's, whatever it belongs to, it is new_zeros() ..."""
+        for path in first:
+            yield from self._found({path}, "values" if len(path) > 1 else "dtype")
 
     def _only_names_dtype(self, node: ast.Assign | ast.AnnAssign) -> bool:
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
@@ -215,13 +257,15 @@ class _Function:
     def _call(self, node: ast.Call) -> Iterator[_Found]:
         called = node.func
         name = called.id if isinstance(called, ast.Name) else getattr(called, "attr", "")
+        if _initializes(called):
+            return
         if name in _ASKING and not self._names.weight(called):
-            asked = [argument for argument in node.args if not self._names.weight(argument)]
+            asked = [a for a in node.args if not self._names.weight(a) and not self._names.first_parameter(a)]
             for argument in [called, *asked]:
                 yield from self._under(argument)
             return
         if self._scope.depth < _MAX_DEPTH:
-            yield from self._in_callee(node)
+            yield from self._in_callee(as_direct(node))
         yield from self._inside(node)
 
     def _in_callee(self, node: ast.Call) -> Iterator[_Found]:
@@ -230,9 +274,9 @@ class _Function:
             *((index, self._names.paths(argument)) for index, argument in enumerate(node.args)),
             *((keyword.arg, self._names.paths(keyword.value)) for keyword in node.keywords if keyword.arg),
         ]
-        if not any(paths for _, paths in passed):
-            return
         function, receiver = self._callee(node.func)
+        if not any(paths for _, paths in passed) and (not receiver or receiver == {()}):
+            return
         tree = None if function is None else parsed(function)
         if function is None or tree is None:
             return
@@ -256,23 +300,47 @@ class _Function:
             return _as_function(names.get(called.id)), None
         if not isinstance(called, ast.Attribute):
             return None, None
-        if isinstance(called.value, ast.Name) and isinstance(names.get(called.value.id), ModuleType):
-            return _as_function(getattr(names[called.value.id], called.attr, None)), None
-        if self._names.paths(called.value) != {()}:
+        value = called.value
+        known = names.get(value.id) if isinstance(value, ast.Name) else None
+        if isinstance(known, ModuleType):
+            return _as_function(getattr(known, called.attr, None)), None
+        through = value.func.id if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) else ""
+        if isinstance(known, type) or through == "type":
+            return _of_class(known if isinstance(known, type) else self._scope.cls, called.attr, None)
+        at = self._names.paths(value)
+        if len(at) == 1 and len(path := next(iter(at))) == 1 and path[0] in self._scope.held:
+            return _of_class(self._scope.held[path[0]], called.attr, at)
+        if at != {()} and through != "super":
             return None, None
         held = self._scope.held.get(called.attr)
-        if held is not None:  # such as an attention processor
-            return _as_function(inspect.getattr_static(held, "__call__", None)), set()
-        method = inspect.getattr_static(self._scope.cls, called.attr, None)
-        if isinstance(method, staticmethod):
-            return _as_function(method.__func__), None
-        return _as_function(method), {()}
+        if held is None:
+            return _of_class(self._scope.cls, called.attr, {()})
+        # Such as an attention processor.
+        return _of_class(held, "forward" if issubclass(held, nn.Module) else "__call__", {(called.attr,)})
 
     def _found(self, paths: Paths, what: str, getter: str | None = None) -> Iterator[_Found]:
-        return (_Found(path, what, getter, tuple(self._conditions)) for path in sorted(paths))
+        return (_Found(path, what, getter, tuple(self._conditions)) for path in paths)
 
 
 def _as_function(called: Any) -> FunctionType | None:
     function = inspect.unwrap(called) if callable(called) else None
     is_own = isinstance(function, FunctionType) and not (function.__module__ or "").startswith("torch.")
     return function if is_own else None
+
+
+def _of_class(cls: type, name: str, receiver: Paths | None) -> tuple[FunctionType | None, Paths | None]:
+    """Return a class's method, and what its first argument stands for."""
+    method = inspect.getattr_static(cls, name, None)
+    if isinstance(method, staticmethod):
+        return _as_function(method.__func__), None
+    if isinstance(method, classmethod):
+        return _as_function(method.__func__), set()
+    return _as_function(method), receiver
+
+
+def _initializes(called: ast.expr) -> bool:
+    """Whether a call gives a tensor initial values: `nn.init.normal_(...)`, `weight.data.normal_()`."""
+    if not isinstance(called, ast.Attribute):
+        return False
+    holder = called.value.id if isinstance(called.value, ast.Name) else getattr(called.value, "attr", "")
+    return called.attr in _INITIAL or holder == "init"

@@ -73,7 +73,7 @@ class ModelView:
             for one in self._readers:
                 for read in one.reads(stored):
                     if read.getter is None or names_used(self.first_paths, read.getter):
-                        found.setdefault(one.owner.get_submodule(read.path), set()).add(read.what)
+                        found.setdefault(read.module, set()).add(read.what)
             self._weight_reads[stored] = found
         return self._weight_reads[stored]
 

@@ -34,24 +34,38 @@ class HeldElsewhere:
             {id(layer._parameters["weight"]): path for path, layer in plan.layers.items()} if self._aliases else {}
         )
         for alias in self._aliases:
-            for path in (weights[id(held)] for held in alias.held if id(held) in weights):
+            for path in (path for held in alias.held if (path := weights.get(id(self._whole(held))))):
                 raise ConfigError(
                     f"{alias.name!r} holds the weight of {path!r}, which would not be the quantized one: name {path!r} "
                     "in skip_modules"
                 )
 
     @cached_property
-    def _tensors(self) -> set[int]:
+    def _tensors(self) -> dict[int, torch.Tensor]:
+        """The model's tensors by their memory; several that share it are left out, since a view may be of any."""
+        found: dict[int, torch.Tensor | None] = {}
+        for tensor in (*self._view.parameters.values(), *self._view.buffers.values()):
+            if tensor is not None and tensor is not found.setdefault(_memory(tensor), tensor):
+                found[_memory(tensor)] = None
+        return {memory: tensor for memory, tensor in found.items() if tensor is not None}
+
+    @cached_property
+    def _ids(self) -> set[int]:
         view = self._view
         return {id(tensor) for tensor in (*view.parameters.values(), *view.buffers.values())}
+
+    def _whole(self, held: Any) -> Any:
+        """Return the tensor of the model that a held one is, or is a view of."""
+        is_other = isinstance(held, torch.Tensor) and id(held) not in self._ids
+        return self._tensors.get(_memory(held)) if is_other else held
 
     def _is_wanted(self, value: Any) -> bool:
         if isinstance(value, nn.Module):
             return value in self._layers
         if isinstance(value, torch.Tensor):
-            return id(value) in self._tensors
+            return id(value) in self._ids or _memory(value) in self._tensors
         # The forward of any module that is streamed is another one later.
-        owner, is_forward = value.__self__, value.__func__.__name__ == "forward"
+        owner, is_forward = value.__self__, getattr(value.__func__, "__name__", "") == "forward"
         return isinstance(owner, nn.Module) and (
             owner in self._layers or (is_forward and bool(self._plan.offloaded) and owner in self._view.first_paths)
         )
@@ -63,7 +77,15 @@ class HeldElsewhere:
             layers: old layer -> new layer.
             tensors: id of each old tensor -> the new one.
         """
-        return exchanges(self._aliases, layers, tensors)
+        held = (each for alias in self._aliases for each in alias.held if isinstance(each, torch.Tensor))
+        views = {
+            id(view): _like(view, old, new)
+            for view in held
+            if id(view) not in tensors
+            and (old := self._tensors.get(_memory(view))) is not None
+            and (new := tensors.get(id(old))) is not None
+        }
+        return exchanges(self._aliases, layers, {**tensors, **views})
 
 
 def exchanges(
@@ -84,12 +106,27 @@ def exchanges(
             return tensors.get(id(value), value)
         if not isinstance(value, types.MethodType) or not isinstance(value.__self__, nn.Module):
             return value
-        owner, name = layers.get(value.__self__, value.__self__), value.__func__.__name__
+        owner, name = layers.get(value.__self__, value.__self__), getattr(value.__func__, "__name__", "")
         if name == "forward" and any(held is value for alias in found for held in alias.held):
             return functools.partial(_forward_of, owner)
-        return value if owner is value.__self__ else types.MethodType(getattr(type(owner), name), owner)
+        if owner is value.__self__:
+            return value
+        return types.MethodType(getattr(type(owner), name, value.__func__), owner)
 
     return [(alias.slots, alias.key, exchanged(alias.value, new)) for alias in found]
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _like(view: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Return the view of a new tensor that another one is of the old tensor."""
+    if new.shape != old.shape or new.stride() != old.stride():
+        return view
+    offset = new.storage_offset() + view.storage_offset() - old.storage_offset()
+    made = torch.as_strided(new.detach(), view.shape, view.stride(), offset)
+    return nn.Parameter(made, view.requires_grad) if isinstance(view, nn.Parameter) else made
 
 
 def _forward_of(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -174,8 +174,10 @@ def _begin_of_run(source: Source, shape: tuple[int, ...], multiple: int) -> int 
     """Return where a source begins in the flattened tensor, if its values are contiguous there and split no scale."""
     if source.transposed:
         return None
+    if not source.region:  # almost always
+        return 0
     whole = torch.empty(shape, device="meta")
-    part = whole[source.region] if source.region else whole
+    part = whole[source.region]
     begin = int(part.storage_offset())
     is_run = part.is_contiguous() and begin % multiple == 0
     is_last = begin + part.numel() == whole.numel()

@@ -384,4 +384,4 @@ def test_child_under_two_names_is_read_under_either():
         def forward(self, x):
             return x @ self.second.weight
 
-    assert weights_read(Alias()) == {"second"}
+    assert weights_read(Alias()) == {"first", "second"}

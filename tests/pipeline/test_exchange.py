@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import types
 import weakref
+from typing import ClassVar
 
 import pytest
 import torch
@@ -241,3 +242,92 @@ def test_a_load_that_fails_at_the_last_step_restores_what_was_held(hold, monkeyp
         load_and_quantize_model(model, "nf4", device_map="cpu")
     assert (model.a, model.b) == layers
     assert torch.equal(model(x), expected)
+
+
+class Pair(tuple):
+    """A tuple of a class of its own, with an attribute."""
+
+
+class Odd(nn.Module):
+    """Holds its layers in ways that are rare."""
+
+    known: ClassVar = {}
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.norm = nn.Linear(64, 64), nn.Linear(64, 64), nn.LayerNorm(64)
+        self.pair = Pair([self.a, self.b])
+        self.pair.name = "pair"
+        type(self).known["last"] = self.b
+        self.run = types.MethodType(functools.partial(lambda first, self, x: self.norm(first(x)), self.pair[0]), self)
+
+        def patched(module, x, inner=self.b, outer=self.a):
+            return inner(outer(x))
+
+        self.patched = types.MethodType(patched, self.norm)
+
+    def forward(self, x):
+        return self.run(x) + self.patched(x) + type(self).known["last"](self.pair[1](x))
+
+
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
+def test_tuples_of_other_classes_dicts_of_classes_and_methods_made_of_partials(mode, device, tmp_path):
+    torch.manual_seed(0)
+    model = Odd().eval()
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        expected = model(x)
+    save_checkpoint(model, tmp_path)
+    loaded = load_and_quantize_model(empty(Odd), mode, tmp_path, device_map=device).eval()
+    assert type(loaded.pair) is Pair
+    assert loaded.pair.name == "pair"
+    assert loaded.pair == (loaded.a, loaded.b)
+    assert Odd.known["last"] is loaded.b
+    assert type(loaded.a) is not nn.Linear
+    with torch.no_grad():
+        found = loaded(x.to(device)).cpu()
+    assert (found - expected).norm() < (0.3 if mode == "nf4" else 0.03) * expected.norm()
+
+
+class Views(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.norm = nn.Linear(64, 64), nn.LayerNorm(64)
+        self.row = self.norm.weight.data.view(1, 64)
+        self.half = [self.norm.bias.detach()[32:]]
+
+    def forward(self, x):
+        return self.norm(self.fc(x)) * self.row + self.half[0].sum()
+
+
+@pytest.mark.parametrize("is_empty", [True, False])
+def test_views_of_tensors_are_views_of_the_loaded_ones(is_empty, device, tmp_path):
+    torch.manual_seed(0)
+    model = Views().eval()
+    for parameter in model.norm.parameters():
+        nn.init.normal_(parameter)
+    save_checkpoint(model, tmp_path)
+    x = torch.randn(2, 64)
+    expected = model(x)
+    config = {"load_in_4bit": True, "skip_modules": ["*"], "torch_dtype": "fp32"}
+    loaded = load_and_quantize_model(empty(Views) if is_empty else Views(), config, tmp_path, device_map=device).eval()
+    assert loaded.row.untyped_storage().data_ptr() == loaded.norm.weight.untyped_storage().data_ptr()
+    assert torch.allclose(loaded(x.to(device)).cpu(), expected, atol=1e-5)
+
+
+def test_a_held_view_of_a_weight_to_quantize_is_refused(device, tmp_path):
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.head = nn.Linear(64, 64), nn.Linear(64, 4)
+            self.turned = self.fc.weight.data.t()
+
+        def forward(self, x):
+            return self.head(self.fc(x) @ self.turned)
+
+    save_checkpoint(Turned(), tmp_path)
+    with pytest.raises(ConfigError, match=r"'turned' holds the weight of 'fc'.*name 'fc' in skip_modules"):
+        load_and_quantize_model(Turned(), "nf4", tmp_path, device_map=device)
+    config = {"load_in_4bit": True, "skip_modules": ["fc"], "torch_dtype": "fp32"}
+    loaded = load_and_quantize_model(Turned(), config, tmp_path, device_map=device)
+    assert torch.equal(loaded.turned, loaded.fc.weight.t())

@@ -388,3 +388,31 @@ def test_a_load_state_dict_that_computes_is_refused(tmp_path):
     folder = save(Halves().state_dict(), tmp_path)
     with pytest.raises(CheckpointError, match=r"the model, a Halves, is loaded by Halves\.load_state_dict"):
         load_and_quantize_model(empty(Halves), "nf4", folder)
+
+
+class CopiesIntoData(nn.Module):
+    """Does not call nn.Module's method, and writes to `.data`, which counts no version."""
+
+    def __init__(self):
+        super().__init__()
+        self.codes = nn.Parameter(torch.zeros(4, 16))
+        self.register_buffer("count", torch.tensor(0))
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        self.codes.data.copy_(state_dict[f"{prefix}codes"].reshape(4, 16) * 2)
+        self.codes.data[0] = 7
+        self.count.fill_(5)
+
+
+@pytest.mark.parametrize("is_empty", [True, False])
+def test_what_is_written_to_the_data_of_a_parameter_is_loaded(is_empty, tmp_path, caplog):
+    def build():
+        return nn.Sequential(CopiesIntoData(), nn.Linear(64, 8))
+
+    stored = {**build().state_dict(), "0.codes": torch.rand(64)}
+    save(stored, tmp_path)
+    wanted = build()
+    wanted.load_state_dict(stored)
+    loaded = load_and_quantize_model(empty(build) if is_empty else build(), FP32, tmp_path, device_map="cpu")
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in wanted.state_dict().items())
+    assert "own values are kept" not in caplog.text
