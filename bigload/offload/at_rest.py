@@ -14,7 +14,7 @@ import copy
 import functools
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,11 +64,10 @@ class _AtRest(torch.Tensor):
                 return func(*args, **kwargs)
             given = [*tensors_in((args, kwargs))]
             own = [tensor for tensor in given if isinstance(tensor, _AtRest)]
-            target = kwargs.get("out", given[0] if _writes(name) else None)
-            if isinstance(target, _AtRest):
-                target._home.finish_copies()
-                args, kwargs = send_to_device((args, kwargs), target.device)
-                return func(*args, **kwargs)
+            written = kwargs.get("out", next(iter((*args, *kwargs.values()))) if _writes(name) else None)
+            targets = [tensor for tensor in tensors_in(written) if isinstance(tensor, _AtRest)]
+            if targets:
+                return _write(func, args, kwargs, written, targets)
             elsewhere = {tensor.device for tensor in given if tensor.dim() and not isinstance(tensor, _AtRest)}
             if len(elsewhere) == 1 and elsewhere.isdisjoint(tensor.device for tensor in own):
                 args, kwargs = send_to_device((args, kwargs), *elsewhere)
@@ -136,7 +135,7 @@ def keep_writes(parameter: nn.Parameter, pool: SlotPool) -> None:
     own = type(parameter)
     if isinstance(parameter, _AtRest):
         return
-    if own is nn.Parameter or own.__name__ == "Params4bit":
+    if own is nn.Parameter or own.__name__ in ("Params4bit", "Int8Params"):
         vars(parameter)["_home"] = _Home(pool)
         parameter.__class__ = _at_rest_class(own)
 
@@ -166,6 +165,34 @@ def _set_data(parameter: _AtRestParameter, value: torch.Tensor) -> None:
     elif value.data_ptr() != own.data_ptr():
         parameter._home.finish_copies()
         own.copy_(value)
+
+
+def _write(func: Any, args: Any, kwargs: Any, written: Any, targets: Sequence[_AtRest]) -> Any:
+    """Run an operation that writes to one tensor or several, of which those in `targets` are weights at rest."""
+    for home in {target._home for target in targets}:
+        home.finish_copies()
+    if isinstance(written, torch.Tensor):
+        args, kwargs = send_to_device((args, kwargs), written.device)
+    elif args and written is args[0]:  # each stays where it is, and what it is computed with comes there
+        args = (written, *(_beside(given, written) for given in args[1:]))
+        kwargs = {name: _beside(given, written) for name, given in kwargs.items()}
+    before = [_version(target) for target in targets]
+    out = func(*args, **kwargs)
+    # torch does not count what fused optimizers write.
+    torch.autograd.graph.increment_version([t for t, n in zip(targets, before, strict=True) if n == _version(t)])
+    return out
+
+
+def _beside(given: Any, written: Sequence[torch.Tensor]) -> Any:
+    """Move each tensor of a list to the device of the one that it is for."""
+    if not isinstance(given, (list, tuple)) or len(given) != len(written):
+        return given
+    pairs = zip(given, written, strict=True)
+    return [send_to_device(one, to.device) if isinstance(one, torch.Tensor) and one.dim() else one for one, to in pairs]
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _writes(name: str) -> bool:

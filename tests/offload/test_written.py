@@ -10,12 +10,11 @@ from checkpoints import PLAIN, loaded, offloaded, save_checkpoint
 from comparisons import assert_same_bits, equal, outputs, relative_error, state_of
 from models import TOKENS, llama
 from references import FOUR_BIT
-from streaming import Own, engines_of, groups_of, pairs
+from streaming import Own, engines_of, streamed
 from torch import nn
 
 from bigload import OffloadError
 from bigload.offload import at_rest
-from bigload.offload.engine import Engine
 from bigload.offload.slot_pool import SlotPool
 
 SHAPE = (64, 64)
@@ -43,6 +42,12 @@ def by_optimizer(weight, value):
     weight.grad = None
 
 
+def by_fused_optimizer(weight, value):
+    weight.grad = value.to(weight.device)
+    torch.optim.SGD([weight], lr=1.0, fused=True).step()  # the same bits on every device
+    weight.grad = None
+
+
 WRITES = {
     "add_": lambda weight, value: weight.add_(value),
     "+= on data": added,
@@ -56,16 +61,9 @@ WRITES = {
     "out=": lambda weight, value: torch.add(weight.data, 1, out=weight.data),
     "foreach": lambda weight, value: torch._foreach_mul_([weight.data], 0.5),
     "an optimizer": by_optimizer,
+    "a fused optimizer": by_fused_optimizer,
     "a vector": lambda weight, value: nn.utils.vector_to_parameters(value.to(weight.device).view(-1), [weight]),
 }
-
-
-def streamed(device, folder, home, dtype=torch.float32, kind=nn.Linear):
-    """Return a model on the device, and a copy of it that is streamed from host memory or from files."""
-    expected = pairs(kind, device=device).to(dtype).requires_grad_(False)
-    model = copy.deepcopy(expected)
-    groups = list(groups_of(model, device, folder if home == "disk" else None))
-    return expected, model, Engine(model, groups, device)
 
 
 @pytest.mark.parametrize("home", ["cpu", "disk"])
@@ -308,6 +306,18 @@ def test_state_dict_holds_tensors_of_torch_on_the_cpu(twins, device, mode):
     assert {type(tensor) for tensor in state.values()} == {torch.Tensor}
     assert state["model.embed_tokens.weight"].device == torch.device("cpu")
     assert_same_bits(state_of(model), {name: tensor.to(state[name].device) for name, tensor in state_of(whole).items()})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
+def test_packed_values_are_written_too(twins, device, mode):
+    tokens, found = TOKENS.to(device), []
+    for model in twins(mode, "disk"):
+        outputs(model, tokens)
+        model.model.layers[0].mlp.down_proj.weight.data[:8] = 0
+        found.append([outputs(model, tokens) for _ in range(2)])
+    assert equal(found[0][0], found[1][0])
+    assert equal(found[0][1], found[1][1])
 
 
 @torch.no_grad()
