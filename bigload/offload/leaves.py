@@ -217,7 +217,10 @@ def streamed_tensors_of(leaf: Leaf) -> list[StreamedTensor]:
         owner: Any = leaf.module.get_submodule(owner_path)
         parameter = owner._parameters.get(key)
         if parameter is None:
-            raise OffloadError(f"{leaf.path!r} has no parameter {path!r} to stream")
+            raise OffloadError(
+                f"{leaf.path!r} has no parameter {path!r} to stream; call model.offload.remove() before a weight is "
+                "parametrized, pruned or deleted"
+            )
         places: _Places = {"weight": [(parameter, "data")]}
         if key == "weight" and is_quantized(owner):
             if owner is not leaf.module:

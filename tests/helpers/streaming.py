@@ -157,9 +157,9 @@ def stream_from_disk(model, device, folder, slots=2):
     return Engine(model, groups, device, slots)
 
 
-def streamed(device, folder, home, dtype=torch.float32, kind=nn.Linear):
+def streamed(device, folder, home, dtype=torch.float32, kind=nn.Linear, slots=2):
     """Return a model on the device, and a copy of it that is streamed from host memory or from files."""
     expected = pairs(kind, device=device).to(dtype).requires_grad_(False)
     model = copy.deepcopy(expected)
     groups = list(groups_of(model, device, folder if home == "disk" else None))
-    return expected, model, Engine(model, groups, device)
+    return expected, model, Engine(model, groups, device, slots)

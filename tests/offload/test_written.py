@@ -12,6 +12,7 @@ from models import TOKENS, llama
 from references import FOUR_BIT
 from streaming import Own, engines_of, streamed
 from torch import nn
+from torch.nn.utils import prune
 
 from bigload import OffloadError
 from bigload.offload import at_rest
@@ -189,6 +190,69 @@ def test_parameters_at_rest_are_pickled_and_copied_as_any_other(device, tmp_path
     file = io.BytesIO()
     torch.save(model[0].state_dict(keep_vars=True), file)
     assert b"bigload" not in file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda own: nn.Parameter(own, requires_grad=False),
+        lambda own: nn.Parameter(own.data, requires_grad=False),
+        lambda own: nn.Parameter(own * 1, requires_grad=False),
+        lambda own: type(own)(own.data.clone(), requires_grad=False),
+        lambda own: own.__class__(own.detach()).requires_grad_(False),
+    ],
+    ids=["of it", "of its data", "of what was computed", "of its class", "of its class, by detach"],
+)
+def test_parameter_that_is_made_of_one_at_rest_is_a_usual_one(device, tmp_path, make):
+    expected, model, engine = streamed(device, tmp_path, "cpu")
+    own, x = model[0][0].weight, torch.randn(3, 64, device=device)
+    made = make(own)
+    assert (type(made), made.requires_grad, vars(made)) == (nn.Parameter, False, {})
+    assert type(copy.deepcopy(made)) is nn.Parameter
+    assert own.requires_grad_(False) is own
+    for one, parameter in ((model, made), (expected, make(expected[0][0].weight))):
+        one[3][1].weight = parameter
+        one[3][1].weight.data += 1
+    assert equal(model(x), expected(x))
+    engine.remove()
+    assert equal(model(x), expected(x))
+    assert {type(parameter) for parameter in model.parameters()} == {nn.Parameter}
+
+
+def by_norm(layer):
+    nn.utils.weight_norm(layer)
+    return lambda: nn.utils.remove_weight_norm(layer)
+
+
+def by_mask(layer):
+    prune.l1_unstructured(layer, "weight", 0.5)
+    return lambda: prune.remove(layer, "weight")
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("change", [by_norm, by_mask])
+@torch.no_grad()
+def test_weight_that_is_computed_of_others_is_refused_until_it_is_a_parameter_again(device, tmp_path, change):
+    expected, model, _ = streamed(torch.device("cpu"), tmp_path, "cpu")
+    x = torch.randn(3, 64)
+    model(x)
+    undo, undo_expected = (change(one[1][0]) for one in (model, expected))
+    with pytest.raises(OffloadError, match=r"call model\.offload\.remove\(\) before a weight is parametrized"):
+        model(x)
+    undo()
+    undo_expected()
+    assert equal(model(x), expected(x))
+
+
+@torch.no_grad()
+def test_what_changes_no_value_copies_nothing_again(device, tmp_path):
+    _, model, engine = streamed(device, tmp_path, "cpu", slots=4)
+    model(torch.randn(3, 64, device=device))
+    before = engine.stats().fetches
+    model.requires_grad_(True).requires_grad_(False)
+    model.state_dict()
+    model(torch.randn(3, 64, device=device))
+    assert engine.stats().fetches == before
 
 
 def test_weight_at_rest_and_tensors_of_the_device_that_computes_meet(moves):
