@@ -1,40 +1,25 @@
-"""`state_dict`, `load_state_dict` and `.to()` of modules whose weights are offloaded, and what is written to those.
+"""What is written to offloaded weights, and `state_dict` and `load_state_dict` of their modules.
 
-`to`, `cuda`, `cpu`, `half` and the like call a module's `_apply`, which calls that of its children. For an offloaded
-weight the call is tried on an empty tensor on the device that computes. If that tensor does not change, the weight
-stays at rest; otherwise the call is refused before anything changes. `state_dict` returns the weights at rest, and what
-`load_state_dict` loads is used from the next call on.
+`state_dict` returns the weights at rest, and what `load_state_dict` loads is used from the next call on.
 
 torch counts what is written to a tensor, except through `.data`. A parameter at rest has a class that counts this too.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
+import sys
 import weakref
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import OffloadError
-from ..model.tree import paths_above
 from .device_hooks import send_to_device, tensors_in
 from .files import FileGroup
-from .forwards import require_readable
-from .leaves import (
-    DATA,
-    Group,
-    Leaf,
-    MethodOverride,
-    NonCopyable,
-    remove_all,
-    without_overrides,
-    without_torch_function,
-)
+from .leaves import DATA, Group, NonCopyable, without_torch_function
 from .residency import Residency
 from .slot_pool import SlotPool
 
@@ -62,21 +47,39 @@ class _AtRest(torch.Tensor):
                 return _set_data(*args)
             if name in ("__get__", "__set__", "__delete__"):
                 return func(*args, **kwargs)
+            if name == "detach" and sys._getframe(1).f_code is _MAKE_PARAMETER:
+                made = torch.Tensor._make_subclass(type(args[0]), args[0].detach())  # it demands the same class
+                made._home = args[0]._home
+                return made
             given = [*tensors_in((args, kwargs))]
             own = [tensor for tensor in given if isinstance(tensor, _AtRest)]
-            target = kwargs.get("out", given[0] if _writes(name) else None)
-            if isinstance(target, _AtRest):
-                target._home.finish_copies()
-                args, kwargs = send_to_device((args, kwargs), target.device)
-                return func(*args, **kwargs)
+            written = kwargs.get("out", next(iter((*args, *kwargs.values()))) if _writes(name) else None)
+            targets = [tensor for tensor in tensors_in(written) if isinstance(tensor, _AtRest)]
+            if targets:
+                return _write(func, args, kwargs, written, targets)
             elsewhere = {tensor.device for tensor in given if tensor.dim() and not isinstance(tensor, _AtRest)}
             if len(elsewhere) == 1 and elsewhere.isdisjoint(tensor.device for tensor in own):
                 args, kwargs = send_to_device((args, kwargs), *elsewhere)
             out = func(*args, **kwargs)
+            if out is own[0]:
+                return out
             # What was computed of it alone goes on like it: a view, a copy, the values of a quantized weight.
             is_alone = len(own) == len(given) or name.startswith("dequantize")
             goes_on = is_alone and isinstance(out, torch.Tensor) and out.device == own[0].device
             return _travelling(out, own[0]._home) if goes_on else out
+
+    @property
+    def _is_param(self) -> bool:
+        """Set by `nn.Parameter` on what it makes of a subclass. Of a weight at rest that becomes a usual parameter."""
+        return False
+
+    @_is_param.setter
+    def _is_param(self, value: bool) -> None:
+        own = nn.Parameter if isinstance(self, _Traveller) else _own_class(type(self))
+        self.__class__ = own
+        vars(self).pop("_home", None)
+        if own is not nn.Parameter:
+            vars(self)["_is_param"] = value
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         """Copy the values into memory of their own, as what they would be in a model that is not offloaded."""
@@ -103,6 +106,13 @@ class _Traveller(_AtRest):
 
 class _AtRestParameter(_AtRest, nn.Parameter):
     """A parameter at rest."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Make one of its own class: `type(parameter)(values)` is a parameter that does not rest here."""
+        return _own_class(cls)(*args, **kwargs)
+
+
+_MAKE_PARAMETER = nn.Parameter.__new__.__code__
 
 
 @functools.cache
@@ -136,7 +146,7 @@ def keep_writes(parameter: nn.Parameter, pool: SlotPool) -> None:
     own = type(parameter)
     if isinstance(parameter, _AtRest):
         return
-    if own is nn.Parameter or own.__name__ == "Params4bit":
+    if own is nn.Parameter or own.__name__ in ("Params4bit", "Int8Params"):
         vars(parameter)["_home"] = _Home(pool)
         parameter.__class__ = _at_rest_class(own)
 
@@ -168,119 +178,43 @@ def _set_data(parameter: _AtRestParameter, value: torch.Tensor) -> None:
         own.copy_(value)
 
 
+def _write(func: Any, args: Any, kwargs: Any, written: Any, targets: Sequence[_AtRest]) -> Any:
+    """Run an operation that writes to one tensor or several, of which those in `targets` are weights at rest."""
+    for home in {target._home for target in targets}:
+        home.finish_copies()
+    if isinstance(written, torch.Tensor):
+        args, kwargs = send_to_device((args, kwargs), written.device)
+    elif args and written is args[0]:  # each stays where it is, and what it is computed with comes there
+        args = (written, *(_beside(given, written) for given in args[1:]))
+        kwargs = {name: _beside(given, written) for name, given in kwargs.items()}
+    before = [_version(target) for target in targets]
+    out = func(*args, **kwargs)
+    # torch does not count what fused optimizers write.
+    torch.autograd.graph.increment_version([t for t, n in zip(targets, before, strict=True) if n == _version(t)])
+    return out
+
+
+def _beside(given: Any, written: Sequence[torch.Tensor]) -> Any:
+    """Move each tensor of a list to the device of the one that it is for."""
+    if not isinstance(given, (list, tuple)) or len(given) != len(written):
+        return given
+    pairs = zip(given, written, strict=True)
+    return [send_to_device(one, to.device) if isinstance(one, torch.Tensor) and one.dim() else one for one, to in pairs]
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
 def _writes(name: str) -> bool:
     """Whether an operation of this name writes to its first argument."""
-    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__") and name not in _WRITE_NO_VALUES)
 
 
 # What Python writes as `+=` and the like.
 _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
+_WRITE_NO_VALUES = {"requires_grad_", "share_memory_", "rename_"}
 _IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in _OPERATORS)}
-
-
-class ApplyGuards:
-    """Keep weights at rest when the model, or a part of it, is moved or cast, and let parts of it be copied."""
-
-    def __init__(self, model: nn.Module, leaves: Mapping[Leaf, torch.device]) -> None:
-        """Override `_apply` and `__deepcopy__` of the leaves and of the modules that contain them.
-
-        Args:
-            model: changed in place.
-            leaves: the modules with offloaded weights, each with the device that computes it.
-        """
-        self._guards: list[MethodOverride] = []
-        inside: dict[str, dict[Leaf, torch.device]] = defaultdict(dict)
-        for leaf, device in leaves.items():
-            for path in [leaf.path, *paths_above(leaf.path)]:
-                inside[path][leaf] = device
-        try:
-            for path, found in inside.items():
-                module = model.get_submodule(path)
-                self._guards.append(_ApplyGuard(module, found))
-                self._guards.append(_Copy(path, module, found))
-        except BaseException:
-            self.remove()
-            raise
-
-    def remove(self) -> None:
-        """Restore the modules' own methods; calling it again does nothing."""
-        remove_all(self._guards)
-
-
-class _ApplyGuard(MethodOverride):
-    def __init__(self, module: nn.Module, leaves: Mapping[Leaf, torch.device]) -> None:
-        self._own: Callable[..., Any] = module._apply
-        self._away = {name for leaf in leaves if leaf.module is module for name in leaf.parameters}
-        self._leaves = leaves
-        super().__init__(module, "_apply")
-
-    def __call__(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-        """Apply `fn` to all tensors of the module except those at rest.
-
-        Raises:
-            OffloadError: `fn` would change those too.
-        """
-        if recurse or self._away:
-            # One weight stands for all of its dtype and device.
-            looked_at = {
-                (leaf.module.get_parameter(name).dtype, device): leaf.path
-                for leaf, device in self._leaves.items()
-                for name in leaf.parameters
-            }
-            for (dtype, device), path in looked_at.items():
-                _require_unchanged(fn, dtype, device, path)
-        own: dict[str, Any] = vars(self.module)
-        held = own["_parameters"]
-        own["_parameters"] = {name: parameter for name, parameter in held.items() if name not in self._away}
-        try:
-            self._own(fn, recurse)
-        finally:
-            held.update(own["_parameters"])  # torch may put other parameters there
-            own["_parameters"] = held
-        return self.module
-
-
-class _Copy(MethodOverride):
-    """Copies a part of a model as it would be without offloading, onto the device that computes it.
-
-    PEFT copies layers that it trains as a whole (`modules_to_save`), or computes with (DoRA).
-    """
-
-    def __init__(self, path: str, module: nn.Module, leaves: Mapping[Leaf, torch.device]) -> None:
-        self._path = path
-        self._devices = {device for leaf, device in leaves.items() if leaf.module is module}
-        super().__init__(module, "__deepcopy__")
-
-    def __call__(self, memo: dict[int, Any]) -> nn.Module:
-        """Copy the module.
-
-        Raises:
-            OffloadError: it is the whole model, or a file with its weights has changed.
-        """
-        if not self._path:
-            self.__deepcopy__(memo)
-        require_readable(self.module)
-        reduced: Any = self.module.__reduce_ex__(4)
-        make, given, state = reduced[:3]
-        made: Any = make(*given)
-        memo[id(self.module)] = made
-        made.__setstate__(copy.deepcopy(without_overrides(state), memo))
-        for device in self._devices:
-            made.to(device)
-        return made  # type: ignore[no-any-return]
-
-
-def _require_unchanged(
-    fn: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype, device: torch.device, path: str
-) -> None:
-    made = fn(torch.empty(0, dtype=dtype, device=device))
-    if (made.dtype, made.device) == (dtype, device):
-        return
-    change = f"be moved to {made.device}" if made.device != device else f"be cast to {made.dtype}"
-    raise OffloadError(
-        f"the weights of {path!r} are offloaded and streamed, in {dtype} on {device}: they cannot {change}; call "
-        "model.offload.remove() first, then change the model"
-    )
 
 
 def hook_state_dicts(weights: Residency, pool: SlotPool) -> list[Any]:

@@ -89,6 +89,7 @@ class Engine(NonCopyable):
             self._install()
         except BaseException:  # Ctrl-C too
             self._uninstall()
+            self._stop_keeping_writes()
             self.pool.copier.close()
             raise
         # The memory of the slots must not be reused while a copy into them is running.
@@ -125,9 +126,9 @@ class Engine(NonCopyable):
 
     def _put_at_rest(self, group: Group, streamed: Sequence[StreamedTensor]) -> None:
         for each in streamed:
-            each.put(group.store.tensors[each.name])
             if each.parameter is not None:
                 keep_writes(each.parameter, self.pool)
+            each.put_at_rest(group.store.tensors[each.name])
 
     def adopt(self, group: Group) -> None:
         """Stream what others have written to a group's weights, or put in their place, of any dtype and shape.
@@ -139,10 +140,11 @@ class Engine(NonCopyable):
         """
         before = {each for own in self._streamed[group].values() for each in own}
         for each in before:
-            if each.is_written():
-                each.note_writes()
+            writes = each.writes(group.store.tensors[each.name])
+            if each.is_written(writes):
                 group.store.use_written(each.name)
                 self.pool.forget(group)
+                each.note_writes(writes)  # last: if Ctrl-C comes before, the next call finds them again
         if not self._is_replaced(group):
             return
         if any(each.is_used() for each in before):
@@ -162,20 +164,28 @@ class Engine(NonCopyable):
         if specs != store.layout.parts:
             store = HostGroup(specs, self.device)
         other = [name for name, tensor in tensors.items() if tensor.data_ptr() != store.tensors[name].data_ptr()]
+        if other:
+            self.pool.copier.finish()  # forwards that a GPU has not computed yet read the old values from there
         for name in other:
             store.tensors[name].copy_(tensors[name])
             store.use_written(name)
         if other:
             self.pool.exchange_store(group, store)
+        # All follow before the first tensor is at rest: until all are, the next call finds one that is replaced.
+        own = [weights for weights in self._weights if weights.group is group]
+        for weights in own:
+            weights.follow(streamed[weights.leaf])
         self._streamed[group] = streamed
-        for weights in self._weights:
-            if weights.group is group:
-                self._put_at_rest(group, streamed[weights.leaf])
-                weights.follow(streamed[weights.leaf])
+        for weights in own:
+            self._put_at_rest(group, streamed[weights.leaf])
 
     def _uninstall(self) -> None:
         remove_all(self._state_hooks)
         remove_all(self._forwards)
+
+    def _stop_keeping_writes(self) -> None:
+        own = [each.parameter for by_leaf in self._streamed.values() for held in by_leaf.values() for each in held]
+        stop_keeping_writes([parameter for parameter in own if parameter is not None] + self._embedded())
 
     def _forget_slot(self, slot: Slot) -> None:
         for forward in self._forwards:
@@ -230,8 +240,7 @@ class Engine(NonCopyable):
                 for put, tensor in copies:
                     put(tensor)
             self._uninstall()
-            stop_keeping_writes(parameter for weights in self._weights for parameter in weights.parameters)
-            stop_keeping_writes(self._embedded())
+            self._stop_keeping_writes()
             while self._streamed:
                 group, _ = self._streamed.popitem()
                 self.pool.drop(group)

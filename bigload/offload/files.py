@@ -53,11 +53,12 @@ class FileGroup(Store):
     """
 
     @torch.inference_mode(False)
-    def __init__(self, parts: Mapping[str, FilePart]) -> None:
+    def __init__(self, parts: Mapping[str, FilePart], mappings: Mappings | None = None) -> None:
         """Map the files.
 
         Args:
             parts: name of each part -> where it is.
+            mappings: those of the model that the group belongs to; None makes new ones.
 
         Raises:
             OffloadError: a file cannot be opened, or ends before a part does.
@@ -66,7 +67,8 @@ class FileGroup(Store):
         self._parts = dict(parts)
         self.stays_in_page_cache = True
         self.written: set[str] = set()
-        mapped = {file: _mapped(file) for file in dict.fromkeys(where.file for where in parts.values())}
+        mappings = mappings or Mappings()
+        mapped = {file: mappings.of(file) for file in dict.fromkeys(where.file for where in parts.values())}
         self._stamps = {file: stamp for file, (stamp, _) in mapped.items()}
         self.tensors = {}
         for name, where in parts.items():
@@ -164,22 +166,32 @@ def limit_page_cache(groups: Sequence[FileGroup], nbytes: int) -> None:
         group.stays_in_page_cache = (index + 1) * dropped // count == index * dropped // count
 
 
-# One mapping for each file, which may hold several weights of a model.
-_mappings: WeakValueDictionary[tuple[Path, _Stamp], _Pages] = WeakValueDictionary()
+class Mappings:
+    """One mapping of each file, which may hold several weights of a model.
 
+    They are the model's own: another one that is loaded from the same files must not see what is written to this one.
+    """
 
-def _mapped(file: Path) -> tuple[_Stamp, _Pages]:
-    # No descriptor stays open: a model's weights may be in more files than a process may open.
-    try:
-        stat = file.stat()
-        stamp = _stamp(stat)
-        pages = _mappings.get((file, stamp))
-        if pages is None:
-            pages = torch.from_file(str(file), shared=False, size=stat.st_size, dtype=torch.uint8).numpy()
-            _mappings[file, stamp] = pages
-        return stamp, pages
-    except (OSError, RuntimeError) as error:
-        raise OffloadError(f"{file} cannot be opened: {error}") from error
+    def __init__(self) -> None:
+        self._pages: WeakValueDictionary[tuple[Path, _Stamp], _Pages] = WeakValueDictionary()
+
+    def of(self, file: Path) -> tuple[_Stamp, _Pages]:
+        """Map a file, unless it is mapped.
+
+        Raises:
+            OffloadError: it cannot be opened.
+        """
+        # No descriptor stays open: a model's weights may be in more files than a process may open.
+        try:
+            stat = file.stat()
+            stamp = _stamp(stat)
+            pages = self._pages.get((file, stamp))
+            if pages is None:
+                pages = torch.from_file(str(file), shared=False, size=stat.st_size, dtype=torch.uint8).numpy()
+                self._pages[file, stamp] = pages
+            return stamp, pages
+        except (OSError, RuntimeError) as error:
+            raise OffloadError(f"{file} cannot be opened: {error}") from error
 
 
 class Staging:

@@ -17,13 +17,12 @@ from ..hardware.devices import CPU, on_cpu_unless_named
 from ..hardware.free_memory import free_bytes
 from ..hardware.pinned import Store
 from ..planning.plan import PlacedUnit, Plan
-from .at_rest import ApplyGuards
 from .device_hooks import attach
 from .engine import Engine
 from .files import FileGroup, limit_page_cache
 from .forwards import forward_override_of
 from .leaves import Group, Leaf, NonCopyable, remove_all
-from .model_device import ModelDevices, entries_of_whole
+from .model_device import ApplyGuards, ModelDevices, entries_of_whole
 from .slot_pool import StreamStats
 from .targets import OffloadTargets
 

@@ -102,7 +102,6 @@ class StreamedTensor:
         parameter: the parameter whose values it is; None for the other parts of a quantized weight.
         identity: equal for tensors that are one and the same.
         is_swapped_in: the objects hold the slot's tensor, for a call that runs or one that was interrupted.
-        version: how often the parameter had been written to at the last `note_writes`.
     """
 
     def __init__(self, name: str, places: Iterable[tuple[Any, str]], owner: nn.Module, key: str) -> None:
@@ -114,8 +113,8 @@ class StreamedTensor:
         self.identity = (id(holder), attribute)
         self.is_swapped_in = False
         self._is_counted = self.parameter is not None and not self.parameter.is_inference()
-        self.version = self._count_writes()
-        self._version_in_slot = self.version
+        self._version = self._version_in_slot = self._count_writes()
+        self._version_at_rest = self._pointer_at_rest = self._pointer_in_slot = 0
         self._users: list[Use] = []
 
     def get(self) -> torch.Tensor:
@@ -130,21 +129,29 @@ class StreamedTensor:
             for holder, attribute in self._places:
                 setattr(holder, attribute, tensor)
 
+    def put_at_rest(self, at_rest: torch.Tensor) -> None:
+        """Put the tensor at rest in place for all times at which no call uses a slot's."""
+        self._version_at_rest, self._pointer_at_rest = at_rest._version, at_rest.data_ptr()
+        self.put(at_rest)
+
     def swap_in(self, use: Use, in_slot: torch.Tensor) -> None:
         """Put the slot's tensor in place for a call, unless another call has done so."""
         is_first = not self.is_used()
         self._users.append(use)
         if is_first:
             self.is_swapped_in = True
-            self._version_in_slot = self._count_writes()
+            self._version_in_slot, self._pointer_in_slot = self._count_writes(), in_slot.data_ptr()
             self.put(in_slot)
 
     def swap_out(self, at_rest: Mapping[str, torch.Tensor]) -> None:
         """Put the tensor at rest back in place, unless a call uses the slot's. What was written to that one is kept."""
         if self.is_swapped_in and not self.is_used():
-            if self._count_writes() != self._version_in_slot:
-                at_rest[self.name].copy_(self.get())
-            self.put(at_rest[self.name])
+            held = self.parameter
+            if held is None or held.data_ptr() in (self._pointer_in_slot, self._pointer_at_rest):
+                if self._count_writes() != self._version_in_slot:
+                    at_rest[self.name].copy_(self.get())
+                self.put(at_rest[self.name])
+            # Else others have put other memory there, which the next call finds.
             self.is_swapped_in = False
 
     def restore(self, tensor: torch.Tensor) -> None:
@@ -171,23 +178,28 @@ class StreamedTensor:
         return is_other or parameter.data_ptr() != at_rest.data_ptr()
 
     def is_changed(self, at_rest: torch.Tensor) -> bool:
-        """Whether `is_written` or `is_replaced`, of a parameter. Each call of a leaf asks, so this calls neither."""
+        """Whether `is_replaced`, or written to since `note_writes`. Each call of a leaf asks, so this calls neither."""
         parameter = self.parameter
         if parameter is None or self.is_swapped_in:
             return False
         return (
-            (self._is_counted and parameter._version != self.version)
+            (self._is_counted and parameter._version != self._version)
+            or at_rest._version != self._version_at_rest
             or self._owner._parameters.get(self._key) is not parameter
-            or parameter.data_ptr() != at_rest.data_ptr()
+            or parameter.data_ptr() != self._pointer_at_rest
         )
 
-    def is_written(self) -> bool:
-        """Whether the parameter was written to since `note_writes`."""
-        return self.version != self._count_writes()
+    def writes(self, at_rest: torch.Tensor) -> tuple[int, int]:
+        """Count what was written so far: to the parameter, and to the tensor at rest."""
+        return self._count_writes(), at_rest._version
 
-    def note_writes(self) -> None:
+    def is_written(self, writes: tuple[int, int]) -> bool:
+        """Whether some of these writes are new since `note_writes`."""
+        return writes != (self._version, self._version_at_rest)
+
+    def note_writes(self, writes: tuple[int, int]) -> None:
         """Take note of all that was written so far."""
-        self.version = self._count_writes()
+        self._version, self._version_at_rest = writes
 
     def _count_writes(self) -> int:
         return self.parameter._version if self._is_counted and self.parameter is not None else 0
@@ -205,7 +217,10 @@ def streamed_tensors_of(leaf: Leaf) -> list[StreamedTensor]:
         owner: Any = leaf.module.get_submodule(owner_path)
         parameter = owner._parameters.get(key)
         if parameter is None:
-            raise OffloadError(f"{leaf.path!r} has no parameter {path!r} to stream")
+            raise OffloadError(
+                f"{leaf.path!r} has no parameter {path!r} to stream; call model.offload.remove() before a weight is "
+                "parametrized, pruned or deleted"
+            )
         places: _Places = {"weight": [(parameter, "data")]}
         if key == "weight" and is_quantized(owner):
             if owner is not leaf.module:

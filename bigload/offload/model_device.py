@@ -5,13 +5,19 @@ It is a property of the class, so the model's class is replaced by a subclass of
 torch's FSDP2 and parametrizations replace classes too. `parameters()` stays as it is, since optimizers depend on its
 order and `dtype` on its first parameter. The subclass also refuses to resize a streamed embedding, which transformers
 would replace by a new module on the CPU.
+
+`to`, `cuda`, `cpu`, `half` and the like call a module's `_apply`, which calls that of its children. For an offloaded
+weight the call is tried on an empty tensor on the device that computes. If that tensor does not change, the weight
+stays at rest; otherwise the call is refused before anything changes.
 """
 
 from __future__ import annotations
 
+import copy
 import copyreg
 import functools
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,7 +29,8 @@ from ..model import transformers_facts
 from ..model.tree import first_paths, modules_by_path, paths_above
 from ..planning.plan import Plan
 from ..quantization.layers import is_quantized
-from .forwards import StreamedForward, forward_override_of
+from .forwards import StreamedForward, forward_override_of, require_readable
+from .leaves import Leaf, MethodOverride, remove_all, without_overrides
 
 # The attribute of a module that names the device that computes it.
 _DEVICE_ATTRIBUTE = "_bigload_device"
@@ -99,6 +106,111 @@ class ModelDevices:
                 module.__class__ = own
             vars(module).pop(_DEVICE_ATTRIBUTE, None)
             self._before.pop()
+
+
+class ApplyGuards:
+    """Keep weights at rest when the model, or a part of it, is moved or cast, and let parts of it be copied."""
+
+    def __init__(self, model: nn.Module, leaves: Mapping[Leaf, torch.device]) -> None:
+        """Override `_apply` and `__deepcopy__` of the leaves and of the modules that contain them.
+
+        Args:
+            model: changed in place.
+            leaves: the modules with offloaded weights, each with the device that computes it.
+        """
+        self._guards: list[MethodOverride] = []
+        inside: dict[str, dict[Leaf, torch.device]] = defaultdict(dict)
+        for leaf, device in leaves.items():
+            for path in [leaf.path, *paths_above(leaf.path)]:
+                inside[path][leaf] = device
+        try:
+            for path, found in inside.items():
+                module = model.get_submodule(path)
+                self._guards.append(_ApplyGuard(module, found))
+                self._guards.append(_Copy(path, module, found))
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Restore the modules' own methods; calling it again does nothing."""
+        remove_all(self._guards)
+
+
+class _ApplyGuard(MethodOverride):
+    def __init__(self, module: nn.Module, leaves: Mapping[Leaf, torch.device]) -> None:
+        self._own: Callable[..., Any] = module._apply
+        self._away = {name for leaf in leaves if leaf.module is module for name in leaf.parameters}
+        self._leaves = leaves
+        super().__init__(module, "_apply")
+
+    def __call__(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        """Apply `fn` to all tensors of the module except those at rest.
+
+        Raises:
+            OffloadError: `fn` would change those too.
+        """
+        if recurse or self._away:
+            # One weight stands for all of its dtype and device.
+            looked_at = {
+                (leaf.module.get_parameter(name).dtype, device): leaf.path
+                for leaf, device in self._leaves.items()
+                for name in leaf.parameters
+            }
+            for (dtype, device), path in looked_at.items():
+                _require_unchanged(fn, dtype, device, path)
+        own: dict[str, Any] = vars(self.module)
+        held = own["_parameters"]
+        own["_parameters"] = {name: parameter for name, parameter in held.items() if name not in self._away}
+        try:
+            self._own(fn, recurse)
+        finally:
+            held.update(own["_parameters"])  # torch may put other parameters there
+            own["_parameters"] = held
+        return self.module
+
+
+class _Copy(MethodOverride):
+    """Copies a part of a model as it would be without offloading, onto the device that computes it.
+
+    PEFT copies layers that it trains as a whole (`modules_to_save`), or computes with (DoRA).
+    """
+
+    def __init__(self, path: str, module: nn.Module, leaves: Mapping[Leaf, torch.device]) -> None:
+        self._path = path
+        self._devices = {device for leaf, device in leaves.items() if leaf.module is module}
+        super().__init__(module, "__deepcopy__")
+
+    def __call__(self, memo: dict[int, Any]) -> nn.Module:
+        """Copy the module.
+
+        Raises:
+            OffloadError: it is the whole model, or a file with its weights has changed.
+        """
+        if not self._path:
+            self.__deepcopy__(memo)
+        require_readable(self.module)
+        reduced: Any = self.module.__reduce_ex__(4)
+        make, given, state = reduced[:3]
+        made: Any = make(*given)
+        memo[id(self.module)] = made
+        made.__setstate__(copy.deepcopy(without_overrides(state), memo))
+        for device in self._devices:
+            made.to(device)
+        return made  # type: ignore[no-any-return]
+
+
+def _require_unchanged(
+    fn: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype, device: torch.device, path: str
+) -> None:
+    made = fn(torch.empty(0, dtype=dtype, device=device))
+    if (made.dtype, made.device) == (dtype, device):
+        return
+    change = f"be moved to {made.device}" if made.device != device else f"be cast to {made.dtype}"
+    raise OffloadError(
+        f"the weights of {path!r} are offloaded and streamed, in {dtype} on {device}: they cannot {change}; call "
+        "model.offload.remove() first, then change the model"
+    )
 
 
 class ComputeDeviceMixin:

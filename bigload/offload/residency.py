@@ -87,13 +87,13 @@ class Residency:
 
     def _acquire(self, use: Use) -> Slot:
         with self._pool.lock, without_torch_function():
-            self._pool.require_streamed(self.group, self.leaf)
-            at_rest = self.group.store.tensors
+            group = self.group
+            at_rest = group.store.tensors
             for each in self._owned:
-                if each.is_changed(at_rest[each.name]):
-                    self._adopt(self.group)
+                if at_rest and each.is_changed(at_rest[each.name]):  # there are none any more after remove()
+                    self._adopt(group)
                     break
-            return self._pool.enter(use, self.group, self.leaf)
+            return self._pool.enter(use, group, self.leaf)
 
     def _leave(self) -> None:
         with self._pool.lock:

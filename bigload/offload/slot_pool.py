@@ -65,6 +65,7 @@ class SlotPool(NonCopyable):
         """
         self._groups, self._max_slots, self._on_free = set(groups), min(slots, len(groups)), on_free
         self._slot_nbytes = max((group.store.layout.nbytes for group in groups), default=0)
+        self._has_small = False  # slots that were made for smaller groups
         self.copier = copier_to(device)
         self.lock = threading.RLock()
         self.slots: list[Slot] = []
@@ -98,6 +99,10 @@ class SlotPool(NonCopyable):
             OffloadError: the group cannot be read, or is no longer offloaded.
             torch.OutOfMemoryError: the device has no room.
         """
+        if group not in self._groups:
+            raise OffloadError(
+                f"remove() moved the weights of {leaf.path!r} to the device meanwhile: run the model again"
+            )
         is_backward = _is_backward()
         step = self.order.arrive(group, leaf, is_backward=is_backward)
         slot = self._slot_of(group)
@@ -111,21 +116,11 @@ class SlotPool(NonCopyable):
                 self.order.record_misprediction(step)
         slot.used = self._clock = self._clock + 1
         self.join(use, slot)
-        self.trim()
+        if self._has_small or len(self.slots) > self._max_slots:
+            self.trim()
         if step is not None:  # the first leaf of a group prefetches for the others too
             self._prefetch(step, [group])
         return slot
-
-    def require_streamed(self, group: Group, leaf: Leaf) -> None:
-        """Refuse a group that `remove()` has put onto the device.
-
-        Raises:
-            OffloadError: the group is no longer streamed.
-        """
-        if group not in self._groups:
-            raise OffloadError(
-                f"remove() moved the weights of {leaf.path!r} to the device meanwhile: run the model again"
-            )
 
     def join(self, use: Use, slot: Slot) -> None:
         """Begin one more use of a slot that is in use. The caller holds the lock."""
@@ -196,8 +191,10 @@ class SlotPool(NonCopyable):
 
     def trim(self) -> None:
         """Free unused slots beyond the number that was asked for, or too small. The caller holds the lock."""
-        for small in [slot for slot in self.slots if self._is_small(slot) and not slot.users]:
-            self.free(small)
+        if self._has_small:
+            for small in [slot for slot in self.slots if self._is_small(slot) and not slot.users]:
+                self.free(small)
+            self._has_small = any(self._is_small(slot) for slot in self.slots)
         while len(self.slots) > self._max_slots:
             slot = self._free_slot(keep=())
             if slot is None:
@@ -224,7 +221,7 @@ class SlotPool(NonCopyable):
             slot.forget_views(group.store)
             self._on_free(slot)  # what is kept for it views the old layout
         group.store = store
-        self._slot_nbytes = max(self._slot_nbytes, store.layout.nbytes)
+        self._slot_nbytes, self._has_small = max(self._slot_nbytes, store.layout.nbytes), True
         self.trim()
 
     def free_all(self) -> None:

@@ -17,7 +17,7 @@ from ..planning.plan import PlacedUnit, Plan
 from ..planning.planned_tensors import PlannedTensor
 from ..quantization.formats import Plain, part_name
 from ..quantization.quantized_weight import QuantizedWeight
-from .files import FileGroup, FilePart
+from .files import FileGroup, FilePart, Mappings
 from .weight_cache import WeightCache
 
 # Pinning takes the kernel's time, which more threads do not shorten.
@@ -43,6 +43,7 @@ class OffloadTargets(AbstractContextManager["OffloadTargets"]):
         self._torch_dtype = plan.config.load_dtype
         self._cache = WeightCache(folder, self._torch_dtype)
         self._files: dict[str, dict[str, FilePart]] = {}
+        self._mappings = Mappings()
         self._pool = ThreadPoolExecutor(_THREADS, "bigload-pinning")
         self._groups: dict[int, Future[HostGroup]] = {}
         self._unit_of: dict[str, PlacedUnit] = {}
@@ -62,7 +63,8 @@ class OffloadTargets(AbstractContextManager["OffloadTargets"]):
                 part_name(planned.tensor.name, part): where
                 for planned in placed.unit.offloaded
                 for part, where in self._files[planned.tensor.name].items()
-            }
+            },
+            self._mappings,
         )
 
     def host_buffers(self, planned: PlannedTensor) -> Mapping[str, torch.Tensor]:
@@ -97,7 +99,7 @@ class OffloadTargets(AbstractContextManager["OffloadTargets"]):
 
     def _view_files(self, planned: PlannedTensor, parts: dict[str, FilePart]) -> torch.Tensor | QuantizedWeight:
         self._files[planned.tensor.name] = parts
-        return self._weight_of(planned, FileGroup(parts).tensors)
+        return self._weight_of(planned, FileGroup(parts, self._mappings).tensors)
 
     def _weight_of(self, planned: PlannedTensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor | QuantizedWeight:
         if isinstance(planned.format, Plain):

@@ -1,5 +1,7 @@
 """Models whose weights are streamed, from host memory or files, as a load leaves them."""
 
+import copy
+
 import torch
 from models import GPT
 from torch import nn
@@ -153,3 +155,11 @@ def stream_from_disk(model, device, folder, slots=2):
         leaves = tuple(linears(model, f"transformer.h.{index}."))
         groups.append(Group(f"h.{index}", leaves, FileGroup(written(tensors_of(leaves), folder / f"{index}.bin"))))
     return Engine(model, groups, device, slots)
+
+
+def streamed(device, folder, home, dtype=torch.float32, kind=nn.Linear, slots=2):
+    """Return a model on the device, and a copy of it that is streamed from host memory or from files."""
+    expected = pairs(kind, device=device).to(dtype).requires_grad_(False)
+    model = copy.deepcopy(expected)
+    groups = list(groups_of(model, device, folder if home == "disk" else None))
+    return expected, model, Engine(model, groups, device, slots)

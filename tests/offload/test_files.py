@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import PLAIN, offloaded, save_checkpoint
 from comparisons import assert_same_bits, equal, state_of
 from resources import open_files
 from streaming import CLOCK_NS, MODES, resident, stream_from_disk, tokens, written
+from torch import nn
 
 from bigload.errors import OffloadError
-from bigload.offload.files import FileGroup, limit_page_cache
+from bigload.offload.files import FileGroup, Mappings, limit_page_cache
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
@@ -95,9 +97,28 @@ def test_what_comes_in_pieces_is_read_to_its_end(tmp_path, monkeypatch):
 
 def test_groups_of_one_file_map_it_once(tmp_path):
     where = written({"a": torch.ones(2**12), "b": torch.ones(2**12)}, tmp_path / "shard")
-    groups = [FileGroup({name: part}) for name, part in where.items()]
+    mappings = Mappings()
+    groups = [FileGroup({name: part}, mappings) for name, part in where.items()]
     assert equal(groups[0].tensors["a"], groups[1].tensors["b"])
     assert Path("/proc/self/maps").read_text().count(str(tmp_path / "shard")) == 1
+
+
+def two_layers():
+    return nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+
+
+@torch.no_grad()
+def test_what_is_written_to_one_model_does_not_show_in_another_of_the_same_files(device, tmp_path, small_parts_stream):
+    save_checkpoint(two_layers(), tmp_path)
+    models = [offloaded(two_layers, tmp_path, device, ["0"], tmp_path / "cache", PLAIN, "disk") for _ in range(2)]
+    one, other = models
+    before = other[0].weight.detach().clone()
+    one[0].weight.mul_(2)
+    assert equal(other.state_dict()["0.weight"], before.cpu())
+    for model in models:
+        model.offload.remove()
+    assert equal(other[0].weight.cpu(), before.cpu())
+    assert equal(one[0].weight.cpu(), before.cpu() * 2)
 
 
 def test_of_a_file_with_several_groups_only_those_that_have_no_room_are_dropped(tmp_path, dropped):

@@ -10,12 +10,12 @@ from checkpoints import PLAIN, loaded, offloaded, save_checkpoint
 from comparisons import assert_same_bits, equal, outputs, relative_error, state_of
 from models import TOKENS, llama
 from references import FOUR_BIT
-from streaming import Own, engines_of, groups_of, pairs
+from streaming import Own, engines_of, streamed
 from torch import nn
+from torch.nn.utils import prune
 
 from bigload import OffloadError
 from bigload.offload import at_rest
-from bigload.offload.engine import Engine
 from bigload.offload.slot_pool import SlotPool
 
 SHAPE = (64, 64)
@@ -43,6 +43,12 @@ def by_optimizer(weight, value):
     weight.grad = None
 
 
+def by_fused_optimizer(weight, value):
+    weight.grad = value.to(weight.device)
+    torch.optim.SGD([weight], lr=1.0, fused=True).step()  # the same bits on every device
+    weight.grad = None
+
+
 WRITES = {
     "add_": lambda weight, value: weight.add_(value),
     "+= on data": added,
@@ -56,16 +62,9 @@ WRITES = {
     "out=": lambda weight, value: torch.add(weight.data, 1, out=weight.data),
     "foreach": lambda weight, value: torch._foreach_mul_([weight.data], 0.5),
     "an optimizer": by_optimizer,
+    "a fused optimizer": by_fused_optimizer,
     "a vector": lambda weight, value: nn.utils.vector_to_parameters(value.to(weight.device).view(-1), [weight]),
 }
-
-
-def streamed(device, folder, home, dtype=torch.float32, kind=nn.Linear):
-    """Return a model on the device, and a copy of it that is streamed from host memory or from files."""
-    expected = pairs(kind, device=device).to(dtype).requires_grad_(False)
-    model = copy.deepcopy(expected)
-    groups = list(groups_of(model, device, folder if home == "disk" else None))
-    return expected, model, Engine(model, groups, device)
 
 
 @pytest.mark.parametrize("home", ["cpu", "disk"])
@@ -193,6 +192,69 @@ def test_parameters_at_rest_are_pickled_and_copied_as_any_other(device, tmp_path
     assert b"bigload" not in file.getvalue()
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda own: nn.Parameter(own, requires_grad=False),
+        lambda own: nn.Parameter(own.data, requires_grad=False),
+        lambda own: nn.Parameter(own * 1, requires_grad=False),
+        lambda own: type(own)(own.data.clone(), requires_grad=False),
+        lambda own: own.__class__(own.detach()).requires_grad_(False),
+    ],
+    ids=["of it", "of its data", "of what was computed", "of its class", "of its class, by detach"],
+)
+def test_parameter_that_is_made_of_one_at_rest_is_a_usual_one(device, tmp_path, make):
+    expected, model, engine = streamed(device, tmp_path, "cpu")
+    own, x = model[0][0].weight, torch.randn(3, 64, device=device)
+    made = make(own)
+    assert (type(made), made.requires_grad, vars(made)) == (nn.Parameter, False, {})
+    assert type(copy.deepcopy(made)) is nn.Parameter
+    assert own.requires_grad_(False) is own
+    for one, parameter in ((model, made), (expected, make(expected[0][0].weight))):
+        one[3][1].weight = parameter
+        one[3][1].weight.data += 1
+    assert equal(model(x), expected(x))
+    engine.remove()
+    assert equal(model(x), expected(x))
+    assert {type(parameter) for parameter in model.parameters()} == {nn.Parameter}
+
+
+def by_norm(layer):
+    nn.utils.weight_norm(layer)
+    return lambda: nn.utils.remove_weight_norm(layer)
+
+
+def by_mask(layer):
+    prune.l1_unstructured(layer, "weight", 0.5)
+    return lambda: prune.remove(layer, "weight")
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("change", [by_norm, by_mask])
+@torch.no_grad()
+def test_weight_that_is_computed_of_others_is_refused_until_it_is_a_parameter_again(device, tmp_path, change):
+    expected, model, _ = streamed(torch.device("cpu"), tmp_path, "cpu")
+    x = torch.randn(3, 64)
+    model(x)
+    undo, undo_expected = (change(one[1][0]) for one in (model, expected))
+    with pytest.raises(OffloadError, match=r"call model\.offload\.remove\(\) before a weight is parametrized"):
+        model(x)
+    undo()
+    undo_expected()
+    assert equal(model(x), expected(x))
+
+
+@torch.no_grad()
+def test_what_changes_no_value_copies_nothing_again(device, tmp_path):
+    _, model, engine = streamed(device, tmp_path, "cpu", slots=4)
+    model(torch.randn(3, 64, device=device))
+    before = engine.stats().fetches
+    model.requires_grad_(True).requires_grad_(False)
+    model.state_dict()
+    model(torch.randn(3, 64, device=device))
+    assert engine.stats().fetches == before
+
+
 def test_weight_at_rest_and_tensors_of_the_device_that_computes_meet(moves):
     """PEFT merges what adapters on a GPU give into a weight at rest, or computes their norm."""
     finished = []
@@ -308,6 +370,18 @@ def test_state_dict_holds_tensors_of_torch_on_the_cpu(twins, device, mode):
     assert {type(tensor) for tensor in state.values()} == {torch.Tensor}
     assert state["model.embed_tokens.weight"].device == torch.device("cpu")
     assert_same_bits(state_of(model), {name: tensor.to(state[name].device) for name, tensor in state_of(whole).items()})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
+def test_packed_values_are_written_too(twins, device, mode):
+    tokens, found = TOKENS.to(device), []
+    for model in twins(mode, "disk"):
+        outputs(model, tokens)
+        model.model.layers[0].mlp.down_proj.weight.data[:8] = 0
+        found.append([outputs(model, tokens) for _ in range(2)])
+    assert equal(found[0][0], found[1][0])
+    assert equal(found[0][1], found[1][1])
 
 
 @torch.no_grad()
