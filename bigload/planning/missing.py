@@ -56,8 +56,8 @@ def never_absent(lack: Lack) -> dict[str, torch.Tensor]:
         raise foreign
     hints = list(islice(chain(_prefix_hint(names, lack.spare), _expert_hint(lack), _likely_ties(lack)), 3))
     hints = hints or [
-        "is it the checkpoint of this model?",
-        "If these are new, such as a head to be trained, name them in initialize_missing",
+        "is it the checkpoint of this model? If these are new, such as a head to be trained, name them in "
+        "initialize_missing",
     ]
     raise CheckpointError(
         f"{counted(len(names), 'tensor')} of the model without a source in '{lack.checkpoint.location}': "
