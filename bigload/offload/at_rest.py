@@ -290,6 +290,7 @@ def _show_at_rest(
     pool: SlotPool, group: Group, module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: object
 ) -> None:
     group.store.require_unchanged()
+    pool.copier.finish()  # who writes to these tensors must not change what forwards have yet to read
     # While the leaf runs, its tensors are those in a slot, which will be overwritten.
     memories = {slot.memory.untyped_storage().data_ptr() for slot in pool.slots}
     _show_plain(module, state, prefix)

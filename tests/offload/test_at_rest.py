@@ -143,9 +143,9 @@ def test_own_methods_come_back_and_do_not_show(loaded):
 
 
 def test_load_that_is_interrupted_leaves_own_methods(loaded, monkeypatch):
-    from bigload.offload import at_rest
+    from bigload.offload import model_device
 
-    model, own, calls = None, at_rest._ApplyGuard.__init__, []
+    model, own, calls = None, model_device._ApplyGuard.__init__, []
 
     def interrupted(self, module, leaves):
         calls.append(module)
@@ -158,7 +158,7 @@ def test_load_that_is_interrupted_leaves_own_methods(loaded, monkeypatch):
         model = GPT()
         return model
 
-    monkeypatch.setattr(at_rest._ApplyGuard, "__init__", interrupted)
+    monkeypatch.setattr(model_device._ApplyGuard, "__init__", interrupted)
     with pytest.raises(KeyboardInterrupt):
         loaded(build)
     assert len(calls) == 3
