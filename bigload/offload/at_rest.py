@@ -32,25 +32,29 @@ class _AtRest(torch.Tensor):
 
     Attributes:
         _home: what streams it.
+        own_class: what it would be in a model that is not offloaded.
     """
 
     _home: _Home
+    own_class: Any = torch.Tensor
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation of torch on weights at rest."""
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         with without_torch_function():
-            if func == DATA.__get__:
-                return _travelling(args[0].detach(), args[0]._home)
-            if func == DATA.__set__ and isinstance(args[0], _AtRestParameter):
-                return _set_data(*args)
             if name in ("__get__", "__set__", "__delete__"):
+                if func == DATA.__get__:
+                    return _travelling(args[0].detach(), args[0]._home)
+                if func == DATA.__set__ and isinstance(args[0], _AtRestParameter):
+                    return _set_data(*args)
                 return func(*args, **kwargs)
             if name == "detach" and sys._getframe(1).f_code is _MAKE_PARAMETER:
                 made = torch.Tensor._make_subclass(type(args[0]), args[0].detach())  # it demands the same class
                 made._home = args[0]._home
                 return made
+            if not kwargs and not _writes(name) and _is_all_in_slot(args):
+                return func(*args)
             given = [*tensors_in((args, kwargs))]
             own = [tensor for tensor in given if isinstance(tensor, _AtRest)]
             written = kwargs.get("out", next(iter((*args, *kwargs.values()))) if _writes(name) else None)
@@ -75,7 +79,7 @@ class _AtRest(torch.Tensor):
 
     @_is_param.setter
     def _is_param(self, value: bool) -> None:
-        own = nn.Parameter if isinstance(self, _Traveller) else _own_class(type(self))
+        own: Any = nn.Parameter if isinstance(self, _Traveller) else self.own_class
         self.__class__ = own
         vars(self).pop("_home", None)
         if own is not nn.Parameter:
@@ -84,7 +88,7 @@ class _AtRest(torch.Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         """Copy the values into memory of their own, as what they would be in a model that is not offloaded."""
         with without_torch_function():
-            own: Any = _own_class(type(self))
+            own: Any = self.own_class
             made: torch.Tensor = own.__deepcopy__(self, memo)
             made.__class__ = own
             vars(made).pop("_home", None)
@@ -94,7 +98,7 @@ class _AtRest(torch.Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle as what it would be in a model that is not offloaded."""
         with without_torch_function():
-            own: Any = _own_class(type(self))
+            own: Any = self.own_class
             plain = torch.Tensor._make_subclass(own, self.detach(), self.requires_grad)
             vars(plain).update((name, value) for name, value in vars(self).items() if name != "_home")
             return plain.__reduce_ex__(protocol)
@@ -107,9 +111,11 @@ class _Traveller(_AtRest):
 class _AtRestParameter(_AtRest, nn.Parameter):
     """A parameter at rest."""
 
+    own_class: Any = nn.Parameter
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Make one of its own class: `type(parameter)(values)` is a parameter that does not rest here."""
-        return _own_class(cls)(*args, **kwargs)
+        return cls.own_class(*args, **kwargs)
 
 
 _MAKE_PARAMETER = nn.Parameter.__new__.__code__
@@ -119,13 +125,9 @@ _MAKE_PARAMETER = nn.Parameter.__new__.__code__
 def _at_rest_class(own: Any) -> Any:
     if own is nn.Parameter:
         return _AtRestParameter
-    return type(own)(own.__name__, (_AtRestParameter, own), {"__module__": own.__module__})  # PEFT goes by the name
-
-
-def _own_class(at_rest: type) -> type:
-    if at_rest is _Traveller:
-        return torch.Tensor
-    return nn.Parameter if at_rest is _AtRestParameter else at_rest.__bases__[1]
+    return type(own)(
+        own.__name__, (_AtRestParameter, own), {"__module__": own.__module__, "own_class": own}
+    )  # PEFT goes by the name
 
 
 class _Home:
@@ -155,8 +157,8 @@ def stop_keeping_writes(parameters: Iterable[nn.Parameter]) -> None:
     """Give parameters that were at rest their own class back."""
     for parameter in parameters:
         if isinstance(parameter, _AtRestParameter):
-            parameter.__class__ = _own_class(type(parameter))
-            vars(parameter).pop("_home", None)
+            parameter.__class__ = parameter.own_class
+        vars(parameter).pop("_home", None)  # a call that was interrupted has left its own class
 
 
 def _travelling(tensor: torch.Tensor, home: _Home) -> torch.Tensor:
@@ -176,6 +178,14 @@ def _set_data(parameter: _AtRestParameter, value: torch.Tensor) -> None:
     elif value.data_ptr() != own.data_ptr():
         parameter._home.finish_copies()
         own.copy_(value)
+
+
+def _is_all_in_slot(args: tuple[Any, ...]) -> bool:
+    """Whether the weights among an operation's arguments are on the device that computes them, as in a forward."""
+    for given in args:
+        if isinstance(given, (list, tuple)) or (isinstance(given, _AtRest) and given.device != given._home.device):
+            return False
+    return True
 
 
 def _write(func: Any, args: Any, kwargs: Any, written: Any, targets: Sequence[_AtRest]) -> Any:
@@ -280,6 +290,7 @@ def _show_at_rest(
     pool: SlotPool, group: Group, module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: object
 ) -> None:
     group.store.require_unchanged()
+    pool.copier.finish()  # who writes to these tensors must not change what forwards have yet to read
     # While the leaf runs, its tensors are those in a slot, which will be overwritten.
     memories = {slot.memory.untyped_storage().data_ptr() for slot in pool.slots}
     _show_plain(module, state, prefix)

@@ -149,8 +149,9 @@ class Engine(NonCopyable):
             return
         if any(each.is_used() for each in before):
             raise OffloadError(f"a weight of {group.name!r} was replaced while others are in use on the device")
-        for each in before:
-            each.swap_out(group.store.tensors)  # what Ctrl-C has left
+        with without_torch_function():
+            for each in before:
+                each.swap_out(group.store.tensors)  # what Ctrl-C has left
         streamed = streamed_by_leaf(group)
         tensors = {each.name: each.get() for own in streamed.values() for each in own}
         for name, tensor in tensors.items():

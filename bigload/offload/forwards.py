@@ -25,6 +25,9 @@ from .leaves import Leaf, MethodOverride, without_torch_function
 from .residency import Residency
 from .slots import Slot
 
+# Modules of these do not write to their weights as they run.
+_ONLY_READING = ("torch.nn.modules.", "bitsandbytes.nn.", "transformers.pytorch_utils")
+
 
 class ForwardOverride(MethodOverride):
     """Overrides the forward of a module.
@@ -80,6 +83,7 @@ class StreamedForward(ForwardOverride):
         self._forwards: dict[Slot, Forward] = {}
         # The output of these is never a view of their weights.
         self._returns_new_tensors = self._is_quantized or type(leaf.module) is nn.Linear
+        self._only_reads = type(leaf.module).__module__.startswith(_ONLY_READING)
         self._takes_one_argument = self._is_quantized or self._make_forward is not None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -100,7 +104,10 @@ class StreamedForward(ForwardOverride):
         if self._is_quantized:
             (x,) = (*args, *kwargs.values())
             return _Quantized.apply(self, x, self.module.bias)  # type: ignore[no-untyped-call]
-        return self.weights.run(functools.partial(self._compute_recorded, args, kwargs))
+        return self._run(functools.partial(self._compute_recorded, args, kwargs))
+
+    def _run(self, compute: Callable[[Slot], Any]) -> Any:
+        return self.weights.run(compute, is_only_read=self._only_reads)
 
     def _compute_recorded(self, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> Any:
         args, kwargs = send_to_device((args, kwargs), slot.memory.device)
@@ -117,7 +124,7 @@ class StreamedForward(ForwardOverride):
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the leaf's own forward without gradients."""
         if self._make_forward is None:
-            return self.weights.run(functools.partial(self._compute, args, kwargs))
+            return self._run(functools.partial(self._compute, args, kwargs))
         (x,) = (*args, *kwargs.values())
         return self.weights.run_in_slot(functools.partial(self._compute_directly, x))
 

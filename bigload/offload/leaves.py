@@ -115,6 +115,7 @@ class StreamedTensor:
         self._is_counted = self.parameter is not None and not self.parameter.is_inference()
         self._version = self._version_in_slot = self._count_writes()
         self._version_at_rest = self._pointer_at_rest = self._pointer_in_slot = 0
+        self._class_at_rest: type[nn.Parameter] | None = None
         self._users: list[Use] = []
 
     def get(self) -> torch.Tensor:
@@ -126,22 +127,36 @@ class StreamedTensor:
     def put(self, tensor: torch.Tensor) -> None:
         """Let the objects hold another tensor of the same shape and dtype; parameters keep their identity."""
         with without_torch_function():
-            for holder, attribute in self._places:
-                setattr(holder, attribute, tensor)
+            self._put(tensor)
+
+    def _put(self, tensor: torch.Tensor) -> None:
+        for holder, attribute in self._places:
+            setattr(holder, attribute, tensor)
 
     def put_at_rest(self, at_rest: torch.Tensor) -> None:
         """Put the tensor at rest in place for all times at which no call uses a slot's."""
         self._version_at_rest, self._pointer_at_rest = at_rest._version, at_rest.data_ptr()
         self.put(at_rest)
 
-    def swap_in(self, use: Use, in_slot: torch.Tensor) -> None:
-        """Put the slot's tensor in place for a call, unless another call has done so."""
+    def swap_in(self, use: Use, in_slot: torch.Tensor, *, is_only_read: bool = False) -> None:
+        """Put the slot's tensor in place for a call, unless another call has done so.
+
+        The caller has switched `__torch_function__` off, here and in `swap_out`.
+
+        Args:
+            use: the use of the slot.
+            in_slot: the slot's tensor.
+            is_only_read: the parameter gets its own class meanwhile: the one that counts what is written takes time.
+        """
         is_first = not self.is_used()
         self._users.append(use)
         if is_first:
             self.is_swapped_in = True
             self._version_in_slot, self._pointer_in_slot = self._count_writes(), in_slot.data_ptr()
-            self.put(in_slot)
+            if is_only_read and self.parameter is not None:
+                self._class_at_rest = type(self.parameter)
+                self.parameter.__class__ = getattr(self._class_at_rest, "own_class", self._class_at_rest)
+            self._put(in_slot)
 
     def swap_out(self, at_rest: Mapping[str, torch.Tensor]) -> None:
         """Put the tensor at rest back in place, unless a call uses the slot's. What was written to that one is kept."""
@@ -150,8 +165,11 @@ class StreamedTensor:
             if held is None or held.data_ptr() in (self._pointer_in_slot, self._pointer_at_rest):
                 if self._count_writes() != self._version_in_slot:
                     at_rest[self.name].copy_(self.get())
-                self.put(at_rest[self.name])
+                self._put(at_rest[self.name])
             # Else others have put other memory there, which the next call finds.
+            if held is not None and self._class_at_rest is not None:
+                held.__class__ = self._class_at_rest
+                self._class_at_rest = None
             self.is_swapped_in = False
 
     def restore(self, tensor: torch.Tensor) -> None:

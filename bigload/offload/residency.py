@@ -56,10 +56,15 @@ class Residency:
         self._leave()
         return out
 
-    def run(self, compute: Callable[[Slot], _T]) -> _T:
-        """Call `compute` like `run_in_slot`, with the slot's tensors in the place of the leaf's own."""
+    def run(self, compute: Callable[[Slot], _T], *, is_only_read: bool = False) -> _T:
+        """Call `compute` like `run_in_slot`, with the slot's tensors in the place of the leaf's own.
+
+        Args:
+            compute: what to call.
+            is_only_read: it does not write to the weights, so that nobody need count what is written.
+        """
         try:
-            out = self._while_used(self._swap_in, compute)
+            out = self._while_used(self._swap_in_to_read if is_only_read else self._swap_in, compute)
         finally:
             self.swap_out()
         self._leave()
@@ -99,7 +104,10 @@ class Residency:
         with self._pool.lock:
             self._pool.leave(self.group, self.leaf)
 
-    def _swap_in(self, use: Use) -> Slot:
+    def _swap_in_to_read(self, use: Use) -> Slot:
+        return self._swap_in(use, is_only_read=True)
+
+    def _swap_in(self, use: Use, *, is_only_read: bool = False) -> Slot:
         with self._pool.lock, without_torch_function():
             # If another call uses the leaf's tensors, join it: the group may have been copied to a newer slot since.
             slot = self._streamed[0].slot() if self._streamed else None
@@ -109,7 +117,7 @@ class Residency:
                 self._pool.join(use, slot)
             views = slot.views(self.group.store)
             for each in self._streamed:
-                each.swap_in(use, views[each.name])
+                each.swap_in(use, views[each.name], is_only_read=is_only_read)
         return slot
 
     def swap_out(self) -> None:

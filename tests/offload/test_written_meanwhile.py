@@ -3,7 +3,7 @@
 import pytest
 import torch
 from comparisons import equal
-from streaming import groups_of, pairs, streamed
+from streaming import groups_of, pairs, resident, stream_from_disk, streamed, tokens
 from torch import nn
 
 from bigload.offload import at_rest
@@ -12,6 +12,7 @@ from bigload.offload.engine import Engine
 from bigload.offload.leaves import StreamedTensor
 from bigload.offload.residency import Residency
 from bigload.offload.slot_pool import SlotPool
+from bigload.quantization.layers import is_quantized
 
 
 @pytest.mark.parametrize("home", ["cpu", "disk"])
@@ -37,6 +38,43 @@ def test_weight_that_is_cast_while_it_is_on_the_device_is_streamed_as_it_is_then
     for _ in range(2):
         assert equal(model[1](x.double()), expected[1](x.double()))
         assert equal(model[0](x), expected[0](x))
+
+
+@pytest.mark.parametrize("home", ["cpu", "disk"])
+@torch.no_grad()
+def test_what_torch_cannot_notice_counts_once_it_is_told(device, tmp_path, home):
+    expected, model, _ = streamed(device, tmp_path, home)
+    x = torch.randn(3, 64, device=device)
+    model(x)
+    model[0][1].weight.detach().numpy()[:] *= 2
+    torch.autograd.graph.increment_version(model[0][1].weight)
+    expected[0][1].weight.mul_(2)
+    assert equal(model(x), expected(x))
+
+
+@pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "int8"])
+@torch.no_grad()
+def test_scales_count_once_torch_is_told(device, tmp_path, mode):
+    expected, model = resident(mode, device), resident(mode, device)
+    stream_from_disk(model, device, tmp_path)
+    before = model(tokens(device))
+    assert equal(expected(tokens(device)), before)  # an int8 layer has its state from then on
+    for one in (expected, model):
+        layer = next(module for module in one.modules() if is_quantized(module))
+        scales = layer.state.SCB if mode == "int8" else layer.weight.quant_state.absmax
+        scales.copy_(scales.flip(0))
+        torch.autograd.graph.increment_version(layer.weight)
+    assert equal(model(tokens(device)), expected(tokens(device)))
+    assert not equal(model(tokens(device)), before)
+
+
+@torch.no_grad()
+def test_state_dict_waits_for_forwards_that_read_its_tensors(device, tmp_path, monkeypatch):
+    _, model, engine = streamed(device, tmp_path, "cpu")
+    waits, finish = [], engine.pool.copier.finish
+    monkeypatch.setattr(engine.pool.copier, "finish", lambda: (waits.append(True), finish()))
+    model.state_dict()
+    assert waits
 
 
 @torch.no_grad()
