@@ -73,6 +73,8 @@ class Reader(NamedTuple):
 def reader(owner: nn.Module) -> Reader | None:
     """Return what must be searched of a module; None if its methods read no weight."""
     cls: Any = type(owner)
+    if isinstance(owner, torch.jit.ScriptModule):
+        return None  # its code is torch's, and its layers stay as they are
     if not owner._modules and not any(_hooks_of(owner)) and cls.__module__.startswith("torch."):
         return None
     methods = _methods_reading(cls)
@@ -82,7 +84,7 @@ def reader(owner: nn.Module) -> Reader | None:
         *(_own_function(attributes[name], ()) for name in attributes.keys() - _USUAL_ATTRIBUTES),
     ]
     kept = tuple(function for function in functions if function is not None)
-    own = attributes | owner._modules
+    own = {**attributes, **owner._modules}
     held = [name for name in _names_of_attributes(cls).intersection(own) if _is_reading_class(own[name].__class__)]
     if held:
         users = [method for _, method in _methods_in_question(cls) if names_in(method.__code__).intersection(held)]
