@@ -290,8 +290,16 @@ class _Function:
             if paths and (not isinstance(key, int) or key < len(names))
         }
         scope = self._scope._replace(names=function.__globals__, has_self=receiver == {()}, depth=self._scope.depth + 1)
+        child = self._child_called(receiver)
         for read in _Function(scope, tree, bound).reads():
-            yield read._replace(conditions=(*self._conditions, *read.conditions))
+            if child is None or read.path[: len(child)] != child:  # what a child reads of its own is found at the child
+                yield read._replace(conditions=(*self._conditions, *read.conditions))
+
+    def _child_called(self, receiver: Paths | None) -> Path | None:
+        """Return the path of the module whose method is called, if it is a child of the owner."""
+        path = next(iter(receiver), ()) if receiver else ()
+        held = self._scope.held.get(path[0]) if path and isinstance(path[0], str) else None
+        return path if held is not None and issubclass(held, nn.Module) else None
 
     def _callee(self, called: ast.expr) -> tuple[FunctionType | None, Paths | None]:
         """Return the function that a call runs, and what its first argument stands for if the call does not pass it."""

@@ -40,6 +40,23 @@ def test_owner_that_reads_a_childs_weight_is_not_divided_and_what_it_reads_stays
     assert [entry.tensor.name for entry in plan.tensors if entry.home == CPU] == ["1.other.weight"]
 
 
+class Calling(nn.Module):
+    """Calls a child that reads the weight of its own child."""
+
+    def __init__(self):
+        super().__init__()
+        self.reading = Reading()
+        self.last = nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.last(self.reading(x))
+
+
+def test_owner_that_calls_a_child_which_reads_a_weight_is_divided():
+    plan = planned(Calling, {"reading": 0, "last": 1})
+    assert plan.execution_map == {"reading": GPU, "last": OTHER}
+
+
 def test_blocks_are_those_that_the_model_names_else_those_it_repeats():
     for build, names in (
         (lambda: llama(tied=False), ["model.layers.0", "model.layers.1"]),
