@@ -50,7 +50,7 @@ def entries(model: nn.Module, plan: Plan) -> Mapping[str, torch.device | nn.Modu
         the whole model is on the one device that computes it, the result is that of `entries_of_whole`.
     """
     if not plan.offloaded and len(set(plan.execution_map.values())) == 1:
-        return entries_of_whole(model)
+        return entries_of_whole(model) if plan.layers else {}
     return {path: device for path in _called(model) if (device := plan.device_of(path)) is not None}
 
 
