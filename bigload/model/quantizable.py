@@ -57,9 +57,7 @@ def layers_to_quantize(
     _check_quantizable(quantizable)
     view = view_of(model)
     tied = {name for tensor in tensors if _has_several_owners(view, tensor) for name in tensor.names}
-    always = [*(config.keep_in_fp32_modules or ()), *fp32_patterns(view.modules)]
-    heads = default_heads(view.model) if config.skip_modules is None else set()
-    skip = config.skip_modules or []
+    heads, patterns = meant_to_stay(view, config)
     paths: dict[nn.Module, list[str]] = {}
     for path, module in view.modules.items():
         paths.setdefault(module, []).append(f"{path}.weight".lstrip("."))
@@ -68,14 +66,22 @@ def layers_to_quantize(
     for path, module in plain_linears(view, quantizable).items():
         if module in heads or path in read or not _weight(module).numel():
             continue
-        if not any(weight in tied or matches(weight, [*always, *skip]) for weight in paths[module]):
+        if not any(weight in tied or matches(weight, patterns) for weight in paths[module]):
             layers[path] = module
     everything = [name for tensor in tensors for name in tensor.names]
-    for field, patterns in (("skip_modules", skip), ("keep_in_fp32_modules", config.keep_in_fp32_modules or [])):
-        unused = [pattern for pattern in patterns if not any(matches(name, [pattern]) for name in everything)]
+    for field in ("skip_modules", "keep_in_fp32_modules"):
+        named = getattr(config, field) or []
+        unused = [pattern for pattern in named if not any(matches(name, [pattern]) for name in everything)]
         if unused:
             logger.warning("%s names %s, which nothing in the model matches", field, listed(unused))
     return layers
+
+
+def meant_to_stay(view: ModelView, config: BnbQuantizationConfig) -> tuple[set[nn.Module], list[str]]:
+    """Return what is not quantized on purpose: the output heads, and patterns of the config and the model's class."""
+    heads = default_heads(view.model) if config.skip_modules is None else set()
+    own = [*(config.keep_in_fp32_modules or ()), *(config.skip_modules or ())]
+    return heads, [*own, *fp32_patterns(view.modules)]
 
 
 def plain_because_read(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -27,9 +28,11 @@ def finished(view: ModelView, after: AfterLoad) -> Iterator[None]:
         for path, attributes in after.attributes.items():
             vars(view.modules[path]).update(attributes)
         for path, state in after.extra_states.items():
-            _run(path, view.modules[path], "set_extra_state", _value(state))
+            module: Any = view.modules[path]
+            _run(path, module, "set_extra_state", partial(module.set_extra_state, _value(state)))
         for path in after.post_hooks:
-            _run(path, view.modules[path], "", None)
+            module = view.modules[path]
+            _run(path, module, "hook after load_state_dict", partial(run_post_hooks, module, [], []))
         yield
 
 
@@ -37,16 +40,12 @@ def _value(state: Any) -> Any:
     return read_whole(state).clone() if isinstance(state, StoredTensor) else state
 
 
-def _run(path: str, module: nn.Module, method: str, value: Any) -> None:
+def _run(path: str, module: nn.Module, what: str, call: Callable[[], object]) -> None:
     try:
-        if method:
-            getattr(module, method)(value)
-        else:
-            run_post_hooks(module, [], [])
+        call()
     except Exception as error:  # a module's own code may raise anything
-        what = f"its {method}" if method else "its hook after load_state_dict"
         raise CheckpointError(
-            f"'{path}', a {type(module).__name__}, is not loaded: {what} raised {type(error).__name__}: {error}"
+            f"'{path}', a {type(module).__name__}, is not loaded: its {what} raised {type(error).__name__}: {error}"
         ) from error
 
 

@@ -10,8 +10,7 @@ from torch import nn
 
 from ..config import BnbQuantizationConfig
 from ..model import transformers_facts
-from ..model.fp32_modules import fp32_patterns
-from ..model.quantizable import default_heads, matches, plain_because_read
+from ..model.quantizable import matches, meant_to_stay, plain_because_read
 from ..model.tensors import ModelTensor
 from ..model.view import ModelView
 from ..sizes import show
@@ -62,16 +61,11 @@ def warn_of_leftover(
 def _not_meant_to_stay(
     view: ModelView, config: BnbQuantizationConfig, tensors: Sequence[ModelTensor]
 ) -> list[ModelTensor]:
-    named = [
-        *(config.skip_modules or ()),
-        *(config.keep_in_fp32_modules or ()),
-        *fp32_patterns(view.modules),
-    ]
-    heads = default_heads(view.model) if config.skip_modules is None else set()
+    heads, patterns = meant_to_stay(view, config)
 
     def is_meant(name: str) -> bool:
         owner = view.owner(name)
-        return owner in heads or isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) or matches(name, named)
+        return owner in heads or isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) or matches(name, patterns)
 
     return [tensor for tensor in tensors if not any(map(is_meant, tensor.names))]
 

@@ -84,7 +84,8 @@ def new_values(
             probably of another model or has other names.
     """
     asked = [t for t in lack.missing if any(matches(name, initialize) for name in t.names)]
-    rest = [tensor for tensor in lack.missing if tensor not in asked]
+    names = {tensor.name for tensor in asked}
+    rest = [tensor for tensor in lack.missing if tensor.name not in names]
     real = [tensor for tensor in rest if not tensor.value.is_meta]
     # Keys of another prefix, or nothing found at all: no new head, but a checkpoint of other names or another model.
     is_other = not lack.found or foreign_error(lack.checkpoint, lack.spare) is not None

@@ -133,7 +133,7 @@ def _load(
         location,
         device_map=case.device_map,
         offload_folder=folder / "offload",
-        offload=OffloadConfig(execute=case.execute, slots=case.slots, reserve=0),  # type: ignore[arg-type]
+        offload=OffloadConfig(execute=case.execute, slots=case.slots, reserve=0),
         **options,
     )
 
@@ -159,25 +159,25 @@ def _source(
     return model, where, config if case.source in ("sharded", "pickled") else None
 
 
-def _save_shards(case, family, whole, plain, config, device, where) -> None:  # type: ignore[no-untyped-def]
+def _save_shards(case, family, whole, plain, config, device, where) -> None:
     save_checkpoint(whole, where, shards=3)
 
 
-def _pickle(case, family, whole, plain, config, device, where) -> None:  # type: ignore[no-untyped-def]
+def _pickle(case, family, whole, plain, config, device, where) -> None:
     where.mkdir()
     torch.save(whole.state_dict(), where / "pytorch_model.bin")
 
 
-def _save(case, family, whole, plain, config, device, where) -> None:  # type: ignore[no-untyped-def]
+def _save(case, family, whole, plain, config, device, where) -> None:
     made = load_and_quantize_model(empty(family.build), config, plain, device_map={"": device})
     bigload.save_quantized_model(made, where, max_shard_size="100KB")
 
 
-def _convert(case, family, whole, plain, config, device, where) -> None:  # type: ignore[no-untyped-def]
+def _convert(case, family, whole, plain, config, device, where) -> None:
     bigload.quantize_checkpoint(plain, where, config, model=empty(family.build), device=str(device))
 
 
-def _save_with_transformers(case, family, whole, plain, config, device, where) -> None:  # type: ignore[no-untyped-def]
+def _save_with_transformers(case, family, whole, plain, config, device, where) -> None:
     import transformers
 
     dtype = dtype_of(family, plain, config)
@@ -298,7 +298,7 @@ def _is_quantized(loaded: Loaded) -> bool:
 
 def _remove(loaded: Loaded) -> None:
     if "offload" in vars(loaded.model):
-        loaded.model.offload.remove()  # type: ignore[union-attr, operator]
+        loaded.model.offload.remove()
 
 
 def _dequantize(loaded: Loaded) -> None:
@@ -316,7 +316,7 @@ def _gradients(loaded: Loaded) -> None:
         given = tensors_in(model(**loaded.inputs()))
         loss = sum(value.float().square().mean() for value in given.values() if value.requires_grad)
         if isinstance(loss, torch.Tensor):
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
         model.zero_grad()
     compare(loaded.case, *found, "gradients")
@@ -340,10 +340,7 @@ def _generate(loaded: Loaded) -> None:
     inputs = {name: value for name, value in loaded.inputs().items() if not name.startswith("decoder")}
     if len(inputs) < len(loaded.inputs()):
         inputs["decoder_start_token_id"] = 0
-    tokens = [
-        model.generate(**inputs, max_new_tokens=4, do_sample=False)  # type: ignore[operator]
-        for model in (loaded.model, loaded.reference)
-    ]
+    tokens = [model.generate(**inputs, max_new_tokens=4, do_sample=False) for model in (loaded.model, loaded.reference)]
     compare(loaded.case, {"tokens": tokens[0]}, {"tokens": tokens[1]}, "generate")
 
 
