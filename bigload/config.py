@@ -349,7 +349,8 @@ class OffloadConfig:
             other computes.
         pin: whether to pin host memory, which is needed for the full speed of the link.
         reserve: memory of each GPU that is left for activations, in bytes or as "512MiB". None leaves 128 MiB, and what
-            the largest 4-bit layer needs when bitsandbytes dequantizes it, as it does for more than a few tokens.
+            the largest 4-bit layer needs when bitsandbytes dequantizes it, as it does for more than a few tokens. It is
+            at least the 144 MiB that the transfers of the load pass through.
 
     Example:
         >>> from bigload import OffloadConfig

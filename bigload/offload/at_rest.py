@@ -61,8 +61,8 @@ class _AtRest(torch.Tensor):
             targets = [tensor for tensor in tensors_in(written) if isinstance(tensor, _AtRest)]
             if targets:
                 return _write(func, args, kwargs, written, targets)
-            elsewhere = {tensor.device for tensor in given if tensor.dim() and not isinstance(tensor, _AtRest)}
-            if len(elsewhere) == 1 and elsewhere.isdisjoint(tensor.device for tensor in own):
+            elsewhere = {tensor.device for tensor in given if tensor.dim()} - {tensor.device for tensor in own}
+            if len(elsewhere) == 1:  # PEFT brings indices to where a weight says it is
                 args, kwargs = send_to_device((args, kwargs), *elsewhere)
             out = func(*args, **kwargs)
             if out is own[0]:
@@ -87,21 +87,22 @@ class _AtRest(torch.Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         """Copy the values into memory of their own, as what they would be in a model that is not offloaded."""
-        with without_torch_function():
-            own: Any = self.own_class
-            made: torch.Tensor = own.__deepcopy__(self, memo)
-            made.__class__ = own
-            vars(made).pop("_home", None)
-            memo[id(self)] = made
-            return made
+        made: torch.Tensor | None = memo.get(id(self))
+        if made is None:
+            with without_torch_function():
+                made = memo[id(self)] = self._as_own_class().__deepcopy__(memo)
+        return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle as what it would be in a model that is not offloaded."""
         with without_torch_function():
-            own: Any = self.own_class
-            plain = torch.Tensor._make_subclass(own, self.detach(), self.requires_grad)
-            vars(plain).update((name, value) for name, value in vars(self).items() if name != "_home")
-            return plain.__reduce_ex__(protocol)
+            return self._as_own_class().__reduce_ex__(protocol)
+
+    def _as_own_class(self) -> Any:
+        """View the same memory as what this would be in a model that is not offloaded."""
+        plain = torch.Tensor._make_subclass(self.own_class, self.detach(), self.requires_grad)
+        vars(plain).update((name, value) for name, value in vars(self).items() if name != "_home")
+        return plain
 
 
 class _Traveller(_AtRest):

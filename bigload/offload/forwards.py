@@ -218,7 +218,7 @@ class _Quantized(torch.autograd.Function):
         out: torch.Tensor = streamed.run(x)
         ctx.streamed, ctx.dtype, ctx.is_int8 = streamed, x.dtype, hasattr(streamed.module, "state")
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return out
+        return out.detach()  # as no view of what was computed: models add to outputs in place
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, torch.Tensor | None, torch.Tensor | None]:
@@ -244,7 +244,7 @@ class _NoWeightGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, path: str, out: torch.Tensor, dummy: torch.Tensor) -> torch.Tensor:
         ctx.path = path
-        return out.view_as(out)
+        return out.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> NoReturn:

@@ -3,8 +3,9 @@
 An input of integers is refused. Code that casts an input to the dtype of a quantized weight makes one: the result would
 no longer depend on the input, and bitsandbytes would cast the layer's bias to integers for good.
 
-int8 gets a matrix: its search for outliers fails on one dimension and on more than three, and on the CPU it computes
-three dimensions that are not contiguous with other last bits.
+int8 gets a contiguous matrix: its search for outliers fails on one dimension and on more than three, its CUDA kernel
+reads memory in order, whatever the strides, which gives garbage, and on the CPU it computes three dimensions that are
+not contiguous with other last bits.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ def forward_int8(layer: Any, x: torch.Tensor) -> torch.Tensor:
 def on_matrix(forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """Call an int8 forward with the rows of an input of any dimensions, (..., in_features), as one matrix."""
     if x.dim() == 2:
-        return forward(x)
-    out = forward(x.reshape(-1, x.shape[-1]))
+        return forward(x.contiguous())
+    out = forward(x.reshape(-1, x.shape[-1]).contiguous())
     return out.view(*x.shape[:-1], out.shape[-1])
 
 

@@ -75,6 +75,7 @@ def check(case: Case, devices: list[torch.device], folder: Path) -> str:
         DifferenceError: a value differs.
         Exception: whatever is raised that is no error of bigload's.
     """
+    devices = [case.computes_on(devices), *devices[1:]]
     with small_tensors_stream():
         family = FAMILIES[case.family]
         torch.manual_seed(case.seed)
@@ -208,7 +209,8 @@ def _budgets(
     total = sum(plan.device_bytes.values())
     budgets: dict[Any, Any] = {"cpu": "10GiB", "disk": "10GiB"}
     for device, share in zip(devices, case.budget, strict=True):
-        budgets["cpu" if device.type == "cpu" else device.index] = int(share * total)
+        kept = plan.accounts[0].reserve if device.type == "cuda" else 0
+        budgets["cpu" if device.type == "cpu" else device.index] = int(share * total) + kept
     return budgets
 
 

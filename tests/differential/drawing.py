@@ -62,6 +62,11 @@ class Case:
     slots: int
     acts: tuple[str, ...]
 
+    def computes_on(self, devices: list[torch.device]) -> torch.device:
+        """The device that computes: without a GPU in its map it is the CPU. The plain way is on it too."""
+        is_off = isinstance(self.device_map, Mapping) and set(self.device_map.values()) <= {"cpu", "disk"}
+        return torch.device("cpu") if is_off else devices[0]
+
     @property
     def is_cpu_computed(self) -> bool:
         """Whether the CPU computes what is offloaded, in float32, so that values may differ a little."""
@@ -75,7 +80,8 @@ def draw(seed: int, devices: list[torch.device]) -> Case:
     mode, stored = rng.choice(MODES), rng.choice([*DTYPES])
     sources = [name for name in SOURCES if _can_be(name, family, mode)]
     device_map, budget = _place(rng, family, devices)
-    acts = sorted(rng.sample(ACTS, rng.choice([1, 2, 3])), key="lora".__eq__)  # last: the adapters stay
+    # Last what changes the model for good: other kernels compute what is dequantized, and adapters stay.
+    acts = sorted(rng.sample(ACTS, rng.choice([1, 2, 3])), key=lambda act: (act == "lora", act == "dequantize"))
     is_cuda = devices[0].type == "cuda"
     return Case(
         seed=seed,
@@ -108,7 +114,10 @@ def _place(rng: random.Random, family: str, devices: list[torch.device]) -> tupl
     model = empty(FAMILIES[family].build)
     homes: list[Any] = ["disk", "disk", *devices[1:]] + (["cpu"] * 3 if devices[0].type == "cuda" else [])
     if kind == "everything":
-        return {"": rng.choice(["disk", "cpu"])}, ()
+        home = rng.choice(["disk", "cpu"])
+        if devices[0].type == "cpu" or rng.random() < 0.3:
+            return {"": home}, ()  # the CPU computes
+        return {"": devices[0]} | {path: home for path, _ in model.named_children()}, ()
     paths = blocks_of(model) if kind == "blocks" else _leaves(model)
     chosen = rng.sample(paths, rng.randint(1, len(paths)))
     return {"": devices[0]} | {path: rng.choice(homes) for path in chosen}, ()

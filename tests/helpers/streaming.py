@@ -9,6 +9,7 @@ from torch import nn
 from bigload import load_and_quantize_model
 from bigload.hardware.layout import TensorSpec
 from bigload.hardware.pinned import HostGroup
+from bigload.offload.device_hooks import detach
 from bigload.offload.engine import Engine
 from bigload.offload.files import FileGroup, FilePart
 from bigload.offload.leaves import Group, Leaf, streamed_tensors_of
@@ -85,6 +86,7 @@ def resident(mode, device, layers=3):
         model.to(device, torch.float32 if mode == "fp32" else torch.bfloat16)
     else:
         model = load_and_quantize_model(model, mode, device_map=device)
+        detach(model)  # these ask a layer of the model where it is, which may be streamed next
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.forward = streamed_forward(module)

@@ -44,14 +44,19 @@ def config_of(mode):
 
 def options_of(place, build, config, folder, device, cache):
     """A device map, and what belongs to it."""
+    if place == "away" and device.type == "cpu":
+        return {"device_map": "disk", "offload_folder": cache}
     if place == "away":
-        home = "cpu" if device.type == "cuda" else "disk"
-        return {"device_map": home, "offload_folder": cache}
-    total = sum(plan_device_map(empty(build), config, folder, {"": device}).device_bytes.values())
+        return {"device_map": {"": device} | {name: "cpu" for name, _ in empty(build).named_children()}}
+    plan = plan_device_map(empty(build), config, folder, {"": device})
+    total, reserve = sum(plan.device_bytes.values()), plan.accounts[0].reserve if device.type == "cuda" else 0
     if place == "two":
-        return {"device_map": "balanced", "max_memory": {0: 2 * total, 1: 2 * total}}
-    budgets = {0: total // 2, "cpu": "10GiB"} if device.type == "cuda" else {"cpu": total * 3 // 4, "disk": "10GiB"}
-    return {"device_map": "auto", "max_memory": budgets, "offload_folder": cache, "offload": OffloadConfig(reserve=0)}
+        return {"device_map": "balanced", "max_memory": dict.fromkeys((0, 1), total * 3 // 4 + reserve)}
+    if device.type == "cpu":
+        return {"device_map": "auto", "max_memory": {"cpu": total * 3 // 4, "disk": "10GiB"}, "offload_folder": cache}
+    # Two slots alone take half of the smallest of these models.
+    budgets = {device: total // 2 + reserve, "cpu": "10GiB"}
+    return {"device_map": "auto", "max_memory": budgets, "offload": OffloadConfig(slots=1)}
 
 
 def flat(found, prefix=""):

@@ -1,5 +1,6 @@
 """The forwards of streamed modules, and their gradients, are those of resident ones."""
 
+import contextlib
 import copy
 import functools
 import gc
@@ -259,6 +260,25 @@ def test_weight_that_would_be_trained_is_refused_in_backward_only(device):
     assert equal(out.detach(), expected)
     with pytest.raises(OffloadError, match="cannot be trained: freeze it"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("trained", ["weight", "bias", "inputs"])
+@pytest.mark.parametrize("mode", ["fp32", "int8", "nf4"])
+def test_outputs_may_be_added_to_in_place(mode, trained, device):
+    """As Falcon's blocks do; torch refuses it of a view that a custom function returns."""
+    expected, model = resident(mode, device), resident(mode, device)
+    stream(model, device)
+    x = torch.randn(2, 5, 64, device=device, requires_grad=trained == "inputs")
+    layers = [each.get_submodule("transformer.h.1.mlp.c_fc") for each in (expected, model)]
+    outs = []
+    for layer in layers:
+        if trained == "bias" or (trained == "weight" and mode == "fp32"):
+            layer.get_parameter(trained).requires_grad_()
+        with contextlib.nullcontext() if layer is layers[1] else torch.no_grad():
+            out = layer(x)
+            out += 1
+            outs.append(out)
+    assert equal(outs[1].detach(), outs[0])
 
 
 def test_embedding_looks_up_on_the_host(device):

@@ -39,13 +39,13 @@ def by_index(weight, value):
 
 def by_optimizer(weight, value):
     weight.grad = value.to(weight.device)
-    torch.optim.AdamW([weight], lr=0.1).step()
+    torch.optim.SGD([weight], lr=1.0, momentum=0.5).step()  # the same bits on every device
     weight.grad = None
 
 
 def by_fused_optimizer(weight, value):
     weight.grad = value.to(weight.device)
-    torch.optim.SGD([weight], lr=1.0, fused=True).step()  # the same bits on every device
+    torch.optim.SGD([weight], lr=1.0, fused=True).step()
     weight.grad = None
 
 
