@@ -190,7 +190,8 @@ def _offload_targets(plan: Plan, request: PlacementRequest) -> OffloadTargets:
 def _set_to_run(model: nn.Module, plan: Plan, offload: OffloadConfig, targets: OffloadTargets) -> None:
     """Attach the hooks that move inputs between devices and stream offloaded weights."""
     execution, load_dtype = plan.execution_map, plan.config.load_dtype
-    attach(model, execution, plan.in_fp32, load_dtype, entries=entries(model, plan))
+    hooks = attach(model, execution, plan.in_fp32, load_dtype, entries=entries(model, plan))
+    hooks.dtypes_on_gpu = plan.dtypes_on_gpu
     try:
         if plan.offloaded:
             model.offload = Offload(model, plan, offload, targets)  # type: ignore[assignment]

@@ -23,6 +23,7 @@ from .model import diffusers_facts, transformers_facts
 from .model.quantizable import plain_linears
 from .model.tree import leaves, modules_by_path
 from .model.view import require_module
+from .offload.device_hooks import dtypes_on_gpu
 from .pipeline.attributes import skip_list
 from .quantization.formats import dominant_dtype
 from .quantization.layers import config_of_layer, quantized_layers, require_whole_layers, source_class
@@ -202,6 +203,8 @@ def _config(model: nn.Module, layers: Mapping[str, Any]) -> BnbQuantizationConfi
 def _stored_once(model: nn.Module, layers: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], list[tuple[str, ...]]]:
     """Return the model's state_dict with each tied parameter under its first name, and the tied names."""
     state: dict[str, torch.Tensor] = model.state_dict()
+    # What the CPU computes in float32 is saved as a GPU would have it: loaded onto one, the dtypes have to fit.
+    state |= {name: state[name].to(dtype) for name, dtype in dtypes_on_gpu(model).items() if name in state}
     extra = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
     if extra:
         raise QuantizationError(

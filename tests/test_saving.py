@@ -16,6 +16,7 @@ from bigload import (
     load_and_quantize_model,
     save_quantized_model,
 )
+from bigload.offload.device_hooks import attach
 from bigload.quantization.layers import quantized_layers
 
 MODES = (*FOUR_BIT, "int8")
@@ -276,3 +277,36 @@ def test_a_torch_dtype_that_is_asked_for_counts(tmp_path, device):
     save_quantized_model(quantized(tmp_path / "source", device, "nf4"), tmp_path / "saved")
     config = BnbQuantizationConfig.from_mode("nf4", torch_dtype="fp32")
     assert loaded(tmp_path / "saved", device, config=config).eval().norm.weight.dtype == torch.float32
+
+
+def mixed(model, where):
+    """What `where` names is computed by the CPU in float32, as beside a GPU."""
+    parts = {name: p.dtype for name, p in model.named_parameters() if name.startswith(where) and p.is_floating_point()}
+    model.get_submodule(where).float()
+    attach(model, {}, entries={"": torch.device("cpu")}).dtypes_on_gpu = parts
+    return parts
+
+
+def test_what_the_cpu_computes_in_float32_is_saved_as_a_gpu_would_have_it(tmp_path):
+    model = quantized(tmp_path / "source", "cpu", build=GPT, skip_modules=["transformer.h.1", "lm_head"])
+    dtypes = mixed(model, "transformer.h.1")
+    assert len(dtypes) == 12
+    save_quantized_model(model, tmp_path / "saved")
+    again = loaded(tmp_path / "saved", "cpu", build=GPT)
+    assert {again.get_parameter(name).dtype for name in dtypes} == {torch.bfloat16}
+    assert {again.transformer["ln_f"].weight.dtype} == {torch.bfloat16}
+
+
+@pytest.mark.cuda
+def test_model_with_blocks_in_float32_on_the_cpu_is_saved_for_a_gpu(tmp_path):
+    torch.manual_seed(0)
+    folder = save_checkpoint(GPT(), tmp_path / "source", dtype=torch.float16)
+    config = BnbQuantizationConfig(load_in_8bit=True, torch_dtype="fp16", llm_int8_enable_fp32_cpu_offload=True)
+    model = loaded(folder, {"": 0, "transformer.h.1": "cpu"}, config, GPT)
+    save_quantized_model(model, tmp_path / "saved")
+    again = loaded(tmp_path / "saved", 0, None, GPT).eval()
+    skipped = BnbQuantizationConfig(load_in_8bit=True, torch_dtype="fp16", skip_modules=["transformer.h.1", "lm_head"])
+    expected = loaded(folder, 0, skipped, GPT).eval()
+    tokens = torch.arange(12, device="cuda").view(2, 6)
+    with torch.no_grad():
+        assert torch.equal(again(tokens), expected(tokens))

@@ -90,7 +90,7 @@ class _AtRest(torch.Tensor):
         made: torch.Tensor | None = memo.get(id(self))
         if made is None:
             with without_torch_function():
-                made = memo[id(self)] = self._as_own_class().__deepcopy__(memo)
+                made = memo[id(self)] = self._as_own_class().__deepcopy__({})
         return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -26,16 +26,20 @@ from ..hardware.devices import CPU
 # The attribute of a model that holds its hooks.
 _HOOKS_ATTRIBUTE = "_bigload_device_hooks"
 
+_Value = TypeVar("_Value")
+
 
 class DeviceHooks:
     """The hooks of one model.
 
     Attributes:
         ask_layers: they ask layers of the model for their device.
+        dtypes_on_gpu: name of a tensor that the CPU computes in float32 -> the dtype that it has on a GPU.
     """
 
     def __init__(self) -> None:
         self.ask_layers = False
+        self.dtypes_on_gpu: Mapping[str, torch.dtype] = {}
         self._handles: list[Any] = []
         self._memo = _Memo()
 
@@ -45,10 +49,11 @@ class DeviceHooks:
         devices: Mapping[str, torch.device | nn.Module],
         in_fp32: Collection[str],
         dtype: torch.dtype | None,
+        returning: Collection[str],
     ) -> None:
         """Hook the modules at the paths in `devices`, and the model, whose output is moved to where its input was.
 
-        The arguments are those of `attach`.
+        The arguments are those of `attach`, and the paths of modules whose outputs are moved back too.
         """
         model_keys = _skip_keys(model)
         for path, device in devices.items():
@@ -65,9 +70,13 @@ class DeviceHooks:
                 casts = _CastInputs(skip_keys, dtype)
                 self._handles.append(module.register_forward_pre_hook(casts.begin, with_kwargs=True))
                 self._handles.append(module.register_forward_hook(casts.end, with_kwargs=True, always_call=True))
-        calls = _ModelCalls(self._memo, model_keys)
-        self._handles.append(model.register_forward_pre_hook(calls.begin, prepend=True, with_kwargs=True))
-        self._handles.append(model.register_forward_hook(calls.end, with_kwargs=True, always_call=True))
+            if path in returning:
+                self._add_around(module, _ReturnOutputs(skip_keys))
+        self._add_around(model, _ModelCalls(self._memo, model_keys))
+
+    def _add_around(self, module: nn.Module, calls: _ReturnOutputs) -> None:
+        self._handles.append(module.register_forward_pre_hook(calls.begin, prepend=True, with_kwargs=True))
+        self._handles.append(module.register_forward_hook(calls.end, with_kwargs=True, always_call=True))
 
     def remove(self) -> None:
         """Remove the hooks."""
@@ -102,13 +111,29 @@ def attach(
     detach(model)
     hooks = DeviceHooks()
     hooked: dict[str, torch.device | nn.Module] = dict(entries or {})
+    returning: set[str] = set()
     if len(set(devices.values())) > 1:
         modules = dict(model.named_modules(remove_duplicate=False))
-        hooked |= {path: device for path, device in devices.items() if path in modules}
+        for path, device in devices.items():
+            called = _called_at(path, modules)
+            hooked |= dict.fromkeys(called, device)
+            returning |= {*called} - {path}
+        in_fp32 = {called for path in in_fp32 for called in _called_at(path, modules)}
     if hooked:
-        hooks.add(model, hooked, in_fp32, dtype)
+        hooks.add(model, hooked, in_fp32, dtype, returning)
         model.__dict__[_HOOKS_ATTRIBUTE] = hooks
     return hooks
+
+
+def _called_at(path: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Return the path of a module; of one without a forward those of its children, which its parent calls."""
+    module = modules.get(path)
+    if module is None:
+        return []
+    if type(module).forward is not nn.Module.forward or "forward" in vars(module):
+        return [path]
+    children = [f"{path}.{name}".lstrip(".") for name, _ in module.named_children()]
+    return [called for child in children for called in _called_at(child, modules)]
 
 
 def detach(model: nn.Module) -> None:
@@ -116,6 +141,12 @@ def detach(model: nn.Module) -> None:
     hooks = model.__dict__.pop(_HOOKS_ATTRIBUTE, None)
     if isinstance(hooks, DeviceHooks):
         hooks.remove()
+
+
+def dtypes_on_gpu(model: nn.Module) -> Mapping[str, torch.dtype]:
+    """Return name -> the dtype on a GPU, of the tensors of a model that the CPU computes in float32 beside a GPU."""
+    hooks = model.__dict__.get(_HOOKS_ATTRIBUTE)
+    return hooks.dtypes_on_gpu if isinstance(hooks, DeviceHooks) else {}
 
 
 def detach_from_layers(model: nn.Module) -> None:
@@ -145,13 +176,11 @@ class _Memo(_PerThread):
 
     Attributes:
         is_on: a forward of the model is running.
-        origins: the devices that the inputs of the running calls of the model were on, innermost call last.
         moved: (id of the tensor, device, whether gradients are enabled) -> (tensor, its version, the moved tensor).
     """
 
     def __init__(self) -> None:
         self.is_on = False
-        self.origins: list[torch.device | None] = []
         self.moved: dict[tuple[int, torch.device, bool], tuple[torch.Tensor, int, torch.Tensor]] = {}
 
     def get(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -222,50 +251,53 @@ class _CastInputs:
 
     def __init__(self, skip_keys: Collection[str], default: torch.dtype | None) -> None:
         self._skip_keys, self._default = frozenset(skip_keys), default
-        self._dtypes = _DtypeStack()
+        self._dtypes = _Stack[torch.dtype]()
 
     def begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         floating = (tensor for tensor in tensors_in((args, kwargs)) if tensor.is_floating_point())
-        self._dtypes.stack.append(next((tensor.dtype for tensor in floating), self._default))
+        self._dtypes.push(next((tensor.dtype for tensor in floating), self._default))
         args = tuple(_map_tensors(value, _in_fp32) for value in args)
         kwargs = {name: v if name in self._skip_keys else _map_tensors(v, _in_fp32) for name, v in kwargs.items()}
         return args, kwargs
 
     def end(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        dtype = self._dtypes.stack.pop() if self._dtypes.stack else None
+        dtype = self._dtypes.pop()
         if dtype is None or output is None:
             return None
         return _map_tensors(output, lambda tensor: tensor.to(dtype) if tensor.dtype == torch.float32 else tensor)
 
 
-class _DtypeStack(_PerThread):
-    """The input dtypes of the module's running calls in this thread, innermost call last."""
+class _Stack(_PerThread, Generic[_Value]):
+    """What is known of the inputs of the module's running calls in this thread, innermost call last."""
 
     def __init__(self) -> None:
-        self.stack: list[torch.dtype | None] = []
+        self._values: list[_Value | None] = []
+
+    def push(self, value: _Value | None) -> None:
+        self._values.append(value)
+
+    def pop(self) -> _Value | None:
+        return self._values.pop() if self._values else None
 
 
 def _in_fp32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-class _ModelCalls:
-    """Hooks on the model: they switch the memo on for one forward, and move outputs to where the inputs were."""
+class _ReturnOutputs:
+    """Hooks on a module that move its outputs to where its inputs were."""
 
-    def __init__(self, memo: _Memo, skip_keys: Collection[str]) -> None:
-        self._memo, self._skip_keys = memo, frozenset(skip_keys)
+    def __init__(self, skip_keys: Collection[str]) -> None:
+        self._skip_keys = frozenset(skip_keys)
+        self._origins = _Stack[torch.device]()
 
-    def begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self._memo.moved.clear()  # hooks at the end are not called for a forward that Ctrl-C interrupted
-        self._memo.is_on = True
+    def begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         inputs = (args, [value for name, value in kwargs.items() if name not in self._skip_keys])
         first = next(tensors_in(inputs), None)
-        self._memo.origins.append(None if first is None else first.device)
+        self._origins.push(None if first is None else first.device)
 
-    def end(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        self._memo.moved.clear()
-        self._memo.is_on = False
-        device = self._memo.origins.pop() if self._memo.origins else None
+    def end(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        device = self._origins.pop()
         if device is None or output is None:
             return None
         is_dict = isinstance(output, dict)
@@ -274,6 +306,24 @@ class _ModelCalls:
             return None
         moved = _between_graphs(send_to_device, leaving, device)
         return _with_values(output, moved) if is_dict else moved
+
+
+class _ModelCalls(_ReturnOutputs):
+    """These hooks on the model, which also switch the memo on for one forward."""
+
+    def __init__(self, memo: _Memo, skip_keys: Collection[str]) -> None:
+        super().__init__(skip_keys)
+        self._memo = memo
+
+    def begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._memo.moved.clear()  # hooks at the end are not called for a forward that Ctrl-C interrupted
+        self._memo.is_on = True
+        super().begin(module, args, kwargs)
+
+    def end(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        self._memo.moved.clear()
+        self._memo.is_on = False
+        return super().end(module, args, kwargs, output)
 
 
 def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -10,6 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from ..config import OffloadConfig
 from ..errors import ConfigError, listed
@@ -140,6 +144,27 @@ def require_not_offloaded(model: Any) -> None:
         )
 
 
+class _Registrations:
+    """Counts what is registered with any module. What others add to a block shows here at no cost for its forwards."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._is_counting = False
+
+    def start(self) -> None:
+        """Count from now on."""
+        if not self._is_counting:
+            self._is_counting = True
+            register_module_module_registration_hook(self._add)
+            register_module_parameter_registration_hook(self._add)
+
+    def _add(self, module: nn.Module, name: str, added: object) -> None:
+        self.count += 1
+
+
+_registrations = _Registrations()
+
+
 class MoveAddedParameters(NonCopyable):
     """A pre-hook that moves parameters that others have added to an offloaded block to its device.
 
@@ -158,7 +183,8 @@ class MoveAddedParameters(NonCopyable):
         """
         self._model, self._path, self._device = weakref.ref(model), path, device
         self._leaves = leaves
-        self._has_looked = False
+        self._seen = -1  # of the registrations
+        _registrations.start()
 
     def register(self) -> list[Any]:
         """Hook the block; for a single layer also what calls it, since what takes its place is not hooked."""
@@ -173,10 +199,10 @@ class MoveAddedParameters(NonCopyable):
         return [module.register_forward_pre_hook(self, prepend=True) for module in hooked]
 
     def __call__(self, module: nn.Module, args: object) -> None:
-        """Look for such parameters before the first forward, and before each forward with gradients enabled."""
-        if self._has_looked and not torch.is_grad_enabled():
+        """Look for them where anything was registered since the last forward, and where gradients are enabled."""
+        if self._seen == _registrations.count and not torch.is_grad_enabled():
             return
-        self._has_looked = True
+        self._seen = _registrations.count
         model = self._model()
         if model is None:
             return

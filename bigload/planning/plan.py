@@ -157,6 +157,17 @@ class Plan:
         return [path for placed in self.units if self.is_mixed and placed.device == CPU for path in placed.unit.paths]
 
     @property
+    def dtypes_on_gpu(self) -> dict[str, torch.dtype]:
+        """Name of a floating-point tensor that the CPU computes in float32 -> the dtype that it has on a GPU."""
+        units = [placed.unit for placed in self.units if self.is_mixed and placed.device == CPU]
+        dtypes = {}
+        for planned in (planned for unit in units for planned in unit.tensors):
+            dtype = planned.format.dtype if isinstance(planned.format, Plain) else self.config.load_dtype
+            if dtype.is_floating_point:
+                dtypes.update(dict.fromkeys(planned.tensor.names, dtype))
+        return dtypes
+
+    @property
     def offloaded(self) -> list[PlacedUnit]:
         """The units whose weights are stored elsewhere than on the device that computes them."""
         return [placed for placed in self.units if placed.home is not None]

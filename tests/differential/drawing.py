@@ -62,11 +62,6 @@ class Case:
     slots: int
     acts: tuple[str, ...]
 
-    def computes_on(self, devices: list[torch.device]) -> torch.device:
-        """The device that computes: without a GPU in its map it is the CPU. The plain way is on it too."""
-        is_off = isinstance(self.device_map, Mapping) and set(self.device_map.values()) <= {"cpu", "disk"}
-        return torch.device("cpu") if is_off else devices[0]
-
     @property
     def is_cpu_computed(self) -> bool:
         """Whether the CPU computes what is offloaded, in float32, so that values may differ a little."""
@@ -88,7 +83,7 @@ def draw(seed: int, devices: list[torch.device]) -> Case:
         family=family,
         mode=mode,
         stored=stored,
-        torch_dtype=rng.choice([None, "auto", *DTYPES]),
+        torch_dtype="fp32" if FAMILIES[family].is_float32 else rng.choice([None, "auto", *DTYPES]),
         source=rng.choice(sources),
         device_map=device_map,
         budget=budget,

@@ -20,12 +20,14 @@ class Family:
         inputs: what its forward takes.
         skip: what is not quantized, or None for the default.
         is_pretrained: whether it is a model of transformers.
+        is_float32: whether GPUs compute it in float32 only: built from a config, it holds positions in that dtype.
     """
 
     build: Callable[[], nn.Module]
     inputs: Callable[[], dict[str, torch.Tensor]]
     skip: list[str] | None = None
     is_pretrained: bool = False
+    is_float32: bool = False
 
 
 class Tied(Blocks):
@@ -50,7 +52,7 @@ FAMILIES = {
     "blocks_tied": Family(partial(_made, Tied), lambda: {"tokens": TOKENS}),
     "attended": Family(partial(_made, Attended), lambda: {"x": _values(2, 5, 64)}),
 } | {
-    name: Family(partial(architectures.build, name), partial(architectures.inputs, name), skip, True)
+    name: Family(partial(architectures.build, name), partial(architectures.inputs, name), skip, True, name == "m2m_100")
     for name, (_, _, _, skip) in architectures.ARCHITECTURES.items()
 }
 

@@ -59,6 +59,10 @@ def options_of(place, build, config, folder, device, cache):
     return {"device_map": "auto", "max_memory": budgets, "offload": OffloadConfig(slots=1)}
 
 
+def is_streamed(model, path):
+    return any(path in placed.unit.paths for placed in model.offload.plan.offloaded)
+
+
 def flat(found, prefix=""):
     """The tensors and numbers in what a job gives, by name."""
     if isinstance(found, dict):
@@ -83,7 +87,8 @@ def test_job_gives_what_the_resident_model_gives(folders, tmp_path, name, kind, 
             run(whole, Context(device, tmp_path / "whole"))
         return
     expected = flat(run(whole, Context(device, tmp_path / "whole")))
-    if (name, mode) in REFUSED and place != "two":
+    stays = name == "vocabulary_enlarged" and not is_streamed(part, "lm_head")
+    if (name, mode) in REFUSED and place != "two" and not stays:
         with pytest.raises(BigloadError, match=REFUSED[name, mode]):
             run(part, Context(device, tmp_path / "part"))
         return

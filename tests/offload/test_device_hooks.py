@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from models import GPT, llama
+from models import GPT, Blocks, llama
 from streaming import hooks_of
 from torch import nn
 
@@ -378,3 +378,14 @@ def test_compiled_model_on_two_gpus_gives_what_it_gives(mode):
         torch._dynamo.reset()
         whole = torch.compile(model)(*given)["x"]
     torch.testing.assert_close(whole, expected, rtol=0.05, atol=0.05)  # inductor rounds less often than bf16 does
+
+
+def test_children_of_a_module_without_a_forward_get_their_inputs_where_they_are(moves):
+    """Its parent calls them, so hooks on the module itself would never run."""
+    model = Blocks()
+    model.layers[1].to(META)
+    devices = {"embed": CPU, "layers.0": CPU, "layers.1": META, "head": CPU}
+    attach(model, devices, ["layers.1"], torch.float32)
+    assert model(torch.zeros(2, 3, dtype=torch.int64)).device == CPU
+    assert [device for _, device in moves][:1] == [META]
+    assert not model.layers[1]._forward_pre_hooks

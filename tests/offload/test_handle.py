@@ -317,7 +317,15 @@ def test_parameters_that_others_put_into_a_streamed_block_are_brought_to_its_dev
     brought.clear()
     with torch.no_grad():
         hook(block, ())  # an inference that goes on has no time for it
-    assert not brought
+        assert not brought
+        block.second = nn.Linear(4, 4)  # but looks when anything was added
+        hook(block, ())
+        assert {id(p) for p in block.second.parameters()} <= {id(p) for p, _ in brought}
+        brought.clear()
+        block.second.weight = nn.Parameter(torch.ones(4, 4))
+        hook(block, ())
+        assert id(block.second.weight) in {id(p) for p, _ in brought}
+    brought.clear()
     hook(block, ())
     assert brought
 

@@ -356,7 +356,6 @@ def test_calls_within_a_call_go_back_to_where_each_came_from(moves):
     model = Twice()
     attach(model, {"": META}, entries={"": META})
     assert model(torch.ones(2)).device == CPU
-    assert model.__dict__["_bigload_device_hooks"]._memo.origins == []
 
 
 def test_what_is_there_already_passes_as_it_is(moves):

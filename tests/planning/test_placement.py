@@ -6,7 +6,7 @@ from checkpoints import empty, save_checkpoint
 from models import GPT, llama
 from plans import planned
 
-from bigload import OffloadConfig, load_and_quantize_model, plan_device_map
+from bigload import BnbQuantizationConfig, OffloadConfig, load_and_quantize_model, plan_device_map
 from bigload.errors import ConfigError, PlacementError
 from bigload.offload import device_hooks
 
@@ -203,3 +203,12 @@ def test_a_budget_that_leaves_nothing_blames_no_unit_and_says_what_is_kept():
     with pytest.raises(PlacementError, match="kept for the transfers of the load") as caught:
         plan_device_map(Mixed(), "nf4", device_map="auto", **options)
     assert "alone is too large" not in str(caught.value)
+
+
+def test_what_the_cpu_computes_in_float32_has_another_dtype_on_a_gpu():
+    config = BnbQuantizationConfig(load_in_8bit=True, torch_dtype="fp16", keep_in_fp32_modules=["small"])
+    maps = {"": 0, "layer": "cpu", "small": "cpu"}
+    plan = plan_device_map(Mixed(), config, device_map=maps, offload=OffloadConfig(execute="cpu"))
+    layer, small = ({f"{path}.{name}" for name in ("weight", "bias")} for path in ("layer", "small"))
+    assert plan.dtypes_on_gpu == dict.fromkeys(layer, torch.float16) | dict.fromkeys(small, torch.float32)
+    assert plan_device_map(Mixed(), config, device_map=0).dtypes_on_gpu == {}
