@@ -378,10 +378,11 @@ def trained_by_the_trainer(model, at):
 
 @_job("llama")
 def vocabulary_enlarged(model, at):
-    torch.manual_seed(1)
+    old = model.config.vocab_size
     model.resize_token_embeddings(132, mean_resizing=False)
     with torch.no_grad():
-        return {"logits": model(at.tokens).logits}
+        logits = model(at.tokens).logits
+    return {"logits": logits[..., :old], "size": logits.shape[-1]}  # the new rows are random, by device
 
 
 @_job("llama")
