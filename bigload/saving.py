@@ -19,6 +19,7 @@ from .config import BnbQuantizationConfig
 from .errors import ConfigError, QuantizationError, listed
 from .hardware.devices import on_cpu_unless_named
 from .inspection.own_loading import changed_when_loaded_again
+from .inspection.own_saving import saving_rules, weights_changed_by_saving
 from .model import diffusers_facts, transformers_facts
 from .model.quantizable import plain_linears
 from .model.tree import leaves, modules_by_path
@@ -56,7 +57,7 @@ def save_quantized_model(
         CheckpointError: the folder is not empty, or cannot be written; its contents are unchanged.
         ConfigError: an argument has an invalid value, or the model has no quantized layer.
         QuantizationError: the model could not be loaded again as it is: it has weights on meta, layers of several
-            formats, or weights that bitsandbytes has packed for the CPU.
+            formats, weights that bitsandbytes has packed for the CPU, or hooks that change the names of quantized ones.
 
     Example:
         >>> import bigload, torch
@@ -208,8 +209,9 @@ def _stored_once(model: nn.Module, layers: Mapping[str, Any]) -> tuple[dict[str,
             f"{listed(extra)}: extra state that is no tensor, which safetensors cannot hold: let "
             "get_extra_state return a tensor"
         )
-    groups: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)
     modules = modules_by_path(model)
+    _require_weights_as_held(modules, layers, state)
+    groups: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)
     for name, parameter in leaves(modules, "_parameters").items():
         if name in state and parameter.numel():
             groups[parameter.data_ptr(), parameter.dtype, parameter.shape, parameter.stride()].append(name)
@@ -231,3 +233,20 @@ def _stored_once(model: nn.Module, layers: Mapping[str, Any]) -> tuple[dict[str,
         around = {f"{name.removesuffix('weight')}{part}" for part in ("SCB", "weight_format")}
         gone |= {key for key in state if key in around or key.startswith(f"{name}.")}
     return {name: tensor for name, tensor in state.items() if name not in gone}, ties
+
+
+def _require_weights_as_held(
+    modules: Mapping[str, nn.Module], layers: Mapping[str, Any], state: Mapping[str, torch.Tensor]
+) -> None:
+    changed = weights_changed_by_saving(modules, layers, state)
+    if not changed:
+        return
+    rules = {
+        f"{listed(saving_rules(modules[path]))} of {repr(path) if path else 'the model'}": None
+        for above in changed.values()
+        for path in above
+    }
+    raise QuantizationError(
+        f"{listed(changed)}: quantized, but the state_dict holds their weights changed, or under names that loading "
+        f"does not take back: {'; '.join(rules)}. Remove such hooks for the save, or let them leave these weights alone"
+    )
