@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
 
-from .own_loading import follow, has_own_loading
+from .own_loading import SET_BY_LOADING, Outcome, follow, has_own_loading, saves_extra_state
 from .stand_ins import CannotFollow
 
 # The parts of a quantized weight beside its packed values.
 _PART = re.compile(r"(?<![^.])(weight\..+|SCB|weight_format)$")
+_UNSET = object()
 
 
 def saving_rules(module: nn.Module) -> list[str]:
@@ -63,6 +65,88 @@ def weights_changed_by_saving(
             if loaded.get(f"{path}.weight".lstrip(".")) != key:
                 found[path] = [one for one in _and_above(path) if one in ruled]
     return found
+
+
+_Saved = Mapping[str, tuple[torch.dtype, Sequence[int]]]
+_Attributes = dict[str, dict[str, Any]]
+
+
+def attributes_set_by_loading(modules: Mapping[str, nn.Module], saved: _Saved) -> _Attributes:
+    """Return what modules' own loading has set on them, or would set, beside tensors: by path and name."""
+    found: _Attributes = {}
+    for path, module in modules.items():
+        names = [*vars(module).get(SET_BY_LOADING, ())]
+        if has_own_loading(module) and not type(module).__module__.startswith("bitsandbytes."):
+            outcome = _followed(path, module, saved)
+            names += [] if outcome is None else outcome.attributes
+        held = {name: vars(module)[name] for name in names if name in vars(module) and name != SET_BY_LOADING}
+        if held:
+            found[path] = held
+    return found
+
+
+def kept_attributes(
+    attributes: Mapping[str, Mapping[str, Any]],
+    modules: Mapping[str, nn.Module],
+    saved: _Saved,
+    skipped: Collection[str],
+) -> tuple[_Attributes, list[str]]:
+    """Divide what modules' own loading has set on them by whether it comes back.
+
+    Args:
+        attributes: path -> name -> value.
+        modules: of the model, by path.
+        saved: the dtype and shape of each saved tensor, by name.
+        skipped: the paths of modules whose own loading will not run on what is saved.
+
+    Returns:
+        What JSON can hold; and the names of attributes that neither JSON nor the modules' own loading, or extra state,
+        brings back.
+    """
+    kept: _Attributes = {}
+    lost = []
+    for path, own in attributes.items():
+        plain = {name: value for name, value in own.items() if _is_json(value)}
+        rest = {name: value for name, value in own.items() if name not in plain}
+        if plain:
+            kept[path] = plain
+        if rest and not saves_extra_state(modules[path]):
+            again = {} if path in skipped else _set_again(path, modules[path], saved, rest)
+            lost += [f"{path}.{name}".lstrip(".") for name, value in rest.items() if not _is_equal(again, name, value)]
+    return kept, lost
+
+
+def _set_again(path: str, module: nn.Module, saved: _Saved, names: Iterable[str]) -> Mapping[str, Any]:
+    """Return what a module's own loading sets on it, also where that is what it has now."""
+    own, before = vars(module), dict(vars(module))
+    own.update(dict.fromkeys(names, _UNSET))
+    try:
+        outcome = _followed(path, module, saved)
+    finally:
+        own.update(before)
+    return {} if outcome is None else outcome.attributes
+
+
+def _followed(path: str, module: nn.Module, saved: _Saved) -> Outcome | None:
+    prefix = f"{path}." if path else ""
+    state = {n: torch.empty(shape, dtype=d, device="meta") for n, (d, shape) in saved.items() if n.startswith(prefix)}
+    try:
+        return follow(module, prefix, state, {})
+    except CannotFollow:
+        return None
+
+
+def _is_equal(again: Mapping[str, Any], name: str, value: Any) -> bool:
+    return name in again and type(again[name]) is type(value) and again[name] == value
+
+
+def _is_json(value: Any) -> bool:
+    """Whether JSON gives a value back as it is."""
+    if type(value) is list:
+        return all(map(_is_json, value))
+    if type(value) is dict:
+        return all(type(key) is str and _is_json(held) for key, held in value.items())
+    return value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value))
 
 
 def _key_of(path: str, layer: Any, state: Mapping[str, Any]) -> str | None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+_USUAL = frozenset(vars(nn.Module()))
 # Functions that look at a tensor and not at its values.
 _LOOKS = {"__get__", "requires_grad_", "size", "dim", "numel", "is_floating_point", "is_complex", "element_size"}
 # Methods that give a tensor new values without using the old ones.
@@ -42,9 +43,34 @@ def stand_in(module: nn.Module, written: Mapping[str, torch.Tensor]) -> nn.Modul
             name: None if t is None else _without_value(t, written.get(name)) for name, t in own.items()
         }
     new.__dict__["_modules"] = dict(module._modules)
+    new.__dict__.update({name: value.copy() for name, value in plain_containers(module).items()})
     hooks = {key: _rebound(wrapped, module, new) for key, wrapped in loading_hooks(module).items()}
     new.__dict__["_load_state_dict_pre_hooks"] = hooks
     return new
+
+
+def plain_containers(module: nn.Module) -> dict[str, Any]:
+    """Return the lists, dicts and sets that are attributes of a module, and hold no modules or tensors."""
+    own = {
+        name: value for name, value in vars(module).items() if name not in _USUAL and type(value) in (list, dict, set)
+    }
+    return {name: value for name, value in own.items() if not any(map(_is_live, _items(value)))}
+
+
+def is_changed(container: Any, before: Any) -> bool:
+    """Whether a container holds other things than before."""
+    try:
+        return bool(container != before)
+    except Exception:  # tensors that were put there, or objects that cannot be compared
+        return True
+
+
+def _items(container: Any) -> Iterable[Any]:
+    return container.values() if isinstance(container, dict) else container
+
+
+def _is_live(value: Any) -> bool:
+    return isinstance(value, (nn.Module, torch.Tensor)) or callable(value)
 
 
 def _without_value(tensor: torch.Tensor, value: torch.Tensor | None) -> torch.Tensor:
@@ -66,10 +92,16 @@ def restored(module: nn.Module) -> Iterator[dict[str, Any]]:
     own, changed = vars(module), dict[str, Any]()
     before = dict(own)
     held = {kind: dict(own[kind]) for kind in ("_parameters", "_buffers", "_modules")}
+    contents = [(name, value, value.copy()) for name, value in plain_containers(module).items()]
     try:
         yield changed
     finally:
-        changed.update({name: value for name, value in own.items() if before.get(name, before) is not value})
+        for name, container, content in contents:
+            if is_changed(container, content):
+                changed[name] = container.copy()
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(content)
+        changed |= {name: value for name, value in own.items() if before.get(name, before) is not value}
         own.clear()
         own.update(before)
         for kind, values in held.items():

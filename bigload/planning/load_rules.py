@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,14 +44,17 @@ class LoadRules:
         excused: names of tensors that a module's own loading leaves as they are, without calling them missing.
     """
 
-    def __init__(self, view: ModelView, checkpoint: Checkpoint, done: Collection[str] = ()) -> None:
+    def __init__(self, view: ModelView, checkpoint: Checkpoint) -> None:
         """Find them.
 
         Args:
             view: of the model.
-            checkpoint: whose tensors will be loaded.
-            done: paths of modules whose tensors are stored as their own loading leaves them.
+            checkpoint: whose tensors will be loaded; its record may say that some are stored as a module's own loading
+                leaves them, and what it had set on the module.
         """
+        record = checkpoint.record
+        done = () if record is None else record.as_loaded
+        self._recorded = {} if record is None else record.attributes
         self._view, self._metadata, self._file = view, checkpoint.metadata, checkpoint.location
         modules = view.modules
         self._with_rule = {path: m for path, m in modules.items() if has_own_loading(m) and path not in done}
@@ -79,6 +82,8 @@ class LoadRules:
                 self.after.extra_states[path] = _as_extra_state(found.pop(key))
             else:
                 self._lacking.append(key)
+        for path in self._recorded.keys() & self._view.modules.keys():
+            self.after.attributes[path] = {**self.after.attributes.get(path, {}), **self._recorded[path]}
         return found
 
     def review(self, missing: list[str], unexpected: list[str]) -> None:

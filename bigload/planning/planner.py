@@ -93,7 +93,7 @@ def _sources(view: ModelView, request: LoadRequest, tensors: Sequence[ModelTenso
         return _own_sources(view, request, tensors)
     config = request.config.resolved(checkpoint.dominant_dtype)
     class_dtypes = transformers_facts.class_dtypes(model, config.load_dtype)
-    rules = LoadRules(view, checkpoint, checkpoint.record.as_loaded if checkpoint.record is not None else ())
+    rules = LoadRules(view, checkpoint)
     sources = sources_in_checkpoint(
         tensors,
         checkpoint,
