@@ -131,12 +131,16 @@ def follow(
     own, before = tensors_in(copied), _attributes(copied)
     contents = {name: value.copy() for name, value in plain_containers(copied).items()}
     versions = {name: tensor._version for name, tensor in own.items()}
-    uses = Uses({key: value for key, value in state.items() if isinstance(value, torch.Tensor)}, own)
+    uses = Uses(
+        {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}, own, tensors_in(module)
+    )
     # The tensors take what is loaded as it is, so that one that is not changed can be recognised.
     said = {**metadata, "assign_to_params_buffers": True}
     try:
         with restored(module) as changed, torch.device("cpu"), uses, torch.no_grad():
             copied._load_from_state_dict(outcome.state, prefix, said, True, outcome.missing, [], outcome.errors)
+    except CannotFollow:
+        raise
     except Exception as error:  # a rule may raise anything
         raise CannotFollow(f"{type(error).__name__}: {error}") from error
     after, held = _attributes(copied), tensors_in(copied)

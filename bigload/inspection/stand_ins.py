@@ -16,7 +16,7 @@ _USUAL = frozenset(vars(nn.Module()))
 # Functions that look at a tensor and not at its values.
 _LOOKS = {"__get__", "requires_grad_", "size", "dim", "numel", "is_floating_point", "is_complex", "element_size"}
 # Methods that give a tensor new values without using the old ones.
-_WHOLE_WRITES = {"copy_", "fill_", "zero_"}
+_WHOLE_WRITES = {"copy_", "fill_", "zero_", "resize_", "resize_as_"}
 
 
 def loading_hooks(module: nn.Module) -> dict[int, Any]:
@@ -137,10 +137,16 @@ class Uses(TorchFunctionMode):
         read: names of the module's own tensors whose values are used.
         written: names of the module's own tensors that may be written to.
         changed: names of those that are, through `tensor.data` too, which counts no version.
+
+    Raises:
+        CannotFollow: when the module's real tensors are written to, which a hook may hold beside those of the stand-in.
     """
 
-    def __init__(self, state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self, state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], real: Mapping[str, torch.Tensor]
+    ) -> None:
         super().__init__()
+        self._real = _by_storage(real)
         self._state, self._whole = _by_storage(state), {memory_of(tensor) for tensor in state.values()}
         self._own = _by_storage(own)
         self._overwritten = set[str]()  # the values that they had before matter no more
@@ -155,12 +161,14 @@ class Uses(TorchFunctionMode):
             is_in_place = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
             if is_in_place and args and isinstance(args[0], torch.Tensor):
                 self.changed |= self._named(self._own, args[0])
+                if self._named(self._real, args[0]):
+                    raise CannotFollow(f"it calls {name} on a tensor of the module, past the one that is loaded")
             if name in _WHOLE_WRITES and args and isinstance(args[0], torch.Tensor):
                 if args[0].untyped_storage().nbytes() == args[0].nbytes:
                     self._overwritten |= self._named(self._own, args[0])
                 self.written |= self._named(self._own, args[0])
                 self.keys |= self._named(self._state, args[0])
-                rest = rest[1:]
+                rest = [] if name == "resize_as_" else rest[1:]
             self._note(rest)
         return func(*args, **(kwargs or {}))
 
