@@ -9,9 +9,11 @@ from __future__ import annotations
 import dis
 import functools
 import sys
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
+
+from torch import nn
 
 # Libraries whose objects hold none of a model's modules, but much else.
 FOREIGN = frozenset({"torch", "logging", "threading", "tokenizers", "numpy", "builtins", "re", "io"})
@@ -35,6 +37,36 @@ class ClassAttributes:
         setattr(self._cls, key, value)
 
 
+class Global:
+    """A global by its name, looked up when it is needed. Equal to another one of the same file and name."""
+
+    def __init__(self, namespace: Mapping[str, Any], name: str) -> None:
+        self._namespace, self._name = namespace, name
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Global) and hash(self) == hash(other)
+
+    def __hash__(self) -> int:
+        return hash((id(self._namespace), self._name))
+
+    def value(self) -> Any:
+        """Return what it is now."""
+        return self._namespace.get(self._name)
+
+
+def globals_with_layers(function: FunctionType) -> dict[str, Global]:
+    """Return the globals that a function names and that may be, or hold, layers."""
+    space: dict[str, Any] = function.__globals__
+    names = global_names(function.__code__) & space.keys() if is_of_user(function) else ()
+    return {name: Global(space, name) for name in names if _may_hold(space[name])}
+
+
+def _may_hold(value: Any) -> bool:
+    if isinstance(value, (type, ModuleType)):
+        return is_of_user(value)
+    return value is None or isinstance(value, (nn.Module, list, tuple, dict))
+
+
 def is_of_user(thing: Any) -> bool:
     """Whether a function, class or module is the user's own, not a library's."""
     name = thing.__name__ if isinstance(thing, ModuleType) else thing.__module__
@@ -49,7 +81,7 @@ def globals_of(function: FunctionType) -> Iterator[tuple[MutableMapping[str, Any
     """
     if not is_of_user(function):
         return
-    words, names = _words(function.__code__), _global_names(function.__code__)
+    words, names = _words(function.__code__), global_names(function.__code__)
     own: dict[str, Any] = function.__globals__
     spaces = [own, *_imported(function, words)]
     for space in spaces:  # grows: `package.layers.SHARED`
@@ -89,8 +121,8 @@ def _words(code: CodeType) -> frozenset[str]:
 
 
 @functools.cache
-def _global_names(code: CodeType) -> frozenset[str]:
+def global_names(code: CodeType) -> frozenset[str]:
     """Return the names of globals in a function's code and the functions in it."""
-    inner = (_global_names(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    inner = (global_names(constant) for constant in code.co_consts if isinstance(constant, CodeType))
     own = (step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
     return frozenset(own).union(*inner)

@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 from .conditions import truth
+from .outer_names import Global
 
 # A path from the owner: names of children, _EVERY_CHILD for each of a list, EVERYTHING for a module and all that is
-# below it, _FIRST for who holds the first parameter. It begins with an object if that, such as a closure's, is known.
+# below it, _FIRST for who holds the first parameter. It begins with an object if that, such as a closure's, is known,
+# or with a Global.
 Path = tuple[Any, ...]
 Paths = set[Path]
 _EVERY_CHILD, EVERYTHING, _FIRST = "*", "**", "first()"
@@ -288,7 +290,10 @@ def resolved(owner: nn.Module, path: Path) -> Iterator[nn.Module]:
     """Yield the modules that a path from this owner stands for."""
     found: list[Any] = [owner]
     for part in path:
-        found = [inner for each in found for inner in _inside(each, part)] if isinstance(part, str) else [part]
+        if isinstance(part, str):
+            found = [inner for each in found for inner in _inside(each, part)]
+        else:
+            found = [part.value() if isinstance(part, Global) else part]
     yield from (each for each in found if isinstance(each, nn.Module))
 
 
@@ -323,7 +328,7 @@ def _attribute(module: nn.Module, name: str) -> Any:
     said = inspect.getattr_static(type(module), name, None)
     compute = getattr(said, "fget" if isinstance(said, property) else "func", None)
     if not isinstance(said, (property, functools.cached_property)):
-        return None
+        return said if isinstance(said, (nn.Module, list, tuple, dict)) else None
     with suppress(Exception):  # what it needs may not be there before the load
         return None if compute is None else compute(module)
     return None

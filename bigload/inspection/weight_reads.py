@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from .outer_names import globals_with_layers
 from .weight_names import EVERYTHING, Names, Path, Paths, as_direct, resolved
 
 # Attributes and methods of a weight that say the same of a quantized one, or are asked to find out whether it is one.
@@ -106,7 +107,7 @@ def reads_of_own(
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         with suppress(ValueError):  # not assigned yet
             named.append((name, cell.cell_contents))
-    bound: dict[str, Paths] = {name: {(value,)} for name, value in named if isinstance(value, nn.Module)}
+    bound = _of_globals(function) | {name: {(value,)} for name, value in named if isinstance(value, nn.Module)}
     scope = _Scope(function.__name__, function.__globals__, type(owner), {}, stored, has_self=False, depth=1)
     return [
         Read(child, read.what) for read in _Function(scope, tree, bound).reads() for child in resolved(owner, read.path)
@@ -122,8 +123,12 @@ def _in_class(
     if tree is None:
         return None
     scope = _Scope(function.__name__, function.__globals__, cls, dict(held), stored, has_self=True, is_run=is_run)
-    bound: dict[str, Paths] = {arguments[0]: {()}} if arguments else {}
+    bound: dict[str, Paths] = {**_of_globals(function), **({arguments[0]: {()}} if arguments else {})}
     return tuple(dict.fromkeys(_Function(scope, tree, bound).reads()))
+
+
+def _of_globals(function: FunctionType) -> dict[str, Paths]:
+    return {name: {(found,)} for name, found in globals_with_layers(function).items()}
 
 
 class _Scope(NamedTuple):
@@ -318,6 +323,7 @@ class _Function:
             for key, paths in passed
             if paths and (not isinstance(key, int) or key < len(names))
         }
+        bound = {**_of_globals(function), **bound}
         scope = self._scope._replace(names=function.__globals__, has_self=receiver == {()}, depth=self._scope.depth + 1)
         child = self._child_called(receiver)
         for read in _Function(scope, tree, bound).reads():
