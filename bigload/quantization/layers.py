@@ -67,8 +67,8 @@ def make_layer(
     else:
         new = _make_4bit(weight, has_bias, shape, config)
     # For errors, and for dequantize_model: int8 does not store what it was quantized from.
-    vars(new).update(loaded_as=path, loaded_dtype=config.load_dtype)
-    new._replicate_for_data_parallel = functools.partial(refuse_replicas, path)  # type: ignore[method-assign]
+    refuse = functools.partial(refuse_replicas, path)
+    vars(new).update(loaded_as=path, loaded_dtype=config.load_dtype, _replicate_for_data_parallel=refuse)
     set_forward(new, own_forward(new))
     if device.type == "cpu":
         adapt_to_cpu(new, shape, config)
