@@ -246,7 +246,7 @@ class _Replica(MethodOverride):
         """
         raise OffloadError(
             "torch.nn.DataParallel cannot copy a model with offloaded weights to other GPUs: load it with "
-            "device_map='balanced', or one in each process"
+            "device_map='balanced', which divides it among them"
         )
 
 

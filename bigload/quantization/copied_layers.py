@@ -47,5 +47,5 @@ def refuse_replicas(path: str) -> NoReturn:
     """
     raise QuantizationError(
         f"{path or 'the model'!r} is quantized, and torch.nn.DataParallel cannot copy it to other GPUs: load the model "
-        "with device_map='balanced', or one in each process"
+        "with device_map='balanced', which divides it among them"
     )
