@@ -35,6 +35,7 @@ _LIBRARIES = re.compile(
 )
 
 _BY_TEXT = ("getattr", "get_parameter", "_parameters")
+_BY_LIST = frozenset({"named_parameters", "state_dict", "functional_call"})
 _MAX_DECORATORS = 3
 _USUAL_ATTRIBUTES = frozenset(vars(nn.Module()))
 
@@ -63,8 +64,10 @@ class Reader(NamedTuple):
         Args:
             stored: the dtype that a quantized weight shows. A read that is guarded against it does not count.
         """
+        cls: Any = type(self.owner)
+        run = _run_by_forward(cls)
         for method in self.methods:
-            found = reads_of(method, self.owner, self.held, stored)
+            found = reads_of(method, self.owner, self.held, stored, is_run=method in run)
             yield from _children_named(method, self.owner) if found is None else found
         for function, passed in self.own:
             yield from reads_of_own(function, self.owner, passed, stored)
@@ -158,6 +161,18 @@ def _methods_in_question(cls: Any) -> tuple[tuple[str, FunctionType], ...]:
 
 
 @functools.cache
+def _run_by_forward(cls: Any) -> frozenset[FunctionType]:
+    """Return the methods that a forward may call, by the names in its code and in theirs."""
+    waiting, run = dict(enumerate(_methods_in_question(cls))), set[FunctionType]()
+    names = frozenset({"forward", "__call__"})
+    while found := [key for key, (name, _) in waiting.items() if name in names]:
+        called = [waiting.pop(key)[1] for key in found]
+        run.update(called)
+        names = names.union(*(names_in(method.__code__) for method in called))
+    return frozenset(run)
+
+
+@functools.cache
 def _names_of_attributes(cls: Any) -> frozenset[str]:
     """Return the names that the methods use, among them those of an instance's own attributes."""
     return (
@@ -199,7 +214,7 @@ def _is_reader(called: Any) -> bool:
 def _may_read(function: FunctionType) -> bool:
     """Whether a function may read weights, by the names in its code."""
     names = names_in(function.__code__)
-    return "weight" in names or _reads_by_text(function.__code__)
+    return "weight" in names or not names.isdisjoint(_BY_LIST) or _reads_by_text(function.__code__)
 
 
 def _reads_by_text(code: CodeType) -> bool:
@@ -213,6 +228,8 @@ def _reads_only_own(method: FunctionType) -> bool:
     """Whether a method's only use of the name `weight` is `self.weight`, as in a norm: parsing it would take longer."""
     code = method.__code__
     if any(isinstance(constant, CodeType) for constant in code.co_consts) or _reads_by_text(code):
+        return False
+    if not _BY_LIST.isdisjoint(code.co_names):
         return False
     steps = list(dis.get_instructions(code))
     before = [prior for prior, step in pairwise(steps) if step.argval == "weight" and step.opname == "LOAD_ATTR"]

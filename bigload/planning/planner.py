@@ -54,7 +54,9 @@ def plan_load(view: ModelView, request: LoadRequest) -> Plan:
     ties = _saved_ties(view, request.checkpoint) if request.tied_parameters is None else request.tied_parameters
     tensors = tensors_of(view, ties)
     check_map(placement.device_map, tensors, view.modules, must_exist=placement.must_exist)
-    config, sources, class_dtypes, after = _sources(view, request, tensors)
+    config, sources, class_dtypes, rules = _sources(view, request, tensors)
+    after = AfterLoad() if rules is None else rules.after
+    tensors = tensors if rules is None else list(rules.fitted(tensors))
     layers = _layers(view, request, config, tensors, sources)
     device = only_device(placement) if placement.must_exist else None  # a plan to be inspected lists its units
     _require_extra_state_kept(layers, after)
@@ -79,7 +81,7 @@ def plan_load(view: ModelView, request: LoadRequest) -> Plan:
 _Sources = Mapping[str, tuple[Source, ...]]
 
 
-_Found = tuple[BnbQuantizationConfig, _Sources, Mapping[str, torch.dtype] | None, AfterLoad]
+_Found = tuple[BnbQuantizationConfig, _Sources, Mapping[str, torch.dtype] | None, LoadRules | None]
 
 
 def _sources(view: ModelView, request: LoadRequest, tensors: Sequence[ModelTensor]) -> _Found:
@@ -87,14 +89,14 @@ def _sources(view: ModelView, request: LoadRequest, tensors: Sequence[ModelTenso
 
     Returns:
         The config with every "auto" resolved; sources by each tensor's first name; the dtype of each tensor in the
-        model's class, or in the saved model; and what is left to do when the tensors are loaded.
+        model's class, or in the saved model; and the modules' own rules, if they have been applied.
     """
     model, checkpoint = view.model, request.checkpoint
     if checkpoint is None:
         return _own_sources(view, request, tensors)
     config = request.config.resolved(checkpoint.dominant_dtype)
     class_dtypes = transformers_facts.class_dtypes(model, config.load_dtype)
-    rules = LoadRules(view, checkpoint, checkpoint.record.as_loaded if checkpoint.record is not None else ())
+    rules = LoadRules(view, checkpoint)
     sources = sources_in_checkpoint(
         tensors,
         checkpoint,
@@ -120,16 +122,16 @@ def _sources(view: ModelView, request: LoadRequest, tensors: Sequence[ModelTenso
     has_no_other = checkpoint.is_quantized and diffusers_facts.is_diffusers(model)
     if (checkpoint.record is not None and (request.as_saved or is_auto)) or (has_no_other and is_auto):
         class_dtypes = {name: pieces[0].tensor.dtype for name, pieces in sources.items() if pieces}
-    return config, sources, class_dtypes, rules.after
+    return config, sources, class_dtypes, rules
 
 
 def _own_sources(view: ModelView, request: LoadRequest, tensors: Sequence[ModelTensor]) -> _Found:
     """Use the model's own weights. They may be on meta only if the plan is not executed."""
     sources, dtype = _own_weights(tensors, may_be_empty=not request.placement.must_exist)
     if request.placement.must_exist:
-        return request.config.resolved(dtype), sources, None, AfterLoad()
+        return request.config.resolved(dtype), sources, None, None
     config = request.config.resolved(transformers_facts.config_dtype(view.model) or dtype)
-    return config, sources, transformers_facts.class_dtypes(view.model, config.load_dtype), AfterLoad()
+    return config, sources, transformers_facts.class_dtypes(view.model, config.load_dtype), None
 
 
 def _layers(

@@ -73,6 +73,9 @@ class Rules(Protocol):
     def apply(self, stored: Mapping[str, Found]) -> dict[str, Found]:
         """Return where each tensor of the model is loaded from, by its name."""
 
+    def fitted(self, tensors: Sequence[ModelTensor]) -> Sequence[ModelTensor]:
+        """Return the model's tensors in the shapes that the modules' own loading gives them."""
+
     def review(self, missing: list[str], unexpected: list[str]) -> None:
         """Take away the keys that may be missing or unexpected."""
 
@@ -122,6 +125,7 @@ def sources_in_checkpoint(
     stored = _by_model_name(_renamed(checkpoint, key_mapping), conversion)
     if rules is not None:
         stored = rules.apply(stored)
+        tensors = rules.fitted(tensors)
     found = {
         tensor.name: next((stored[name] for name in tensor.names if name in stored), None)
         for tensor in tensors
