@@ -18,7 +18,7 @@ from ..quantization.bnb import library
 from ..quantization.cpu_forwards import input_gradient, streamed_forward
 from ..quantization.formats import part_name
 from ..quantization.layers import is_quantized
-from ..quantization.own_forwards import on_matrix, own_forward, require_floating
+from ..quantization.own_forwards import on_matrix, own_forward, require_input
 from ..quantization.quantized_weight import state_around, state_holders
 from .device_hooks import send_to_device
 from .leaves import Leaf, MethodOverride, without_torch_function
@@ -102,8 +102,7 @@ class StreamedForward(ForwardOverride):
         if is_trained:
             return self._run_without_weight_gradients(*args, **kwargs)
         if self._is_quantized:
-            (x,) = (*args, *kwargs.values())
-            return _Quantized.apply(self, x, self.module.bias)  # type: ignore[no-untyped-call]
+            return _Quantized.apply(self, self._only_input(args, kwargs), self.module.bias)  # type: ignore[no-untyped-call]
         return self._run(functools.partial(self._compute_recorded, args, kwargs))
 
     def _run(self, compute: Callable[[Slot], Any]) -> Any:
@@ -125,8 +124,11 @@ class StreamedForward(ForwardOverride):
         """Compute the leaf's own forward without gradients."""
         if self._make_forward is None:
             return self._run(functools.partial(self._compute, args, kwargs))
+        return self.weights.run_in_slot(functools.partial(self._compute_directly, self._only_input(args, kwargs)))
+
+    def _only_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         (x,) = (*args, *kwargs.values())
-        return self.weights.run_in_slot(functools.partial(self._compute_directly, x))
+        return send_to_device(x, self.weights.device)
 
     def _compute_directly(self, x: torch.Tensor, slot: Slot) -> torch.Tensor:
         forward = self._forwards.get(slot)
@@ -332,7 +334,7 @@ def _linear_4bit(layer: Any, name: str, tensors: Tensors) -> Forward:
     matmul = library().matmul_4bit
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        require_floating(layer, x)
+        require_input(layer, x, weight)
         dtype, bias = layer.compute_dtype, layer.bias
         out = matmul(x.to(dtype), weight, bias=None if bias is None else bias.to(dtype), quant_state=state)
         return out.to(x.dtype)  # type: ignore[no-any-return]
@@ -351,7 +353,7 @@ def _linear_8bit(layer: Any, name: str, tensors: Tensors) -> Forward:
         return matmul(x, weight, bias=bias, state=state)  # type: ignore[no-any-return]
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        require_floating(layer, x)
+        require_input(layer, x, weight)
         return on_matrix(compute, x)
 
     return forward
