@@ -89,9 +89,9 @@ class StreamedForward(ForwardOverride):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the leaf's own forward."""
         if torch.compiler.is_compiling():
-            return _run_eagerly(self, args, kwargs)
+            return _run_uncompiled(self, args, kwargs)
         if torch._C._is_tracing():  # torch.jit.trace
-            raise OffloadError(_CANNOT_EXPORT)
+            _refuse_export()
         # The own forward refuses another number of arguments.
         if self.is_removed or (self._takes_one_argument and len(args) + len(kwargs) != 1):
             return self.own(*args, **kwargs)
@@ -164,17 +164,30 @@ class StreamedForward(ForwardOverride):
         return tree_map_only(torch.Tensor, refuse, out)
 
 
-_CANNOT_EXPORT = (
-    "a model with offloaded weights cannot be exported or traced: a graph cannot fetch its weights; call "
-    "model.offload.remove() first, or load the model without offloading"
-)
+def _refuse_export() -> NoReturn:
+    raise OffloadError(
+        "a model with offloaded weights cannot be exported or traced: a graph cannot fetch its weights; call "
+        "model.offload.remove() first, or load the model without offloading"
+    )
 
 
-# torch.compiler.disable would import torch._dynamo here and now, which takes more than a second.
+# What torch.compiler.assume_constant_result sets; that would import torch._dynamo here and now, which takes more than a
+# second. So torch.export(strict=True) calls the function instead of tracing it, and its error stays what it is.
+_refuse_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7
+
+
+def _run_uncompiled(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if _is_exporting():
+        _refuse_export()
+    return _run_eagerly(forward, args, kwargs)
+
+
+# torch.compiler.disable would import torch._dynamo too.
 @_disable_dynamo
 def _run_eagerly(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if torch.compiler.is_compiling():  # torch.export runs it without the compiler
-        raise OffloadError(_CANNOT_EXPORT)
+        _refuse_export()
     return forward(*args, **kwargs)
 
 
@@ -277,7 +290,7 @@ class CpuForward(ForwardOverride):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Move the inputs to the CPU, compute there, and move the outputs to the device."""
         if torch.compiler.is_compiling():
-            return _run_eagerly(self, args, kwargs)
+            return _run_uncompiled(self, args, kwargs)
         if self.is_removed:
             return self.own(*args, **kwargs)
         if self.require_there is not None:
