@@ -89,7 +89,8 @@ def plain_because_read(
 ) -> dict[str, str]:
     """Return the layers that stay plain because other code reads their weight, each with what it reads.
 
-    The values of a quantized weight are packed; it shows the dtype that it is stored in, and 4 bit another shape.
+    The values of a quantized weight are packed; it shows the dtype that it is stored in, and 4 bit another shape. A
+    cast, as routers make, would change nothing or, where packed bytes are stored as floats, destroy it.
 
     Args:
         model: not changed.
@@ -97,7 +98,7 @@ def plain_because_read(
         quantizable: further subclasses of nn.Linear to quantize.
 
     Returns:
-        Path -> "values", "dtype" or "shape". A read that is right for a quantized weight too does not count.
+        Path -> "values", "dtype", "shape" or "cast". A read that is right for a quantized weight too does not count.
     """
     view = view_of(model)
     trains = config.llm_int8_has_fp16_weight
@@ -107,14 +108,14 @@ def plain_because_read(
     reads = view.weight_reads(shown)
     found = {}
     for path, module in plain_linears(view, quantizable).items() if reads else ():
-        wrong = {"values"}
+        wrong = {"values"} if trains else {"values", "cast"}
         if shown is not None:
             wrong.add("dtype")
         if config.load_in_4bit or (transformers_facts.is_conv1d(module) and not trains):
             wrong.add("shape")
         read = wrong & reads.get(module, set())
         if read:
-            found[path] = max(read)  # values before shape before dtype
+            found[path] = max(read)  # values before shape before dtype before cast
     return found
 
 
