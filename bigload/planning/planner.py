@@ -21,7 +21,7 @@ from ..config import BnbQuantizationConfig, OffloadConfig
 from ..errors import CheckpointError, ConfigError, PlacementError, listed
 from ..hardware.devices import CPU, Device, DeviceMap, on_cpu_unless_named
 from ..io.transfer import WINDOW_BYTES
-from ..model import diffusers_facts, transformers_facts
+from ..model import diffusers_facts, transformers_facts, twins
 from ..model.initialization import rebuilt_by_owners, seems_unwritten
 from ..model.quantizable import layers_recorded, layers_stored_quantized, layers_to_quantize, plain_because_read
 from ..model.tensors import ModelTensor, tensors_of
@@ -92,7 +92,7 @@ def _sources(view: ModelView, request: LoadRequest, tensors: Sequence[ModelTenso
     if checkpoint is None:
         return _own_sources(view, request, tensors)
     config = request.config.resolved(checkpoint.dominant_dtype)
-    class_dtypes = transformers_facts.class_dtypes(model, config.load_dtype)
+    class_dtypes = twins.class_dtypes(model, config.load_dtype)
     rules = LoadRules(view, checkpoint, checkpoint.record.as_loaded if checkpoint.record is not None else ())
     sources = sources_in_checkpoint(
         tensors,
@@ -101,7 +101,7 @@ def _sources(view: ModelView, request: LoadRequest, tensors: Sequence[ModelTenso
         conversion=transformers_facts.key_conversion(model),
         ignores_key=partial(transformers_facts.ignores_key, model),
         class_dtypes=class_dtypes,
-        rebuilt_buffers=partial(transformers_facts.rebuilt_buffers, model, config.load_dtype),
+        rebuilt_buffers=partial(twins.rebuilt_buffers, model, config.load_dtype),
         rebuilt_by_owners=partial(rebuilt_by_owners, view),
         seems_unwritten=partial(seems_unwritten, view),
         rules=rules,
@@ -128,7 +128,7 @@ def _own_sources(view: ModelView, request: LoadRequest, tensors: Sequence[ModelT
     if request.placement.must_exist:
         return request.config.resolved(dtype), sources, None, AfterLoad()
     config = request.config.resolved(transformers_facts.config_dtype(view.model) or dtype)
-    return config, sources, transformers_facts.class_dtypes(view.model, config.load_dtype), AfterLoad()
+    return config, sources, twins.class_dtypes(view.model, config.load_dtype), AfterLoad()
 
 
 def _layers(
