@@ -132,7 +132,10 @@ def test_config_that_contradicts_is_left_out_or_the_original_is_loaded(tmp_path)
 
 def test_original_of_what_another_method_quantized_is_loaded(tmp_path):
     state = Pair().state_dict()
-    packed = {"fc1.qweight": torch.zeros(8, 128, dtype=torch.int32), "fc1.qzeros": torch.zeros(1, 16, dtype=torch.int32)}
+    packed = {
+        "fc1.qweight": torch.zeros(8, 128, dtype=torch.int32),
+        "fc1.qzeros": torch.zeros(1, 16, dtype=torch.int32),
+    }
     packed |= {"fc1.scales": torch.ones(1, 128, dtype=torch.float16), "fc1.g_idx": torch.zeros(64, dtype=torch.int32)}
     save({name: value for name, value in state.items() if name != "fc1.weight"} | packed, tmp_path / "gptq")
     save(state, tmp_path / "original")
