@@ -51,7 +51,7 @@ def test_file_that_is_named_is_loaded(tmp_path):
     state = Pair().state_dict()
     for name in ("one", "other"):
         save_file(state, tmp_path / f"{name}.safetensors")
-    with pytest.raises(CheckpointError, match="several .* files, .*: name the one to load"):
+    with pytest.raises(CheckpointError, match=r"several .* files, .*: name the one to load"):
         load_and_quantize_model(empty(Pair), "nf4", tmp_path)
     with pytest.raises(CheckpointError, match="say where the weights are"):
         load_and_quantize_model(empty(Pair), "nf4", "")

@@ -33,11 +33,6 @@ def quantized(tmp_path):
 
 
 REFUSED = {
-    "nothing to load from": (
-        {},
-        "pass the weights_location",
-        lambda folder: {"weights_location": folder},
-    ),
     "a map that leaves out": (
         {"device_map": {"layers": "cpu"}},
         "add their blocks, or '' for the rest",
@@ -60,12 +55,16 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_plan_is_made_of_what_the_error_asks_for(case, original, two_gpus, small_parts_stream):
     given, words, *remedies = REFUSED[case]
-    load = load_and_quantize_model if case == "nothing to load from" else plan_device_map
-    given = given if case == "nothing to load from" else given | {"weights_location": original}
-    with pytest.raises((CheckpointError, PlacementError), match=words):
-        load(empty(blocks), "nf4", **given)
+    with pytest.raises(PlacementError, match=words):
+        plan_device_map(empty(blocks), "nf4", original, **given)
     for remedy in remedies:
         assert plan_device_map(empty(blocks), "nf4", **{"weights_location": original} | remedy(original))
+
+
+def test_weights_are_loaded_from_where_they_are_said_to_be(original):
+    with pytest.raises(CheckpointError, match=r"tensors of the model are on meta: .*; pass the weights_location"):
+        load_and_quantize_model(empty(blocks), "nf4", device_map="cpu")
+    assert load_and_quantize_model(empty(blocks), "nf4", original, device_map="cpu")
 
 
 def test_int8_training_that_is_not_offloaded_is_planned(original, two_gpus, small_parts_stream):
@@ -95,7 +94,7 @@ def test_quantized_blocks_are_streamed_or_the_original_is_computed_on_the_cpu(
 
 @pytest.mark.parametrize("remedy", ["a larger budget", "another device_map", "a smaller mode"])
 def test_model_that_a_map_puts_where_it_does_not_fit_is_planned(remedy, two_gpus):
-    given = {"bnb_quantization_config": "int8", "device_map": {"": 0}, "max_memory": {0: "160MiB"}}
+    given = {"bnb_quantization_config": "int8", "device_map": {"": 0}, "max_memory": {0: "164MiB"}}
     with pytest.raises(PlacementError, match="choose a smaller mode, another device_map or a larger budget"):
         plan_device_map(empty(GPT, width=512, layers=10), **given)
     given |= {
