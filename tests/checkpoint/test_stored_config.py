@@ -213,6 +213,8 @@ def test_none_for_a_checkpoint_that_is_not_quantized_is_refused_with_the_remedy(
     save(Layers().state_dict(), tmp_path)
     with pytest.raises(ConfigError, match=r"None.*give a config or one of.*nf4"):
         loaded(tmp_path, device)
+    for given in ("nf4", BnbQuantizationConfig(load_in_8bit=True)):
+        assert load_and_quantize_model(empty(Layers), given, tmp_path, device_map=device)
 
 
 @pytest.mark.parametrize("build", [Layers, empty], ids=["real", "meta"])
