@@ -185,6 +185,9 @@ TRIED = {
         "after to_empty() these are arbitrary": PLANNING + "test_buffer_is_real_where_the_model_is_built_as_asked",
         "pass tied_parameters": PLANNING + "test_head_of_the_shape_of_the_embedding_is_tied_to_it",
     },
+    "planning/placement.py": {
+        "name an offload_folder too": PLANNING + "test_disk_with_a_budget_is_used_where_a_folder_is_named",
+    },
     "planning/planned_tensors.py": {
         "build the model from this": PLANNING + "test_model_of_the_checkpoints_sizes_is_loaded",
         "use bnb_4bit_quant_storage": PLANNING + "test_layer_that_does_not_fill_its_storage_is_loaded_otherwise",

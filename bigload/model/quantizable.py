@@ -62,6 +62,10 @@ def layers_to_quantize(
     for path, module in view.modules.items():
         paths.setdefault(module, []).append(f"{path}.weight".lstrip("."))
     read = plain_because_read(view, config, quantizable)
+    classes = {type(module) for module in view.modules.values()}
+    absent = [cls.__name__ for cls in quantizable if cls not in classes]
+    if absent:
+        logger.warning("quantizable names %s, but no layer of the model is of that class", listed(absent))
     layers = {}
     for path, module in plain_linears(view, quantizable).items():
         if module in heads or path in read or not _weight(module).numel():

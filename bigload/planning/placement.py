@@ -125,6 +125,8 @@ def _place_by_strategy(units: Sequence[Unit], strategy: str, request: PlacementR
     if request.offload_folder is not None:
         free = free_disk_bytes(request.offload_folder)
         budgets["disk"] = homes["disk"] = request.budgets.get("disk", free)
+    elif "disk" in request.budgets:
+        logger.warning("max_memory has a budget for 'disk', which nothing goes to: name an offload_folder too")
     fp32 = request.fp32_on_cpu and on_gpu
     if fp32:
         homes.pop("disk", None)

@@ -64,7 +64,8 @@ def plan_load(view: ModelView, request: LoadRequest) -> Plan:
     placed = None if device is None else place_whole(planned, device, placement)
     plan = _placed(planned, layers, config, placed or _placement(view, planned, placement), placement)
     _require_scripts_at_hand(view, plan)
-    if reserve < WINDOW_BYTES and any(device.type == "cuda" for device in plan.device_bytes):
+    is_asked = placement.offload.reserve is not None
+    if is_asked and reserve < WINDOW_BYTES and any(device.type == "cuda" for device in plan.device_bytes):
         logger.warning(
             "reserve is %s, but the transfers of the load need %s: that is kept free instead",
             show(reserve),

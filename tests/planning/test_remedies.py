@@ -61,6 +61,21 @@ def test_plan_is_made_of_what_the_error_asks_for(case, original, two_gpus, small
         assert plan_device_map(empty(blocks), "nf4", **{"weights_location": original} | remedy(original))
 
 
+def test_disk_with_a_budget_is_used_where_a_folder_is_named(original, tmp_path, two_gpus, small_parts_stream, warned):
+    budgets = {0: "156MiB", "cpu": 0, "disk": "1GiB"}
+
+    def plan(**options):
+        return plan_device_map(
+            empty(GPT, width=512, layers=12), "nf4", device_map="auto", max_memory=budgets, **options
+        )
+
+    with pytest.raises(PlacementError, match="an offload_folder, so that blocks may be offloaded to the disk"):
+        plan()
+    assert warned() == ["max_memory has a budget for 'disk', which nothing goes to: name an offload_folder too"]
+    assert "disk" in plan(offload_folder=tmp_path / "off").device_map.values()
+    assert len(warned()) == 1
+
+
 def test_weights_are_loaded_from_where_they_are_said_to_be(original):
     with pytest.raises(CheckpointError, match=r"tensors of the model are on meta: .*; pass the weights_location"):
         load_and_quantize_model(empty(blocks), "nf4", device_map="cpu")
