@@ -5,6 +5,9 @@ argument. Activations move where the device changes. What every block is given b
 moves once for each device and forward. A model that one device computes is hooked only where callers enter it: the
 model itself, and the models inside it that are called on their own. bitsandbytes' kernels read an input that is on
 another device as if it were on theirs, which ends all work with CUDA in the process.
+
+A module that holds parameters itself, beside children on other devices, computes with both. Its inputs, and what its
+children return, are moved to its parameters.
 """
 
 from __future__ import annotations
@@ -69,6 +72,14 @@ class DeviceHooks:
         self._handles.append(model.register_forward_pre_hook(calls.begin, prepend=True, with_kwargs=True))
         self._handles.append(model.register_forward_hook(calls.end, with_kwargs=True, always_call=True))
 
+    def gather(self, model: nn.Module, path: str, device: torch.device, devices: Mapping[str, torch.device]) -> None:
+        """Hook the children of the module at `path` that are not on its device, so that their outputs come there."""
+        for child_path, child in _called(path, model.get_submodule(path)):
+            inside = (at for other, at in devices.items() if f"{other}.".startswith(f"{child_path}."))
+            if any(at != device for at in inside):
+                moves = _MoveOutputs(device, _skip_keys(model) | _skip_keys(child))
+                self._handles.append(child.register_forward_hook(moves))
+
     def remove(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
@@ -101,12 +112,17 @@ def attach(
     """
     detach(model)
     hooks = DeviceHooks()
+    owners: dict[str, torch.device] = {}
     hooked: dict[str, torch.device | nn.Module] = dict(entries or {})
     if len(set(devices.values())) > 1:
         modules = dict(model.named_modules(remove_duplicate=False))
         hooked |= {path: device for path, device in devices.items() if path in modules}
+        owners = _owners_of_parameters(devices, modules)
+        hooked |= owners
     if hooked:
         hooks.add(model, hooked, in_fp32, dtype)
+        for path, device in owners.items():
+            hooks.gather(model, path, device, devices)
         model.__dict__[_HOOKS_ATTRIBUTE] = hooks
     return hooks
 
@@ -268,12 +284,49 @@ class _ModelCalls:
         device = self._memo.origins.pop() if self._memo.origins else None
         if device is None or output is None:
             return None
-        is_dict = isinstance(output, dict)
-        leaving = {name: value for name, value in output.items() if name not in self._skip_keys} if is_dict else output
-        if _is_on(leaving, device):
-            return None
-        moved = _between_graphs(send_to_device, leaving, device)
-        return _with_values(output, moved) if is_dict else moved
+        return _moved(output, device, self._skip_keys)
+
+
+class _MoveOutputs:
+    """A hook that moves a module's outputs to the device of the module that calls it."""
+
+    def __init__(self, device: torch.device, skip_keys: Collection[str]) -> None:
+        self._device, self._skip_keys = device, frozenset(skip_keys)
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return _moved(output, self._device, self._skip_keys)
+
+
+def _moved(output: Any, device: torch.device, skip_keys: Collection[str]) -> Any:
+    """Return an output on a device, without what is under `skip_keys` in a dict; None if it is there already."""
+    is_dict = isinstance(output, dict)
+    leaving = {name: value for name, value in output.items() if name not in skip_keys} if is_dict else output
+    if _is_on(leaving, device):
+        return None
+    moved = _between_graphs(send_to_device, leaving, device)
+    return _with_values(output, moved) if is_dict else moved
+
+
+def _owners_of_parameters(
+    devices: Mapping[str, torch.device], modules: Mapping[str, nn.Module]
+) -> dict[str, torch.device]:
+    """Return the modules whose own parameters have a device, beside their children, with the device of the first."""
+    found: dict[str, torch.device] = {}
+    for path, device in devices.items():
+        owner, _, name = path.rpartition(".")
+        if path not in modules and owner in modules and modules[owner]._parameters.get(name) is not None:
+            found.setdefault(owner, device)
+    return found
+
+
+def _called(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """List the children that a module may call, with their paths: lists and dicts of modules are not called."""
+    for name, child in module.named_children():
+        inner = f"{path}.{name}".lstrip(".")
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from _called(inner, child)
+        else:
+            yield inner, child
 
 
 def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
