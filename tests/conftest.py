@@ -121,7 +121,8 @@ def moves(monkeypatch):
         found.append((tensor, device))
         return torch.zeros_like(tensor, device=device)  # from meta there is nothing to copy
 
-    monkeypatch.setattr("bigload.offload.device_hooks._to_device", moved)
+    for room in ("hardware.nested_tensors", "offload.device_hooks"):
+        monkeypatch.setattr(f"bigload.{room}.to_device", moved)
     return found
 
 

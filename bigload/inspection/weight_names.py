@@ -30,6 +30,11 @@ _LISTS_PARAMETERS = ("parameters", "named_parameters", "state_dict")
 _PASSES_ON = ("dict", "list", "tuple", "iter", "reversed", "sorted", "OrderedDict")
 
 
+# Methods of a module that cast its weights.
+CASTS = frozenset(("to", "type", "float", "half", "bfloat16", "double"))
+_NO_CAST = ("device", "non_blocking", "copy", "memory_format")
+
+
 class Names:
     """What names and expressions in one function stand for. Every method returns paths from the owner."""
 
@@ -206,6 +211,16 @@ class Names:
             return set()
         return {(*path, _FIRST) for path in self.paths(called.value)}
 
+    def cast(self, node: ast.Call) -> Paths:
+        """Return the paths of the modules that a call casts to a dtype, as by `self.router.to(torch.float32)`."""
+        called = node.func
+        if not isinstance(called, ast.Attribute) or called.attr not in CASTS:
+            return set()
+        given = [*node.args, *(keyword.value for keyword in node.keywords if keyword.arg not in _NO_CAST)]
+        if called.attr == "to" and all(map(_is_device, given)):
+            return set()
+        return self.paths(called.value)
+
     def paths(self, node: ast.AST) -> Paths:
         """Return the paths of the modules that an expression may be."""
         if isinstance(node, ast.Name):
@@ -246,6 +261,11 @@ class Names:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
             return self.elements(node.args[0]) if node.func.id in ("list", "tuple", "iter", "reversed") else set()
         return set()
+
+
+def _is_device(node: ast.expr) -> bool:
+    """Whether an argument of `.to` names a device, by how it is written."""
+    return isinstance(node, ast.Constant) or "device" in ast.unparse(node)
 
 
 def as_direct(call: ast.Call) -> ast.Call:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from .weight_names import CASTS
 from .weight_reads import Read, reads_of, reads_of_own
 
 # Methods that run before the weights are loaded, that replace them, or that only describe the module.
@@ -56,7 +57,7 @@ class Reader(NamedTuple):
     own: tuple[tuple[FunctionType, tuple[Any, ...]], ...] = ()
 
     def reads(self, stored: torch.dtype | None = None) -> Iterator[Read]:
-        """Yield what the methods read of the children's weights: their values, dtype or shape.
+        """Yield what the methods read of the children's weights (values, dtype or shape), or that they cast.
 
         Reads under an `if` that is false for this instance do not count. If the source of a method is not available,
         but it uses the name `weight`, every child that it names counts.
@@ -184,7 +185,9 @@ def _names_of_attributes(cls: Any) -> frozenset[str]:
 def _methods_reading(cls: Any) -> tuple[FunctionType, ...]:
     """Return the methods to search: few name a weight, and looking at names is much faster than parsing."""
     methods = _methods_in_question(cls)
-    reading = {name for name, method in methods if _may_read(method) and not _reads_only_own(method)}
+    reading = {
+        name for name, method in methods if (_may_read(method) and not _reads_only_own(method)) or _casts_part(method)
+    }
     return tuple(method for name, method in methods if name in reading or _calls_reader(method, reading))
 
 
@@ -234,6 +237,16 @@ def _reads_only_own(method: FunctionType) -> bool:
     steps = list(dis.get_instructions(code))
     before = [prior for prior, step in pairwise(steps) if step.argval == "weight" and step.opname == "LOAD_ATTR"]
     return all(prior.opname.startswith("LOAD_FAST") and prior.argval == "self" for prior in before)
+
+
+@functools.cache
+def _casts_part(method: FunctionType) -> bool:
+    """Whether a method may cast a child, as by `self.child.to(...)`."""
+    code = method.__code__
+    if names_in(code).isdisjoint(CASTS):
+        return False
+    called = pairwise(dis.get_instructions(code))
+    return any(prior.opname == "LOAD_ATTR" and step.argval in CASTS for prior, step in called)
 
 
 @functools.cache

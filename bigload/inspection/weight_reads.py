@@ -1,7 +1,8 @@
 """Finds what one function reads of the weights of a module's children, in its syntax tree.
 
 Recognised are `self.child.weight`, also through a local name, `getattr`, a loop over a list of children, or a function
-that the child is passed to; and `next(module.parameters())`.
+that the child is passed to; and `next(module.parameters())`. Code that casts a child, as by `self.child.float()`, asks
+for weights of this dtype, which a quantized layer would not have.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Read(NamedTuple):
 
     Attributes:
         module: the child.
-        what: "values", "dtype" or "shape".
+        what: "values", "dtype", "shape" or "cast", for code that casts the weight itself.
         getter: the name of the function, if it only returns the dtype to whoever calls it.
     """
 
@@ -298,6 +299,7 @@ class _Function:
             return
         if name == "functional_call" and node.args and self._scope.is_run:
             yield from self._found({(*path, EVERYTHING) for path in self._names.paths(node.args[0])}, "values")
+        yield from self._found(self._names.cast(node), "cast")
         if self._scope.depth < _MAX_DEPTH:
             yield from self._in_callee(as_direct(node))
         yield from self._inside(node)

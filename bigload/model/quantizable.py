@@ -62,6 +62,10 @@ def layers_to_quantize(
     for path, module in view.modules.items():
         paths.setdefault(module, []).append(f"{path}.weight".lstrip("."))
     read = plain_because_read(view, config, quantizable)
+    classes = {type(module) for module in view.modules.values()}
+    absent = [cls.__name__ for cls in quantizable if cls not in classes]
+    if absent:
+        logger.warning("quantizable names %s, but no layer of the model is of that class", listed(absent))
     layers = {}
     for path, module in plain_linears(view, quantizable).items():
         if module in heads or path in read or not _weight(module).numel():
@@ -89,7 +93,8 @@ def plain_because_read(
 ) -> dict[str, str]:
     """Return the layers that stay plain because other code reads their weight, each with what it reads.
 
-    The values of a quantized weight are packed; it shows the dtype that it is stored in, and 4 bit another shape.
+    The values of a quantized weight are packed; it shows the dtype that it is stored in, and 4 bit another shape. A
+    cast, as routers make, would change nothing or, where packed bytes are stored as floats, destroy it.
 
     Args:
         model: not changed.
@@ -97,7 +102,7 @@ def plain_because_read(
         quantizable: further subclasses of nn.Linear to quantize.
 
     Returns:
-        Path -> "values", "dtype" or "shape". A read that is right for a quantized weight too does not count.
+        Path -> "values", "dtype", "shape" or "cast". A read that is right for a quantized weight too does not count.
     """
     view = view_of(model)
     trains = config.llm_int8_has_fp16_weight
@@ -107,14 +112,14 @@ def plain_because_read(
     reads = view.weight_reads(shown)
     found = {}
     for path, module in plain_linears(view, quantizable).items() if reads else ():
-        wrong = {"values"}
+        wrong = {"values"} if trains else {"values", "cast"}
         if shown is not None:
             wrong.add("dtype")
         if config.load_in_4bit or (transformers_facts.is_conv1d(module) and not trains):
             wrong.add("shape")
         read = wrong & reads.get(module, set())
         if read:
-            found[path] = max(read)  # values before shape before dtype
+            found[path] = max(read)  # values before shape before dtype before cast
     return found
 
 

@@ -63,7 +63,7 @@ class ModelView:
         return [found for found in map(reader, self.first_paths) if found is not None]
 
     def weight_reads(self, stored: torch.dtype | None) -> dict[nn.Module, set[str]]:
-        """Return what other modules read of each module's weight: "values", "dtype" or "shape".
+        """Return what other modules read of each module's weight: "values", "dtype", "shape" or "cast".
 
         Args:
             stored: the dtype that a quantized weight shows; a read that is guarded against it does not count.

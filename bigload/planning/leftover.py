@@ -94,7 +94,9 @@ def _reason(owner: nn.Module, tensor: ModelTensor, read: str | None) -> str:
     if not (isinstance(owner, nn.Linear) or transformers_facts.is_conv1d(owner)):
         return "no nn.Linear"
     if read is not None:
-        return "their owner reads their weight" if read == "values" else f"other code reads the {read} of their weight"
+        return {"values": "their owner reads their weight", "cast": "other code casts their weight"}.get(
+            read, f"other code reads the {read} of their weight"
+        )
     if len(tensor.names) > 1:
         return "tied"
     if type(owner) is nn.Linear or transformers_facts.is_conv1d(owner):

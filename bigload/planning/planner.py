@@ -21,7 +21,7 @@ from ..config import BnbQuantizationConfig, OffloadConfig
 from ..errors import CheckpointError, ConfigError, PlacementError, listed
 from ..hardware.devices import CPU, Device, DeviceMap, on_cpu_unless_named
 from ..io.transfer import WINDOW_BYTES
-from ..model import diffusers_facts, transformers_facts
+from ..model import diffusers_facts, transformers_facts, twins
 from ..model.initialization import rebuilt_by_owners, seems_unwritten
 from ..model.quantizable import layers_recorded, layers_stored_quantized, layers_to_quantize, plain_because_read
 from ..model.tensors import ModelTensor, tensors_of
@@ -66,8 +66,8 @@ def plan_load(view: ModelView, request: LoadRequest) -> Plan:
     placed = None if device is None else place_whole(planned, device, placement)
     plan = _placed(planned, layers, config, placed or _placement(view, planned, placement), placement)
     _require_scripts_at_hand(view, plan)
-    chosen = placement.offload.reserve is not None
-    if chosen and reserve < WINDOW_BYTES and any(device.type == "cuda" for device in plan.device_bytes):
+    is_asked = placement.offload.reserve is not None
+    if is_asked and reserve < WINDOW_BYTES and any(device.type == "cuda" for device in plan.device_bytes):
         logger.warning(
             "reserve is %s, but the transfers of the load need %s: that is kept free instead",
             show(reserve),
@@ -95,7 +95,7 @@ def _sources(view: ModelView, request: LoadRequest, tensors: Sequence[ModelTenso
     if checkpoint is None:
         return _own_sources(view, request, tensors)
     config = request.config.resolved(checkpoint.dominant_dtype)
-    class_dtypes = transformers_facts.class_dtypes(model, config.load_dtype)
+    class_dtypes = twins.class_dtypes(model, config.load_dtype)
     rules = LoadRules(view, checkpoint)
     sources = sources_in_checkpoint(
         tensors,
@@ -104,7 +104,7 @@ def _sources(view: ModelView, request: LoadRequest, tensors: Sequence[ModelTenso
         conversion=transformers_facts.key_conversion(model),
         ignores_key=partial(transformers_facts.ignores_key, model),
         class_dtypes=class_dtypes,
-        rebuilt_buffers=partial(transformers_facts.rebuilt_buffers, model, config.load_dtype),
+        rebuilt_buffers=partial(twins.rebuilt_buffers, model, config.load_dtype),
         rebuilt_by_owners=partial(rebuilt_by_owners, view),
         seems_unwritten=partial(seems_unwritten, view),
         rules=rules,
@@ -131,7 +131,7 @@ def _own_sources(view: ModelView, request: LoadRequest, tensors: Sequence[ModelT
     if request.placement.must_exist:
         return request.config.resolved(dtype), sources, None, None
     config = request.config.resolved(transformers_facts.config_dtype(view.model) or dtype)
-    return config, sources, transformers_facts.class_dtypes(view.model, config.load_dtype), None
+    return config, sources, twins.class_dtypes(view.model, config.load_dtype), None
 
 
 def _layers(

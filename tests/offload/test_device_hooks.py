@@ -6,10 +6,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from checkpoints import empty, save_checkpoint
+from comparisons import assert_same_bits
 from models import GPT, Blocks, llama
 from streaming import hooks_of
 from torch import nn
 
+from bigload import load_and_quantize_model
 from bigload.offload.device_hooks import attach
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -65,6 +68,43 @@ def test_activations_move_where_the_device_changes(moves):
     out = model(torch.ones(2, 4))
     assert [(tuple(tensor.shape), device) for tensor, device in moves] == [((2, 4), META), ((2, 4), CPU)]
     assert out["x"].device == CPU  # where the input was
+
+
+class WithTable(Stack):
+    """Computes with a parameter of its own, before, between and after its parts."""
+
+    def __init__(self, count=6):
+        super().__init__(count)
+        self.table = nn.Parameter(torch.ones(4, 4))
+        self.last = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+    def forward(self, x):
+        x = x @ self.table
+        for part in self.parts:
+            x = part(x) + self.table[0]
+        return {"x": self.last(x) @ self.table, "before": x}
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["the model", "in it"])
+def test_a_parameter_beside_children_meets_what_they_return_on_its_device(moves, inside):
+    model = WithTable(3)
+    devices = {"table": CPU, "parts.0": CPU, "parts.1": META, "parts.2": CPU, "last.0": META, "last.1": META}
+    for path in ("parts.1", "last"):
+        model.get_submodule(path).to(META)
+    if inside:
+        model = nn.Sequential(nn.Linear(4, 4, device=META), model)
+        devices = {"0": META} | {f"1.{path}": device for path, device in devices.items()}
+    attach(model, devices)
+    out = model(torch.ones(2, 4))
+    assert out["x"].device == CPU
+    assert [device for _, device in moves] == [META, CPU] * (3 if inside else 2)
+
+
+def test_modules_without_parameters_of_their_own_leave_outputs_where_they_are(moves):
+    model, devices = stack("010")
+    model.register_buffer("table", torch.ones(1))
+    attach(model, devices | {"table": CPU})
+    assert not any(part._forward_hooks for part in model.parts)
 
 
 def test_what_parts_share_moves_once_for_each_forward(moves):
@@ -235,10 +275,6 @@ def test_inference_tensors_have_no_version_and_are_not_kept(moves):
 @pytest.mark.cuda
 @pytest.mark.parametrize("build", [lambda: GPT(layers=4), lambda: llama(tied=False, num_hidden_layers=4)])
 def test_model_on_two_gpus_gives_the_bits_and_gradients_of_one(build, tmp_path):
-    from models import assert_same_bits, empty, save_checkpoint
-
-    from bigload import load_and_quantize_model
-
     folder, tokens = save_checkpoint(build().bfloat16(), tmp_path), torch.arange(12, device="cuda:0").view(2, 6)
     logits, gradients = [], []
     for options in ({"device_map": 0}, {"device_map": "balanced", "max_memory": {0: "1GiB", 1: "1GiB"}}):
@@ -255,13 +291,37 @@ def test_model_on_two_gpus_gives_the_bits_and_gradients_of_one(build, tmp_path):
 
 @pytest.mark.multi_gpu
 @pytest.mark.cuda
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
+def test_parameter_beside_children_that_are_on_the_other_gpu(mode, tmp_path):
+    class Tower(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(4096, 512) / 64)
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(512, 512)) for _ in range(4))
+
+        def forward(self, x):
+            x = x + self.table[:2]
+            for block in self.blocks:
+                x = x + block(x)
+            return x @ self.table.t()
+
+    folder = save_checkpoint(Tower(), tmp_path)
+    whole = load_and_quantize_model(empty(Tower), mode, folder, device_map=0).eval()
+    parted = load_and_quantize_model(empty(Tower), mode, folder, device_map={"table": 0, "blocks": 1}).eval()
+    x = torch.randn(2, 512)
+    with torch.no_grad():
+        expected = whole(x.to("cuda:0")).cpu()
+        for where in ("cuda:0", "cuda:1", "cpu"):
+            found = parted(x.to(where))
+            assert found.device == torch.device(where)
+            assert torch.equal(found.cpu(), expected)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.cuda
 @pytest.mark.parametrize("source", ["own", "pickled"])
 @pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "fp4", "int8", "int8-training"])
 def test_weights_that_come_from_memory_are_quantized_on_every_gpu(tmp_path, mode, source):
-    from models import assert_same_bits, empty
-
-    from bigload import load_and_quantize_model
-
     full = GPT(layers=4).bfloat16()
     location = tmp_path / "pickled.bin"
     torch.save(full.state_dict(), location)
@@ -364,8 +424,6 @@ def test_each_graph_of_a_compiled_model_is_on_one_device(moves):
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize("mode", ["nf4", "int8"])
 def test_compiled_model_on_two_gpus_gives_what_it_gives(mode):
-    from bigload import load_and_quantize_model
-
     device_map = {"": 0, "parts.2": 1, "parts.3": 1}
     model = load_and_quantize_model(Parts().bfloat16(), mode, device_map=device_map).eval()
     given = torch.randn(2, 64, dtype=torch.bfloat16), torch.ones(2, 64, dtype=torch.bfloat16)
