@@ -39,13 +39,9 @@ _NORMS = (nn.modules.batchnorm._NormBase,)
 _CONTAINERS = ("_parameters", "_buffers", "_modules", "_load_state_dict_pre_hooks", "set_extra_state")
 
 
-def has_extra_state(module: nn.Module) -> bool:
-    """Whether a module's class loads extra state."""
-    return _class_has_extra_state(type(module))  # type: ignore[arg-type]
-
-
 @functools.cache
-def _class_has_extra_state(cls: type) -> bool:
+def has_extra_state(cls: type[nn.Module]) -> bool:
+    """Whether modules of a class load extra state."""
     return getattr(cls, "set_extra_state", None) is not nn.Module.set_extra_state
 
 
@@ -57,9 +53,8 @@ def saves_extra_state(module: nn.Module) -> bool:
 
 def has_own_loading(module: nn.Module) -> bool:
     """Whether a module has a `_load_from_state_dict` of its own, or hooks that run before it."""
-    if "_load_from_state_dict" in vars(module) or (
-        vars(module).get("_load_state_dict_pre_hooks") and loading_hooks(module)
-    ):
+    own = vars(module)
+    if "_load_from_state_dict" in own or (own.get("_load_state_dict_pre_hooks") and loading_hooks(module)):
         return True
     cls: Any = type(module)
     if not _class_has_own_loading(cls) or isinstance(module, torch.jit.ScriptModule):

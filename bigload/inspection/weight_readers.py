@@ -73,14 +73,20 @@ class Reader(NamedTuple):
         for function, passed in self.own:
             yield from reads_of_own(function, self.owner, passed, stored)
 
+    def paths_read(self) -> set[str]:
+        """Return the paths, from the owner, of the modules whose weight's values the owner's own methods read."""
+        read = {read.module for read in self.reads() if read.what == "values"}
+        return {path for path, module in self.owner.named_modules(remove_duplicate=False) if module in read}
+
 
 def reader(owner: nn.Module) -> Reader | None:
     """Return what must be searched of a module; None if its methods read no weight."""
     cls: Any = type(owner)
+    is_bare = not (owner._modules or owner._forward_pre_hooks or owner._forward_hooks)
+    if is_bare and cls.__module__.startswith("torch."):
+        return None
     if isinstance(owner, torch.jit.ScriptModule):
         return None  # its code is torch's, and its layers stay as they are
-    if not owner._modules and not any(_hooks_of(owner)) and cls.__module__.startswith("torch."):
-        return None
     methods = _methods_reading(cls)
     attributes = vars(owner)
     functions = [
@@ -108,13 +114,6 @@ def _own_function(value: Any, passed: tuple[Any, ...]) -> tuple[FunctionType, tu
         bound = value.args if isinstance(value, functools.partial) else (value.__self__,)
         value, passed = (value.func if isinstance(value, functools.partial) else value.__func__), (*bound, *passed)
     return (value, passed) if _is_reader(value) else None
-
-
-def weights_read(owner: nn.Module) -> set[str]:
-    """Return the paths, from the owner, of the modules whose weight's values the owner's own methods read."""
-    found = reader(owner)
-    read = set() if found is None else {read.module for read in found.reads() if read.what == "values"}
-    return {path for path, module in owner.named_modules(remove_duplicate=False) if module in read}
 
 
 def names_used(modules: Iterable[nn.Module], name: str) -> bool:

@@ -205,10 +205,11 @@ def fp32_patterns(modules: Collection[nn.Module], torch_dtype: torch.dtype) -> l
     if torch_dtype == torch.float16:
         fields.append("_keep_in_fp32_modules")
     # getattr on each of thousands of modules is slow: nn.Module searches parameters and buffers before it fails.
+    own = [(type(module), vars(module)) for module in modules]
     kept: list[Any] = []
     for field in fields:
-        kept += [vars(module)[field] for module in modules if field in vars(module)]
-        classes = {type(module) for module in modules if field not in vars(module)}
+        kept += [attributes[field] for _, attributes in own if field in attributes]
+        classes = {cls for cls, attributes in own if field not in attributes}
         kept += [getattr(cls, field, None) for cls in classes if not is_diffusers_class(cls)]
     return sorted({name for names in kept for name in names or ()})
 

@@ -61,9 +61,9 @@ class LoadRules:
         self._view, self._metadata, self._file = view, checkpoint.metadata, checkpoint.location
         modules = view.modules
         self._with_rule = {path: m for path, m in modules.items() if has_own_loading(m) and path not in done}
-        self._with_extra = {path for path, module in modules.items() if has_extra_state(module)}
+        self._with_extra = {path for path, module in modules.items() if has_extra_state(type(module))}  # type: ignore[arg-type]
         self._above = {above for path in self._with_rule for above in paths_above(path)}
-        hooked = [path for path in reversed(list(modules)) if vars(modules[path]).get("_load_state_dict_post_hooks")]
+        hooked = [path for path, m in reversed(modules.items()) if vars(m).get("_load_state_dict_post_hooks")]
         self.after, self.excused = AfterLoad(post_hooks=tuple(hooked)), set[str]()
         self.resized: dict[str, tuple[int, ...]] = {}
         self._lacking: list[str] = []

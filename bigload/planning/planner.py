@@ -16,7 +16,6 @@ from torch import nn
 
 from ..checkpoint.bitsandbytes import QuantizedTensor
 from ..checkpoint.checkpoint import Checkpoint, WeightsLocation
-from ..checkpoint.record import Record
 from ..config import BnbQuantizationConfig, OffloadConfig
 from ..errors import CheckpointError, ConfigError, PlacementError, listed
 from ..hardware.devices import CPU, Device, DeviceMap, on_cpu_unless_named
@@ -57,7 +56,9 @@ def plan_load(view: ModelView, request: LoadRequest) -> Plan:
     config, sources, class_dtypes, rules = _sources(view, request, tensors)
     after = AfterLoad() if rules is None else rules.after
     tensors = tensors if rules is None else list(rules.fitted(tensors))
-    layers = _layers(view, request, config, tensors, sources)
+    quantizable = _quantizable(view, request)
+    read = plain_because_read(view, config, quantizable)
+    layers = _layers(view, request, config, tensors, sources, quantizable, read)
     device = only_device(placement) if placement.must_exist else None  # a plan to be inspected lists its units
     _require_extra_state_kept(layers, after)
     planned = formatted_tensors(view, config, tensors, layers, sources, class_dtypes, device or CPU)
@@ -67,15 +68,13 @@ def plan_load(view: ModelView, request: LoadRequest) -> Plan:
     plan = _placed(planned, layers, config, placed or _placement(view, planned, placement), placement)
     _require_scripts_at_hand(view, plan)
     is_asked = placement.offload.reserve is not None
-    if is_asked and reserve < WINDOW_BYTES and any(device.type == "cuda" for device in plan.device_bytes):
+    if is_asked and reserve < WINDOW_BYTES and plan.is_mixed:
         logger.warning(
             "reserve is %s, but the transfers of the load need %s: that is kept free instead",
             show(reserve),
             show(WINDOW_BYTES),
         )
-    read = plain_because_read(view, config, request.quantizable)
-    read = {path: what for path, what in read.items() if path not in layers}
-    return replace(plan, after=after, read_weights=read)
+    return replace(plan, after=after, read_weights={path: what for path, what in read.items() if path not in layers})
 
 
 _Sources = Mapping[str, tuple[Source, ...]]
@@ -140,22 +139,22 @@ def _layers(
     config: BnbQuantizationConfig,
     tensors: Sequence[ModelTensor],
     sources: _Sources,
+    quantizable: Sequence[type[nn.Linear]],
+    read: Mapping[str, str],
 ) -> dict[str, nn.Module]:
     """Return the layers that are quantized, by path."""
-    checkpoint, quantizable = request.checkpoint, request.quantizable
+    checkpoint = request.checkpoint
     record = None if checkpoint is None else checkpoint.record
-    if record is not None:
-        quantizable = quantizable or _saved_classes(view, record)
     if checkpoint is not None and checkpoint.is_quantized:
         stored = [name for name, pieces in sources.items() if isinstance(pieces[0].tensor, QuantizedTensor)]
         return layers_stored_quantized(view, config, tensors, stored, quantizable)
     if record is not None and request.as_saved:
         return layers_recorded(view, record.layers, quantizable)
-    layers = layers_to_quantize(view, config, tensors, quantizable)
-    if checkpoint is not None:  # what it does not hold is new, to be trained: not quantized
+    layers = layers_to_quantize(view, config, tensors, quantizable, read)
+    if checkpoint is not None and layers:  # what it does not hold is new, to be trained: not quantized
         new = {name for name, pieces in sources.items() if pieces and isinstance(pieces[0].tensor, torch.Tensor)}
         layers = {path: layer for path, layer in layers.items() if f"{path}.weight".lstrip(".") not in new}
-    warn_of_leftover(view, config, tensors, layers)
+    warn_of_leftover(view, config, tensors, layers, read)
     return layers
 
 
@@ -312,8 +311,11 @@ def _saved_ties(view: ModelView, checkpoint: Checkpoint | None) -> list[tuple[st
     return [(a, b) for a, b in pairs if a in names and b in names and names[a].shape == names[b].shape]
 
 
-def _saved_classes(view: ModelView, record: Record) -> list[type[nn.Linear]]:
-    """Return the subclasses of nn.Linear whose layers were quantized when the model was saved."""
+def _quantizable(view: ModelView, request: LoadRequest) -> Sequence[type[nn.Linear]]:
+    """Return the subclasses of nn.Linear that are named, else those whose layers were quantized when it was saved."""
+    record = None if request.checkpoint is None else request.checkpoint.record
+    if request.quantizable or record is None:
+        return request.quantizable
     classes = {type(view.modules[path]) for path in record.layers if path in view.modules}
     return [cls for cls in classes if issubclass(cls, nn.Linear) and cls is not nn.Linear]
 
