@@ -14,6 +14,13 @@ from torch.overrides import TorchFunctionMode
 # Functions that make tensors of a given shape; smaller ones than this are made at once.
 _FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn}
 _MIN_BYTES = 2**20
+# What torch takes for a dtype too.
+_PYTHON_DTYPES: dict[Any, torch.dtype] = {
+    bool: torch.bool,
+    int: torch.int64,
+    float: torch.float64,
+    complex: torch.complex128,
+}
 # Arguments that say where a tensor is made: left to torch.
 _PLACES = {"device", "out", "pin_memory"}
 # What may be asked of a tensor that is not allocated yet, and what gives new values to all of it.
@@ -90,7 +97,8 @@ def _is_large(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a factory makes a large tensor, by its arguments."""
     shape = kwargs.get("size", args[0] if args and isinstance(args[0], (list, tuple)) else args)
     count = math.prod(size for size in shape if isinstance(size, int)) if isinstance(shape, (list, tuple)) else 0
-    return count * (kwargs.get("dtype") or torch.get_default_dtype()).itemsize >= _MIN_BYTES
+    dtype = kwargs.get("dtype") or torch.get_default_dtype()
+    return count * _PYTHON_DTYPES.get(dtype, dtype).itemsize >= _MIN_BYTES
 
 
 def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:

@@ -223,3 +223,12 @@ def test_large_tensors_of_nested_blocks_and_dtypes_are_as_without():
             inner = torch.ones(2**19, dtype=torch.float16)
         outer = inner.float() + torch.zeros(2**19)
     assert (outer.device.type, outer.dtype, outer.unique().tolist()) == ("cpu", torch.float32, [1])
+
+
+@pytest.mark.parametrize("dtype", [bool, int, float, complex])
+def test_large_tensors_may_have_the_dtype_of_a_python_type(dtype):
+    """GPT-Neo's mask is `torch.ones(..., dtype=bool)`."""
+    with init_empty_weights():
+        made = [torch.ones((1024, 1024), dtype=dtype), torch.zeros(3, dtype=dtype)]
+    assert [tensor.dtype for tensor in made] == [torch.ones((), dtype=dtype).dtype] * 2
+    assert torch.equal(made[0], torch.ones(1024, 1024, dtype=dtype))
