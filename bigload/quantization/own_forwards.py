@@ -3,8 +3,9 @@
 An input of integers is refused. Code that casts an input to the dtype of a quantized weight makes one: the result would
 no longer depend on the input, and bitsandbytes would cast the layer's bias to integers for good.
 
-An input on another device than the weight is refused, as nn.Linear does. bitsandbytes' kernels get pointers only: on a
-GPU they would read host memory, an illegal access after which the process can use no GPU any more.
+An input on another device than the weight, or with another number of features, is refused, as nn.Linear does.
+bitsandbytes' kernels get pointers only: on a GPU they would read host memory, an illegal access after which the process
+can use no GPU any more, and its packed kernel on the CPU reads past the end of rows that are too short.
 
 int8 gets a contiguous matrix: its search for outliers fails on one dimension and on more than three, its CUDA kernel
 reads memory in order, whatever the strides, which gives garbage, and on the CPU it computes three dimensions that are
@@ -53,7 +54,7 @@ def on_matrix(forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) 
 
 
 def require_input(layer: Any, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
-    """Refuse an input that is not floating point, or on another device than the weight, as nn.Linear does.
+    """Refuse an input that is not floating point, of another device than the weight or too wide or narrow, as nn.Linear.
 
     Args:
         layer: of bitsandbytes.
@@ -61,16 +62,21 @@ def require_input(layer: Any, x: torch.Tensor, weight: torch.Tensor | None = Non
         weight: what it computes with, or lies beside it; None for the layer's own.
 
     Raises:
-        QuantizationError: the input holds integers, booleans or complex numbers, or lies on another device.
+        QuantizationError: the input holds integers, booleans or complex numbers, lies on another device, or has another
+            last dimension than in_features.
     """
     if weight is None:
         weight = layer._parameters.get("weight", x)  # several times faster than an attribute of a module
         state = getattr(weight, "quant_state", None)
         if state is not None:
             weight = state.absmax  # bitsandbytes answers what a 4-bit weight is asked in Python, 2 us for its device
-    if x.is_floating_point() and x.device == weight.device:
+    if x.is_floating_point() and x.device == weight.device and x.shape[-1:] == (layer.in_features,):
         return
     name = vars(layer).get("loaded_as") or "the model"
+    if x.is_floating_point() and x.device == weight.device:
+        raise QuantizationError(
+            f"{name!r} is quantized and takes inputs of shape (..., {layer.in_features}), but got {tuple(x.shape)}"
+        )
     if x.is_floating_point():
         raise QuantizationError(
             f"{name!r} is quantized and on {weight.device}, but its input is on {x.device}: move the input, as by "
