@@ -54,7 +54,7 @@ def on_matrix(forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) 
 
 
 def require_input(layer: Any, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
-    """Refuse an input that is not floating point, of another device than the weight or too wide or narrow, as nn.Linear.
+    """Refuse an input that is not floating point, on another device, or of another width, as nn.Linear does.
 
     Args:
         layer: of bitsandbytes.
