@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from ..errors import QuantizationError
+from .quantized_weight import keep_row_scales
 
 
 def set_forward(layer: Any, forward: Callable[[Any, torch.Tensor], torch.Tensor]) -> None:
@@ -42,6 +43,7 @@ def forward_4bit(layer: Any, x: torch.Tensor) -> torch.Tensor:
 def forward_int8(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """Compute an int8 layer."""
     require_input(layer, x)
+    keep_row_scales(layer)
     return on_matrix(functools.partial(type(layer).forward, layer), x)
 
 

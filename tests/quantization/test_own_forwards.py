@@ -250,3 +250,18 @@ def test_a_streamed_layer_refuses_an_input_of_another_width(mode, device, tmp_pa
             for _ in range(2):
                 with pytest.raises(QuantizationError, match=r"takes inputs of shape \(\.\.\., 64\)"):
                     model(torch.randn(1, width, device=device))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("has_run", [False, True], ids=["new", "has run"])
+def test_an_int8_layer_keeps_its_scales_when_its_weight_is_exchanged_by_one_that_was_moved(size, has_run, device):
+    model = loaded("int8", device, *size).eval()
+    layer, x = model.inner["proj"], torch.randn(3, size[0], device=device)
+    with torch.no_grad():
+        expected = copy.deepcopy(model)(x)
+        if has_run:
+            model(x)
+        layer.weight = layer.weight.to(device)  # as PEFT does
+        assert torch.equal(model(x), expected)
+        assert torch.equal(model(x), expected)
+    assert model.state_dict()["inner.proj.SCB"].shape == size[1:]
