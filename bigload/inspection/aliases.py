@@ -13,6 +13,7 @@ import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -94,6 +95,9 @@ def exchanged(value: Any, new: Callable[[Any], Any]) -> Any:
             return value
         key = (value.key,) if is_a(value, weakref.KeyedRef) else ()
         return value.__class__(new(target), value.__callback__, *key)
+    if is_a(value, *weakref.ProxyTypes):
+        target = _behind(value)
+        return value if new(target) is target else weakref.proxy(new(target))
     return new(value)
 
 
@@ -187,8 +191,17 @@ def _atoms(value: Any) -> Iterator[Any]:
         yield from _atoms(value.__func__)
     elif is_a(value, weakref.ref):
         yield value()
+    elif is_a(value, *weakref.ProxyTypes):
+        yield _behind(value)
     else:
         yield value
+
+
+def _behind(proxy: Any) -> Any:
+    """Return what a weak proxy stands for; None if that is gone."""
+    with suppress(ReferenceError):
+        return proxy.__dir__.__self__
+    return None
 
 
 def _of_static(member: Any) -> Any:
