@@ -10,6 +10,8 @@ can use no GPU any more, and its packed kernel on the CPU reads past the end of 
 int8 gets a contiguous matrix: its search for outliers fails on one dimension and on more than three, its CUDA kernel
 reads memory in order, whatever the strides, which gives garbage, and on the CPU it computes three dimensions that are
 not contiguous with other last bits.
+
+The input's name is nn.Linear's, by which UNetMotionModel of diffusers gives it; that of bitsandbytes is another one.
 """
 
 from __future__ import annotations
@@ -34,17 +36,17 @@ def own_forward(layer: Any) -> Callable[[Any, torch.Tensor], torch.Tensor]:
     return forward_int8 if hasattr(layer, "state") else forward_4bit
 
 
-def forward_4bit(layer: Any, x: torch.Tensor) -> torch.Tensor:
+def forward_4bit(layer: Any, input: torch.Tensor) -> torch.Tensor:
     """Compute a 4-bit layer."""
-    require_input(layer, x)
-    return type(layer).forward(layer, x)  # type: ignore[no-any-return]
+    require_input(layer, input)
+    return type(layer).forward(layer, input)  # type: ignore[no-any-return]
 
 
-def forward_int8(layer: Any, x: torch.Tensor) -> torch.Tensor:
+def forward_int8(layer: Any, input: torch.Tensor) -> torch.Tensor:
     """Compute an int8 layer."""
-    require_input(layer, x)
+    require_input(layer, input)
     keep_row_scales(layer)
-    return on_matrix(functools.partial(type(layer).forward, layer), x)
+    return on_matrix(functools.partial(type(layer).forward, layer), input)
 
 
 def on_matrix(forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:

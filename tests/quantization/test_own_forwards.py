@@ -265,3 +265,15 @@ def test_an_int8_layer_keeps_its_scales_when_its_weight_is_exchanged_by_one_that
         assert torch.equal(model(x), expected)
         assert torch.equal(model(x), expected)
     assert model.state_dict()["inner.proj.SCB"].shape == size[1:]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(("mode", "rests"), [*((mode, False) for mode in MODES), *((mode, True) for mode in MODES[:4])])
+def test_an_input_may_be_given_by_the_name_that_a_plain_layer_gives_it(
+    mode, size, rests, device, tmp_path, small_parts_stream
+):
+    model = loaded(mode, device, *size, rests=rests, folder=tmp_path).eval()
+    layer, x = model.inner["proj"], torch.randn(3, size[0], device=device)
+    with torch.no_grad():
+        assert torch.equal(layer(input=x), layer(x))
+    assert torch.equal(layer(input=x), layer(x))
