@@ -8,6 +8,7 @@ where it was.
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import types
 import weakref
@@ -140,6 +141,8 @@ class _Search:
         if is_a(value, *_MUTABLE):
             items = _Items(value.items() if isinstance(value, dict) else value)
             self.look(name, _Contents(value), "", items, depth)
+        elif is_a(value, functools._lru_cache_wrapper):
+            self.look(name, _Cache(value), "results", _cached_by(value), depth)
         elif is_a(value, types.MethodType):
             if not is_a(value.__self__, nn.Module) or value.__self__ not in self._modules:
                 self.look_into(name, value.__self__, depth)
@@ -204,6 +207,14 @@ def _behind(proxy: Any) -> Any:
     return None
 
 
+def _cached_by(function: Any) -> tuple[Any, ...]:
+    """Return what a function with a cache holds: itself without the cache, arguments and results."""
+    held = [each for each in gc.get_referents(function) if each is not vars(function)]
+    return tuple(
+        inner for each in held for inner in ((*each.keys(), *each.values()) if type(each) is dict else (each,))
+    )
+
+
 def _of_static(member: Any) -> Any:
     return member.__func__ if is_a(member, staticmethod) else member
 
@@ -244,6 +255,19 @@ class _Contents:
         self._container.clear()
         add = self._container.extend if isinstance(self._container, (list, deque)) else self._container.update
         add(items)
+
+
+class _Cache:
+    """What a function with a cache remembers: forgotten where it holds what is exchanged, and computed anew."""
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+
+    def __getitem__(self, key: str) -> tuple[Any, ...]:
+        return ()
+
+    def __setitem__(self, key: str, value: object) -> None:
+        self._function.cache_clear()
 
 
 class _Attributes:
