@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, (list, tuple)):
         for inner in value:
             yield from tensors_in(inner)
-    elif isinstance(value, dict):
+    elif _is_table(value):
         for inner in value.values():
             yield from tensors_in(inner)
 
@@ -27,9 +28,11 @@ def is_on(value: Any, device: torch.device) -> bool:
     """Whether all tensors in tuples, lists and dicts are on a device."""
     if isinstance(value, torch.Tensor):
         return value.device == device
+    if isinstance(value, PackedSequence):
+        return value.data.device == device  # its batch_sizes are on the CPU, wherever it is
     if isinstance(value, (list, tuple)):
         return all(is_on(inner, device) for inner in value)
-    return not isinstance(value, dict) or all(is_on(inner, device) for inner in value.values())
+    return not _is_table(value) or all(is_on(inner, device) for inner in value.values())
 
 
 def send_to_device(values: Any, device: torch.device) -> Any:
@@ -57,13 +60,34 @@ def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> A
     """Change the tensors in tuples, lists and dicts; other objects, such as caches, stay as they are."""
     if isinstance(value, torch.Tensor):
         return change(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields") and not isinstance(value, PackedSequence):
-        return type(value)(*(map_tensors(inner, change) for inner in value))
+    if isinstance(value, PackedSequence):
+        first, sizes, *order = value
+        return type(value)(change(first), sizes, *(map_tensors(inner, change) for inner in order))
     if type(value) in (list, tuple):
         return type(value)(map_tensors(inner, change) for inner in value)
-    if isinstance(value, dict):
+    if isinstance(value, (list, tuple)):
+        return _of_class(value, [map_tensors(inner, change) for inner in value])
+    if _is_table(value):
         return with_values(value, {key: map_tensors(inner, change) for key, inner in value.items()})
     return value
+
+
+def _is_table(value: Any) -> bool:
+    """Whether a value is a dict, or one as transformers' BatchEncoding is. (isinstance is slow for the latter.)"""
+    return isinstance(value, dict) or UserDict in type(value).__mro__
+
+
+def _of_class(old: Any, items: list[Any]) -> Any:
+    """Make a list or tuple of the class of another one: a named tuple, what `max(dim=0)` returns, one of others."""
+    if isinstance(old, list):
+        made = copy.copy(old)
+        made[:] = items
+        return made
+    if hasattr(old, "n_sequence_fields"):  # of torch, whose classes allow no other way
+        return type(old)(items)
+    made = tuple.__new__(type(old), items)
+    getattr(made, "__dict__", {}).update(getattr(old, "__dict__", {}))
+    return made
 
 
 def with_values(table: Any, values: Mapping[Any, Any]) -> Any:

@@ -8,16 +8,21 @@ where it was.
 from __future__ import annotations
 
 import functools
+import gc
+import logging
 import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from .outer_names import FOREIGN, ClassAttributes, functions_in, globals_of, is_of_user
+from .outer_names import ClassAttributes, functions_in, globals_of, is_a, is_foreign, is_of_user
+
+logger = logging.getLogger(__name__)
 
 # The attributes that every module has, and those of them that hold hooks. The others hold what is registered, which the
 # model's own traversals replace.
@@ -74,23 +79,26 @@ def exchanged(value: Any, new: Callable[[Any], Any]) -> Any:
         new: returns what comes in the place of one of them.
     """
     swap = functools.partial(exchanged, new=new)
-    if isinstance(value, _Items):
+    if is_a(value, _Items):
         return _Items(map(swap, value))
-    if isinstance(value, tuple) and hasattr(value, "_make"):
+    if is_a(value, tuple) and hasattr(value, "_make"):
         return value._make(map(swap, value))
-    if isinstance(value, (tuple, frozenset)):
+    if is_a(value, tuple, frozenset):
         return _with_attributes(value.__class__(map(swap, value)), value)
-    if isinstance(value, functools.partial):
+    if is_a(value, functools.partial):
         made = value.__class__(swap(value.func), *map(swap, value.args), **dict(map(swap, value.keywords.items())))
         return _with_attributes(made, value)
-    if isinstance(value, types.MethodType) and isinstance(value.__func__, functools.partial):
+    if is_a(value, types.MethodType) and is_a(value.__func__, functools.partial):
         value = types.MethodType(swap(value.__func__), value.__self__)
-    if isinstance(value, weakref.ref):
+    if is_a(value, weakref.ref):
         target = value()
         if target is None or new(target) is target:
             return value
-        key = (value.key,) if isinstance(value, weakref.KeyedRef) else ()
+        key = (value.key,) if is_a(value, weakref.KeyedRef) else ()
         return value.__class__(new(target), value.__callback__, *key)
+    if is_a(value, *weakref.ProxyTypes):
+        target = _behind(value)
+        return value if new(target) is target else weakref.proxy(new(target))
     return new(value)
 
 
@@ -109,33 +117,38 @@ class _Search:
         self._seen: dict[int, Any] = {}  # the objects are kept, so that no other gets the id of one
 
     def look(self, name: str, slots: Any, key: str, value: Any, depth: int = 0) -> None:
-        """Look at one place, and into what it holds."""
+        """Look at one place, and into what it holds. Objects that forbid it hold nothing that could be exchanged."""
         atoms = list(_atoms(value))
         held = tuple(atom for atom in atoms if _may_be_wanted(atom) and self._wanted(atom))
         if held:
             self.found.append(Alias(name, slots, key, value, held))
         for atom in atoms:
-            if depth < _MAX_DEPTH and atom.__class__ not in _PLAIN and id(atom) not in self._seen:
-                self.look_into(name, atom, depth + 1)
+            if depth < _MAX_DEPTH and type(atom) not in _PLAIN and id(atom) not in self._seen:
+                try:
+                    self.look_into(name, atom, depth + 1)
+                except Exception as error:  # their code may raise anything: a database without a connection, a request
+                    logger.debug("%s, a %s, cannot be looked into: %r", name, type(atom).__name__, error)
 
     def look_into(self, name: str, value: Any, depth: int) -> None:
         """Look into what one object holds."""
-        if (isinstance(value, nn.Module) and value in self._modules) or id(value) in self._seen:
+        if (is_a(value, nn.Module) and value in self._modules) or id(value) in self._seen:
             return
-        if isinstance(value, type):
+        if is_a(value, type):
             if is_of_user(value):
                 self.look_into_class(value, depth)
             return
         self._seen[id(value)] = value
-        if isinstance(value, _MUTABLE):
+        if is_a(value, *_MUTABLE):
             items = _Items(value.items() if isinstance(value, dict) else value)
             self.look(name, _Contents(value), "", items, depth)
-        elif isinstance(value, types.MethodType):
-            if not isinstance(value.__self__, nn.Module) or value.__self__ not in self._modules:
+        elif is_a(value, functools._lru_cache_wrapper):
+            self.look(name, _Cache(value), "results", _cached_by(value), depth)
+        elif is_a(value, types.MethodType):
+            if not is_a(value.__self__, nn.Module) or value.__self__ not in self._modules:
                 self.look_into(name, value.__self__, depth)
-        elif isinstance(value, types.FunctionType):
+        elif is_a(value, types.FunctionType):
             self._look_into_function(name, value, depth)
-        elif isinstance(value, nn.Module) or value.__class__.__module__.partition(".")[0] not in FOREIGN:
+        elif is_a(value, nn.Module) or not is_foreign(type(value)):
             for key, held in list(getattr(value, "__dict__", {}).items()):
                 self.look(f"{name}.{key}", vars(value), key, held, depth)
             for key in _slots_of(value):
@@ -156,13 +169,13 @@ class _Search:
 
     def look_into_class(self, cls: type, depth: int) -> None:
         """Look into what a class holds: its own code too, unless it is a library's."""
-        if id(cls) in self._seen or cls.__module__.partition(".")[0] in FOREIGN:
+        if id(cls) in self._seen or is_foreign(cls):
             return
         self._seen[id(cls)] = cls
         for key, held in list(vars(cls).items()):
             name, functions = f"{cls.__name__}.{key}", functions_in(held)
             if not is_of_user(cls):
-                functions, held = [], held if isinstance(held, _MUTABLE) else None
+                functions, held = [], held if is_a(held, *_MUTABLE) else None
             for function in functions:
                 self.look_into(name, function, depth)
             if not functions:
@@ -171,26 +184,43 @@ class _Search:
 
 def _atoms(value: Any) -> Iterator[Any]:
     """Yield what a value holds, through the objects that cannot be changed."""
-    if isinstance(value, (tuple, frozenset)):  # _Items too
+    if is_a(value, tuple, frozenset):  # _Items too
         for each in value:
             yield from _atoms(each)
-    elif isinstance(value, functools.partial):
+    elif is_a(value, functools.partial):
         yield from _atoms((value.func, *value.args, *value.keywords.values()))
-    elif isinstance(value, types.MethodType):
+    elif is_a(value, types.MethodType):
         yield value
         yield from _atoms(value.__func__)
-    elif isinstance(value, weakref.ref):
+    elif is_a(value, weakref.ref):
         yield value()
+    elif is_a(value, *weakref.ProxyTypes):
+        yield _behind(value)
     else:
         yield value
 
 
+def _behind(proxy: Any) -> Any:
+    """Return what a weak proxy stands for; None if that is gone."""
+    with suppress(ReferenceError):
+        return proxy.__dir__.__self__
+    return None
+
+
+def _cached_by(function: Any) -> tuple[Any, ...]:
+    """Return what a function with a cache holds: itself without the cache, arguments and results."""
+    held = [each for each in gc.get_referents(function) if each is not vars(function)]
+    return tuple(
+        inner for each in held for inner in ((*each.keys(), *each.values()) if type(each) is dict else (each,))
+    )
+
+
 def _of_static(member: Any) -> Any:
-    return member.__func__ if isinstance(member, staticmethod) else member
+    return member.__func__ if is_a(member, staticmethod) else member
 
 
 def _may_be_wanted(value: Any) -> bool:
-    return isinstance(value, (nn.Module, torch.Tensor, types.MethodType))
+    return is_a(value, nn.Module, torch.Tensor, types.MethodType)
 
 
 def _is_filled(cell: types.CellType) -> bool:
@@ -225,6 +255,19 @@ class _Contents:
         self._container.clear()
         add = self._container.extend if isinstance(self._container, (list, deque)) else self._container.update
         add(items)
+
+
+class _Cache:
+    """What a function with a cache remembers: forgotten where it holds what is exchanged, and computed anew."""
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+
+    def __getitem__(self, key: str) -> tuple[Any, ...]:
+        return ()
+
+    def __setitem__(self, key: str, value: object) -> None:
+        self._function.cache_clear()
 
 
 class _Attributes:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dis
 import functools
+import inspect
 import sys
 from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import suppress
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -22,6 +24,26 @@ _LIBRARIES = (
 )
 # `globals()["SHARED"]`, `sys.modules[__name__].SHARED`: then every name and text of the code may be that of a global.
 _BY_TEXT = frozenset({"globals", "modules", "import_module"})
+
+
+def is_a(value: Any, *kinds: type) -> bool:
+    """Whether a value is of a class, without its `__class__`, which an object that is made when used may compute."""
+    return issubclass(type(value), kinds)
+
+
+def unwrapped(called: Any) -> FunctionType | None:
+    """Return a function, without its decorators; None for other objects."""
+    with suppress(Exception):  # an object may have anything as `__wrapped__`
+        function = inspect.unwrap(called) if callable(called) else None
+        return function if is_a(function, FunctionType) else None
+    return None
+
+
+def attribute_of(module: Any, name: str) -> Any:
+    """Return what a module has under a name, if it can be had: the module may import it only then."""
+    with suppress(Exception):
+        return getattr(module, name, None)
+    return None
 
 
 class ClassAttributes:
@@ -62,15 +84,24 @@ def globals_with_layers(function: FunctionType) -> dict[str, Global]:
 
 
 def _may_hold(value: Any) -> bool:
-    if isinstance(value, (type, ModuleType)):
+    if is_a(value, type, ModuleType):
         return is_of_user(value)
-    return value is None or isinstance(value, (nn.Module, list, tuple, dict))
+    return value is None or is_a(value, nn.Module, list, tuple, dict)
 
 
 def is_of_user(thing: Any) -> bool:
     """Whether a function, class or module is the user's own, not a library's."""
-    name = thing.__name__ if isinstance(thing, ModuleType) else thing.__module__
-    return (name or "").partition(".")[0] not in _LIBRARIES
+    return _library_of(thing) not in _LIBRARIES
+
+
+def is_foreign(cls: type) -> bool:
+    """Whether a class is of a library whose objects hold none of a model's modules."""
+    return _library_of(cls) in FOREIGN
+
+
+def _library_of(thing: Any) -> str:
+    name = thing.__name__ if is_a(thing, ModuleType) else thing.__module__
+    return name.partition(".")[0] if isinstance(name, str) else ""  # `__module__` may be a property, or None
 
 
 def globals_of(function: FunctionType) -> Iterator[tuple[MutableMapping[str, Any], str]]:
@@ -87,7 +118,7 @@ def globals_of(function: FunctionType) -> Iterator[tuple[MutableMapping[str, Any
     for space in spaces:  # grows: `package.layers.SHARED`
         used = names if space is own and words.isdisjoint(_BY_TEXT) else words
         for name in used & space.keys():
-            if not isinstance(space[name], ModuleType):
+            if not is_a(space[name], ModuleType):
                 yield space, name
             elif is_of_user(space[name]) and not any(vars(space[name]) is known for known in spaces):
                 spaces.append(vars(space[name]))
@@ -95,20 +126,20 @@ def globals_of(function: FunctionType) -> Iterator[tuple[MutableMapping[str, Any
 
 def functions_in(member: Any) -> list[FunctionType]:
     """Return the functions of a property, a method of a class, and the like."""
-    if isinstance(member, property):
+    if is_a(member, property):
         found = [member.fget, member.fset]
-    elif isinstance(member, (functools.cached_property, functools.partialmethod)):
+    elif is_a(member, functools.cached_property, functools.partialmethod):
         found = [member.func]
     else:
-        found = [member.__func__] if isinstance(member, (classmethod, staticmethod)) else []
-    return [each for each in found if isinstance(each, FunctionType)]
+        found = [member.__func__] if is_a(member, classmethod, staticmethod) else []
+    return [each for each in found if is_a(each, FunctionType)]
 
 
 def _imported(function: FunctionType, words: frozenset[str]) -> list[dict[str, Any]]:
     """Return the namespaces of the user's modules that a function imports when it runs."""
     package = function.__globals__.get("__package__") or ""
     names = [name for word in words for name in (word, f"{package}.{word}")]
-    found = [module for name in names if isinstance(module := sys.modules.get(name), ModuleType)]
+    found = [module for name in names if is_a(module := sys.modules.get(name), ModuleType)]
     return [vars(module) for module in found if is_of_user(module)]
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dis
 import functools
-import inspect
 import re
 from collections.abc import Iterable, Iterator, Set
 from contextlib import suppress
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from .outer_names import is_a, unwrapped
 from .weight_names import CASTS
 from .weight_reads import Read, reads_of, reads_of_own
 
@@ -110,9 +110,9 @@ def _hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
 
 def _own_function(value: Any, passed: tuple[Any, ...]) -> tuple[FunctionType, tuple[Any, ...]] | None:
     """Return a function that a module holds, without what is bound to it, if it may read weights."""
-    while isinstance(value, (functools.partial, MethodType)):
-        bound = value.args if isinstance(value, functools.partial) else (value.__self__,)
-        value, passed = (value.func if isinstance(value, functools.partial) else value.__func__), (*bound, *passed)
+    while is_a(value, functools.partial, MethodType):
+        bound = value.args if is_a(value, functools.partial) else (value.__self__,)
+        value, passed = (value.func if is_a(value, functools.partial) else value.__func__), (*bound, *passed)
     return (value, passed) if _is_reader(value) else None
 
 
@@ -136,14 +136,14 @@ def _methods(cls: type) -> Iterator[tuple[str, FunctionType]]:
 
 def _functions_of(member: Any, depth: int = 0) -> Iterator[FunctionType]:
     """Yield a method's function, with that which a decorator keeps."""
-    if isinstance(member, property):
+    if is_a(member, property):
         member = member.fget
-    elif isinstance(member, (functools.cached_property, functools.partialmethod)):
+    elif is_a(member, functools.cached_property, functools.partialmethod):
         member = member.func
-    elif isinstance(member, (classmethod, staticmethod)):
+    elif is_a(member, classmethod, staticmethod):
         member = member.__func__
-    function = inspect.unwrap(member) if callable(member) else member
-    if not isinstance(function, FunctionType):
+    function = unwrapped(member)
+    if function is None:
         return
     yield function
     for cell in (function.__closure__ or ()) if depth < _MAX_DECORATORS else ():
@@ -204,12 +204,12 @@ def _calls_reader(method: FunctionType, reading: Set[str]) -> bool:
     if not names.isdisjoint(reading):
         return True
     called = [method.__globals__[name] for name in names if name in method.__globals__]
-    inner = [vars(one).get(name) for one in called if isinstance(one, ModuleType) for name in names]
+    inner = [vars(one).get(name) for one in called if is_a(one, ModuleType) for name in names]
     return any(map(_is_reader, [*called, *inner]))
 
 
 def _is_reader(called: Any) -> bool:
-    is_own = isinstance(called, FunctionType) and not (called.__module__ or "").startswith("torch.")
+    is_own = is_a(called, FunctionType) and not (called.__module__ or "").startswith("torch.")
     return is_own and _may_read(called)
 
 

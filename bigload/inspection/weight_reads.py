@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .outer_names import globals_with_layers
+from .outer_names import attribute_of, globals_with_layers, is_a, unwrapped
 from .weight_names import EVERYTHING, Names, Path, Paths, as_direct, resolved
 
 # Attributes and methods of a weight that say the same of a quantized one, or are asked to find out whether it is one.
@@ -347,11 +347,12 @@ class _Function:
             return None, None
         value = called.value
         known = names.get(value.id) if isinstance(value, ast.Name) else None
-        if isinstance(known, ModuleType):
-            return _as_function(getattr(known, called.attr, None)), None
+        if is_a(known, ModuleType):
+            return _as_function(attribute_of(known, called.attr)), None
         through = value.func.id if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) else ""
-        if isinstance(known, type) or through == "type":
-            return _of_class(known if isinstance(known, type) else self._scope.cls, called.attr, None)
+        if is_a(known, type) or through == "type":
+            cls: Any = known
+            return _of_class(cls if is_a(known, type) else self._scope.cls, called.attr, None)
         at = self._names.paths(value)
         if len(at) == 1 and len(path := next(iter(at))) == 1 and path[0] in self._scope.held:
             return _of_class(self._scope.held[path[0]], called.attr, at)
@@ -368,9 +369,8 @@ class _Function:
 
 
 def _as_function(called: Any) -> FunctionType | None:
-    function = inspect.unwrap(called) if callable(called) else None
-    is_own = isinstance(function, FunctionType) and not (function.__module__ or "").startswith("torch.")
-    return function if is_own else None
+    function = unwrapped(called)
+    return None if function is None or (function.__module__ or "").startswith("torch.") else function
 
 
 def _of_class(cls: type, name: str, receiver: Paths | None) -> tuple[FunctionType | None, Paths | None]:

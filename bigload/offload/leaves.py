@@ -14,7 +14,7 @@ from ..hardware.pinned import Store
 from ..model.tree import leaves, modules_by_path
 from ..quantization.formats import part_name
 from ..quantization.layers import is_quantized
-from ..quantization.quantized_weight import state_holders
+from ..quantization.quantized_weight import keep_row_scales, state_holders
 from .slots import Slot, Use
 
 # Parameters at rest, and bitsandbytes' own, override `__torch_function__`; what moves them goes past it.
@@ -269,6 +269,7 @@ def _places_8bit(path: str, layer: Any) -> _Places:
     if layer.state.has_fp16_weights:
         raise OffloadError(f"{path!r} holds the main weights of int8 training, which cannot be streamed")
     if layer.weight.CB is not None:
+        keep_row_scales(layer)
         layer.init_8bit_state()  # as its first forward does; afterwards the state holds all parts
     if layer.state.CB is None or layer.state.SCB is None:
         raise OffloadError(f"{path!r} is not quantized yet; move the model to its device first")

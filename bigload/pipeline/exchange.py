@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..inspection.aliases import Alias, aliases, exchanged
+from ..inspection.outer_names import is_a
 from ..model.view import ModelView
 from ..planning.plan import Plan
 from .attributes import Edit
@@ -100,11 +101,11 @@ def exchanges(
     """
 
     def new(value: Any) -> Any:
-        if isinstance(value, nn.Module):
+        if is_a(value, nn.Module):
             return layers.get(value, value)
-        if isinstance(value, torch.Tensor):
+        if is_a(value, torch.Tensor):
             return tensors.get(id(value), value)
-        if not isinstance(value, types.MethodType) or not isinstance(value.__self__, nn.Module):
+        if not is_a(value, types.MethodType) or not is_a(value.__self__, nn.Module):
             return value
         owner, name = layers.get(value.__self__, value.__self__), getattr(value.__func__, "__name__", "")
         if name == "forward" and any(held is value for alias in found for held in alias.held):

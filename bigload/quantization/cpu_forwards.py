@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from ..config import BnbQuantizationConfig
 from .bnb import dequantize_4bit, library
-from .own_forwards import forward_4bit, forward_int8, own_forward, require_input, set_forward
+from .own_forwards import forward_4bit, forward_int8, on_matrix, own_forward, require_input, set_forward
 from .quantized_weight import row_scales
 
 # bitsandbytes' packed CPU kernel computes this many rows of the weight at once.
@@ -55,14 +55,14 @@ def adapt_to_cpu(layer: Any, shape: tuple[int, ...], config: BnbQuantizationConf
         set_forward(layer, _forward_int8)
 
 
-def _forward_4bit(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    if x.device.type != "cpu":
-        return forward_4bit(layer, x)
-    require_input(layer, x)
-    dtype = layer.compute_dtype or x.dtype
+def _forward_4bit(layer: Any, input: torch.Tensor) -> torch.Tensor:
+    if input.device.type != "cpu":
+        return forward_4bit(layer, input)
+    require_input(layer, input)
+    dtype = layer.compute_dtype or input.dtype
     bias = _bias(layer, dtype)
-    out: torch.Tensor = _DequantizedMatmul.apply(x.to(dtype), layer.weight)  # type: ignore[no-untyped-call]
-    return (out if bias is None else out + bias).to(x.dtype)
+    out: torch.Tensor = _DequantizedMatmul.apply(input.to(dtype), layer.weight)  # type: ignore[no-untyped-call]
+    return (out if bias is None else out + bias).to(input.dtype)
 
 
 def _bias(layer: Any, dtype: torch.dtype) -> torch.Tensor | None:
@@ -83,40 +83,40 @@ class _DequantizedMatmul(torch.autograd.Function):
         return grad @ dequantize_4bit(ctx.weight.data, ctx.weight.quant_state, grad.dtype), None
 
 
-def _forward_int8(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    if x.device.type != "cpu":
-        return forward_int8(layer, x)
-    require_input(layer, x)
+def _forward_int8(layer: Any, input: torch.Tensor) -> torch.Tensor:
+    if input.device.type != "cpu":
+        return forward_int8(layer, input)
+    require_input(layer, input)
     weight = layer.weight.data * (row_scales(layer) / 127).unsqueeze(1)
-    return functional.linear(x, weight.to(x.dtype), _bias(layer, x.dtype))
+    return functional.linear(input, weight.to(input.dtype), _bias(layer, input.dtype))
 
 
-def _forward_main_weights(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    if x.device.type != "cpu":
-        return forward_int8(layer, x)
-    require_input(layer, x)
+def _forward_main_weights(layer: Any, input: torch.Tensor) -> torch.Tensor:
+    if input.device.type != "cpu":
+        return forward_int8(layer, input)
+    require_input(layer, input)
     layer.state.is_training = True  # bitsandbytes has no CPU kernel for eval mode
     layer.state.CB = None  # so that the weight is quantized as it is now
-    out = library().matmul(x.reshape(-1, x.shape[-1]), layer.weight, bias=_bias(layer, x.dtype), state=layer.state)
-    return out.view(*x.shape[:-1], out.shape[-1])  # type: ignore[no-any-return]
+    bias = _bias(layer, input.dtype)
+    return on_matrix(lambda rows: library().matmul(rows, layer.weight, bias=bias, state=layer.state), input)
 
 
-def _forward_packed(layer: Any, x: torch.Tensor) -> torch.Tensor:
+def _forward_packed(layer: Any, input: torch.Tensor) -> torch.Tensor:
     """Use the packed kernel of AVX512-BF16 CPUs, which is 31 times faster for one token.
 
     It has no backward, and crashes on an input without rows: for these, bitsandbytes' other path is used.
     """
-    needs_grad = torch.is_grad_enabled() and x.requires_grad
+    needs_grad = torch.is_grad_enabled() and input.requires_grad
     if torch.compiler.is_compiling():
-        return forward_4bit(layer, x)
-    if x.device.type != "cpu" or layer.training or needs_grad or x.numel() == 0:
-        return forward_4bit(layer, x)
-    require_input(layer, x)
-    dtype = layer.compute_dtype or x.dtype
+        return forward_4bit(layer, input)
+    if input.device.type != "cpu" or layer.training or needs_grad or input.numel() == 0:
+        return forward_4bit(layer, input)
+    require_input(layer, input)
+    dtype = layer.compute_dtype or input.dtype
     data, state = _packed(layer)
     # The kernel reads its input as if its rows lay one after the other: a transposed one gives garbage.
-    out = library().matmul_4bit(x.to(dtype).contiguous(), data, bias=_bias(layer, dtype), quant_state=state)
-    return out.to(x.dtype)  # type: ignore[no-any-return]
+    out = library().matmul_4bit(input.to(dtype).contiguous(), data, bias=_bias(layer, dtype), quant_state=state)
+    return out.to(input.dtype)  # type: ignore[no-any-return]
 
 
 # A packed copy of each layer's weight, made when the layer first runs. bitsandbytes would replace the weight by it, but

@@ -3,12 +3,15 @@
 An input of integers is refused. Code that casts an input to the dtype of a quantized weight makes one: the result would
 no longer depend on the input, and bitsandbytes would cast the layer's bias to integers for good.
 
-An input on another device than the weight is refused, as nn.Linear does. bitsandbytes' kernels get pointers only: on a
-GPU they would read host memory, an illegal access after which the process can use no GPU any more.
+An input on another device than the weight, or with another number of features, is refused, as nn.Linear does.
+bitsandbytes' kernels get pointers only: on a GPU they would read host memory, an illegal access after which the process
+can use no GPU any more, and its packed kernel on the CPU reads past the end of rows that are too short.
 
 int8 gets a contiguous matrix: its search for outliers fails on one dimension and on more than three, its CUDA kernel
 reads memory in order, whatever the strides, which gives garbage, and on the CPU it computes three dimensions that are
 not contiguous with other last bits.
+
+The input's name is nn.Linear's, by which UNetMotionModel of diffusers gives it; that of bitsandbytes is another one.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from typing import Any
 import torch
 
 from ..errors import QuantizationError
+from .quantized_weight import keep_row_scales
 
 
 def set_forward(layer: Any, forward: Callable[[Any, torch.Tensor], torch.Tensor]) -> None:
@@ -32,16 +36,17 @@ def own_forward(layer: Any) -> Callable[[Any, torch.Tensor], torch.Tensor]:
     return forward_int8 if hasattr(layer, "state") else forward_4bit
 
 
-def forward_4bit(layer: Any, x: torch.Tensor) -> torch.Tensor:
+def forward_4bit(layer: Any, input: torch.Tensor) -> torch.Tensor:
     """Compute a 4-bit layer."""
-    require_input(layer, x)
-    return type(layer).forward(layer, x)  # type: ignore[no-any-return]
+    require_input(layer, input)
+    return type(layer).forward(layer, input)  # type: ignore[no-any-return]
 
 
-def forward_int8(layer: Any, x: torch.Tensor) -> torch.Tensor:
+def forward_int8(layer: Any, input: torch.Tensor) -> torch.Tensor:
     """Compute an int8 layer."""
-    require_input(layer, x)
-    return on_matrix(functools.partial(type(layer).forward, layer), x)
+    require_input(layer, input)
+    keep_row_scales(layer)
+    return on_matrix(functools.partial(type(layer).forward, layer), input)
 
 
 def on_matrix(forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
@@ -53,7 +58,7 @@ def on_matrix(forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) 
 
 
 def require_input(layer: Any, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
-    """Refuse an input that is not floating point, or on another device than the weight, as nn.Linear does.
+    """Refuse an input that is not floating point, on another device, or of another width, as nn.Linear does.
 
     Args:
         layer: of bitsandbytes.
@@ -61,16 +66,21 @@ def require_input(layer: Any, x: torch.Tensor, weight: torch.Tensor | None = Non
         weight: what it computes with, or lies beside it; None for the layer's own.
 
     Raises:
-        QuantizationError: the input holds integers, booleans or complex numbers, or lies on another device.
+        QuantizationError: the input holds integers, booleans or complex numbers, lies on another device, or has another
+            last dimension than in_features.
     """
     if weight is None:
         weight = layer._parameters.get("weight", x)  # several times faster than an attribute of a module
         state = getattr(weight, "quant_state", None)
         if state is not None:
             weight = state.absmax  # bitsandbytes answers what a 4-bit weight is asked in Python, 2 us for its device
-    if x.is_floating_point() and x.device == weight.device:
+    if x.is_floating_point() and x.device == weight.device and x.shape[-1:] == (layer.in_features,):
         return
     name = vars(layer).get("loaded_as") or "the model"
+    if x.is_floating_point() and x.device == weight.device:
+        raise QuantizationError(
+            f"{name!r} is quantized and takes inputs of shape (..., {layer.in_features}), but got {tuple(x.shape)}"
+        )
     if x.is_floating_point():
         raise QuantizationError(
             f"{name!r} is quantized and on {weight.device}, but its input is on {x.device}: move the input, as by "

@@ -101,3 +101,13 @@ def state_around(state: Any, parts: Mapping[str, torch.Tensor]) -> Any:
 def row_scales(layer: Any) -> Any:
     """Return the SCB of an int8 layer, which bitsandbytes moves from the weight to the state in the first forward."""
     return layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
+
+
+def keep_row_scales(layer: Any) -> None:
+    """Let an int8 layer that has run keep its scales, if its weight was exchanged by what `weight.to()` returns.
+
+    As PEFT's DoRA does. bitsandbytes would take the scales of the new weight, which has none.
+    """
+    weight = layer._parameters.get("weight")
+    if getattr(weight, "CB", None) is not None and weight.SCB is None:
+        weight.SCB = layer.state.SCB

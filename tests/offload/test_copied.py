@@ -92,8 +92,7 @@ OPTIONS = {
 }
 
 
-# On the CPU, PEFT's DoRA loses the scales of int8 layers, also of those in a model that is not offloaded.
-JOBS = [(mode, name) for mode in ("nf4", "int8") for name in OPTIONS if (mode, name) != ("int8", "DoRA")]
+JOBS = [(mode, name) for mode in ("nf4", "int8") for name in OPTIONS]
 
 
 @pytest.mark.parametrize(("mode", "options"), JOBS)

@@ -11,9 +11,11 @@ from comparisons import assert_same_bits
 from models import GPT, Blocks, llama
 from streaming import hooks_of
 from torch import nn
+from transformers import BatchEncoding
 
 from bigload import load_and_quantize_model
 from bigload.errors import OffloadError
+from bigload.hardware.nested_tensors import map_tensors, tensors_in
 from bigload.offload.device_hooks import attach, detach
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -370,6 +372,76 @@ def test_containers_of_other_classes_keep_them(moves):
     assert found["table"]["a"].device == found["ordered"]["a"].device == META
     assert found["output"].last_hidden_state.device == META
     assert given["output"].last_hidden_state.device == CPU
+
+
+class Rows(list):
+    """A list with a name."""
+
+
+class Pair(tuple):
+    """A pair that is made of its two parts, and has a name."""
+
+    def __new__(cls, first, second):
+        return super().__new__(cls, (first, second))
+
+
+def named(value):
+    value.name = "of a user"
+    return value
+
+
+MADE = {
+    "what max returns": lambda t: t.max(dim=0),
+    "a list of a class": lambda t: named(Rows([t, 1])),
+    "a tuple of a class": lambda t: named(Pair(t, (t, "text"))),
+    "a named tuple": lambda t: Point(t, 5),
+    "a batch of a tokenizer": lambda t: BatchEncoding({"input_ids": t, "rest": [t]}),
+    "a packed sequence": lambda t: nn.utils.rnn.pack_padded_sequence(t, torch.tensor([1, 4]), enforce_sorted=False),
+}
+
+
+def parts_of(value):
+    """List the tensors that must be where the others are: of a packed sequence all but its sizes."""
+    if isinstance(value, nn.utils.rnn.PackedSequence):
+        return [value.data, value.sorted_indices, value.unsorted_indices]
+    return [*tensors_in(value)]
+
+
+@pytest.mark.parametrize("make", MADE.values(), ids=[*MADE])
+def test_tuples_and_lists_of_other_classes_come_and_go_with_their_tensors(moves, make):
+    class Giving(Stack):
+        def forward(self, x, given):
+            self.parts[1](self.parts[0](x), given=given)
+            return map_tensors(self.parts[1].given[2]["given"], lambda tensor: tensor.clone())
+
+    model = Giving(2)
+    model.parts[1].to(META)
+    attach(model, {"parts.0": CPU, "parts.1": META})
+    given = make(torch.ones(4, 2))
+    back = model(torch.ones(2, 4), given)
+    there = model.parts[1].given[2]["given"]
+    assert type(there) is type(back) is type(given)
+    assert {tensor.device for tensor in parts_of(there)} == {META}
+    assert {tensor.device for tensor in parts_of(back)} == {tensor.device for tensor in parts_of(given)} == {CPU}
+    assert [tensor.shape for tensor in parts_of(back)] == [tensor.shape for tensor in parts_of(given)]
+    assert getattr(there, "name", "") == getattr(given, "name", "")
+    assert [part for part in given if isinstance(part, int)] == [part for part in back if isinstance(part, int)]
+
+
+def test_a_packed_sequence_goes_through_a_recurrent_layer_on_another_device(moves):
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.lstm = nn.Linear(4, 4), nn.LSTM(4, 3, batch_first=True)
+
+        def forward(self, x, lengths):
+            return self.lstm(nn.utils.rnn.pack_padded_sequence(self.fc(x), lengths, batch_first=True))[0]
+
+    model = Reader()
+    model.lstm.to(META)
+    attach(model, {"fc": CPU, "lstm": META})
+    out = model(torch.ones(2, 4, 4), torch.tensor([4, 2]))
+    assert (out.data.device, out.data.shape, out.batch_sizes.tolist()) == (CPU, (6, 3), [2, 2, 1, 1])
 
 
 class Masked(nn.Module):

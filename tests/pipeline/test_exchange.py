@@ -98,6 +98,12 @@ def as_weak_references(net):
     net.steps = lambda: [each() for each in net.held]
 
 
+def as_weak_proxies(net):
+    net.held, vars(net.norm)["parent"] = [weakref.proxy(net.a)], weakref.proxy(net)
+    vars(net)["last"] = weakref.proxy(net.b)
+    net.steps = lambda: [lambda x: net.held[0](x), lambda x: net.last(net.norm.parent.a(x) - net.a(x) + x)]
+
+
 def in_a_module_that_is_not_registered(net):
     net.held = [nn.Sequential(net.a, net.b)]
     net.steps = lambda: net.held
@@ -119,6 +125,7 @@ HOLDS = [
     as_bound_methods,
     in_a_closure,
     as_weak_references,
+    as_weak_proxies,
     in_a_module_that_is_not_registered,
     in_a_hook,
 ]

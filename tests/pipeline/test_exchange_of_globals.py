@@ -285,3 +285,127 @@ def test_a_load_that_fails_at_its_end_restores_globals(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         load_and_quantize_model(model, "nf4", device_map="cpu")
     assert held == (FIRST, SECOND)
+
+
+class NotYet:
+    """As a web framework's request: outside of one it has nothing, not even a class."""
+
+    @property
+    def __class__(self):
+        raise RuntimeError("outside of a request")
+
+
+class NoDict(dict):
+    def items(self):
+        raise RuntimeError("no connection")
+
+    values = keys = __iter__ = items
+
+
+class Endless:
+    def __getattr__(self, name):
+        return Endless()
+
+    def __call__(self):
+        return Endless()
+
+
+class Without:
+    """A class made without a module."""
+
+
+class Refusing(types.ModuleType):
+    def __getattr__(self, name):
+        raise ImportError(f"{name} needs another library")
+
+
+Without.__module__ = None
+request, session, endless, without, refusing = NotYet(), NoDict(a=1), Endless(), Without(), Refusing("refusing")
+LAST = None
+
+
+class AmongOthers(Net):
+    """Its code names objects that do not let themselves be looked at, beside a layer."""
+
+    of_class, connection, lazy = NotYet(), NoDict(a=1), Endless()
+
+    def hold(self):
+        global LAST
+        LAST, self.listed = (NotYet(), self.b), [NoDict(a=1), NotYet(), Endless(), self.a]
+
+    def forward(self, x):
+        if x is None:
+            return request, session, endless(), without, refusing.call(self.b.weight), Without, self.lazy()
+        return self.norm(LAST[1](self.listed[3](x)))
+
+
+def test_objects_that_do_not_let_themselves_be_looked_at_are_left_alone(device):
+    model = AmongOthers()
+    before = LAST[0], *model.listed[:3], AmongOthers.of_class, session
+    model = load_and_quantize_model(model, "nf4", device_map=device)
+    assert LAST[1] is model.b
+    assert model.listed[3] is model.a
+    assert type(model.a).__name__ == "Linear4bit"
+    after = LAST[0], *model.listed[:3], AmongOthers.of_class, session
+    assert all(one is two for one, two in zip(before, after, strict=True))
+    assert model(torch.ones(1, 64, device=device)).isfinite().all()
+
+
+KEPT: list = []
+
+
+@functools.cache
+def kept(index):
+    return KEPT[index]
+
+
+class ByCaches(Net):
+    """Asks functions with caches for its layers; one of them has been asked before the load."""
+
+    def hold(self):
+        KEPT[:] = [self.a]
+        kept.cache_clear()
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019 - as users write it
+    def second(self, name):
+        return {"layer": self.b}, name
+
+    def forward(self, x):
+        return self.norm(self.second("b")[0]["layer"](kept(0)(x)))
+
+
+@functools.cache
+def counted(n):
+    CALLS.append(n)
+    return n
+
+
+CALLS: list = []
+
+
+class WithCounter(Net):
+    def forward(self, x):
+        return super().forward(x) * counted(1)
+
+
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
+def test_functions_with_caches_give_the_quantized_layers(mode, device):
+    torch.manual_seed(0)
+    model, x = ByCaches().eval(), torch.randn(3, 64)
+    plain = Net().eval()
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        model(x)  # fills the caches
+    model = load_and_quantize_model(model, mode, device_map=device).eval()
+    assert kept(0) is model.a
+    assert model.second("b")[0]["layer"] is model.b
+    with torch.no_grad():
+        expected = load_and_quantize_model(plain, mode, device_map=device).eval()(x.to(device))
+        assert torch.equal(model(x.to(device)), expected)
+
+
+def test_caches_without_layers_are_kept(device):
+    model = WithCounter()
+    model(torch.ones(1, 64))
+    load_and_quantize_model(model, "nf4", device_map=device)(torch.ones(1, 64, device=device))
+    assert CALLS == [1]

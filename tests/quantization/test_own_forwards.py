@@ -226,3 +226,54 @@ def test_gradients_through_streamed_layers_have_the_bits_of_resident_ones(
     assert found[0][1].abs().sum() > 0
     for resident, streamed in zip(*found, strict=True):
         assert torch.equal(resident, streamed)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("size", [*SIZES, (128, 64)], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_an_input_of_another_width_is_refused_as_by_a_plain_layer(mode, size, training, device):
+    model = loaded(mode, device, *size).train(training)
+    for shape in [(size[0] + 1,), (1, size[0] - 1), (3, 2 * size[0]), (2, 3, size[1]), (0,), (2, 0)]:
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad), pytest.raises(QuantizationError, match=r"'inner\.proj' .* takes inputs"):
+                model(torch.randn(shape, device=device, requires_grad=grad))
+    with torch.no_grad(), pytest.raises(QuantizationError, match=r"got \(\)"):
+        model(torch.tensor(1.0, device=device))
+
+
+@pytest.mark.parametrize("mode", MODES[:4])
+def test_a_streamed_layer_refuses_an_input_of_another_width(mode, device, tmp_path, small_parts_stream):
+    model = loaded(mode, device, rests=True, folder=tmp_path).eval()
+    with torch.no_grad():
+        model(torch.randn(3, 64, device=device))
+        for width in (63, 65, 128):
+            for _ in range(2):
+                with pytest.raises(QuantizationError, match=r"takes inputs of shape \(\.\.\., 64\)"):
+                    model(torch.randn(1, width, device=device))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("has_run", [False, True], ids=["new", "has run"])
+def test_an_int8_layer_keeps_its_scales_when_its_weight_is_exchanged_by_one_that_was_moved(size, has_run, device):
+    model = loaded("int8", device, *size).eval()
+    layer, x = model.inner["proj"], torch.randn(3, size[0], device=device)
+    with torch.no_grad():
+        expected = copy.deepcopy(model)(x)
+        if has_run:
+            model(x)
+        layer.weight = layer.weight.to(device)  # as PEFT does
+        assert torch.equal(model(x), expected)
+        assert torch.equal(model(x), expected)
+    assert model.state_dict()["inner.proj.SCB"].shape == size[1:]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(("mode", "rests"), [*((mode, False) for mode in MODES), *((mode, True) for mode in MODES[:4])])
+def test_an_input_may_be_given_by_the_name_that_a_plain_layer_gives_it(
+    mode, size, rests, device, tmp_path, small_parts_stream
+):
+    model = loaded(mode, device, *size, rests=rests, folder=tmp_path).eval()
+    layer, x = model.inner["proj"], torch.randn(3, size[0], device=device)
+    with torch.no_grad():
+        assert torch.equal(layer(input=x), layer(x))
+    assert torch.equal(layer(input=x), layer(x))
