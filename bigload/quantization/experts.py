@@ -1,0 +1,111 @@
+"""The forward of fused experts whose weights are 4-bit parameters of bitsandbytes."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from torch._compile import _disable_dynamo
+
+from ..config import BnbQuantizationConfig
+from ..model.experts import Experts
+from .bnb import library
+from .expert_linears import Routing, grouped_linear
+from .own_forwards import require_floating
+from .packed_experts import PackedExperts
+from .quantized_weight import QuantizedWeight
+
+
+def experts_parameter(weight: QuantizedWeight, config: BnbQuantizationConfig) -> nn.Parameter:
+    """Return the `Params4bit` of one weight of fused experts; nothing is copied.
+
+    Args:
+        weight: its quant_state has the shape `Experts.packed_shape`, (E, out_features, in_features).
+        config: how it was quantized.
+    """
+    made: nn.Parameter = library().nn.Params4bit(
+        weight.data,
+        requires_grad=False,
+        quant_state=weight.quant_state,
+        blocksize=config.bnb_4bit_blocksize,
+        compress_statistics=config.bnb_4bit_use_double_quant,
+        quant_type=config.bnb_4bit_quant_type,
+        quant_storage=config.bnb_4bit_quant_storage,
+        bnb_quantized=True,
+    )
+    return made
+
+
+def quantized_attributes(module: nn.Module, experts: Experts, compute_dtype: torch.dtype, path: str) -> dict[str, Any]:
+    """Return what is set on a module, beside its parameters, when its experts are quantized.
+
+    Args:
+        module: the experts.
+        experts: what is known of it.
+        compute_dtype: that inputs are cast to.
+        path: of the module in its model, which errors name.
+
+    Returns:
+        Attributes by name. `forward` is a partial of a module-level function, copied and pickled with the module.
+    """
+    return {
+        "quantized_experts": experts,
+        "compute_dtype": compute_dtype,
+        "loaded_as": path,
+        "forward": functools.partial(experts_forward, module),
+    }
+
+
+def has_quantized_experts(module: nn.Module) -> bool:
+    """Whether a module's experts are computed in 4 bit."""
+    return "quantized_experts" in module.__dict__
+
+
+@_disable_dynamo
+def experts_forward(module: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Compute fused experts of which both weights are quantized.
+
+    Gradients reach the tokens and the weights of the routing, not the experts.
+
+    Args:
+        module: has the attributes of `quantized_attributes`.
+        args, kwargs: as its own forward takes them: hidden_states, (T, H); top_k_index, (T, k), where numbers beyond
+            the last expert add nothing; top_k_weights, (T, k). For Llama-4 hidden_states alone, (E * T, H).
+
+    Returns:
+        (T, H), or for Llama-4 (E * T, H), in the dtype of hidden_states.
+
+    Raises:
+        QuantizationError: hidden_states holds no floating-point numbers.
+    """
+    experts: Experts = module.quantized_experts
+    given = [*args, *(kwargs[name] for name in experts.arguments[len(args) :])]
+    require_floating(module, given[0])
+    if experts.kind == "sorted":
+        return _compute(module, experts, given[0], _llama4_routing(experts, given[0]), None)
+    return _compute(module, experts, given[0], given[1], given[2])
+
+
+def _llama4_routing(experts: Experts, x: torch.Tensor) -> torch.Tensor:
+    """Return the expert of each row, (E * T, 1); beyond the last for rows of zeros, of which all experts make zeros.
+
+    Llama-4 multiplies all tokens by their score for every expert, which is 0 unless they were routed to it.
+    """
+    number = experts.num_experts
+    owner = torch.arange(number, device=x.device).repeat_interleave(len(x) // number)
+    return owner.where((x != 0).any(-1), number).unsqueeze(-1)
+
+
+def _compute(
+    module: Any, experts: Experts, hidden_states: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor | None
+) -> torch.Tensor:
+    x = hidden_states.to(module.compute_dtype)
+    routing = Routing.of(ids, experts.num_experts)
+    up, down = (PackedExperts.of(module._parameters[name]) for name in experts.weights)
+    up_bias, down_bias = (module._parameters.get(f"{name}_bias") for name in experts.weights)
+    h = grouped_linear(x[routing.tokens], up, routing, up_bias)
+    h = experts.activate(module, h)
+    y = grouped_linear(h, down, routing, down_bias)
+    return routing.combine(experts.normalize(module, y), weights).to(hidden_states.dtype)
