@@ -28,7 +28,7 @@ def attributes(view: ModelView, plan: Plan) -> list[Edit]:
     PEFT and Trainer read accelerate's attributes on any model. Those of transformers must be complete: Trainer refuses
     a model that has only `is_quantized`, and `save_pretrained` writes the quantization_config for `from_pretrained`.
     """
-    model, config, quantized = view.model, plan.config, bool(plan.layers)
+    model, config, quantized = view.model, plan.config, bool(plan.layers or plan.experts)
     own = {
         "is_loaded_in_4bit": config.load_in_4bit and quantized,
         "is_loaded_in_8bit": config.load_in_8bit and quantized,

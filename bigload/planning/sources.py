@@ -45,6 +45,26 @@ class Source:
         """Return the source of the transposed parameter."""
         return replace(self, region=(*self.region[:-2], *self.region[:-3:-1]), transposed=not self.transposed)
 
+    def by_expert(self) -> list[Source]:
+        """Return a source for each expert of a whole 3-D tensor, so that they can be turned one by one.
+
+        What is computed when it is read stays one source, and what fills a part of the parameter.
+        """
+        tensor = self.tensor
+        if self.region or isinstance(tensor, (LazyTensor, QuantizedTensor)) or not tensor.shape[0]:
+            return [self]
+        rows, columns = tensor.shape[1:]
+        region = (slice(0, rows), slice(0, columns))
+        if isinstance(tensor, torch.Tensor):
+            pieces: list[StoredTensor | torch.Tensor] = list(tensor.detach())
+        else:
+            nbytes = tensor.nbytes // tensor.shape[0]
+            pieces = [
+                replace(tensor, shape=(rows, columns), offset=tensor.offset + expert * nbytes, nbytes=nbytes)
+                for expert in range(tensor.shape[0])
+            ]
+        return [replace(self, tensor=piece, region=(expert, *region)) for expert, piece in enumerate(pieces)]
+
 
 @dataclass(frozen=True)
 class Found:
@@ -320,9 +340,10 @@ def _require_fit(
     tensors: Sequence[ModelTensor], found: Mapping[str, Found | None], foreign: Callable[[], CheckpointError | None]
 ) -> None:
     pairs = [(tensor, each) for tensor in tensors if (each := found.get(tensor.name)) is not None]
-    # A Conv1D weight, (in, out) in the model, is stored quantized as (out, in). Whether it is one is checked later.
+    # A Conv1D weight, or experts, (in, out) in the model, are stored quantized as (out, in). Whether it is one is
+    # checked later.
     unequal = [(t, each) for t, each in pairs if each.shape != t.value.shape]
-    fits = {t.name for t, each in unequal if isinstance(each.first, QuantizedTensor) and each.shape == t.shape[::-1]}
+    fits = {t.name for t, each in unequal if isinstance(each.first, QuantizedTensor) and each.shape == _turned(t.shape)}
     wrong = {t.name: (each.shape, t.shape, each.first) for t, each in unequal if t.name not in fits}
     if wrong:
         _raise(foreign())
@@ -353,6 +374,10 @@ def _require_fit(
             "model expects a 16 to 64 bit floating dtype, or weights that bitsandbytes quantized, with their scales; "
             "use the original checkpoint"
         )
+
+
+def _turned(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:-2], *shape[:-3:-1])
 
 
 def _raise(error: CheckpointError | None) -> None:

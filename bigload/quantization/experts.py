@@ -13,7 +13,7 @@ from ..config import BnbQuantizationConfig
 from ..model.experts import Experts
 from .bnb import library
 from .expert_linears import Routing, grouped_linear
-from .own_forwards import require_floating
+from .own_forwards import require_input
 from .packed_experts import PackedExperts
 from .quantized_weight import QuantizedWeight
 
@@ -78,11 +78,11 @@ def experts_forward(module: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         (T, H), or for Llama-4 (E * T, H), in the dtype of hidden_states.
 
     Raises:
-        QuantizationError: hidden_states holds no floating-point numbers.
+        QuantizationError: hidden_states holds no floating-point numbers, or is on another device.
     """
     experts: Experts = module.quantized_experts
     given = [*args, *(kwargs[name] for name in experts.arguments[len(args) :])]
-    require_floating(module, given[0])
+    require_input(module, given[0], module._parameters[experts.up].quant_state.absmax)
     if experts.kind == "sorted":
         return _compute(module, experts, given[0], _llama4_routing(experts, given[0]), None)
     return _compute(module, experts, given[0], given[1], given[2])
