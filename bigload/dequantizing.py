@@ -33,9 +33,9 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Turn a model's bitsandbytes layers back into plain ones, with the values that they compute with.
 
-    Fused experts in 4 bit become parameters in their module's own layout, and it gets its own forward back. Hooks, train
-    or eval mode, ties and `requires_grad` are kept. The plain weights need memory beside the quantized ones until all
-    are made; on failure the model is unchanged.
+    Fused experts become parameters in their module's own layout, and it gets its own forward back. Hooks, train or eval
+    mode, ties and `requires_grad` are kept. The plain weights need memory beside the quantized ones until all are made;
+    on failure the model is unchanged.
 
     Args:
         model: changed in place.

@@ -18,7 +18,7 @@ from ..errors import CheckpointError, ConfigError, counted, listed
 from ..io.tensors import LazyTensor, StoredTensor, read_bytes, read_whole
 from ..model.tensors import ModelTensor
 from ..model.transformers_facts import KeyConversion
-from .missing import Absent, Lack, buffer_values, never_absent
+from .missing import Absent, Lack, buffer_values, never_absent, require_whole_series
 from .tracing import TracedTensor
 
 logger = logging.getLogger(__name__)
@@ -251,6 +251,7 @@ def _computed(target: str, group: Mapping[str, Sequence[StoredTensor]], conversi
         shapes = conversion.convert(target, empty)
     except Exception as error:  # any error that torch or transformers raises for tensors that do not fit together
         names = [tensor.name for tensors in group.values() for tensor in tensors]
+        require_whole_series({target: (names, 0)})
         raise CheckpointError(
             f"{listed(names)} cannot be combined into '{target}' as transformers does: {error}; the checkpoint lacks a "
             "part, or is of another model"
@@ -347,6 +348,19 @@ def _require_fit(
     wrong = {t.name: (each.shape, t.shape, each.first) for t, each in unequal if t.name not in fits}
     if wrong:
         _raise(foreign())
+        require_whole_series(
+            {
+                t.name: (
+                    [piece.tensor.name for piece in each.sources if isinstance(piece.tensor, StoredTensor)],
+                    t.shape[0],
+                )
+                for t, each in unequal
+                if t.name in wrong
+                and len(each.sources) > 1
+                and each.shape[1:] == t.shape[1:]
+                and each.shape[0] < t.shape[0]
+            }
+        )
         cases = [
             f"'{name}' has shape {stored} in '{tensor.file.name}', the model expects {expected}"
             for name, (stored, expected, tensor) in wrong.items()
