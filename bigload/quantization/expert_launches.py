@@ -179,6 +179,7 @@ def dequantize_visited(
         block,
         nested=weight.state.nested,
         num_warps=4,
+        enable_fp_fusion=False,  # the scales of double quantization are rounded twice, as by bitsandbytes
     )
     return out
 

@@ -102,7 +102,11 @@ class Routing:
         """
         if self.by_kernels:
             return _Combine.apply(y, weights, self)  # type: ignore[no-any-return, no-untyped-call]
-        y = y[self.places].view(*self.ids.shape, -1).masked_fill((self.ids >= self.num_experts).unsqueeze(-1), 0)
+        y = (
+            y[self.places]
+            .view(*self.ids.shape, y.shape[-1])
+            .masked_fill((self.ids >= self.num_experts).unsqueeze(-1), 0)
+        )
         return (y if weights is None else y * weights.unsqueeze(-1)).sum(1)
 
 
