@@ -85,3 +85,58 @@ def routed(tokens, top_k, module, dtype=torch.float32, seed=1, device="cpu"):
     weights = torch.rand(tokens, top_k, generator=generator)
     ids = torch.stack(ids) if ids else torch.empty(0, top_k, dtype=torch.int64)
     return x.to(device, dtype), ids.to(device), weights.to(device, dtype)
+
+
+_TEXT = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "pad_token_id": 0}
+_TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "head_dim": 16}
+_MOE = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
+_LATENT = {"n_routed_experts": 6, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+_LATENT |= {"num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16}
+_LATENT |= {"qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
+
+# name: (model class, config class, fields of the config)
+FAMILIES = {
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {"num_local_experts": 6, "num_experts_per_tok": 2}),
+    "phimoe": ("PhimoeForCausalLM", "PhimoeConfig", {"num_local_experts": 6, "num_experts_per_tok": 2}),
+    "qwen2_moe": ("Qwen2MoeForCausalLM", "Qwen2MoeConfig", _MOE | {"num_experts": 6}),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", _MOE | {"num_experts": 6}),
+    "deepseek_v2": ("DeepseekV2ForCausalLM", "DeepseekV2Config", _MOE | _LATENT | {"topk_method": "greedy"}),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", "DeepseekV3Config", _MOE | _LATENT),
+    "glm4_moe": (
+        "Glm4MoeForCausalLM",
+        "Glm4MoeConfig",
+        _MOE | {"n_routed_experts": 6, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+    ),
+    "olmoe": ("OlmoeForCausalLM", "OlmoeConfig", {"num_experts": 6, "num_experts_per_tok": 2}),
+    "granite_moe": ("GraniteMoeForCausalLM", "GraniteMoeConfig", {"num_local_experts": 6, "num_experts_per_tok": 2}),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        {"num_local_experts": 6, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2},
+    ),
+    "llama4": (
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size_mlp": 96, "interleave_moe_layer_step": 1},
+    ),
+    "hunyuan": ("HunYuanMoEV1ForCausalLM", "HunYuanMoEV1Config", {"num_experts": 6, "moe_topk": 2}),
+    "ernie": (
+        "Ernie4_5_MoeForCausalLM",
+        "Ernie4_5_MoeConfig",
+        {"moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": 32, "moe_layer_start_index": 0},
+    ),
+}
+
+
+def family(name, dtype=torch.float32, device="cpu", seed=0):
+    """Return a small model of a family, with random weights, in eval mode."""
+    import transformers
+
+    model_class, config_class, fields = FAMILIES[name]
+    torch.manual_seed(seed)
+    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**_TEXT | fields)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for path, parameter in model.named_parameters():
+        if parameter.dim() == 3 or "bias" in path:  # some of them are not initialised
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    return model.to(device, dtype).requires_grad_(False)
