@@ -116,21 +116,8 @@ def test_experts_are_timed_in_each_way_forward_and_backward(tmp_path):
 
     before = dataclasses.replace(expert_limits)
     out = tmp_path / "experts.json"
-    run(
-        "experts",
-        "--device",
-        "cpu",
-        "--shapes",
-        "tiny",
-        "tiny-gpt-oss",
-        "--tokens",
-        1,
-        20,
-        "--out",
-        out,
-        "--commit",
-        "abc",
-    )
+    shapes = ("tiny", "tiny-gpt-oss")
+    run("experts", "--device", "cpu", "--shapes", *shapes, "--tokens", 1, 16, "--out", out, "--commit", "abc")
     found = json.loads(out.read_text())
     assert found["commit"] == "abc"
     assert found["left_out"] == []
@@ -156,19 +143,12 @@ def test_experts_that_there_is_no_time_for_are_named(tmp_path):
 
 def test_a_table_of_experts_compares_with_the_best_in_16_bit(tmp_path, capsys):
     rows = [
-        {"shape": "A", "tokens": 1, "backward": False, "peer": "transformers bf16", "way": "eager", "ms": 4.0},
-        {"shape": "A", "tokens": 1, "backward": False, "peer": "transformers bf16", "way": "batched_mm", "ms": 2.0},
-        {
-            "shape": "A",
-            "tokens": 1,
-            "backward": False,
-            "peer": "bigload nf4",
-            "way": "gemv",
-            "ms": 1.0,
-            "graph_ms": 0.5,
-        },
-        {"shape": "A", "tokens": 16, "backward": False, "peer": "bigload nf4", "way": "gemv", "ms": 3.0},
+        {"tokens": 1, "peer": "transformers bf16", "way": "eager", "ms": 4.0},
+        {"tokens": 1, "peer": "transformers bf16", "way": "batched_mm", "ms": 2.0},
+        {"tokens": 1, "peer": "bigload nf4", "way": "gemv", "ms": 1.0, "graph_ms": 0.5},
+        {"tokens": 16, "peer": "bigload nf4", "way": "gemv", "ms": 3.0},
     ]
+    rows = [{"shape": "A", "backward": False, **row} for row in rows]
     (tmp_path / "a.json").write_text(json.dumps(result(benchmark="experts", limits=None, rows=rows)))
     run("report", tmp_path / "a.json")
     lines = capsys.readouterr().out.splitlines()
