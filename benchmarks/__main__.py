@@ -29,6 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_quantize(commands.add_parser("quantize", help="time quantizing a checkpoint from files to files"))
     _add_offload(commands.add_parser("offload", help="time forwards of a model of which part rests on the CPU"))
     _add_spread(commands.add_parser("spread", help="time a model over several GPUs against the same on one"))
+    _add_experts(commands.add_parser("experts", help="time fused experts in 4 bit against the same in 16 bit"))
     _add_against(commands.add_parser("against", help="time this checkout against another one, in turn"))
     plans = commands.add_parser("plans", help="plan well-known models on usual budgets: the table in docs/plans.md")
     plans.set_defaults(run=_plans)
@@ -197,6 +198,30 @@ def _spread(options: argparse.Namespace) -> None:
     for result in measure_spread(options.folder, devices, options.mode, options.commit):
         print(json.dumps(result["rows"][-1]), file=sys.stderr, flush=True)
     _give(result, options.out)
+
+
+def _add_experts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shapes", nargs="+", help="such as Qwen3-30B-A3B or tiny (default: those in experts.py)")
+    parser.add_argument("--tokens", nargs="+", type=int, help="how many at once (default: 1 4 16 256 2048)")
+    parser.add_argument("--device", help="'cpu' or 'cuda:N' (default: the first GPU, the CPU where there is none)")
+    parser.add_argument("--seconds", type=float, default=330, help="begin no row after them (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="where the result goes, as JSON (default: standard output)")
+    parser.add_argument("--commit", help="bigload's, where git cannot tell")
+    parser.set_defaults(run=_experts)
+
+
+def _experts(options: argparse.Namespace) -> None:
+    from .experts import SHAPES, TOKENS, measure_experts
+
+    shapes, tokens = options.shapes or list(SHAPES), options.tokens or TOKENS
+    result: dict[str, Any] = {}
+    for result in measure_experts(shapes, tokens, _device(options.device), options.commit, options.seconds):
+        if result["rows"]:
+            print(json.dumps(result["rows"][-1]), file=sys.stderr, flush=True)
+        if options.out is not None:
+            _give(result, options.out)
+    if options.out is None:
+        _give(result, None)
 
 
 def _add_against(parser: argparse.ArgumentParser) -> None:

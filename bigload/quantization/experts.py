@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -11,8 +12,9 @@ from torch._compile import _disable_dynamo
 
 from ..config import BnbQuantizationConfig
 from ..model.experts import Experts
+from . import expert_launches as launches
 from .bnb import library
-from .expert_linears import Routing, grouped_linear
+from .expert_linears import Routing, expert_limits, grouped_linear
 from .own_forwards import require_input
 from .packed_experts import PackedExperts
 from .quantized_weight import QuantizedWeight
@@ -101,11 +103,71 @@ def _llama4_routing(experts: Experts, x: torch.Tensor) -> torch.Tensor:
 def _compute(
     module: Any, experts: Experts, hidden_states: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor | None
 ) -> torch.Tensor:
+    """Choose the way and compute; the rows of hidden_states and ids are the same."""
     x = hidden_states.to(module.compute_dtype)
-    routing = Routing.of(ids, experts.num_experts)
-    up, down = (PackedExperts.of(module._parameters[name]) for name in experts.weights)
-    up_bias, down_bias = (module._parameters.get(f"{name}_bias") for name in experts.weights)
-    h = grouped_linear(x[routing.tokens], up, routing, up_bias)
-    h = experts.activate(module, h)
-    y = grouped_linear(h, down, routing, down_bias)
-    return routing.combine(experts.normalize(module, y), weights).to(hidden_states.dtype)
+    layers = [
+        _Layer(PackedExperts.of(module._parameters[name]), module._parameters.get(f"{name}_bias"))
+        for name in experts.weights
+    ]
+    tokens = len(x) // experts.num_experts if experts.kind == "sorted" else len(x)
+    by_kernels = tokens > 0 and all(launches.suits_kernels(layer.weight, x.dtype) for layer in layers)
+    if not by_kernels:
+        return _many(module, experts, x, Routing.of(ids, experts.num_experts, False), weights, layers).to(
+            hidden_states.dtype
+        )
+    wants_gradients = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, weights, *(layer.bias for layer in layers))
+    )
+    with torch.cuda.device(x.device):  # Triton launches on the current one
+        if tokens <= expert_limits.grouped_tokens and not wants_gradients:
+            out = _few(module, experts, x, ids.contiguous(), weights, layers, tokens <= expert_limits.gemv_tokens)
+        else:
+            out = _many(module, experts, x, Routing.of(ids, experts.num_experts, True), weights, layers)
+    return out.to(hidden_states.dtype)
+
+
+class _Layer(NamedTuple):
+    weight: PackedExperts
+    bias: torch.Tensor | None
+
+
+def _few(
+    module: Any,
+    experts: Experts,
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor | None,
+    layers: Sequence[_Layer],
+    by_pair: bool,
+) -> torch.Tensor:
+    """Compute few tokens by kernels that dequantize on the way; can be captured in a CUDA graph."""
+    multiply: Callable[..., torch.Tensor]
+    if by_pair:
+        multiply = functools.partial(launches.gemv, ids=ids)
+    elif ids.numel() <= launches.MAX_ROUTED:
+        order, ends = launches.route(ids, experts.num_experts)
+        multiply = functools.partial(launches.grouped, order=order, ends=ends)
+    else:
+        routing = Routing.of(ids, experts.num_experts, True)
+        multiply = functools.partial(launches.grouped, order=routing.order, ends=routing.ends)
+    up, down = layers
+    h = multiply(x.contiguous(), up.weight, pairs_per_row=ids.shape[1], bias=up.bias)
+    h = experts.activate(module, h).contiguous()
+    y = multiply(h, down.weight, pairs_per_row=1, bias=down.bias)
+    y = experts.normalize(module, y).contiguous()
+    return launches.combine(y, ids, None if weights is None else weights.contiguous(), experts.num_experts)
+
+
+def _many(
+    module: Any,
+    experts: Experts,
+    x: torch.Tensor,
+    routing: Routing,
+    weights: torch.Tensor | None,
+    layers: Sequence[_Layer],
+) -> torch.Tensor:
+    """Compute the pairs in the order of their experts, with gradients."""
+    up, down = layers
+    h = grouped_linear(routing.gather(x), up.weight, routing, up.bias)
+    y = grouped_linear(experts.activate(module, h), down.weight, routing, down.bias)
+    return routing.combine(experts.normalize(module, y), weights)

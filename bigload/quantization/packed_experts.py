@@ -16,8 +16,8 @@ class PackedExperts:
     blocks of scales too, in which an expert may begin anywhere: they are indexed from the first expert's scale.
 
     Attributes:
-        data: packed bytes, (E, out_features * in_features / 2), uint8.
-        scales: of the blocks, (E, out_features * in_features / blocksize); fp32 or, with double quantization, uint8.
+        data: packed bytes, uint8, contiguous.
+        scales: of the blocks, contiguous; fp32 or, with double quantization, uint8.
         state: the `bitsandbytes.functional.QuantState`, whose shape is (E, out_features, in_features).
     """
 
@@ -29,8 +29,8 @@ class PackedExperts:
     def of(cls, parameter: Any) -> PackedExperts:
         """Return the view of a `Params4bit`."""
         state = parameter.quant_state
-        number = state.shape[0]
-        return cls(parameter.data.view(torch.uint8).view(number, -1), state.absmax.view(number, -1), state)
+        data = parameter.data
+        return cls(data if data.dtype == torch.uint8 else data.view(torch.uint8), state.absmax, state)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -39,10 +39,10 @@ class PackedExperts:
 
     def dequantize(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """Return the values of one expert, (out_features, in_features)."""
-        _, rows, columns = self.shape
+        number, rows, columns = self.shape
         # One row: bitsandbytes' CPU kernel begins new blocks in each.
         flat = torch.ops.bitsandbytes.dequantize_4bit.default(
-            self.data[expert].view(-1, 1),
+            self.data.view(number, -1)[expert].view(-1, 1),
             self.plain_scales(expert),
             self.state.blocksize,
             self.state.quant_type,
@@ -53,11 +53,11 @@ class PackedExperts:
 
     def plain_scales(self, expert: int) -> torch.Tensor:
         """Return the scales of one expert in fp32, (blocks,)."""
-        scales = self.scales[expert]
+        each = self.scales.numel() // self.shape[0]
+        begin, end = expert * each, (expert + 1) * each
         if not self.state.nested:
-            return scales
+            return self.scales.view(-1)[begin:end]
         inner = self.state.state2
-        begin, end = expert * len(scales), (expert + 1) * len(scales)
         first = begin // inner.blocksize  # the block of scales in which the expert's begin
         values = torch.ops.bitsandbytes.dequantize_blockwise.default(
             self.scales.view(-1)[first * inner.blocksize : end],
