@@ -263,8 +263,10 @@ def _detached(tensors: Sequence[torch.Tensor], needed: Sequence[bool]) -> list[t
 
 
 def _biases(streamed: StreamedForward) -> list[Any]:
+    """List the experts' biases that stay on the device; the others are streamed, and so are not trained."""
     module: Any = streamed.module
-    return [module._parameters[name] for name in module.quantized_experts.biases]
+    names = module.quantized_experts.biases
+    return [module._parameters[name] for name in names if name not in streamed.weights.leaf.parameters]
 
 
 class _NoWeightGradient(torch.autograd.Function):

@@ -3,6 +3,7 @@
 import torch
 import transformers as tf
 
+from bigload.quantization.layers import quantized_layers
 from bigload.quantization.saved_experts import quantized_experts
 
 _TEXT = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
@@ -92,3 +93,10 @@ def weights_of_experts(model):
         for path, module in quantized_experts(model).items()
         for name in module.quantized_experts.weights
     }
+
+
+def unpacked(model):
+    """Let the Linears compute in float32, where bitsandbytes has a kernel in bfloat16 for CPUs: not in train mode."""
+    for layer in quantized_layers(model).values():
+        layer.train()
+    return model

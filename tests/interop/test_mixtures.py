@@ -6,7 +6,7 @@ import pytest
 import torch
 from checkpoints import empty
 from comparisons import assert_same_bits, equal, outputs, relative_error
-from mixtures import MIXTURES, TOKENS, config, mixture, weights_of_experts
+from mixtures import MIXTURES, TOKENS, config, mixture, unpacked, weights_of_experts
 from references import quantize_as_bitsandbytes
 
 from bigload import (
@@ -17,7 +17,6 @@ from bigload import (
     quantize_checkpoint,
     save_quantized_model,
 )
-from bigload.quantization.layers import quantized_layers
 from bigload.quantization.saved_experts import quantized_experts
 
 MODES = ("nf4", "nf4-dq", "fp4")
@@ -44,13 +43,6 @@ def built(name):
 
 def in_fp32(mode, **fields):
     return BnbQuantizationConfig.from_mode(mode, torch_dtype="fp32", bnb_4bit_compute_dtype="fp32", **fields)
-
-
-def unpacked(model):
-    """Let the Linears compute in float32, where bitsandbytes has a kernel in bfloat16 for CPUs: not in train mode."""
-    for layer in quantized_layers(model).values():
-        layer.train()
-    return model
 
 
 def parts_of(weight):
