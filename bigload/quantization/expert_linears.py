@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -35,6 +37,22 @@ class ExpertLimits:
 
 
 expert_limits = ExpertLimits()
+
+
+def most_scratch_bytes(shapes: Iterable[tuple[int, int, int]], dtype: torch.dtype) -> int:
+    """Return the most memory that weights are dequantized into at once.
+
+    Args:
+        shapes: of the weights of experts, (E, out_features, in_features).
+        dtype: that is computed in.
+
+    Example:
+        >>> most_scratch_bytes([(128, 1536, 2048), (128, 2048, 768)], torch.bfloat16) // 2**20
+        384
+        >>> most_scratch_bytes([(8, 64, 64)], torch.bfloat16)
+        65536
+    """
+    return min(expert_limits.scratch_bytes, max(map(math.prod, shapes), default=0) * dtype.itemsize)
 
 
 @dataclass(frozen=True, eq=False)
