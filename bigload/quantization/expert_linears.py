@@ -120,11 +120,8 @@ class Routing:
         """
         if self.by_kernels:
             return _Combine.apply(y, weights, self)  # type: ignore[no-any-return, no-untyped-call]
-        y = (
-            y[self.places]
-            .view(*self.ids.shape, y.shape[-1])
-            .masked_fill((self.ids >= self.num_experts).unsqueeze(-1), 0)
-        )
+        absent = (self.ids >= self.num_experts).unsqueeze(-1)
+        y = y[self.places].view(*self.ids.shape, y.shape[-1]).masked_fill(absent, 0)
         return (y if weights is None else y * weights.unsqueeze(-1)).sum(1)
 
 
@@ -173,7 +170,12 @@ def grouped_linear(x: torch.Tensor, weight: PackedExperts, routing: Routing, bia
         (pairs, out_features), in the dtype of x; any values for pairs of no expert. Has gradients to x.
     """
     out: torch.Tensor = _GroupedLinear.apply(x, weight, routing)  # type: ignore[no-untyped-call]
-    return out if bias is None else out + bias[routing.experts].to(out.dtype)
+    if bias is None:
+        return out
+    added = bias[routing.experts].to(out.dtype)
+    if bias.requires_grad:  # what comes back to pairs of no expert may be anything too
+        added = added.masked_fill((routing.ids.view(-1)[routing.order] >= routing.num_experts).unsqueeze(-1), 0)
+    return out + added
 
 
 class _GroupedLinear(torch.autograd.Function):

@@ -98,7 +98,8 @@ def test_numbers_beyond_the_last_expert_add_nothing(kind, tokens, device):
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_of_the_dequantized_experts(kind, mode, tokens, dtype, device):
     """Those of the tokens and of the routing's weights; the experts get none."""
-    model = made(kind, dtype=dtype, device=device)
+    scale = 0.2 if dtype == torch.float32 else 0.1  # too small for GPT-OSS to cut values off, where gradients jump
+    model = made(kind, dtype=dtype, device=device, scale=scale)
     plain = exact(pack(model, mode, dtype))
     x, ids, weights = routed(tokens, 2, model.experts, dtype, device=device)
     grads = []
