@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from .formats import NESTED_BLOCKSIZE
 from .packed_experts import PackedExperts
+
+logger = logging.getLogger(__name__)
 
 # Shapes of the programs, measured on an H100. Of `grouped`: pairs of an expert, rows of its weight and columns a step,
 # warps; for experts with about so many pairs or fewer.
@@ -41,15 +45,28 @@ def suits_kernels(weight: PackedExperts, dtype: torch.dtype) -> bool:
         weight.data.device.type == "cuda"
         and dtype in (torch.bfloat16, torch.float16)
         and weight.shape[2] % state.blocksize == 0
-        and (not state.nested or state.state2.blocksize == 256)
-        and _has_tensor_cores(weight.data.device)
-        and kernels() is not None
+        and (not state.nested or state.state2.blocksize == NESTED_BLOCKSIZE)
+        and runs_kernels(weight.data.device)
     )
 
 
 @functools.cache
-def _has_tensor_cores(device: torch.device) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+def runs_kernels(device: torch.device) -> bool:
+    """Whether Triton's kernels run on a GPU, found out by running one: without a C compiler, for one, they do not."""
+    if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0) or kernels() is None:
+        return False
+    try:
+        with torch.cuda.device(device):
+            route(torch.zeros(1, 1, dtype=torch.int64, device=device), 1)
+    except Exception as error:
+        logger.warning(
+            "Triton's kernels do not run on %s, so that fused experts are computed by bitsandbytes alone, which takes "
+            "several times as long: %s",
+            device,
+            error,
+        )
+        return False
+    return True
 
 
 def gemv(

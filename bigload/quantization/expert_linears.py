@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -35,6 +37,22 @@ class ExpertLimits:
 
 
 expert_limits = ExpertLimits()
+
+
+def most_scratch_bytes(shapes: Iterable[tuple[int, int, int]], dtype: torch.dtype) -> int:
+    """Return the most memory that weights are dequantized into at once.
+
+    Args:
+        shapes: of the weights of experts, (E, out_features, in_features).
+        dtype: that is computed in.
+
+    Example:
+        >>> most_scratch_bytes([(128, 1536, 2048), (128, 2048, 768)], torch.bfloat16) // 2**20
+        384
+        >>> most_scratch_bytes([(8, 64, 64)], torch.bfloat16)
+        65536
+    """
+    return min(expert_limits.scratch_bytes, max(map(math.prod, shapes), default=0) * dtype.itemsize)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,11 +120,8 @@ class Routing:
         """
         if self.by_kernels:
             return _Combine.apply(y, weights, self)  # type: ignore[no-any-return, no-untyped-call]
-        y = (
-            y[self.places]
-            .view(*self.ids.shape, y.shape[-1])
-            .masked_fill((self.ids >= self.num_experts).unsqueeze(-1), 0)
-        )
+        absent = (self.ids >= self.num_experts).unsqueeze(-1)
+        y = y[self.places].view(*self.ids.shape, y.shape[-1]).masked_fill(absent, 0)
         return (y if weights is None else y * weights.unsqueeze(-1)).sum(1)
 
 
@@ -155,7 +170,12 @@ def grouped_linear(x: torch.Tensor, weight: PackedExperts, routing: Routing, bia
         (pairs, out_features), in the dtype of x; any values for pairs of no expert. Has gradients to x.
     """
     out: torch.Tensor = _GroupedLinear.apply(x, weight, routing)  # type: ignore[no-untyped-call]
-    return out if bias is None else out + bias[routing.experts].to(out.dtype)
+    if bias is None:
+        return out
+    added = bias[routing.experts].to(out.dtype)
+    if bias.requires_grad:  # what comes back to pairs of no expert may be anything too
+        added = added.masked_fill((routing.ids.view(-1)[routing.order] >= routing.num_experts).unsqueeze(-1), 0)
+    return out + added
 
 
 class _GroupedLinear(torch.autograd.Function):

@@ -54,7 +54,7 @@ def pack(model, mode="nf4", compute_dtype=torch.float32, **how):
     return plain
 
 
-def made(kind="qwen3", experts=6, hidden=128, intermediate=64, dtype=torch.float32, device="cpu", seed=0):
+def made(kind="qwen3", experts=6, hidden=128, intermediate=64, dtype=torch.float32, device="cpu", seed=0, scale=0.2):
     """Return an experts module of transformers with random values, as the only child of a module."""
     from transformers.models.gpt_oss import modeling_gpt_oss
     from transformers.models.nemotron_h import modeling_nemotron_h
@@ -72,7 +72,7 @@ def made(kind="qwen3", experts=6, hidden=128, intermediate=64, dtype=torch.float
     module = cls(SimpleNamespace(**fields))
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+        parameter.data = torch.randn(parameter.shape, generator=generator) * scale
     return nn.ModuleDict({"experts": module}).to(device, dtype).requires_grad_(False)
 
 

@@ -163,6 +163,25 @@ def test_a_cuda_graph_replays_it_with_other_tokens_and_experts(tokens):
     assert torch.equal(out, model.experts(*others))
 
 
+def test_a_bias_that_is_trained_gets_nothing_from_pairs_of_no_expert():
+    """Their rows are not computed, and hold what was in the memory."""
+    model = made("gpt_oss", dtype=torch.bfloat16, device=GPU, scale=0.1)
+    plain = pack(model, compute_dtype=torch.bfloat16).float()
+    x, ids, weights = routed(300, 2, model.experts, torch.bfloat16, device=GPU)
+    absent = torch.full_like(x[:, :1].repeat(1, 4096), torch.nan)  # memory that is used again
+    del absent
+    ids[::2, 0] = 6
+    grads = []
+    for one, dtype in ((model, torch.bfloat16), (plain, torch.float32)):
+        biases = [one.experts.gate_up_proj_bias.requires_grad_(), one.experts.down_proj_bias.requires_grad_()]
+        there = ids.clamp(max=5), weights.masked_fill(ids == 6, 0)
+        given = (ids, weights) if one is model else there
+        one.experts(x.to(dtype), given[0], given[1].to(dtype)).square().sum().backward()
+        grads.append([bias.grad for bias in biases])
+    for found, expected in zip(*grads, strict=True):
+        assert ((found - expected).norm() / expected.norm()).item() < 2e-2
+
+
 def test_more_steps_give_the_same_output_and_gradients(monkeypatch):
     model = made(dtype=torch.bfloat16, device=GPU)
     pack(model, compute_dtype=torch.bfloat16)
