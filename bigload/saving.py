@@ -251,7 +251,9 @@ def _config(model: nn.Module, layers: Mapping[str, Any], experts: Mapping[str, A
         configs.setdefault(tuple(config_of_layer(layer).items()), path)
     for path, module in experts.items():
         for each in configs_of_experts(module):
-            configs.setdefault(tuple(each.items()), path)
+            # Joined of weights with double quantization, their scales are in float32: see `checkpoint/merged.py`.
+            doubled = tuple((each | {"bnb_4bit_use_double_quant": True}).items())
+            configs.setdefault(doubled if doubled in configs else tuple(each.items()), path)
     if len(configs) > 1:
         raise QuantizationError(
             f"{listed(configs.values())} have different quantization configs: a checkpoint can have only one"

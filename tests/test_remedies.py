@@ -43,6 +43,9 @@ TRIED = {
     "checkpoint/hub.py": {
         "hf download": "checkpoint/test_hub.py::test_repository_that_was_fetched_is_loaded",
     },
+    "checkpoint/merged.py": {
+        "are not quantized: use": PLANNING + "test_experts_in_int8_that_are_merged_are_loaded_from_the_original",
+    },
     "checkpoint/pickled.py": {
         "save that part alone": CHECKPOINT + "test_state_dict_that_is_saved_alone_is_loaded",
         "save its state_dict alone": CHECKPOINT + "test_state_dict_that_is_saved_alone_is_loaded",
@@ -93,6 +96,18 @@ TRIED = {
     "model/initialization.py": {
         "give it values before the load": MODEL
         + "test_new_part_whose_class_does_not_initialise_it_is_loaded_with_values_of_its_own",
+    },
+    "model/quantizable_experts.py": {
+        "both must be; use the original": "model/test_quantizable_experts.py::"
+        "test_experts_of_which_half_is_stored_quantized_are_loaded_from_the_original",
+        "remove it from there": "model/test_quantizable_experts.py::"
+        "test_a_config_that_names_experts_which_are_stored_quantized_is_refused",
+        "other values: use the original": "interop/test_experts_of_others.py::"
+        "test_parametrized_experts_in_the_other_layout_are_refused",
+    },
+    "model/experts.py": {
+        "remove it from experts_modules": "model/test_quantizable_experts.py::"
+        "test_a_declared_module_that_computes_otherwise_is_loaded_without_its_name",
     },
     "model/quantizable.py": {
         "build the model without the tie": MODEL
@@ -210,7 +225,6 @@ TRIED = {
         "build the model from this": PLANNING + "test_model_of_the_checkpoints_sizes_is_loaded",
         "with their scales": PLANNING + "test_weights_of_integers_without_scales_are_loaded_from_the_original",
         "build the model without": PLANNING + "test_two_weights_that_the_model_ties_are_both_loaded_without_the_tie",
-        "are not quantized: use": PLANNING + "test_experts_that_are_merged_are_loaded_from_the_original",
     },
     "quantization/layers.py": {
         "or call merge_and_unload": ENTRY + "test_model_with_an_adapter_is_saved_merged_or_by_peft",
@@ -225,7 +239,13 @@ TRIED = {
         "move the input": "quantization/test_own_forwards.py::"
         "test_an_input_on_another_device_is_refused_and_the_remedy_works",
     },
+    "quantization/saved_experts.py": {
+        "load the model again": "model/test_quantizable_experts.py::"
+        "test_experts_whose_weight_was_replaced_are_saved_after_a_load",
+    },
     "saving.py": {
+        "reads no fused experts": "model/test_quantizable_experts.py::"
+        "test_saving_warns_of_what_transformers_does_not_read",
         "no subclasses of nn.Linear": "interop/test_saved_by_bigload.py::"
         "test_saving_warns_of_layers_that_transformers_does_not_make",
         "a name without dots": "interop/test_diffusers.py::"

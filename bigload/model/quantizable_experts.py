@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -90,8 +90,8 @@ def experts_stored_quantized(
     view: ModelView,
     config: BnbQuantizationConfig,
     tensors: Sequence[ModelTensor],
-    stored: Iterable[str],
-    declared: Iterable[str] = (),
+    stored: Mapping[str, tuple[int, ...]],
+    recorded: Collection[str] = (),
 ) -> dict[str, Experts]:
     """Return the experts that the checkpoint stores quantized, by path.
 
@@ -99,20 +99,22 @@ def experts_stored_quantized(
         view: of the model.
         config: its `skip_modules` and `keep_in_fp32_modules` must not name quantized experts.
         tensors: of the model.
-        stored: the names in the model of all weights that are stored quantized; those of other modules are ignored.
-        declared: paths of experts that were quantized when the model was saved.
+        stored: the name in the model of each weight that is stored quantized, and its shape; those of other modules are
+            ignored.
+        recorded: paths of experts that were quantized when bigload saved the model.
 
     Raises:
-        CheckpointError: one of a module's two weights is stored quantized, and the other is not.
+        CheckpointError: one of a module's two weights is stored quantized, and the other is not; or they are stored as
+            (E, in_features, out_features).
         ConfigError: the config skips quantized experts.
     """
-    names = set(stored)
+    names = stored.keys()
     modules = {
         path: module for path, module in _candidates(view, tensors).items() if not names.isdisjoint(_own(path, module))
     }
     if not modules:
         return {}
-    found = find_experts(modules, config.bnb_4bit_blocksize, _declared(modules, config, declared))
+    found = find_experts(modules, config.bnb_4bit_blocksize, _declared(modules, config, recorded))
     chosen = {path: experts for path, experts in found.items() if names & weights_of({path: experts}).keys()}
     for path, experts in chosen.items():
         weights = weights_of({path: experts})
@@ -122,6 +124,8 @@ def experts_stored_quantized(
                 f"{listed(names & weights.keys())} is stored quantized, but {listed(absent)}, of the same experts, is "
                 "not: both must be; use the original checkpoint"
             )
+        if experts.is_transposed and path not in recorded:
+            _require_turned(path, experts, stored)
         for field_name in ("skip_modules", "keep_in_fp32_modules"):
             if any(matches(name, getattr(config, field_name) or ()) for name in weights):
                 raise ConfigError(
@@ -131,26 +135,17 @@ def experts_stored_quantized(
     return chosen
 
 
-def experts_recorded(
-    view: ModelView, config: BnbQuantizationConfig, tensors: Sequence[ModelTensor], paths: Iterable[str]
-) -> dict[str, Experts]:
-    """Return the experts that were quantized when the model was saved, by path.
-
-    Raises:
-        CheckpointError: a path is not that of experts that can be quantized.
-    """
-    wanted = list(paths)
-    if not wanted:
-        return {}
-    modules = _candidates(view, tensors)
-    found = find_experts(modules, config.bnb_4bit_blocksize, _declared(modules, config, wanted))
-    unknown = [path for path in wanted if path not in found]
-    if unknown:
+def _require_turned(path: str, experts: Experts, stored: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse weights that others than bigload quantized in a module's own layout, where blocks run over its outputs."""
+    weights = weights_of({path: experts})
+    is_turned = all(stored[full] == experts.packed_shape(name) for full, (_, name) in weights.items())
+    can_tell = any(experts.packed_shape(name) != experts.plain_shape(name) for name in experts.weights)
+    if not (is_turned and can_tell):
         raise CheckpointError(
-            f"{listed(unknown)}: experts that were quantized when the model was saved, but in this one no experts "
-            "that can be: build the model that was saved, or name them in experts_modules"
+            f"{listed(weights)}: stored quantized as (E, in_features, out_features), the layout of this model's "
+            "experts; in 4 bit they are computed as (E, out_features, in_features), and turned they would have other "
+            "values: use the original checkpoint"
         )
-    return {path: found[path] for path in wanted}
 
 
 def _candidates(view: ModelView, tensors: Sequence[ModelTensor]) -> dict[str, nn.Module]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -155,8 +155,29 @@ def _of_experts(
     fmt = _quantized_format(config)
     _require_divisible(fmt, shape, tensor.name)
     if experts.is_transposed:
-        pieces = tuple(one.transpose() for source in pieces for one in source.by_expert())
+        pieces = tuple(one.transpose() for source in pieces for one in _by_expert(source))
     return PlannedTensor(tensor, shape, pieces, fmt, device, is_transposed=experts.is_transposed)
+
+
+def _by_expert(source: Source) -> list[Source]:
+    """Return a source for each expert of a whole 3-D tensor, so that they can be turned one by one.
+
+    What is computed when it is read stays one source, and what fills a part of the parameter.
+    """
+    tensor = source.tensor
+    if source.region or isinstance(tensor, (LazyTensor, QuantizedTensor)) or not tensor.shape[0]:
+        return [source]
+    rows, columns = tensor.shape[1:]
+    region = (slice(0, rows), slice(0, columns))
+    if isinstance(tensor, torch.Tensor):
+        pieces: list[StoredTensor | torch.Tensor] = list(tensor.detach())
+    else:
+        nbytes = tensor.nbytes // tensor.shape[0]
+        pieces = [
+            replace(tensor, shape=(rows, columns), offset=tensor.offset + expert * nbytes, nbytes=nbytes)
+            for expert in range(tensor.shape[0])
+        ]
+    return [replace(source, tensor=piece, region=(expert, *region)) for expert, piece in enumerate(pieces)]
 
 
 def _kept_dtype(tensor: ModelTensor, sources: Sequence[Source], usual: torch.dtype) -> torch.dtype:

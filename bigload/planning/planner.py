@@ -25,7 +25,6 @@ from ..model.initialization import rebuilt_by_owners, seems_unwritten
 from ..model.quantizable import layers_recorded, layers_stored_quantized, layers_to_quantize, plain_because_read
 from ..model.quantizable_experts import (
     ChosenExperts,
-    experts_recorded,
     experts_stored_quantized,
     experts_to_quantize,
 )
@@ -152,14 +151,17 @@ def _quantized(
     checkpoint = request.checkpoint
     record = None if checkpoint is None else checkpoint.record
     if checkpoint is not None and checkpoint.is_quantized:
-        stored = [name for name, pieces in sources.items() if isinstance(pieces[0].tensor, QuantizedTensor)]
+        stored = {
+            name: tensor.shape
+            for name, pieces in sources.items()
+            if isinstance(tensor := pieces[0].tensor, QuantizedTensor)
+        }
         recorded = () if record is None else record.experts
         experts = ChosenExperts(experts_stored_quantized(view, config, tensors, stored, recorded))
         others = [name for name in stored if name not in experts.weights]
         return layers_stored_quantized(view, config, tensors, others, quantizable), experts
     if record is not None and request.as_saved:
-        experts = ChosenExperts(experts_recorded(view, config, tensors, record.experts))
-        return layers_recorded(view, record.layers, quantizable), experts
+        return layers_recorded(view, record.layers, quantizable), ChosenExperts()  # the main weights of int8 training
     experts = experts_to_quantize(view, config, tensors)
     layers = layers_to_quantize(view, config, tensors, quantizable, read)
     if checkpoint is not None and (layers or experts.quantized):  # what it does not hold is new, to be trained

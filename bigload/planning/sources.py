@@ -14,6 +14,7 @@ import torch
 from ..checkpoint.bitsandbytes import QuantizedTensor
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.foreign import foreign_error
+from ..checkpoint.merged import MergedTensor, merge_quantized, not_joined
 from ..errors import CheckpointError, ConfigError, counted, listed
 from ..io.tensors import LazyTensor, StoredTensor, read_bytes, read_whole
 from ..model.tensors import ModelTensor
@@ -44,26 +45,6 @@ class Source:
     def transpose(self) -> Source:
         """Return the source of the transposed parameter."""
         return replace(self, region=(*self.region[:-2], *self.region[:-3:-1]), transposed=not self.transposed)
-
-    def by_expert(self) -> list[Source]:
-        """Return a source for each expert of a whole 3-D tensor, so that they can be turned one by one.
-
-        What is computed when it is read stays one source, and what fills a part of the parameter.
-        """
-        tensor = self.tensor
-        if self.region or isinstance(tensor, (LazyTensor, QuantizedTensor)) or not tensor.shape[0]:
-            return [self]
-        rows, columns = tensor.shape[1:]
-        region = (slice(0, rows), slice(0, columns))
-        if isinstance(tensor, torch.Tensor):
-            pieces: list[StoredTensor | torch.Tensor] = list(tensor.detach())
-        else:
-            nbytes = tensor.nbytes // tensor.shape[0]
-            pieces = [
-                replace(tensor, shape=(rows, columns), offset=tensor.offset + expert * nbytes, nbytes=nbytes)
-                for expert in range(tensor.shape[0])
-            ]
-        return [replace(self, tensor=piece, region=(expert, *region)) for expert, piece in enumerate(pieces)]
 
 
 @dataclass(frozen=True)
@@ -205,11 +186,6 @@ def _by_model_name(stored: Mapping[str, StoredTensor], conversion: KeyConversion
         name, pattern = conversion.target(key) if conversion else (key, None)
         if pattern is None:
             found.setdefault(name, Found((Source(stored[key]),), stored[key].shape, stored[key]))
-        elif isinstance(stored[key], QuantizedTensor):
-            raise CheckpointError(
-                f"'{key}' is quantized already, but this model combines it with others into '{name}', which needs "
-                "weights that are not quantized: use the original checkpoint"
-            )
         else:
             groups.setdefault(name, {}).setdefault(pattern, []).append(stored[key])
     for name, group in groups.items():
@@ -231,6 +207,16 @@ def _combined(target: str, group: Mapping[str, Sequence[StoredTensor]], conversi
         made = conversion.convert(target, stand_ins)
     except Exception:  # not only NotTraceable: operations that fail on stand-ins may work on tensors
         return _computed(target, group, conversion)
+    if any(isinstance(tensor, QuantizedTensor) for tensor in stored.values()):
+        joined = [
+            merge_quantized(
+                name,
+                tuple(traced.shape),
+                [(stored[piece.name], piece.region, piece.transposed) for piece in traced.pieces],
+            )
+            for name, traced in made.items()
+        ]
+        return {name: Found((Source(whole),), whole.shape, whole) for name, whole in zip(made, joined, strict=True)}
     return {
         name: Found(
             tuple(Source(stored[piece.name], piece.region, piece.transposed) for piece in traced.pieces),
@@ -243,6 +229,10 @@ def _combined(target: str, group: Mapping[str, Sequence[StoredTensor]], conversi
 
 def _computed(target: str, group: Mapping[str, Sequence[StoredTensor]], conversion: KeyConversion) -> dict[str, Found]:
     first = next(iter(group.values()))[0]
+    packed = [tensor for tensors in group.values() for tensor in tensors if isinstance(tensor, QuantizedTensor)]
+    if packed:
+        require_whole_series({target: ([tensor.name for tensors in group.values() for tensor in tensors], 0)})
+        raise not_joined(packed[0].name, target)
     empty = {
         pattern: [torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for tensor in tensors]
         for pattern, tensors in group.items()
@@ -388,6 +378,11 @@ def _require_fit(
             "model expects a 16 to 64 bit floating dtype, or weights that bitsandbytes quantized, with their scales; "
             "use the original checkpoint"
         )
+
+
+def _stored_names(found: Found) -> list[str]:
+    tensors = found.first.pieces if isinstance(found.first, MergedTensor) else [piece.tensor for piece in found.sources]
+    return [tensor.name for tensor in tensors if isinstance(tensor, StoredTensor)]
 
 
 def _turned(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -11,6 +11,8 @@ from bigload import (
     BnbQuantizationConfig,
     CheckpointError,
     ConfigError,
+    QuantizationError,
+    dequantize_model,
     load_and_quantize_model,
     plan_device_map,
     save_quantized_model,
@@ -18,6 +20,10 @@ from bigload import (
 from bigload.quantization.saved_experts import quantized_experts
 
 FIRST, SECOND = "model.layers.0.mlp.experts", "model.layers.1.mlp.experts"
+
+
+def built(name="qwen3_moe"):
+    return empty(lambda: MIXTURES[name][0](config(name)))
 
 
 def planned(name="qwen3_moe", mode="nf4", fields=None, **options):
@@ -122,32 +128,60 @@ def test_missing_experts_are_named(tmp_path, lost):
     gone = {key for key in state if key.startswith(stem) and part in (key.split(".")[-2], "all")}
     assert gone
     save({key: tensor for key, tensor in state.items() if key not in gone}, tmp_path / "part")
-    build = lambda: MIXTURES["qwen3_moe"][0](config("qwen3_moe"))  # noqa: E731
     with pytest.raises(CheckpointError) as caught:
-        load_and_quantize_model(empty(build), "nf4", tmp_path / "part", device_map="cpu")
+        load_and_quantize_model(built(), "nf4", tmp_path / "part", device_map="cpu")
     assert set(caught.value.missing_keys) == gone
     assert all(f"'{key}'" in str(caught.value) for key in gone)
 
 
-def test_half_of_the_experts_stored_quantized_is_refused(tmp_path):
+def test_experts_of_which_half_is_stored_quantized_are_loaded_from_the_original(tmp_path):
     model = load_and_quantize_model(mixture("qwen3_moe"), "nf4", device_map="cpu")
     plain = mixture("qwen3_moe").state_dict()
     state = {key: t for key, t in model.state_dict().items() if not key.startswith(f"{SECOND}.down_proj")}
     state[f"{SECOND}.down_proj"] = plain[f"{SECOND}.down_proj"]
-    build = lambda: MIXTURES["qwen3_moe"][0](config("qwen3_moe"))  # noqa: E731
-    save({key: tensor.clone() for key, tensor in state.items()}, tmp_path)
-    with pytest.raises(
-        CheckpointError, match=rf"'{SECOND}\.gate_up_proj' is stored quantized, but '{SECOND}\.down_proj'"
-    ):
-        load_and_quantize_model(empty(build), None, tmp_path, device_map="cpu")
+    save({key: tensor.clone() for key, tensor in state.items()}, tmp_path / "half")
+    save({key: tensor.clone() for key, tensor in plain.items()}, tmp_path / "original")
+    message = rf"'{SECOND}\.gate_up_proj' is stored quantized, but '{SECOND}\.down_proj'.*use the original checkpoint"
+    with pytest.raises(CheckpointError, match=message):
+        load_and_quantize_model(built(), None, tmp_path / "half", device_map="cpu")
+    again = load_and_quantize_model(built(), "nf4", tmp_path / "original", device_map="cpu")
+    assert_same_bits(again.state_dict(), model.state_dict())
 
 
-def test_a_config_that_skips_experts_which_are_stored_quantized_is_refused(tmp_path):
-    save_quantized_model(load_and_quantize_model(mixture("qwen3_moe"), "nf4", device_map="cpu"), tmp_path / "saved")
-    build = lambda: MIXTURES["qwen3_moe"][0](config("qwen3_moe"))  # noqa: E731
-    asked = BnbQuantizationConfig.from_mode("nf4", skip_modules=["layers.0.mlp.experts", "lm_head"])
-    with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.experts"):
-        load_and_quantize_model(empty(build), asked, tmp_path / "saved", device_map="cpu")
+@pytest.mark.parametrize("field", ["skip_modules", "keep_in_fp32_modules"])
+def test_a_config_that_names_experts_which_are_stored_quantized_is_refused(tmp_path, field):
+    mixture("qwen3_moe").save_pretrained(tmp_path / "original")
+    model = load_and_quantize_model(built(), "nf4", tmp_path / "original", device_map="cpu")
+    save_quantized_model(model, tmp_path / "saved")
+    named = BnbQuantizationConfig.from_mode("nf4", **{field: ["layers.0.mlp.experts"]})
+    with pytest.raises(ConfigError, match=r"'model\.layers\.0\.mlp\.experts', which .*: remove it from there, or use"):
+        load_and_quantize_model(built(), named, tmp_path / "saved", device_map="cpu")
+    removed = load_and_quantize_model(built(), "nf4", tmp_path / "saved", device_map="cpu")
+    assert list(quantized_experts(removed)) == [FIRST, SECOND]
+    original = load_and_quantize_model(built(), named, tmp_path / "original", device_map="cpu")
+    assert list(quantized_experts(original)) == [SECOND]
+
+
+def test_stored_experts_that_the_model_computes_otherwise_are_refused(tmp_path):
+    asked = BnbQuantizationConfig.from_mode("nf4", skip_modules=[], experts_modules=["1"])
+    save_quantized_model(load_and_quantize_model(net(), asked, device_map="cpu"), tmp_path / "saved")
+
+    def others():
+        return nn.Sequential(Ours(), Other())
+
+    with pytest.raises(ConfigError, match="'1', but its forward computes something else"):
+        load_and_quantize_model(empty(others), None, tmp_path / "saved", device_map="cpu")
+
+
+def test_a_declared_module_that_computes_otherwise_is_loaded_without_its_name():
+    asked = BnbQuantizationConfig.from_mode("nf4", skip_modules=[], experts_modules=["0", "1"])
+    with pytest.raises(ConfigError, match=r"'1', but .* or remove it from experts_modules, so that it stays in 16 bit"):
+        load_and_quantize_model(nn.Sequential(Ours(), Other()), asked, device_map="cpu")
+    asked.experts_modules = ["0"]
+    model = load_and_quantize_model(nn.Sequential(Ours(), Other()), asked, device_map="cpu")
+    assert list(quantized_experts(model)) == ["0"]
+    asked.experts_modules = ["0", "1"]
+    assert list(quantized_experts(load_and_quantize_model(net(), asked, device_map="cpu"))) == ["0", "1"]
 
 
 class Ours(nn.Module):
@@ -167,6 +201,11 @@ class Ours(nn.Module):
             y = nn.functional.linear(self.act_fn(gate) * up, self.down_proj[expert])
             out.index_add_(0, token, y * top_k_weights[token, choice, None])
         return out
+
+
+class Other(Ours):
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        return super().forward(hidden_states, top_k_index, top_k_weights) * 2
 
 
 def net():
@@ -200,3 +239,25 @@ def test_tied_experts_stay_and_the_plan_says_so():
     asked = BnbQuantizationConfig.from_mode("nf4", skip_modules=[], experts_modules=["0"])
     plan = plan_device_map(model, asked, device_map="cpu")
     assert plan.plain_experts == {"0": "tied to other modules' weights"}
+
+
+def test_experts_whose_weight_was_replaced_are_saved_after_a_load(tmp_path):
+    model = load_and_quantize_model(mixture("qwen3_moe"), "nf4", device_map="cpu")
+    module = model.get_submodule(FIRST)
+    module.down_proj = nn.Parameter(torch.zeros(4, 64, 64))
+    for refused in (lambda: save_quantized_model(model, tmp_path / "saved"), lambda: dequantize_model(model)):
+        with pytest.raises(QuantizationError, match=rf"'{FIRST}\.down_proj': quantized when .*: load the model again"):
+            refused()
+    again = load_and_quantize_model(mixture("qwen3_moe"), "nf4", device_map="cpu")
+    save_quantized_model(again, tmp_path / "saved")
+    dequantize_model(again)
+
+
+def test_saving_warns_of_what_transformers_does_not_read(tmp_path, warned):
+    model = load_and_quantize_model(mixture("qwen3_moe"), "nf4", device_map="cpu")
+    save_quantized_model(model, tmp_path / "saved")
+    (message,) = warned()
+    assert f"transformers reads no fused experts in 4 bit, such as those of '{FIRST}'" in message
+    assert "load_and_quantize_model(model, None, folder)" in message
+    again = load_and_quantize_model(built(), None, tmp_path / "saved", device_map="cpu")
+    assert_same_bits(again.state_dict(), model.state_dict())
