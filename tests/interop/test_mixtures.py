@@ -1,5 +1,6 @@
 """Mixtures of experts of transformers: their fused experts are planned, loaded, run, saved and dequantized in 4 bit."""
 
+import copy
 import functools
 
 import pytest
@@ -11,6 +12,7 @@ from references import quantize_as_bitsandbytes
 
 from bigload import (
     BnbQuantizationConfig,
+    QuantizationError,
     dequantize_model,
     load_and_quantize_model,
     plan_device_map,
@@ -117,3 +119,20 @@ def test_models_saved_converted_and_dequantized_are_the_same_model(stored, devic
         if mode == "nf4":
             options = {"max_new_tokens": 5, "do_sample": False}
             assert torch.equal(model.generate(tokens, **options), plain.generate(tokens, **options))
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_save_pretrained_is_refused_and_both_remedies_save(stored, tmp_path, name):
+    """transformers takes merged experts apart as it saves, and what is quantized there stops it half-way."""
+    folder, _ = stored(name)
+    model = load_and_quantize_model(built(name), "nf4", folder, device_map="cpu")
+    with pytest.raises(QuantizationError, match=r"as transformers reads none: save the model with .*, or call"):
+        model.save_pretrained(tmp_path / "refused")
+    save_quantized_model(model, tmp_path / "saved")
+    again = load_and_quantize_model(built(name), None, tmp_path / "saved", device_map="cpu")
+    assert_same_bits(again.state_dict(), model.state_dict())
+    with pytest.raises(QuantizationError, match="save_pretrained"):
+        copy.deepcopy(again).save_pretrained(tmp_path / "refused")
+    dequantize_model(again).save_pretrained(tmp_path / "plain")
+    plain = MIXTURES[name][0].from_pretrained(tmp_path / "plain")
+    assert_same_bits(plain.state_dict(), again.state_dict())
