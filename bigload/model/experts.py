@@ -124,7 +124,7 @@ def _survey(modules: Mapping[str, nn.Module], blocksize: int, declared: Iterable
     names = list(declared)
     found: dict[str, Experts | str] = {}
     for path, module in modules.items():
-        if not _holds_experts(module) and not (matches(path, names) and _weights(module)):
+        if not _holds_experts(module) and not (names and matches(path, names) and _weights(module)):
             continue
         facts: Experts | str
         if _is_decorated(type(module)):

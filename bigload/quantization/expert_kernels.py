@@ -205,8 +205,8 @@ def combine(
     num_experts, features: tl.constexpr, top_k: tl.constexpr, block: tl.constexpr,
     has_places: tl.constexpr, has_weights: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(1).to(tl.int64)
-    feature = tl.program_id(0) * block + tl.arange(0, block)
+    token = tl.program_id(0).to(tl.int64)  # the second dimension of a grid ends at 65,535
+    feature = tl.program_id(1) * block + tl.arange(0, block)
     ok = feature < features
     total = tl.zeros([block], tl.float32)
     for choice in range(0, top_k):

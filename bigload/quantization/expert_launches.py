@@ -224,7 +224,7 @@ def combine(
     features, block = y.shape[1], 1024
     out = y.new_empty(tokens, features)
     if tokens:
-        _module().combine[(-(-features // block), tokens)](
+        _module().combine[(tokens, -(-features // block))](
             y,
             y if places is None else places,
             ids,

@@ -119,6 +119,15 @@ def test_rows_are_combined_as_torch_does_and_their_gradients_too(features, weigh
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_more_tokens_than_the_second_dimension_of_a_grid_takes():
+    model = made(hidden=64, intermediate=64, dtype=torch.bfloat16, device=GPU)
+    pack(model, compute_dtype=torch.bfloat16)
+    x, ids, weights = routed(70, 2, model.experts, torch.bfloat16, device=GPU)
+    expected = model.experts(x.clone().requires_grad_(), ids, weights)
+    found = model.experts(x.repeat(1000, 1), ids.repeat(1000, 1), weights.repeat(1000, 1))
+    assert close(found[-70:], expected.float(), torch.bfloat16)
+
+
 def test_limits_choose_the_way(monkeypatch):
     model = made(dtype=torch.bfloat16, device=GPU)
     pack(model, compute_dtype=torch.bfloat16)
