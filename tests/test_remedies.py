@@ -166,10 +166,6 @@ TRIED = {
     "offload/weight_cache.py": {
         "name an offload_folder of your own": OFFLOAD + "test_folder_of_ones_own_is_written",
     },
-    "pipeline/attributes.py": {
-        "or call bigload.dequantize_model": "interop/test_mixtures.py::"
-        "test_save_pretrained_is_refused_and_both_remedies_save",
-    },
     "pipeline/exchange.py": {
         "in skip_modules": "pipeline/test_exchange.py::"
         "test_a_held_weight_of_a_layer_to_quantize_is_refused_and_its_remedy_works",
@@ -180,6 +176,12 @@ TRIED = {
     },
     "pipeline/file_output.py": {
         "add it to skip_modules": ENTRY + "test_values_too_large_for_a_format_are_loaded_in_another",
+    },
+    "pipeline/refusals.py": {
+        "or call bigload.dequantize_model": "interop/test_mixtures.py::"
+        "test_save_pretrained_is_refused_and_both_remedies_save",
+        "name attention": "interop/test_trained_mixtures.py::"
+        "test_adapters_of_packed_experts_are_refused_and_both_remedies_work",
     },
     "planning/advice.py": {
         "choose a smaller mode": PLANNING + "test_model_that_a_map_puts_where_it_does_not_fit_is_planned",

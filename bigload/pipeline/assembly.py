@@ -26,6 +26,7 @@ from .after_load import finished
 from .attributes import ABSENT, Edit
 from .exchange import HeldElsewhere
 from .execute import LoadedTensor
+from .refusals import refuse_adapters_of_parameters
 
 
 class Assembly:
@@ -113,6 +114,8 @@ class Assembly:
 
     def _edits_of_experts(self) -> list[Edit]:
         edits: list[Edit] = []
+        if self._plan.experts:
+            refuse_adapters_of_parameters()
         for path, experts in self._plan.experts.items():
             module, computed = self._view.modules[path], self._plan.config.bnb_4bit_compute_dtype
             assert isinstance(computed, torch.dtype)  # "auto" is resolved

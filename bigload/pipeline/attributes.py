@@ -7,16 +7,16 @@ import functools
 import importlib
 import re
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import QuantizationError
 from ..model import diffusers_facts, transformers_facts
 from ..model.quantizable import plain_linears
 from ..model.view import ModelView
 from ..planning.plan import Plan
+from .refusals import refuse_save
 
 # One assignment: a module's dict of attributes, parameters, buffers or modules, or what acts as one; the key; the new
 # value, or ABSENT to delete the key.
@@ -52,23 +52,11 @@ def _of_transformers(view: ModelView, plan: Plan) -> list[Edit]:
     module = importlib.import_module(f"transformers.quantizers.quantizer_bnb_{bits}bit")
     quantizer = getattr(module, f"Bnb{bits}BitHfQuantizer")(quantization, pre_quantized=False)
     if plan.experts:
-        quantizer.is_serializable = functools.partial(_refuse_save, next(iter(plan.experts)))
+        quantizer.is_serializable = functools.partial(refuse_save, next(iter(plan.experts)))
     own = {"is_quantized": True, "quantization_method": quantization.quant_method, "hf_quantizer": quantizer}
     copies = _copied_configs(view, is_quantized=True)
     copies[id(model.config)].quantization_config = quantization
     return [(model.__dict__, name, value) for name, value in own.items()] + _with_configs(view, copies)
-
-
-def _refuse_save(path: str) -> NoReturn:
-    """Refuse `save_pretrained`, which asks the quantizer first.
-
-    Raises:
-        QuantizationError: always.
-    """
-    raise QuantizationError(
-        f"save_pretrained cannot save fused experts in 4 bit, such as those of {path!r}, as transformers reads none: "
-        "save the model with bigload.save_quantized_model(model, folder), or call bigload.dequantize_model(model) first"
-    )
 
 
 def _of_diffusers(view: ModelView, plan: Plan) -> list[Edit]:
