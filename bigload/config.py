@@ -191,7 +191,7 @@ class BnbQuantizationConfig:
             ours["bnb_4bit_quant_storage"] = torch.uint8
         made = cls._build({**ours, "torch_dtype": torch_dtype})
         if made.load_in_4bit and made.bnb_4bit_compute_dtype == torch.float32:
-            _warn_of_float32()
+            warn_of_float32()
         return made
 
     def to_transformers(self) -> Any:
@@ -296,14 +296,14 @@ def as_config(given: Any) -> BnbQuantizationConfig:
     )
 
 
-@functools.cache  # once in a process
-def _warn_of_float32() -> None:
+@functools.cache  # once in a process for each remedy
+def warn_of_float32(remedy: str = "set bnb_4bit_compute_dtype=torch.bfloat16, or name a mode such as 'nf4'") -> None:
     """Warn that 4-bit layers will compute in float32, which few who leave out the compute dtype have meant."""
     logger.warning(
         "4-bit layers will compute in float32, the default of BitsAndBytesConfig, for which bitsandbytes has only slow "
-        "kernels: set bnb_4bit_compute_dtype=torch.bfloat16, or name a mode such as 'nf4' for the checkpoint's own "
-        "dtype. If float32 is meant, BnbQuantizationConfig(bnb_4bit_compute_dtype='fp32', ...) says so without this "
-        "warning"
+        "kernels: %s. If float32 is meant, BnbQuantizationConfig(bnb_4bit_compute_dtype='fp32', ...) says so without "
+        "this warning",
+        remedy,
     )
 
 

@@ -41,7 +41,7 @@ from .planning.planner import plan_load
 from .planning.request import LoadRequest, PlacementRequest, require_names
 from .planning.sources import KeyMapping
 from .quantization import bnb
-from .saving import shard_bytes, weights_stem, write_configs
+from .saving import json_attributes, shard_bytes, weights_stem, write_configs
 
 # Identifies an unfinished conversion, in its folder.
 _PROGRESS_NAME = "progress.json"
@@ -134,12 +134,15 @@ def quantize_checkpoint(
                 f"{listed(objects)}: extra state that is no tensor, which safetensors cannot hold: load the model "
                 "with load_and_quantize_model instead"
             )
+        saved = {p.tensor.name: (p.tensor.value.dtype, p.tensor.shape) for p in plan.tensors if p.tensor.persistent}
+        changed = changed_when_loaded_again(view.modules, saved, as_held=True)
+        attributes = json_attributes(plan.after.attributes, view.modules, saved, changed)
         with _exclusive(target), _resumable_folder(target, _fingerprint(plan, checkpoint, max_shard_bytes)) as made:
             skipped = [path for path in plain_linears(view) if path not in plan.layers]
             # First what may fail, then what takes long.
             write_configs(model, made, plan.config, skipped, plan.layers, plan.config.load_dtype)
             layout = _convert(plan, made, max_shard_bytes, weights_stem(model), progress)
-            _describe(plan, made, layout, skipped, view.modules)
+            _describe(plan, made, layout, skipped, changed, attributes)
             if is_folder:
                 copy_the_rest(checkpoint.location.parent, made)
             checked_target(target, overwrite=overwrite)  # others may have written there meanwhile
@@ -265,10 +268,15 @@ def _in_file_order(planned: PlannedTensor) -> tuple[str, int]:
     return ("", 0) if first is None or isinstance(first, torch.Tensor) else (str(first.file), first.offset)
 
 
-def _describe(plan: Plan, folder: Path, layout: str, skipped: Sequence[str], modules: Mapping[str, nn.Module]) -> None:
+def _describe(
+    plan: Plan,
+    folder: Path,
+    layout: str,
+    skipped: Sequence[str],
+    changed: Sequence[str],
+    attributes: Mapping[str, Mapping[str, Any]],
+) -> None:
     ties = [planned.tensor.names for planned in plan.tensors if len(planned.tensor.names) > 1]
     config = dataclasses.replace(plan.config, skip_modules=None, keep_in_fp32_modules=None)
-    saved = {p.tensor.name: (p.tensor.value.dtype, p.tensor.shape) for p in plan.tensors if p.tensor.persistent}
-    changed = changed_when_loaded_again(modules, saved, as_held=True)
-    record = Record(layout, config, tuple(plan.layers), tuple(skipped), tuple(ties), tuple(changed))
+    record = Record(layout, config, tuple(plan.layers), tuple(skipped), tuple(ties), tuple(changed), attributes)
     write_json(folder / RECORD_NAME, record.to_dict())

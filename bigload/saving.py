@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,12 @@ from .config import BnbQuantizationConfig
 from .errors import ConfigError, QuantizationError, listed
 from .hardware.devices import on_cpu_unless_named
 from .inspection.own_loading import changed_when_loaded_again
+from .inspection.own_saving import (
+    attributes_set_by_loading,
+    kept_attributes,
+    saving_rules,
+    weights_changed_by_saving,
+)
 from .model import diffusers_facts, transformers_facts
 from .model.quantizable import plain_linears
 from .model.tree import leaves, modules_by_path
@@ -57,7 +63,8 @@ def save_quantized_model(
         CheckpointError: the folder is not empty, or cannot be written; its contents are unchanged.
         ConfigError: an argument has an invalid value, or the model has no quantized layer.
         QuantizationError: the model could not be loaded again as it is: it has weights on meta, layers of several
-            formats, or weights that bitsandbytes has packed for the CPU.
+            formats, weights that bitsandbytes has packed for the CPU, hooks that change the names of quantized ones, or
+            attributes that a module's own loading has set and that no JSON can hold.
 
     Example:
         >>> import bigload, torch
@@ -78,6 +85,10 @@ def save_quantized_model(
     config = _config(model, layers)
     state, ties = _stored_once(model, layers)
     skipped = [path for path in plain_linears(model) if path not in layers]
+    modules = modules_by_path(model)
+    saved = {name: (tensor.dtype, tensor.shape) for name, tensor in state.items()}
+    changed = changed_when_loaded_again(modules, saved, as_held=False)
+    attributes = json_attributes(attributes_set_by_loading(modules, saved), modules, saved, changed)
     with new_folder(folder, overwrite=overwrite) as made:
         write_configs(model, made, config, skipped, layers, getattr(model, "dtype", None))
         entries = [Entry(n, t.dtype, tuple(t.shape)) for n, t in state.items()]
@@ -88,10 +99,32 @@ def save_quantized_model(
             writer.finish()
         finally:
             writer.close()
-        saved = {name: (tensor.dtype, tensor.shape) for name, tensor in state.items()}
-        changed = changed_when_loaded_again(modules_by_path(model), saved, as_held=False)
-        record = Record(writer.layout, config, tuple(layers), tuple(skipped), tuple(ties), tuple(changed))
+        record = Record(writer.layout, config, tuple(layers), tuple(skipped), tuple(ties), tuple(changed), attributes)
         write_json(made / RECORD_NAME, record.to_dict())
+
+
+def json_attributes(
+    attributes: Mapping[str, Mapping[str, Any]],
+    modules: Mapping[str, nn.Module],
+    saved: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    skipped: Sequence[str],
+) -> dict[str, dict[str, Any]]:
+    """Return what modules' own loading has set on them, for the record.
+
+    Args:
+        attributes: path -> name -> value.
+        modules, saved, skipped: as for `kept_attributes`.
+
+    Raises:
+        QuantizationError: an attribute would be lost.
+    """
+    kept, lost = kept_attributes(attributes, modules, saved, skipped)
+    if lost:
+        raise QuantizationError(
+            f"{listed(lost)}: set by the module's own loading, and would be lost, since JSON cannot hold such a value: "
+            "let the module's get_extra_state return it as a tensor, and its set_extra_state set it"
+        )
+    return kept
 
 
 def shard_bytes(size: int | str) -> int:
@@ -211,8 +244,9 @@ def _stored_once(model: nn.Module, layers: Mapping[str, Any]) -> tuple[dict[str,
             f"{listed(extra)}: extra state that is no tensor, which safetensors cannot hold: let "
             "get_extra_state return a tensor"
         )
-    groups: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)
     modules = modules_by_path(model)
+    _require_weights_as_held(modules, layers, state)
+    groups: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)
     for name, parameter in leaves(modules, "_parameters").items():
         if name in state and parameter.numel():
             groups[parameter.data_ptr(), parameter.dtype, parameter.shape, parameter.stride()].append(name)
@@ -234,3 +268,20 @@ def _stored_once(model: nn.Module, layers: Mapping[str, Any]) -> tuple[dict[str,
         around = {f"{name.removesuffix('weight')}{part}" for part in ("SCB", "weight_format")}
         gone |= {key for key in state if key in around or key.startswith(f"{name}.")}
     return {name: tensor for name, tensor in state.items() if name not in gone}, ties
+
+
+def _require_weights_as_held(
+    modules: Mapping[str, nn.Module], layers: Mapping[str, Any], state: Mapping[str, torch.Tensor]
+) -> None:
+    changed = weights_changed_by_saving(modules, layers, state)
+    if not changed:
+        return
+    rules = {
+        f"{listed(saving_rules(modules[path]))} of {repr(path) if path else 'the model'}": None
+        for above in changed.values()
+        for path in above
+    }
+    raise QuantizationError(
+        f"{listed(changed)}: quantized, but the state_dict holds their weights changed, or under names that loading "
+        f"does not take back: {'; '.join(rules)}. Remove such hooks for the save, or let them leave these weights alone"
+    )

@@ -1,4 +1,7 @@
-"""Fixtures that the tests of all wings share, how many threads they run with, and which of them this machine can run.
+"""Fixtures that the tests of all wings share, how many processes and threads they run with, and which of them run here.
+
+All tests run in one process for each core; those of a file that is named, in one process (pytest-xdist's `-n` overrules
+both).
 
 torch computes with one thread here, unless OMP_NUM_THREADS says how many. The models are so small that more threads
 save no time, and on busy cores each product waits for the last of them: the tests took ten times as long. With torch's
@@ -27,6 +30,27 @@ LEFT_OUT = pytest.StashKey[int]()
 USUAL_THREADS = torch.get_num_threads()
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(1)
+
+
+MOST_PROCESSES = 8  # each takes over 1 GB
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """Run a file or test that is named in this process, where a debugger reaches it and it begins at once."""
+    is_all = all(Path(argument).is_dir() for argument in config.args)
+    return min(len(os.sched_getaffinity(0)), MOST_PROCESSES) if is_all else 0
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Take over what a process tells at its end."""
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = session.config.stash.get(LEFT_OUT, 0)
 
 
 @pytest.hookimpl(trylast=True)  # of what -m and -k have left
@@ -121,7 +145,8 @@ def moves(monkeypatch):
         found.append((tensor, device))
         return torch.zeros_like(tensor, device=device)  # from meta there is nothing to copy
 
-    monkeypatch.setattr("bigload.offload.device_hooks._to_device", moved)
+    for room in ("hardware.nested_tensors", "offload.device_hooks"):
+        monkeypatch.setattr(f"bigload.{room}.to_device", moved)
     return found
 
 

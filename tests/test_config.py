@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from bigload.config import BnbQuantizationConfig, _warn_of_float32, as_config
+from bigload.config import BnbQuantizationConfig, as_config, warn_of_float32
 from bigload.errors import ConfigError, MissingDependencyError
 from bigload.modes import MODES
 
@@ -339,7 +339,7 @@ def test_as_config_refuses_a_dict_of_both_or_neither_mode(given):
 
 @pytest.mark.parametrize("form", ["object", "dict"])
 def test_float32_that_transformers_chooses_is_warned_of_once(monkeypatch, warned, form):
-    _warn_of_float32.cache_clear()
+    warn_of_float32.cache_clear()
     given = TransformersConfig(load_in_4bit=True)
     given = given if form == "object" else given.to_dict()
     for _ in range(2):
@@ -349,7 +349,7 @@ def test_float32_that_transformers_chooses_is_warned_of_once(monkeypatch, warned
 
 
 def test_what_the_warning_of_float32_names_is_not_warned_of(monkeypatch, warned):
-    _warn_of_float32.cache_clear()
+    warn_of_float32.cache_clear()
     remedies = [
         TransformersConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16),
         "nf4",

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Record:
         ties: the names of each group of tied parameters; the weight is stored by the first.
         as_loaded: paths of the modules whose tensors are stored as their own `_load_from_state_dict` left them, so that
             it must not change them again.
+        attributes: module path -> what its own loading had set on it, beside tensors.
     """
 
     layout: str
@@ -41,6 +42,7 @@ class Record:
     kept: tuple[str, ...]
     ties: tuple[tuple[str, ...], ...]
     as_loaded: tuple[str, ...] = ()
+    attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON values."""
@@ -52,6 +54,7 @@ class Record:
             "kept": list(self.kept),
             "ties": [list(names) for names in self.ties],
             **({"as_loaded": list(self.as_loaded)} if self.as_loaded else {}),
+            **({"attributes": self.attributes} if self.attributes else {}),
         }
 
 
@@ -105,7 +108,11 @@ def _fields(config: BnbQuantizationConfig) -> list[str]:
 def _parsed(said: Mapping[str, Any]) -> Record:
     ties, as_loaded = [_names(names) for names in said["ties"]], _names(said.get("as_loaded", []))
     config = BnbQuantizationConfig.from_dict(dict(said["config"]))
-    return Record(said["layout"], config, _names(said["layers"]), _names(said["kept"]), tuple(ties), as_loaded)
+    attributes = said.get("attributes", {})
+    if not isinstance(attributes, dict) or not all(isinstance(own, dict) for own in attributes.values()):
+        raise TypeError(f"{attributes!r} is not a dict of attributes by module")
+    layers, kept = _names(said["layers"]), _names(said["kept"])
+    return Record(said["layout"], config, layers, kept, tuple(ties), as_loaded, attributes)
 
 
 def _names(value: Any) -> tuple[str, ...]:

@@ -105,7 +105,8 @@ def _parse_entry(path: Path, start: int, name: str, entry: Any) -> StoredTensor:
 
 
 def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)  # a bool is an int, too
+    # A bool is an int, too.
+    return isinstance(value, list) and {int}.issuperset(map(type, value)) and min(value, default=0) >= 0
 
 
 def parse_json(raw: bytes, path: Path) -> Any:

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..config import FLOATS, BnbQuantizationConfig
+import torch
+
+from ..config import FLOATS, BnbQuantizationConfig, warn_of_float32
 from ..errors import CheckpointError, ConfigError
 from ..quantization.formats import FourBit, Int8
 from .bitsandbytes import QuantizedTensor
@@ -39,7 +41,11 @@ def config_of(checkpoint: Checkpoint, given: BnbQuantizationConfig | None) -> Bn
         fields["bnb_4bit_quant_storage"] = fmt.quant_storage
     if given is None:
         if checkpoint.record is None:
-            return BnbQuantizationConfig(**fields, **_config_json_fields(checkpoint.location))
+            made = BnbQuantizationConfig(**fields, **_config_json_fields(checkpoint.location))
+            if made.load_in_4bit and made.bnb_4bit_compute_dtype == torch.float32:
+                fast = f"BnbQuantizationConfig.from_mode({made.mode!r}, bnb_4bit_compute_dtype=torch.bfloat16)"
+                warn_of_float32(f"pass {fast} instead of None")
+            return made
         given = checkpoint.record.config
     fields["llm_int8_has_fp16_weight"] = False
     asked = {name: getattr(given, name) for name in fields}

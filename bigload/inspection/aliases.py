@@ -1,4 +1,4 @@
-"""Finds what holds a model's modules and tensors beside their owners: lists, dicts, partials, bound methods, closures.
+"""Finds what holds a model's modules and tensors beside their owners: lists, partials, methods, closures, globals.
 
 `self.steps = [self.fc1, self.fc2]` would keep the old layers when the model gets new ones. Containers are changed in
 place, so that whoever shares one sees the new layers. What cannot be changed, such as a tuple, is made anew and put
@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from .outer_names import FOREIGN, ClassAttributes, functions_in, globals_of, is_of_user
+
 # The attributes that every module has, and those of them that hold hooks. The others hold what is registered, which the
 # model's own traversals replace.
 _USUAL = frozenset(vars(nn.Module()))
 _HOOKS = tuple(name for name in _USUAL if name.endswith("_hooks"))
-_PLAIN = frozenset({int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size, type})
+_PLAIN = frozenset({int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size})
 _MUTABLE = (list, dict, set, deque)
-# Libraries whose objects hold none of a model's modules, but much else.
-_FOREIGN = frozenset({"torch", "logging", "threading", "tokenizers", "numpy", "builtins", "re", "io"})
 _MAX_DEPTH = 8
 
 
@@ -61,11 +61,8 @@ def aliases(modules: Mapping[nn.Module, str], wanted: Callable[[Any], bool]) -> 
                 search.look(f"{path}.{name}".lstrip("."), own, name, own[name])
         for name in filter(own.get, _HOOKS):
             search.look(f"{path}.{name}".lstrip("."), own, name, own[name])
-    for cls in {type(module) for module in modules}:
-        if cls.__module__.partition(".")[0] not in _FOREIGN:
-            for name, value in vars(cls).items():
-                if isinstance(value, _MUTABLE) and value:
-                    search.look_into(f"{cls.__name__}.{name}", value, 1)
+    for cls in {base for each in {type(module) for module in modules} for base in each.__mro__}:
+        search.look_into_class(cls, 0)
     return search.found
 
 
@@ -90,7 +87,10 @@ def exchanged(value: Any, new: Callable[[Any], Any]) -> Any:
         value = types.MethodType(swap(value.__func__), value.__self__)
     if isinstance(value, weakref.ref):
         target = value()
-        return value if target is None or new(target) is target else weakref.ref(new(target))
+        if target is None or new(target) is target:
+            return value
+        key = (value.key,) if isinstance(value, weakref.KeyedRef) else ()
+        return value.__class__(new(target), value.__callback__, *key)
     return new(value)
 
 
@@ -105,6 +105,7 @@ class _Search:
     def __init__(self, modules: Collection[nn.Module], wanted: Callable[[Any], bool]) -> None:
         self.found: list[Alias] = []
         self._modules, self._wanted = modules, wanted
+        self._globals: set[tuple[int, str]] = set()
         self._seen: dict[int, Any] = {}  # the objects are kept, so that no other gets the id of one
 
     def look(self, name: str, slots: Any, key: str, value: Any, depth: int = 0) -> None:
@@ -119,7 +120,11 @@ class _Search:
 
     def look_into(self, name: str, value: Any, depth: int) -> None:
         """Look into what one object holds."""
-        if isinstance(value, nn.Module) and value in self._modules:
+        if (isinstance(value, nn.Module) and value in self._modules) or id(value) in self._seen:
+            return
+        if isinstance(value, type):
+            if is_of_user(value):
+                self.look_into_class(value, depth)
             return
         self._seen[id(value)] = value
         if isinstance(value, _MUTABLE):
@@ -129,16 +134,39 @@ class _Search:
             if not isinstance(value.__self__, nn.Module) or value.__self__ not in self._modules:
                 self.look_into(name, value.__self__, depth)
         elif isinstance(value, types.FunctionType):
-            for cell in value.__closure__ or ():
-                if _is_filled(cell):
-                    self.look(name, _Attributes(cell), "cell_contents", cell.cell_contents, depth)
-            for key in ("__defaults__", "__kwdefaults__"):
-                self.look(name, _Attributes(value), key, getattr(value, key), depth)
-        elif isinstance(value, nn.Module) or value.__class__.__module__.partition(".")[0] not in _FOREIGN:
-            for key, held in list(getattr(value, "__dict__", {}).items()) if not isinstance(value, type) else ():
+            self._look_into_function(name, value, depth)
+        elif isinstance(value, nn.Module) or value.__class__.__module__.partition(".")[0] not in FOREIGN:
+            for key, held in list(getattr(value, "__dict__", {}).items()):
                 self.look(f"{name}.{key}", vars(value), key, held, depth)
             for key in _slots_of(value):
                 self.look(f"{name}.{key}", _Attributes(value), key, getattr(value, key), depth)
+
+    def _look_into_function(self, name: str, function: types.FunctionType, depth: int) -> None:
+        for cell in function.__closure__ or ():
+            if _is_filled(cell):
+                self.look(name, _Attributes(cell), "cell_contents", cell.cell_contents, depth)
+        for key in ("__defaults__", "__kwdefaults__"):
+            self.look(name, _Attributes(function), key, getattr(function, key), depth)
+        for key, held in list(vars(function).items()):
+            self.look(f"{name}.{key}", vars(function), key, held, depth)
+        for space, key in globals_of(function):
+            if (id(space), key) not in self._globals:
+                self._globals.add((id(space), key))
+                self.look(f"{space.get('__name__')}.{key}", space, key, space[key], depth)
+
+    def look_into_class(self, cls: type, depth: int) -> None:
+        """Look into what a class holds: its own code too, unless it is a library's."""
+        if id(cls) in self._seen or cls.__module__.partition(".")[0] in FOREIGN:
+            return
+        self._seen[id(cls)] = cls
+        for key, held in list(vars(cls).items()):
+            name, functions = f"{cls.__name__}.{key}", functions_in(held)
+            if not is_of_user(cls):
+                functions, held = [], held if isinstance(held, _MUTABLE) else None
+            for function in functions:
+                self.look_into(name, function, depth)
+            if not functions:
+                self.look(name, ClassAttributes(cls), key, _of_static(held), depth)
 
 
 def _atoms(value: Any) -> Iterator[Any]:
@@ -155,6 +183,10 @@ def _atoms(value: Any) -> Iterator[Any]:
         yield value()
     else:
         yield value
+
+
+def _of_static(member: Any) -> Any:
+    return member.__func__ if isinstance(member, staticmethod) else member
 
 
 def _may_be_wanted(value: Any) -> bool:

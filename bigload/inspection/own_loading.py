@@ -20,14 +20,18 @@ from .stand_ins import (
     NoValues,
     Uses,
     holds_tensors,
+    is_changed,
     loading_hooks,
     memory_of,
+    plain_containers,
     restored,
     stand_in,
     tensors_in,
 )
 
 EXTRA_STATE = "_extra_state"
+# An attribute of a module, with the names of those that its own loading has set: they are saved with the model.
+SET_BY_LOADING = "_set_by_loading"
 
 # Their own rules concern buffers of old checkpoints: they are followed only where a buffer has no value of its own.
 _NORMS = (nn.modules.batchnorm._NormBase,)
@@ -35,21 +39,22 @@ _NORMS = (nn.modules.batchnorm._NormBase,)
 _CONTAINERS = ("_parameters", "_buffers", "_modules", "_load_state_dict_pre_hooks", "set_extra_state")
 
 
-def has_extra_state(module: nn.Module) -> bool:
-    """Whether a module's class loads extra state."""
-    return _class_has_extra_state(type(module))  # type: ignore[arg-type]
-
-
 @functools.cache
-def _class_has_extra_state(cls: type) -> bool:
+def has_extra_state(cls: type[nn.Module]) -> bool:
+    """Whether modules of a class load extra state."""
     return getattr(cls, "set_extra_state", None) is not nn.Module.set_extra_state
+
+
+def saves_extra_state(module: nn.Module) -> bool:
+    """Whether a module's class saves extra state."""
+    own: Any = getattr(type(module), "get_extra_state", None)
+    return own is not nn.Module.get_extra_state
 
 
 def has_own_loading(module: nn.Module) -> bool:
     """Whether a module has a `_load_from_state_dict` of its own, or hooks that run before it."""
-    if "_load_from_state_dict" in vars(module) or (
-        vars(module).get("_load_state_dict_pre_hooks") and loading_hooks(module)
-    ):
+    own = vars(module)
+    if "_load_from_state_dict" in own or (own.get("_load_state_dict_pre_hooks") and loading_hooks(module)):
         return True
     cls: Any = type(module)
     if not _class_has_own_loading(cls) or isinstance(module, torch.jit.ScriptModule):
@@ -119,20 +124,27 @@ def follow(
     copied = stand_in(module, written or {})
     copied.__dict__["set_extra_state"] = outcome.extra.append
     own, before = tensors_in(copied), _attributes(copied)
+    contents = {name: value.copy() for name, value in plain_containers(copied).items()}
     versions = {name: tensor._version for name, tensor in own.items()}
-    uses = Uses({key: value for key, value in state.items() if isinstance(value, torch.Tensor)}, own)
+    uses = Uses(
+        {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}, own, tensors_in(module)
+    )
     # The tensors take what is loaded as it is, so that one that is not changed can be recognised.
     said = {**metadata, "assign_to_params_buffers": True}
     try:
         with restored(module) as changed, torch.device("cpu"), uses, torch.no_grad():
             copied._load_from_state_dict(outcome.state, prefix, said, True, outcome.missing, [], outcome.errors)
+    except CannotFollow:
+        raise
     except Exception as error:  # a rule may raise anything
         raise CannotFollow(f"{type(error).__name__}: {error}") from error
     after, held = _attributes(copied), tensors_in(copied)
     if held.keys() != own.keys() or copied._modules != module._modules:
         raise CannotFollow("it adds or removes parameters, buffers or modules")
     outcome.attributes = {
-        name: value for name, value in after.items() if before.get(name, before) is not value
+        name: value
+        for name, value in after.items()
+        if before.get(name, before) is not value or (name in contents and is_changed(value, contents[name]))
     } | changed
     if any(map(holds_tensors, outcome.attributes.values())):
         raise CannotFollow(f"it keeps tensors in {', '.join(outcome.attributes)}")

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+_USUAL = frozenset(vars(nn.Module()))
 # Functions that look at a tensor and not at its values.
 _LOOKS = {"__get__", "requires_grad_", "size", "dim", "numel", "is_floating_point", "is_complex", "element_size"}
 # Methods that give a tensor new values without using the old ones.
-_WHOLE_WRITES = {"copy_", "fill_", "zero_"}
+_WHOLE_WRITES = {"copy_", "fill_", "zero_", "resize_", "resize_as_"}
 
 
 def loading_hooks(module: nn.Module) -> dict[int, Any]:
@@ -42,9 +43,34 @@ def stand_in(module: nn.Module, written: Mapping[str, torch.Tensor]) -> nn.Modul
             name: None if t is None else _without_value(t, written.get(name)) for name, t in own.items()
         }
     new.__dict__["_modules"] = dict(module._modules)
+    new.__dict__.update({name: value.copy() for name, value in plain_containers(module).items()})
     hooks = {key: _rebound(wrapped, module, new) for key, wrapped in loading_hooks(module).items()}
     new.__dict__["_load_state_dict_pre_hooks"] = hooks
     return new
+
+
+def plain_containers(module: nn.Module) -> dict[str, Any]:
+    """Return the lists, dicts and sets that are attributes of a module, and hold no modules or tensors."""
+    own = {
+        name: value for name, value in vars(module).items() if name not in _USUAL and type(value) in (list, dict, set)
+    }
+    return {name: value for name, value in own.items() if not any(map(_is_live, _items(value)))}
+
+
+def is_changed(container: Any, before: Any) -> bool:
+    """Whether a container holds other things than before."""
+    try:
+        return bool(container != before)
+    except Exception:  # tensors that were put there, or objects that cannot be compared
+        return True
+
+
+def _items(container: Any) -> Iterable[Any]:
+    return container.values() if isinstance(container, dict) else container
+
+
+def _is_live(value: Any) -> bool:
+    return isinstance(value, (nn.Module, torch.Tensor)) or callable(value)
 
 
 def _without_value(tensor: torch.Tensor, value: torch.Tensor | None) -> torch.Tensor:
@@ -66,10 +92,16 @@ def restored(module: nn.Module) -> Iterator[dict[str, Any]]:
     own, changed = vars(module), dict[str, Any]()
     before = dict(own)
     held = {kind: dict(own[kind]) for kind in ("_parameters", "_buffers", "_modules")}
+    contents = [(name, value, value.copy()) for name, value in plain_containers(module).items()]
     try:
         yield changed
     finally:
-        changed.update({name: value for name, value in own.items() if before.get(name, before) is not value})
+        for name, container, content in contents:
+            if is_changed(container, content):
+                changed[name] = container.copy()
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(content)
+        changed |= {name: value for name, value in own.items() if before.get(name, before) is not value}
         own.clear()
         own.update(before)
         for kind, values in held.items():
@@ -105,10 +137,16 @@ class Uses(TorchFunctionMode):
         read: names of the module's own tensors whose values are used.
         written: names of the module's own tensors that may be written to.
         changed: names of those that are, through `tensor.data` too, which counts no version.
+
+    Raises:
+        CannotFollow: when the module's real tensors are written to, which a hook may hold beside those of the stand-in.
     """
 
-    def __init__(self, state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self, state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], real: Mapping[str, torch.Tensor]
+    ) -> None:
         super().__init__()
+        self._real = _by_storage(real)
         self._state, self._whole = _by_storage(state), {memory_of(tensor) for tensor in state.values()}
         self._own = _by_storage(own)
         self._overwritten = set[str]()  # the values that they had before matter no more
@@ -123,12 +161,14 @@ class Uses(TorchFunctionMode):
             is_in_place = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
             if is_in_place and args and isinstance(args[0], torch.Tensor):
                 self.changed |= self._named(self._own, args[0])
+                if self._named(self._real, args[0]):
+                    raise CannotFollow(f"it calls {name} on a tensor of the module, past the one that is loaded")
             if name in _WHOLE_WRITES and args and isinstance(args[0], torch.Tensor):
                 if args[0].untyped_storage().nbytes() == args[0].nbytes:
                     self._overwritten |= self._named(self._own, args[0])
                 self.written |= self._named(self._own, args[0])
                 self.keys |= self._named(self._state, args[0])
-                rest = rest[1:]
+                rest = [] if name == "resize_as_" else rest[1:]
             self._note(rest)
         return func(*args, **(kwargs or {}))
 

@@ -14,29 +14,44 @@ import torch
 from torch import nn
 
 from .conditions import truth
+from .outer_names import Global
 
-# A path from the owner: names of children, _EVERY_CHILD for each of a list, _ALL for a module and everything below it,
-# _FIRST for who holds the first parameter. It begins with an object if that, such as a closure's, is known.
+# A path from the owner: names of children, _EVERY_CHILD for each of a list, EVERYTHING for a module and all that is
+# below it, _FIRST for who holds the first parameter. It begins with an object if that, such as a closure's, is known,
+# or with a Global.
 Path = tuple[Any, ...]
 Paths = set[Path]
-_EVERY_CHILD, _ALL, _FIRST = "*", "**", "first()"
+_EVERY_CHILD, EVERYTHING, _FIRST = "*", "**", "first()"
 
 # Methods that list what a module or a dict holds.
 _LISTS = ("values", "children", "items", "named_children", "modules", "named_modules")
+# Methods of a module that list its parameters, and functions and methods that pass a list or a dict of them on.
+_LISTS_PARAMETERS = ("parameters", "named_parameters", "state_dict")
+_PASSES_ON = ("dict", "list", "tuple", "iter", "reversed", "sorted", "OrderedDict")
+
+
+# Methods of a module that cast its weights.
+CASTS = frozenset(("to", "type", "float", "half", "bfloat16", "double"))
+_NO_CAST = ("device", "non_blocking", "copy", "memory_format")
 
 
 class Names:
     """What names and expressions in one function stand for. Every method returns paths from the owner."""
 
-    def __init__(self, tree: ast.AST, bound: Mapping[str, Paths], stored: torch.dtype | None) -> None:
+    def __init__(
+        self, tree: ast.AST, bound: Mapping[str, Paths], stored: torch.dtype | None, *, lists: bool = False
+    ) -> None:
         """Learn the function's local names.
 
         Args:
             tree: the function.
             bound: names of arguments that are modules.
             stored: the dtype that a quantized weight shows.
+            lists: whether `parameters()`, `named_parameters()` and `state_dict()` count.
         """
-        self._stored = stored
+        self._stored, self._lists = stored, lists
+        self._weights: dict[str, Paths] = {}  # names of each parameter of a module
+        self._listings: dict[str, Paths] = {}  # names of lists and dicts of parameters
         self._modules: dict[str, Paths] = {name: set(paths) for name, paths in bound.items()}
         self._parameters: dict[str, Paths] = {}  # names of the first parameter of a module
         self._dtypes: dict[str, Paths] = {}
@@ -63,6 +78,7 @@ class Names:
                 self._learn(inner_target, inner_value)
         elif isinstance(target, ast.Name):
             self._modules.setdefault(target.id, set()).update(self.paths(value))
+            self._listings.setdefault(target.id, set()).update(self.listing(value))
             self._dtypes.setdefault(target.id, set()).update(self.dtype_read(value))
             self._elements.setdefault(target.id, set()).update(self.elements(value))
             if first := self.first_parameter(value):
@@ -87,6 +103,11 @@ class Names:
             for each in source.elts:
                 self._learn(target, each)
             return
+        if listing := self.listing(source):
+            each = target.elts[-1] if isinstance(target, ast.Tuple) else target
+            if isinstance(each, ast.Name):
+                self._weights.setdefault(each.id, set()).update((*path, EVERYTHING) for path in listing)
+            return
         called = source.func if isinstance(source, ast.Call) else None
         name = called.id if isinstance(called, ast.Name) else called.attr if isinstance(called, ast.Attribute) else ""
         if isinstance(source, ast.Call) and isinstance(called, ast.Name) and source.args:
@@ -101,7 +122,7 @@ class Names:
         elif isinstance(called, ast.Attribute) and name in _LISTS:
             is_pair = isinstance(target, ast.Tuple) and name in ("items", "named_children", "named_modules")
             each = target.elts[-1] if is_pair and isinstance(target, ast.Tuple) else target
-            part: ast.expr = ast.Constant(_ALL if "modules" in name else None)
+            part: ast.expr = ast.Constant(EVERYTHING if "modules" in name else None)
             self._learn(each, ast.Subscript(called.value, part, ast.Load()))
         else:
             self._learn(target, ast.Subscript(source, ast.Constant(None), ast.Load()))
@@ -133,8 +154,15 @@ class Names:
 
     def weight(self, node: ast.AST) -> Paths:
         """Return the paths of the modules whose weight an expression is."""
+        if isinstance(node, ast.Name):
+            return self._weights.get(node.id, set())
         if isinstance(node, ast.Attribute) and node.attr == "weight":
             return self.paths(node.value)
+        if isinstance(node, ast.Subscript) and (listing := self.listing(node.value)):
+            *inner, last = _element(node.slice).split(".")
+            if (*inner, last) == (_EVERY_CHILD,):
+                return {(*path, EVERYTHING) for path in listing}
+            return {(*path, *inner) for path in listing} if last == "weight" else set()
         if isinstance(node, ast.Call) and (name := _constant_argument(node, "getattr", 1)):
             *inner, last = name.split(".")
             return {(*path, *inner) for path in self.paths(node.args[0])} if last == "weight" else set()
@@ -149,6 +177,22 @@ class Names:
             if last == "weight" and isinstance(node.func, ast.Attribute):
                 return {(*path, *inner) for path in self.paths(node.func.value)}
         return set()
+
+    def listing(self, node: ast.AST) -> Paths:
+        """Return the paths of the modules whose parameters, and those below them, an expression lists."""
+        if not self._lists:
+            return set()
+        if isinstance(node, ast.Name):
+            return self._listings.get(node.id, set())
+        if not isinstance(node, ast.Call):
+            return set()
+        called = node.func
+        if isinstance(called, ast.Attribute) and called.attr in _LISTS_PARAMETERS:
+            return self.paths(called.value)
+        if isinstance(called, ast.Attribute) and called.attr in ("items", "values"):
+            return self.listing(called.value)
+        name = called.id if isinstance(called, ast.Name) else getattr(called, "attr", "")
+        return self.listing(node.args[0]) if name in _PASSES_ON and node.args else set()
 
     def first_parameter(self, node: ast.AST) -> Paths:
         """Return the paths of the modules whose first parameter an expression is: next(module.parameters())."""
@@ -166,6 +210,16 @@ class Names:
         if not isinstance(called, ast.Attribute) or called.attr != "parameters":
             return set()
         return {(*path, _FIRST) for path in self.paths(called.value)}
+
+    def cast(self, node: ast.Call) -> Paths:
+        """Return the paths of the modules that a call casts to a dtype, as by `self.router.to(torch.float32)`."""
+        called = node.func
+        if not isinstance(called, ast.Attribute) or called.attr not in CASTS:
+            return set()
+        given = [*node.args, *(keyword.value for keyword in node.keywords if keyword.arg not in _NO_CAST)]
+        if called.attr == "to" and all(map(_is_device, given)):
+            return set()
+        return self.paths(called.value)
 
     def paths(self, node: ast.AST) -> Paths:
         """Return the paths of the modules that an expression may be."""
@@ -202,11 +256,16 @@ class Names:
         if isinstance(node, (ast.ListComp, ast.GeneratorExp)):
             return self.paths(node.elt)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            part = {"children": _EVERY_CHILD, "values": _EVERY_CHILD, "modules": _ALL}.get(node.func.attr)
+            part = {"children": _EVERY_CHILD, "values": _EVERY_CHILD, "modules": EVERYTHING}.get(node.func.attr)
             return {(*path, part) for path in self.paths(node.func.value)} if part else set()
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
             return self.elements(node.args[0]) if node.func.id in ("list", "tuple", "iter", "reversed") else set()
         return set()
+
+
+def _is_device(node: ast.expr) -> bool:
+    """Whether an argument of `.to` names a device, by how it is written."""
+    return isinstance(node, ast.Constant) or "device" in ast.unparse(node)
 
 
 def as_direct(call: ast.Call) -> ast.Call:
@@ -251,7 +310,10 @@ def resolved(owner: nn.Module, path: Path) -> Iterator[nn.Module]:
     """Yield the modules that a path from this owner stands for."""
     found: list[Any] = [owner]
     for part in path:
-        found = [inner for each in found for inner in _inside(each, part)] if isinstance(part, str) else [part]
+        if isinstance(part, str):
+            found = [inner for each in found for inner in _inside(each, part)]
+        else:
+            found = [part.value() if isinstance(part, Global) else part]
     yield from (each for each in found if isinstance(each, nn.Module))
 
 
@@ -260,7 +322,7 @@ def _inside(holder: Any, part: str) -> list[Any]:
     if isinstance(holder, nn.Module):
         if part == _FIRST:
             return _holder_of_first(holder)
-        if part == _ALL:
+        if part == EVERYTHING:
             return list(holder.modules())
         if part not in holder._modules and not part.lstrip("-").isdigit() and _EVERY_CHILD not in part:
             return [value for value in [_attribute(holder, part)] if value is not None]
@@ -286,7 +348,7 @@ def _attribute(module: nn.Module, name: str) -> Any:
     said = inspect.getattr_static(type(module), name, None)
     compute = getattr(said, "fget" if isinstance(said, property) else "func", None)
     if not isinstance(said, (property, functools.cached_property)):
-        return None
+        return said if isinstance(said, (nn.Module, list, tuple, dict)) else None
     with suppress(Exception):  # what it needs may not be there before the load
         return None if compute is None else compute(module)
     return None

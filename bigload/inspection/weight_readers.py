@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from .weight_names import CASTS
 from .weight_reads import Read, reads_of, reads_of_own
 
 # Methods that run before the weights are loaded, that replace them, or that only describe the module.
@@ -35,6 +36,7 @@ _LIBRARIES = re.compile(
 )
 
 _BY_TEXT = ("getattr", "get_parameter", "_parameters")
+_BY_LIST = frozenset({"named_parameters", "state_dict", "functional_call"})
 _MAX_DECORATORS = 3
 _USUAL_ATTRIBUTES = frozenset(vars(nn.Module()))
 
@@ -55,7 +57,7 @@ class Reader(NamedTuple):
     own: tuple[tuple[FunctionType, tuple[Any, ...]], ...] = ()
 
     def reads(self, stored: torch.dtype | None = None) -> Iterator[Read]:
-        """Yield what the methods read of the children's weights: their values, dtype or shape.
+        """Yield what the methods read of the children's weights (values, dtype or shape), or that they cast.
 
         Reads under an `if` that is false for this instance do not count. If the source of a method is not available,
         but it uses the name `weight`, every child that it names counts.
@@ -63,20 +65,28 @@ class Reader(NamedTuple):
         Args:
             stored: the dtype that a quantized weight shows. A read that is guarded against it does not count.
         """
+        cls: Any = type(self.owner)
+        run = _run_by_forward(cls)
         for method in self.methods:
-            found = reads_of(method, self.owner, self.held, stored)
+            found = reads_of(method, self.owner, self.held, stored, is_run=method in run)
             yield from _children_named(method, self.owner) if found is None else found
         for function, passed in self.own:
             yield from reads_of_own(function, self.owner, passed, stored)
+
+    def paths_read(self) -> set[str]:
+        """Return the paths, from the owner, of the modules whose weight's values the owner's own methods read."""
+        read = {read.module for read in self.reads() if read.what == "values"}
+        return {path for path, module in self.owner.named_modules(remove_duplicate=False) if module in read}
 
 
 def reader(owner: nn.Module) -> Reader | None:
     """Return what must be searched of a module; None if its methods read no weight."""
     cls: Any = type(owner)
+    is_bare = not (owner._modules or owner._forward_pre_hooks or owner._forward_hooks)
+    if is_bare and cls.__module__.startswith("torch."):
+        return None
     if isinstance(owner, torch.jit.ScriptModule):
         return None  # its code is torch's, and its layers stay as they are
-    if not owner._modules and not any(_hooks_of(owner)) and cls.__module__.startswith("torch."):
-        return None
     methods = _methods_reading(cls)
     attributes = vars(owner)
     functions = [
@@ -104,13 +114,6 @@ def _own_function(value: Any, passed: tuple[Any, ...]) -> tuple[FunctionType, tu
         bound = value.args if isinstance(value, functools.partial) else (value.__self__,)
         value, passed = (value.func if isinstance(value, functools.partial) else value.__func__), (*bound, *passed)
     return (value, passed) if _is_reader(value) else None
-
-
-def weights_read(owner: nn.Module) -> set[str]:
-    """Return the paths, from the owner, of the modules whose weight's values the owner's own methods read."""
-    found = reader(owner)
-    read = set() if found is None else {read.module for read in found.reads() if read.what == "values"}
-    return {path for path, module in owner.named_modules(remove_duplicate=False) if module in read}
 
 
 def names_used(modules: Iterable[nn.Module], name: str) -> bool:
@@ -158,6 +161,18 @@ def _methods_in_question(cls: Any) -> tuple[tuple[str, FunctionType], ...]:
 
 
 @functools.cache
+def _run_by_forward(cls: Any) -> frozenset[FunctionType]:
+    """Return the methods that a forward may call, by the names in its code and in theirs."""
+    waiting, run = dict(enumerate(_methods_in_question(cls))), set[FunctionType]()
+    names = frozenset({"forward", "__call__"})
+    while found := [key for key, (name, _) in waiting.items() if name in names]:
+        called = [waiting.pop(key)[1] for key in found]
+        run.update(called)
+        names = names.union(*(names_in(method.__code__) for method in called))
+    return frozenset(run)
+
+
+@functools.cache
 def _names_of_attributes(cls: Any) -> frozenset[str]:
     """Return the names that the methods use, among them those of an instance's own attributes."""
     return (
@@ -169,7 +184,9 @@ def _names_of_attributes(cls: Any) -> frozenset[str]:
 def _methods_reading(cls: Any) -> tuple[FunctionType, ...]:
     """Return the methods to search: few name a weight, and looking at names is much faster than parsing."""
     methods = _methods_in_question(cls)
-    reading = {name for name, method in methods if _may_read(method) and not _reads_only_own(method)}
+    reading = {
+        name for name, method in methods if (_may_read(method) and not _reads_only_own(method)) or _casts_part(method)
+    }
     return tuple(method for name, method in methods if name in reading or _calls_reader(method, reading))
 
 
@@ -199,7 +216,7 @@ def _is_reader(called: Any) -> bool:
 def _may_read(function: FunctionType) -> bool:
     """Whether a function may read weights, by the names in its code."""
     names = names_in(function.__code__)
-    return "weight" in names or _reads_by_text(function.__code__)
+    return "weight" in names or not names.isdisjoint(_BY_LIST) or _reads_by_text(function.__code__)
 
 
 def _reads_by_text(code: CodeType) -> bool:
@@ -214,9 +231,21 @@ def _reads_only_own(method: FunctionType) -> bool:
     code = method.__code__
     if any(isinstance(constant, CodeType) for constant in code.co_consts) or _reads_by_text(code):
         return False
+    if not _BY_LIST.isdisjoint(code.co_names):
+        return False
     steps = list(dis.get_instructions(code))
     before = [prior for prior, step in pairwise(steps) if step.argval == "weight" and step.opname == "LOAD_ATTR"]
     return all(prior.opname.startswith("LOAD_FAST") and prior.argval == "self" for prior in before)
+
+
+@functools.cache
+def _casts_part(method: FunctionType) -> bool:
+    """Whether a method may cast a child, as by `self.child.to(...)`."""
+    code = method.__code__
+    if names_in(code).isdisjoint(CASTS):
+        return False
+    called = pairwise(dis.get_instructions(code))
+    return any(prior.opname == "LOAD_ATTR" and step.argval in CASTS for prior, step in called)
 
 
 @functools.cache

@@ -1,7 +1,8 @@
 """Finds what one function reads of the weights of a module's children, in its syntax tree.
 
 Recognised are `self.child.weight`, also through a local name, `getattr`, a loop over a list of children, or a function
-that the child is passed to; and `next(module.parameters())`.
+that the child is passed to; and `next(module.parameters())`. Code that casts a child, as by `self.child.float()`, asks
+for weights of this dtype, which a quantized layer would not have.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .weight_names import Names, Path, Paths, as_direct, resolved
+from .outer_names import globals_with_layers
+from .weight_names import EVERYTHING, Names, Path, Paths, as_direct, resolved
 
 # Attributes and methods of a weight that say the same of a quantized one, or are asked to find out whether it is one.
 _HARMLESS = {"device", "dim", "ndim", "is_meta", "is_cuda", "requires_grad", "requires_grad_", "is_floating_point"}
@@ -36,7 +38,7 @@ class Read(NamedTuple):
 
     Attributes:
         module: the child.
-        what: "values", "dtype" or "shape".
+        what: "values", "dtype", "shape" or "cast", for code that casts the weight itself.
         getter: the name of the function, if it only returns the dtype to whoever calls it.
     """
 
@@ -55,7 +57,12 @@ class _Found(NamedTuple):
 
 
 def reads_of(
-    function: FunctionType, owner: nn.Module, held: tuple[tuple[str, type], ...], stored: torch.dtype | None
+    function: FunctionType,
+    owner: nn.Module,
+    held: tuple[tuple[str, type], ...],
+    stored: torch.dtype | None,
+    *,
+    is_run: bool,
 ) -> list[Read] | None:
     """List what a method of a module reads of its children's weights.
 
@@ -64,12 +71,14 @@ def reads_of(
         owner: the module.
         held: names and classes of the owner's callable attributes that are no modules.
         stored: the dtype that a quantized weight shows, with which guards such as `!= torch.int8` are decided.
+        is_run: whether the owner's forward may call it. Only then lists of parameters count, which other methods count,
+            save or freeze.
 
     Returns:
         None if the function's source is not available.
     """
     cls: Any = type(owner)
-    found = _in_class(function, cls, held, stored)
+    found = _in_class(function, cls, held, stored, is_run=is_run)
     if found is None:
         return None
     possible = (read for read in found if not any(condition(owner) is False for condition in read.conditions))
@@ -99,7 +108,7 @@ def reads_of_own(
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         with suppress(ValueError):  # not assigned yet
             named.append((name, cell.cell_contents))
-    bound: dict[str, Paths] = {name: {(value,)} for name, value in named if isinstance(value, nn.Module)}
+    bound = _of_globals(function) | {name: {(value,)} for name, value in named if isinstance(value, nn.Module)}
     scope = _Scope(function.__name__, function.__globals__, type(owner), {}, stored, has_self=False, depth=1)
     return [
         Read(child, read.what) for read in _Function(scope, tree, bound).reads() for child in resolved(owner, read.path)
@@ -108,15 +117,19 @@ def reads_of_own(
 
 @functools.cache  # the search takes milliseconds, and a model has many modules of a class
 def _in_class(
-    function: FunctionType, cls: type, held: tuple[tuple[str, type], ...], stored: torch.dtype | None
+    function: FunctionType, cls: type, held: tuple[tuple[str, type], ...], stored: torch.dtype | None, *, is_run: bool
 ) -> tuple[_Found, ...] | None:
     tree = parsed(function)
     arguments = function.__code__.co_varnames[: function.__code__.co_argcount]
     if tree is None:
         return None
-    scope = _Scope(function.__name__, function.__globals__, cls, dict(held), stored, has_self=True)
-    bound: dict[str, Paths] = {arguments[0]: {()}} if arguments else {}
+    scope = _Scope(function.__name__, function.__globals__, cls, dict(held), stored, has_self=True, is_run=is_run)
+    bound: dict[str, Paths] = {**_of_globals(function), **({arguments[0]: {()}} if arguments else {})}
     return tuple(dict.fromkeys(_Function(scope, tree, bound).reads()))
+
+
+def _of_globals(function: FunctionType) -> dict[str, Paths]:
+    return {name: {(found,)} for name, found in globals_with_layers(function).items()}
 
 
 class _Scope(NamedTuple):
@@ -130,6 +143,7 @@ class _Scope(NamedTuple):
         stored: the dtype that a quantized weight shows.
         has_self: the function calls the owner `self`.
         depth: how many calls led to it.
+        is_run: lists of parameters count.
     """
 
     name: str
@@ -139,6 +153,7 @@ class _Scope(NamedTuple):
     stored: torch.dtype | None
     has_self: bool
     depth: int = 0
+    is_run: bool = True
 
 
 def parsed(function: FunctionType) -> ast.AST | None:
@@ -158,7 +173,7 @@ class _Function:
     """The reads in one function, some of whose names stand for the owner or its children."""
 
     def __init__(self, scope: _Scope, tree: ast.AST, bound: Mapping[str, Paths]) -> None:
-        self._scope, self._tree, self._names = scope, tree, Names(tree, bound, scope.stored)
+        self._scope, self._tree, self._names = scope, tree, Names(tree, bound, scope.stored, lists=scope.is_run)
         self._conditions: list[Callable[[nn.Module], bool | None]] = []  # of the code that is being searched
 
     def reads(self) -> Iterator[_Found]:
@@ -180,6 +195,10 @@ class _Function:
             yield from self._of_first(first)
         elif isinstance(node, (ast.Raise, ast.JoinedStr)):
             return
+        elif isinstance(node, (ast.For, ast.comprehension)):
+            yield from self._loop(node)
+        elif listed := self._names.listing(node):
+            yield from self._found({(*path, EVERYTHING) for path in listed}, "values")
         elif isinstance(node, ast.Compare):
             for operand in (node.left, *node.comparators):
                 if not self._names.dtype_read(operand):
@@ -187,12 +206,20 @@ class _Function:
         elif isinstance(node, ast.Return) and node.value is not None and (dtype := self._names.dtype_read(node.value)):
             name = self._scope.name if self._scope.depth == 0 else None
             yield from self._found(dtype, "dtype", name)
-        elif isinstance(node, (ast.Assign, ast.AnnAssign)) and self._only_names_dtype(node):
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)) and self._only_names(node):
             return
         elif isinstance(node, ast.Call):
             yield from self._call(node)
         else:
             yield from self._inside(node)
+
+    def _loop(self, node: ast.For | ast.comprehension) -> Iterator[_Found]:
+        """Yield the reads in a loop; what is done with each of a list of parameters is found by its name."""
+        name = getattr(node.iter.func, "id", "") if isinstance(node.iter, ast.Call) else ""
+        sources = node.iter.args if name in ("enumerate", "zip") and isinstance(node.iter, ast.Call) else [node.iter]
+        rest = node.ifs if isinstance(node, ast.comprehension) else [*node.body, *node.orelse]
+        for part in [*(source for source in sources if not self._names.listing(source)), *rest]:
+            yield from self._under(part)
 
     def _inside(self, node: ast.AST) -> Iterator[_Found]:
         """Yield the reads in the parts of a node that can run."""
@@ -246,11 +273,15 @@ class _Function:
         for path in first:
             yield from self._found({path}, "values" if len(path) > 1 else "dtype")
 
-    def _only_names_dtype(self, node: ast.Assign | ast.AnnAssign) -> bool:
+    def _only_names(self, node: ast.Assign | ast.AnnAssign) -> bool:
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
         return (
             node.value is not None
-            and bool(self._names.dtype_read(node.value) or self._names.first_parameter(node.value))
+            and bool(
+                self._names.dtype_read(node.value)
+                or self._names.first_parameter(node.value)
+                or self._names.listing(node.value)
+            )
             and all(isinstance(target, ast.Name) for target in targets)
         )
 
@@ -264,6 +295,11 @@ class _Function:
             for argument in [called, *asked]:
                 yield from self._under(argument)
             return
+        if name == "len" and all(map(self._names.listing, node.args)):
+            return
+        if name == "functional_call" and node.args and self._scope.is_run:
+            yield from self._found({(*path, EVERYTHING) for path in self._names.paths(node.args[0])}, "values")
+        yield from self._found(self._names.cast(node), "cast")
         if self._scope.depth < _MAX_DEPTH:
             yield from self._in_callee(as_direct(node))
         yield from self._inside(node)
@@ -289,6 +325,7 @@ class _Function:
             for key, paths in passed
             if paths and (not isinstance(key, int) or key < len(names))
         }
+        bound = {**_of_globals(function), **bound}
         scope = self._scope._replace(names=function.__globals__, has_self=receiver == {()}, depth=self._scope.depth + 1)
         child = self._child_called(receiver)
         for read in _Function(scope, tree, bound).reads():

@@ -14,7 +14,7 @@ from .tensors import StoredTensor
 _MAX_SLICES = 1000
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class ReadTask:
     """One stored tensor to read, and where its values go.
 
@@ -37,7 +37,7 @@ class ReadTask:
     arrived: Callable[[int], None] = lambda count: None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class ExtentSlice:
     """A piece of one tensor in an extent.
 

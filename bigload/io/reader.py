@@ -72,7 +72,7 @@ class Reader(AbstractContextManager["Reader"]):
     def _begin(self, extent: Extent) -> bool:
         slot = None
         if extent.is_direct:
-            memory = [as_bytes(part.home) for part in extent.parts if part.home is not None]
+            memory = [as_bytes(home) for part in extent.parts if (home := part.home) is not None]
         else:
             freed = self._free.get()
             if freed is None:

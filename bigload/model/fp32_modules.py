@@ -38,4 +38,6 @@ def fp32_rule(modules: Mapping[str, nn.Module], torch_dtype: torch.dtype) -> Cal
     # transformers searches for them anywhere in a name: "gate.weight" is found in "shared_expert_gate.weight".
     found = re.compile("|".join(pattern.replace("*", ".*") for pattern in patterns) if patterns else "(?!)").search
     names = set(diffusers_facts.fp32_names(modules))
-    return lambda name: found(name) is not None or (bool(names) and not names.isdisjoint(name.split(".")))
+    if not names:
+        return lambda name: found(name) is not None
+    return lambda name: found(name) is not None or not names.isdisjoint(name.split("."))

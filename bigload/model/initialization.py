@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, listed
+from .parametrized import explained, taken_off
 from .tensors import ModelTensor
 from .tree import paths_above
 from .view import ModelView
@@ -40,14 +41,24 @@ def initial_values(view: ModelView, tensors: Sequence[ModelTensor]) -> dict[str,
             if name in made:
                 break
         else:
-            cls = type(view.owner(name)).__name__
-            raise CheckpointError(
-                f"{listed([name])}: its class {cls} has no reset_parameters, nor has a module that contains it, which "
-                "would initialise it: give it values before the load",
-                missing_keys=[name],
-            )
+            raise CheckpointError(_why_not(view, name), missing_keys=[name])
         waiting = {name: tensor for name, tensor in waiting.items() if name not in made}
     return made
+
+
+def _why_not(view: ModelView, name: str) -> str:
+    owner = name.rpartition(".")[0]
+    why = explained(view.modules[owner], view.modules[owner.rpartition(".")[0]])
+    if why:
+        return (
+            f"{listed([name])}: {why}, which bigload does not initialise: build its module outside of "
+            "init_empty_weights, so that it has values, and do not name it in initialize_missing"
+        )
+    cls = type(view.modules[owner]).__name__
+    return (
+        f"{listed([name])}: its class {cls} has no reset_parameters, nor has a module that contains it, which would "
+        "initialise it: give it values before the load"
+    )
 
 
 def rebuilt_by_owners(view: ModelView, tensors: Sequence[ModelTensor]) -> dict[str, torch.Tensor]:
@@ -81,7 +92,10 @@ def _made_by(
         with torch.device("cpu"), torch.no_grad():
             blank = {name: _blank(value) for name, value in wanted.items()}
             copied = _with_values(view.modules[path], prefix, blank)
+            put_on = taken_off(copied, _with_values(view.modules[path], prefix, {}))
             initialize(copied)
+            for each in put_on:
+                each()
         held = _named(copied, prefix)
         made = {name: held[name].detach() for name in wanted if _is_written(held.get(name), blank[name])}
         if made:

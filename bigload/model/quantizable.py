@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,12 +24,16 @@ logger = logging.getLogger(__name__)
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Whether one of the patterns matches whole, consecutive components of a dotted name; `*` matches anything."""
-    return _compiled(tuple(patterns)).search(name) is not None
+    return one_of(patterns).search(name) is not None
+
+
+def one_of(patterns: Iterable[str]) -> re.Pattern[str]:
+    """Return the expression to search a name for: it finds one of the patterns, as `matches` does."""
+    return _compiled(tuple(patterns))
 
 
 @functools.cache
 def _compiled(patterns: tuple[str, ...]) -> re.Pattern[str]:
-    """Make one expression of all: models have many names."""
     bodies = [".*".join(re.escape(piece) for piece in pattern.split("*")) for pattern in patterns]
     return re.compile(rf"(?:^|\.)(?:{'|'.join(bodies)})(?:\.|$)" if bodies else "(?!)")
 
@@ -39,6 +43,7 @@ def layers_to_quantize(
     config: BnbQuantizationConfig,
     tensors: Sequence[ModelTensor],
     quantizable: Sequence[type[nn.Linear]] = (),
+    read: Collection[str] | None = None,
 ) -> dict[str, nn.Module]:
     """Return the layers to quantize, by path: nn.Linear, subclasses that compute the same, and GPT-2's Conv1D.
 
@@ -50,23 +55,29 @@ def layers_to_quantize(
         config: its `skip_modules` and `keep_in_fp32_modules` are used.
         tensors: of the model, from `tensors_of`.
         quantizable: further subclasses of nn.Linear to quantize.
+        read: the layers of `plain_because_read`, where they are known already.
 
     Raises:
         ConfigError: a class in `quantizable` does not do what nn.Linear does.
     """
-    _check_quantizable(quantizable)
     view = view_of(model)
+    linears = plain_linears(view, quantizable)
     tied = {name for tensor in tensors if _has_several_owners(view, tensor) for name in tensor.names}
     heads, patterns = meant_to_stay(view, config)
     paths: dict[nn.Module, list[str]] = {}
     for path, module in view.modules.items():
         paths.setdefault(module, []).append(f"{path}.weight".lstrip("."))
-    read = plain_because_read(view, config, quantizable)
+    read = plain_because_read(view, config, quantizable) if read is None else read
+    stays = one_of(patterns).search
+    classes = {type(module) for module in view.modules.values()}
+    absent = [cls.__name__ for cls in quantizable if cls not in classes]
+    if absent:
+        logger.warning("quantizable names %s, but no layer of the model is of that class", listed(absent))
     layers = {}
-    for path, module in plain_linears(view, quantizable).items():
+    for path, module in linears.items():
         if module in heads or path in read or not _weight(module).numel():
             continue
-        if not any(weight in tied or matches(weight, patterns) for weight in paths[module]):
+        if not any(weight in tied or stays(weight) for weight in paths[module]):
             layers[path] = module
     everything = [name for tensor in tensors for name in tensor.names]
     for field in ("skip_modules", "keep_in_fp32_modules"):
@@ -89,7 +100,8 @@ def plain_because_read(
 ) -> dict[str, str]:
     """Return the layers that stay plain because other code reads their weight, each with what it reads.
 
-    The values of a quantized weight are packed; it shows the dtype that it is stored in, and 4 bit another shape.
+    The values of a quantized weight are packed; it shows the dtype that it is stored in, and 4 bit another shape. A
+    cast, as routers make, would change nothing or, where packed bytes are stored as floats, destroy it.
 
     Args:
         model: not changed.
@@ -97,7 +109,7 @@ def plain_because_read(
         quantizable: further subclasses of nn.Linear to quantize.
 
     Returns:
-        Path -> "values", "dtype" or "shape". A read that is right for a quantized weight too does not count.
+        Path -> "values", "dtype", "shape" or "cast". A read that is right for a quantized weight too does not count.
     """
     view = view_of(model)
     trains = config.llm_int8_has_fp16_weight
@@ -107,14 +119,14 @@ def plain_because_read(
     reads = view.weight_reads(shown)
     found = {}
     for path, module in plain_linears(view, quantizable).items() if reads else ():
-        wrong = {"values"}
+        wrong = {"values"} if trains else {"values", "cast"}
         if shown is not None:
             wrong.add("dtype")
         if config.load_in_4bit or (transformers_facts.is_conv1d(module) and not trains):
             wrong.add("shape")
         read = wrong & reads.get(module, set())
         if read:
-            found[path] = max(read)  # values before shape before dtype
+            found[path] = max(read)  # values before shape before dtype before cast
     return found
 
 
@@ -139,7 +151,6 @@ def layers_stored_quantized(
             module's.
         ConfigError: the config skips a quantized layer, or a class in `quantizable` does not do what nn.Linear does.
     """
-    _check_quantizable(quantizable)
     view = view_of(model)
     candidates = {f"{path}.weight".lstrip("."): path for path in plain_linears(view, quantizable)}
     names = list(stored)
@@ -174,7 +185,6 @@ def layers_recorded(
     Raises:
         CheckpointError: a path is not that of a layer that can be quantized.
     """
-    _check_quantizable(quantizable)
     candidates = plain_linears(model, quantizable)
     unknown = [path for path in paths if path not in candidates]
     if unknown:
@@ -186,7 +196,12 @@ def layers_recorded(
 
 
 def plain_linears(model: nn.Module | ModelView, quantizable: Sequence[type[nn.Linear]] = ()) -> dict[str, nn.Module]:
-    """Return the layers that can be quantized, by path."""
+    """Return the layers that can be quantized, by path.
+
+    Raises:
+        ConfigError: a class in `quantizable` does not do what nn.Linear does.
+    """
+    _check_quantizable(quantizable)
     return {path: module for module, path in view_of(model).first_paths.items() if _is_quantizable(module, quantizable)}
 
 

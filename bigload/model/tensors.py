@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..errors import ConfigError, listed
 from . import transformers_facts
@@ -17,7 +18,7 @@ from .view import ModelView, view_of
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class ModelTensor:
     """A parameter or buffer of the model.
 
@@ -78,7 +79,7 @@ def _require_plain(parameters: Mapping[str, nn.Parameter], buffers: Mapping[str,
                 "to load or quantize it again"
             )
     for name, tensor in [*parameters.items(), *buffers.items()]:
-        if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+        if is_lazy(tensor):
             raise ConfigError(f"'{name}' has no shape yet: run the lazy modules once before the model is loaded")
 
 

@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from ..errors import CheckpointError, ConfigError, import_optional
 from .diffusers_facts import is_diffusers_class
-from .empty import default_dtype, init_empty_weights
+from .empty import init_empty_weights
 
 logger = logging.getLogger(__name__)
 
@@ -206,10 +205,11 @@ def fp32_patterns(modules: Collection[nn.Module], torch_dtype: torch.dtype) -> l
     if torch_dtype == torch.float16:
         fields.append("_keep_in_fp32_modules")
     # getattr on each of thousands of modules is slow: nn.Module searches parameters and buffers before it fails.
+    own = [(type(module), vars(module)) for module in modules]
     kept: list[Any] = []
     for field in fields:
-        kept += [vars(module)[field] for module in modules if field in vars(module)]
-        classes = {type(module) for module in modules if field not in vars(module)}
+        kept += [attributes[field] for _, attributes in own if field in attributes]
+        classes = {cls for cls, attributes in own if field not in attributes}
         kept += [getattr(cls, field, None) for cls in classes if not is_diffusers_class(cls)]
     return sorted({name for names in kept for name in names or ()})
 
@@ -272,78 +272,6 @@ class KeyConversion:
 def key_conversion(model: nn.Module) -> KeyConversion | None:
     """Return the key conversion of a transformers model; None for other models."""
     return KeyConversion(model) if is_pretrained(model) else None
-
-
-class _NoInitialization(TorchFunctionMode):
-    """Skips the functions of torch.nn.init in this thread: even on meta they take a third of the time."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
-
-
-# Cache for the last model, which is likely to be loaded again. Replaced in one assignment, as threads may load in
-# parallel.
-_known_dtypes: dict[str, tuple[tuple[type, str, torch.dtype], Mapping[str, torch.dtype]]] = {}
-
-
-def class_dtypes(model: Any, torch_dtype: torch.dtype) -> Mapping[str, torch.dtype]:
-    """Return the dtype that each floating tensor of a transformers model has when its class builds it in `torch_dtype`.
-
-    transformers' own loader builds models the same way, and keeps the dtypes that a class chooses itself: an `A_log` in
-    fp32, a position table in bf16. Empty for other models, which are loaded in one dtype, and for classes that cannot
-    be built from a config alone.
-    """
-    if not is_pretrained(model):
-        return {}
-    try:
-        key = (type(model), model.config.to_json_string(use_diff=False), torch_dtype)
-    except Exception:  # a config may hold values that are not JSON
-        key = None
-    known = _known_dtypes.get("last")
-    if key is not None and known is not None and known[0] == key:
-        return known[1]
-    with _NoInitialization():
-        twin = _twin(model, torch_dtype, torch.device("meta")) or _twin(model, torch_dtype, torch.device("cpu"))
-    if twin is None:  # the class needs more than a config
-        return {}
-    tensors = [*twin.named_parameters(remove_duplicate=False), *twin.named_buffers(remove_duplicate=False)]
-    dtypes = {name: tensor.dtype for name, tensor in tensors if tensor.is_floating_point()}
-    if key is not None:
-        _known_dtypes["last"] = key, dtypes
-    return dtypes
-
-
-def rebuilt_buffers(model: Any, torch_dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Build a transformers model anew, without weights, for the buffers that are in no checkpoint.
-
-    Returns:
-        Its real buffers by name; empty for other models, and where a class cannot be built from its config alone.
-    """
-    if not is_pretrained(model):
-        return {}
-    twin = _twin(model, torch_dtype, torch.device("cpu"))
-    return {} if twin is None else {name: buffer for name, buffer in twin.named_buffers() if not buffer.is_meta}
-
-
-def _twin(model: Any, torch_dtype: torch.dtype, device: torch.device) -> Any:
-    """Build a transformers model of the same class and config without weights; None if its class cannot be built so.
-
-    Args:
-        model: not changed.
-        torch_dtype: the default dtype meanwhile.
-        device: of its buffers; some classes compute with values, which on meta there are none of.
-    """
-    try:
-        with default_dtype(torch_dtype), device, init_empty_weights():
-            return type(model)(model.config)
-    except Exception as error:  # a class may raise anything where it is built from a config alone
-        logger.info("%s cannot be built from its config alone on %s: %s", type(model).__name__, device, error)
-        return None
 
 
 def is_pretrained(model: nn.Module) -> bool:

@@ -59,18 +59,23 @@ class ModelView:
         return {module for module, read in self.weight_reads(None).items() if "values" in read}
 
     @cached_property
-    def _readers(self) -> list[Reader]:
-        return [found for found in map(reader, self.first_paths) if found is not None]
+    def _readers(self) -> dict[nn.Module, Reader]:
+        return {found.owner: found for found in map(reader, self.first_paths) if found is not None}
+
+    def reads_below(self, module: nn.Module) -> bool:
+        """Whether a module's own methods read the values of its own weight, or of one below it."""
+        found = self._readers.get(module)
+        return found is not None and bool(found.paths_read())
 
     def weight_reads(self, stored: torch.dtype | None) -> dict[nn.Module, set[str]]:
-        """Return what other modules read of each module's weight: "values", "dtype" or "shape".
+        """Return what other modules read of each module's weight: "values", "dtype", "shape" or "cast".
 
         Args:
             stored: the dtype that a quantized weight shows; a read that is guarded against it does not count.
         """
         if stored not in self._weight_reads:
             found: dict[nn.Module, set[str]] = {}
-            for one in self._readers:
+            for one in self._readers.values():
                 for read in one.reads(stored):
                     if read.getter is None or names_used(self.first_paths, read.getter):
                         found.setdefault(read.module, set()).add(read.what)

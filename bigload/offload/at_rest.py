@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..errors import OffloadError
-from .device_hooks import send_to_device, tensors_in
+from ..hardware.nested_tensors import send_to_device, tensors_in
 from .files import FileGroup
 from .leaves import DATA, Group, NonCopyable, without_torch_function
 from .residency import Residency

@@ -5,23 +5,26 @@ argument. Activations move where the device changes. What every block is given b
 moves once for each device and forward. A model that one device computes is hooked only where callers enter it: the
 model itself, and the models inside it that are called on their own. bitsandbytes' kernels read an input that is on
 another device as if it were on theirs, which ends all work with CUDA in the process.
+
+A module that holds parameters itself, beside children on other devices, computes with both. Its inputs, and what its
+children return, are moved to its parameters.
 """
 
 from __future__ import annotations
 
-import copy
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 from torch._compile import _disable_dynamo
-from torch.nn.utils.rnn import PackedSequence
 
 from ..hardware.devices import CPU
+from ..hardware.nested_tensors import is_on, map_tensors, once, send_to_device, tensors_in, to_device, with_values
+from .model_device import allow_moves, refuse_moves
 
 # The attribute of a model that holds its hooks.
 _HOOKS_ATTRIBUTE = "_bigload_device_hooks"
@@ -78,6 +81,30 @@ class DeviceHooks:
         self._handles.append(module.register_forward_pre_hook(calls.begin, prepend=True, with_kwargs=True))
         self._handles.append(module.register_forward_hook(calls.end, with_kwargs=True, always_call=True))
 
+    def gather(self, model: nn.Module, path: str, device: torch.device, devices: Mapping[str, torch.device]) -> None:
+        """Hook the children of the module at `path` that are not on its device, so that their outputs come there."""
+        for child_path, child in _called_in(path, model.get_submodule(path)):
+            inside = (at for other, at in devices.items() if f"{other}.".startswith(f"{child_path}."))
+            if any(at != device for at in inside):
+                moves = _MoveOutputs(device, _skip_keys(model) | _skip_keys(child))
+                self._handles.append(child.register_forward_hook(moves))
+
+    def join(self, model: nn.Module, last: str, main: object, devices: Sequence[torch.device]) -> None:
+        """Let a model on several devices act as one.
+
+        What its last layer returns comes to the device where its inputs are: there the model compares it with labels.
+        The model cannot be moved to one device: the hooks would go on moving what its modules are called with.
+
+        Args:
+            model: it has the other hooks already.
+            last: the path of its last layer.
+            main: the device that the model's inputs are moved to.
+            devices: of all of its modules.
+        """
+        if "." not in last and last in model._modules and isinstance(main, torch.device):
+            self._handles.append(model.get_submodule(last).register_forward_hook(_MoveOutputs(main, _skip_keys(model))))
+        refuse_moves(model, devices)
+
     def remove(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
@@ -110,30 +137,40 @@ def attach(
     """
     detach(model)
     hooks = DeviceHooks()
+    owners: dict[str, torch.device] = {}
     hooked: dict[str, torch.device | nn.Module] = dict(entries or {})
     returning: set[str] = set()
     if len(set(devices.values())) > 1:
         modules = dict(model.named_modules(remove_duplicate=False))
         for path, device in devices.items():
-            called = _called_at(path, modules)
+            called = dict(_called_at(path, modules[path])) if path in modules else {}
             hooked |= dict.fromkeys(called, device)
             returning |= {*called} - {path}
-        in_fp32 = {called for path in in_fp32 for called in _called_at(path, modules)}
+        in_fp32 = {called for path in in_fp32 for called, _ in _called_at(path, modules[path])}
+        owners = _owners_of_parameters(devices, modules)
+        hooked |= owners
     if hooked:
         hooks.add(model, hooked, in_fp32, dtype, returning)
+        for path, device in owners.items():
+            hooks.gather(model, path, device, devices)
+        if len(set(devices.values())) > 1:
+            hooks.join(model, [*devices][-1], hooked.get("", next(iter(devices.values()))), [*devices.values()])
         model.__dict__[_HOOKS_ATTRIBUTE] = hooks
     return hooks
 
 
-def _called_at(path: str, modules: Mapping[str, nn.Module]) -> list[str]:
-    """Return the path of a module; of one without a forward those of its children, which its parent calls."""
-    module = modules.get(path)
-    if module is None:
-        return []
+def _called_at(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """List a module; in place of one without a forward, as a list of modules, what others call in it."""
     if type(module).forward is not nn.Module.forward or "forward" in vars(module):
-        return [path]
-    children = [f"{path}.{name}".lstrip(".") for name, _ in module.named_children()]
-    return [called for child in children for called in _called_at(child, modules)]
+        yield path, module
+    else:
+        yield from _called_in(path, module)
+
+
+def _called_in(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """List the children that a module may call, with their paths."""
+    for name, child in module.named_children():
+        yield from _called_at(f"{path}.{name}".lstrip("."), child)
 
 
 def detach(model: nn.Module) -> None:
@@ -141,6 +178,7 @@ def detach(model: nn.Module) -> None:
     hooks = model.__dict__.pop(_HOOKS_ATTRIBUTE, None)
     if isinstance(hooks, DeviceHooks):
         hooks.remove()
+        allow_moves(model)
 
 
 def dtypes_on_gpu(model: nn.Module) -> Mapping[str, torch.dtype]:
@@ -154,11 +192,6 @@ def detach_from_layers(model: nn.Module) -> None:
     hooks = model.__dict__.get(_HOOKS_ATTRIBUTE)
     if isinstance(hooks, DeviceHooks) and hooks.ask_layers:
         detach(model)
-
-
-def send_to_device(values: Any, device: torch.device) -> Any:
-    """Move the tensors in tuples, lists and dicts to a device; where all are there, the same object is returned."""
-    return values if _is_on(values, device) else _map_tensors(values, partial(_to_device, device=device))
 
 
 class _PerThread(threading.local):
@@ -186,13 +219,13 @@ class _Memo(_PerThread):
     def get(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Return a tensor on a device. It is moved once, and again only after a change in place."""
         if tensor.is_inference():  # has no version
-            return _to_device(tensor, device)
+            return to_device(tensor, device)
         # A tensor that was moved without gradients has no graph.
         key, version = (id(tensor), device, torch.is_grad_enabled()), tensor._version
         known = self.moved.get(key)
         if known is None or known[1] != version:
             # The tensor itself is kept, so that no other tensor gets its id.
-            known = self.moved[key] = tensor, version, _to_device(tensor, device)
+            known = self.moved[key] = tensor, version, to_device(tensor, device)
         return known[2]
 
 
@@ -204,18 +237,18 @@ class _MoveInputs:
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         device, skip_keys = self._device, self._skip_keys
-        if all(_is_on(value, device) for value in args) and all(
-            name in skip_keys or _is_on(value, device) for name, value in kwargs.items()
+        if all(is_on(value, device) for value in args) and all(
+            name in skip_keys or is_on(value, device) for name, value in kwargs.items()
         ):
             return None
         return _between_graphs(self._moved, args, kwargs)  # type: ignore[no-any-return]
 
     def _moved(self, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         # Activations come by position. They are new for each module, so they are not kept.
-        args = tuple(_map_tensors(value, partial(_to_device, device=self._device)) for value in args)
-        move = partial(self._memo.get if self._memo.is_on else _to_device, device=self._device)
+        args = map_tensors(args, once(partial(to_device, device=self._device)))
+        move = partial(self._memo.get if self._memo.is_on else to_device, device=self._device)
         skip_keys = self._skip_keys
-        named = {name: value if name in skip_keys else _map_tensors(value, move) for name, value in kwargs.items()}
+        named = {name: value if name in skip_keys else map_tensors(value, move) for name, value in kwargs.items()}
         return args, named
 
 
@@ -256,15 +289,15 @@ class _CastInputs:
     def begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         floating = (tensor for tensor in tensors_in((args, kwargs)) if tensor.is_floating_point())
         self._dtypes.push(next((tensor.dtype for tensor in floating), self._default))
-        args = tuple(_map_tensors(value, _in_fp32) for value in args)
-        kwargs = {name: v if name in self._skip_keys else _map_tensors(v, _in_fp32) for name, v in kwargs.items()}
+        args = tuple(map_tensors(value, _in_fp32) for value in args)
+        kwargs = {name: v if name in self._skip_keys else map_tensors(v, _in_fp32) for name, v in kwargs.items()}
         return args, kwargs
 
     def end(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         dtype = self._dtypes.pop()
         if dtype is None or output is None:
             return None
-        return _map_tensors(output, lambda tensor: tensor.to(dtype) if tensor.dtype == torch.float32 else tensor)
+        return map_tensors(output, lambda tensor: tensor.to(dtype) if tensor.dtype == torch.float32 else tensor)
 
 
 class _Stack(_PerThread, Generic[_Value]):
@@ -300,12 +333,39 @@ class _ReturnOutputs:
         device = self._origins.pop()
         if device is None or output is None:
             return None
-        is_dict = isinstance(output, dict)
-        leaving = {name: value for name, value in output.items() if name not in self._skip_keys} if is_dict else output
-        if _is_on(leaving, device):
-            return None
-        moved = _between_graphs(send_to_device, leaving, device)
-        return _with_values(output, moved) if is_dict else moved
+        return _moved(output, device, self._skip_keys)
+
+
+class _MoveOutputs:
+    """A hook that moves a module's outputs to the device of the module that calls it."""
+
+    def __init__(self, device: torch.device, skip_keys: Collection[str]) -> None:
+        self._device, self._skip_keys = device, frozenset(skip_keys)
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return _moved(output, self._device, self._skip_keys)
+
+
+def _moved(output: Any, device: torch.device, skip_keys: Collection[str]) -> Any:
+    """Return an output on a device, without what is under `skip_keys` in a dict; None if it is there already."""
+    is_dict = isinstance(output, dict)
+    leaving = {name: value for name, value in output.items() if name not in skip_keys} if is_dict else output
+    if is_on(leaving, device):
+        return None
+    moved = _between_graphs(send_to_device, leaving, device)
+    return with_values(output, moved) if is_dict else moved
+
+
+def _owners_of_parameters(
+    devices: Mapping[str, torch.device], modules: Mapping[str, nn.Module]
+) -> dict[str, torch.device]:
+    """Return the modules whose own parameters have a device, beside their children, with the device of the first."""
+    found: dict[str, torch.device] = {}
+    for path, device in devices.items():
+        owner, _, name = path.rpartition(".")
+        if path not in modules and owner in modules and modules[owner]._parameters.get(name) is not None:
+            found.setdefault(owner, device)
+    return found
 
 
 class _ModelCalls(_ReturnOutputs):
@@ -326,56 +386,7 @@ class _ModelCalls(_ReturnOutputs):
         return super().end(module, args, kwargs, output)
 
 
-def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    if tensor.device == device:
-        return tensor
-    # Asynchronously between GPUs only: a copy to the CPU would be read before it is complete, and a tensor on the CPU
-    # could change before it has been copied.
-    return tensor.to(device, non_blocking=tensor.device.type == device.type != "cpu")
-
-
 def _skip_keys(module: nn.Module) -> set[str]:
     """Return the names of the arguments, caches, that accelerate's and our hooks must not move."""
     names = getattr(module, "_skip_keys_device_placement", None)
     return {names} if isinstance(names, str) else set(names or ())
-
-
-def _is_on(value: Any, device: torch.device) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.device == device
-    if isinstance(value, (list, tuple)):
-        return all(_is_on(inner, device) for inner in value)
-    return not isinstance(value, dict) or all(_is_on(inner, device) for inner in value.values())
-
-
-def _map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Change the tensors in tuples, lists and dicts; other objects, such as caches, stay as they are."""
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields") and not isinstance(value, PackedSequence):
-        return type(value)(*(_map_tensors(inner, change) for inner in value))
-    if type(value) in (list, tuple):
-        return type(value)(_map_tensors(inner, change) for inner in value)
-    if isinstance(value, dict):
-        return _with_values(value, {key: _map_tensors(inner, change) for key, inner in value.items()})
-    return value
-
-
-def _with_values(table: Any, values: Mapping[Any, Any]) -> Any:
-    """Copy a dict of any class, such as transformers' outputs, and replace the values of some keys."""
-    made = copy.copy(table)
-    for key, value in values.items():
-        made[key] = value
-    return made
-
-
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """List the tensors in tuples, lists and dicts."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for inner in value:
-            yield from tensors_in(inner)
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from tensors_in(inner)

@@ -14,13 +14,13 @@ from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
 from ..errors import OffloadError
+from ..hardware.nested_tensors import send_to_device
 from ..quantization.bnb import library
 from ..quantization.cpu_forwards import input_gradient, streamed_forward
 from ..quantization.formats import part_name
 from ..quantization.layers import is_quantized
-from ..quantization.own_forwards import on_matrix, own_forward, require_floating
+from ..quantization.own_forwards import on_matrix, own_forward, require_input
 from ..quantization.quantized_weight import state_around, state_holders
-from .device_hooks import send_to_device
 from .leaves import Leaf, MethodOverride, without_torch_function
 from .residency import Residency
 from .slots import Slot
@@ -89,9 +89,9 @@ class StreamedForward(ForwardOverride):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the leaf's own forward."""
         if torch.compiler.is_compiling():
-            return _run_eagerly(self, args, kwargs)
+            return _run_uncompiled(self, args, kwargs)
         if torch._C._is_tracing():  # torch.jit.trace
-            raise OffloadError(_CANNOT_EXPORT)
+            _refuse_export()
         # The own forward refuses another number of arguments.
         if self.is_removed or (self._takes_one_argument and len(args) + len(kwargs) != 1):
             return self.own(*args, **kwargs)
@@ -102,8 +102,7 @@ class StreamedForward(ForwardOverride):
         if is_trained:
             return self._run_without_weight_gradients(*args, **kwargs)
         if self._is_quantized:
-            (x,) = (*args, *kwargs.values())
-            return _Quantized.apply(self, x, self.module.bias)  # type: ignore[no-untyped-call]
+            return _Quantized.apply(self, self._only_input(args, kwargs), self.module.bias)  # type: ignore[no-untyped-call]
         return self._run(functools.partial(self._compute_recorded, args, kwargs))
 
     def _run(self, compute: Callable[[Slot], Any]) -> Any:
@@ -125,8 +124,11 @@ class StreamedForward(ForwardOverride):
         """Compute the leaf's own forward without gradients."""
         if self._make_forward is None:
             return self._run(functools.partial(self._compute, args, kwargs))
+        return self.weights.run_in_slot(functools.partial(self._compute_directly, self._only_input(args, kwargs)))
+
+    def _only_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         (x,) = (*args, *kwargs.values())
-        return self.weights.run_in_slot(functools.partial(self._compute_directly, x))
+        return send_to_device(x, self.weights.device)
 
     def _compute_directly(self, x: torch.Tensor, slot: Slot) -> torch.Tensor:
         forward = self._forwards.get(slot)
@@ -162,17 +164,30 @@ class StreamedForward(ForwardOverride):
         return tree_map_only(torch.Tensor, refuse, out)
 
 
-_CANNOT_EXPORT = (
-    "a model with offloaded weights cannot be exported or traced: a graph cannot fetch its weights; call "
-    "model.offload.remove() first, or load the model without offloading"
-)
+def _refuse_export() -> NoReturn:
+    raise OffloadError(
+        "a model with offloaded weights cannot be exported or traced: a graph cannot fetch its weights; call "
+        "model.offload.remove() first, or load the model without offloading"
+    )
 
 
-# torch.compiler.disable would import torch._dynamo here and now, which takes more than a second.
+# What torch.compiler.assume_constant_result sets; that would import torch._dynamo here and now, which takes more than a
+# second. So torch.export(strict=True) calls the function instead of tracing it, and its error stays what it is.
+_refuse_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _run_uncompiled(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # Not torch.compiler.is_exporting(): until torch 2.12, Dynamo took it for true in whatever it traces.
+    if getattr(torch.compiler, "_is_exporting_flag", False):  # since torch 2.7
+        _refuse_export()
+    return _run_eagerly(forward, args, kwargs)
+
+
+# torch.compiler.disable would import torch._dynamo too.
 @_disable_dynamo
 def _run_eagerly(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if torch.compiler.is_compiling():  # torch.export runs it without the compiler
-        raise OffloadError(_CANNOT_EXPORT)
+        _refuse_export()
     return forward(*args, **kwargs)
 
 
@@ -275,7 +290,7 @@ class CpuForward(ForwardOverride):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Move the inputs to the CPU, compute there, and move the outputs to the device."""
         if torch.compiler.is_compiling():
-            return _run_eagerly(self, args, kwargs)
+            return _run_uncompiled(self, args, kwargs)
         if self.is_removed:
             return self.own(*args, **kwargs)
         if self.require_there is not None:
@@ -332,7 +347,7 @@ def _linear_4bit(layer: Any, name: str, tensors: Tensors) -> Forward:
     matmul = library().matmul_4bit
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        require_floating(layer, x)
+        require_input(layer, x, weight)
         dtype, bias = layer.compute_dtype, layer.bias
         out = matmul(x.to(dtype), weight, bias=None if bias is None else bias.to(dtype), quant_state=state)
         return out.to(x.dtype)  # type: ignore[no-any-return]
@@ -351,7 +366,7 @@ def _linear_8bit(layer: Any, name: str, tensors: Tensors) -> Forward:
         return matmul(x, weight, bias=bias, state=state)  # type: ignore[no-any-return]
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        require_floating(layer, x)
+        require_input(layer, x, weight)
         return on_matrix(compute, x)
 
     return forward

@@ -206,7 +206,7 @@ class MoveAddedParameters(NonCopyable):
         model = self._model()
         if model is None:
             return
-        away = {id(leaf.module.get_parameter(name)) for leaf in self._leaves for name in leaf.parameters}
+        away = {id(leaf.module._parameters.get(name)) for leaf in self._leaves for name in leaf.parameters}
         for parameter in model.get_submodule(self._path).parameters():
             if parameter.device != self._device and not parameter.is_meta and id(parameter) not in away:
                 _move(parameter, self._device)

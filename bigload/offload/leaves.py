@@ -24,17 +24,26 @@ DATA: Any = torch.Tensor.data
 _Places = dict[str, list[tuple[Any, str]]]
 
 
+def refuse_copy() -> NoReturn:
+    """Refuse to copy or pickle.
+
+    Raises:
+        OffloadError: always.
+    """
+    raise OffloadError(
+        "a model with offloaded weights cannot be copied or pickled; save its state_dict, or call "
+        "model.offload.remove() first (a part of it can be copied, by copy.deepcopy)"
+    )
+
+
 class NonCopyable:
     """Refuses to be copied or pickled: the copy of a model would share it with the original."""
 
     def __deepcopy__(self, memo: object) -> NoReturn:
-        raise OffloadError(
-            "a model with offloaded weights cannot be copied or pickled; save its state_dict, or call "
-            "model.offload.remove() first (a part of it can be copied)"
-        )
+        refuse_copy()
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
-        self.__deepcopy__(None)
+        refuse_copy()
 
 
 class MethodOverride(NonCopyable):

@@ -8,7 +8,8 @@ would replace by a new module on the CPU.
 
 `to`, `cuda`, `cpu`, `half` and the like call a module's `_apply`, which calls that of its children. For an offloaded
 weight the call is tried on an empty tensor on the device that computes. If that tensor does not change, the weight
-stays at rest; otherwise the call is refused before anything changes.
+stays at rest; otherwise the call is refused before anything changes. So it is for a model on several devices, whose
+hooks would go on moving what its modules are called with.
 """
 
 from __future__ import annotations
@@ -18,19 +19,20 @@ import copyreg
 import functools
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
-from ..errors import OffloadError
+from ..errors import OffloadError, listed
 from ..model import transformers_facts
 from ..model.tree import first_paths, modules_by_path, paths_above
 from ..planning.plan import Plan
 from ..quantization.layers import is_quantized
 from .forwards import StreamedForward, forward_override_of, require_readable
-from .leaves import Leaf, MethodOverride, remove_all, without_overrides
+from .leaves import Leaf, MethodOverride, refuse_copy, remove_all, without_overrides
 
 # The attribute of a module that names the device that computes it.
 _DEVICE_ATTRIBUTE = "_bigload_device"
@@ -112,7 +114,7 @@ class ApplyGuards:
     """Keep weights at rest when the model, or a part of it, is moved or cast, and let parts of it be copied."""
 
     def __init__(self, model: nn.Module, leaves: Mapping[Leaf, torch.device]) -> None:
-        """Override `_apply` and `__deepcopy__` of the leaves and of the modules that contain them.
+        """Override `_apply` and what copies the leaves and the modules that contain them.
 
         Args:
             model: changed in place.
@@ -128,6 +130,8 @@ class ApplyGuards:
                 module = model.get_submodule(path)
                 self._guards.append(_ApplyGuard(module, found))
                 self._guards.append(_Copy(path, module, found))
+                self._guards.append(_State(module, is_leaf=any(leaf.module is module for leaf in found)))
+                self._guards.append(_Replica(module))
         except BaseException:
             self.remove()
             raise
@@ -188,16 +192,96 @@ class _Copy(MethodOverride):
             OffloadError: it is the whole model, or a file with its weights has changed.
         """
         if not self._path:
-            self.__deepcopy__(memo)
+            refuse_copy()
         require_readable(self.module)
-        reduced: Any = self.module.__reduce_ex__(4)
+        token = _IS_COPIED_DEEP.set(True)
+        try:
+            reduced: Any = self.module.__reduce_ex__(4)
+        finally:
+            _IS_COPIED_DEEP.reset(token)
         make, given, state = reduced[:3]
         made: Any = make(*given)
         memo[id(self.module)] = made
-        made.__setstate__(copy.deepcopy(without_overrides(state), memo))
+        made.__setstate__(copy.deepcopy(state, memo))
         for device in self._devices:
             made.to(device)
         return made  # type: ignore[no-any-return]
+
+
+_IS_COPIED_DEEP: ContextVar[bool] = ContextVar("_IS_COPIED_DEEP", default=False)
+
+
+class _State(MethodOverride):
+    """The state of a module that is copied or pickled, without the overrides, which are bound to the original.
+
+    A shallow copy of a leaf would hold weights at rest that nothing brings to the device: it is refused.
+    """
+
+    def __init__(self, module: nn.Module, *, is_leaf: bool) -> None:
+        self._own: Callable[[], dict[str, Any]] = module.__getstate__
+        self._is_leaf = is_leaf
+        super().__init__(module, "__getstate__")
+
+    def __call__(self) -> dict[str, Any]:
+        """Return the state.
+
+        Raises:
+            OffloadError: a leaf is copied by `copy.copy`, or pickled.
+        """
+        if self._is_leaf and not _IS_COPIED_DEEP.get():
+            refuse_copy()
+        return without_overrides(self._own())
+
+
+class _Replica(MethodOverride):
+    """Refuses DataParallel's replicas: their forwards would be those of the original."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module, "_replicate_for_data_parallel")
+
+    def __call__(self) -> NoReturn:
+        """Refuse.
+
+        Raises:
+            OffloadError: always.
+        """
+        raise OffloadError(
+            "torch.nn.DataParallel cannot copy a model with offloaded weights to other GPUs: load it with "
+            "device_map='balanced', which divides it among them"
+        )
+
+
+def refuse_moves(model: nn.Module, devices: Sequence[torch.device]) -> None:
+    """Refuse to move a model that is on several devices to one of them."""
+    # As a partial of a module-level function it is copied and pickled with the model.
+    vars(model)["_apply"] = functools.partial(_apply_where_it_is, model, tuple(dict.fromkeys(devices)))
+
+
+def allow_moves(model: nn.Module) -> None:
+    """Undo `refuse_moves`, if it was called."""
+    if getattr(vars(model).get("_apply"), "func", None) is _apply_where_it_is:
+        del vars(model)["_apply"]
+
+
+def _apply_where_it_is(
+    model: nn.Module,
+    devices: tuple[torch.device, ...],
+    fn: Callable[[torch.Tensor], torch.Tensor],
+    recurse: bool = True,
+) -> nn.Module:
+    """Change all tensors of a model that is on several devices, as `nn.Module._apply` does, but move none.
+
+    Raises:
+        OffloadError: `fn` would move some.
+    """
+    moved = [made for device in devices if (made := fn(torch.empty(0, device=device)).device) != device]
+    if moved:
+        raise OffloadError(
+            f"the model is on {listed(map(str, devices))} and cannot be moved to {moved[0]}: use it where it is, since "
+            "its inputs are moved; or load it with device_map={'': device}"
+        )
+    apply: Callable[..., nn.Module] = type(model)._apply
+    return apply(model, fn, recurse)
 
 
 def _require_unchanged(

@@ -24,6 +24,7 @@ class Residency:
     Attributes:
         group: the leaf's group.
         leaf: the leaf.
+        device: that computes it.
         parameters: the parameters of it that are streamed.
     """
 
@@ -37,6 +38,7 @@ class Residency:
     ) -> None:
         """Keep `adopt`, which takes over what others have written to a group's weights, or put in their place."""
         self._pool, self.group, self.leaf, self._adopt = pool, group, leaf, adopt
+        self.device = pool.copier.device
         self.follow(streamed)
 
     def follow(self, streamed: Sequence[StreamedTensor]) -> None:

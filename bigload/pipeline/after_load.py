@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import CheckpointError
-from ..inspection.own_loading import run_post_hooks
+from ..inspection.own_loading import SET_BY_LOADING, run_post_hooks, saves_extra_state
 from ..io.tensors import StoredTensor, read_whole
 from ..model.view import ModelView
 from ..planning.plan import AfterLoad
@@ -26,10 +26,14 @@ def finished(view: ModelView, after: AfterLoad) -> Iterator[None]:
     changed = [view.modules[path] for path in {*after.extra_states, *after.attributes, *after.post_hooks}]
     with _restored_on_failure(changed):
         for path, attributes in after.attributes.items():
-            vars(view.modules[path]).update(attributes)
+            vars(view.modules[path]).update({**attributes, SET_BY_LOADING: tuple(attributes)})
         for path, state in after.extra_states.items():
             module: Any = view.modules[path]
+            before = dict(vars(module))
             _run(path, module, "set_extra_state", partial(module.set_extra_state, _value(state)))
+            if not saves_extra_state(module):
+                names = (name for name, value in vars(module).items() if before.get(name, before) is not value)
+                vars(module)[SET_BY_LOADING] = (*before.get(SET_BY_LOADING, ()), *names)
         for path in after.post_hooks:
             module = view.modules[path]
             _run(path, module, "hook after load_state_dict", partial(run_post_hooks, module, [], []))

@@ -61,7 +61,8 @@ class Assembly:
         for planned in self._plan.tensors:
             value = _value(planned.tensor, planned.device, self._loaded.get(planned.tensor.name))
             for name in planned.tensor.names:
-                leaf, owner = name.rpartition(".")[2], view.owner(name)
+                path, _, leaf = name.rpartition(".")
+                owner = view.modules[path]
                 slots: Any = owner._parameters if planned.tensor.is_parameter else owner._buffers
                 if owner not in new_layers:
                     edits.append((slots, leaf, value))
@@ -69,7 +70,7 @@ class Assembly:
                 elif leaf == "bias":
                     bias = self._bias(planned.tensor, value)
                     new_layers[owner]._parameters["bias"] = tensors[id(slots[leaf])] = bias
-        for module in view.first_paths:
+        for module in view.first_paths if new_layers else ():
             edits += [
                 (module._modules, key, new_layers[child]) for key, child in _children(module) if child in new_layers
             ]
@@ -101,7 +102,7 @@ def _value(tensor: ModelTensor, device: torch.device, value: LoadedTensor | None
     old = tensor.value
     if not tensor.is_parameter:
         return value
-    unchanged = value.data_ptr() == old.data_ptr() and value.dtype == old.dtype and not old.is_meta
+    unchanged = not old.is_meta and value.data_ptr() == old.data_ptr() and value.dtype == old.dtype
     return old if unchanged else like_parameter(old, value)  # type: ignore[arg-type]
 
 

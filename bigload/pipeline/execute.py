@@ -249,7 +249,6 @@ def _require_finite(loaded: dict[str, LoadedTensor], plan: Plan) -> None:
     main_weights = (
         {f"{path}.weight".lstrip(".") for path in plan.layers} if plan.config.llm_int8_has_fp16_weight else set()
     )
-    stored = {p.tensor.name for p in plan.tensors if p.sources and isinstance(p.sources[0].tensor, QuantizedTensor)}
     checked: list[tuple[str, torch.Tensor]] = []
     for name, value in loaded.items():
         if isinstance(value, QuantizedWeight):
@@ -260,6 +259,7 @@ def _require_finite(loaded: dict[str, LoadedTensor], plan: Plan) -> None:
         return
     devices = dict.fromkeys(values.device for _, values in checked)
     bad = list(dict.fromkeys(name for device in devices for name in _not_finite(checked, device)))
+    stored = {p.tensor.name for p in plan.tensors if p.sources and isinstance(p.sources[0].tensor, QuantizedTensor)}
     damaged = [name for name in bad if name in stored]
     if damaged:
         raise CheckpointError(f"{listed(damaged)}: stored with scales that are not finite: the file is damaged")

@@ -69,6 +69,12 @@ class PieceSink(Sink):
     """Uses values piece by piece as they come.
 
     Each source must be a contiguous run of the flattened tensor; else `gathered_if_needed` gathers them first.
+
+    Attributes:
+        planned: the tensor.
+        dtype: the dtype that pieces are cast to first.
+        begins: where each source begins in the flattened tensor; None if a source is no run of it, or if the values of
+            one scale do not fit into a slot of the ring.
     """
 
     def __init__(self, planned: PlannedTensor, dtype: torch.dtype, values_per_scale: int = 1) -> None:
@@ -80,6 +86,7 @@ class PieceSink(Sink):
             values_per_scale: pieces begin and end at multiples of this.
         """
         self.planned, self.dtype, self._values_per_scale = planned, dtype, values_per_scale
+        self.begins = self._begins()
 
     @abstractmethod
     def take(self, values: torch.Tensor, begin: int) -> None:
@@ -95,20 +102,14 @@ class PieceSink(Sink):
         self.take(values.view(-1), 0)
         return self.finish()
 
-    def begins(self) -> list[int] | None:
-        """Return where each source begins in the flattened tensor; None if a source is no run of it.
-
-        None also if the values of one scale do not fit into a slot of the ring.
-        """
+    def _begins(self) -> list[int] | None:
         shape, multiple = self.planned.shape, self._values_per_scale
         begins = [_begin_of_run(source, shape, multiple) for source in self.planned.sources]
         fits = all(multiple * source.tensor.dtype.itemsize <= slot_bytes() for source in self.planned.sources)
         return [begin for begin in begins if begin is not None] if fits and None not in begins else None
 
     def tasks(self) -> list[ReadTask]:
-        return [
-            self._task(source, base) for source, base in zip(self.planned.sources, self.begins() or (), strict=True)
-        ]
+        return [self._task(source, base) for source, base in zip(self.planned.sources, self.begins or (), strict=True)]
 
     def _task(self, source: Source, base: int) -> ReadTask:
         def take(piece: torch.Tensor, begin: int) -> None:
@@ -167,7 +168,7 @@ class GatherSink(Sink):
 
 def gathered_if_needed(sink: PieceSink) -> Sink:
     """Return the sink itself if it can use the sources piece by piece, else one that gathers the tensor for it."""
-    return sink if sink.begins() is not None else GatherSink(sink)
+    return sink if sink.begins is not None else GatherSink(sink)
 
 
 def _begin_of_run(source: Source, shape: tuple[int, ...], multiple: int) -> int | None:

@@ -16,8 +16,12 @@ from ..sizes import show
 from .plan import Account
 from .request import longest_match
 from .solver import DoesNotFitError
-from .units import Unit
+from .units import RESIDENT_BYTES, Unit
 
+# Why other tensors stay on the device that computes, though their unit is offloaded.
+ONLY_LEAVES_LEAVE = (
+    "only floating-point parameters that the forward of one module without children reads can be offloaded"
+)
 _SMALLER = {name: FourBit("nf4", 64, name == "nf4-dq", torch.uint8) for name in ("nf4", "nf4-dq")}
 
 
@@ -39,8 +43,12 @@ def does_not_fit_error(
     alone = units[error.item].name if error.item is not None and allowed else ""
     extra = f", beside {show(reserve)} {_kept_for(reserve)}" if is_device and reserve else ""
     too_large = f"'{alone}' alone is too large for it; " if alone else ""
+    bound = _large_and_bound(units) if is_device else []
+    if bound:
+        too_large += f"{listed(bound, 3)} cannot be offloaded: {ONLY_LEAVES_LEAVE}; "
     helps = _smaller_modes(units, lacking)
-    if may_use_disk:
+    # What stays on the device anyway must fit there first.
+    if may_use_disk and (not is_device or sum(unit.staying_bytes for unit in units) <= allowed):
         helps.append("an offload_folder, so that blocks may be offloaded to the disk")
     helps.append(f"a budget {show(lacking)} larger there")
     if may_leave_out:
@@ -49,6 +57,17 @@ def does_not_fit_error(
         f"what must be on {place} needs {show(error.needed)}, where {show(allowed)} may be used{extra}: "
         f"{show(lacking)} too little; {too_large}what would help: {', or '.join(helps)}"
     )
+
+
+def _large_and_bound(units: Sequence[Unit]) -> list[str]:
+    """List large parameters that stay on a device though their unit is offloaded, the largest first."""
+    found = {
+        planned.tensor.name: planned.nbytes
+        for unit in units
+        for planned in unit.tensors
+        if planned.tensor.is_parameter and planned.nbytes >= RESIDENT_BYTES and planned not in unit.offloaded
+    }
+    return sorted(found, key=lambda name: -found[name])
 
 
 def _kept_for(reserve: int) -> str:

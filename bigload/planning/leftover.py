@@ -10,7 +10,7 @@ from torch import nn
 
 from ..config import BnbQuantizationConfig
 from ..model import transformers_facts
-from ..model.quantizable import matches, meant_to_stay, plain_because_read
+from ..model.quantizable import meant_to_stay, one_of
 from ..model.tensors import ModelTensor
 from ..model.view import ModelView
 from ..sizes import show
@@ -26,6 +26,7 @@ def warn_of_leftover(
     config: BnbQuantizationConfig,
     tensors: Sequence[ModelTensor],
     layers: Mapping[str, nn.Module],
+    read: Mapping[str, str],
 ) -> None:
     """Warn if less than half of a model's weights are quantized, and name the classes that hold the rest.
 
@@ -36,25 +37,30 @@ def warn_of_leftover(
         config: with every "auto" resolved.
         tensors: of the model, from `tensors_of`.
         layers: the layers to quantize, by path.
+        read: the layers that stay plain because other code reads their weight, each with what it reads.
     """
+    if "*" in (config.skip_modules or ()):
+        return  # nothing is to be quantized
     taken = {f"{path}.weight".lstrip(".") for path in layers}
     weights = [t for t in tensors if t.is_parameter and t.value.dim() > 1 and t.value.is_floating_point()]
     left = [tensor for tensor in weights if taken.isdisjoint(tensor.names)]
-    quantized = _elements(weights) - _elements(left)
-    if _elements(left) <= quantized:
+    plain = _elements(left)
+    quantized = _elements(weights) - plain
+    if plain <= quantized:
         return  # the usual case
     left = _not_meant_to_stay(view, config, left)
-    if _elements(left) <= quantized:
+    plain = _elements(left)
+    if plain <= quantized:
         return
     dtype = config.load_dtype
-    amount = f"of {_size(_elements(left) + quantized, dtype)} only {_size(quantized, dtype)} are quantized"
+    amount = f"of {_size(plain + quantized, dtype)} only {_size(quantized, dtype)} are quantized"
     logger.warning(
         "%s was asked for, but %s; left in %s, beside embeddings and the head: %s. Only nn.Linear is quantized, and "
         "subclasses that do what it does or are named in quantizable=(...); name modules to leave in skip_modules",
         config.mode,
         amount if quantized else "nothing is quantized",
         str(dtype).removeprefix("torch."),
-        _by_class(view, left, config),
+        _by_class(view, left, dtype, read),
     )
 
 
@@ -62,17 +68,17 @@ def _not_meant_to_stay(
     view: ModelView, config: BnbQuantizationConfig, tensors: Sequence[ModelTensor]
 ) -> list[ModelTensor]:
     heads, patterns = meant_to_stay(view, config)
+    stays = one_of(patterns).search
 
     def is_meant(name: str) -> bool:
         owner = view.owner(name)
-        return owner in heads or isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) or matches(name, patterns)
+        return owner in heads or isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) or stays(name) is not None
 
     return [tensor for tensor in tensors if not any(map(is_meant, tensor.names))]
 
 
-def _by_class(view: ModelView, tensors: Sequence[ModelTensor], config: BnbQuantizationConfig) -> str:
+def _by_class(view: ModelView, tensors: Sequence[ModelTensor], dtype: torch.dtype, read: Mapping[str, str]) -> str:
     """Describe the classes that hold some weights, largest share first, with why each is not quantized."""
-    dtype, read = config.load_dtype, plain_because_read(view, config)
     groups: dict[tuple[str, str], list[ModelTensor]] = {}
     for tensor in tensors:
         owner = view.owner(tensor.name)
@@ -94,7 +100,9 @@ def _reason(owner: nn.Module, tensor: ModelTensor, read: str | None) -> str:
     if not (isinstance(owner, nn.Linear) or transformers_facts.is_conv1d(owner)):
         return "no nn.Linear"
     if read is not None:
-        return "their owner reads their weight" if read == "values" else f"other code reads the {read} of their weight"
+        return {"values": "their owner reads their weight", "cast": "other code casts their weight"}.get(
+            read, f"other code reads the {read} of their weight"
+        )
     if len(tensor.names) > 1:
         return "tied"
     if type(owner) is nn.Linear or transformers_facts.is_conv1d(owner):

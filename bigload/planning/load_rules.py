@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from ..inspection.own_loading import (
 )
 from ..inspection.stand_ins import CannotFollow, memory_of
 from ..io.tensors import ComputedTensor, StoredObject, StoredTensor, read_whole
+from ..model.tensors import ModelTensor
 from ..model.tree import paths_above
 from ..model.view import ModelView
 from .plan import AfterLoad
@@ -42,23 +44,28 @@ class LoadRules:
     Attributes:
         after: what is left to do after the load.
         excused: names of tensors that a module's own loading leaves as they are, without calling them missing.
+        resized: the shapes of those that a module's own loading gives another one.
     """
 
-    def __init__(self, view: ModelView, checkpoint: Checkpoint, done: Collection[str] = ()) -> None:
+    def __init__(self, view: ModelView, checkpoint: Checkpoint) -> None:
         """Find them.
 
         Args:
             view: of the model.
-            checkpoint: whose tensors will be loaded.
-            done: paths of modules whose tensors are stored as their own loading leaves them.
+            checkpoint: whose tensors will be loaded; its record may say that some are stored as a module's own loading
+                leaves them, and what it had set on the module.
         """
+        record = checkpoint.record
+        done = () if record is None else record.as_loaded
+        self._done, self._recorded = tuple(done), {} if record is None else record.attributes
         self._view, self._metadata, self._file = view, checkpoint.metadata, checkpoint.location
         modules = view.modules
         self._with_rule = {path: m for path, m in modules.items() if has_own_loading(m) and path not in done}
-        self._with_extra = {path for path, module in modules.items() if has_extra_state(module)}
+        self._with_extra = {path for path, module in modules.items() if has_extra_state(type(module))}  # type: ignore[arg-type]
         self._above = {above for path in self._with_rule for above in paths_above(path)}
-        hooked = [path for path in reversed(list(modules)) if vars(modules[path]).get("_load_state_dict_post_hooks")]
+        hooked = [path for path, m in reversed(modules.items()) if vars(m).get("_load_state_dict_post_hooks")]
         self.after, self.excused = AfterLoad(post_hooks=tuple(hooked)), set[str]()
+        self.resized: dict[str, tuple[int, ...]] = {}
         self._lacking: list[str] = []
 
     def apply(self, stored: Mapping[str, Found]) -> dict[str, Found]:
@@ -79,7 +86,33 @@ class LoadRules:
                 self.after.extra_states[path] = _as_extra_state(found.pop(key))
             else:
                 self._lacking.append(key)
+        self._note_resized_before(found)
+        for path in self._recorded.keys() & self._view.modules.keys():
+            self.after.attributes[path] = {**self.after.attributes.get(path, {}), **self._recorded[path]}
         return found
+
+    def _note_resized_before(self, found: Mapping[str, Found]) -> None:
+        """Note the buffers that a saved model's modules had resized by their own loading, which will not run again."""
+        for path in self._done:
+            module = self._view.modules.get(path)
+            for name, own in module._buffers.items() if module is not None else ():
+                key = f"{path}.{name}".lstrip(".")
+                if own is not None and key in found and found[key].shape != tuple(own.shape):
+                    self.resized[key] = found[key].shape
+
+    def fitted(self, tensors: Sequence[ModelTensor]) -> Sequence[ModelTensor]:
+        """Return the model's tensors in the shapes that the modules' own loading gives them."""
+        if not self.resized:
+            return tensors
+        return [self._fitted(tensor) if self.resized.keys() & tensor.names else tensor for tensor in tensors]
+
+    def _fitted(self, tensor: ModelTensor) -> ModelTensor:
+        shapes = {self.resized.get(name, tensor.shape) for name in tensor.names}
+        if len(shapes) > 1:  # tied to one that keeps its shape, which does not fit then
+            return tensor
+        made = torch.empty(*shapes, dtype=tensor.value.dtype, device="meta")
+        is_trained = tensor.value.requires_grad
+        return replace(tensor, value=nn.Parameter(made, is_trained) if tensor.is_parameter else made)
 
     def review(self, missing: list[str], unexpected: list[str]) -> None:
         """Let hooks that follow a load take keys from what is missing and unexpected; warn of missing extra state.
@@ -184,6 +217,10 @@ class LoadRules:
         # Shapes that do not fit are reported with all others.
         unfit = {key for key in own if any(m.startswith(f"size mismatch for {key}:") for m in outcome.errors)}
         loaded = {key for key, name in own.items() if name in outcome.values}
+        for key in loaded - unfit:
+            shape = tuple(outcome.values[own[key]].shape)
+            if shape != tuple(own_value(module, own[key]).shape):
+                self.resized[key] = shape
         self.excused |= own.keys() - loaded - unfit - set(outcome.missing)
         gone = own.keys() - unfit
         if outcome.extra:

@@ -16,7 +16,7 @@ from ..hardware.devices import CPU, Place, as_place, default_device, is_strategy
 from ..hardware.free_memory import free_bytes, free_disk_bytes
 from ..model.view import ModelView
 from ..sizes import show
-from .advice import does_not_fit_error, split_unit_error
+from .advice import ONLY_LEAVES_LEAVE, does_not_fit_error, split_unit_error
 from .plan import PlacedUnit
 from .planned_tensors import PlannedTensor
 from .request import PlacementRequest, computing_devices, longest_match, places_of
@@ -125,6 +125,8 @@ def _place_by_strategy(units: Sequence[Unit], strategy: str, request: PlacementR
     if request.offload_folder is not None:
         free = free_disk_bytes(request.offload_folder)
         budgets["disk"] = homes["disk"] = request.budgets.get("disk", free)
+    elif "disk" in request.budgets:
+        logger.warning("max_memory has a budget for 'disk', which nothing goes to: name an offload_folder too")
     fp32 = request.fp32_on_cpu and on_gpu
     if fp32:
         homes.pop("disk", None)
@@ -255,9 +257,9 @@ def _warn_of_staying(staying: Mapping[str, list[str]]) -> None:
         )
     if staying["shared"]:
         logger.warning(
-            "device_map offloads %s, which stay on the device that computes: only floating-point parameters that the "
-            "forward of one module without children reads can be offloaded",
+            "device_map offloads %s, which stay on the device that computes: %s",
             listed(staying["shared"]),
+            ONLY_LEAVES_LEAVE,
         )
 
 

@@ -103,8 +103,8 @@ class Plan:
         units: the modules that are placed whole, in the order of the model.
         accounts: the bytes needed of each place.
         after: what is left to do when the tensors are loaded.
-        read_weights: path -> "values", "dtype" or "shape": layers that are not quantized because other code reads this
-            of their weight without calling them.
+        read_weights: path -> "values", "dtype", "shape" or "cast": layers that are not quantized because other code
+            reads this of their weight without calling them, or casts it.
     """
 
     tensors: tuple[PlannedTensor, ...]
@@ -289,7 +289,8 @@ def _summary(plan: Plan, link_gb_per_s: float | None) -> Iterator[str]:
     yield f"{layers} as {plan.config.mode}, {show(sum(placed.unit.nbytes for placed in plan.units))} in all"
     for what in sorted(set(plan.read_weights.values())):
         paths = [path for path, read in plan.read_weights.items() if read == what]
-        yield f"not quantized, as other code reads the {what} of their weight: {listed(paths, 4)}"
+        does = "casts" if what == "cast" else f"reads the {what} of"
+        yield f"not quantized, as other code {does} their weight: {listed(paths, 4)}"
     if not plan.offloaded:
         yield "nothing is offloaded"
         return

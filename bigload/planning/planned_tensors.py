@@ -15,7 +15,7 @@ from ..hardware.devices import CPU, Place
 from ..io.tensors import LazyTensor, StoredTensor
 from ..model import transformers_facts
 from ..model.fp32_modules import fp32_rule
-from ..model.quantizable import matches
+from ..model.quantizable import one_of
 from ..model.tensors import ModelTensor
 from ..model.view import ModelView, view_of
 from ..quantization import formats
@@ -23,7 +23,7 @@ from ..quantization.formats import Format, FourBit, Int8, Plain
 from .sources import Source
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class PlannedTensor:
     """One tensor of the model: its sources, format and place.
 
@@ -94,15 +94,16 @@ def formatted_tensors(
         CheckpointError: a weight that is stored quantized has another shape than the layer's.
         ConfigError: a weight cannot be stored in the format asked for.
     """
-    asked, by_class = config.keep_in_fp32_modules or (), fp32_rule(view_of(model).modules, config.load_dtype)
+    asked = one_of(config.keep_in_fp32_modules or ()).search
+    by_class = fp32_rule(view_of(model).modules, config.load_dtype)
     weights = {f"{path}.weight".lstrip("."): layer for path, layer in layers.items()}
     planned = []
     for tensor in tensors:
         pieces = sources.get(tensor.name, ())
-        layer = next((weights[name] for name in tensor.names if name in weights), None)
+        layer = next((weights[name] for name in tensor.names if name in weights), None) if weights else None
         if layer is None:
             usual = (class_dtypes or {}).get(tensor.name, config.load_dtype)
-            in_fp32 = any(by_class(name) or matches(name, asked) for name in tensor.names)
+            in_fp32 = any(map(by_class, tensor.names)) or any(map(asked, tensor.names))
             fmt = Plain(_kept_dtype(tensor, pieces, torch.float32 if in_fp32 else usual))
             planned.append(PlannedTensor(tensor, tensor.shape, pieces, fmt, device))
         else:

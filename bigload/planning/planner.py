@@ -16,12 +16,11 @@ from torch import nn
 
 from ..checkpoint.bitsandbytes import QuantizedTensor
 from ..checkpoint.checkpoint import Checkpoint, WeightsLocation
-from ..checkpoint.record import Record
 from ..config import BnbQuantizationConfig, OffloadConfig
 from ..errors import CheckpointError, ConfigError, PlacementError, listed
 from ..hardware.devices import CPU, Device, DeviceMap, on_cpu_unless_named
 from ..io.transfer import WINDOW_BYTES
-from ..model import diffusers_facts, transformers_facts
+from ..model import diffusers_facts, transformers_facts, twins
 from ..model.initialization import rebuilt_by_owners, seems_unwritten
 from ..model.quantizable import layers_recorded, layers_stored_quantized, layers_to_quantize, plain_because_read
 from ..model.tensors import ModelTensor, tensors_of
@@ -54,8 +53,12 @@ def plan_load(view: ModelView, request: LoadRequest) -> Plan:
     ties = _saved_ties(view, request.checkpoint) if request.tied_parameters is None else request.tied_parameters
     tensors = tensors_of(view, ties)
     check_map(placement.device_map, tensors, view.modules, must_exist=placement.must_exist)
-    config, sources, class_dtypes, after = _sources(view, request, tensors)
-    layers = _layers(view, request, config, tensors, sources)
+    config, sources, class_dtypes, rules = _sources(view, request, tensors)
+    after = AfterLoad() if rules is None else rules.after
+    tensors = tensors if rules is None else list(rules.fitted(tensors))
+    quantizable = _quantizable(view, request)
+    read = plain_because_read(view, config, quantizable)
+    layers = _layers(view, request, config, tensors, sources, quantizable, read)
     device = only_device(placement) if placement.must_exist else None  # a plan to be inspected lists its units
     _require_extra_state_kept(layers, after)
     planned = formatted_tensors(view, config, tensors, layers, sources, class_dtypes, device or CPU)
@@ -64,22 +67,20 @@ def plan_load(view: ModelView, request: LoadRequest) -> Plan:
     placed = None if device is None else place_whole(planned, device, placement)
     plan = _placed(planned, layers, config, placed or _placement(view, planned, placement), placement)
     _require_scripts_at_hand(view, plan)
-    chosen = placement.offload.reserve is not None
-    if chosen and reserve < WINDOW_BYTES and any(device.type == "cuda" for device in plan.device_bytes):
+    is_asked = placement.offload.reserve is not None
+    if is_asked and reserve < WINDOW_BYTES and plan.is_mixed:
         logger.warning(
             "reserve is %s, but the transfers of the load need %s: that is kept free instead",
             show(reserve),
             show(WINDOW_BYTES),
         )
-    read = plain_because_read(view, config, request.quantizable)
-    read = {path: what for path, what in read.items() if path not in layers}
-    return replace(plan, after=after, read_weights=read)
+    return replace(plan, after=after, read_weights={path: what for path, what in read.items() if path not in layers})
 
 
 _Sources = Mapping[str, tuple[Source, ...]]
 
 
-_Found = tuple[BnbQuantizationConfig, _Sources, Mapping[str, torch.dtype] | None, AfterLoad]
+_Found = tuple[BnbQuantizationConfig, _Sources, Mapping[str, torch.dtype] | None, LoadRules | None]
 
 
 def _sources(view: ModelView, request: LoadRequest, tensors: Sequence[ModelTensor]) -> _Found:
@@ -87,14 +88,14 @@ def _sources(view: ModelView, request: LoadRequest, tensors: Sequence[ModelTenso
 
     Returns:
         The config with every "auto" resolved; sources by each tensor's first name; the dtype of each tensor in the
-        model's class, or in the saved model; and what is left to do when the tensors are loaded.
+        model's class, or in the saved model; and the modules' own rules, if they have been applied.
     """
     model, checkpoint = view.model, request.checkpoint
     if checkpoint is None:
         return _own_sources(view, request, tensors)
     config = request.config.resolved(checkpoint.dominant_dtype)
-    class_dtypes = transformers_facts.class_dtypes(model, config.load_dtype)
-    rules = LoadRules(view, checkpoint, checkpoint.record.as_loaded if checkpoint.record is not None else ())
+    class_dtypes = twins.class_dtypes(model, config.load_dtype)
+    rules = LoadRules(view, checkpoint)
     sources = sources_in_checkpoint(
         tensors,
         checkpoint,
@@ -102,7 +103,7 @@ def _sources(view: ModelView, request: LoadRequest, tensors: Sequence[ModelTenso
         conversion=transformers_facts.key_conversion(model),
         ignores_key=partial(transformers_facts.ignores_key, model),
         class_dtypes=class_dtypes,
-        rebuilt_buffers=partial(transformers_facts.rebuilt_buffers, model, config.load_dtype),
+        rebuilt_buffers=partial(twins.rebuilt_buffers, model, config.load_dtype),
         rebuilt_by_owners=partial(rebuilt_by_owners, view),
         seems_unwritten=partial(seems_unwritten, view),
         rules=rules,
@@ -120,16 +121,16 @@ def _sources(view: ModelView, request: LoadRequest, tensors: Sequence[ModelTenso
     has_no_other = checkpoint.is_quantized and diffusers_facts.is_diffusers(model)
     if (checkpoint.record is not None and (request.as_saved or is_auto)) or (has_no_other and is_auto):
         class_dtypes = {name: pieces[0].tensor.dtype for name, pieces in sources.items() if pieces}
-    return config, sources, class_dtypes, rules.after
+    return config, sources, class_dtypes, rules
 
 
 def _own_sources(view: ModelView, request: LoadRequest, tensors: Sequence[ModelTensor]) -> _Found:
     """Use the model's own weights. They may be on meta only if the plan is not executed."""
     sources, dtype = _own_weights(tensors, may_be_empty=not request.placement.must_exist)
     if request.placement.must_exist:
-        return request.config.resolved(dtype), sources, None, AfterLoad()
+        return request.config.resolved(dtype), sources, None, None
     config = request.config.resolved(transformers_facts.config_dtype(view.model) or dtype)
-    return config, sources, transformers_facts.class_dtypes(view.model, config.load_dtype), AfterLoad()
+    return config, sources, twins.class_dtypes(view.model, config.load_dtype), None
 
 
 def _layers(
@@ -138,22 +139,22 @@ def _layers(
     config: BnbQuantizationConfig,
     tensors: Sequence[ModelTensor],
     sources: _Sources,
+    quantizable: Sequence[type[nn.Linear]],
+    read: Mapping[str, str],
 ) -> dict[str, nn.Module]:
     """Return the layers that are quantized, by path."""
-    checkpoint, quantizable = request.checkpoint, request.quantizable
+    checkpoint = request.checkpoint
     record = None if checkpoint is None else checkpoint.record
-    if record is not None:
-        quantizable = quantizable or _saved_classes(view, record)
     if checkpoint is not None and checkpoint.is_quantized:
         stored = [name for name, pieces in sources.items() if isinstance(pieces[0].tensor, QuantizedTensor)]
         return layers_stored_quantized(view, config, tensors, stored, quantizable)
     if record is not None and request.as_saved:
         return layers_recorded(view, record.layers, quantizable)
-    layers = layers_to_quantize(view, config, tensors, quantizable)
-    if checkpoint is not None:  # what it does not hold is new, to be trained: not quantized
+    layers = layers_to_quantize(view, config, tensors, quantizable, read)
+    if checkpoint is not None and layers:  # what it does not hold is new, to be trained: not quantized
         new = {name for name, pieces in sources.items() if pieces and isinstance(pieces[0].tensor, torch.Tensor)}
         layers = {path: layer for path, layer in layers.items() if f"{path}.weight".lstrip(".") not in new}
-    warn_of_leftover(view, config, tensors, layers)
+    warn_of_leftover(view, config, tensors, layers, read)
     return layers
 
 
@@ -310,8 +311,11 @@ def _saved_ties(view: ModelView, checkpoint: Checkpoint | None) -> list[tuple[st
     return [(a, b) for a, b in pairs if a in names and b in names and names[a].shape == names[b].shape]
 
 
-def _saved_classes(view: ModelView, record: Record) -> list[type[nn.Linear]]:
-    """Return the subclasses of nn.Linear whose layers were quantized when the model was saved."""
+def _quantizable(view: ModelView, request: LoadRequest) -> Sequence[type[nn.Linear]]:
+    """Return the subclasses of nn.Linear that are named, else those whose layers were quantized when it was saved."""
+    record = None if request.checkpoint is None else request.checkpoint.record
+    if request.quantizable or record is None:
+        return request.quantizable
     classes = {type(view.modules[path]) for path in record.layers if path in view.modules}
     return [cls for cls in classes if issubclass(cls, nn.Linear) and cls is not nn.Linear]
 

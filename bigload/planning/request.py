@@ -238,6 +238,8 @@ def check_map(
             listed(unknown),
             f": did you mean {meant}?" if meant else "",
         )
+    if "" in device_map:
+        return
     homeless = [tensor.name for tensor in tensors if longest_match(tensor.name, device_map) is None]
     if homeless:
         raise PlacementError(

@@ -73,6 +73,9 @@ class Rules(Protocol):
     def apply(self, stored: Mapping[str, Found]) -> dict[str, Found]:
         """Return where each tensor of the model is loaded from, by its name."""
 
+    def fitted(self, tensors: Sequence[ModelTensor]) -> Sequence[ModelTensor]:
+        """Return the model's tensors in the shapes that the modules' own loading gives them."""
+
     def review(self, missing: list[str], unexpected: list[str]) -> None:
         """Take away the keys that may be missing or unexpected."""
 
@@ -122,6 +125,7 @@ def sources_in_checkpoint(
     stored = _by_model_name(_renamed(checkpoint, key_mapping), conversion)
     if rules is not None:
         stored = rules.apply(stored)
+        tensors = rules.fitted(tensors)
     found = {
         tensor.name: next((stored[name] for name in tensor.names if name in stored), None)
         for tensor in tensors
@@ -284,7 +288,7 @@ def _renamed_by(function: Callable[[str], str], key: str) -> str:
 
 def _warn_of_split_ties(tensors: Sequence[ModelTensor], stored: Mapping[str, Found]) -> None:
     """Warn if a tied weight is stored under several names with different values; the first one is used."""
-    for tensor in tensors:
+    for tensor in (tensor for tensor in tensors if len(tensor.names) > 1):
         twins = [stored[name].first for name in tensor.names if name in stored]
         if len(twins) > 1 and any(_differ(twin, twins[0]) for twin in twins[1:]):
             logger.warning(
@@ -317,10 +321,9 @@ def _require_fit(
 ) -> None:
     pairs = [(tensor, each) for tensor in tensors if (each := found.get(tensor.name)) is not None]
     # A Conv1D weight, (in, out) in the model, is stored quantized as (out, in). Whether it is one is checked later.
-    fits = {t.name for t, each in pairs if isinstance(each.first, QuantizedTensor) and each.shape == t.shape[::-1]}
-    wrong = {
-        t.name: (each.shape, t.shape, each.first) for t, each in pairs if each.shape != t.shape and t.name not in fits
-    }
+    unequal = [(t, each) for t, each in pairs if each.shape != t.value.shape]
+    fits = {t.name for t, each in unequal if isinstance(each.first, QuantizedTensor) and each.shape == t.shape[::-1]}
+    wrong = {t.name: (each.shape, t.shape, each.first) for t, each in unequal if t.name not in fits}
     if wrong:
         _raise(foreign())
         cases = [

@@ -10,7 +10,6 @@ from functools import cached_property
 from torch import nn
 
 from ..errors import listed
-from ..inspection.weight_readers import weights_read
 from ..model import transformers_facts
 from ..model.view import ModelView
 from ..quantization import formats
@@ -119,7 +118,9 @@ def units_of(
                 "no_split_module_classes names %s, but no module of the model is of that class", listed(sorted(unknown))
             )
     pieces = [
-        (path, type(module).__name__ in blocks, names) for path, module, names in _walk("", view.model, blocks) if names
+        (path, type(module).__name__ in blocks, names)
+        for path, module, names in _walk("", view.model, blocks, view)
+        if names
     ]
     return [_unit(merged, by_name, view) for merged in _merged(pieces, by_name)]
 
@@ -127,17 +128,19 @@ def units_of(
 _Piece = tuple[str, bool, list[str]]
 
 
-def _walk(path: str, module: nn.Module, blocks: Collection[str]) -> Iterator[tuple[str, nn.Module | None, list[str]]]:
+def _walk(
+    path: str, module: nn.Module, blocks: Collection[str], view: ModelView
+) -> Iterator[tuple[str, nn.Module | None, list[str]]]:
     """Yield the pieces of a module: path, module (None for a single tensor), and names of the tensors."""
     children = [(name, child) for name, child in _children(module) if _holds(child)]
-    if not children or type(module).__name__ in blocks or weights_read(module):
+    if not children or type(module).__name__ in blocks or view.reads_below(module):
         yield path, module, [name for name, _ in _tensors_under(path, module)]
         return
     for name in _own(module):
         full = f"{path}.{name}".lstrip(".")
         yield full, None, [full]
     for name, child in children:
-        yield from _walk(f"{path}.{name}".lstrip("."), child, blocks)
+        yield from _walk(f"{path}.{name}".lstrip("."), child, blocks, view)
 
 
 def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from ..config import BnbQuantizationConfig
 from .bnb import dequantize_4bit, library
-from .own_forwards import forward_4bit, forward_int8, own_forward, require_floating, set_forward
+from .own_forwards import forward_4bit, forward_int8, own_forward, require_input, set_forward
 from .quantized_weight import row_scales
 
 # bitsandbytes' packed CPU kernel computes this many rows of the weight at once.
@@ -58,7 +58,7 @@ def adapt_to_cpu(layer: Any, shape: tuple[int, ...], config: BnbQuantizationConf
 def _forward_4bit(layer: Any, x: torch.Tensor) -> torch.Tensor:
     if x.device.type != "cpu":
         return forward_4bit(layer, x)
-    require_floating(layer, x)
+    require_input(layer, x)
     dtype = layer.compute_dtype or x.dtype
     bias = _bias(layer, dtype)
     out: torch.Tensor = _DequantizedMatmul.apply(x.to(dtype), layer.weight)  # type: ignore[no-untyped-call]
@@ -86,7 +86,7 @@ class _DequantizedMatmul(torch.autograd.Function):
 def _forward_int8(layer: Any, x: torch.Tensor) -> torch.Tensor:
     if x.device.type != "cpu":
         return forward_int8(layer, x)
-    require_floating(layer, x)
+    require_input(layer, x)
     weight = layer.weight.data * (row_scales(layer) / 127).unsqueeze(1)
     return functional.linear(x, weight.to(x.dtype), _bias(layer, x.dtype))
 
@@ -94,7 +94,7 @@ def _forward_int8(layer: Any, x: torch.Tensor) -> torch.Tensor:
 def _forward_main_weights(layer: Any, x: torch.Tensor) -> torch.Tensor:
     if x.device.type != "cpu":
         return forward_int8(layer, x)
-    require_floating(layer, x)
+    require_input(layer, x)
     layer.state.is_training = True  # bitsandbytes has no CPU kernel for eval mode
     layer.state.CB = None  # so that the weight is quantized as it is now
     out = library().matmul(x.reshape(-1, x.shape[-1]), layer.weight, bias=_bias(layer, x.dtype), state=layer.state)
@@ -111,7 +111,7 @@ def _forward_packed(layer: Any, x: torch.Tensor) -> torch.Tensor:
         return forward_4bit(layer, x)
     if x.device.type != "cpu" or layer.training or needs_grad or x.numel() == 0:
         return forward_4bit(layer, x)
-    require_floating(layer, x)
+    require_input(layer, x)
     dtype = layer.compute_dtype or x.dtype
     data, state = _packed(layer)
     # The kernel reads its input as if its rows lay one after the other: a transposed one gives garbage.

@@ -14,8 +14,9 @@ from ..config import BnbQuantizationConfig
 from ..model.experts import Experts
 from . import expert_launches as launches
 from .bnb import library
+from .copied_layers import refuse_replicas, register_copies
 from .expert_linears import Routing, expert_limits, grouped_linear
-from .own_forwards import require_floating
+from .own_forwards import require_input
 from .packed_experts import PackedExperts
 from .quantized_weight import QuantizedWeight
 
@@ -52,11 +53,13 @@ def quantized_attributes(module: nn.Module, experts: Experts, compute_dtype: tor
     Returns:
         Attributes by name. `forward` is a partial of a module-level function, copied and pickled with the module.
     """
+    register_copies(type(module))
     return {
         "quantized_experts": experts,
         "compute_dtype": compute_dtype,
         "loaded_as": path,
         "forward": functools.partial(experts_forward, module),
+        "_replicate_for_data_parallel": functools.partial(refuse_replicas, path),
     }
 
 
@@ -80,11 +83,11 @@ def experts_forward(module: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         (T, H), or for Llama-4 (E * T, H), in the dtype of hidden_states.
 
     Raises:
-        QuantizationError: hidden_states holds no floating-point numbers.
+        QuantizationError: hidden_states holds no floating-point numbers, or lies on another device.
     """
     experts: Experts = module.quantized_experts
     given = [*args, *(kwargs[name] for name in experts.arguments[len(args) :])]
-    require_floating(module, given[0])
+    require_input(module, given[0], module._parameters[experts.up].quant_state.absmax)
     if experts.kind == "sorted":
         return _compute(module, experts, given[0], _llama4_routing(experts, given[0]), None)
     return _compute(module, experts, given[0], given[1], given[2])

@@ -108,4 +108,6 @@ def dominant_dtype(tensors: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:
 
 def nbytes(fmt: Format, shape: Shape, multiple: int = 1) -> int:
     """Return the bytes of a weight of this shape, with each part rounded up to a multiple of `multiple`."""
+    if isinstance(fmt, Plain):  # most of the tensors: one part
+        return -(-math.prod(shape) * fmt.dtype.itemsize // multiple) * multiple
     return sum(-(-part.nbytes // multiple) * multiple for part in fmt.parts(shape).values())

@@ -20,12 +20,14 @@ from ..config import BnbQuantizationConfig
 from ..errors import QuantizationError, listed
 from ..model.tree import first_paths
 from .bnb import library
+from .copied_layers import refuse_replicas, register_copies
 from .cpu_forwards import adapt_to_cpu
 from .own_forwards import own_forward, set_forward
 from .quantized_weight import QuantizedWeight, row_scales
 
 # Attributes that bitsandbytes, or this package, sets on bitsandbytes' layers.
 _LAYER_ATTRIBUTES = {
+    "_replicate_for_data_parallel",
     "compute_dtype",
     "compute_type_is_set",
     "forward",
@@ -65,7 +67,8 @@ def make_layer(
     else:
         new = _make_4bit(weight, has_bias, shape, config)
     # For errors, and for dequantize_model: int8 does not store what it was quantized from.
-    vars(new).update(loaded_as=path, loaded_dtype=config.load_dtype)
+    refuse = functools.partial(refuse_replicas, path)
+    vars(new).update(loaded_as=path, loaded_dtype=config.load_dtype, _replicate_for_data_parallel=refuse)
     set_forward(new, own_forward(new))
     if device.type == "cpu":
         adapt_to_cpu(new, shape, config)
@@ -201,6 +204,7 @@ def _made(class_name: str, shape: tuple[int, ...], has_bias: bool, **options: An
 @functools.lru_cache(maxsize=64)
 def _prototype(class_name: str, shape: tuple[int, ...], has_bias: bool, **options: Any) -> nn.Module:
     made: nn.Module = getattr(library().nn, class_name)(shape[1], shape[0], has_bias, device="meta", **options)
+    register_copies(type(made))
     return made
 
 

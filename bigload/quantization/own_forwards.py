@@ -3,6 +3,9 @@
 An input of integers is refused. Code that casts an input to the dtype of a quantized weight makes one: the result would
 no longer depend on the input, and bitsandbytes would cast the layer's bias to integers for good.
 
+An input on another device than the weight is refused, as nn.Linear does. bitsandbytes' kernels get pointers only: on a
+GPU they would read host memory, an illegal access after which the process can use no GPU any more.
+
 int8 gets a contiguous matrix: its search for outliers fails on one dimension and on more than three, its CUDA kernel
 reads memory in order, whatever the strides, which gives garbage, and on the CPU it computes three dimensions that are
 not contiguous with other last bits.
@@ -31,13 +34,13 @@ def own_forward(layer: Any) -> Callable[[Any, torch.Tensor], torch.Tensor]:
 
 def forward_4bit(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """Compute a 4-bit layer."""
-    require_floating(layer, x)
+    require_input(layer, x)
     return type(layer).forward(layer, x)  # type: ignore[no-any-return]
 
 
 def forward_int8(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """Compute an int8 layer."""
-    require_floating(layer, x)
+    require_input(layer, x)
     return on_matrix(functools.partial(type(layer).forward, layer), x)
 
 
@@ -49,15 +52,30 @@ def on_matrix(forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) 
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
-def require_floating(layer: Any, x: torch.Tensor) -> None:
-    """Refuse an input that is not floating point, as nn.Linear does.
+def require_input(layer: Any, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
+    """Refuse an input that is not floating point, or on another device than the weight, as nn.Linear does.
+
+    Args:
+        layer: of bitsandbytes.
+        x: its input.
+        weight: what it computes with, or lies beside it; None for the layer's own.
 
     Raises:
-        QuantizationError: it holds integers, booleans or complex numbers.
+        QuantizationError: the input holds integers, booleans or complex numbers, or lies on another device.
     """
-    if x.is_floating_point():
+    if weight is None:
+        weight = layer._parameters.get("weight", x)  # several times faster than an attribute of a module
+        state = getattr(weight, "quant_state", None)
+        if state is not None:
+            weight = state.absmax  # bitsandbytes answers what a 4-bit weight is asked in Python, 2 us for its device
+    if x.is_floating_point() and x.device == weight.device:
         return
     name = vars(layer).get("loaded_as") or "the model"
+    if x.is_floating_point():
+        raise QuantizationError(
+            f"{name!r} is quantized and on {weight.device}, but its input is on {x.device}: move the input, as by "
+            f"x.to('{weight.device}')"
+        )
     raise QuantizationError(
         f"{name!r} is quantized and takes floating-point inputs, but got {x.dtype}: was the input cast to the dtype of "
         f"a quantized weight, as by x.to(layer.weight.dtype)? Then name {name!r} in skip_modules, or cast it to the "

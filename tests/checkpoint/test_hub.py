@@ -129,6 +129,14 @@ def test_revision_that_is_not_in_the_cache_is_named_with_what_to_do(cache, revis
     assert message.endswith(f"hf download org/name --revision {revision}")
 
 
+def test_repository_that_was_fetched_is_loaded(cache):
+    """As by the command that the error names."""
+    with pytest.raises(CheckpointError, match="fetch it where there is a network with: hf download org/name"):
+        open_checkpoint("org/name")
+    save_checkpoint(linear(3.0), snapshot(cache, "org/name"))
+    assert value_in("org/name") == 3.0
+
+
 def test_name_that_the_hub_does_not_allow_is_a_checkpoint_error():
     with pytest.raises(CheckpointError, match=r"org/na--me"):
         open_checkpoint("org/na--me")

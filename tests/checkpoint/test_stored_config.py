@@ -11,6 +11,7 @@ from references import FOUR_BIT, quantized_state, stored_by_bitsandbytes
 from torch import nn
 
 from bigload import BnbQuantizationConfig, load_and_quantize_model
+from bigload.config import warn_of_float32
 from bigload.errors import CheckpointError, ConfigError
 
 MODES = (*FOUR_BIT, "int8")
@@ -28,6 +29,29 @@ def test_compute_dtype_is_that_of_the_config_beside_the_weights(tmp_path, device
         model = loaded(tmp_path, device)
         assert {model.c_proj.compute_dtype, model.odd.compute_dtype} == {dtype}
         assert model.c_proj.weight.quant_state.dtype == model.head.weight.dtype == torch.float16
+
+
+@pytest.mark.parametrize("mode", ["nf4-dq", "fp4", "int8"])
+def test_float32_that_the_config_beside_says_is_warned_of_once_and_the_remedies_work(tmp_path, device, mode, warned):
+    warn_of_float32.cache_clear()
+    save(quantized_state(Layers().to(torch.float16), mode, device), tmp_path)
+    config_json(tmp_path)  # what transformers writes if nothing was said
+    for _ in range(2):
+        loaded(tmp_path, device)
+    if mode == "int8":
+        assert not warned()
+        return
+    (warning,) = warned()
+    assert "4-bit layers will compute in float32" in warning
+    warn_of_float32.cache_clear()
+    for dtype in ("bf16", "fp32"):
+        remedy = BnbQuantizationConfig.from_mode(mode, bnb_4bit_compute_dtype=dtype)
+        assert f"BnbQuantizationConfig.from_mode({mode!r}, bnb_4bit_compute_dtype=torch.bfloat16)" in warning
+        model = load_and_quantize_model(empty(Layers), remedy, tmp_path, device_map=device)
+        assert model.c_proj.compute_dtype == remedy.bnb_4bit_compute_dtype
+    config_json(tmp_path, bnb_4bit_compute_dtype="bfloat16")
+    loaded(tmp_path, device)
+    assert len(warned()) == 1
 
 
 def test_threshold_is_that_of_the_config_beside_the_weights(tmp_path, device):
@@ -189,6 +213,8 @@ def test_none_for_a_checkpoint_that_is_not_quantized_is_refused_with_the_remedy(
     save(Layers().state_dict(), tmp_path)
     with pytest.raises(ConfigError, match=r"None.*give a config or one of.*nf4"):
         loaded(tmp_path, device)
+    for given in ("nf4", BnbQuantizationConfig(load_in_8bit=True)):
+        assert load_and_quantize_model(empty(Layers), given, tmp_path, device_map=device)
 
 
 @pytest.mark.parametrize("build", [Layers, empty], ids=["real", "meta"])

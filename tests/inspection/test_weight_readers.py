@@ -17,9 +17,15 @@ from transformers.models.bloom.modeling_bloom import BloomAttention, BloomMLP
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from bigload import BnbQuantizationConfig, load_and_quantize_model
-from bigload.inspection.weight_readers import weights_read
+from bigload.inspection.weight_readers import reader
 from bigload.model.quantizable import layers_to_quantize
 from bigload.model.tensors import tensors_of
+
+
+def weights_read(owner):
+    """Return the paths of the modules whose weight's values the owner's own methods read."""
+    found = reader(owner)
+    return set() if found is None else found.paths_read()
 
 
 class Owner(nn.Module):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -25,6 +26,10 @@ MODES = ("nf4-dq", "int8")
 
 _WAN = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 24}
 _WAN |= {"freq_dim": 32, "ffn_dim": 48, "num_layers": 2, "cross_attn_norm": True, "rope_max_seq_len": 32}
+_ANIMATE = _WAN | {"in_channels": 12, "latent_channels": 4, "image_dim": 24}
+_ANIMATE |= {"motion_encoder_size": 8, "motion_style_dim": 8, "motion_dim": 4, "motion_encoder_dim": 16}
+_ANIMATE |= {"motion_encoder_channel_sizes": {"4": 16, "8": 16}, "face_encoder_hidden_dim": 16}
+_ANIMATE |= {"face_encoder_num_heads": 2, "inject_face_latents_blocks": 2}
 _COSMOS = {"in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1}
 _COSMOS |= {"mlp_ratio": 2, "text_embed_dim": 24, "adaln_lora_dim": 8, "max_size": (2, 8, 8)}
 _KANDINSKY = {"in_visual_dim": 4, "out_visual_dim": 4, "in_text_dim": 24, "in_text_dim2": 24, "time_dim": 16}
@@ -38,6 +43,7 @@ _UNET |= {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "attentio
 _UNET |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "layers_per_block": 1}
 MODELS = {
     "WanTransformer3DModel": _WAN,
+    "WanAnimateTransformer3DModel": _ANIMATE,  # computes buffers in the dtype of the load
     "SkyReelsV2Transformer3DModel": _WAN,
     "CosmosTransformer3DModel": _COSMOS | {"extra_pos_embed_type": "learnable"},
     "Kandinsky5Transformer3DModel": _KANDINSKY,
@@ -127,6 +133,19 @@ def test_the_same_layers_are_quantized_to_the_same_bits(tmp_path, name, mode, de
     assert quantized_layers(ours)
     assert quantized_layers(ours).keys() == quantized_layers(theirs).keys()
     assert_same_bits(ours.state_dict(), theirs.state_dict())
+    assert_same_bits(dict(ours.named_buffers()), dict(theirs.named_buffers()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("build", [cls_of, lambda name: partial(empty, cls_of(name))], ids=["real", "empty"])
+@pytest.mark.parametrize("name", KEEPS_FP32)  # of others diffusers casts every buffer, unless it quantizes
+def test_buffers_that_no_checkpoint_has_are_as_diffusers_computes_them(tmp_path, name, build, dtype):
+    saved(name, tmp_path, torch.float32)
+    theirs = cls_of(name).from_pretrained(tmp_path, torch_dtype=dtype)
+    ours = load_and_quantize_model(
+        build(name)(**MODELS[name]), PLAIN | {"torch_dtype": dtype}, tmp_path, device_map="cpu"
+    )
+    assert_same_bits(dict(ours.named_buffers()), dict(theirs.named_buffers()))
 
 
 def test_diffusers_reads_what_its_save_pretrained_writes_of_our_model(tmp_path, name, mode, device, as_on_gpu):

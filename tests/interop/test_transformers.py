@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from bigload import BnbQuantizationConfig, load_and_quantize_model
-from bigload.model.transformers_facts import class_dtypes, empty_model
+from bigload.model.transformers_facts import empty_model
+from bigload.model.twins import class_dtypes
 
 MODES = ("nf4", "nf4-dq", "fp4", "int8")
 

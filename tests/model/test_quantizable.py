@@ -12,7 +12,7 @@ from models import Net
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from bigload import BnbQuantizationConfig, load_and_quantize_model
+from bigload import BnbQuantizationConfig, load_and_quantize_model, plan_device_map
 from bigload.errors import ConfigError
 from bigload.model.quantizable import layers_to_quantize, matches
 from bigload.model.tensors import tensors_of
@@ -278,6 +278,14 @@ def test_quantizable_subclass_is_skipped_for_the_same_reasons_as_a_linear():
 def test_quantizable_class_that_is_no_linear_in_all_it_does_is_refused(cls, message):
     with pytest.raises(ConfigError, match=message):
         quantized_too(Net(a=nn.Linear(4, 4), norm=nn.LayerNorm(4)), cls)
+
+
+def test_quantizable_class_that_the_model_does_not_have_is_said(warned):
+    class Elsewhere(nn.Linear):
+        pass
+
+    plan_device_map(nn.Sequential(nn.Linear(64, 64), nn.ReLU()), "nf4", device_map="cpu", quantizable=[Elsewhere])
+    assert warned() == ["quantizable names 'Elsewhere', but no layer of the model is of that class"]
 
 
 def test_quantizable_that_is_no_list_is_refused():

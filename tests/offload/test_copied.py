@@ -173,3 +173,40 @@ def test_lone_layers_train_with_adapters(device, tmp_path):
         assert {each.device for each in gradients} == {device}
         found.append([out.detach(), *gradients])
     assert all(equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("mode", [PLAIN, "nf4", "int8"], ids=["plain", "nf4", "int8"])
+def test_shallow_copies_of_offloaded_layers_are_refused(twins, device, mode):
+    _, model = (each.eval() for each in twins(mode))
+    expected = outputs(model, TOKENS.to(device))
+    for path in ("lm_head", "model.layers.0.mlp.up_proj", "model.embed_tokens"):
+        with pytest.raises(OffloadError, match=r"by copy\.deepcopy"):
+            copy.copy(model.get_submodule(path))
+    assert equal(outputs(model, TOKENS.to(device)), expected)
+    model.offload.remove()
+    head = copy.copy(model.lm_head)
+    head._parameters = dict(head._parameters)
+    head.weight = None
+    assert equal(outputs(model, TOKENS.to(device)), expected)
+
+
+def test_a_shallow_copy_of_a_block_has_no_methods_of_the_original(twins, device):
+    _, model = (each.eval() for each in twins())
+    block = model.model.layers[0].mlp
+    made = copy.copy(block)
+    assert not any(isinstance(held, MethodOverride) for held in vars(made).values())
+    x = torch.randn(3, 64, device=device, dtype=torch.bfloat16)
+    assert equal(outputs(made, x), outputs(block, x))
+    vars(made)["_modules"] = dict(made._modules, up_proj=nn.Linear(64, 8))
+    made.double()
+    assert made.up_proj.weight.dtype == torch.float64
+    assert equal(outputs(block, x), outputs(copy.deepcopy(block), x))
+
+
+def test_replicas_of_an_offloaded_model_are_refused(twins):
+    _, model = twins(PLAIN)
+    for path in ("", "model.layers.0", "lm_head"):
+        with pytest.raises(OffloadError, match=r"DataParallel.*device_map='balanced'"):
+            model.get_submodule(path)._replicate_for_data_parallel()
+    model.offload.remove()
+    assert type(model._replicate_for_data_parallel()) is type(model)

@@ -6,11 +6,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from checkpoints import empty, save_checkpoint
+from comparisons import assert_same_bits
 from models import GPT, Blocks, llama
 from streaming import hooks_of
 from torch import nn
 
-from bigload.offload.device_hooks import attach
+from bigload import load_and_quantize_model
+from bigload.errors import OffloadError
+from bigload.offload.device_hooks import attach, detach
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -65,6 +69,43 @@ def test_activations_move_where_the_device_changes(moves):
     out = model(torch.ones(2, 4))
     assert [(tuple(tensor.shape), device) for tensor, device in moves] == [((2, 4), META), ((2, 4), CPU)]
     assert out["x"].device == CPU  # where the input was
+
+
+class WithTable(Stack):
+    """Computes with a parameter of its own, before, between and after its parts."""
+
+    def __init__(self, count=6):
+        super().__init__(count)
+        self.table = nn.Parameter(torch.ones(4, 4))
+        self.last = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+    def forward(self, x):
+        x = x @ self.table
+        for part in self.parts:
+            x = part(x) + self.table[0]
+        return {"x": self.last(x) @ self.table, "before": x}
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["the model", "in it"])
+def test_a_parameter_beside_children_meets_what_they_return_on_its_device(moves, inside):
+    model = WithTable(3)
+    devices = {"table": CPU, "parts.0": CPU, "parts.1": META, "parts.2": CPU, "last.0": META, "last.1": META}
+    for path in ("parts.1", "last"):
+        model.get_submodule(path).to(META)
+    if inside:
+        model = nn.Sequential(nn.Linear(4, 4, device=META), model)
+        devices = {"0": META} | {f"1.{path}": device for path, device in devices.items()}
+    attach(model, devices)
+    out = model(torch.ones(2, 4))
+    assert out["x"].device == CPU
+    assert [device for _, device in moves] == [META, CPU] * (3 if inside else 2)
+
+
+def test_modules_without_parameters_of_their_own_leave_outputs_where_they_are(moves):
+    model, devices = stack("010")
+    model.register_buffer("table", torch.ones(1))
+    attach(model, devices | {"table": CPU})
+    assert not any(part._forward_hooks for part in model.parts)
 
 
 def test_what_parts_share_moves_once_for_each_forward(moves):
@@ -235,10 +276,6 @@ def test_inference_tensors_have_no_version_and_are_not_kept(moves):
 @pytest.mark.cuda
 @pytest.mark.parametrize("build", [lambda: GPT(layers=4), lambda: llama(tied=False, num_hidden_layers=4)])
 def test_model_on_two_gpus_gives_the_bits_and_gradients_of_one(build, tmp_path):
-    from models import assert_same_bits, empty, save_checkpoint
-
-    from bigload import load_and_quantize_model
-
     folder, tokens = save_checkpoint(build().bfloat16(), tmp_path), torch.arange(12, device="cuda:0").view(2, 6)
     logits, gradients = [], []
     for options in ({"device_map": 0}, {"device_map": "balanced", "max_memory": {0: "1GiB", 1: "1GiB"}}):
@@ -255,13 +292,37 @@ def test_model_on_two_gpus_gives_the_bits_and_gradients_of_one(build, tmp_path):
 
 @pytest.mark.multi_gpu
 @pytest.mark.cuda
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
+def test_parameter_beside_children_that_are_on_the_other_gpu(mode, tmp_path):
+    class Tower(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(4096, 512) / 64)
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(512, 512)) for _ in range(4))
+
+        def forward(self, x):
+            x = x + self.table[:2]
+            for block in self.blocks:
+                x = x + block(x)
+            return x @ self.table.t()
+
+    folder = save_checkpoint(Tower(), tmp_path)
+    whole = load_and_quantize_model(empty(Tower), mode, folder, device_map=0).eval()
+    parted = load_and_quantize_model(empty(Tower), mode, folder, device_map={"table": 0, "blocks": 1}).eval()
+    x = torch.randn(2, 512)
+    with torch.no_grad():
+        expected = whole(x.to("cuda:0")).cpu()
+        for where in ("cuda:0", "cuda:1", "cpu"):
+            found = parted(x.to(where))
+            assert found.device == torch.device(where)
+            assert torch.equal(found.cpu(), expected)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.cuda
 @pytest.mark.parametrize("source", ["own", "pickled"])
 @pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "fp4", "int8", "int8-training"])
 def test_weights_that_come_from_memory_are_quantized_on_every_gpu(tmp_path, mode, source):
-    from models import assert_same_bits, empty
-
-    from bigload import load_and_quantize_model
-
     full = GPT(layers=4).bfloat16()
     location = tmp_path / "pickled.bin"
     torch.save(full.state_dict(), location)
@@ -364,8 +425,6 @@ def test_each_graph_of_a_compiled_model_is_on_one_device(moves):
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize("mode", ["nf4", "int8"])
 def test_compiled_model_on_two_gpus_gives_what_it_gives(mode):
-    from bigload import load_and_quantize_model
-
     device_map = {"": 0, "parts.2": 1, "parts.3": 1}
     model = load_and_quantize_model(Parts().bfloat16(), mode, device_map=device_map).eval()
     given = torch.randn(2, 64, dtype=torch.bfloat16), torch.ones(2, 64, dtype=torch.bfloat16)
@@ -389,3 +448,74 @@ def test_children_of_a_module_without_a_forward_get_their_inputs_where_they_are(
     assert model(torch.zeros(2, 3, dtype=torch.int64)).device == CPU
     assert [device for _, device in moves][:1] == [META]
     assert not model.layers[1]._forward_pre_hooks
+
+
+def test_model_on_several_devices_is_not_moved_but_may_be_cast_and_copied(moves):
+    model, devices = stack("01")
+    attach(model, devices)
+    for move in (lambda: model.to("meta"), lambda: model.to_empty(device="cpu")):
+        with pytest.raises(OffloadError, match="is on 'cpu', 'meta' and cannot be moved to"):
+            move()
+    assert {name[:7]: p.device for name, p in model.named_parameters()} == {"parts.0": CPU, "parts.1": META}
+    assert {p.dtype for p in model.half().parameters()} == {torch.float16}
+    copied = copy.deepcopy(model)
+    with pytest.raises(OffloadError, match="cannot be moved"):
+        copied.to("meta")
+    detach(copied)
+    assert {p.device for p in copied.to("meta").parameters()} == {META}
+    assert {p.device for p in model.parameters()} == {CPU, META}
+
+
+@pytest.mark.cuda
+@pytest.mark.multi_gpu
+def test_model_on_two_gpus_is_not_moved_and_both_remedies_work(tmp_path):
+    folder = save_checkpoint(GPT(), tmp_path, dtype=torch.bfloat16)
+    maps = {"": 0, "transformer.h.1": 1}
+    model, x = load_and_quantize_model(empty(GPT), "nf4", folder, device_map=maps).eval(), torch.arange(6).view(1, 6)
+    with torch.no_grad():
+        expected = model(x.cuda())
+        with pytest.raises(OffloadError, match="cannot be moved to cuda:0"):
+            model.to("cuda:0")
+        assert torch.equal(model(x.to("cuda:1")).to(0), expected)  # its inputs are moved
+        one = load_and_quantize_model(empty(GPT), "nf4", folder, device_map={"": 1}).eval()
+        assert torch.equal(one(x.cuda()).to(0), expected)
+
+
+def test_a_tensor_that_is_given_twice_is_moved_once(moves):
+    """nn.MultiheadAttention computes faster, and to other bits, where query, key and value are one tensor."""
+
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enter, self.attention = nn.Linear(8, 8), nn.MultiheadAttention(8, 2)
+
+        def forward(self, x):
+            x = self.enter(x)
+            return self.attention(x, x, x)[0]
+
+    model = Attending()
+    model.attention.to(META)
+    attach(model, {"enter": CPU, "attention": META})
+    seen = []
+    model.attention.register_forward_pre_hook(lambda _, given: seen.append(given))
+    model(torch.ones(2, 3, 8))
+    assert [device for _, device in moves].count(META) == 1
+    query, key, value = seen[0]
+    assert query is key is value
+
+
+def test_what_the_last_layer_returns_meets_the_labels(moves):
+    class Labelled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x, labels):
+            logits = self.head(self.body(x))
+            return logits, nn.functional.cross_entropy(logits, labels)
+
+    model = Labelled()
+    model.head.to(META)
+    attach(model, {"body": CPU, "head": META}, entries={"": CPU})
+    logits, loss = model(torch.ones(2, 8), labels=torch.tensor([0, 1]))
+    assert (logits.device, loss.device) == (CPU, CPU)

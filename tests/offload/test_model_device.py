@@ -18,6 +18,7 @@ from torch import nn
 from transformers import CLIPModel, LlamaForCausalLM
 
 from bigload import OffloadError, dequantize_model, load_and_quantize_model, plan_device_map
+from bigload.hardware import nested_tensors
 from bigload.offload import device_hooks
 from bigload.offload.device_hooks import attach
 from bigload.offload.model_device import ModelDevices, entries
@@ -371,7 +372,8 @@ def test_what_is_there_already_passes_as_it_is(moves):
 
 
 def test_gradients_come_back_through_what_was_moved(monkeypatch):
-    monkeypatch.setattr(device_hooks, "_to_device", lambda tensor, device: tensor if device == CPU else tensor * 1)
+    for room in (device_hooks, nested_tensors):
+        monkeypatch.setattr(room, "to_device", lambda tensor, device: tensor if device == CPU else tensor * 1)
     model = nn.Linear(2, 2)
     attach(model, {"": META}, entries={"": META})
     x = torch.ones(1, 2, requires_grad=True)

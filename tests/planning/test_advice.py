@@ -3,9 +3,11 @@
 import re
 
 import pytest
+import torch
 from checkpoints import empty
 from models import GPT
 from plans import planned
+from torch import nn
 
 from bigload import OffloadConfig, plan_device_map
 from bigload.errors import PlacementError
@@ -76,3 +78,25 @@ def test_gpu_that_is_too_small_for_slots_is_said_to_be_left_out_where_that_helps
         plan_device_map(empty(build), plain, max_memory=budgets, **options)
     del budgets[1]
     assert plan_device_map(empty(build), plain, max_memory=budgets, **options).streamed_bytes
+
+
+class WithTable(nn.Module):
+    """Holds a large parameter itself, beside children."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(20_000, 512))
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(512, 2048), nn.Linear(2048, 512)) for _ in range(4))
+
+
+@pytest.mark.parametrize("places", [{0: "166MiB", "cpu": "1GiB"}, {0: "166MiB", "cpu": 0}, {"cpu": "22MiB"}], ids=str)
+def test_a_parameter_that_no_budget_moves_away_is_named_with_the_reason_and_the_remedy_works(places):
+    device = next(iter(places))
+    with pytest.raises(
+        PlacementError, match=r"'table' alone .*'table' cannot be offloaded: only .* without children"
+    ) as e:
+        plan_device_map(empty(WithTable), "nf4", device_map="auto", max_memory=places)
+    assert "offload_folder" not in str(e.value)  # what must stay would not fit with one either
+    (more,) = re.findall(r"a budget ([\d.]+) MiB larger", str(e.value))
+    places = places | {device: int((float(places[device].removesuffix("MiB")) + float(more) + 0.01) * 2**20)}
+    assert plan_device_map(empty(WithTable), "nf4", device_map="auto", max_memory=places)

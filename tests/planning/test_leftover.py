@@ -125,6 +125,17 @@ def test_linear_that_is_left_alone_is_named_with_the_reason(warned, build, reaso
     assert reason in warned()[0]
 
 
+def test_class_that_is_named_is_left_because_its_owner_reads_it_and_not_because_of_what_it_does(warned):
+    class Multiplies(ReadsItsChild):
+        def __init__(self):
+            super().__init__()
+            self.proj = Scaled(64, 64)
+
+    plan = plan_device_map(Net(a=Multiplies()), "nf4", device_map="cpu", quantizable=(Scaled,))
+    assert "1 Scaled (their owner reads their weight)" in warned()[0]
+    assert plan.read_weights == {"a.proj": "values"}
+
+
 @pytest.mark.parametrize(
     ("build", "fields"),
     [

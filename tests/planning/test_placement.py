@@ -191,11 +191,9 @@ def test_a_reserve_below_what_the_load_needs_is_said(caplog):
     assert plan.accounts[0].reserve == 144 * 2**20
 
 
-def test_a_reserve_that_nobody_chose_is_raised_silently(caplog):
-    with caplog.at_level("WARNING"):
-        plan = plan_device_map(Mixed(), "nf4", device_map=0)
-    assert "reserve" not in caplog.text
-    assert plan.accounts[0].reserve == 144 * 2**20
+def test_nothing_is_said_of_a_reserve_that_nobody_asked_for(warned):
+    assert plan_device_map(Mixed(), "nf4", device_map=0).accounts[0].reserve == 144 * 2**20
+    assert not [message for message in warned() if "reserve" in message]
 
 
 def test_a_budget_that_leaves_nothing_blames_no_unit_and_says_what_is_kept():

@@ -21,7 +21,8 @@ from bigload.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from bigload.errors import CheckpointError, ConfigError
 from bigload.io.tensors import StoredTensor
 from bigload.model.tensors import ModelTensor, tensors_of
-from bigload.model.transformers_facts import KeyConversion, rebuilt_buffers
+from bigload.model.transformers_facts import KeyConversion
+from bigload.model.twins import rebuilt_buffers
 from bigload.planning.sources import sources_in_checkpoint
 
 

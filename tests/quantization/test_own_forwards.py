@@ -89,6 +89,55 @@ def test_both_remedies_for_an_input_of_integers_work(mode, device):
     assert (cast - expected).norm() < 0.2 * expected.norm()
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_an_input_on_another_device_is_refused_and_the_remedy_works(mode, size, training, device):
+    """Inside a model nobody moves it: bitsandbytes' kernels would read it as if it were on their device."""
+    layer = loaded(mode, device, *size).train(training).inner["proj"]
+    x = torch.randn(3, size[0])
+    elsewhere = x if device.type == "cuda" else x.to("meta")
+    with torch.no_grad():
+        expected = layer(x.to(device))
+        with pytest.raises(
+            QuantizationError, match=rf"'inner\.proj' .* on {device}, but .* on {elsewhere.device}: move"
+        ):
+            layer(elsewhere)
+        assert torch.equal(layer(x.to(f"{device}")), expected)
+        torch.zeros(1, device=device).item()  # the device can still be used
+    if device.type == "cuda":
+        with pytest.raises(QuantizationError, match=rf"on cpu, but its input is on {device}"):
+            layer.to("cpu")(x.to(device))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("mode", MODES[:4])
+def test_a_streamed_layer_is_brought_its_input(mode, grad, device, tmp_path, moves, small_parts_stream):
+    """An owner may send it to the device of the weight at rest."""
+    layer = loaded(mode, device, rests=True, folder=tmp_path).eval().inner["proj"]
+    elsewhere = torch.zeros(3, 64, device="cpu" if device.type == "cuda" else "meta")
+    with torch.set_grad_enabled(grad):
+        first, again = layer(elsewhere), layer(elsewhere)
+        expected = layer(torch.zeros(3, 64, device=device))
+    assert [where for _, where in moves] == [device, device]
+    assert torch.equal(first, expected)
+    assert torch.equal(again, expected)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("mode", MODES[:4])
+def test_gradients_of_a_streamed_layer_go_back_to_where_its_input_was(mode, tmp_path, small_parts_stream):
+    layer = loaded(mode, torch.device("cuda", 0), rests=True, folder=tmp_path).eval().inner["proj"]
+    found = []
+    for where in ("cpu", "cuda:0"):
+        x = torch.ones(3, 64, device=where, requires_grad=True)
+        layer(x).sum().backward()
+        assert x.grad.device == x.device
+        found.append(x.grad.cpu())
+    assert found[0].abs().sum() > 0
+    assert torch.equal(*found)
+
+
 # Inputs of 1 to 5 dimensions, and without rows. The last two are views that are not contiguous.
 SHAPES = [(64,), (1, 64), (5, 64), (2, 3, 64), (2, 3, 2, 64), (2, 1, 3, 2, 64), (0, 64), (2, 0, 64), (2, 0, 3, 64)]
 

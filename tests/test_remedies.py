@@ -1,0 +1,328 @@
+"""Every remedy that a message names is tried in a test, in which what was refused then succeeds.
+
+A remedy is what a message tells the user to do: a clause that begins with one of these verbs. Such clauses are found in
+the syntax trees of the package, in all texts of more than two words that are no docstrings, and each must be listed
+here by some of its words. A new message with a remedy therefore fails this test until a test tries it.
+"""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "bigload"
+VERBS = (
+    "add|build|call|cast|check|choose|download|drop|fetch|free|freeze|give|install|keep|leave|let|load|move|name|"
+    "offload|pass|put|raise|remove|restart|run|save|say|set|train|try|use|wait|write"
+)
+# At the beginning of a text, after punctuation, or after "or", "and", "then".
+_BEFORE = r"(?:[;:.(,?]|\bor|\band|\bthen)\s+(?:then |or |and |first )?"
+_REMEDY = re.compile(rf"{_BEFORE}({VERBS})\b", re.IGNORECASE)
+_AT_THE_START = re.compile(rf"({VERBS})\b(?! is)")
+
+CHECKPOINT, MODEL = "checkpoint/test_remedies.py::", "model/test_remedies.py::"
+PLANNING, OFFLOAD, ENTRY = "planning/test_remedies.py::", "offload/test_remedies.py::", "test_entry_remedies.py::"
+# File -> words of the remedy -> the test that tries it.
+TRIED = {
+    "checkpoint/checkpoint.py": {
+        "say where the weights are": CHECKPOINT + "test_file_that_is_named_is_loaded",
+        "download the checkpoint again": CHECKPOINT + "test_file_that_is_fetched_again_is_loaded",
+        "name the one to load": CHECKPOINT + "test_file_that_is_named_is_loaded",
+    },
+    "checkpoint/folders.py": {
+        "is a file: name a folder": CHECKPOINT + "test_folder_of_another_name_is_written",
+        "name a folder inside it": "checkpoint/test_folders.py::test_overwriting_what_is_no_checkpoint_is_refused",
+        "pass overwrite=True": "checkpoint/test_folders.py::test_folder_that_is_not_empty_is_replaced_only_when_asked",
+        "something else; name another folder": CHECKPOINT + "test_folder_of_another_name_is_written",
+    },
+    "checkpoint/foreign.py": {
+        "Use the original checkpoint": CHECKPOINT + "test_original_of_what_another_method_quantized_is_loaded",
+    },
+    "checkpoint/hub.py": {
+        "hf download": "checkpoint/test_hub.py::test_repository_that_was_fetched_is_loaded",
+    },
+    "checkpoint/pickled.py": {
+        "save that part alone": CHECKPOINT + "test_state_dict_that_is_saved_alone_is_loaded",
+        "save its state_dict alone": CHECKPOINT + "test_state_dict_that_is_saved_alone_is_loaded",
+    },
+    "checkpoint/record.py": {
+        "remove it to load the weights": CHECKPOINT + "test_record_that_is_damaged_is_removed_or_written_again",
+        "install a newer one": CHECKPOINT + "test_record_that_is_damaged_is_removed_or_written_again",
+    },
+    "checkpoint/safetensors.py": {
+        "the header describes": CHECKPOINT + "test_file_that_is_fetched_again_is_loaded",
+        "git lfs pull": CHECKPOINT + "test_file_that_is_fetched_again_is_loaded",
+        "its first bytes say": CHECKPOINT + "test_file_that_is_fetched_again_is_loaded",
+    },
+    "checkpoint/stored_config.py": {
+        "pass None for the": CHECKPOINT + "test_config_that_contradicts_is_left_out_or_the_original_is_loaded",
+        "instead of None": "checkpoint/test_stored_config.py::"
+        "test_float32_that_the_config_beside_says_is_warned_of_once_and_the_remedies_work",
+    },
+    "cli.py": {
+        "generate text; leave --prompt out": ENTRY + "test_prompt_is_left_out_for_a_model_that_generates_nothing",
+        "does not run: leave --prompt out": "interop/test_code_beside_weights.py::"
+        "test_a_tokenizer_made_by_code_is_refused_without_asking",
+    },
+    "config.py": {
+        "set bnb_4bit_compute_dtype": "test_config.py::test_what_the_warning_of_float32_names_is_not_warned_of",
+        "give a config or one of": "checkpoint/test_stored_config.py::"
+        "test_none_for_a_checkpoint_that_is_not_quantized_is_refused_with_the_remedy",
+        "choose one of": ENTRY + "test_a_mode_and_a_device_that_exist_are_taken",
+    },
+    "conversion.py": {
+        "pass an empty one as model=": ENTRY + "test_checkpoint_is_quantized_where_and_from_what_the_error_says",
+        "give the original checkpoint": ENTRY + "test_checkpoint_is_quantized_where_and_from_what_the_error_says",
+        "name another folder": ENTRY + "test_checkpoint_is_quantized_where_and_from_what_the_error_says",
+        "load the model with load_and_quantize_model": ENTRY
+        + "test_extra_state_is_saved_as_a_tensor_or_loaded_without_quantizing_beforehand",
+        "wait for it": "test_conversion.py::test_a_second_run_for_the_same_folder_is_refused_while_one_is_at_work",
+    },
+    "dequantizing.py": {
+        "call remove_hook_from_submodules": ENTRY + "test_layer_with_a_hook_of_accelerate_is_dequantized_without_it",
+        "load the unquantized checkpoint": OFFLOAD + "test_offloaded_model_is_dequantized_after_remove",
+    },
+    "hardware/devices.py": {
+        "use 'cpu' or 'cuda:N'": ENTRY + "test_a_mode_and_a_device_that_exist_are_taken",
+    },
+    "hardware/free_memory.py": {
+        "choose another folder": ENTRY + "test_disk_that_says_what_is_free_is_taken",
+    },
+    "model/experts.py": {
+        "give it the parameters": "model/test_experts.py::test_both_remedies_for_a_declared_module_work",
+    },
+    "model/initialization.py": {
+        "build its module outside of": "planning/test_missing_parametrized.py::"
+        "test_what_only_a_constructor_makes_is_refused_and_the_remedy_works",
+        "give it values before the load": MODEL
+        + "test_new_part_whose_class_does_not_initialise_it_is_loaded_with_values_of_its_own",
+    },
+    "model/quantizable.py": {
+        "build the model without the tie": MODEL
+        + "test_tied_layers_that_are_stored_quantized_load_without_the_tie_or_from_the_original",
+        "build the model from this checkpoint's config, or name its class": MODEL
+        + "test_layers_of_a_class_that_is_not_known_load_where_it_is_named_or_not_used",
+        "build the model that was saved": MODEL
+        + "test_layers_of_a_class_that_is_not_known_load_where_it_is_named_or_not_used",
+        "remove them from it": MODEL + "test_quantized_layers_that_a_config_skips_load_without_it_or_from_the_original",
+    },
+    "model/tensors.py": {
+        "build the model anew": MODEL + "test_model_that_is_built_anew_or_called_or_run_once_is_loaded",
+        "run the lazy modules once": MODEL + "test_model_that_is_built_anew_or_called_or_run_once_is_loaded",
+    },
+    "model/transformers_facts.py": {
+        "build the model with transformers'": "interop/test_code_beside_weights.py::"
+        "test_from_files_to_files_takes_the_model_that_the_error_asks_for",
+    },
+    "model/view.py": {
+        "call it": MODEL + "test_model_that_is_built_anew_or_called_or_run_once_is_loaded",
+    },
+    "offload/at_rest.py": {
+        "then load the state_dict": OFFLOAD + "test_state_dict_is_loaded_into_weights_that_were_in_files",
+        "load the state_dict after its forward": "offload/test_residency.py::"
+        "test_state_dict_is_not_loaded_into_weights_that_are_on_the_device",
+    },
+    "offload/engine.py": {
+        "give it values": OFFLOAD + "test_weight_on_meta_is_given_values",
+    },
+    "offload/files.py": {
+        "it was changed since": OFFLOAD + "test_model_whose_files_changed_is_loaded_again",
+        "it was truncated since": OFFLOAD + "test_model_whose_files_changed_is_loaded_again",
+    },
+    "offload/forwards.py": {
+        "load the model without offloading": "offload/test_export.py::test_both_remedies_work",
+        "freeze it": OFFLOAD + "test_weight_that_would_be_trained_is_frozen_or_kept",
+        "run forward again": OFFLOAD + "test_backward_after_remove_is_right_once_forward_has_run_again",
+    },
+    "offload/handle.py": {
+        "or build it again": OFFLOAD + "test_offloaded_model_is_loaded_again",
+    },
+    "offload/leaves.py": {
+        "save its state_dict": OFFLOAD + "test_copy_is_made_of_the_state_dict_of_a_part_or_after_remove",
+        "load it again": OFFLOAD + "test_layers_of_bitsandbytes_are_streamed_once_they_are_quantized",
+        "move the model to its device": OFFLOAD + "test_layers_of_bitsandbytes_are_streamed_once_they_are_quantized",
+        "before a weight is parametrized": OFFLOAD + "test_weight_is_pruned_after_remove",
+    },
+    "offload/model_device.py": {
+        "load it with device_map='balanced'": "quantization/test_copied_layers.py::"
+        "test_data_parallel_is_refused_and_its_remedy_works",
+        "use it where it is": "offload/test_device_hooks.py::"
+        "test_model_on_two_gpus_is_not_moved_and_both_remedies_work",
+        "then change the model": OFFLOAD + "test_model_is_cast_after_remove",
+        "keeps it on its device": OFFLOAD + "test_head_is_resized_after_remove_or_where_it_is_kept",
+    },
+    "offload/slot_pool.py": {
+        "run the model again": "offload/test_engine.py::test_engine_is_removed_while_threads_run_the_model",
+        "call remove() outside": OFFLOAD + "test_remove_is_called_outside_of_what_uses_the_weights",
+    },
+    "offload/weight_cache.py": {
+        "name an offload_folder of your own": OFFLOAD + "test_folder_of_ones_own_is_written",
+    },
+    "pipeline/exchange.py": {
+        "in skip_modules": "pipeline/test_exchange.py::"
+        "test_a_held_weight_of_a_layer_to_quantize_is_refused_and_its_remedy_works",
+    },
+    "pipeline/execute.py": {
+        "add these to skip_modules": ENTRY + "test_values_too_large_for_a_format_are_loaded_in_another",
+        "choose a smaller mode or free": ENTRY + "test_memory_that_ran_out_is_enough_once_some_is_free",
+    },
+    "pipeline/file_output.py": {
+        "add it to skip_modules": ENTRY + "test_values_too_large_for_a_format_are_loaded_in_another",
+    },
+    "planning/advice.py": {
+        "choose a smaller mode": PLANNING + "test_model_that_a_map_puts_where_it_does_not_fit_is_planned",
+    },
+    "planning/leftover.py": {
+        "name modules to leave in skip_modules": "planning/test_leftover.py::test_each_remedy_works",
+    },
+    "planning/load_rules.py": {
+        "Load the model with load_state_dict": "planning/test_load_rules.py::"
+        "test_what_cannot_be_followed_is_refused_with_a_remedy_that_works",
+        "use the original": PLANNING + "test_layer_that_computes_with_what_it_loads_is_loaded_from_the_original",
+    },
+    "planning/missing.py": {
+        "name them in initialize_missing": "planning/test_missing.py::"
+        "test_what_is_on_meta_is_an_error_that_names_a_remedy_that_works",
+        "train them": PLANNING + "test_values_that_were_kept_are_trained",
+        "try key_mapping={{}": "planning/test_sources.py::"
+        "test_prefix_that_only_the_checkpoint_has_comes_with_the_mapping_that_works",
+        "try key_mapping={'^'": "planning/test_sources.py::"
+        "test_prefix_that_only_the_model_has_comes_with_the_mapping_that_works",
+        "non-persistent buffers are on meta": PLANNING + "test_buffer_is_real_where_the_model_is_built_as_asked",
+        "after to_empty() these are arbitrary": PLANNING + "test_buffer_is_real_where_the_model_is_built_as_asked",
+        "pass tied_parameters": PLANNING + "test_head_of_the_shape_of_the_embedding_is_tied_to_it",
+    },
+    "planning/placement.py": {
+        "name an offload_folder too": PLANNING + "test_disk_with_a_budget_is_used_where_a_folder_is_named",
+    },
+    "planning/planned_tensors.py": {
+        "build the model from this": PLANNING + "test_model_of_the_checkpoints_sizes_is_loaded",
+        "use bnb_4bit_quant_storage": PLANNING + "test_layer_that_does_not_fill_its_storage_is_loaded_otherwise",
+    },
+    "planning/planner.py": {
+        "add them to skip_modules": PLANNING + "test_layer_with_extra_state_is_loaded_where_it_stays_plain",
+        "offload none of them": PLANNING + "test_int8_training_that_is_not_offloaded_is_planned",
+        "name an offload_folder": PLANNING + "test_plan_is_made_of_what_the_error_asks_for",
+        "or drop llm_int8_enable": PLANNING
+        + "test_quantized_blocks_are_streamed_or_the_original_is_computed_on_the_cpu",
+        "keep it on the device": "pipeline/test_scripted.py::"
+        "test_offloaded_scripted_weights_are_refused_and_the_remedy_works",
+        "pass the weights_location": PLANNING + "test_weights_are_loaded_from_where_they_are_said_to_be",
+    },
+    "planning/request.py": {
+        "add their blocks": PLANNING + "test_plan_is_made_of_what_the_error_asks_for",
+        "set one budget for each": PLANNING + "test_plan_is_made_of_what_the_error_asks_for",
+    },
+    "planning/sources.py": {
+        "build the model from this": PLANNING + "test_model_of_the_checkpoints_sizes_is_loaded",
+        "with their scales": PLANNING + "test_weights_of_integers_without_scales_are_loaded_from_the_original",
+        "build the model without": PLANNING + "test_two_weights_that_the_model_ties_are_both_loaded_without_the_tie",
+        "are not quantized: use": PLANNING + "test_experts_that_are_merged_are_loaded_from_the_original",
+    },
+    "quantization/copied_layers.py": {
+        "load the model with device_map='balanced'": "quantization/test_copied_layers.py::"
+        "test_data_parallel_is_refused_and_its_remedy_works",
+    },
+    "quantization/layers.py": {
+        "or call merge_and_unload": ENTRY + "test_model_with_an_adapter_is_saved_merged_or_by_peft",
+        "load the model again": ENTRY
+        + "test_layers_that_are_not_quantized_or_were_packed_are_saved_after_a_move_or_a_load",
+        "move the model to its": ENTRY
+        + "test_layers_that_are_not_quantized_or_were_packed_are_saved_after_a_move_or_a_load",
+    },
+    "quantization/own_forwards.py": {
+        "in skip_modules, or cast it": "quantization/test_own_forwards.py::"
+        "test_both_remedies_for_an_input_of_integers_work",
+        "move the input": "quantization/test_own_forwards.py::"
+        "test_an_input_on_another_device_is_refused_and_the_remedy_works",
+    },
+    "saving.py": {
+        "return it as a tensor, and its set_extra_state": "planning/test_attributes_of_rules.py::"
+        "test_what_would_be_lost_is_not_saved_and_the_remedy_works",
+        "Remove such hooks for the save": "inspection/test_own_saving.py::"
+        "test_a_hook_that_changes_quantized_weights_is_refused_and_the_remedy_works",
+        "no subclasses of nn.Linear": "interop/test_saved_by_bigload.py::"
+        "test_saving_warns_of_layers_that_transformers_does_not_make",
+        "a name without dots": "interop/test_diffusers.py::"
+        "test_a_layer_that_diffusers_cannot_tell_from_others_is_said_once",
+        "save it as any other model": ENTRY + "test_model_that_is_whole_is_saved_and_one_that_is_plain_as_any_other",
+        "load the weights first": ENTRY + "test_model_that_is_whole_is_saved_and_one_that_is_plain_as_any_other",
+        "let get_extra_state return": ENTRY
+        + "test_extra_state_is_saved_as_a_tensor_or_loaded_without_quantizing_beforehand",
+        "set config.tie_word_embeddings": "interop/test_saved_by_bigload.py::"
+        "test_head_that_is_untied_in_a_model_that_ties_is_refused",
+    },
+}
+# File -> words -> why no test tries it.
+NOT_TRIED = {
+    "hardware/pinned.py": {"Raise the limit of locked memory": "a setting of the machine"},
+    "planning/missing.py": {"build the model by the version": "needs another version of transformers"},
+}
+
+
+def texts(tree):
+    """Yield the texts in a file: strings and f-strings, with {} for what is put in, but no docstrings and no help."""
+    left_out = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            left_out |= {inner for part in ast.iter_child_nodes(node) for inner in ast.walk(part)}
+        elif isinstance(node, ast.Expr) or (isinstance(node, ast.keyword) and node.arg in ("help", "description")):
+            left_out.add(node.value)  # a docstring
+    for node in set(ast.walk(tree)) - left_out:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        elif isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)
+
+
+def remedies(package):
+    """Yield the file and the text of each message that tells the user what to do."""
+    for path in sorted(package.rglob("*.py")):
+        for text in texts(ast.parse(path.read_text())):
+            if text.count(" ") > 1 and (_REMEDY.search(text) or _AT_THE_START.match(text)):
+                yield path.relative_to(package).as_posix(), text
+
+
+def listed_by_file():
+    files = TRIED.keys() | NOT_TRIED.keys()
+    return {file: {**TRIED.get(file, {}), **NOT_TRIED.get(file, {})} for file in files}
+
+
+def test_every_remedy_is_listed_once():
+    listed = listed_by_file()
+    found = list(remedies(PACKAGE))
+    unlisted = [f"{file}: {text}" for file, text in found if sum(words in text for words in listed.get(file, ())) != 1]
+    assert unlisted == [], "try it in a test and list it here, by words that no other message of the file has"
+    stale = [
+        f"{file}: {words}"
+        for file, table in listed.items()
+        for words in table
+        if not any(file == other and words in text for other, text in found)
+    ]
+    assert stale == []
+
+
+@pytest.mark.parametrize("test", sorted({test for table in TRIED.values() for test in table.values()}))
+def test_the_test_that_tries_it_exists(test):
+    file, _, name = test.partition("::")
+    tree = ast.parse((ROOT / "tests" / file).read_text())
+    assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize(
+    ("code", "has_one"),
+    [
+        ('raise ValueError(f"{x} is no folder: name another one")', True),
+        ('raise ValueError("it is gone; then load it again")', True),
+        ('logger.warning("%s is slow. If that matters, set fast=True", x)', True),
+        ('hint = "pass a folder"\n', True),
+        ('raise ValueError(f"{x} is no folder")', False),
+        ('raise ValueError("it names what is not there")', False),
+        ('def f():\n    """Load it; call it again."""', False),
+    ],
+)
+def test_a_remedy_is_told_from_what_is_none(tmp_path, code, has_one):
+    (tmp_path / "a.py").write_text(code)
+    assert len(list(remedies(tmp_path))) == has_one
