@@ -33,7 +33,12 @@ from .offload.device_hooks import dtypes_on_gpu
 from .pipeline.attributes import skip_list
 from .quantization.formats import dominant_dtype
 from .quantization.layers import config_of_layer, quantized_layers, require_whole_layers, source_class
-from .quantization.saved_experts import configs_of_experts, quantized_experts, require_whole_experts
+from .quantization.saved_experts import (
+    configs_of_experts,
+    quantized_experts,
+    require_experts_as_held,
+    require_whole_experts,
+)
 from .sizes import parse_size
 
 logger = logging.getLogger(__name__)
@@ -85,6 +90,7 @@ def save_quantized_model(
     layers, experts = quantized_layers(model), quantized_experts(model)
     config = _config(model, layers, experts)
     state, ties = _stored_once(model, layers)
+    require_experts_as_held(experts, state)
     skipped = [path for path in plain_linears(model) if path not in layers]
     modules = modules_by_path(model)
     saved = {name: (tensor.dtype, tensor.shape) for name, tensor in state.items()}

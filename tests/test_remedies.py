@@ -93,7 +93,12 @@ TRIED = {
     "hardware/free_memory.py": {
         "choose another folder": ENTRY + "test_disk_that_says_what_is_free_is_taken",
     },
+    "model/experts.py": {
+        "give it the parameters": "model/test_experts.py::test_both_remedies_for_a_declared_module_work",
+    },
     "model/initialization.py": {
+        "build its module outside of": "planning/test_missing_parametrized.py::"
+        "test_what_only_a_constructor_makes_is_refused_and_the_remedy_works",
         "give it values before the load": MODEL
         + "test_new_part_whose_class_does_not_initialise_it_is_loaded_with_values_of_its_own",
     },
@@ -104,10 +109,6 @@ TRIED = {
         "test_a_config_that_names_experts_which_are_stored_quantized_is_refused",
         "other values: use the original": "interop/test_experts_of_others.py::"
         "test_parametrized_experts_in_the_other_layout_are_refused",
-    },
-    "model/experts.py": {
-        "remove it from experts_modules": "model/test_quantizable_experts.py::"
-        "test_a_declared_module_that_computes_otherwise_is_loaded_without_its_name",
     },
     "model/quantizable.py": {
         "build the model without the tie": MODEL
@@ -156,6 +157,10 @@ TRIED = {
         "before a weight is parametrized": OFFLOAD + "test_weight_is_pruned_after_remove",
     },
     "offload/model_device.py": {
+        "load it with device_map='balanced'": "quantization/test_copied_layers.py::"
+        "test_data_parallel_is_refused_and_its_remedy_works",
+        "use it where it is": "offload/test_device_hooks.py::"
+        "test_model_on_two_gpus_is_not_moved_and_both_remedies_work",
         "then change the model": OFFLOAD + "test_model_is_cast_after_remove",
         "keeps it on its device": OFFLOAD + "test_head_is_resized_after_remove_or_where_it_is_kept",
     },
@@ -232,6 +237,10 @@ TRIED = {
         "with their scales": PLANNING + "test_weights_of_integers_without_scales_are_loaded_from_the_original",
         "build the model without": PLANNING + "test_two_weights_that_the_model_ties_are_both_loaded_without_the_tie",
     },
+    "quantization/copied_layers.py": {
+        "load the model with device_map='balanced'": "quantization/test_copied_layers.py::"
+        "test_data_parallel_is_refused_and_its_remedy_works",
+    },
     "quantization/layers.py": {
         "or call merge_and_unload": ENTRY + "test_model_with_an_adapter_is_saved_merged_or_by_peft",
         "load the model again": ENTRY
@@ -246,12 +255,18 @@ TRIED = {
         "test_an_input_on_another_device_is_refused_and_the_remedy_works",
     },
     "quantization/saved_experts.py": {
+        "remove these hooks": "model/test_quantizable_experts.py::"
+        "test_experts_that_a_hook_renames_are_saved_without_it",
         "load the model again": "model/test_quantizable_experts.py::"
         "test_experts_whose_weight_was_replaced_are_saved_after_a_load",
     },
     "saving.py": {
         "reads no fused experts": "model/test_quantizable_experts.py::"
         "test_saving_warns_of_what_transformers_does_not_read",
+        "return it as a tensor, and its set_extra_state": "planning/test_attributes_of_rules.py::"
+        "test_what_would_be_lost_is_not_saved_and_the_remedy_works",
+        "Remove such hooks for the save": "inspection/test_own_saving.py::"
+        "test_a_hook_that_changes_quantized_weights_is_refused_and_the_remedy_works",
         "no subclasses of nn.Linear": "interop/test_saved_by_bigload.py::"
         "test_saving_warns_of_layers_that_transformers_does_not_make",
         "a name without dots": "interop/test_diffusers.py::"

@@ -34,7 +34,23 @@ def is_on(value: Any, device: torch.device) -> bool:
 
 def send_to_device(values: Any, device: torch.device) -> Any:
     """Move the tensors in tuples, lists and dicts to a device; where all are there, the same object is returned."""
-    return values if is_on(values, device) else map_tensors(values, partial(to_device, device=device))
+    return values if is_on(values, device) else map_tensors(values, once(partial(to_device, device=device)))
+
+
+def once(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Change a tensor that is given several times once: nn.MultiheadAttention asks whether query and key are the same.
+
+    Returns:
+        A function for one call of `map_tensors`, while which the tensors are held.
+    """
+    changed: dict[int, torch.Tensor] = {}
+
+    def change_once(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in changed:
+            changed[id(tensor)] = change(tensor)
+        return changed[id(tensor)]
+
+    return change_once
 
 
 def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -23,7 +23,8 @@ from torch import nn
 from torch._compile import _disable_dynamo
 
 from ..hardware.devices import CPU
-from ..hardware.nested_tensors import is_on, map_tensors, send_to_device, tensors_in, to_device, with_values
+from ..hardware.nested_tensors import is_on, map_tensors, once, send_to_device, tensors_in, to_device, with_values
+from .model_device import allow_moves, refuse_moves
 
 # The attribute of a model that holds its hooks.
 _HOOKS_ATTRIBUTE = "_bigload_device_hooks"
@@ -88,6 +89,22 @@ class DeviceHooks:
                 moves = _MoveOutputs(device, _skip_keys(model) | _skip_keys(child))
                 self._handles.append(child.register_forward_hook(moves))
 
+    def join(self, model: nn.Module, last: str, main: object, devices: Sequence[torch.device]) -> None:
+        """Let a model on several devices act as one.
+
+        What its last layer returns comes to the device where its inputs are: there the model compares it with labels.
+        The model cannot be moved to one device: the hooks would go on moving what its modules are called with.
+
+        Args:
+            model: it has the other hooks already.
+            last: the path of its last layer.
+            main: the device that the model's inputs are moved to.
+            devices: of all of its modules.
+        """
+        if "." not in last and last in model._modules and isinstance(main, torch.device):
+            self._handles.append(model.get_submodule(last).register_forward_hook(_MoveOutputs(main, _skip_keys(model))))
+        refuse_moves(model, devices)
+
     def remove(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
@@ -136,6 +153,8 @@ def attach(
         hooks.add(model, hooked, in_fp32, dtype, returning)
         for path, device in owners.items():
             hooks.gather(model, path, device, devices)
+        if len(set(devices.values())) > 1:
+            hooks.join(model, [*devices][-1], hooked.get("", next(iter(devices.values()))), [*devices.values()])
         model.__dict__[_HOOKS_ATTRIBUTE] = hooks
     return hooks
 
@@ -159,6 +178,7 @@ def detach(model: nn.Module) -> None:
     hooks = model.__dict__.pop(_HOOKS_ATTRIBUTE, None)
     if isinstance(hooks, DeviceHooks):
         hooks.remove()
+        allow_moves(model)
 
 
 def dtypes_on_gpu(model: nn.Module) -> Mapping[str, torch.dtype]:
@@ -225,7 +245,7 @@ class _MoveInputs:
 
     def _moved(self, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         # Activations come by position. They are new for each module, so they are not kept.
-        args = tuple(map_tensors(value, partial(to_device, device=self._device)) for value in args)
+        args = map_tensors(args, once(partial(to_device, device=self._device)))
         move = partial(self._memo.get if self._memo.is_on else to_device, device=self._device)
         skip_keys = self._skip_keys
         named = {name: value if name in skip_keys else map_tensors(value, move) for name, value in kwargs.items()}

@@ -180,11 +180,11 @@ def _refuse_export() -> NoReturn:
 # What torch.compiler.assume_constant_result sets; that would import torch._dynamo here and now, which takes more than a
 # second. So torch.export(strict=True) calls the function instead of tracing it, and its error stays what it is.
 _refuse_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7
 
 
 def _run_uncompiled(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if _is_exporting():
+    # Not torch.compiler.is_exporting(): until torch 2.12, Dynamo took it for true in whatever it traces.
+    if getattr(torch.compiler, "_is_exporting_flag", False):  # since torch 2.7
         _refuse_export()
     return _run_eagerly(forward, args, kwargs)
 

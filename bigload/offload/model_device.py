@@ -8,7 +8,8 @@ would replace by a new module on the CPU.
 
 `to`, `cuda`, `cpu`, `half` and the like call a module's `_apply`, which calls that of its children. For an offloaded
 weight the call is tried on an empty tensor on the device that computes. If that tensor does not change, the weight
-stays at rest; otherwise the call is refused before anything changes.
+stays at rest; otherwise the call is refused before anything changes. So it is for a model on several devices, whose
+hooks would go on moving what its modules are called with.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ import copyreg
 import functools
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
-from ..errors import OffloadError
+from ..errors import OffloadError, listed
 from ..model import transformers_facts
 from ..model.tree import first_paths, modules_by_path, paths_above
 from ..planning.plan import Plan
@@ -248,6 +249,39 @@ class _Replica(MethodOverride):
             "torch.nn.DataParallel cannot copy a model with offloaded weights to other GPUs: load it with "
             "device_map='balanced', which divides it among them"
         )
+
+
+def refuse_moves(model: nn.Module, devices: Sequence[torch.device]) -> None:
+    """Refuse to move a model that is on several devices to one of them."""
+    # As a partial of a module-level function it is copied and pickled with the model.
+    vars(model)["_apply"] = functools.partial(_apply_where_it_is, model, tuple(dict.fromkeys(devices)))
+
+
+def allow_moves(model: nn.Module) -> None:
+    """Undo `refuse_moves`, if it was called."""
+    if getattr(vars(model).get("_apply"), "func", None) is _apply_where_it_is:
+        del vars(model)["_apply"]
+
+
+def _apply_where_it_is(
+    model: nn.Module,
+    devices: tuple[torch.device, ...],
+    fn: Callable[[torch.Tensor], torch.Tensor],
+    recurse: bool = True,
+) -> nn.Module:
+    """Change all tensors of a model that is on several devices, as `nn.Module._apply` does, but move none.
+
+    Raises:
+        OffloadError: `fn` would move some.
+    """
+    moved = [made for device in devices if (made := fn(torch.empty(0, device=device)).device) != device]
+    if moved:
+        raise OffloadError(
+            f"the model is on {listed(map(str, devices))} and cannot be moved to {moved[0]}: use it where it is, since "
+            "its inputs are moved; or load it with device_map={'': device}"
+        )
+    apply: Callable[..., nn.Module] = type(model)._apply
+    return apply(model, fn, recurse)
 
 
 def _require_unchanged(

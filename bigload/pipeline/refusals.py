@@ -42,6 +42,6 @@ def _refuse_adapter(module: Any, name: str, child: Any) -> None:
     path = vars(child).get("loaded_as") or "the model"
     raise QuantizationError(
         f"{adapted!r} of {path!r} holds experts in 4 bit, which PEFT's target_parameters cannot adapt: name attention "
-        "and the router alone, as in target_modules=['q_proj', 'v_proj'] (PEFT takes 'all-linear', gate_proj, up_proj and "
-        f"down_proj for the experts too), or name {path!r} in skip_modules, so that these experts stay plain"
+        "and the router alone, as in target_modules=['q_proj', 'v_proj'] (PEFT takes 'all-linear', gate_proj, up_proj "
+        f"and down_proj for the experts too), or name {path!r} in skip_modules, so that these experts stay plain"
     )

@@ -14,6 +14,7 @@ from ..config import BnbQuantizationConfig
 from ..model.experts import Experts
 from . import expert_launches as launches
 from .bnb import library
+from .copied_layers import refuse_replicas, register_copies
 from .expert_linears import Routing, expert_limits, grouped_linear
 from .own_forwards import require_input
 from .packed_experts import PackedExperts
@@ -52,11 +53,13 @@ def quantized_attributes(module: nn.Module, experts: Experts, compute_dtype: tor
     Returns:
         Attributes by name. `forward` is a partial of a module-level function, copied and pickled with the module.
     """
+    register_copies(type(module))
     return {
         "quantized_experts": experts,
         "compute_dtype": compute_dtype,
         "loaded_as": path,
         "forward": functools.partial(experts_forward, module),
+        "_replicate_for_data_parallel": functools.partial(refuse_replicas, path),
     }
 
 
@@ -80,7 +83,7 @@ def experts_forward(module: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         (T, H), or for Llama-4 (E * T, H), in the dtype of hidden_states.
 
     Raises:
-        QuantizationError: hidden_states holds no floating-point numbers, or is on another device.
+        QuantizationError: hidden_states holds no floating-point numbers, or lies on another device.
     """
     experts: Experts = module.quantized_experts
     given = [*args, *(kwargs[name] for name in experts.arguments[len(args) :])]
@@ -106,7 +109,10 @@ def _compute(
     """Choose the way and compute; the rows of hidden_states and ids are the same."""
     x = hidden_states.to(module.compute_dtype)
     layers = [
-        _Layer(PackedExperts.of(module._parameters[name]), module._parameters.get(f"{name}_bias"))
+        # By getattr: a bias may be parametrized.
+        _Layer(
+            PackedExperts.of(module._parameters[name]), getattr(module, f"{name}_bias") if experts.has_bias else None
+        )
         for name in experts.weights
     ]
     tokens = len(x) // experts.num_experts if experts.kind == "sorted" else len(x)

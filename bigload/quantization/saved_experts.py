@@ -10,6 +10,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import QuantizationError, listed
@@ -79,3 +80,33 @@ def require_whole_experts(experts: Mapping[str, Any]) -> None:
         raise QuantizationError(
             f"{listed(lost)}: quantized when it was loaded, but the weight there is not any more: load the model again"
         )
+
+
+def require_experts_as_held(experts: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> None:
+    """Check that a `state_dict` holds the quantized weights of experts under their own names, with all parts.
+
+    Args:
+        experts: modules with quantized experts, by path.
+        state: of the model.
+
+    Raises:
+        QuantizationError: a hook has changed or renamed them.
+    """
+    changed = []
+    for path, module in experts.items():
+        own: dict[str, Any] = {}
+        save_experts(module, own, f"{path}." if path else "", False)
+        packed = [f"{path}.{name}".lstrip(".") for name in module.quantized_experts.weights]
+        for name in packed:
+            parts = [key for key in own if key == name or key.startswith(f"{name}.")]
+            if any(key not in state or not torch.equal(_bytes(state[key]), _bytes(own[key])) for key in parts):
+                changed.append(name)
+    if changed:
+        raise QuantizationError(
+            f"{listed(changed)}: experts in 4 bit, but hooks have changed their weights in the state_dict, or their "
+            "names: remove these hooks for the save"
+        )
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().reshape(-1).view(torch.uint8)

@@ -367,6 +367,7 @@ def trained_by_the_trainer(model, at):
         logging_steps=1,
         disable_tqdm=True,
     )
+    arguments._n_gpu = 1  # more would get larger batches
     data = [{"input_ids": torch.arange(i, i + 8), "labels": torch.arange(i, i + 8)} for i in range(4)]
     trainer = Trainer(model=adapted, args=arguments, train_dataset=data)
     trainer.train()

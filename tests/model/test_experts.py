@@ -206,6 +206,16 @@ def test_a_declared_module_that_computes_something_else_is_refused(cls, message)
     assert find_experts({"moe": cls()}) == {}
 
 
+def test_both_remedies_for_a_declared_module_work():
+    """It is given the forward that is expected, or is declared no more."""
+    module = Swapped()
+    with pytest.raises(ConfigError, match=r"give it the parameters and the forward .* remove it from experts_modules"):
+        find_experts({"moe": module}, declared=["moe"])
+    assert find_experts({"moe": module}) == {}
+    module.__class__ = Mine
+    assert find_experts({"moe": module}, declared=["moe"]).keys() == {"moe"}
+
+
 def test_a_declared_name_that_matches_nothing_is_refused():
     with pytest.raises(
         ConfigError, match="experts_modules names 'mone', where the model has no module with 3-D weights"

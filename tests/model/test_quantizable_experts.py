@@ -1,9 +1,12 @@
 """Which fused experts are quantized, by module and by weight, and why the others are not."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from checkpoints import empty, save
-from comparisons import assert_same_bits
+from comparisons import assert_same_bits, equal
 from mixtures import MIXTURES, config, mixture, weights_of_experts
 from torch import nn
 
@@ -17,6 +20,8 @@ from bigload import (
     plan_device_map,
     save_quantized_model,
 )
+from bigload.checkpoint.describe import describe_checkpoint
+from bigload.quantization.bnb import dequantize_4bit
 from bigload.quantization.saved_experts import quantized_experts
 
 FIRST, SECOND = "model.layers.0.mlp.experts", "model.layers.1.mlp.experts"
@@ -261,3 +266,85 @@ def test_saving_warns_of_what_transformers_does_not_read(tmp_path, warned):
     assert "load_and_quantize_model(model, None, folder)" in message
     again = load_and_quantize_model(built(), None, tmp_path / "saved", device_map="cpu")
     assert_same_bits(again.state_dict(), model.state_dict())
+
+
+def test_experts_that_a_hook_renames_are_saved_without_it(tmp_path):
+    model = load_and_quantize_model(mixture("qwen3_moe"), "nf4", device_map="cpu")
+
+    def rename(module, state, prefix, metadata):
+        for key in [key for key in state if "gate_up_proj" in key]:
+            state[key.replace("gate_up_proj", "w13")] = state.pop(key)
+
+    handle = model.register_state_dict_post_hook(rename)
+    with pytest.raises(QuantizationError, match=rf"'{FIRST}\.gate_up_proj'.*: remove these hooks for the save"):
+        save_quantized_model(model, tmp_path / "saved")
+    handle.remove()
+    save_quantized_model(model, tmp_path / "saved")
+
+
+def test_copies_have_their_own_weights_and_state(device):
+    model = load_and_quantize_model(mixture("gpt_oss"), "nf4-dq", device_map=device)
+    made = copy.deepcopy(model), pickle.loads(pickle.dumps(model.get_submodule(FIRST)))
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    assert_same_bits(made[0].state_dict(), before)
+    with torch.no_grad():
+        for module in model.modules():
+            for name in getattr(getattr(module, "quantized_experts", None), "weights", ()):
+                module._parameters[name].data.zero_()
+                module._parameters[name].quant_state.absmax.zero_()
+    assert_same_bits(made[0].state_dict(), before)
+    of_first = {key.removeprefix(f"{FIRST}."): tensor for key, tensor in before.items() if key.startswith(FIRST)}
+    assert_same_bits(made[1].state_dict(), of_first)
+    with pytest.raises(QuantizationError, match=rf"'{FIRST}' is quantized, and torch.nn.DataParallel"):
+        model.get_submodule(FIRST)._replicate_for_data_parallel()
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama4"])
+def test_own_weights_and_pickled_ones_are_quantized_to_the_same_bits(tmp_path, device, name):
+    full = mixture(name)
+    own = load_and_quantize_model(copy.deepcopy(full), "nf4-dq", device_map=device)
+    torch.save(full.state_dict(), tmp_path / "pytorch_model.bin")
+    pickled = load_and_quantize_model(built(name), "nf4-dq", tmp_path, device_map=device)
+    full.save_pretrained(tmp_path / "saved")
+    stored = load_and_quantize_model(built(name), "nf4-dq", tmp_path / "saved", device_map=device)
+    assert weights_of_experts(own)
+    assert_same_bits(own.state_dict(), stored.state_dict())
+    assert_same_bits(pickled.state_dict(), stored.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_dequantized_to_another_dtype_experts_and_biases_have_it(device, dtype):
+    model = load_and_quantize_model(mixture("gpt_oss"), "nf4", device_map=device)
+    expected = {
+        key: dequantize_4bit(weight.data, weight.quant_state, dtype).mT
+        for key, weight in weights_of_experts(model).items()
+    }
+    plain = dequantize_model(model, dtype)
+    for key, values in expected.items():
+        assert equal(plain.get_parameter(key), values.contiguous())
+        assert plain.get_parameter(f"{key}_bias").dtype == dtype
+    assert not vars(plain.get_submodule(FIRST)).keys() & {"forward", "quantized_experts", "compute_dtype", "loaded_as"}
+
+
+def test_a_parametrized_bias_is_computed_with():
+    """As PEFT and others change it."""
+
+    class Doubled(nn.Module):
+        def forward(self, x):
+            return x * 2
+
+    model = load_and_quantize_model(mixture("gpt_oss"), "nf4", device_map="cpu")
+    module = model.get_submodule(FIRST)
+    given = (torch.randn(5, 64).bfloat16(), torch.tensor([[0, 1]] * 5), torch.full((5, 2), 0.5))
+    before = module(*given)
+    torch.nn.utils.parametrize.register_parametrization(module, "down_proj_bias", Doubled())
+    found = module(*given)
+    expected = before.float() + module.parametrizations.down_proj_bias.original[:2].float().mean(0)
+    torch.testing.assert_close(found.float(), expected, atol=2e-2, rtol=2e-2)
+    assert not torch.equal(found, before)
+
+
+def test_described_checkpoint_tells_its_experts(tmp_path):
+    model = load_and_quantize_model(mixture("qwen3_moe"), "nf4", device_map="cpu")
+    save_quantized_model(model, tmp_path / "saved")
+    assert "fused experts among them: 4 tensors, 98,304 values" in describe_checkpoint(tmp_path / "saved")

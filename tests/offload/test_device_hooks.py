@@ -13,7 +13,8 @@ from streaming import hooks_of
 from torch import nn
 
 from bigload import load_and_quantize_model
-from bigload.offload.device_hooks import attach
+from bigload.errors import OffloadError
+from bigload.offload.device_hooks import attach, detach
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -447,3 +448,74 @@ def test_children_of_a_module_without_a_forward_get_their_inputs_where_they_are(
     assert model(torch.zeros(2, 3, dtype=torch.int64)).device == CPU
     assert [device for _, device in moves][:1] == [META]
     assert not model.layers[1]._forward_pre_hooks
+
+
+def test_model_on_several_devices_is_not_moved_but_may_be_cast_and_copied(moves):
+    model, devices = stack("01")
+    attach(model, devices)
+    for move in (lambda: model.to("meta"), lambda: model.to_empty(device="cpu")):
+        with pytest.raises(OffloadError, match="is on 'cpu', 'meta' and cannot be moved to"):
+            move()
+    assert {name[:7]: p.device for name, p in model.named_parameters()} == {"parts.0": CPU, "parts.1": META}
+    assert {p.dtype for p in model.half().parameters()} == {torch.float16}
+    copied = copy.deepcopy(model)
+    with pytest.raises(OffloadError, match="cannot be moved"):
+        copied.to("meta")
+    detach(copied)
+    assert {p.device for p in copied.to("meta").parameters()} == {META}
+    assert {p.device for p in model.parameters()} == {CPU, META}
+
+
+@pytest.mark.cuda
+@pytest.mark.multi_gpu
+def test_model_on_two_gpus_is_not_moved_and_both_remedies_work(tmp_path):
+    folder = save_checkpoint(GPT(), tmp_path, dtype=torch.bfloat16)
+    maps = {"": 0, "transformer.h.1": 1}
+    model, x = load_and_quantize_model(empty(GPT), "nf4", folder, device_map=maps).eval(), torch.arange(6).view(1, 6)
+    with torch.no_grad():
+        expected = model(x.cuda())
+        with pytest.raises(OffloadError, match="cannot be moved to cuda:0"):
+            model.to("cuda:0")
+        assert torch.equal(model(x.to("cuda:1")).to(0), expected)  # its inputs are moved
+        one = load_and_quantize_model(empty(GPT), "nf4", folder, device_map={"": 1}).eval()
+        assert torch.equal(one(x.cuda()).to(0), expected)
+
+
+def test_a_tensor_that_is_given_twice_is_moved_once(moves):
+    """nn.MultiheadAttention computes faster, and to other bits, where query, key and value are one tensor."""
+
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enter, self.attention = nn.Linear(8, 8), nn.MultiheadAttention(8, 2)
+
+        def forward(self, x):
+            x = self.enter(x)
+            return self.attention(x, x, x)[0]
+
+    model = Attending()
+    model.attention.to(META)
+    attach(model, {"enter": CPU, "attention": META})
+    seen = []
+    model.attention.register_forward_pre_hook(lambda _, given: seen.append(given))
+    model(torch.ones(2, 3, 8))
+    assert [device for _, device in moves].count(META) == 1
+    query, key, value = seen[0]
+    assert query is key is value
+
+
+def test_what_the_last_layer_returns_meets_the_labels(moves):
+    class Labelled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x, labels):
+            logits = self.head(self.body(x))
+            return logits, nn.functional.cross_entropy(logits, labels)
+
+    model = Labelled()
+    model.head.to(META)
+    attach(model, {"body": CPU, "head": META}, entries={"": CPU})
+    logits, loss = model(torch.ones(2, 8), labels=torch.tensor([0, 1]))
+    assert (logits.device, loss.device) == (CPU, CPU)

@@ -192,16 +192,42 @@ def test_arguments_may_be_given_by_name(device):
     assert torch.equal(found, model.experts(x, ids, weights))
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_compute_with_their_own_weights(how, device):
     model = made("nemotron", device=device)
     pack(model, "nf4-dq")
     given = routed(3, 2, model.experts, device=device)
     expected = model.experts(*given)
-    copied = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
-    assert copied.experts.forward.args[0] is copied.experts
-    model.experts.up_proj.data.zero_()
-    assert torch.equal(copied.experts(*given), expected)
+    copied = how(model.experts)
+    copied._parameters = dict(copied._parameters)  # which copy.copy shares
+    assert copied.forward.args[0] is copied
+    model.experts.up_proj = packed(torch.zeros(6, 64, 128, device=device))
+    assert not torch.equal(model.experts(*given), expected)
+    assert torch.equal(copied(*given), expected)
+
+
+def test_a_copy_of_plain_experts_of_the_same_class_is_as_before():
+    model = made()
+    pack(model)
+    plain = made().experts
+    given = routed(3, 2, model.experts)
+    assert torch.equal(copy.copy(plain)(*given), plain(*given))
+    assert torch.equal(pickle.loads(pickle.dumps(plain)).gate_up_proj, plain.gate_up_proj)
+
+
+def test_replicas_are_refused():
+    model = made()
+    pack(model)
+    with pytest.raises(QuantizationError, match=r"'experts' is quantized, and torch\.nn\.DataParallel cannot"):
+        model.experts._replicate_for_data_parallel()
+
+
+def test_an_input_on_another_device_is_refused():
+    model = made()
+    pack(model)
+    x, ids, weights = routed(3, 2, model.experts)
+    with pytest.raises(QuantizationError, match="'experts' is quantized and on cpu, but its input is on meta"):
+        model.experts(x.to("meta"), ids, weights)
 
 
 def test_compiled_code_calls_them(device):
