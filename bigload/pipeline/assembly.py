@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
@@ -16,7 +15,6 @@ from ..model.tensors import ModelTensor
 from ..model.view import ModelView
 from ..planning.plan import Plan
 from ..planning.planned_tensors import PlannedTensor
-from ..quantization.copied_layers import refuse_replicas
 from ..quantization.experts import experts_parameter, quantized_attributes
 from ..quantization.layers import make_layer
 from ..quantization.quantized_weight import QuantizedWeight
@@ -120,7 +118,6 @@ class Assembly:
             module, computed = self._view.modules[path], self._plan.config.bnb_4bit_compute_dtype
             assert isinstance(computed, torch.dtype)  # "auto" is resolved
             own = quantized_attributes(module, experts, computed, path) | saving_attributes(module)
-            own["_replicate_for_data_parallel"] = functools.partial(refuse_replicas, path)
             edits += [(module.__dict__, name, value) for name, value in own.items()]
         return edits
 

@@ -30,6 +30,7 @@ from ..model.quantizable_experts import (
 )
 from ..model.tensors import ModelTensor, tensors_of
 from ..model.view import ModelView
+from ..quantization.expert_linears import most_scratch_bytes
 from ..quantization.formats import FourBit, dominant_dtype
 from ..sizes import show
 from .advice import check_accounts
@@ -183,10 +184,13 @@ def _require_extra_state_kept(layers: Mapping[str, nn.Module], after: AfterLoad)
 
 
 def _dequantized_bytes(tensors: Sequence[PlannedTensor], config: BnbQuantizationConfig) -> int:
-    """Return the bytes of the largest 4-bit layer while bitsandbytes has it dequantized."""
-    in_4bit = (math.prod(planned.shape) for planned in tensors if isinstance(planned.format, FourBit))
+    """Return the bytes of what is dequantized at once at most: a 4-bit layer, or some of a module's experts."""
+    shapes = [planned.shape for planned in tensors if isinstance(planned.format, FourBit)]
     computed = config.bnb_4bit_compute_dtype
-    return max(in_4bit, default=0) * (computed if isinstance(computed, torch.dtype) else config.load_dtype).itemsize
+    dtype = computed if isinstance(computed, torch.dtype) else config.load_dtype
+    layers = max((math.prod(shape) for shape in shapes if len(shape) != 3), default=0)
+    experts = [shape for shape in shapes if len(shape) == 3]
+    return max(layers * dtype.itemsize, most_scratch_bytes(experts, dtype))
 
 
 def _placement(view: ModelView, tensors: Sequence[PlannedTensor], request: PlacementRequest) -> Placement:

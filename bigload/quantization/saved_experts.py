@@ -31,7 +31,7 @@ def saving_attributes(module: nn.Module) -> dict[str, Any]:
 def quantization_attributes(module: Any) -> list[str]:
     """Return the names of all that was set on a module when its experts were quantized."""
     own = quantized_attributes(module, module.quantized_experts, module.compute_dtype, "") | saving_attributes(module)
-    return [name for name in (*own, "_replicate_for_data_parallel") if name in vars(module)]
+    return [name for name in own if name in vars(module)]
 
 
 def save_experts(module: Any, destination: Any, prefix: str, keep_vars: bool) -> None:
