@@ -28,7 +28,7 @@ def build(name):
     return MIXTURES[name][0](config(name, num_hidden_layers=3))
 
 
-@pytest.fixture(params=[(name, mode) for name in NAMES for mode in ("nf4", "nf4-dq")], ids=lambda each: "-".join(each))
+@pytest.fixture(params=[*zip(NAMES, ("nf4", "nf4-dq", "fp4"), strict=True)], ids="-".join)
 def models(request, tmp_path, device):
     """Return a mixture that is wholly on the device, and one of which two blocks rest on the disk."""
     name, mode = request.param
