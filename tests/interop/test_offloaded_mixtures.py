@@ -1,5 +1,7 @@
 """Mixtures whose blocks rest elsewhere compute, and train what lies around them, as those that are on the device."""
 
+import dataclasses
+
 import pytest
 import torch
 from checkpoints import empty, offloaded
@@ -17,6 +19,7 @@ from bigload import (
     plan_device_map,
     save_quantized_model,
 )
+from bigload.pipeline.execute import execute
 from bigload.quantization.formats import FourBit, Plain
 
 pytestmark = pytest.mark.usefixtures("small_parts_stream")
@@ -151,6 +154,20 @@ def test_what_the_cpu_computes_in_float32_is_planned_plain():
     kept = by_name[f"{second}.gate_up_proj"]
     assert kept.format == Plain(torch.float32)
     assert kept.shape == kept.tensor.shape
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_planned_for_the_cpu_in_float32_is_the_models_own_layout(name, tmp_path):
+    full = mixture(name, num_hidden_layers=3)
+    full.save_pretrained(tmp_path)
+    plan = plan_device_map(empty(lambda: build(name)), "nf4", tmp_path, device_map="cpu")
+    assert plan.experts
+    on_cpu = dataclasses.replace(plan, tensors=tuple(each.on_cpu() for each in plan.tensors), layers={}, experts={})
+    state = full.state_dict()
+    found = execute(on_cpu)
+    assert {key for key in state if "experts" in key} <= found.keys()
+    for key, tensor in state.items():
+        assert torch.equal(found[key], tensor.float())
 
 
 @pytest.mark.cuda

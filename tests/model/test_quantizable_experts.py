@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from checkpoints import empty, save
-from comparisons import assert_same_bits, equal
+from comparisons import assert_same_bits, equal, identity_of
 from mixtures import MIXTURES, config, mixture, weights_of_experts
 from torch import nn
 
@@ -348,3 +348,24 @@ def test_described_checkpoint_tells_its_experts(tmp_path):
     model = load_and_quantize_model(mixture("qwen3_moe"), "nf4", device_map="cpu")
     save_quantized_model(model, tmp_path / "saved")
     assert "fused experts among them: 4 tensors, 98,304 values" in describe_checkpoint(tmp_path / "saved")
+
+
+def test_a_model_with_quantized_experts_is_not_loaded_again_and_a_failed_load_changes_nothing(device, monkeypatch):
+    model = net()
+    before = identity_of(model), {path: sorted(vars(module)) for path, module in model.named_modules()}
+    asked = BnbQuantizationConfig.from_mode("nf4", skip_modules=[], experts_modules=["0", "1"])
+    with monkeypatch.context() as patched:
+        patched.setattr("bigload.loading._set_to_run", failing(RuntimeError("interrupted")))
+        with pytest.raises(RuntimeError, match="interrupted"):
+            load_and_quantize_model(model, asked, device_map=device)
+    assert (identity_of(model), {path: sorted(vars(module)) for path, module in model.named_modules()}) == before
+    load_and_quantize_model(model, asked, device_map=device)
+    with pytest.raises(ConfigError, match="quantized"):
+        load_and_quantize_model(model, asked, device_map=device)
+
+
+def failing(error):
+    def fail(*given):
+        raise error
+
+    return fail
