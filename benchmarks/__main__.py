@@ -34,6 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     plans = commands.add_parser("plans", help="plan well-known models on usual budgets: the table in docs/plans.md")
     plans.set_defaults(run=_plans)
     _add_sweep(commands.add_parser("sweep", help="compare small models of many classes with themselves dequantized"))
+    _add_coverage(commands.add_parser("coverage", help="tell what share of each class of transformers 4 bit takes"))
     _add_report(commands.add_parser("report", help="turn result files into Markdown tables and charts"))
     _add_one(commands.add_parser("one"))  # without a help, so that it is not listed
     return parser
@@ -276,6 +277,28 @@ def _sweep(options: argparse.Namespace) -> None:
         if options.out:
             options.out.write_text(as_json(result))
     print(summary(rows))
+
+
+def _add_coverage(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("classes", nargs="*", help="names of classes of transformers (default: all)")
+    parser.add_argument("--out", type=Path, help="where the rows go, as JSON")
+    parser.set_defaults(run=_coverage)
+
+
+def _coverage(options: argparse.Namespace) -> None:
+    import logging
+    import warnings
+
+    from .coverage import coverage, line
+
+    logging.disable(logging.WARNING)  # of configs that are only tried
+    warnings.simplefilter("ignore")
+    rows = []
+    for row in coverage(options.classes):
+        print(line(row), flush=True)
+        rows.append(row)
+        if options.out:
+            options.out.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def _plans(options: argparse.Namespace) -> None:
