@@ -81,15 +81,23 @@ class Way:
     modules: str
     suits: Callable[[int, int], bool]
     captured: bool = False
-    limits: tuple[int, int] | None = None
+    limits: tuple[int, int, int] | None = None
 
     def prepare(self, config: Any) -> None:
         """Choose this way."""
         config._experts_implementation = self.way
-        expert_limits.gemv_tokens, expert_limits.grouped_tokens = self.limits or _DEFAULTS
+        _set_limits(*(self.limits or _DEFAULTS))
 
 
-_DEFAULTS = (expert_limits.gemv_tokens, expert_limits.grouped_tokens)
+_DEFAULTS = (expert_limits.gemv_tokens, expert_limits.grouped_tokens, expert_limits.scratch_bytes)
+
+
+def _set_limits(gemv_tokens: int, grouped_tokens: int, scratch_bytes: int) -> None:
+    expert_limits.gemv_tokens, expert_limits.grouped_tokens = gemv_tokens, grouped_tokens
+    expert_limits.scratch_bytes = scratch_bytes
+
+
+_SCRATCH = _DEFAULTS[2]
 
 
 def _always(tokens: int, batched: int) -> bool:
@@ -111,9 +119,10 @@ WAYS = (
     Way("bitsandbytes nf4", "batched_mm", "parametrized", _batched),
     Way("bitsandbytes nf4", "grouped_mm", "parametrized", _always),
     Way("bigload nf4", "as it chooses", "packed", _always, captured=True),
-    Way("bigload nf4", "gemv", "packed", lambda tokens, _: tokens <= 16, limits=(10**9, 10**9)),
-    Way("bigload nf4", "grouped", "packed", lambda tokens, _: tokens <= 256, limits=(0, 10**9)),
-    Way("bigload nf4", "dequantized", "packed", lambda tokens, _: tokens >= 16, limits=(0, 0)),
+    Way("bigload nf4", "gemv", "packed", lambda tokens, _: tokens <= 16, limits=(10**9, 10**9, _SCRATCH)),
+    Way("bigload nf4", "grouped", "packed", lambda tokens, _: tokens <= 256, limits=(0, 10**9, _SCRATCH)),
+    Way("bigload nf4", "dequantized", "packed", lambda tokens, _: tokens >= 16, limits=(0, 0, _SCRATCH)),
+    Way("bigload nf4", "dequantized at once", "packed", lambda tokens, _: tokens > 256, limits=(0, 0, 2**40)),
 )
 TRAINED = ("grouped_mm", "as it chooses")
 
@@ -140,7 +149,7 @@ def measure_experts(
         for row in _shape_rows(name, (SHAPES | TINY)[name], tokens, torch.device(device), until):
             result["rows" if "ms" in row or "error" in row else "left_out"].append(row)
             yield result
-    expert_limits.gemv_tokens, expert_limits.grouped_tokens = _DEFAULTS
+    _set_limits(*_DEFAULTS)
 
 
 def _shape_rows(

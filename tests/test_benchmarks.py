@@ -124,7 +124,8 @@ def test_experts_are_timed_in_each_way_forward_and_backward(tmp_path):
     assert {(row["shape"], row["tokens"]) for row in found["rows"]} == {
         (shape, tokens) for shape in shapes for tokens in (1, 16)
     }
-    assert {(row["peer"], row["way"]) for row in found["rows"]} == {(way.peer, way.way) for way in WAYS}
+    measured = {(way.peer, way.way) for way in WAYS if way.suits(1, 0) or way.suits(16, 0)}
+    assert {(row["peer"], row["way"]) for row in found["rows"]} == measured
     assert {row["way"] for row in found["rows"] if row["backward"]} == {"grouped_mm", "as it chooses"}
     for row in found["rows"]:
         assert row["ms"] > 0

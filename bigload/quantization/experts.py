@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -68,7 +68,6 @@ def has_quantized_experts(module: nn.Module) -> bool:
     return "quantized_experts" in module.__dict__
 
 
-@_disable_dynamo
 def experts_forward(module: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     """Compute fused experts of which both weights are quantized.
 
@@ -85,12 +84,21 @@ def experts_forward(module: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     Raises:
         QuantizationError: hidden_states holds no floating-point numbers, or lies on another device.
     """
+    compute = _uncompiled if torch.compiler.is_compiling() else _forward
+    return compute(module, args, kwargs)
+
+
+def _forward(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
     experts: Experts = module.quantized_experts
     given = [*args, *(kwargs[name] for name in experts.arguments[len(args) :])]
     require_input(module, given[0], module._parameters[experts.up].quant_state.absmax)
     if experts.kind == "sorted":
         return _compute(module, experts, given[0], _llama4_routing(experts, given[0]), None)
     return _compute(module, experts, given[0], given[1], given[2])
+
+
+# Always to call it so would import torch._dynamo, which takes more than a second, and some microseconds each time.
+_uncompiled = _disable_dynamo(_forward)
 
 
 def _llama4_routing(experts: Experts, x: torch.Tensor) -> torch.Tensor:

@@ -87,3 +87,14 @@ def test_transformers_choice_of_an_implementation_does_not_undo_it(implementatio
     assert all(map(has_quantized_experts, (layer.mlp.experts for layer in model.model.layers)))
     with torch.no_grad():
         assert close(model(tokens(device)).logits, plain(tokens(device)).logits, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama4"])
+def test_a_compiled_model_computes_the_same(name, device):
+    model = family(name, device=device)
+    pack(model)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = model(tokens(device)).logits
+        found = torch.compile(model, backend="eager")(tokens(device)).logits
+    assert torch.equal(found, expected)
