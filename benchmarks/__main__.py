@@ -29,10 +29,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_quantize(commands.add_parser("quantize", help="time quantizing a checkpoint from files to files"))
     _add_offload(commands.add_parser("offload", help="time forwards of a model of which part rests on the CPU"))
     _add_spread(commands.add_parser("spread", help="time a model over several GPUs against the same on one"))
+    _add_experts(commands.add_parser("experts", help="time fused experts in 4 bit against the same in 16 bit"))
     _add_against(commands.add_parser("against", help="time this checkout against another one, in turn"))
     plans = commands.add_parser("plans", help="plan well-known models on usual budgets: the table in docs/plans.md")
     plans.set_defaults(run=_plans)
     _add_sweep(commands.add_parser("sweep", help="compare small models of many classes with themselves dequantized"))
+    _add_coverage(commands.add_parser("coverage", help="tell what share of each class of transformers 4 bit takes"))
     _add_report(commands.add_parser("report", help="turn result files into Markdown tables and charts"))
     _add_one(commands.add_parser("one"))  # without a help, so that it is not listed
     return parser
@@ -199,6 +201,30 @@ def _spread(options: argparse.Namespace) -> None:
     _give(result, options.out)
 
 
+def _add_experts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shapes", nargs="+", help="such as Qwen3-30B-A3B or tiny (default: those in experts.py)")
+    parser.add_argument("--tokens", nargs="+", type=int, help="how many at once (default: 1 4 16 256 2048)")
+    parser.add_argument("--device", help="'cpu' or 'cuda:N' (default: the first GPU, the CPU where there is none)")
+    parser.add_argument("--seconds", type=float, default=330, help="begin no row after them (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="where the result goes, as JSON (default: standard output)")
+    parser.add_argument("--commit", help="bigload's, where git cannot tell")
+    parser.set_defaults(run=_experts)
+
+
+def _experts(options: argparse.Namespace) -> None:
+    from .experts import SHAPES, TOKENS, measure_experts
+
+    shapes, tokens = options.shapes or list(SHAPES), options.tokens or TOKENS
+    result: dict[str, Any] = {}
+    for result in measure_experts(shapes, tokens, _device(options.device), options.commit, options.seconds):
+        if result["rows"]:
+            print(json.dumps(result["rows"][-1]), file=sys.stderr, flush=True)
+        if options.out is not None:
+            _give(result, options.out)
+    if options.out is None:
+        _give(result, None)
+
+
 def _add_against(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("other", type=Path, help="the root of the other checkout")
     parser.add_argument(
@@ -251,6 +277,28 @@ def _sweep(options: argparse.Namespace) -> None:
         if options.out:
             options.out.write_text(as_json(result))
     print(summary(rows))
+
+
+def _add_coverage(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("classes", nargs="*", help="names of classes of transformers (default: all)")
+    parser.add_argument("--out", type=Path, help="where the rows go, as JSON")
+    parser.set_defaults(run=_coverage)
+
+
+def _coverage(options: argparse.Namespace) -> None:
+    import logging
+    import warnings
+
+    from .coverage import coverage, line
+
+    logging.disable(logging.WARNING)  # of configs that are only tried
+    warnings.simplefilter("ignore")
+    rows = []
+    for row in coverage(options.classes):
+        print(line(row), flush=True)
+        rows.append(row)
+        if options.out:
+            options.out.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def _plans(options: argparse.Namespace) -> None:

@@ -32,7 +32,7 @@ def markdown(name: str, result: Result) -> str:
 
     Args:
         name: the heading, usually the file's name.
-        result: of `load`, `offload`, `against` or `limits`.
+        result: of `load`, `offload`, `against`, `experts` or `limits`.
     """
     parts = [f"### {name}"]
     if result["benchmark"] == "load":
@@ -41,6 +41,10 @@ def markdown(name: str, result: Result) -> str:
         parts.append(offload_table(result))
     if result["benchmark"] == "against":
         parts.append(against_table(result))
+    if result["benchmark"] == "experts":
+        from .experts import experts_table  # imports torch
+
+        parts.append(experts_table(result))
     if result.get("limits"):
         parts.append(limits_table(result["limits"]))
     return "\n\n".join([*parts, _machine(result)])

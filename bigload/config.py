@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -58,6 +58,8 @@ class BnbQuantizationConfig:
         llm_int8_has_fp16_weight: keep trainable 16-bit main weights, which each forward quantizes to int8.
         bnb_4bit_quant_storage: the dtype that packed 4-bit weights are stored in.
         bnb_4bit_blocksize: the number of weights that share a scale.
+        experts_modules: modules of your own, named as in `skip_modules`, whose 3-D weights are quantized to 4 bit as
+            those of transformers' experts: their parameters and forward must be the same.
 
     Raises:
         ConfigError: a field has the wrong type or an unknown value, or not exactly one of 4 and 8 bit is chosen.
@@ -84,6 +86,7 @@ class BnbQuantizationConfig:
     llm_int8_has_fp16_weight: bool = False
     bnb_4bit_quant_storage: torch.dtype | str = torch.uint8
     bnb_4bit_blocksize: int = 64
+    experts_modules: list[str] | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -93,31 +96,13 @@ class BnbQuantizationConfig:
             "llm_int8_enable_fp32_cpu_offload",
             "llm_int8_has_fp16_weight",
         ):
-            _require(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
+            self._check(name, lambda value: isinstance(value, bool), "True or False")
         self._check_mode()
-        threshold = self.llm_int8_threshold
-        _require(
-            isinstance(threshold, (int, float)) and not isinstance(threshold, bool) and threshold >= 0,
-            "llm_int8_threshold",
-            "a number, 0 or more",
-            threshold,
-        )
-        _require(
-            self.bnb_4bit_quant_type in ("nf4", "fp4"),
-            "bnb_4bit_quant_type",
-            "'nf4' or 'fp4'",
-            self.bnb_4bit_quant_type,
-        )
-        _require(
-            self.bnb_4bit_blocksize in BLOCKSIZES and isinstance(self.bnb_4bit_blocksize, int),
-            "bnb_4bit_blocksize",
-            f"one of {BLOCKSIZES}",
-            self.bnb_4bit_blocksize,
-        )
-        for name in ("skip_modules", "keep_in_fp32_modules"):
-            names = getattr(self, name)
-            is_list = isinstance(names, list) and all(isinstance(item, str) for item in names)
-            _require(names is None or is_list, name, "a list of strings or None", names)
+        self._check("llm_int8_threshold", _is_threshold, "a number, 0 or more")
+        self._check("bnb_4bit_quant_type", lambda value: value in ("nf4", "fp4"), "'nf4' or 'fp4'")
+        self._check("bnb_4bit_blocksize", _is_blocksize, f"one of {BLOCKSIZES}")
+        for name in ("skip_modules", "keep_in_fp32_modules", "experts_modules"):
+            self._check(name, _is_names, "a list of strings or None")
         self.bnb_4bit_compute_dtype = _dtype("bnb_4bit_compute_dtype", self.bnb_4bit_compute_dtype)
         if self.torch_dtype is None:
             self.torch_dtype = torch.float16 if self.load_in_8bit else self.bnb_4bit_compute_dtype
@@ -126,6 +111,9 @@ class BnbQuantizationConfig:
         known = STORAGES.get(storage) if isinstance(storage, str) else storage
         _require(known in STORAGES.values(), "bnb_4bit_quant_storage", f"one of {tuple(STORAGES)}", storage)
         self.bnb_4bit_quant_storage = known  # type: ignore[assignment]
+
+    def _check(self, name: str, is_good: Callable[[Any], bool], expected: str) -> None:
+        _require(is_good(getattr(self, name)), name, expected, getattr(self, name))
 
     def _check_mode(self) -> None:
         if self.load_in_4bit == self.load_in_8bit:
@@ -209,8 +197,8 @@ class BnbQuantizationConfig:
     def to_transformers(self) -> Any:
         """Make the `BitsAndBytesConfig` with the same meaning.
 
-        transformers has no fields for torch_dtype, keep_in_fp32_modules and the blocksize, which are left out, and no
-        compute dtype "auto", which becomes its default, float32.
+        transformers has no fields for torch_dtype, keep_in_fp32_modules, experts_modules and the blocksize, which are
+        left out, and no compute dtype "auto", which becomes its default, float32.
 
         Raises:
             MissingDependencyError: transformers is not installed.
@@ -323,6 +311,18 @@ def _unanchored(name: Any) -> Any:
     """Return the path of a skip entry that was anchored for transformers, such as `^model\\.proj$`."""
     is_anchored = isinstance(name, str) and name.startswith("^") and name.endswith("$")
     return name[1:-1].replace("\\", "") if is_anchored else name
+
+
+def _is_threshold(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+
+
+def _is_blocksize(value: Any) -> bool:
+    return value in BLOCKSIZES and isinstance(value, int)
+
+
+def _is_names(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(item, str) for item in value))
 
 
 def _require(good: bool, name: str, expected: str, found: Any) -> None:

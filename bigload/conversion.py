@@ -126,7 +126,7 @@ def quantize_checkpoint(
     )
     with torch.inference_mode(False), torch.no_grad():
         plan = plan_load(view, request)
-        if not plan.layers:
+        if not plan.layers and not plan.experts:
             raise ConfigError(f"nothing in this {type(model).__name__} would be quantized: there is nothing to do")
         objects = [path for path, state in plan.after.extra_states.items() if not isinstance(state, StoredTensor)]
         if objects:
@@ -140,7 +140,7 @@ def quantize_checkpoint(
         with _exclusive(target), _resumable_folder(target, _fingerprint(plan, checkpoint, max_shard_bytes)) as made:
             skipped = [path for path in plain_linears(view) if path not in plan.layers]
             # First what may fail, then what takes long.
-            write_configs(model, made, plan.config, skipped, plan.layers, plan.config.load_dtype)
+            write_configs(model, made, plan.config, skipped, plan.layers, plan.config.load_dtype, plan.experts)
             layout = _convert(plan, made, max_shard_bytes, weights_stem(model), progress)
             _describe(plan, made, layout, skipped, changed, attributes)
             if is_folder:
@@ -278,5 +278,14 @@ def _describe(
 ) -> None:
     ties = [planned.tensor.names for planned in plan.tensors if len(planned.tensor.names) > 1]
     config = dataclasses.replace(plan.config, skip_modules=None, keep_in_fp32_modules=None)
-    record = Record(layout, config, tuple(plan.layers), tuple(skipped), tuple(ties), tuple(changed), attributes)
+    record = Record(
+        layout,
+        config,
+        tuple(plan.layers),
+        tuple(skipped),
+        tuple(ties),
+        tuple(changed),
+        attributes,
+        tuple(plan.experts),
+    )
     write_json(folder / RECORD_NAME, record.to_dict())

@@ -11,17 +11,20 @@ from .errors import ConfigError, QuantizationError, listed
 from .hardware.devices import on_cpu_unless_named
 from .inspection.aliases import aliases
 from .model import transformers_facts
+from .model.experts import Experts
 from .model.tree import first_paths
 from .model.view import require_module
 from .offload.device_hooks import detach_from_layers
 from .offload.forwards import forward_override_of
 from .pipeline.assembly import apply_edits
-from .pipeline.attributes import Edit, clear_attributes
+from .pipeline.attributes import ABSENT, Edit, clear_attributes
 from .pipeline.exchange import exchanges
 from .quantization.bnb import dequantize_4bit, library
 from .quantization.formats import dominant_dtype
 from .quantization.layers import carry_over, quantized_layers, require_whole_layers, source_class
+from .quantization.packed_experts import PackedExperts
 from .quantization.quantized_weight import row_scales
+from .quantization.saved_experts import quantization_attributes, quantized_experts, require_whole_experts
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -30,8 +33,9 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Turn a model's bitsandbytes layers back into plain ones, with the values that they compute with.
 
-    Hooks, train or eval mode, ties and `requires_grad` are kept. The plain weights need memory beside the quantized
-    ones until all are made; on failure the model is unchanged.
+    Fused experts become parameters in their module's own layout, and it gets its own forward back. Hooks, train or eval
+    mode, ties and `requires_grad` are kept. The plain weights need memory beside the quantized ones until all are made;
+    on failure the model is unchanged.
 
     Args:
         model: changed in place.
@@ -56,11 +60,12 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     if dtype is not None and dtype not in _FLOATS:
         raise ConfigError(f"dtype is {dtype!r}; expected torch.float32, float16 or bfloat16, or None")
     require_module(model)
-    layers = quantized_layers(model)
-    if not layers:
+    layers, experts = quantized_layers(model), quantized_experts(model)
+    if not layers and not experts:
         raise ConfigError(f"this {type(model).__name__} has no layer that bitsandbytes quantized")
     require_whole_layers(model, layers)
-    _require_own_forwards(layers)
+    require_whole_experts(experts)
+    _require_own_forwards(layers | experts)
     own = dominant_dtype((p.dtype, p.nbytes) for p in model.parameters() if type(p) is nn.Parameter)
     plain = {layer: _plain(layer, dtype, own) for layer in layers.values()}
     modules = first_paths(model)
@@ -72,6 +77,8 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     ]
     held = aliases(modules, lambda value: getattr(value, "__self__", value) in plain)
     edits += exchanges(held, plain, {})
+    for module in experts.values():
+        edits += _edits_of_experts(module, dtype)
     root = plain.get(model, model)
     apply_edits(edits + clear_attributes(root))
     detach_from_layers(model)
@@ -114,6 +121,27 @@ def _plain(layer: Any, dtype: torch.dtype | None, own: torch.dtype) -> nn.Module
         new._parameters["bias"] = bias
     carry_over(new, layer)
     return new
+
+
+@torch.no_grad()
+def _edits_of_experts(module: Any, dtype: torch.dtype | None) -> list[Edit]:
+    """Return the assignments that make a module's experts plain, in its own layout."""
+    experts: Experts = module.quantized_experts
+    edits: list[Edit] = [(vars(module), name, ABSENT) for name in quantization_attributes(module)]
+    for name in experts.weights:
+        packed = PackedExperts.of(module._parameters[name])
+        kept = dtype or packed.state.dtype
+        values = torch.empty(experts.plain_shape(name), dtype=kept, device=packed.data.device)
+        for expert in range(packed.shape[0]):
+            one = packed.dequantize(expert, kept)
+            values[expert] = one.mT if experts.is_transposed else one
+        edits.append((module._parameters, name, nn.Parameter(values, requires_grad=False)))
+    for name in experts.biases:
+        bias = module._parameters[name]
+        if dtype is not None and bias.dtype != dtype:
+            cast = nn.Parameter(bias.to(dtype), requires_grad=bias.requires_grad)
+            edits.append((module._parameters, name, cast))
+    return edits
 
 
 def _empty(kind: type[nn.Module], shape: torch.Size, has_bias: bool) -> nn.Module:

@@ -33,6 +33,12 @@ from .offload.device_hooks import dtypes_on_gpu
 from .pipeline.attributes import skip_list
 from .quantization.formats import dominant_dtype
 from .quantization.layers import config_of_layer, quantized_layers, require_whole_layers, source_class
+from .quantization.saved_experts import (
+    configs_of_experts,
+    quantized_experts,
+    require_experts_as_held,
+    require_whole_experts,
+)
 from .sizes import parse_size
 
 logger = logging.getLogger(__name__)
@@ -81,16 +87,17 @@ def save_quantized_model(
     max_shard_bytes = shard_bytes(max_shard_size)
     require_module(model)
     model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
-    layers = quantized_layers(model)
-    config = _config(model, layers)
+    layers, experts = quantized_layers(model), quantized_experts(model)
+    config = _config(model, layers, experts)
     state, ties = _stored_once(model, layers)
+    require_experts_as_held(experts, state)
     skipped = [path for path in plain_linears(model) if path not in layers]
     modules = modules_by_path(model)
     saved = {name: (tensor.dtype, tensor.shape) for name, tensor in state.items()}
     changed = changed_when_loaded_again(modules, saved, as_held=False)
     attributes = json_attributes(attributes_set_by_loading(modules, saved), modules, saved, changed)
     with new_folder(folder, overwrite=overwrite) as made:
-        write_configs(model, made, config, skipped, layers, getattr(model, "dtype", None))
+        write_configs(model, made, config, skipped, layers, getattr(model, "dtype", None), experts)
         entries = [Entry(n, t.dtype, tuple(t.shape)) for n, t in state.items()]
         writer = ShardWriter(made, entries, max_shard_bytes, weights_stem(model))
         try:
@@ -99,7 +106,16 @@ def save_quantized_model(
             writer.finish()
         finally:
             writer.close()
-        record = Record(writer.layout, config, tuple(layers), tuple(skipped), tuple(ties), tuple(changed), attributes)
+        record = Record(
+            writer.layout,
+            config,
+            tuple(layers),
+            tuple(skipped),
+            tuple(ties),
+            tuple(changed),
+            attributes,
+            tuple(experts),
+        )
         write_json(made / RECORD_NAME, record.to_dict())
 
 
@@ -154,6 +170,7 @@ def write_configs(
     skipped: Iterable[str],
     layers: Mapping[str, nn.Module],
     dtype: Any,
+    experts: Iterable[str] = (),
 ) -> None:
     """Write the configs of a model of transformers or diffusers, for `from_pretrained`.
 
@@ -161,6 +178,7 @@ def write_configs(
     """
     if transformers_facts.is_pretrained(model):
         _write_transformers_configs(model, folder, config, skipped, layers, dtype)
+        _warn_of_experts(model, experts)
     elif diffusers_facts.is_diffusers(model):
         _write_diffusers_config(model, folder, config, layers)
 
@@ -190,6 +208,17 @@ def _write_transformers_configs(
         )
 
 
+def _warn_of_experts(model: nn.Module, experts: Iterable[str]) -> None:
+    names = list(experts)
+    if names:
+        logger.warning(
+            "from_pretrained cannot load this saved %s: transformers reads no fused experts in 4 bit, such as those of "
+            "%s; load it with load_and_quantize_model(model, None, folder)",
+            type(model).__name__,
+            listed(names, 1),
+        )
+
+
 def _write_diffusers_config(
     model: Any, folder: Path, config: BnbQuantizationConfig, layers: Mapping[str, nn.Module]
 ) -> None:
@@ -207,13 +236,17 @@ def _write_diffusers_config(
         )
 
 
-def _config(model: nn.Module, layers: Mapping[str, Any]) -> BnbQuantizationConfig:
-    """Return the config that the layers were quantized with; its `torch_dtype` is the other weights' dominant dtype."""
-    if not layers:
+def _config(model: nn.Module, layers: Mapping[str, Any], experts: Mapping[str, Any]) -> BnbQuantizationConfig:
+    """Return the config that the layers and experts were quantized with.
+
+    Its `torch_dtype` is the other weights' dominant dtype.
+    """
+    if not layers and not experts:
         raise ConfigError(
             f"this {type(model).__name__} has no layer that bitsandbytes quantized; save it as any other model"
         )
     require_whole_layers(model, layers)
+    require_whole_experts(experts)
     modules = modules_by_path(model)
     tensors = {**leaves(modules, "_parameters"), **leaves(modules, "_buffers")}
     empty = [name for name, tensor in tensors.items() if tensor.is_meta]
@@ -222,11 +255,19 @@ def _config(model: nn.Module, layers: Mapping[str, Any]) -> BnbQuantizationConfi
     configs: dict[tuple[Any, ...], str] = {}
     for path, layer in layers.items():
         configs.setdefault(tuple(config_of_layer(layer).items()), path)
+    for path, module in experts.items():
+        for each in configs_of_experts(module):
+            # Joined of weights with double quantization, their scales are in float32: see `checkpoint/merged.py`.
+            doubled = tuple((each | {"bnb_4bit_use_double_quant": True}).items())
+            configs.setdefault(doubled if doubled in configs else tuple(each.items()), path)
     if len(configs) > 1:
         raise QuantizationError(
             f"{listed(configs.values())} have different quantization configs: a checkpoint can have only one"
         )
     quantized = {id(parameter) for layer in layers.values() for parameter in layer.parameters(recurse=False)}
+    quantized |= {
+        id(module._parameters[name]) for module in experts.values() for name in module.quantized_experts.weights
+    }
     others = [parameter for parameter in model.parameters() if id(parameter) not in quantized]
     floating = [(parameter.dtype, parameter.nbytes) for parameter in others if parameter.is_floating_point()]
     torch_dtype = dominant_dtype(floating) if floating else "auto"

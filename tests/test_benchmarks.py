@@ -107,6 +107,56 @@ def test_quantized_checkpoint_makes_its_source_beside_it_and_never_over_it(tmp_p
         run("make", "many-10", tmp_path / "many-10", "--quant", "int8")
 
 
+# experts
+
+
+def test_experts_are_timed_in_each_way_forward_and_backward(tmp_path):
+    from benchmarks.experts import WAYS
+    from bigload.quantization.expert_linears import expert_limits
+
+    before = dataclasses.replace(expert_limits)
+    out = tmp_path / "experts.json"
+    shapes = ("tiny", "tiny-gpt-oss")
+    run("experts", "--device", "cpu", "--shapes", *shapes, "--tokens", 1, 16, "--out", out, "--commit", "abc")
+    found = json.loads(out.read_text())
+    assert found["commit"] == "abc"
+    assert found["left_out"] == []
+    assert {(row["shape"], row["tokens"]) for row in found["rows"]} == {
+        (shape, tokens) for shape in shapes for tokens in (1, 16)
+    }
+    measured = {(way.peer, way.way) for way in WAYS if way.suits(1, 0) or way.suits(16, 0)}
+    assert {(row["peer"], row["way"]) for row in found["rows"]} == measured
+    assert {row["way"] for row in found["rows"] if row["backward"]} == {"grouped_mm", "as it chooses"}
+    for row in found["rows"]:
+        assert row["ms"] > 0
+        assert row["weights_gib"] > 0
+        assert row.get("relative_error", 0) < 0.02
+    assert expert_limits == before
+
+
+def test_experts_that_there_is_no_time_for_are_named(tmp_path):
+    out = tmp_path / "experts.json"
+    run("experts", "--device", "cpu", "--shapes", "tiny", "--tokens", 1, "--seconds", 0, "--out", out)
+    found = json.loads(out.read_text())
+    assert found["rows"] == []
+    assert {row["peer"] for row in found["left_out"]} == {"transformers bf16", "bitsandbytes nf4", "bigload nf4"}
+
+
+def test_a_table_of_experts_compares_with_the_best_in_16_bit(tmp_path, capsys):
+    rows = [
+        {"tokens": 1, "peer": "transformers bf16", "way": "eager", "ms": 4.0},
+        {"tokens": 1, "peer": "transformers bf16", "way": "batched_mm", "ms": 2.0},
+        {"tokens": 1, "peer": "bigload nf4", "way": "gemv", "ms": 1.0, "graph_ms": 0.5},
+        {"tokens": 16, "peer": "bigload nf4", "way": "gemv", "ms": 3.0},
+    ]
+    rows = [{"shape": "A", "backward": False, **row} for row in rows]
+    (tmp_path / "a.json").write_text(json.dumps(result(benchmark="experts", limits=None, rows=rows)))
+    run("report", tmp_path / "a.json")
+    lines = capsys.readouterr().out.splitlines()
+    assert "| A | transformers bf16, eager | 4 (2.00x) | - |" in lines
+    assert "| A | bigload nf4, gemv | 1, graph 0.5 (0.50x) | 3 |" in lines
+
+
 # limits
 
 

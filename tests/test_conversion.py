@@ -87,16 +87,21 @@ def test_every_choice_of_the_config_counts(tmp_path, device, blocksize, storage)
 @pytest.mark.parametrize("mode", ["nf4-dq", "int8"])
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "gpt2", "t5", "mixtral"])
 def test_from_files_and_a_config_alone(tmp_path, device, name, mode):
-    """GPT-2's weights are transposed, Mixtral's experts merged from others; transformers reads what was made."""
+    """GPT-2's weights are transposed, Mixtral's experts merged from others; transformers reads what was made.
+
+    It reads no experts in 4 bit, which are therefore left out.
+    """
     from architectures import build
 
     torch.manual_seed(0)
     full = build(name).bfloat16()
     full.save_pretrained(tmp_path / "source")
     (tmp_path / "source" / "tokenizer.json").write_text("{}")
-    quantize_checkpoint(tmp_path / "source", tmp_path / "made", mode, max_shard_size="20KB", device=device)
+    skipped = ["experts", "lm_head"] if name == "mixtral" else None
+    config = BnbQuantizationConfig.from_mode(mode, skip_modules=skipped)
+    quantize_checkpoint(tmp_path / "source", tmp_path / "made", config, max_shard_size="20KB", device=device)
     assert (tmp_path / "made" / "tokenizer.json").read_text() == "{}"
-    model = load_and_quantize_model(empty_like(full), mode, tmp_path / "source", device_map=device)
+    model = load_and_quantize_model(empty_like(full), config, tmp_path / "source", device_map=device)
     again = load_and_quantize_model(empty_like(full), None, tmp_path / "made", device_map=device, strict=True)
     assert_same_bits(again.state_dict(), model.state_dict())
     theirs = type(full).from_pretrained(tmp_path / "made", device_map={"": device})

@@ -63,7 +63,7 @@ PUBLIC = {
     "BnbQuantizationConfig": (
         "load_in_8bit llm_int8_threshold load_in_4bit bnb_4bit_quant_type bnb_4bit_use_double_quant "
         "bnb_4bit_compute_dtype torch_dtype skip_modules keep_in_fp32_modules llm_int8_enable_fp32_cpu_offload "
-        "llm_int8_has_fp16_weight bnb_4bit_quant_storage bnb_4bit_blocksize"
+        "llm_int8_has_fp16_weight bnb_4bit_quant_storage bnb_4bit_blocksize experts_modules"
     ),
 }
 ERRORS = {

@@ -43,6 +43,9 @@ TRIED = {
     "checkpoint/hub.py": {
         "hf download": "checkpoint/test_hub.py::test_repository_that_was_fetched_is_loaded",
     },
+    "checkpoint/merged.py": {
+        "are not quantized: use": PLANNING + "test_experts_in_int8_that_are_merged_are_loaded_from_the_original",
+    },
     "checkpoint/pickled.py": {
         "save that part alone": CHECKPOINT + "test_state_dict_that_is_saved_alone_is_loaded",
         "save its state_dict alone": CHECKPOINT + "test_state_dict_that_is_saved_alone_is_loaded",
@@ -90,11 +93,22 @@ TRIED = {
     "hardware/free_memory.py": {
         "choose another folder": ENTRY + "test_disk_that_says_what_is_free_is_taken",
     },
+    "model/experts.py": {
+        "give it the parameters": "model/test_experts.py::test_both_remedies_for_a_declared_module_work",
+    },
     "model/initialization.py": {
         "build its module outside of": "planning/test_missing_parametrized.py::"
         "test_what_only_a_constructor_makes_is_refused_and_the_remedy_works",
         "give it values before the load": MODEL
         + "test_new_part_whose_class_does_not_initialise_it_is_loaded_with_values_of_its_own",
+    },
+    "model/quantizable_experts.py": {
+        "both must be; use the original": "model/test_quantizable_experts.py::"
+        "test_experts_of_which_half_is_stored_quantized_are_loaded_from_the_original",
+        "remove it from there": "model/test_quantizable_experts.py::"
+        "test_a_config_that_names_experts_which_are_stored_quantized_is_refused",
+        "other values: use the original": "interop/test_experts_of_others.py::"
+        "test_parametrized_experts_in_the_other_layout_are_refused",
     },
     "model/quantizable.py": {
         "build the model without the tie": MODEL
@@ -168,6 +182,12 @@ TRIED = {
     "pipeline/file_output.py": {
         "add it to skip_modules": ENTRY + "test_values_too_large_for_a_format_are_loaded_in_another",
     },
+    "pipeline/refusals.py": {
+        "or call bigload.dequantize_model": "interop/test_mixtures.py::"
+        "test_save_pretrained_is_refused_and_both_remedies_save",
+        "name attention": "interop/test_trained_mixtures.py::"
+        "test_adapters_of_packed_experts_are_refused_and_both_remedies_work",
+    },
     "planning/advice.py": {
         "choose a smaller mode": PLANNING + "test_model_that_a_map_puts_where_it_does_not_fit_is_planned",
     },
@@ -216,7 +236,6 @@ TRIED = {
         "build the model from this": PLANNING + "test_model_of_the_checkpoints_sizes_is_loaded",
         "with their scales": PLANNING + "test_weights_of_integers_without_scales_are_loaded_from_the_original",
         "build the model without": PLANNING + "test_two_weights_that_the_model_ties_are_both_loaded_without_the_tie",
-        "are not quantized: use": PLANNING + "test_experts_that_are_merged_are_loaded_from_the_original",
     },
     "quantization/copied_layers.py": {
         "load the model with device_map='balanced'": "quantization/test_copied_layers.py::"
@@ -235,7 +254,15 @@ TRIED = {
         "move the input": "quantization/test_own_forwards.py::"
         "test_an_input_on_another_device_is_refused_and_the_remedy_works",
     },
+    "quantization/saved_experts.py": {
+        "remove these hooks": "model/test_quantizable_experts.py::"
+        "test_experts_that_a_hook_renames_are_saved_without_it",
+        "load the model again": "model/test_quantizable_experts.py::"
+        "test_experts_whose_weight_was_replaced_are_saved_after_a_load",
+    },
     "saving.py": {
+        "reads no fused experts": "model/test_quantizable_experts.py::"
+        "test_saving_warns_of_what_transformers_does_not_read",
         "return it as a tensor, and its set_extra_state": "planning/test_attributes_of_rules.py::"
         "test_what_would_be_lost_is_not_saved_and_the_remedy_works",
         "Remove such hooks for the save": "inspection/test_own_saving.py::"

@@ -100,3 +100,14 @@ def test_the_committed_result_covers_what_is_promised():
             }
             assert len(equal) >= least
     assert not [row for row in rows if row["outcome"] == "differs"]
+
+
+def test_coverage_tells_what_4_bit_takes_and_why_not_the_rest(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "coverage", "MixtralForCausalLM", "JetMoeForCausalLM", "NoSuchModel"]
+    command += ["--out", str(tmp_path / "coverage.json")]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, check=True, capture_output=True, text=True)
+    mixtral, other, missing = json.loads((tmp_path / "coverage.json").read_text())
+    assert mixtral["share"] > 0.99
+    assert any("a way of its own" in each.get("why", "") for each in other["left"])
+    assert "error" in missing
+    assert "MixtralForCausalLM: 99.4% of 46,702,792,704 in 4 bit" in done.stdout

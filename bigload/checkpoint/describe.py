@@ -42,6 +42,9 @@ def _lines(checkpoint: Checkpoint) -> Iterator[str]:
     if quantized:
         config = config_of(checkpoint, None)
         yield f"  quantized: {_sizes(quantized)} as {_format(quantized[0].format)}"
+        experts = [tensor for tensor in quantized if len(tensor.shape) == 3]
+        if experts:
+            yield f"  fused experts among them: {_sizes(experts)}"
         if isinstance(quantized[0].format, FourBit):
             computes = config.bnb_4bit_compute_dtype
             yield f"  computes in: {_name(computes) if isinstance(computes, torch.dtype) else 'what it is loaded in'}"

@@ -34,6 +34,7 @@ class Record:
         as_loaded: paths of the modules whose tensors are stored as their own `_load_from_state_dict` left them, so that
             it must not change them again.
         attributes: module path -> what its own loading had set on it, beside tensors.
+        experts: paths of the modules whose fused experts are quantized, as (E, out_features, in_features).
     """
 
     layout: str
@@ -43,6 +44,7 @@ class Record:
     ties: tuple[tuple[str, ...], ...]
     as_loaded: tuple[str, ...] = ()
     attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    experts: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON values."""
@@ -55,6 +57,7 @@ class Record:
             "ties": [list(names) for names in self.ties],
             **({"as_loaded": list(self.as_loaded)} if self.as_loaded else {}),
             **({"attributes": self.attributes} if self.attributes else {}),
+            **({"experts": list(self.experts)} if self.experts else {}),
         }
 
 
@@ -112,7 +115,8 @@ def _parsed(said: Mapping[str, Any]) -> Record:
     if not isinstance(attributes, dict) or not all(isinstance(own, dict) for own in attributes.values()):
         raise TypeError(f"{attributes!r} is not a dict of attributes by module")
     layers, kept = _names(said["layers"]), _names(said["kept"])
-    return Record(said["layout"], config, layers, kept, tuple(ties), as_loaded, attributes)
+    experts = _names(said.get("experts", []))
+    return Record(said["layout"], config, layers, kept, tuple(ties), as_loaded, attributes, experts)
 
 
 def _names(value: Any) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ def config_of(checkpoint: Checkpoint, given: BnbQuantizationConfig | None) -> Bn
         CheckpointError: the weights are quantized in more than one way.
         ConfigError: `given` contradicts the weights.
     """
-    formats = {tensor.format: tensor for tensor in checkpoint.tensors.values() if isinstance(tensor, QuantizedTensor)}
+    quantized = [tensor for tensor in checkpoint.tensors.values() if isinstance(tensor, QuantizedTensor)]
+    layers = {tensor.format for tensor in quantized if len(tensor.shape) < 3}
+    # Experts that were joined of several weights have float32 scales, beside layers with double quantization.
+    formats = {t.format: t for t in quantized if t.format in layers or _doubled(t.format) not in layers}
     if len(formats) > 1:
         one, other = list(formats.values())[:2]
         raise CheckpointError(
@@ -56,6 +60,10 @@ def config_of(checkpoint: Checkpoint, given: BnbQuantizationConfig | None) -> Bn
             "None for the checkpoint's own config, or give the original checkpoint"
         )
     return given
+
+
+def _doubled(fmt: FourBit | Int8) -> FourBit | Int8:
+    return replace(fmt, double_quant=True) if isinstance(fmt, FourBit) else fmt
 
 
 def _config_json_fields(location: Path) -> dict[str, Any]:

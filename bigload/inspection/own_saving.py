@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -26,13 +27,17 @@ def saving_rules(module: nn.Module) -> list[str]:
     cls: Any = type(module)
     if not cls.__module__.startswith("bitsandbytes."):
         for name in ("state_dict", "_save_to_state_dict"):
-            is_own = name in vars(module) or getattr(cls, name) is not getattr(nn.Module, name)
+            own = vars(module).get(name)
+            is_own = (own is not None and not _is_ours(getattr(own, "func", own))) or (
+                getattr(cls, name) is not getattr(nn.Module, name)
+            )
             named += [f"{cls.__name__}.{name}"] if is_own else []
     return named
 
 
 def _is_ours(hook: Any) -> bool:
-    return type(hook).__module__.startswith("bigload.")
+    module = hook.__module__ if isinstance(hook, FunctionType) else type(hook).__module__
+    return module.startswith("bigload.")
 
 
 def weights_changed_by_saving(

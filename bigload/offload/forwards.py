@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -17,13 +17,14 @@ from ..errors import OffloadError
 from ..hardware.nested_tensors import send_to_device
 from ..quantization.bnb import library
 from ..quantization.cpu_forwards import input_gradient, streamed_forward
+from ..quantization.experts import has_quantized_experts
 from ..quantization.formats import part_name
 from ..quantization.layers import is_quantized
 from ..quantization.own_forwards import on_matrix, own_forward, require_input
 from ..quantization.quantized_weight import state_around, state_holders
 from .leaves import Leaf, MethodOverride, without_torch_function
 from .residency import Residency
-from .slots import Slot
+from .slots import Slot, SlotView, as_slot_view, copied_out_of_slot
 
 # Modules of these do not write to their weights as they run.
 _ONLY_READING = ("torch.nn.modules.", "bitsandbytes.nn.", "transformers.pytorch_utils")
@@ -77,13 +78,13 @@ class StreamedForward(ForwardOverride):
         leaf = weights.leaf
         super().__init__(leaf.path, leaf.module, streamed_forward(leaf.module))
         self.weights = weights
-        self._is_quantized = is_quantized(leaf.module)
+        self._is_quantized, self._is_experts = is_quantized(leaf.module), has_quantized_experts(leaf.module)
         self._make_forward = _forward_maker(leaf, self.own, has_quantized_weight=self._is_quantized)
         # Not kept by the slots: the background thread that reads into a slot must not keep the model alive.
         self._forwards: dict[Slot, Forward] = {}
         # The output of these is never a view of their weights.
-        self._returns_new_tensors = self._is_quantized or type(leaf.module) is nn.Linear
-        self._only_reads = type(leaf.module).__module__.startswith(_ONLY_READING)
+        self._returns_new_tensors = self._is_quantized or self._is_experts or type(leaf.module) is nn.Linear
+        self._only_reads = self._is_experts or type(leaf.module).__module__.startswith(_ONLY_READING)
         self._takes_one_argument = self._is_quantized or self._make_forward is not None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -103,6 +104,11 @@ class StreamedForward(ForwardOverride):
             return self._run_without_weight_gradients(*args, **kwargs)
         if self._is_quantized:
             return _Quantized.apply(self, self._only_input(args, kwargs), self.module.bias)  # type: ignore[no-untyped-call]
+        if self._is_experts:
+            args, kwargs = send_to_device((args, kwargs), self.weights.device)
+            module: Any = self.module
+            named = module.quantized_experts.arguments[len(args) :]
+            return _Experts.apply(self, *args, *(kwargs[name] for name in named), *_biases(self))  # type: ignore[no-untyped-call]
         return self._run(functools.partial(self._compute_recorded, args, kwargs))
 
     def _run(self, compute: Callable[[Slot], Any]) -> Any:
@@ -110,15 +116,15 @@ class StreamedForward(ForwardOverride):
 
     def _compute_recorded(self, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> Any:
         args, kwargs = send_to_device((args, kwargs), slot.memory.device)
-        with torch.autograd.graph.saved_tensors_hooks(functools.partial(_pack, slot.memory), self._unpack):
+        with torch.autograd.graph.saved_tensors_hooks(functools.partial(as_slot_view, slot.memory), self._unpack):
             out = self.own(*args, **kwargs)
-        return _copied_out_of_slot(out, slot.memory)
+        return copied_out_of_slot(out, slot.memory)
 
     def _compute(self, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> Any:
         # Some models move the input of a convolution to the device of its weight, the CPU.
         args, kwargs = send_to_device((args, kwargs), slot.memory.device)
         out = self.own(*args, **kwargs)
-        return out if self._returns_new_tensors else _copied_out_of_slot(out, slot.memory)
+        return out if self._returns_new_tensors else copied_out_of_slot(out, slot.memory)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the leaf's own forward without gradients."""
@@ -142,7 +148,7 @@ class StreamedForward(ForwardOverride):
         self._forwards.pop(slot, None)
 
     def _unpack(self, saved: Any) -> torch.Tensor:
-        if not isinstance(saved, _SlotView):
+        if not isinstance(saved, SlotView):
             return saved  # type: ignore[no-any-return]
         if self.is_removed:
             raise OffloadError(
@@ -191,40 +197,6 @@ def _run_eagerly(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
     return forward(*args, **kwargs)
 
 
-class _SlotView(NamedTuple):
-    """The place in a group's memory of a tensor that autograd would have kept."""
-
-    dtype: torch.dtype
-    shape: torch.Size
-    stride: tuple[int, ...]
-    offset: int
-
-    def view_in(self, memory: torch.Tensor) -> torch.Tensor:
-        """Return the tensor in the memory, (n,), uint8, of a slot that holds the group."""
-        return memory.view(self.dtype).as_strided(self.shape, self.stride, self.offset)
-
-
-def _pack(memory: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor | _SlotView:
-    if not _lies_in(tensor, memory):
-        return tensor
-    return _SlotView(tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
-
-
-def _lies_in(tensor: torch.Tensor, memory: torch.Tensor) -> bool:
-    if tensor.layout is not torch.strided:
-        return False
-    return tensor.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
-
-
-def _copied_out_of_slot(out: Any, memory: torch.Tensor) -> Any:
-    """Clone the outputs of a module that are views of its weights, which the next group will overwrite."""
-
-    def copied(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.clone() if _lies_in(tensor, memory) else tensor
-
-    return copied(out) if isinstance(out, torch.Tensor) else tree_map_only(torch.Tensor, copied, out)
-
-
 class _Quantized(torch.autograd.Function):
     """A quantized layer. bitsandbytes' own autograd keeps the packed weight; this one fetches it again in backward."""
 
@@ -251,6 +223,50 @@ class _Quantized(torch.autograd.Function):
 
             grad_input = computed() if streamed.is_removed else streamed.weights.run(computed)
         return None, grad_input, grad_bias
+
+
+class _Experts(torch.autograd.Function):
+    """Fused experts in 4 bit. Backward computes them once more, with their weights in a slot again.
+
+    Its inputs are what their forward takes, and their biases, which are on the device at all times.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, streamed: StreamedForward, *given: torch.Tensor) -> torch.Tensor:
+        ctx.streamed, kind = streamed, streamed.weights.device.type
+        state = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        ctx.autocast = functools.partial(torch.autocast, kind, *state)
+        ctx.save_for_backward(*given)
+        inputs = _detached(given, ctx.needs_input_grad[1:])
+        with torch.enable_grad():  # by the same kernels as the resident experts
+            out: torch.Tensor = streamed.run(*inputs[: len(given) - len(_biases(streamed))])
+        return out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        streamed, needed, biases = ctx.streamed, ctx.needs_input_grad[1:], _biases(ctx.streamed)
+        inputs = _detached(ctx.saved_tensors, needed)  # this refuses biases that were written to meanwhile
+        inputs[len(inputs) - len(biases) :] = biases
+        wanted = [x for x, needs in zip(inputs, needed, strict=True) if needs]
+
+        def compute(slot: Slot | None = None) -> tuple[torch.Tensor, ...]:
+            with torch.enable_grad(), ctx.autocast():
+                out = streamed.own(*inputs[: len(inputs) - len(biases)])
+            return torch.autograd.grad(out, wanted, grads)
+
+        found = iter(compute() if streamed.is_removed else streamed.weights.run(compute, is_only_read=True))
+        return None, *(next(found) if needs else None for needs in needed)
+
+
+def _detached(tensors: Sequence[torch.Tensor], needed: Sequence[bool]) -> list[torch.Tensor]:
+    return [x.detach().requires_grad_(needs) for x, needs in zip(tensors, needed, strict=True)]
+
+
+def _biases(streamed: StreamedForward) -> list[Any]:
+    """List the experts' biases that stay on the device; the others are streamed, and so are not trained."""
+    module: Any = streamed.module
+    names = module.quantized_experts.biases
+    return [module._parameters[name] for name in names if name not in streamed.weights.leaf.parameters]
 
 
 class _NoWeightGradient(torch.autograd.Function):

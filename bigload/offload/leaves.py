@@ -12,6 +12,7 @@ from torch import nn
 from ..errors import OffloadError
 from ..hardware.pinned import Store
 from ..model.tree import leaves, modules_by_path
+from ..quantization.experts import has_quantized_experts
 from ..quantization.formats import part_name
 from ..quantization.layers import is_quantized
 from ..quantization.quantized_weight import keep_row_scales, state_holders
@@ -94,7 +95,7 @@ class Leaf:
 
     Attributes:
         path: its path in the model.
-        module: an nn.Linear, a Conv1D, a layer of bitsandbytes, or any module with its children.
+        module: an nn.Linear, a Conv1D, a layer of bitsandbytes, fused experts, or any module with its children.
         parameters: paths, from the module, of the parameters that are streamed; the others stay where they are.
     """
 
@@ -252,17 +253,21 @@ def streamed_tensors_of(leaf: Leaf) -> list[StreamedTensor]:
         if key == "weight" and is_quantized(owner):
             if owner is not leaf.module:
                 raise OffloadError(f"{leaf.path!r}: {owner_path!r} in it is quantized, and must be a leaf itself")
-            places = _places_8bit(leaf.path, owner) if hasattr(owner, "state") else _places_4bit(leaf.path, owner)
+            places = _places_8bit(leaf.path, owner) if hasattr(owner, "state") else _places_4bit(leaf.path, parameter)
+        elif has_quantized_experts(owner) and key in owner.quantized_experts.weights:
+            if owner is not leaf.module:
+                raise OffloadError(f"{leaf.path!r}: {owner_path!r} in it is quantized, and must be a leaf itself")
+            places = _places_4bit(leaf.path, parameter)
         prefix = f"{leaf.path}.{path}" if leaf.path else path
         streamed += [StreamedTensor(part_name(prefix, part), held, owner, key) for part, held in places.items()]
     return streamed
 
 
-def _places_4bit(path: str, layer: Any) -> _Places:
-    state = getattr(layer.weight, "quant_state", None)
+def _places_4bit(path: str, weight: Any) -> _Places:
+    state = getattr(weight, "quant_state", None)
     if state is None or getattr(state, "packing_format_for_cpu", False):
         raise OffloadError(f"{path!r} is not quantized yet, or packed by bitsandbytes for this CPU: load it again")
-    return {"weight": [(layer.weight, "data")]} | {part: [held] for part, held in state_holders(state).items()}
+    return {"weight": [(weight, "data")]} | {part: [held] for part, held in state_holders(state).items()}
 
 
 def _places_8bit(path: str, layer: Any) -> _Places:

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from ..checkpoint.merged import MergedTensor
 from ..checkpoint.safetensors import read_header
 from ..errors import CheckpointError, OffloadError
 from ..io.tensors import ComputedTensor, LazyTensor, StoredTensor
@@ -173,6 +174,8 @@ class SourceFingerprints:
         if isinstance(tensor, (torch.Tensor, ComputedTensor)):  # the model's own, or its code's: in no file
             values = tensor if isinstance(tensor, torch.Tensor) else tensor.load()
             return [content_hash(values), str(tensor.dtype), *region]
+        if isinstance(tensor, MergedTensor):  # of several files
+            return [*region, *(self.of(Source(piece)) for piece in tensor.pieces)]
         if tensor.file not in self._files:
             stat = tensor.file.stat()
             self._files[tensor.file] = [_header_hash(tensor.file), stat.st_size, stat.st_mtime_ns]

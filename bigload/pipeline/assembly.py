@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..model.empty import like_parameter
+from ..model.quantizable_experts import weights_of
 from ..model.tensors import ModelTensor
 from ..model.view import ModelView
 from ..planning.plan import Plan
+from ..planning.planned_tensors import PlannedTensor
+from ..quantization.experts import experts_parameter, quantized_attributes
 from ..quantization.layers import make_layer
+from ..quantization.quantized_weight import QuantizedWeight
+from ..quantization.saved_experts import saving_attributes
 from . import attributes
 from .after_load import finished
 from .attributes import ABSENT, Edit
 from .exchange import HeldElsewhere
 from .execute import LoadedTensor
+from .refusals import refuse_adapters_of_parameters
 
 
 class Assembly:
@@ -35,6 +42,7 @@ class Assembly:
         self._planned = {planned.tensor.name: planned for planned in plan.tensors}
         self._loaded: dict[str, LoadedTensor] = {}
         self._new_layers: dict[nn.Module, nn.Module] = {}
+        self._of_experts = weights_of(plan.experts)
 
     def add(self, name: str, value: LoadedTensor) -> None:
         """Add a loaded tensor by its first name; if it is the weight of a quantized layer, that layer is made."""
@@ -59,7 +67,7 @@ class Assembly:
         edits: list[Edit] = []
         tensors: dict[int, torch.Tensor | None] = {}
         for planned in self._plan.tensors:
-            value = _value(planned.tensor, planned.device, self._loaded.get(planned.tensor.name))
+            value = self._value(planned)
             for name in planned.tensor.names:
                 path, _, leaf = name.rpartition(".")
                 owner = view.modules[path]
@@ -70,6 +78,7 @@ class Assembly:
                 elif leaf == "bias":
                     bias = self._bias(planned.tensor, value)
                     new_layers[owner]._parameters["bias"] = tensors[id(slots[leaf])] = bias
+        edits += self._edits_of_experts()
         for module in view.first_paths if new_layers else ():
             edits += [
                 (module._modules, key, new_layers[child]) for key, child in _children(module) if child in new_layers
@@ -85,6 +94,32 @@ class Assembly:
 
         apply_edits(edits + attributes.attributes(after, self._plan), finish)
         return root
+
+    def _value(self, planned: PlannedTensor) -> torch.Tensor | None:
+        """Return the parameter or buffer to set; None for the weight of a quantized layer, which comes with it."""
+        value, name = self._loaded.get(planned.tensor.name), planned.tensor.name
+        if name in self._of_experts and isinstance(value, QuantizedWeight):
+            return experts_parameter(value, self._plan.config)
+        made = _value(planned.tensor, planned.device, value)
+        if name in self._biases_of_experts and made is not None and len(planned.tensor.names) == 1:
+            return nn.Parameter(made.data, requires_grad=False)  # as the biases of quantized layers
+        return made
+
+    @cached_property
+    def _biases_of_experts(self) -> set[str]:
+        experts = self._plan.experts
+        return {f"{path}.{name}".lstrip(".") for path, held in experts.items() for name in held.biases}
+
+    def _edits_of_experts(self) -> list[Edit]:
+        edits: list[Edit] = []
+        if self._plan.experts:
+            refuse_adapters_of_parameters()
+        for path, experts in self._plan.experts.items():
+            module, computed = self._view.modules[path], self._plan.config.bnb_4bit_compute_dtype
+            assert isinstance(computed, torch.dtype)  # "auto" is resolved
+            own = quantized_attributes(module, experts, computed, path) | saving_attributes(module)
+            edits += [(module.__dict__, name, value) for name, value in own.items()]
+        return edits
 
     def _bias(self, tensor: ModelTensor, value: Any) -> nn.Parameter:
         """Freeze a layer's bias like its weight, as accelerate does, unless other modules share it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -15,6 +16,7 @@ from ..model import diffusers_facts, transformers_facts
 from ..model.quantizable import plain_linears
 from ..model.view import ModelView
 from ..planning.plan import Plan
+from .refusals import refuse_save
 
 # One assignment: a module's dict of attributes, parameters, buffers or modules, or what acts as one; the key; the new
 # value, or ABSENT to delete the key.
@@ -28,7 +30,7 @@ def attributes(view: ModelView, plan: Plan) -> list[Edit]:
     PEFT and Trainer read accelerate's attributes on any model. Those of transformers must be complete: Trainer refuses
     a model that has only `is_quantized`, and `save_pretrained` writes the quantization_config for `from_pretrained`.
     """
-    model, config, quantized = view.model, plan.config, bool(plan.layers)
+    model, config, quantized = view.model, plan.config, bool(plan.layers or plan.experts)
     own = {
         "is_loaded_in_4bit": config.load_in_4bit and quantized,
         "is_loaded_in_8bit": config.load_in_8bit and quantized,
@@ -49,6 +51,8 @@ def _of_transformers(view: ModelView, plan: Plan) -> list[Edit]:
     bits = 4 if plan.config.load_in_4bit else 8
     module = importlib.import_module(f"transformers.quantizers.quantizer_bnb_{bits}bit")
     quantizer = getattr(module, f"Bnb{bits}BitHfQuantizer")(quantization, pre_quantized=False)
+    if plan.experts:
+        quantizer.is_serializable = functools.partial(refuse_save, next(iter(plan.experts)))
     own = {"is_quantized": True, "quantization_method": quantization.quant_method, "hf_quantizer": quantizer}
     copies = _copied_configs(view, is_quantized=True)
     copies[id(model.config)].quantization_config = quantization

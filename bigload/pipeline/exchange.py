@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import ConfigError
 from ..inspection.aliases import Alias, aliases, exchanged
 from ..inspection.outer_names import is_a
+from ..model.quantizable_experts import weights_of
 from ..model.view import ModelView
 from ..planning.plan import Plan
 from .attributes import Edit
@@ -26,14 +27,16 @@ class HeldElsewhere:
         """Find them. The model is not changed.
 
         Raises:
-            ConfigError: the weight of a layer that is to be quantized is held outside the layer.
+            ConfigError: a weight that is to be quantized is held outside its layer, or the module of its experts.
         """
         self._view, self._plan = view, plan
         self._layers = set(plan.layers.values())
+        self._experts = {view.modules[path] for path in plan.experts}
         self._aliases = aliases(view.first_paths, self._is_wanted)
-        weights = (
-            {id(layer._parameters["weight"]): path for path, layer in plan.layers.items()} if self._aliases else {}
-        )
+        weights = {}
+        if self._aliases:
+            weights = {id(layer._parameters["weight"]): path for path, layer in plan.layers.items()}
+            weights |= {id(view.parameters[name]): path for name, (path, _) in weights_of(plan.experts).items()}
         for alias in self._aliases:
             for path in (path for held in alias.held if (path := weights.get(id(self._whole(held))))):
                 raise ConfigError(
@@ -65,11 +68,12 @@ class HeldElsewhere:
             return value in self._layers
         if isinstance(value, torch.Tensor):
             return id(value) in self._ids or _memory(value) in self._tensors
-        # The forward of any module that is streamed is another one later.
+        # The forward of quantized experts, and of any module that is streamed, is another one later.
         owner, is_forward = value.__self__, getattr(value.__func__, "__name__", "") == "forward"
-        return isinstance(owner, nn.Module) and (
-            owner in self._layers or (is_forward and bool(self._plan.offloaded) and owner in self._view.first_paths)
-        )
+        if not isinstance(owner, nn.Module):
+            return False
+        is_replaced = owner in self._experts or (bool(self._plan.offloaded) and owner in self._view.first_paths)
+        return owner in self._layers or (is_forward and is_replaced)
 
     def edits(self, layers: Mapping[nn.Module, nn.Module], tensors: Mapping[int, torch.Tensor | None]) -> list[Edit]:
         """Return the assignments that exchange them.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,34 +137,53 @@ class QuantizeSink(PieceSink):
 
 
 class GatherSink(Sink):
-    """Gathers all values of a tensor before another sink takes them.
+    """Gathers all values of a tensor before another sink takes them; of experts, those of one expert after the other.
 
-    The memory is allocated with the first piece and freed after use, so there is one such tensor at a time.
+    Memory is allocated with the first piece and freed after use, so there is one such tensor, or expert, at a time
+    where the file holds them in their order.
     """
 
     def __init__(self, sink: PieceSink) -> None:
         self._sink = sink
-        self._whole: list[torch.Tensor] = []
+        planned = sink.planned
+        self._is_by_expert = len(planned.shape) == 3 and all(
+            source.region and isinstance(source.region[0], int) for source in planned.sources
+        )
+        self._shape = planned.shape[1:] if self._is_by_expert else planned.shape
+        self._gathered: dict[int, torch.Tensor] = {}
+        self._missing: dict[int, int] = {}
 
     def tasks(self) -> list[ReadTask]:
-        return [self._task(source) for source in self._sink.planned.sources]
+        tasks = []
+        for source in self._sink.planned.sources:
+            expert = 0
+            if self._is_by_expert:
+                expert, *region = source.region  # type: ignore[assignment]
+                source = replace(source, region=tuple(region))
+            self._missing[expert] = self._missing.get(expert, 0) + numel(source.tensor)
+            tasks.append(self._task(expert, source))
+        return tasks
 
-    def _task(self, source: Source) -> ReadTask:
+    def _task(self, expert: int, source: Source) -> ReadTask:
         planned, copying = self._sink.planned, list[ReadTask]()
 
         def take(piece: torch.Tensor, begin: int) -> None:
-            if not self._whole:
-                self._whole.append(allocate(planned.shape, self._sink.dtype, planned.device))
+            if expert not in self._gathered:
+                self._gathered[expert] = allocate(self._shape, self._sink.dtype, planned.device)
             if not copying:
-                copying.append(copy_into(self._whole[0], source))
+                copying.append(copy_into(self._gathered[expert], source))
             copying[0].take(piece, begin)
             if begin + len(piece) == numel(source.tensor):
                 copying.clear()
+            self._missing[expert] -= len(piece)
+            if self._is_by_expert and not self._missing[expert]:
+                values = self._gathered.pop(expert).view(-1)
+                self._sink.take(values, expert * len(values))
 
         return ReadTask(stored_form(source.tensor), planned.device, take)
 
     def finish(self) -> Any:
-        return self._sink.take_whole(self._whole.pop())
+        return self._sink.finish() if self._is_by_expert else self._sink.take_whole(self._gathered.pop(0))
 
 
 def gathered_if_needed(sink: PieceSink) -> Sink:

@@ -11,6 +11,7 @@ from torch import nn
 from ..config import BnbQuantizationConfig
 from ..model import transformers_facts
 from ..model.quantizable import meant_to_stay, one_of
+from ..model.quantizable_experts import ChosenExperts
 from ..model.tensors import ModelTensor
 from ..model.view import ModelView
 from ..sizes import show
@@ -27,6 +28,7 @@ def warn_of_leftover(
     tensors: Sequence[ModelTensor],
     layers: Mapping[str, nn.Module],
     read: Mapping[str, str],
+    experts: ChosenExperts,
 ) -> None:
     """Warn if less than half of a model's weights are quantized, and name the classes that hold the rest.
 
@@ -38,10 +40,11 @@ def warn_of_leftover(
         tensors: of the model, from `tensors_of`.
         layers: the layers to quantize, by path.
         read: the layers that stay plain because other code reads their weight, each with what it reads.
+        experts: the fused experts, those that are quantized and those that are not.
     """
     if "*" in (config.skip_modules or ()):
         return  # nothing is to be quantized
-    taken = {f"{path}.weight".lstrip(".") for path in layers}
+    taken = {f"{path}.weight".lstrip(".") for path in layers} | experts.weights.keys()
     weights = [t for t in tensors if t.is_parameter and t.value.dim() > 1 and t.value.is_floating_point()]
     left = [tensor for tensor in weights if taken.isdisjoint(tensor.names)]
     plain = _elements(left)
@@ -55,12 +58,13 @@ def warn_of_leftover(
     dtype = config.load_dtype
     amount = f"of {_size(plain + quantized, dtype)} only {_size(quantized, dtype)} are quantized"
     logger.warning(
-        "%s was asked for, but %s; left in %s, beside embeddings and the head: %s. Only nn.Linear is quantized, and "
-        "subclasses that do what it does or are named in quantizable=(...); name modules to leave in skip_modules",
+        "%s was asked for, but %s; left in %s, beside embeddings and the head: %s. Only nn.Linear is quantized, "
+        "subclasses that do what it does or are named in quantizable=(...), and in 4 bit the experts of transformers' "
+        "classes and those named in experts_modules; name modules to leave in skip_modules",
         config.mode,
         amount if quantized else "nothing is quantized",
         str(dtype).removeprefix("torch."),
-        _by_class(view, left, dtype, read),
+        _by_class(view, left, dtype, read, experts.plain),
     )
 
 
@@ -77,14 +81,21 @@ def _not_meant_to_stay(
     return [tensor for tensor in tensors if not any(map(is_meant, tensor.names))]
 
 
-def _by_class(view: ModelView, tensors: Sequence[ModelTensor], dtype: torch.dtype, read: Mapping[str, str]) -> str:
+def _by_class(
+    view: ModelView,
+    tensors: Sequence[ModelTensor],
+    dtype: torch.dtype,
+    read: Mapping[str, str],
+    experts: Mapping[str, str],
+) -> str:
     """Describe the classes that hold some weights, largest share first, with why each is not quantized."""
     groups: dict[tuple[str, str], list[ModelTensor]] = {}
     for tensor in tensors:
         owner = view.owner(tensor.name)
-        groups.setdefault((type(owner).__name__, _reason(owner, tensor, read.get(view.first_paths[owner]))), []).append(
-            tensor
-        )
+        path = view.first_paths[owner]
+        reason = experts.get(path) if tensor.value.dim() == 3 else None
+        reason = reason or _reason(owner, tensor, read.get(path))
+        groups.setdefault((type(owner).__name__, reason), []).append(tensor)
     shares = sorted(groups.items(), key=lambda group: -_elements(group[1]))
     least = _SHARE * _elements(tensors)
     named = [group for group in shares[:_NAMED] if _elements(group[1]) >= least]

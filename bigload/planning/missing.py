@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 
@@ -210,3 +210,39 @@ def buffer_values(
 
 def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one.cpu(), other.to(one.dtype))
+
+
+def require_whole_series(series: Mapping[str, tuple[Iterable[str], int]]) -> None:
+    """Check that no tensor is missing among some that differ by a number, such as the experts of one layer.
+
+    Args:
+        series: name in the model -> the names of the stored tensors that it is made of, such as "experts.3.w1.weight",
+            and how many there should be of each kind, from 0 on; 0 for as many as there are of any.
+
+    Raises:
+        CheckpointError: some are missing; names them.
+    """
+    lacking = {name: target for target, (names, count) in series.items() for name in _lacking(names, count)}
+    if lacking:
+        raise CheckpointError(
+            f"{listed(lacking)}: not in the checkpoint, which holds others of the kind, where "
+            f"{listed(dict.fromkeys(lacking.values()))} is made of all of them",
+            missing_keys=list(lacking),
+        )
+
+
+def _lacking(names: Iterable[str], count: int) -> list[str]:
+    series: dict[tuple[str, str], set[int]] = {}
+    for name in names:
+        parts = name.split(".")
+        at = max((place for place, part in enumerate(parts) if part.isdigit()), default=None)
+        if at is not None:
+            kind = ".".join(parts[:at]), ".".join(parts[at + 1 :])
+            series.setdefault(kind, set()).add(int(parts[at]))
+    count = count or 1 + max((max(numbers) for numbers in series.values()), default=-1)
+    return [
+        f"{before}.{number}.{after}"
+        for (before, after), numbers in series.items()
+        for number in range(count)
+        if number not in numbers
+    ]

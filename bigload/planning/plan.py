@@ -15,6 +15,7 @@ from torch import nn
 from ..config import BnbQuantizationConfig
 from ..errors import counted, listed
 from ..hardware.devices import CPU, Place
+from ..model.experts import Experts
 from ..quantization import formats
 from ..quantization.formats import Plain
 from ..sizes import show
@@ -105,6 +106,8 @@ class Plan:
         after: what is left to do when the tensors are loaded.
         read_weights: path -> "values", "dtype", "shape" or "cast": layers that are not quantized because other code
             reads this of their weight without calling them, or casts it.
+        experts: the modules whose fused experts are quantized, by path.
+        plain_experts: path -> why the fused experts there stay as they are, although nobody asked for that.
     """
 
     tensors: tuple[PlannedTensor, ...]
@@ -116,6 +119,8 @@ class Plan:
     accounts: tuple[Account, ...] = ()
     after: AfterLoad = field(default_factory=AfterLoad)
     read_weights: Mapping[str, str] = field(default_factory=dict)
+    experts: Mapping[str, Experts] = field(default_factory=dict)
+    plain_experts: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def source_bytes(self) -> int:
@@ -286,11 +291,16 @@ def _unit_rows(units: Sequence[PlacedUnit]) -> Iterator[tuple[str, ...]]:
 
 def _summary(plan: Plan, link_gb_per_s: float | None) -> Iterator[str]:
     layers = counted(len(plan.layers), "layer")
+    if plan.experts:
+        layers += f" and the experts of {counted(len(plan.experts), 'module')}"
     yield f"{layers} as {plan.config.mode}, {show(sum(placed.unit.nbytes for placed in plan.units))} in all"
     for what in sorted(set(plan.read_weights.values())):
         paths = [path for path, read in plan.read_weights.items() if read == what]
         does = "casts" if what == "cast" else f"reads the {what} of"
         yield f"not quantized, as other code {does} their weight: {listed(paths, 4)}"
+    for why in dict.fromkeys(plan.plain_experts.values()):
+        paths = [path for path, reason in plan.plain_experts.items() if reason == why]
+        yield f"experts not quantized, as {why}: {listed(paths, 4)}"
     if not plan.offloaded:
         yield "nothing is offloaded"
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -14,8 +14,10 @@ from ..errors import CheckpointError, ConfigError
 from ..hardware.devices import CPU, Place
 from ..io.tensors import LazyTensor, StoredTensor
 from ..model import transformers_facts
+from ..model.experts import Experts
 from ..model.fp32_modules import fp32_rule
 from ..model.quantizable import one_of
+from ..model.quantizable_experts import weights_of
 from ..model.tensors import ModelTensor
 from ..model.view import ModelView, view_of
 from ..quantization import formats
@@ -29,12 +31,13 @@ class PlannedTensor:
 
     Attributes:
         tensor: the model's tensor.
-        shape: the shape in the format; of a quantized Conv1D weight (out_features, in_features).
+        shape: the shape in the format; of a quantized Conv1D weight (out_features, in_features), of quantized experts
+            (E, out_features, in_features).
         sources: the pieces that fill it; none for a real buffer that stays as it is.
         format: how it is stored in memory.
         device: the device that computes with it.
         home: where it is stored if it is offloaded, else None.
-        is_transposed: whether `shape` is the reverse of the model tensor's.
+        is_transposed: whether the last two dimensions of `shape` are swapped in the model's tensor.
     """
 
     tensor: ModelTensor
@@ -78,6 +81,7 @@ def formatted_tensors(
     sources: Mapping[str, tuple[Source, ...]],
     class_dtypes: Mapping[str, torch.dtype] | None = None,
     device: torch.device = CPU,
+    experts: Mapping[str, Experts] | None = None,
 ) -> list[PlannedTensor]:
     """Return every tensor of the model with its format.
 
@@ -89,6 +93,7 @@ def formatted_tensors(
         sources: by each tensor's first name.
         class_dtypes: the dtype in which the model's class builds each tensor, where known.
         device: the device of all tensors, until units are placed.
+        experts: the fused experts to quantize, by the path of their module.
 
     Raises:
         CheckpointError: a weight that is stored quantized has another shape than the layer's.
@@ -97,11 +102,15 @@ def formatted_tensors(
     asked = one_of(config.keep_in_fp32_modules or ()).search
     by_class = fp32_rule(view_of(model).modules, config.load_dtype)
     weights = {f"{path}.weight".lstrip("."): layer for path, layer in layers.items()}
+    of_experts = weights_of(experts or {})
     planned = []
     for tensor in tensors:
         pieces = sources.get(tensor.name, ())
         layer = next((weights[name] for name in tensor.names if name in weights), None) if weights else None
-        if layer is None:
+        if tensor.name in of_experts:
+            path, name = of_experts[tensor.name]
+            planned.append(_of_experts(tensor, (experts or {})[path], name, pieces, config, device))
+        elif layer is None:
             usual = (class_dtypes or {}).get(tensor.name, config.load_dtype)
             in_fp32 = any(map(by_class, tensor.names)) or any(map(asked, tensor.names))
             fmt = Plain(_kept_dtype(tensor, pieces, torch.float32 if in_fp32 else usual))
@@ -128,6 +137,47 @@ def _of_layer(
     _require_divisible(fmt, shape, tensor.name)
     pieces = tuple(source.transpose() for source in pieces) if is_transposed else pieces
     return PlannedTensor(tensor, shape, pieces, fmt, device, is_transposed=is_transposed)
+
+
+def _of_experts(
+    tensor: ModelTensor,
+    experts: Experts,
+    name: str,
+    pieces: tuple[Source, ...],
+    config: BnbQuantizationConfig,
+    device: torch.device,
+) -> PlannedTensor:
+    shape = experts.packed_shape(name)
+    stored = pieces[0].tensor
+    if isinstance(stored, QuantizedTensor):
+        _require_shape(stored, shape)
+        return PlannedTensor(tensor, shape, pieces, stored.format, device)
+    fmt = _quantized_format(config)
+    _require_divisible(fmt, shape, tensor.name)
+    if experts.is_transposed:
+        pieces = tuple(one.transpose() for source in pieces for one in _by_expert(source))
+    return PlannedTensor(tensor, shape, pieces, fmt, device, is_transposed=experts.is_transposed)
+
+
+def _by_expert(source: Source) -> list[Source]:
+    """Return a source for each expert of a whole 3-D tensor, so that they can be turned one by one.
+
+    What is computed when it is read stays one source, and what fills a part of the parameter.
+    """
+    tensor = source.tensor
+    if source.region or isinstance(tensor, (LazyTensor, QuantizedTensor)) or not tensor.shape[0]:
+        return [source]
+    rows, columns = tensor.shape[1:]
+    region = (slice(0, rows), slice(0, columns))
+    if isinstance(tensor, torch.Tensor):
+        pieces: list[StoredTensor | torch.Tensor] = list(tensor.detach())
+    else:
+        nbytes = tensor.nbytes // tensor.shape[0]
+        pieces = [
+            replace(tensor, shape=(rows, columns), offset=tensor.offset + expert * nbytes, nbytes=nbytes)
+            for expert in range(tensor.shape[0])
+        ]
+    return [replace(source, tensor=piece, region=(expert, *region)) for expert, piece in enumerate(pieces)]
 
 
 def _kept_dtype(tensor: ModelTensor, sources: Sequence[Source], usual: torch.dtype) -> torch.dtype:

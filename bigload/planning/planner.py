@@ -23,8 +23,14 @@ from ..io.transfer import WINDOW_BYTES
 from ..model import diffusers_facts, transformers_facts, twins
 from ..model.initialization import rebuilt_by_owners, seems_unwritten
 from ..model.quantizable import layers_recorded, layers_stored_quantized, layers_to_quantize, plain_because_read
+from ..model.quantizable_experts import (
+    ChosenExperts,
+    experts_stored_quantized,
+    experts_to_quantize,
+)
 from ..model.tensors import ModelTensor, tensors_of
 from ..model.view import ModelView
+from ..quantization.expert_linears import most_scratch_bytes
 from ..quantization.formats import FourBit, dominant_dtype
 from ..sizes import show
 from .advice import check_accounts
@@ -58,14 +64,14 @@ def plan_load(view: ModelView, request: LoadRequest) -> Plan:
     tensors = tensors if rules is None else list(rules.fitted(tensors))
     quantizable = _quantizable(view, request)
     read = plain_because_read(view, config, quantizable)
-    layers = _layers(view, request, config, tensors, sources, quantizable, read)
+    layers, experts = _quantized(view, request, config, tensors, sources, quantizable, read)
     device = only_device(placement) if placement.must_exist else None  # a plan to be inspected lists its units
     _require_extra_state_kept(layers, after)
-    planned = formatted_tensors(view, config, tensors, layers, sources, class_dtypes, device or CPU)
+    planned = formatted_tensors(view, config, tensors, layers, sources, class_dtypes, device or CPU, experts.quantized)
     reserve = placement.offload.reserve_bytes(_dequantized_bytes(planned, config))
     placement = replace(placement, reserve=max(reserve, WINDOW_BYTES))
     placed = None if device is None else place_whole(planned, device, placement)
-    plan = _placed(planned, layers, config, placed or _placement(view, planned, placement), placement)
+    plan = _placed(planned, layers, experts, config, placed or _placement(view, planned, placement), placement)
     _require_scripts_at_hand(view, plan)
     is_asked = placement.offload.reserve is not None
     if is_asked and reserve < WINDOW_BYTES and plan.is_mixed:
@@ -133,7 +139,7 @@ def _own_sources(view: ModelView, request: LoadRequest, tensors: Sequence[ModelT
     return config, sources, twins.class_dtypes(view.model, config.load_dtype), None
 
 
-def _layers(
+def _quantized(
     view: ModelView,
     request: LoadRequest,
     config: BnbQuantizationConfig,
@@ -141,21 +147,31 @@ def _layers(
     sources: _Sources,
     quantizable: Sequence[type[nn.Linear]],
     read: Mapping[str, str],
-) -> dict[str, nn.Module]:
-    """Return the layers that are quantized, by path."""
+) -> tuple[dict[str, nn.Module], ChosenExperts]:
+    """Return the layers and the fused experts that are quantized, by path."""
     checkpoint = request.checkpoint
     record = None if checkpoint is None else checkpoint.record
     if checkpoint is not None and checkpoint.is_quantized:
-        stored = [name for name, pieces in sources.items() if isinstance(pieces[0].tensor, QuantizedTensor)]
-        return layers_stored_quantized(view, config, tensors, stored, quantizable)
+        stored = {
+            name: tensor.shape
+            for name, pieces in sources.items()
+            if isinstance(tensor := pieces[0].tensor, QuantizedTensor)
+        }
+        recorded = () if record is None else record.experts
+        experts = ChosenExperts(experts_stored_quantized(view, config, tensors, stored, recorded))
+        others = [name for name in stored if name not in experts.weights]
+        return layers_stored_quantized(view, config, tensors, others, quantizable), experts
     if record is not None and request.as_saved:
-        return layers_recorded(view, record.layers, quantizable)
+        return layers_recorded(view, record.layers, quantizable), ChosenExperts()  # the main weights of int8 training
+    experts = experts_to_quantize(view, config, tensors)
     layers = layers_to_quantize(view, config, tensors, quantizable, read)
-    if checkpoint is not None and layers:  # what it does not hold is new, to be trained: not quantized
+    if checkpoint is not None and (layers or experts.quantized):  # what it does not hold is new, to be trained
         new = {name for name, pieces in sources.items() if pieces and isinstance(pieces[0].tensor, torch.Tensor)}
         layers = {path: layer for path, layer in layers.items() if f"{path}.weight".lstrip(".") not in new}
-    warn_of_leftover(view, config, tensors, layers, read)
-    return layers
+        lacking = [path for name, (path, _) in experts.weights.items() if name in new]
+        experts = experts.without(lacking, "the checkpoint does not hold them, so that they are new")
+    warn_of_leftover(view, config, tensors, layers, read, experts)
+    return layers, experts
 
 
 def _require_extra_state_kept(layers: Mapping[str, nn.Module], after: AfterLoad) -> None:
@@ -168,10 +184,13 @@ def _require_extra_state_kept(layers: Mapping[str, nn.Module], after: AfterLoad)
 
 
 def _dequantized_bytes(tensors: Sequence[PlannedTensor], config: BnbQuantizationConfig) -> int:
-    """Return the bytes of the largest 4-bit layer while bitsandbytes has it dequantized."""
-    in_4bit = (math.prod(planned.shape) for planned in tensors if isinstance(planned.format, FourBit))
+    """Return the bytes of what is dequantized at once at most: a 4-bit layer, or some of a module's experts."""
+    shapes = [planned.shape for planned in tensors if isinstance(planned.format, FourBit)]
     computed = config.bnb_4bit_compute_dtype
-    return max(in_4bit, default=0) * (computed if isinstance(computed, torch.dtype) else config.load_dtype).itemsize
+    dtype = computed if isinstance(computed, torch.dtype) else config.load_dtype
+    layers = max((math.prod(shape) for shape in shapes if len(shape) != 3), default=0)
+    experts = [shape for shape in shapes if len(shape) == 3]
+    return max(layers * dtype.itemsize, most_scratch_bytes(experts, dtype))
 
 
 def _placement(view: ModelView, tensors: Sequence[PlannedTensor], request: PlacementRequest) -> Placement:
@@ -187,6 +206,7 @@ def _placement(view: ModelView, tensors: Sequence[PlannedTensor], request: Place
 def _placed(
     tensors: Sequence[PlannedTensor],
     layers: Mapping[str, nn.Module],
+    experts: ChosenExperts,
     config: BnbQuantizationConfig,
     placement: Placement,
     request: PlacementRequest,
@@ -214,6 +234,8 @@ def _placed(
     if is_mixed:  # the CPU computes in float32, without bitsandbytes
         on_cpu = {name for planned in made if planned.device == CPU for name in planned.tensor.names}
         layers = {path: layer for path, layer in layers.items() if f"{path}.weight".lstrip(".") not in on_cpu}
+        away = [path for name, (path, _) in experts.weights.items() if name in on_cpu]
+        experts = experts.without(away, "the CPU computes them, in float32")
     accounts = accounts_of(
         made,
         placement.units,
@@ -223,7 +245,17 @@ def _placed(
         host_ring=request.host_ring,
     )
     check_accounts(accounts, request.budgets)
-    return Plan(tuple(made), layers, placement.device_map, config, placement.devices, placement.units, accounts)
+    return Plan(
+        tuple(made),
+        layers,
+        placement.device_map,
+        config,
+        placement.devices,
+        placement.units,
+        accounts,
+        experts=experts.quantized,
+        plain_experts=experts.plain,
+    )
 
 
 def _require_scripts_at_hand(view: ModelView, plan: Plan) -> None:

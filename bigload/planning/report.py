@@ -36,6 +36,8 @@ def plan_json(plan: Plan, link_gb_per_s: float | None = None) -> dict[str, Any]:
         ],
         "device_map": {path: str(place) for path, place in plan.device_map.items()},
         "read_weights": dict(plan.read_weights),
+        "experts": list(plan.experts),
+        "plain_experts": dict(plan.plain_experts),
         "streamed_bytes": plan.streamed_bytes,
         "step_s": None if link_gb_per_s is None else step_seconds(plan, link_gb_per_s),
     }

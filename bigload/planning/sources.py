@@ -14,11 +14,12 @@ import torch
 from ..checkpoint.bitsandbytes import QuantizedTensor
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.foreign import foreign_error
+from ..checkpoint.merged import MergedTensor, merge_quantized, not_joined
 from ..errors import CheckpointError, ConfigError, counted, listed
 from ..io.tensors import LazyTensor, StoredTensor, read_bytes, read_whole
 from ..model.tensors import ModelTensor
 from ..model.transformers_facts import KeyConversion
-from .missing import Absent, Lack, buffer_values, never_absent
+from .missing import Absent, Lack, buffer_values, never_absent, require_whole_series
 from .tracing import TracedTensor
 
 logger = logging.getLogger(__name__)
@@ -185,11 +186,6 @@ def _by_model_name(stored: Mapping[str, StoredTensor], conversion: KeyConversion
         name, pattern = conversion.target(key) if conversion else (key, None)
         if pattern is None:
             found.setdefault(name, Found((Source(stored[key]),), stored[key].shape, stored[key]))
-        elif isinstance(stored[key], QuantizedTensor):
-            raise CheckpointError(
-                f"'{key}' is quantized already, but this model combines it with others into '{name}', which needs "
-                "weights that are not quantized: use the original checkpoint"
-            )
         else:
             groups.setdefault(name, {}).setdefault(pattern, []).append(stored[key])
     for name, group in groups.items():
@@ -211,6 +207,16 @@ def _combined(target: str, group: Mapping[str, Sequence[StoredTensor]], conversi
         made = conversion.convert(target, stand_ins)
     except Exception:  # not only NotTraceable: operations that fail on stand-ins may work on tensors
         return _computed(target, group, conversion)
+    if any(isinstance(tensor, QuantizedTensor) for tensor in stored.values()):
+        joined = [
+            merge_quantized(
+                name,
+                tuple(traced.shape),
+                [(stored[piece.name], piece.region, piece.transposed) for piece in traced.pieces],
+            )
+            for name, traced in made.items()
+        ]
+        return {name: Found((Source(whole),), whole.shape, whole) for name, whole in zip(made, joined, strict=True)}
     return {
         name: Found(
             tuple(Source(stored[piece.name], piece.region, piece.transposed) for piece in traced.pieces),
@@ -223,6 +229,10 @@ def _combined(target: str, group: Mapping[str, Sequence[StoredTensor]], conversi
 
 def _computed(target: str, group: Mapping[str, Sequence[StoredTensor]], conversion: KeyConversion) -> dict[str, Found]:
     first = next(iter(group.values()))[0]
+    packed = [tensor for tensors in group.values() for tensor in tensors if isinstance(tensor, QuantizedTensor)]
+    if packed:
+        require_whole_series({target: ([tensor.name for tensors in group.values() for tensor in tensors], 0)})
+        raise not_joined(packed[0].name, target)
     empty = {
         pattern: [torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for tensor in tensors]
         for pattern, tensors in group.items()
@@ -231,6 +241,7 @@ def _computed(target: str, group: Mapping[str, Sequence[StoredTensor]], conversi
         shapes = conversion.convert(target, empty)
     except Exception as error:  # any error that torch or transformers raises for tensors that do not fit together
         names = [tensor.name for tensors in group.values() for tensor in tensors]
+        require_whole_series({target: (names, 0)})
         raise CheckpointError(
             f"{listed(names)} cannot be combined into '{target}' as transformers does: {error}; the checkpoint lacks a "
             "part, or is of another model"
@@ -320,12 +331,26 @@ def _require_fit(
     tensors: Sequence[ModelTensor], found: Mapping[str, Found | None], foreign: Callable[[], CheckpointError | None]
 ) -> None:
     pairs = [(tensor, each) for tensor in tensors if (each := found.get(tensor.name)) is not None]
-    # A Conv1D weight, (in, out) in the model, is stored quantized as (out, in). Whether it is one is checked later.
+    # A Conv1D weight, or experts, (in, out) in the model, are stored quantized as (out, in). Whether it is one is
+    # checked later.
     unequal = [(t, each) for t, each in pairs if each.shape != t.value.shape]
-    fits = {t.name for t, each in unequal if isinstance(each.first, QuantizedTensor) and each.shape == t.shape[::-1]}
+    fits = {t.name for t, each in unequal if isinstance(each.first, QuantizedTensor) and each.shape == _turned(t.shape)}
     wrong = {t.name: (each.shape, t.shape, each.first) for t, each in unequal if t.name not in fits}
     if wrong:
         _raise(foreign())
+        require_whole_series(
+            {
+                t.name: (
+                    [piece.tensor.name for piece in each.sources if isinstance(piece.tensor, StoredTensor)],
+                    t.shape[0],
+                )
+                for t, each in unequal
+                if t.name in wrong
+                and len(each.sources) > 1
+                and each.shape[1:] == t.shape[1:]
+                and each.shape[0] < t.shape[0]
+            }
+        )
         cases = [
             f"'{name}' has shape {stored} in '{tensor.file.name}', the model expects {expected}"
             for name, (stored, expected, tensor) in wrong.items()
@@ -353,6 +378,15 @@ def _require_fit(
             "model expects a 16 to 64 bit floating dtype, or weights that bitsandbytes quantized, with their scales; "
             "use the original checkpoint"
         )
+
+
+def _stored_names(found: Found) -> list[str]:
+    tensors = found.first.pieces if isinstance(found.first, MergedTensor) else [piece.tensor for piece in found.sources]
+    return [tensor.name for tensor in tensors if isinstance(tensor, StoredTensor)]
+
+
+def _turned(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:-2], *shape[:-3:-1])
 
 
 def _raise(error: CheckpointError | None) -> None:

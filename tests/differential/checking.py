@@ -93,7 +93,8 @@ def check(case: Case, devices: list[torch.device], folder: Path) -> str:
         except bigload.BigloadError as error:
             return f"refused: {type(error).__name__}\n{error}"
         if plan.in_fp32:  # the CPU computes these blocks, and quantizes nothing
-            config = dataclasses.replace(config, skip_modules=_plain_modules(family, plan.layers))
+            quantized = {*plan.layers, *plan.experts}
+            config = dataclasses.replace(config, skip_modules=_plain_modules(family, quantized))
         reference = load_and_quantize_model(empty(family.build), config, plain, device_map={"": device}).eval()
         loaded = Loaded(case, family, model, reference, device, {*used}, plan.config.load_dtype, folder, load)
         compare_outputs(loaded, "forward")
@@ -147,7 +148,8 @@ def _options(
 def _plain_modules(family: Family, quantized: Collection[str]) -> list[str]:
     """The modules with weights that a plan does not quantize."""
     modules = empty(family.build).named_modules()
-    return [path for path, module in modules if path not in quantized and "weight" in module._parameters]
+    held = {"weight", "down_proj"}  # of a layer, or of fused experts
+    return [path for path, module in modules if path not in quantized and not held.isdisjoint(module._parameters)]
 
 
 def _source(

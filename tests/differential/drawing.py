@@ -15,6 +15,8 @@ from torch import nn
 MODES = ("nf4", "nf4-dq", "fp4", "int8", "none")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SOURCES = ("safetensors", "sharded", "pickled", "own", "saved", "converted", "transformers")
+# transformers reads no layer that is not nn.Linear itself, and makes Falcon and the fused experts otherwise.
+_MADE_OTHERWISE = ("falcon", "mixtral", "qwen3_moe", "gpt_oss", "llama4")
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 ACTS = (
     "again",
@@ -95,8 +97,7 @@ def draw(seed: int, devices: list[torch.device]) -> Case:
 
 def _can_be(source: str, family: str, mode: str) -> bool:
     if source == "transformers":
-        # It reads no layer that is not nn.Linear itself, and makes Falcon and the fused experts otherwise.
-        return FAMILIES[family].is_pretrained and mode != "none" and family not in ("falcon", "mixtral", "qwen3_moe")
+        return FAMILIES[family].is_pretrained and mode != "none" and family not in _MADE_OTHERWISE
     return source not in ("saved", "converted") or mode != "none"
 
 

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import architectures
+import mixtures
 import torch
 from models import TOKENS, Attended, Blocks, Layers
 from torch import nn
@@ -46,14 +47,29 @@ def _made(build: Callable[[], nn.Module]) -> nn.Module:
     return build().eval()
 
 
+def _mixture(name: str) -> nn.Module:
+    return mixtures.mixture(name).float()
+
+
 FAMILIES = {
     "layers": Family(partial(_made, Layers), lambda: {"x": _values(3, 160)}),
     "blocks": Family(partial(_made, Blocks), lambda: {"tokens": TOKENS}),
     "blocks_tied": Family(partial(_made, Tied), lambda: {"tokens": TOKENS}),
     "attended": Family(partial(_made, Attended), lambda: {"x": _values(2, 5, 64)}),
 } | {
-    name: Family(partial(architectures.build, name), partial(architectures.inputs, name), skip, True, name == "m2m_100")
+    name: Family(
+        partial(architectures.build, name),
+        partial(architectures.inputs, name),
+        [each for each in skip if each != "experts"],
+        True,
+        name == "m2m_100",
+    )
     for name, (_, _, _, skip) in architectures.ARCHITECTURES.items()
+}
+# Experts that are transposed, and have biases; those of a class that takes other arguments.
+FAMILIES |= {
+    name: Family(partial(_mixture, name), lambda: {"input_ids": mixtures.TOKENS}, ["lm_head"], True)
+    for name in ("gpt_oss", "llama4")
 }
 
 

@@ -46,8 +46,12 @@ def loaded(name, mode, folder, **fields):
 
 
 def test_bigload_and_transformers_both_read_it(tmp_path, name, mode):
-    """Saved before it ran and after it, the files are the same, so one reading shows both."""
-    model, full = loaded(name, mode, tmp_path / "source")
+    """Saved before it ran and after it, the files are the same, so one reading shows both.
+
+    transformers reads no experts in 4 bit, which are therefore left out.
+    """
+    skipped = {"skip_modules": ["experts", "lm_head"]} if name == "mixtral" else {}
+    model, full = loaded(name, mode, tmp_path / "source", **skipped)
     save_quantized_model(model, tmp_path / "fresh", "50KB")
     outputs(model, **inputs(name))  # on a CPU with AVX512-BF16 bitsandbytes' own layers would be packed now
     save_quantized_model(model, tmp_path / "saved", "50KB")

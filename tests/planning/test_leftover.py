@@ -54,7 +54,8 @@ def test_little_is_said_with_what_is_left_and_in_which_class(device, warned):
         f"nf4 was asked for, but of {in_bf16(experts + linears)} only {in_bf16(linears)} are quantized"
     )
     assert (
-        f"left in bfloat16, beside embeddings and the head: {in_bf16(experts)} in 3 Experts (no nn.Linear). " in message
+        f"left in bfloat16, beside embeddings and the head: {in_bf16(experts)} in 3 Experts "
+        "(Experts computes its experts in a way of its own). " in message
     )
 
 

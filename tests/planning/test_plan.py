@@ -18,8 +18,8 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 def tensors_held(model):
     """Every tensor of a loaded model, quant states too."""
     held = [*model.parameters(), *model.buffers()]
-    for layer in quantized_layers(model).values():
-        weight = layer.weight
+    experts = [weight for module in model.modules() for weight in module._parameters.values() if weight is not None]
+    for weight in [*(layer.weight for layer in quantized_layers(model).values()), *experts]:
         state = getattr(weight, "quant_state", None)
         held += [weight.SCB] if getattr(weight, "SCB", None) is not None else []
         held += [value for value in vars(state).values() if isinstance(value, torch.Tensor)] if state else []

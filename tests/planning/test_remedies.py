@@ -141,7 +141,7 @@ def test_weights_of_integers_without_scales_are_loaded_from_the_original(tmp_pat
     assert load_and_quantize_model(empty(Pair), "nf4", tmp_path / "original", device_map="cpu")
 
 
-def test_experts_that_are_merged_are_loaded_from_the_original(tmp_path):
+def test_experts_in_int8_that_are_merged_are_loaded_from_the_original(tmp_path):
     sizes = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
     config = MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, num_local_experts=2)
     MixtralForCausalLM(config).save_pretrained(tmp_path / "original")
@@ -149,7 +149,7 @@ def test_experts_that_are_merged_are_loaded_from_the_original(tmp_path):
     for part in ("w1", "w2", "w3"):
         for expert in (0, 1):
             name = f"model.layers.0.block_sparse_moe.experts.{expert}.{part}.weight"
-            state |= stored_by_bitsandbytes(name, torch.rand(64, 64), "nf4")
+            state |= stored_by_bitsandbytes(name, torch.rand(64, 64), "int8")
     save(state, tmp_path / "quantized")
     with pytest.raises(
         CheckpointError, match="which needs weights that are not quantized: use the original checkpoint"

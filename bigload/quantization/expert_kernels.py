@@ -1,0 +1,246 @@
+"""Triton kernels that compute with packed experts; imported where there is a GPU, on the first call.
+
+The values of a 4-bit weight are `code[index] * scale`, two of them in a byte: first the high half, then the low one.
+Inputs of 16 bit are read two at a time as int32, so that a thread reads bytes and inputs that belong together. Rows are
+whole blocks. `nested` stands for double quantization, whose scales are themselves `nested_code[index] * nested_scale +
+offset`, with blocks of 256 that run through all experts.
+
+A loop over blocks is not pipelined (`num_stages=1` where they are launched): Triton would fetch each value of the code
+table by an asynchronous copy of its own.
+"""
+# mypy: ignore-errors
+# ruff: noqa: D103 - what a kernel computes is said by the function that launches it, in expert_launches.py
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def block_scales(scales, nested_scales, nested_code, offset, index, mask, nested: tl.constexpr):
+    if nested:
+        inner = tl.load(nested_scales + index // 256, mask=mask, other=0.0)
+        return tl.load(nested_code + tl.load(scales + index, mask=mask, other=0).to(tl.int32)) * inner + offset
+    else:  # noqa: RET505 - Triton must see two branches
+        return tl.load(scales + index, mask=mask, other=0.0)
+
+
+@triton.jit
+def two_inputs(pairs, dtype: tl.constexpr):
+    first = (pairs & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
+    second = (pairs >> 16).to(tl.int16).to(dtype, bitcast=True)
+    return first, second
+
+
+@triton.jit
+def gemv(
+    x, data, scales, code, nested_scales, nested_code, offsets, ids, bias, out,
+    pairs_per_row, num_experts,
+    rows: tl.constexpr, columns: tl.constexpr, blocksize: tl.constexpr,
+    block_rows: tl.constexpr, block_columns: tl.constexpr, has_bias: tl.constexpr, nested: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(1)
+    expert = tl.load(ids + pair).to(tl.int64)
+    row = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
+    row_ok = row < rows
+    dtype = out.dtype.element_ty
+    if expert >= num_experts:
+        tl.store(out + pair * rows + row, tl.zeros([block_rows], tl.float32).to(dtype), mask=row_ok)
+        return
+    offset = 0.0
+    if nested:
+        offset = tl.load(offsets)
+    half: tl.constexpr = block_columns // 2
+    blocks: tl.constexpr = block_columns // blocksize
+    data += expert * (rows * columns // 2)
+    first_scale = expert * (rows * columns // blocksize)
+    x += (pair // pairs_per_row).to(tl.int64) * (columns // 2)
+    byte, block = tl.arange(0, half), tl.arange(0, blocks)
+    total = tl.zeros([block_rows], tl.float32)
+    for begin in range(0, columns // 2, half):
+        at = begin + byte
+        at_ok = at < columns // 2
+        packed = tl.load(
+            data + row[:, None] * (columns // 2) + at[None, :], mask=row_ok[:, None] & at_ok[None, :], other=0
+        ).to(tl.int32)
+        first, second = two_inputs(tl.load(x + at, mask=at_ok, other=0), dtype)
+        high, low = tl.load(code + (packed >> 4)), tl.load(code + (packed & 15))
+        products = high * first.to(tl.float32)[None, :] + low * second.to(tl.float32)[None, :]
+        sums = tl.sum(tl.reshape(products, [block_rows, blocks, blocksize // 2]), 2)
+        number = begin * 2 // blocksize + block
+        index = first_scale + row[:, None] * (columns // blocksize) + number[None, :]
+        mask = row_ok[:, None] & (number < columns // blocksize)[None, :]
+        scale = block_scales(scales, nested_scales, nested_code, offset, index, mask, nested)
+        total += tl.sum(sums * scale, 1)
+    if has_bias:
+        total += tl.load(bias + expert * rows + row, mask=row_ok, other=0.0).to(tl.float32)
+    tl.store(out + pair * rows + row, total.to(dtype), mask=row_ok)
+
+
+@triton.jit
+def pairs_of_block(
+    order, ends, num_experts, block, experts_padded: tl.constexpr, block_pairs: tl.constexpr
+):  # fmt: skip
+    """The expert of the block-th block of pairs, when each expert's pairs are cut into blocks; E if there are fewer."""
+    number = tl.arange(0, experts_padded)
+    known = number < num_experts
+    end = tl.load(ends + number, mask=known, other=0)
+    begin = tl.load(ends + number - 1, mask=(number > 0) & known, other=0)
+    blocks = (tl.where(known, end - begin, 0) + block_pairs - 1) // block_pairs
+    upto = tl.cumsum(blocks, 0)
+    expert = tl.sum((upto <= block).to(tl.int32), 0)
+    is_it = number == expert
+    first = tl.sum(tl.where(is_it, begin + (block - upto + blocks) * block_pairs, 0), 0)
+    last = tl.sum(tl.where(is_it, end, 0), 0)
+    place = first + tl.arange(0, block_pairs)
+    pair_ok = place < last
+    pair = tl.load(order + place, mask=pair_ok, other=0).to(tl.int64)
+    return expert, pair, pair_ok
+
+
+@triton.jit
+def grouped(
+    x, data, scales, code, nested_scales, nested_code, offsets, order, ends, bias, out,
+    pairs_per_row, num_experts,
+    rows: tl.constexpr, columns: tl.constexpr, blocksize: tl.constexpr, experts_padded: tl.constexpr,
+    block_pairs: tl.constexpr, block_rows: tl.constexpr, block_columns: tl.constexpr,
+    has_bias: tl.constexpr, nested: tl.constexpr,
+):  # fmt: skip
+    expert, pair, pair_ok = pairs_of_block(order, ends, num_experts, tl.program_id(1), experts_padded, block_pairs)
+    if expert >= num_experts:
+        return
+    expert = expert.to(tl.int64)
+    offset = 0.0
+    if nested:
+        offset = tl.load(offsets)
+    dtype = out.dtype.element_ty
+    half: tl.constexpr = block_columns // 2
+    blocks: tl.constexpr = block_columns // blocksize
+    row = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
+    row_ok = row < rows
+    data += expert * (rows * columns // 2)
+    first_scale = expert * (rows * columns // blocksize)
+    x += (pair // pairs_per_row) * (columns // 2)
+    byte, block = tl.arange(0, half), tl.arange(0, blocks)
+    total = tl.zeros([block_rows, block_pairs], tl.float32)
+    for begin in range(0, columns // 2, half):
+        at = begin + byte
+        at_ok = at < columns // 2
+        packed = tl.load(
+            data + row[:, None] * (columns // 2) + at[None, :], mask=row_ok[:, None] & at_ok[None, :], other=0
+        ).to(tl.int32)
+        both = tl.load(x[:, None] + at[None, :], mask=pair_ok[:, None] & at_ok[None, :], other=0)
+        first, second = two_inputs(both, dtype)
+        number = begin * 2 // blocksize + block
+        index = first_scale + row[:, None] * (columns // blocksize) + number[None, :]
+        mask = row_ok[:, None] & (number < columns // blocksize)[None, :]
+        scale = block_scales(scales, nested_scales, nested_code, offset, index, mask, nested)
+        if blocks == 1:
+            scale = tl.reshape(scale, [block_rows, 1])
+        else:
+            scale = tl.broadcast_to(scale[:, :, None], [block_rows, blocks, blocksize // 2])
+            scale = tl.reshape(scale, [block_rows, half])
+        high = (tl.load(code + (packed >> 4)) * scale).to(dtype)
+        low = (tl.load(code + (packed & 15)) * scale).to(dtype)
+        total = tl.dot(high, tl.trans(first), total)
+        total = tl.dot(low, tl.trans(second), total)
+    if has_bias:
+        total += tl.load(bias + expert * rows + row, mask=row_ok, other=0.0).to(tl.float32)[:, None]
+    mask = row_ok[:, None] & pair_ok[None, :]
+    tl.store(out + pair[None, :] * rows + row[:, None], total.to(dtype), mask=mask)
+
+
+@triton.jit
+def dequantize_visited(
+    data, scales, code, nested_scales, nested_code, offsets, ends, out,
+    first_row, first_column, num_rows,
+    rows: tl.constexpr, columns: tl.constexpr, blocksize: tl.constexpr, width: tl.constexpr, block: tl.constexpr,
+    nested: tl.constexpr,
+):  # fmt: skip
+    expert = tl.program_id(1)
+    begin = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+    if begin == tl.load(ends + expert):
+        return
+    expert = expert.to(tl.int64)
+    offset = 0.0
+    if nested:
+        offset = tl.load(offsets)
+    byte = tl.program_id(0) * (block // 2) + tl.arange(0, block // 2)
+    ok = byte < num_rows * (width // 2)
+    row = first_row + byte // (width // 2)
+    column = first_column + byte % (width // 2) * 2
+    value = row * columns + column
+    packed = tl.load(data + expert * (rows * columns // 2) + value // 2, mask=ok, other=0).to(tl.int32)
+    index = expert * (rows * columns // blocksize) + value // blocksize
+    scale = block_scales(scales, nested_scales, nested_code, offset, index, ok, nested)
+    values = tl.interleave(tl.load(code + (packed >> 4)) * scale, tl.load(code + (packed & 15)) * scale)
+    at = tl.program_id(0) * block + tl.arange(0, block)
+    out += expert * num_rows * width
+    tl.store(out + at, values.to(out.dtype.element_ty), mask=at < num_rows * width)
+
+
+@triton.jit(do_not_specialize=["num_pairs"])  # it differs from call to call
+def route(
+    ids, order, ends, num_pairs, num_experts,
+    pairs_padded: tl.constexpr, experts_padded: tl.constexpr, step: tl.constexpr,
+):  # fmt: skip
+    pair = tl.arange(0, pairs_padded)
+    mine = tl.load(ids + pair, mask=pair < num_pairs, other=2**30).to(tl.int32)
+    rank = tl.zeros([pairs_padded], tl.int32)
+    expert = tl.arange(0, experts_padded)
+    end = tl.zeros([experts_padded], tl.int32)
+    for begin in range(0, pairs_padded, step):
+        other = begin + tl.arange(0, step)
+        its = tl.load(ids + other, mask=other < num_pairs, other=2**30).to(tl.int32)
+        is_first = (its[None, :] < mine[:, None]) | ((its[None, :] == mine[:, None]) & (other[None, :] < pair[:, None]))
+        there = (other < num_pairs)[None, :]
+        rank += tl.sum((is_first & there).to(tl.int32), 1)
+        end += tl.sum(((its[None, :] <= expert[:, None]) & there).to(tl.int32), 1)
+    tl.store(order + rank, pair, mask=pair < num_pairs)
+    tl.store(ends + expert, end, mask=expert < num_experts)
+
+
+@triton.jit
+def combine(
+    y, places, ids, weights, out,
+    num_experts, features: tl.constexpr, top_k: tl.constexpr, block: tl.constexpr,
+    has_places: tl.constexpr, has_weights: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)  # the second dimension of a grid ends at 65,535
+    feature = tl.program_id(1) * block + tl.arange(0, block)
+    ok = feature < features
+    total = tl.zeros([block], tl.float32)
+    for choice in range(0, top_k):
+        pair = token * top_k + choice
+        there = tl.where(tl.load(ids + pair) < num_experts, features, 0)  # what of the row is read
+        place = pair
+        if has_places:
+            place = tl.load(places + pair).to(tl.int64)
+        value = tl.load(y + place * features + feature, mask=feature < there, other=0.0).to(tl.float32)
+        if has_weights:
+            value *= tl.load(weights + pair).to(tl.float32)
+        total += value
+    tl.store(out + token * features + feature, total.to(out.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def combine_backward(
+    grad, y, order, ids, weights, grad_y, grad_weights,
+    num_experts, features: tl.constexpr, top_k: tl.constexpr, block: tl.constexpr, has_weights: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(0).to(tl.int64)
+    pair = tl.load(order + place).to(tl.int64)
+    there = tl.where(tl.load(ids + pair) < num_experts, features, 0)
+    weight = 1.0
+    if has_weights:
+        weight = tl.load(weights + pair).to(tl.float32)
+    total = tl.zeros([block], tl.float32)
+    for begin in range(0, features, block):
+        feature = begin + tl.arange(0, block)
+        ok = feature < there
+        value = tl.load(grad + pair // top_k * features + feature, mask=ok, other=0.0).to(tl.float32)
+        total += value * tl.load(y + place * features + feature, mask=ok, other=0.0).to(tl.float32)
+        tl.store(
+            grad_y + place * features + feature, (value * weight).to(grad_y.dtype.element_ty), mask=feature < features
+        )
+    if has_weights:
+        tl.store(grad_weights + pair, tl.sum(total, 0).to(grad_weights.dtype.element_ty))

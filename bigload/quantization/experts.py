@@ -1,0 +1,187 @@
+"""The forward of fused experts whose weights are 4-bit parameters of bitsandbytes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch._compile import _disable_dynamo
+
+from ..config import BnbQuantizationConfig
+from ..model.experts import Experts
+from . import expert_launches as launches
+from .bnb import library
+from .copied_layers import refuse_replicas, register_copies
+from .expert_linears import Routing, expert_limits, grouped_linear
+from .own_forwards import require_input
+from .packed_experts import PackedExperts
+from .quantized_weight import QuantizedWeight
+
+
+def experts_parameter(weight: QuantizedWeight, config: BnbQuantizationConfig) -> nn.Parameter:
+    """Return the `Params4bit` of one weight of fused experts; nothing is copied.
+
+    Args:
+        weight: its quant_state has the shape `Experts.packed_shape`, (E, out_features, in_features).
+        config: how it was quantized.
+    """
+    made: nn.Parameter = library().nn.Params4bit(
+        weight.data,
+        requires_grad=False,
+        quant_state=weight.quant_state,
+        blocksize=config.bnb_4bit_blocksize,
+        compress_statistics=config.bnb_4bit_use_double_quant,
+        quant_type=config.bnb_4bit_quant_type,
+        quant_storage=config.bnb_4bit_quant_storage,
+        bnb_quantized=True,
+    )
+    return made
+
+
+def quantized_attributes(module: nn.Module, experts: Experts, compute_dtype: torch.dtype, path: str) -> dict[str, Any]:
+    """Return what is set on a module, beside its parameters, when its experts are quantized.
+
+    Args:
+        module: the experts.
+        experts: what is known of it.
+        compute_dtype: that inputs are cast to.
+        path: of the module in its model, which errors name.
+
+    Returns:
+        Attributes by name. `forward` is a partial of a module-level function, copied and pickled with the module.
+    """
+    register_copies(type(module))
+    return {
+        "quantized_experts": experts,
+        "compute_dtype": compute_dtype,
+        "loaded_as": path,
+        "forward": functools.partial(experts_forward, module),
+        "_replicate_for_data_parallel": functools.partial(refuse_replicas, path),
+    }
+
+
+def has_quantized_experts(module: nn.Module) -> bool:
+    """Whether a module's experts are computed in 4 bit."""
+    return "quantized_experts" in module.__dict__
+
+
+def experts_forward(module: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Compute fused experts of which both weights are quantized.
+
+    Gradients reach the tokens and the weights of the routing, not the experts.
+
+    Args:
+        module: has the attributes of `quantized_attributes`.
+        args, kwargs: as its own forward takes them: hidden_states, (T, H); top_k_index, (T, k), where numbers beyond
+            the last expert add nothing; top_k_weights, (T, k). For Llama-4 hidden_states alone, (E * T, H).
+
+    Returns:
+        (T, H), or for Llama-4 (E * T, H), in the dtype of hidden_states.
+
+    Raises:
+        QuantizationError: hidden_states holds no floating-point numbers, or lies on another device.
+    """
+    compute = _uncompiled if torch.compiler.is_compiling() else _forward
+    return compute(module, args, kwargs)
+
+
+def _forward(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    experts: Experts = module.quantized_experts
+    given = [*args, *(kwargs[name] for name in experts.arguments[len(args) :])]
+    require_input(module, given[0], module._parameters[experts.up].quant_state.absmax)
+    if experts.kind == "sorted":
+        return _compute(module, experts, given[0], _llama4_routing(experts, given[0]), None)
+    return _compute(module, experts, given[0], given[1], given[2])
+
+
+# Always to call it so would import torch._dynamo, which takes more than a second, and some microseconds each time.
+_uncompiled = _disable_dynamo(_forward)
+
+
+def _llama4_routing(experts: Experts, x: torch.Tensor) -> torch.Tensor:
+    """Return the expert of each row, (E * T, 1); beyond the last for rows of zeros, of which all experts make zeros.
+
+    Llama-4 multiplies all tokens by their score for every expert, which is 0 unless they were routed to it.
+    """
+    number = experts.num_experts
+    owner = torch.arange(number, device=x.device).repeat_interleave(len(x) // number)
+    return owner.where((x != 0).any(-1), number).unsqueeze(-1)
+
+
+def _compute(
+    module: Any, experts: Experts, hidden_states: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor | None
+) -> torch.Tensor:
+    """Choose the way and compute; the rows of hidden_states and ids are the same."""
+    x = hidden_states.to(module.compute_dtype)
+    layers = [
+        # By getattr: a bias may be parametrized.
+        _Layer(
+            PackedExperts.of(module._parameters[name]), getattr(module, f"{name}_bias") if experts.has_bias else None
+        )
+        for name in experts.weights
+    ]
+    tokens = len(x) // experts.num_experts if experts.kind == "sorted" else len(x)
+    by_kernels = tokens > 0 and all(launches.suits_kernels(layer.weight, x.dtype) for layer in layers)
+    if not by_kernels:
+        return _many(module, experts, x, Routing.of(ids, experts.num_experts, False), weights, layers).to(
+            hidden_states.dtype
+        )
+    wants_gradients = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, weights, *(layer.bias for layer in layers))
+    )
+    with torch.cuda.device(x.device):  # Triton launches on the current one
+        if tokens <= expert_limits.grouped_tokens and not wants_gradients:
+            out = _few(module, experts, x, ids.contiguous(), weights, layers, tokens <= expert_limits.gemv_tokens)
+        else:
+            out = _many(module, experts, x, Routing.of(ids, experts.num_experts, True), weights, layers)
+    return out.to(hidden_states.dtype)
+
+
+class _Layer(NamedTuple):
+    weight: PackedExperts
+    bias: torch.Tensor | None
+
+
+def _few(
+    module: Any,
+    experts: Experts,
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor | None,
+    layers: Sequence[_Layer],
+    by_pair: bool,
+) -> torch.Tensor:
+    """Compute few tokens by kernels that dequantize on the way; can be captured in a CUDA graph."""
+    multiply: Callable[..., torch.Tensor]
+    if by_pair:
+        multiply = functools.partial(launches.gemv, ids=ids)
+    elif ids.numel() <= launches.MAX_ROUTED:
+        order, ends = launches.route(ids, experts.num_experts)
+        multiply = functools.partial(launches.grouped, order=order, ends=ends)
+    else:
+        routing = Routing.of(ids, experts.num_experts, True)
+        multiply = functools.partial(launches.grouped, order=routing.order, ends=routing.ends)
+    up, down = layers
+    h = multiply(x.contiguous(), up.weight, pairs_per_row=ids.shape[1], bias=up.bias)
+    h = experts.activate(module, h).contiguous()
+    y = multiply(h, down.weight, pairs_per_row=1, bias=down.bias)
+    y = experts.normalize(module, y).contiguous()
+    return launches.combine(y, ids, None if weights is None else weights.contiguous(), experts.num_experts)
+
+
+def _many(
+    module: Any,
+    experts: Experts,
+    x: torch.Tensor,
+    routing: Routing,
+    weights: torch.Tensor | None,
+    layers: Sequence[_Layer],
+) -> torch.Tensor:
+    """Compute the pairs in the order of their experts, with gradients."""
+    up, down = layers
+    h = grouped_linear(routing.gather(x), up.weight, routing, up.bias)
+    y = grouped_linear(experts.activate(module, h), down.weight, routing, down.bias)
+    return routing.combine(experts.normalize(module, y), weights)
