@@ -82,7 +82,7 @@ def experts_forward(module: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         (T, H), or for Llama-4 (E * T, H), in the dtype of hidden_states.
 
     Raises:
-        QuantizationError: hidden_states holds no floating-point numbers, or lies on another device.
+        QuantizationError: hidden_states holds no floating-point numbers, has another width, or lies on another device.
     """
     compute = _uncompiled if torch.compiler.is_compiling() else _forward
     return compute(module, args, kwargs)
@@ -91,7 +91,7 @@ def experts_forward(module: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
 def _forward(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
     experts: Experts = module.quantized_experts
     given = [*args, *(kwargs[name] for name in experts.arguments[len(args) :])]
-    require_input(module, given[0], module._parameters[experts.up].quant_state.absmax)
+    require_input(module, given[0], module._parameters[experts.up].quant_state.absmax, experts.hidden_size)
     if experts.kind == "sorted":
         return _compute(module, experts, given[0], _llama4_routing(experts, given[0]), None)
     return _compute(module, experts, given[0], given[1], given[2])

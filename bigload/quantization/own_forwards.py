@@ -57,29 +57,31 @@ def on_matrix(forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) 
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
-def require_input(layer: Any, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
+def require_input(layer: Any, x: torch.Tensor, weight: torch.Tensor | None = None, width: int | None = None) -> None:
     """Refuse an input that is not floating point, on another device, or of another width, as nn.Linear does.
 
     Args:
-        layer: of bitsandbytes.
-        x: its input.
+        layer: of bitsandbytes, or fused experts.
+        x: its input, (..., width).
         weight: what it computes with, or lies beside it; None for the layer's own.
+        width: None for the layer's in_features.
 
     Raises:
         QuantizationError: the input holds integers, booleans or complex numbers, lies on another device, or has another
-            last dimension than in_features.
+            last dimension.
     """
+    width = layer.in_features if width is None else width
     if weight is None:
         weight = layer._parameters.get("weight", x)  # several times faster than an attribute of a module
         state = getattr(weight, "quant_state", None)
         if state is not None:
             weight = state.absmax  # bitsandbytes answers what a 4-bit weight is asked in Python, 2 us for its device
-    if x.is_floating_point() and x.device == weight.device and x.shape[-1:] == (layer.in_features,):
+    if x.is_floating_point() and x.device == weight.device and x.shape[-1:] == (width,):
         return
     name = vars(layer).get("loaded_as") or "the model"
     if x.is_floating_point() and x.device == weight.device:
         raise QuantizationError(
-            f"{name!r} is quantized and takes inputs of shape (..., {layer.in_features}), but got {tuple(x.shape)}"
+            f"{name!r} is quantized and takes inputs of shape (..., {width}), but got {tuple(x.shape)}"
         )
     if x.is_floating_point():
         raise QuantizationError(
