@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -24,6 +24,7 @@ from torch._compile import _disable_dynamo
 
 from ..hardware.devices import CPU
 from ..hardware.nested_tensors import is_on, map_tensors, once, send_to_device, tensors_in, to_device, with_values
+from ..inspection.callers import called_at, destinations, owners_of_parameters
 from .model_device import allow_moves, refuse_moves
 
 # The attribute of a model that holds its hooks.
@@ -81,29 +82,12 @@ class DeviceHooks:
         self._handles.append(module.register_forward_pre_hook(calls.begin, prepend=True, with_kwargs=True))
         self._handles.append(module.register_forward_hook(calls.end, with_kwargs=True, always_call=True))
 
-    def gather(self, model: nn.Module, path: str, device: torch.device, devices: Mapping[str, torch.device]) -> None:
-        """Hook the children of the module at `path` that are not on its device, so that their outputs come there."""
-        for child_path, child in _called_in(path, model.get_submodule(path)):
-            inside = (at for other, at in devices.items() if f"{other}.".startswith(f"{child_path}."))
-            if any(at != device for at in inside):
-                moves = _MoveOutputs(device, _skip_keys(model) | _skip_keys(child))
-                self._handles.append(child.register_forward_hook(moves))
-
-    def join(self, model: nn.Module, last: str, main: object, devices: Sequence[torch.device]) -> None:
-        """Let a model on several devices act as one.
-
-        What its last layer returns comes to the device where its inputs are: there the model compares it with labels.
-        The model cannot be moved to one device: the hooks would go on moving what its modules are called with.
-
-        Args:
-            model: it has the other hooks already.
-            last: the path of its last layer.
-            main: the device that the model's inputs are moved to.
-            devices: of all of its modules.
-        """
-        if "." not in last and last in model._modules and isinstance(main, torch.device):
-            self._handles.append(model.get_submodule(last).register_forward_hook(_MoveOutputs(main, _skip_keys(model))))
-        refuse_moves(model, devices)
+    def gather(self, model: nn.Module, outputs: Mapping[str, torch.device]) -> None:
+        """Move what the modules at these paths return."""
+        for path, device in outputs.items():
+            module, (parent, _, name) = model.get_submodule(path), path.rpartition(".")
+            moves = _MoveOutputs(device, _skip_keys(model) | _skip_keys(module), model.get_submodule(parent), name)
+            self._handles.append(module.register_forward_hook(moves))
 
     def remove(self) -> None:
         """Remove the hooks."""
@@ -137,40 +121,25 @@ def attach(
     """
     detach(model)
     hooks = DeviceHooks()
-    owners: dict[str, torch.device] = {}
     hooked: dict[str, torch.device | nn.Module] = dict(entries or {})
     returning: set[str] = set()
     if len(set(devices.values())) > 1:
         modules = dict(model.named_modules(remove_duplicate=False))
         for path, device in devices.items():
-            called = dict(_called_at(path, modules[path])) if path in modules else {}
+            called = dict(called_at(path, modules[path])) if path in modules else {}
             hooked |= dict.fromkeys(called, device)
             returning |= {*called} - {path}
-        in_fp32 = {called for path in in_fp32 for called, _ in _called_at(path, modules[path])}
-        owners = _owners_of_parameters(devices, modules)
-        hooked |= owners
+        in_fp32 = {called for path in in_fp32 for called, _ in called_at(path, modules[path])}
+        hooked |= owners_of_parameters(devices, modules)
     if hooked:
         hooks.add(model, hooked, in_fp32, dtype, returning)
-        for path, device in owners.items():
-            hooks.gather(model, path, device, devices)
         if len(set(devices.values())) > 1:
-            hooks.join(model, [*devices][-1], hooked.get("", next(iter(devices.values()))), [*devices.values()])
+            first = next(iter(devices.values()))
+            main = hooked.get("", first)
+            hooks.gather(model, destinations(devices, modules, main if isinstance(main, torch.device) else first))
+            refuse_moves(model, [*devices.values()])  # the hooks would go on moving what its modules are called with
         model.__dict__[_HOOKS_ATTRIBUTE] = hooks
     return hooks
-
-
-def _called_at(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """List a module; in place of one without a forward, as a list of modules, what others call in it."""
-    if type(module).forward is not nn.Module.forward or "forward" in vars(module):
-        yield path, module
-    else:
-        yield from _called_in(path, module)
-
-
-def _called_in(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """List the children that a module may call, with their paths."""
-    for name, child in module.named_children():
-        yield from _called_at(f"{path}.{name}".lstrip("."), child)
 
 
 def detach(model: nn.Module) -> None:
@@ -337,12 +306,15 @@ class _ReturnOutputs:
 
 
 class _MoveOutputs:
-    """A hook that moves a module's outputs to the device of the module that calls it."""
+    """A hook that moves a module's outputs to where the forward that calls it needs them."""
 
-    def __init__(self, device: torch.device, skip_keys: Collection[str]) -> None:
+    def __init__(self, device: torch.device, skip_keys: Collection[str], parent: nn.Module, name: str) -> None:
         self._device, self._skip_keys = device, frozenset(skip_keys)
+        self._parent, self._name = parent, name
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if self._parent._modules.get(self._name) is not module:
+            return None  # PEFT has put a layer around it, which adds to its output on its device
         return _moved(output, self._device, self._skip_keys)
 
 
@@ -354,18 +326,6 @@ def _moved(output: Any, device: torch.device, skip_keys: Collection[str]) -> Any
         return None
     moved = _between_graphs(send_to_device, leaving, device)
     return with_values(output, moved) if is_dict else moved
-
-
-def _owners_of_parameters(
-    devices: Mapping[str, torch.device], modules: Mapping[str, nn.Module]
-) -> dict[str, torch.device]:
-    """Return the modules whose own parameters have a device, beside their children, with the device of the first."""
-    found: dict[str, torch.device] = {}
-    for path, device in devices.items():
-        owner, _, name = path.rpartition(".")
-        if path not in modules and owner in modules and modules[owner]._parameters.get(name) is not None:
-            found.setdefault(owner, device)
-    return found
 
 
 class _ModelCalls(_ReturnOutputs):

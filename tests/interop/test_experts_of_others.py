@@ -80,11 +80,12 @@ def test_experts_of_transformers_4_are_joined_bit_for_bit(tmp_path, device, name
             expected = torch.cat([expert_values(stored, part) for part in names_of(name, key, expert)])
             assert equal(one, expected)
     if mode != "nf4-dq":
-        own = load_and_quantize_model(built(name), as_4_bit(mode), tmp_path / "original", device_map=device)
+        # On the CPU, as the stored ones: GPUs round some fp4 values that lie between two codes to the other one.
+        own = load_and_quantize_model(built(name), as_4_bit(mode), tmp_path / "original", device_map="cpu")
         expected = weights_of_experts(own)
         for key, weight in found.items():
-            assert equal(weight.data, expected[key].data)
-            assert equal(weight.quant_state.absmax, expected[key].quant_state.absmax)
+            assert equal(weight.data.cpu(), expected[key].data)
+            assert equal(weight.quant_state.absmax.cpu(), expected[key].quant_state.absmax)
 
 
 @pytest.mark.parametrize("mode", MODES)

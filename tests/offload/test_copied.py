@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from streaming import hooks_of
 from torch import nn
 
 from bigload import OffloadError, load_and_quantize_model
+from bigload.offload.at_rest import keep_writes
 from bigload.offload.leaves import MethodOverride
 
 pytestmark = pytest.mark.usefixtures("small_parts_stream")
@@ -116,6 +118,28 @@ def test_peft_trains_beside_offloaded_layers_as_beside_resident_ones(twins, devi
         assert relative_error(torch.tensor(losses[3:]), torch.tensor(losses[:3])) < 0.01
     else:
         assert losses[:3] == losses[3:]
+
+
+class Pool:
+    """In place of what streams to a GPU: to "meta"."""
+
+    copier = SimpleNamespace(device=torch.device("meta"), finish=lambda: None)
+
+
+@pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "int8"])
+def test_what_is_dequantized_of_a_weight_at_rest_goes_to_what_it_meets(mode):
+    """DoRA adds its products, which are on the device, to the dequantized weight."""
+    from bitsandbytes import functional
+
+    layer = load_and_quantize_model(nn.Sequential(nn.Linear(64, 64), nn.ReLU()), mode, device_map="cpu")[0]
+    pool = Pool()  # it is held weakly
+    keep_writes(layer.weight, pool)
+    if mode == "int8":
+        values = functional.int8_vectorwise_dequant(layer.weight.data, layer.weight.SCB)
+    else:
+        values = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    there = torch.ones(values.shape, device="meta", dtype=values.dtype)
+    assert (values + there).device.type == (values.t() @ there).device.type == "meta"
 
 
 class Net(nn.Module):

@@ -591,3 +591,50 @@ def test_what_the_last_layer_returns_meets_the_labels(moves):
     attach(model, {"body": CPU, "head": META}, entries={"": CPU})
     logits, loss = model(torch.ones(2, 8), labels=torch.tensor([0, 1]))
     assert (logits.device, loss.device) == (CPU, CPU)
+
+
+def test_embeddings_that_are_added_meet_where_the_first_one_is(moves):
+    """Whisper's convolutions and positions, GPT-2's tokens and positions."""
+
+    class Embedding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.positions = nn.Embedding(9, 8), nn.Embedding(9, 8)
+            self.blocks = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+            self.norm = nn.LayerNorm(8)
+
+        def forward(self, x):
+            x = self.words(x) + self.positions(x)
+            for block in self.blocks:
+                x = block(x)
+            return self.norm(x)
+
+    devices = {"inner.words": CPU, "inner.positions": META, "inner.blocks.0": CPU, "inner.blocks.1": META}
+    devices |= {"inner.norm": META, "head": META}
+    model = nn.Module()
+    model.inner, model.head = Embedding(), nn.Linear(8, 3)
+    model.forward = lambda x: model.head(model.inner(x))
+    for path, device in devices.items():
+        model.get_submodule(path).to(device)
+    attach(model, devices, entries={"": CPU})
+    assert model(torch.tensor([[1, 2]])).device == CPU
+    # The indices and what is looked up; then the second block's input, and the output: nothing between block and head.
+    assert [device for _, device in moves] == [META, CPU, META, CPU]
+
+
+def test_what_a_layer_around_a_layer_adds_to_is_where_the_layer_is(moves):
+    """As PEFT does with an adapted head: its output must not have moved already."""
+
+    class Around(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer, self.more = layer, nn.Linear(8, 3).to(META)
+
+        def forward(self, x):
+            return self.layer(x) + self.more(x.to(META))
+
+    model = nn.Sequential()
+    model.body, model.head = nn.Linear(8, 8), nn.Linear(8, 3).to(META)
+    attach(model, {"body": CPU, "head": META}, entries={"": CPU})
+    model.head = Around(model.head)
+    assert model(torch.ones(2, 8)).device == CPU
