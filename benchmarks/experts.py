@@ -364,6 +364,21 @@ def experts_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def experts_summary(result: dict[str, Any]) -> str:
+    """Write for each model how long its experts take: of each peer the soonest way, and bigload as it chooses."""
+    rows = [row for row in result["rows"] if "ms" in row and not row["backward"]]
+    rows = [row for row in rows if row["peer"] != "bigload nf4" or row["way"] == "as it chooses"]
+    tokens = sorted({row["tokens"] for row in rows})
+    heads = [f"experts on one {result['device']}", "", "GiB", *(f"{n} token{'s' * (n > 1)}" for n in tokens)]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for shape, peer in dict.fromkeys((row["shape"], row["peer"]) for row in rows):
+        ours = [row for row in rows if (row["shape"], row["peer"]) == (shape, peer)]
+        soonest = (min((row["ms"] for row in ours if row["tokens"] == n), default=None) for n in tokens)
+        cells = ["-" if ms is None else f"{ms:.0f} ms" for ms in soonest]
+        lines.append("| " + " | ".join([shape, peer, f"{ours[0]['weights_gib']:.1f}", *cells]) + " |")
+    return "\n".join(lines)
+
+
 def _cell(row: dict[str, Any] | None, others: Sequence[dict[str, Any]]) -> str:
     if row is None:
         return "-"

@@ -84,11 +84,15 @@ def offload_table(result: Result) -> str:
 
 
 # Benchmarks that have a brief form.
-BRIEF = ("load", "offload")
+BRIEF = ("load", "offload", "experts")
 
 
 def brief(result: Result) -> str:
-    """Write what the README has of a `load` or an `offload`."""
+    """Write what the README has of a `load`, an `offload` or `experts`."""
+    if result["benchmark"] == "experts":
+        from .experts import experts_summary  # imports torch
+
+        return experts_summary(result)
     return summary(result) if result["benchmark"] == "load" else offload_summary(result)
 
 

@@ -36,7 +36,7 @@ def test_figures_of_the_readme_are_those_of_the_result_file():
 
     readme = (ROOT / "README.md").read_text()
     names = re.findall(r"<!-- made by: python -m benchmarks report --brief (\S+) -->", readme)
-    assert len(names) == 2
+    assert len(names) == 3
     for name in names:
         assert brief(json.loads((ROOT / name).read_text())) in readme
 
