@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -129,14 +129,7 @@ def _of_layer(
 ) -> PlannedTensor:
     is_transposed = transformers_facts.is_conv1d(layer)
     shape = tensor.shape[::-1] if is_transposed else tensor.shape
-    stored = pieces[0].tensor
-    if isinstance(stored, QuantizedTensor):
-        _require_shape(stored, shape)
-        return PlannedTensor(tensor, shape, pieces, stored.format, device)
-    fmt = _quantized_format(config)
-    _require_divisible(fmt, shape, tensor.name)
-    pieces = tuple(source.transpose() for source in pieces) if is_transposed else pieces
-    return PlannedTensor(tensor, shape, pieces, fmt, device, is_transposed=is_transposed)
+    return _quantized(tensor, shape, pieces, (lambda source: [source]) if is_transposed else None, config, device)
 
 
 def _of_experts(
@@ -147,16 +140,33 @@ def _of_experts(
     config: BnbQuantizationConfig,
     device: torch.device,
 ) -> PlannedTensor:
-    shape = experts.packed_shape(name)
+    parts = _by_expert if experts.is_transposed else None
+    return _quantized(tensor, experts.packed_shape(name), pieces, parts, config, device)
+
+
+def _quantized(
+    tensor: ModelTensor,
+    shape: tuple[int, ...],
+    pieces: tuple[Source, ...],
+    parts: Callable[[Source], list[Source]] | None,
+    config: BnbQuantizationConfig,
+    device: torch.device,
+) -> PlannedTensor:
+    """Plan a weight that is quantized, or stored so.
+
+    Args:
+        shape: of the weight when it is quantized.
+        parts: gives the parts of a source that are turned, each by itself; None where the weight is as the tensor.
+    """
     stored = pieces[0].tensor
     if isinstance(stored, QuantizedTensor):
         _require_shape(stored, shape)
         return PlannedTensor(tensor, shape, pieces, stored.format, device)
     fmt = _quantized_format(config)
     _require_divisible(fmt, shape, tensor.name)
-    if experts.is_transposed:
-        pieces = tuple(one.transpose() for source in pieces for one in _by_expert(source))
-    return PlannedTensor(tensor, shape, pieces, fmt, device, is_transposed=experts.is_transposed)
+    if parts is not None:
+        pieces = tuple(part.transpose() for source in pieces for part in parts(source))
+    return PlannedTensor(tensor, shape, pieces, fmt, device, is_transposed=parts is not None)
 
 
 def _by_expert(source: Source) -> list[Source]:
