@@ -11,13 +11,14 @@ from torch import nn
 from torch._compile import _disable_dynamo
 
 from ..config import BnbQuantizationConfig
+from ..errors import QuantizationError
 from ..model.experts import Experts
 from . import expert_launches as launches
 from .bnb import library
 from .copied_layers import refuse_replicas, register_copies
 from .expert_linears import Routing, expert_limits, grouped_linear
 from .own_forwards import require_input
-from .packed_experts import PackedExperts
+from .packed_experts import PackedExperts, damage
 from .quantized_weight import QuantizedWeight
 
 
@@ -82,7 +83,8 @@ def experts_forward(module: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         (T, H), or for Llama-4 (E * T, H), in the dtype of hidden_states.
 
     Raises:
-        QuantizationError: hidden_states holds no floating-point numbers, has another width, or lies on another device.
+        QuantizationError: hidden_states holds no floating-point numbers, has another width, or lies on another device;
+            a packed weight was replaced or cast.
     """
     compute = _uncompiled if torch.compiler.is_compiling() else _forward
     return compute(module, args, kwargs)
@@ -91,6 +93,9 @@ def experts_forward(module: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
 def _forward(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
     experts: Experts = module.quantized_experts
     given = [*args, *(kwargs[name] for name in experts.arguments[len(args) :])]
+    for name in experts.weights:
+        if reason := damage(module._parameters.get(name)):
+            raise QuantizationError(f"{name!r} of {module.loaded_as or 'the model'!r}: {reason}")
     require_input(module, given[0], module._parameters[experts.up].quant_state.absmax, experts.hidden_size)
     if experts.kind == "sorted":
         return _compute(module, experts, given[0], _llama4_routing(experts, given[0]), None)

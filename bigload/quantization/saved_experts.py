@@ -1,4 +1,4 @@
-"""Modules with fused experts in 4 bit: found in a model, described, and saved.
+"""Modules with fused experts in 4 bit: found in a model, described, saved, and given the values of a `state_dict`.
 
 In a `state_dict` their weights have the names that bitsandbytes gives its parametrized parameters
 (`bitsandbytes.nn.parametrize`).
@@ -15,7 +15,10 @@ from torch import nn
 
 from ..errors import QuantizationError, listed
 from ..model.tree import first_paths
+from .bnb import library
 from .experts import has_quantized_experts, quantized_attributes
+from .packed_experts import damage
+from .quantized_weight import state_holders
 
 
 def quantized_experts(model: nn.Module) -> dict[str, Any]:
@@ -24,8 +27,11 @@ def quantized_experts(model: nn.Module) -> dict[str, Any]:
 
 
 def saving_attributes(module: nn.Module) -> dict[str, Any]:
-    """Return what is set on a module with quantized experts, so that its `state_dict` holds their quant_states too."""
-    return {"_save_to_state_dict": functools.partial(save_experts, module)}
+    """Return what is set on a module with quantized experts, so that a `state_dict` holds their quant_states too."""
+    return {
+        "_save_to_state_dict": functools.partial(save_experts, module),
+        "_load_from_state_dict": functools.partial(load_experts, module),
+    }
 
 
 def quantization_attributes(module: Any) -> list[str]:
@@ -40,6 +46,75 @@ def save_experts(module: Any, destination: Any, prefix: str, keep_vars: bool) ->
     for name in module.quantized_experts.weights:
         for part, tensor in module._parameters[name].quant_state.as_dict(packed=True).items():
             destination[f"{prefix}{name}.{part}"] = tensor if keep_vars else tensor.detach()
+
+
+def load_experts(
+    module: Any,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: Mapping[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """Load what `save_experts` saved, as `load_state_dict` calls it; packed bytes mean nothing without their scales.
+
+    Values are copied, with `assign=True` too: the parameter holds more than a tensor. Of a weight that is refused
+    nothing is written.
+    """
+    read, states = set(), {}
+    for name in module.quantized_experts.weights:
+        full = prefix + name
+        parts = {key[len(full) + 1 :]: key for key in state_dict if key.startswith(f"{full}.")}
+        read |= set(parts.values())
+        if full not in state_dict and not parts:
+            continue
+        try:
+            states[name] = _state_of(
+                module._parameters[name],
+                state_dict.get(full),
+                {part: state_dict[key] for part, key in parts.items()},
+            )
+        except ValueError as error:
+            error_msgs.append(f"{full!r} holds experts in 4 bit, and {error}")
+            state_dict.pop(full, None)
+            read.add(full)
+    copying = {**local_metadata, "assign_to_params_buffers": False}
+    own = type(module)._load_from_state_dict  # calls the hooks before it copies
+    absent: list[str] = []
+    own(module, state_dict, prefix, copying, strict, absent, unexpected_keys, error_msgs)
+    missing_keys += [key for key in absent if key not in read]
+    unexpected_keys[:] = [key for key in unexpected_keys if key not in read]
+    for name, state in states.items():
+        parameter = module._parameters[name]
+        holders = state_holders(parameter.quant_state)
+        for part, holder in state_holders(state).items():
+            getattr(*holders[part]).copy_(getattr(*holder))
+        torch.autograd.graph.increment_version(parameter)  # by which streamed weights notice new scales
+
+
+def _state_of(parameter: Any, weight: Any, parts: Mapping[str, torch.Tensor]) -> Any:
+    """Return the QuantState of a packed weight and its parts in a state_dict.
+
+    Raises:
+        ValueError: with the reason why a parameter cannot take them.
+    """
+    state = parameter.quant_state
+    if weight is None or not parts:
+        lacking = "its packed bytes" if weight is None else "the scales of its packed bytes"
+        raise ValueError(f"the state_dict lacks {lacking}: load all that the state_dict of such a model holds of it")
+    try:
+        new = library().functional.QuantState.from_dict(dict(parts), device=state.absmax.device)
+    except Exception as error:
+        raise ValueError(f"its quant_state in the state_dict cannot be read: {error}") from error
+    kinds = [(tuple(one.shape), one.quant_type, one.blocksize, bool(one.nested)) for one in (state, new)]
+    packed = [(tensor.dtype, tuple(tensor.shape)) for tensor in (parameter, weight)]
+    if kinds[0] != kinds[1] or packed[0] != packed[1]:
+        raise ValueError(
+            f"the state_dict holds {kinds[1]} packed as {packed[1]} where {kinds[0]} packed as {packed[0]} is needed"
+        )
+    return new
 
 
 def configs_of_experts(module: Any) -> list[dict[str, Any]]:
@@ -68,18 +143,15 @@ def require_whole_experts(experts: Mapping[str, Any]) -> None:
         experts: modules with quantized experts, by path.
 
     Raises:
-        QuantizationError: a weight was replaced, or parametrized.
+        QuantizationError: a weight was replaced, parametrized, or cast.
     """
-    lost = [
-        f"{path}.{name}".lstrip(".")
-        for path, module in experts.items()
-        for name in module.quantized_experts.weights
-        if getattr(module._parameters.get(name), "quant_state", None) is None
-    ]
-    if lost:
-        raise QuantizationError(
-            f"{listed(lost)}: quantized when it was loaded, but the weight there is not any more: load the model again"
-        )
+    lost: dict[str, list[str]] = {}
+    for path, module in experts.items():
+        for name in module.quantized_experts.weights:
+            lost.setdefault(damage(module._parameters.get(name)), []).append(f"{path}.{name}".lstrip("."))
+    for reason, names in lost.items():
+        if reason:
+            raise QuantizationError(f"{listed(names)}: {reason}")
 
 
 def require_experts_as_held(experts: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> None:
