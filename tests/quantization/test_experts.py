@@ -370,7 +370,7 @@ def test_a_state_that_cannot_be_loaded_is_refused_and_changes_no_packed_weight(c
     given = routed(5, 2, model.experts)
     state = change(with_state("qwen3", "nf4", 0).state_dict())
     expected = model.experts(*given)
-    with pytest.raises(RuntimeError, match=rf"'experts.gate_up_proj' holds experts in 4 bit, and .*{message}"):
+    with pytest.raises(RuntimeError, match=rf"'experts.gate_up_proj' is in 4 bit, and .*{message}"):
         model.load_state_dict(state, strict=strict)
     assert torch.equal(model.experts(*given), expected)
 
