@@ -11,7 +11,7 @@ from torch import nn
 from torch._compile import _disable_dynamo
 
 from ..config import BnbQuantizationConfig
-from ..errors import QuantizationError
+from ..errors import QuantizationError, listed
 from ..model.experts import Experts
 from . import expert_launches as launches
 from .bnb import library
@@ -90,9 +90,24 @@ def experts_forward(module: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     return compute(module, args, kwargs)
 
 
+def arguments_of(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Return what the forward of quantized experts was given, in the order of its own arguments.
+
+    Raises:
+        TypeError: an argument is missing, or is none of the module's own, as Python would raise.
+    """
+    names = module.quantized_experts.arguments
+    if len(args) + len(kwargs) != len(names) or not kwargs.keys() <= set(names[len(args) :]):
+        raise TypeError(
+            f"the experts of {module.loaded_as or 'the model'!r} take ({', '.join(names)}), but got {len(args)} by "
+            f"position and {listed(kwargs) if kwargs else 'none'} by name"
+        )
+    return [*args, *(kwargs[name] for name in names[len(args) :])]
+
+
 def _forward(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
     experts: Experts = module.quantized_experts
-    given = [*args, *(kwargs[name] for name in experts.arguments[len(args) :])]
+    given = arguments_of(module, args, kwargs)
     for name in experts.weights:
         if reason := damage(module._parameters.get(name)):
             raise QuantizationError(f"{name!r} of {module.loaded_as or 'the model'!r}: {reason}")

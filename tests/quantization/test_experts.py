@@ -395,3 +395,19 @@ def test_a_copy_saves_and_loads_its_own_weights():
     copied.load_state_dict(other.state_dict())
     assert_same_bits(model.state_dict(), before)
     assert_same_bits(copied.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("number", "named"),
+    [(2, ()), (3, ("extra",)), (1, ("top_k_index",)), (3, ("top_k_index",)), (2, ("weights",)), (4, ())],
+)
+def test_arguments_that_the_own_forward_does_not_take_are_refused(number, named):
+    model = made()
+    plain = pack(model)
+    given = routed(3, 2, model.experts)
+    args = [*given, given[0]][:number]
+    for one in (plain.experts, model.experts):
+        with pytest.raises(TypeError):
+            one(*args, **dict.fromkeys(named, given[1]))
+    with pytest.raises(TypeError, match=rf"'experts' take \(hidden_states, top_k_index, .*got {number} by position"):
+        model.experts(*args, **dict.fromkeys(named, given[1]))
