@@ -84,7 +84,7 @@ def experts_forward(module: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
 
     Raises:
         QuantizationError: hidden_states holds no floating-point numbers, has another width, or lies on another device;
-            a packed weight was replaced or cast.
+            what it is given does not fit together; a packed weight was replaced or cast.
     """
     compute = _uncompiled if torch.compiler.is_compiling() else _forward
     return compute(module, args, kwargs)
@@ -114,7 +114,14 @@ def _forward(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tor
     require_input(module, given[0], module._parameters[experts.up].quant_state.absmax, experts.hidden_size)
     if experts.kind == "sorted":
         return _compute(module, experts, given[0], _llama4_routing(experts, given[0]), None)
-    return _compute(module, experts, given[0], given[1], given[2])
+    x, ids, weights = given
+    if ids.dim() != 2 or x.shape[:-1] != ids.shape[:1] or weights.shape != ids.shape:  # kernels would read past them
+        names, shapes = listed(experts.arguments), ", ".join(str(tuple(tensor.shape)) for tensor in given)
+        raise QuantizationError(
+            f"{module.loaded_as or 'the model'!r} holds experts in 4 bit and takes {names} of shapes "
+            f"(T, {experts.hidden_size}), (T, k), (T, k), but got {shapes}"
+        )
+    return _compute(module, experts, x, ids, weights)
 
 
 # Always to call it so would import torch._dynamo, which takes more than a second, and some microseconds each time.

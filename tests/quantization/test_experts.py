@@ -411,3 +411,24 @@ def test_arguments_that_the_own_forward_does_not_take_are_refused(number, named)
             one(*args, **dict.fromkeys(named, given[1]))
     with pytest.raises(TypeError, match=rf"'experts' take \(hidden_states, top_k_index, .*got {number} by position"):
         model.experts(*args, **dict.fromkeys(named, given[1]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x, ids, weights: (x, ids, weights[:, :1]),
+        lambda x, ids, weights: (x, ids, weights.repeat(1, 3)),  # of all experts
+        lambda x, ids, weights: (x, ids[:2], weights[:2]),
+        lambda x, ids, weights: (x[:2], ids, weights),
+        lambda x, ids, weights: (x[None], ids, weights),
+        lambda x, ids, weights: (x, ids[:, 0], weights[:, 0]),
+    ],
+)
+def test_tokens_and_routing_that_do_not_fit_together_are_refused(change, device):
+    model = made(device=device)
+    pack(model)
+    given = change(*routed(3, 2, model.experts, device=device))
+    shapes = ", ".join(str(tuple(tensor.shape)) for tensor in given)
+    with pytest.raises(QuantizationError, match=r"'experts' holds .* of shapes \(T, 128\), .*but got ") as caught:
+        model.experts(*given)
+    assert str(caught.value).endswith(shapes)
