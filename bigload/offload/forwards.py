@@ -17,7 +17,7 @@ from ..errors import OffloadError
 from ..hardware.nested_tensors import send_to_device
 from ..quantization.bnb import library
 from ..quantization.cpu_forwards import input_gradient, streamed_forward
-from ..quantization.experts import has_quantized_experts
+from ..quantization.experts import arguments_of, has_quantized_experts
 from ..quantization.formats import part_name
 from ..quantization.layers import is_quantized
 from ..quantization.own_forwards import on_matrix, own_forward, require_input
@@ -106,9 +106,7 @@ class StreamedForward(ForwardOverride):
             return _Quantized.apply(self, self._only_input(args, kwargs), self.module.bias)  # type: ignore[no-untyped-call]
         if self._is_experts:
             args, kwargs = send_to_device((args, kwargs), self.weights.device)
-            module: Any = self.module
-            named = module.quantized_experts.arguments[len(args) :]
-            return _Experts.apply(self, *args, *(kwargs[name] for name in named), *_biases(self))  # type: ignore[no-untyped-call]
+            return _Experts.apply(self, *arguments_of(self.module, args, kwargs), *_biases(self))  # type: ignore[no-untyped-call]
         return self._run(functools.partial(self._compute_recorded, args, kwargs))
 
     def _run(self, compute: Callable[[Slot], Any]) -> Any:

@@ -1,7 +1,7 @@
 """Copies of quantized layers: each computes with its own weight, or is refused.
 
-A layer's forward is an attribute of the instance and holds the layer. `copy.copy`, and DataParallel's replicas, would
-have the forward of the layer that they were made of.
+A layer's forward is an attribute of the instance and holds the layer, as what saves and loads its state may be.
+`copy.copy`, and DataParallel's replicas, would have those of the layer that they were made of.
 """
 
 from __future__ import annotations
@@ -23,19 +23,22 @@ def register_copies(cls: type[nn.Module]) -> None:
 
 def _reduced(layer: Any) -> Any:
     """Reduce a layer as `object.__reduce_ex__` does, without what holds the layer itself."""
-    forward = vars(layer).get("forward")
-    if not (isinstance(forward, functools.partial) and forward.args == (layer,)):
+    own = {name: value.func for name, value in vars(layer).items() if _is_bound_to(layer, value)}
+    if "forward" not in own:
         return object.__reduce_ex__(layer, 4)
-    state = layer.__getstate__()
-    del state["forward"]
+    state = {name: value for name, value in layer.__getstate__().items() if name not in own}
     if "state" in state:  # bitsandbytes writes to that of an int8 layer, as it computes
         state["state"] = copy.copy(state["state"])
-    return _with_forward, (type(layer), forward.func), state
+    return _with_own, (type(layer), own), state
 
 
-def _with_forward(cls: type[nn.Module], forward: Any) -> nn.Module:
+def _is_bound_to(layer: Any, value: Any) -> bool:
+    return isinstance(value, functools.partial) and len(value.args) == 1 and value.args[0] is layer
+
+
+def _with_own(cls: type[nn.Module], functions: dict[str, Any]) -> nn.Module:
     made = cls.__new__(cls)
-    vars(made)["forward"] = functools.partial(forward, made)
+    vars(made).update({name: functools.partial(function, made) for name, function in functions.items()})
     return made
 
 

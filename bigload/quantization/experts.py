@@ -11,13 +11,14 @@ from torch import nn
 from torch._compile import _disable_dynamo
 
 from ..config import BnbQuantizationConfig
+from ..errors import QuantizationError, listed
 from ..model.experts import Experts
 from . import expert_launches as launches
 from .bnb import library
 from .copied_layers import refuse_replicas, register_copies
 from .expert_linears import Routing, expert_limits, grouped_linear
 from .own_forwards import require_input
-from .packed_experts import PackedExperts
+from .packed_experts import PackedExperts, damage
 from .quantized_weight import QuantizedWeight
 
 
@@ -82,19 +83,45 @@ def experts_forward(module: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         (T, H), or for Llama-4 (E * T, H), in the dtype of hidden_states.
 
     Raises:
-        QuantizationError: hidden_states holds no floating-point numbers, has another width, or lies on another device.
+        QuantizationError: hidden_states holds no floating-point numbers, has another width, or lies on another device;
+            what it is given does not fit together; a packed weight was replaced or cast.
     """
     compute = _uncompiled if torch.compiler.is_compiling() else _forward
     return compute(module, args, kwargs)
 
 
+def arguments_of(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Return what the forward of quantized experts was given, in the order of its own arguments.
+
+    Raises:
+        TypeError: an argument is missing, or is none of the module's own, as Python would raise.
+    """
+    names = module.quantized_experts.arguments
+    if len(args) + len(kwargs) != len(names) or not kwargs.keys() <= set(names[len(args) :]):
+        raise TypeError(
+            f"the experts of {module.loaded_as or 'the model'!r} take ({', '.join(names)}), but got {len(args)} by "
+            f"position and {listed(kwargs) if kwargs else 'none'} by name"
+        )
+    return [*args, *(kwargs[name] for name in names[len(args) :])]
+
+
 def _forward(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
     experts: Experts = module.quantized_experts
-    given = [*args, *(kwargs[name] for name in experts.arguments[len(args) :])]
+    given = arguments_of(module, args, kwargs)
+    for name in experts.weights:
+        if reason := damage(module._parameters.get(name)):
+            raise QuantizationError(f"{name!r} of {module.loaded_as or 'the model'!r}: {reason}")
     require_input(module, given[0], module._parameters[experts.up].quant_state.absmax, experts.hidden_size)
     if experts.kind == "sorted":
         return _compute(module, experts, given[0], _llama4_routing(experts, given[0]), None)
-    return _compute(module, experts, given[0], given[1], given[2])
+    x, ids, weights = given
+    if ids.dim() != 2 or x.shape[:-1] != ids.shape[:1] or weights.shape != ids.shape:  # kernels would read past them
+        names, shapes = listed(experts.arguments), ", ".join(str(tuple(tensor.shape)) for tensor in given)
+        raise QuantizationError(
+            f"{module.loaded_as or 'the model'!r} holds experts in 4 bit and takes {names} of shapes "
+            f"(T, {experts.hidden_size}), (T, k), (T, k), but got {shapes}"
+        )
+    return _compute(module, experts, x, ids, weights)
 
 
 # Always to call it so would import torch._dynamo, which takes more than a second, and some microseconds each time.

@@ -23,10 +23,11 @@ from .bnb import library
 from .copied_layers import refuse_replicas, register_copies
 from .cpu_forwards import adapt_to_cpu
 from .own_forwards import own_forward, set_forward
-from .quantized_weight import QuantizedWeight, row_scales
+from .quantized_weight import QuantizedWeight, load_packed, row_scales
 
 # Attributes that bitsandbytes, or this package, sets on bitsandbytes' layers.
 _LAYER_ATTRIBUTES = {
+    "_load_from_state_dict",
     "_replicate_for_data_parallel",
     "compute_dtype",
     "compute_type_is_set",
@@ -70,12 +71,22 @@ def make_layer(
     refuse = functools.partial(refuse_replicas, path)
     vars(new).update(loaded_as=path, loaded_dtype=config.load_dtype, _replicate_for_data_parallel=refuse)
     set_forward(new, own_forward(new))
+    if config.load_in_4bit:
+        new.__dict__["_load_from_state_dict"] = functools.partial(load_4bit, new)
     if device.type == "cpu":
         adapt_to_cpu(new, shape, config)
     carry_over(new, layer)
     if type(layer) is not nn.Linear:
         new.source_cls = type(layer)  # type: ignore[assignment]  # transformers' name for it
     return new
+
+
+def load_4bit(layer: nn.Module, *given: Any) -> None:
+    """Load what a 4-bit layer saves, as its `_load_from_state_dict`; bitsandbytes would copy the packed bytes alone."""
+    weight: Any = layer._parameters.get("weight")
+    if getattr(weight, "quant_state", None) is None and getattr(weight, "shape", ())[1:] == (1,):
+        weight.quant_state = layer.quant_state  # as bitsandbytes' forward does: copies of a pickled layer have lost it
+    load_packed(layer, ("weight",), *given)
 
 
 def is_quantized(module: nn.Module) -> bool:

@@ -67,3 +67,16 @@ class PackedExperts:
             inner.dtype,
         )
         return values[begin - first * inner.blocksize :] + self.state.offset  # type: ignore[no-any-return]
+
+
+def damage(parameter: Any) -> str:
+    """Return why a parameter holds no packed weight any more, and what to do; "" if it does."""
+    if getattr(parameter, "quant_state", None) is None:
+        return "quantized when it was loaded, but the weight there is not any more: load the model again"
+    if parameter.dtype != parameter.quant_storage:
+        return (
+            f"its packed bytes, stored as {parameter.quant_storage}, were cast to {parameter.dtype} as if they were "
+            "values: load the model again, and cast it before, by torch_dtype, or not at all; or with "
+            "bnb_4bit_quant_storage='uint8', which casts leave alone"
+        )
+    return ""

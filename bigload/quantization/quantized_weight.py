@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,3 +111,80 @@ def keep_row_scales(layer: Any) -> None:
     weight = layer._parameters.get("weight")
     if getattr(weight, "CB", None) is not None and weight.SCB is None:
         weight.SCB = layer.state.SCB
+
+
+def load_packed(
+    module: Any,
+    names: Iterable[str],
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: Mapping[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """Load a module's state with the parts of its 4-bit weights: packed bytes mean nothing without their scales.
+
+    Values are copied, with `assign=True` too: the parameter holds more than a tensor. Of a weight that is refused
+    nothing is written.
+
+    Args:
+        module: whose class's `_load_from_state_dict` loads the rest.
+        names: of its 4-bit parameters.
+        state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs: as torch gives them to
+            `_load_from_state_dict`.
+    """
+    read, states = set(), {}
+    for name in names:
+        full = prefix + name
+        parts = {key[len(full) + 1 :]: key for key in state_dict if key.startswith(f"{full}.")}
+        read |= set(parts.values())
+        if full not in state_dict and not parts:
+            continue
+        try:
+            states[name] = _state_of(
+                module._parameters[name],
+                state_dict.get(full),
+                {part: state_dict[key] for part, key in parts.items()},
+            )
+        except ValueError as error:
+            error_msgs.append(f"{full!r} is in 4 bit, and {error}")
+            state_dict.pop(full, None)
+            read.add(full)
+    copying = {**local_metadata, "assign_to_params_buffers": False}
+    own = type(module)._load_from_state_dict  # calls the hooks before it copies
+    absent: list[str] = []
+    own(module, state_dict, prefix, copying, strict, absent, unexpected_keys, error_msgs)
+    missing_keys += [key for key in absent if key not in read]
+    unexpected_keys[:] = [key for key in unexpected_keys if key not in read]
+    for name, state in states.items():
+        parameter = module._parameters[name]
+        holders = state_holders(parameter.quant_state)
+        for part, holder in state_holders(state).items():
+            getattr(*holders[part]).copy_(getattr(*holder))
+
+
+def _state_of(parameter: Any, weight: Any, parts: Mapping[str, torch.Tensor]) -> Any:
+    """Return the QuantState of a packed weight and its parts in a state_dict.
+
+    Raises:
+        ValueError: with the reason why a parameter cannot take them.
+    """
+    state = getattr(parameter, "quant_state", None)
+    if state is None or getattr(state, "packing_format_for_cpu", False):
+        raise ValueError("its weight was replaced, or packed by bitsandbytes for this CPU: load the model again")
+    if weight is None or not parts:
+        lacking = "its packed bytes" if weight is None else "the scales of its packed bytes"
+        raise ValueError(f"the state_dict lacks {lacking}: load all that the state_dict of such a model holds of it")
+    try:
+        new = library().functional.QuantState.from_dict(dict(parts), device=state.absmax.device)
+    except Exception as error:
+        raise ValueError(f"its quant_state in the state_dict cannot be read: {error}") from error
+    kinds = [(tuple(one.shape), one.quant_type, one.blocksize, bool(one.nested)) for one in (state, new)]
+    packed = [(tensor.dtype, tuple(tensor.shape)) for tensor in (parameter, weight)]
+    if kinds[0] != kinds[1] or packed[0] != packed[1]:
+        raise ValueError(
+            f"the state_dict holds {kinds[1]} packed as {packed[1]} where {kinds[0]} packed as {packed[0]} is needed"
+        )
+    return new

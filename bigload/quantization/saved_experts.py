@@ -1,4 +1,4 @@
-"""Modules with fused experts in 4 bit: found in a model, described, and saved.
+"""Modules with fused experts in 4 bit: found in a model, described, saved, and given the values of a `state_dict`.
 
 In a `state_dict` their weights have the names that bitsandbytes gives its parametrized parameters
 (`bitsandbytes.nn.parametrize`).
@@ -16,6 +16,8 @@ from torch import nn
 from ..errors import QuantizationError, listed
 from ..model.tree import first_paths
 from .experts import has_quantized_experts, quantized_attributes
+from .packed_experts import damage
+from .quantized_weight import load_packed
 
 
 def quantized_experts(model: nn.Module) -> dict[str, Any]:
@@ -24,8 +26,11 @@ def quantized_experts(model: nn.Module) -> dict[str, Any]:
 
 
 def saving_attributes(module: nn.Module) -> dict[str, Any]:
-    """Return what is set on a module with quantized experts, so that its `state_dict` holds their quant_states too."""
-    return {"_save_to_state_dict": functools.partial(save_experts, module)}
+    """Return what is set on a module with quantized experts, so that a `state_dict` holds their quant_states too."""
+    return {
+        "_save_to_state_dict": functools.partial(save_experts, module),
+        "_load_from_state_dict": functools.partial(load_experts, module),
+    }
 
 
 def quantization_attributes(module: Any) -> list[str]:
@@ -40,6 +45,11 @@ def save_experts(module: Any, destination: Any, prefix: str, keep_vars: bool) ->
     for name in module.quantized_experts.weights:
         for part, tensor in module._parameters[name].quant_state.as_dict(packed=True).items():
             destination[f"{prefix}{name}.{part}"] = tensor if keep_vars else tensor.detach()
+
+
+def load_experts(module: Any, *given: Any) -> None:
+    """Load what `save_experts` saved, as a module's `_load_from_state_dict`."""
+    load_packed(module, module.quantized_experts.weights, *given)
 
 
 def configs_of_experts(module: Any) -> list[dict[str, Any]]:
@@ -68,18 +78,15 @@ def require_whole_experts(experts: Mapping[str, Any]) -> None:
         experts: modules with quantized experts, by path.
 
     Raises:
-        QuantizationError: a weight was replaced, or parametrized.
+        QuantizationError: a weight was replaced, parametrized, or cast.
     """
-    lost = [
-        f"{path}.{name}".lstrip(".")
-        for path, module in experts.items()
-        for name in module.quantized_experts.weights
-        if getattr(module._parameters.get(name), "quant_state", None) is None
-    ]
-    if lost:
-        raise QuantizationError(
-            f"{listed(lost)}: quantized when it was loaded, but the weight there is not any more: load the model again"
-        )
+    lost: dict[str, list[str]] = {}
+    for path, module in experts.items():
+        for name in module.quantized_experts.weights:
+            lost.setdefault(damage(module._parameters.get(name)), []).append(f"{path}.{name}".lstrip("."))
+    for reason, names in lost.items():
+        if reason:
+            raise QuantizationError(f"{listed(names)}: {reason}")
 
 
 def require_experts_as_held(experts: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> None:

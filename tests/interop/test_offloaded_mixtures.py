@@ -99,6 +99,42 @@ def test_backward_after_remove_is_that_of_the_resident_one(models, device):
     assert_same_bits(part.state_dict(), whole.state_dict())
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_state_that_is_loaded_counts_as_in_the_resident_one(name, tmp_path, device):
+    """Packed bytes come with their scales."""
+    mixture(name, num_hidden_layers=3).save_pretrained(tmp_path / "source")
+    asked = BnbQuantizationConfig.from_mode("nf4-dq", torch_dtype="fp32", bnb_4bit_compute_dtype="fp32")
+    how = {"config": asked, "home": "cpu", "offload": OffloadConfig(slots=1)}
+    part = offloaded(lambda: build(name), tmp_path / "source", device, AWAY, tmp_path / "cache", **how).eval()
+    whole = load_and_quantize_model(empty(lambda: build(name)), asked, tmp_path / "source", device_map=device).eval()
+    whole, part = unpacked(whole), unpacked(part)
+    before = outputs(whole, TOKENS.to(device))
+    assert torch.equal(outputs(part, TOKENS.to(device)), before)
+    state = {key: tensor.clone() for key, tensor in whole.state_dict().items() if ".experts." in key}
+    for key, tensor in state.items():
+        if key.endswith("proj"):
+            state[key] = tensor.flip(0)
+        elif key.endswith("nested_absmax"):
+            state[key] = 2 * tensor
+    for model in (whole, part):
+        assert not model.load_state_dict(state, strict=False).unexpected_keys
+    expected = outputs(whole, TOKENS.to(device))
+    assert not torch.equal(expected, before)
+    assert torch.equal(outputs(part, TOKENS.to(device)), expected)
+    assert_same_bits(part.state_dict(), whole.state_dict())
+
+
+def test_weights_in_files_refuse_a_state(models):
+    whole, part = models
+    before = {key: tensor.clone() for key, tensor in part.state_dict().items()}
+    state = {key: tensor.clone() for key, tensor in whole.state_dict().items() if ".experts." in key}
+    with pytest.raises(OffloadError, match=r"are in files, .* call model\.offload\.remove\(\) first"):
+        part.load_state_dict(state, strict=False)
+    assert_same_bits(part.state_dict(), before)
+    part.offload.remove()
+    assert not part.load_state_dict(state, strict=False).unexpected_keys
+
+
 def test_state_and_saved_folder_are_those_of_the_resident_one(models, device, tmp_path):
     whole, part = models
     assert_same_bits(part.state_dict(), whole.state_dict())

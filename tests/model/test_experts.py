@@ -179,6 +179,55 @@ class Echoing(Mine):
         return super().forward(x, chosen, shares) + x * (shares * (chosen >= 4)).sum(-1, keepdim=True)
 
 
+class Clamping(Mine):
+    """Differs where values are large alone."""
+
+    def activated(self, h):
+        gate, up = h.chunk(2, -1)
+        return self.act_fn(gate.clamp(max=7)) * up.clamp(-7, 7)
+
+
+class Dropping(Mine):
+    """Differs in training alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.dropout = nn.Dropout(0.1)
+
+    def activated(self, h):
+        return self.dropout(super().activated(h))
+
+
+class Crowded(Mine):
+    """An expert takes no more than three tokens."""
+
+    def forward(self, x, chosen, shares):
+        chosen = chosen.clone()
+        for expert in range(4):
+            for token, choice in (chosen == expert).nonzero()[3:].tolist():
+                chosen[token, choice] = 4
+        return super().forward(x, chosen, shares)
+
+
+class Sharing(Mine):
+    """Takes shares between 0 and 1."""
+
+    def forward(self, x, chosen, shares):
+        return super().forward(x, chosen, shares.clamp(0, 1))
+
+
+class Early(Mine):
+    """Multiplies tokens by their shares, not what the experts make of them."""
+
+    def forward(self, x, chosen, shares):
+        ones = torch.ones(1, 1)
+        each = [
+            [Mine.forward(self, x[t, None] * shares[t, c], chosen[t, c].view(1, 1), ones)[0] for c in range(2)]
+            for t in range(len(x))
+        ]
+        return torch.stack([torch.stack(one).sum(0) for one in each])
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("turned", [False, True])
 def test_experts_of_ones_own_are_found_where_the_config_names_them(turned, bias):
@@ -193,6 +242,12 @@ def test_experts_of_ones_own_are_found_where_the_config_names_them(turned, bias)
     ("cls", "message"),
     [
         (Swapped, "its forward computes something else"),
+        (Clamping, "its forward computes something else"),
+        (Crowded, "its forward computes something else"),
+        (Sharing, "its forward computes something else"),
+        (Early, "its forward computes something else"),
+        (Dropping, "its forward computes something else in training"),
+        (lambda: Dropping().eval(), "its forward computes something else in training"),
         (Echoing, "numbers beyond the last expert mean something to Echoing"),
         (lambda: nn.Bilinear(4, 4, 4), "it holds bias, weight where down_proj, gate_up_proj were expected"),
     ],
@@ -204,6 +259,17 @@ def test_a_declared_module_that_computes_something_else_is_refused(cls, message)
         find_experts({"moe": cls()}, declared=["moe"])
     assert "remove it from experts_modules" in str(error.value)
     assert find_experts({"moe": cls()}) == {}
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_trial_leaves_the_module_and_the_random_numbers_as_they_were(training):
+    module = Dropping().train(training)
+    before, drawn = {id(tensor) for tensor in module.parameters()}, torch.get_rng_state()
+    with pytest.raises(ConfigError, match="in training"):
+        find_experts({"moe": module}, declared=["moe"])
+    assert module.training == module.dropout.training == training
+    assert {id(tensor) for tensor in module.parameters()} == before
+    assert torch.equal(torch.get_rng_state(), drawn)
 
 
 def test_both_remedies_for_a_declared_module_work():

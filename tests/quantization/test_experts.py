@@ -7,6 +7,7 @@ import pickle
 import bitsandbytes as bnb
 import pytest
 import torch
+from comparisons import assert_same_bits
 from experts import made, pack, packed, routed
 
 from bigload import QuantizationError
@@ -14,6 +15,7 @@ from bigload.quantization import expert_launches as launches
 from bigload.quantization.bnb import dequantize_4bit
 from bigload.quantization.expert_linears import Routing, _steps, expert_limits, most_scratch_bytes
 from bigload.quantization.packed_experts import PackedExperts
+from bigload.quantization.saved_experts import quantized_experts, require_whole_experts, saving_attributes
 
 MODES = ("nf4", "nf4-dq", "fp4")
 KINDS = ("qwen3", "gpt_oss", "nemotron")
@@ -286,3 +288,147 @@ def test_kernels_that_do_not_run_are_not_used_and_a_warning_says_so_once(monkeyp
     assert "do not run on cuda:7" in record.message
     assert "no C compiler" in record.message
     launches.runs_kernels.cache_clear()
+
+
+def cast_as_bytes(kind, old, new):
+    model = made(kind)
+    pack(model, storage=old)
+    return model.to(new)
+
+
+@pytest.mark.parametrize(("old", "new"), [(torch.bfloat16, torch.float16), (torch.float32, torch.bfloat16)], ids=str)
+def test_packed_bytes_that_were_cast_as_values_are_refused(old, new):
+    model = cast_as_bytes("qwen3", old, new)
+    with pytest.raises(QuantizationError, match=rf"'gate_up_proj' of 'experts': .* {old}, were cast to {new}"):
+        model.experts(*routed(3, 2, model.experts))
+    with pytest.raises(QuantizationError, match=rf"'experts.gate_up_proj', 'experts.down_proj': .* were cast to {new}"):
+        require_whole_experts(quantized_experts(model))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_bytes_stored_as_integers_are_left_alone_by_casts(kind):
+    model = cast_as_bytes(kind, torch.uint8, torch.float16)
+    twin = made(kind)
+    pack(twin)
+    given = routed(3, 2, model.experts)
+    assert difference(model.experts(*given), twin.experts(*given)) < 1e-3  # biases were cast
+
+
+def test_a_weight_that_was_replaced_is_named():
+    model = made()
+    pack(model)
+    given = routed(3, 2, model.experts)
+    model.experts.down_proj = torch.nn.Parameter(torch.zeros(6, 128, 64))
+    with pytest.raises(QuantizationError, match=r"'down_proj' of 'experts': quantized when .*: load the model again"):
+        model.experts(*given)
+
+
+def with_state(kind, mode, seed, **how):
+    """Return experts in 4 bit that save and load their state."""
+    model = made(kind, seed=seed)
+    pack(model, mode, **how)
+    for name, value in saving_attributes(model.experts).items():
+        setattr(model.experts, name, value)
+    return model
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_state_of_others_is_loaded_with_its_scales(kind, mode, strict, assign):
+    model, other = with_state(kind, mode, 0), with_state(kind, mode, 7)
+    given = routed(5, 2, model.experts)
+    expected = other.experts(*given)
+    assert not torch.equal(model.experts(*given), expected)
+    saved = {key: tensor.clone() for key, tensor in other.state_dict().items()}
+    found = model.load_state_dict(saved, strict=strict, assign=assign)
+    assert not found.missing_keys
+    assert not found.unexpected_keys
+    assert torch.equal(model.experts(*given), expected)
+    assert_same_bits(model.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda state: {key: t for key, t in state.items() if "up_proj." not in key},
+            "the state_dict lacks the scales",
+        ),
+        (lambda state: {key: t for key, t in state.items() if not key.endswith("up_proj")}, "lacks its packed bytes"),
+        (lambda state: {key: t for key, t in state.items() if "quant_state" not in key}, "cannot be read"),
+        (lambda state: with_state("qwen3", "fp4", 7).state_dict(), "the state_dict holds .*'fp4'.* where .*'nf4'"),
+        (lambda state: with_state("qwen3", "nf4-dq", 7).state_dict(), "the state_dict holds .* where .* is needed"),
+        (lambda state: with_state("qwen3", "nf4", 7, blocksize=128).state_dict(), "the state_dict holds .* where"),
+        (lambda state: made().state_dict(), "lacks the scales of its packed bytes"),
+    ],
+)
+def test_a_state_that_cannot_be_loaded_is_refused_and_changes_no_packed_weight(change, message, strict):
+    model = with_state("qwen3", "nf4", 0)
+    given = routed(5, 2, model.experts)
+    state = change(with_state("qwen3", "nf4", 0).state_dict())
+    expected = model.experts(*given)
+    with pytest.raises(RuntimeError, match=rf"'experts.gate_up_proj' is in 4 bit, and .*{message}"):
+        model.load_state_dict(state, strict=strict)
+    assert torch.equal(model.experts(*given), expected)
+
+
+def test_a_state_without_experts_leaves_them_and_says_that_they_are_missing():
+    model = with_state("gpt_oss", "nf4", 0)
+    given = routed(5, 2, model.experts)
+    expected = model.experts(*given)
+    found = model.load_state_dict({}, strict=False)
+    assert found.missing_keys == [*dict(model.named_parameters())]
+    assert torch.equal(model.experts(*given), expected)
+    with pytest.raises(RuntimeError, match=r"Missing key.*experts\.gate_up_proj"):
+        model.load_state_dict({})
+
+
+def test_a_copy_saves_and_loads_its_own_weights():
+    model = with_state("nemotron", "nf4", 0)
+    copied = copy.copy(model.experts)
+    copied._parameters = {name: copy.deepcopy(weight) for name, weight in copied._parameters.items()}
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    other = with_state("nemotron", "nf4", 7).experts
+    copied.load_state_dict(other.state_dict())
+    assert_same_bits(model.state_dict(), before)
+    assert_same_bits(copied.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("number", "named"),
+    [(2, ()), (3, ("extra",)), (1, ("top_k_index",)), (3, ("top_k_index",)), (2, ("weights",)), (4, ())],
+)
+def test_arguments_that_the_own_forward_does_not_take_are_refused(number, named):
+    model = made()
+    plain = pack(model)
+    given = routed(3, 2, model.experts)
+    args = [*given, given[0]][:number]
+    for one in (plain.experts, model.experts):
+        with pytest.raises(TypeError):
+            one(*args, **dict.fromkeys(named, given[1]))
+    with pytest.raises(TypeError, match=rf"'experts' take \(hidden_states, top_k_index, .*got {number} by position"):
+        model.experts(*args, **dict.fromkeys(named, given[1]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x, ids, weights: (x, ids, weights[:, :1]),
+        lambda x, ids, weights: (x, ids, weights.repeat(1, 3)),  # of all experts
+        lambda x, ids, weights: (x, ids[:2], weights[:2]),
+        lambda x, ids, weights: (x[:2], ids, weights),
+        lambda x, ids, weights: (x[None], ids, weights),
+        lambda x, ids, weights: (x, ids[:, 0], weights[:, 0]),
+    ],
+)
+def test_tokens_and_routing_that_do_not_fit_together_are_refused(change, device):
+    model = made(device=device)
+    pack(model)
+    given = change(*routed(3, 2, model.experts, device=device))
+    shapes = ", ".join(str(tuple(tensor.shape)) for tensor in given)
+    with pytest.raises(QuantizationError, match=r"'experts' holds .* of shapes \(T, 128\), .*but got ") as caught:
+        model.experts(*given)
+    assert str(caught.value).endswith(shapes)
