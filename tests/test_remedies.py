@@ -248,6 +248,17 @@ TRIED = {
         "move the model to its": ENTRY
         + "test_layers_that_are_not_quantized_or_were_packed_are_saved_after_a_move_or_a_load",
     },
+    "quantization/packed_experts.py": {
+        "which casts leave alone": "quantization/test_experts.py::"
+        "test_packed_bytes_stored_as_integers_are_left_alone_by_casts",
+        "the weight there is not any more": "quantization/test_experts.py::test_a_weight_that_was_replaced_is_named",
+    },
+    "quantization/quantized_weight.py": {
+        "load all that the state_dict": "quantization/test_loaded_states.py::"
+        "test_a_state_that_cannot_be_loaded_is_refused",
+        "its weight was replaced": "quantization/test_loaded_states.py::"
+        "test_a_layer_whose_weight_was_replaced_takes_a_state_once_it_is_loaded_again",
+    },
     "quantization/own_forwards.py": {
         "in skip_modules, or cast it": "quantization/test_own_forwards.py::"
         "test_both_remedies_for_an_input_of_integers_work",
@@ -257,8 +268,6 @@ TRIED = {
     "quantization/saved_experts.py": {
         "remove these hooks": "model/test_quantizable_experts.py::"
         "test_experts_that_a_hook_renames_are_saved_without_it",
-        "load the model again": "model/test_quantizable_experts.py::"
-        "test_experts_whose_weight_was_replaced_are_saved_after_a_load",
     },
     "saving.py": {
         "reads no fused experts": "model/test_quantizable_experts.py::"

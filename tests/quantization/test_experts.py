@@ -321,6 +321,9 @@ def test_a_weight_that_was_replaced_is_named():
     model.experts.down_proj = torch.nn.Parameter(torch.zeros(6, 128, 64))
     with pytest.raises(QuantizationError, match=r"'down_proj' of 'experts': quantized when .*: load the model again"):
         model.experts(*given)
+    again = made()
+    pack(again)
+    assert again.experts(*given).isfinite().all()
 
 
 def with_state(kind, mode, seed, **how):

@@ -57,6 +57,18 @@ def test_a_state_that_cannot_be_loaded_is_refused(change, message, strict):
     with pytest.raises(RuntimeError, match=rf"'0\.weight' is in 4 bit, and the state_dict {message}"):
         model.load_state_dict(state, strict=strict)
     assert_same_bits({key: tensor for key, tensor in model.state_dict().items() if "bias" not in key}, before)
+    model.load_state_dict(net(1).state_dict(), strict=strict)  # all of it
+    assert torch.equal(outputs(model), outputs(net(1)))
+
+
+def test_a_layer_whose_weight_was_replaced_takes_a_state_once_it_is_loaded_again():
+    model, other = net(0), net(1)
+    model[0].weight = nn.Parameter(torch.zeros(128, 64))
+    with pytest.raises(RuntimeError, match=r"its weight was replaced.*load the model again"):
+        model.load_state_dict(other.state_dict())
+    model = net(0)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(outputs(model), outputs(other))
 
 
 @pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
