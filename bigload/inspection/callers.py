@@ -55,9 +55,9 @@ def destinations(
         main: the device that the inputs of the model are moved to.
     """
     found: dict[str, torch.device] = {}
-    for path in dict.fromkeys(above for unit in devices for above in _above(unit)):
-        if path in modules and _has_forward(modules[path]) and not isinstance(modules[path], nn.Sequential):
-            first, *others = _layers_before_blocks(path, modules[path], devices) or [""]
+    for path, module in modules.items():
+        if _has_forward(module) and not isinstance(module, nn.Sequential):
+            first, *others = _layers_before_blocks(path, module, devices) or [""]
             found |= {other: devices[first] for other in others if devices[other] != devices[first]}
     for path, device in owners_of_parameters(devices, modules).items():
         for child, _ in called_in(path, modules[path]):
@@ -72,12 +72,6 @@ def destinations(
 
 def _has_forward(module: nn.Module) -> bool:
     return type(module).forward is not nn.Module.forward or "forward" in vars(module)
-
-
-def _above(path: str) -> Iterator[str]:
-    while path:
-        path = path.rpartition(".")[0]
-        yield path
 
 
 def _layers_before_blocks(path: str, module: nn.Module, devices: Mapping[str, torch.device]) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from ..checkpoint.bitsandbytes import QuantizedTensor
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.foreign import foreign_error
-from ..checkpoint.merged import MergedTensor, merge_quantized, not_joined
+from ..checkpoint.merged import merge_quantized, not_joined
 from ..errors import CheckpointError, ConfigError, counted, listed
 from ..io.tensors import LazyTensor, StoredTensor, read_bytes, read_whole
 from ..model.tensors import ModelTensor
@@ -378,11 +378,6 @@ def _require_fit(
             "model expects a 16 to 64 bit floating dtype, or weights that bitsandbytes quantized, with their scales; "
             "use the original checkpoint"
         )
-
-
-def _stored_names(found: Found) -> list[str]:
-    tensors = found.first.pieces if isinstance(found.first, MergedTensor) else [piece.tensor for piece in found.sources]
-    return [tensor.name for tensor in tensors if isinstance(tensor, StoredTensor)]
 
 
 def _turned(shape: tuple[int, ...]) -> tuple[int, ...]:
