@@ -71,7 +71,7 @@ class DeviceHooks:
             )
             self._handles.append(module.register_forward_pre_hook(move, prepend=True, with_kwargs=True))
             if path in in_fp32:
-                casts = _CastInputs(skip_keys, dtype)
+                casts = _CastInputs(skip_keys, dtype, only_looks_up=_only_looks_up(module))
                 self._handles.append(module.register_forward_pre_hook(casts.begin, with_kwargs=True))
                 self._handles.append(module.register_forward_hook(casts.end, with_kwargs=True, always_call=True))
             if path in returning:
@@ -249,15 +249,18 @@ class _MoveInputsToLayer(_MoveInputs):
 
 
 class _CastInputs:
-    """Hooks on a module that computes in float32: inputs are cast to it, outputs are cast back."""
+    """Hooks on a module that computes in float32: inputs are cast to it, outputs are cast back.
 
-    def __init__(self, skip_keys: Collection[str], default: torch.dtype | None) -> None:
-        self._skip_keys, self._default = frozenset(skip_keys), default
+    What a module that only looks up returns has the dtype of its table, also where it is called with a mask in float32.
+    """
+
+    def __init__(self, skip_keys: Collection[str], default: torch.dtype | None, *, only_looks_up: bool) -> None:
+        self._skip_keys, self._default, self._only_looks_up = frozenset(skip_keys), default, only_looks_up
         self._dtypes = _Stack[torch.dtype]()
 
     def begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        floating = (tensor for tensor in tensors_in((args, kwargs)) if tensor.is_floating_point())
-        self._dtypes.push(next((tensor.dtype for tensor in floating), self._default))
+        inputs = () if self._only_looks_up else tensors_in((args, kwargs))
+        self._dtypes.push(next((each.dtype for each in inputs if each.is_floating_point()), self._default))
         args = tuple(map_tensors(value, _in_fp32) for value in args)
         kwargs = {name: v if name in self._skip_keys else map_tensors(v, _in_fp32) for name, v in kwargs.items()}
         return args, kwargs
@@ -267,6 +270,12 @@ class _CastInputs:
         if dtype is None or output is None:
             return None
         return map_tensors(output, lambda tensor: tensor.to(dtype) if tensor.dtype == torch.float32 else tensor)
+
+
+def _only_looks_up(module: nn.Module) -> bool:
+    """Whether all weights of a module are tables of embeddings."""
+    owners = [each for each in module.modules() if each._parameters]
+    return bool(owners) and all(isinstance(each, nn.Embedding | nn.EmbeddingBag) for each in owners)
 
 
 class _Stack(_PerThread, Generic[_Value]):

@@ -198,12 +198,18 @@ def test_gpu_has_what_the_driver_and_the_allocator_hold_unused(monkeypatch):
 @pytest.mark.cuda
 def test_gpu_gives_what_the_allocator_keeps_of_a_freed_tensor():
     device = torch.device("cuda", 0)
-    before = free_bytes(device)
-    held = torch.empty(2**28, dtype=torch.uint8, device=device)
-    assert abs(before - free_bytes(device) - 2**28) < 2**24
-    del held
-    assert torch.cuda.memory_reserved(device) >= 2**28
-    assert abs(before - free_bytes(device)) < 2**24
+
+    def taken_and_given_back() -> tuple[int, int]:
+        before = free_bytes(device)
+        held = torch.empty(2**28, dtype=torch.uint8, device=device)
+        taken = before - free_bytes(device)
+        del held
+        assert torch.cuda.memory_reserved(device) >= 2**28
+        return taken, before - free_bytes(device)
+
+    # Other processes may take and free memory of the GPU meanwhile, but not each time.
+    tries = (taken_and_given_back() for _ in range(100))
+    assert any(abs(taken - 2**28) < 2**24 and abs(lost) < 2**24 for taken, lost in tries)
 
 
 def test_disk_of_a_folder_that_is_yet_to_be_made(tmp_path, monkeypatch):

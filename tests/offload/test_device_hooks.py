@@ -343,6 +343,19 @@ def test_what_nothing_floating_goes_into_gives_the_models_dtype(moves):
     assert model(torch.tensor([1, 2])).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_only_looks_up_gives_the_models_dtype_whatever_goes_into_it(moves, wrapped):
+    class Positions(nn.Embedding):  # as OPT's: their numbers are made of the mask, which is in float32
+        def forward(self, mask):
+            return super().forward((mask.cumsum(-1) - 1).long())
+
+    table = Positions(4, 4)
+    model = nn.Sequential(nn.Sequential(table) if wrapped else table, nn.Linear(4, 4).to(torch.bfloat16).to(META))
+    attach(model, {"0": CPU, "1": META}, ["0"], torch.bfloat16)
+    assert model[0](torch.ones(1, 3)).dtype == torch.bfloat16
+    assert model(torch.ones(1, 3)).dtype == torch.bfloat16
+
+
 def test_blocks_in_float32_take_and_give_what_the_others_compute_in(moves):
     model, devices = stack("10")
     model.parts[0].to(torch.bfloat16)
