@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -86,11 +87,24 @@ class Experts:
         gate, up = h.chunk(2, dim=-1)
         return module.act_fn(gate) * up  # type: ignore[no-any-return]
 
+    def is_swiglu(self, module: Any) -> bool:
+        """Whether `activate` gives `silu(h[:, :I]) * h[:, I:]` and runs no code of somebody else, as hooks are."""
+        act = module._modules.get("act_fn")
+        return (
+            self.has_gate
+            and _is_silu(act.__class__)
+            and "forward" not in act.__dict__
+            and not (act._forward_hooks or act._forward_pre_hooks)
+            and _is_usual_gate(getattr(module, "_apply_gate", None))
+        )
+
+    def has_norm(self, module: Any) -> bool:
+        """Whether there is a norm behind each expert, as some classes have."""
+        return bool(getattr(module, "has_post_expert_norm", False))
+
     def normalize(self, module: Any, y: torch.Tensor) -> torch.Tensor:
-        """Return what `down` made, (pairs, H), through the norm that some classes have behind each expert."""
-        if getattr(module, "has_post_expert_norm", False):
-            return module.post_expert_norm(y)  # type: ignore[no-any-return]
-        return y
+        """Return what `down` made, (pairs, H), through the norm behind each expert, if there is one."""
+        return module.post_expert_norm(y) if self.has_norm(module) else y
 
 
 def find_experts(
@@ -119,6 +133,20 @@ def unsupported_experts(
     """Return the fused experts that stay in 16 bit, by path, each with the reason; arguments as for `find_experts`."""
     found = _survey(modules, blocksize, declared)
     return {path: reason for path, reason in found.items() if isinstance(reason, str)}
+
+
+@functools.cache
+def _is_silu(cls: type) -> bool:
+    return cls is nn.SiLU or (cls.__module__, cls.__name__) == ("transformers.activations", "SiLUActivation")
+
+
+def _is_usual_gate(method: Any) -> bool:
+    """Whether `_apply_gate` is what transformers gives to classes that have none."""
+    if method is None:
+        return True
+    function = getattr(method, "__func__", method)
+    name = (getattr(function, "__module__", ""), getattr(function, "__qualname__", ""))
+    return name == ("transformers.integrations.moe", "_default_apply_gate")
 
 
 def _survey(modules: Mapping[str, nn.Module], blocksize: int, declared: Iterable[str]) -> dict[str, Experts | str]:

@@ -32,48 +32,110 @@ def two_inputs(pairs, dtype: tl.constexpr):
 
 
 @triton.jit
-def gemv(
-    x, data, scales, code, nested_scales, nested_code, offsets, ids, bias, out,
-    pairs_per_row, num_experts,
-    rows: tl.constexpr, columns: tl.constexpr, blocksize: tl.constexpr,
-    block_rows: tl.constexpr, block_columns: tl.constexpr, has_bias: tl.constexpr, nested: tl.constexpr,
+def expert_at(ids, pair, ok, num_experts):
+    """The expert of each pair, E for none, which ids below 0 and from E on stand for."""
+    expert = tl.load(ids + pair, mask=ok, other=num_experts).to(tl.int64)
+    return tl.where((expert < 0) | (expert > num_experts), num_experts, expert)
+
+
+@triton.jit
+def row_products(
+    x, data, scales, code, nested_scales, nested_code, offsets, bias,
+    input_row, expert, row, row_ok,
+    rows: tl.constexpr, columns: tl.constexpr, blocksize: tl.constexpr, block_columns: tl.constexpr,
+    tile_rows: tl.constexpr, dtype: tl.constexpr, has_bias: tl.constexpr, nested: tl.constexpr,
 ):  # fmt: skip
-    pair = tl.program_id(1)
-    expert = tl.load(ids + pair).to(tl.int64)
-    row = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
-    row_ok = row < rows
-    dtype = out.dtype.element_ty
-    if expert >= num_experts:
-        tl.store(out + pair * rows + row, tl.zeros([block_rows], tl.float32).to(dtype), mask=row_ok)
-        return
+    """Rows of weights times rows of x, (tile_rows,): `input_row` and `expert` are one number each, or one for each."""
     offset = 0.0
     if nested:
         offset = tl.load(offsets)
     half: tl.constexpr = block_columns // 2
     blocks: tl.constexpr = block_columns // blocksize
-    data += expert * (rows * columns // 2)
-    first_scale = expert * (rows * columns // blocksize)
-    x += (pair // pairs_per_row).to(tl.int64) * (columns // 2)
+    weight_row = expert * rows + row
+    first_byte, first_scale = weight_row * (columns // 2), weight_row * (columns // blocksize)
     byte, block = tl.arange(0, half), tl.arange(0, blocks)
-    total = tl.zeros([block_rows], tl.float32)
+    total = tl.zeros([tile_rows], tl.float32)
     for begin in range(0, columns // 2, half):
         at = begin + byte
         at_ok = at < columns // 2
-        packed = tl.load(
-            data + row[:, None] * (columns // 2) + at[None, :], mask=row_ok[:, None] & at_ok[None, :], other=0
-        ).to(tl.int32)
-        first, second = two_inputs(tl.load(x + at, mask=at_ok, other=0), dtype)
+        mask = row_ok[:, None] & at_ok[None, :]
+        packed = tl.load(data + first_byte[:, None] + at[None, :], mask=mask, other=0).to(tl.int32)
+        inputs = tl.load(x + input_row[:, None] * (columns // 2) + at[None, :], mask=at_ok[None, :], other=0)
+        first, second = two_inputs(inputs, dtype)
         high, low = tl.load(code + (packed >> 4)), tl.load(code + (packed & 15))
-        products = high * first.to(tl.float32)[None, :] + low * second.to(tl.float32)[None, :]
-        sums = tl.sum(tl.reshape(products, [block_rows, blocks, blocksize // 2]), 2)
+        products = high * first.to(tl.float32) + low * second.to(tl.float32)
+        sums = tl.sum(tl.reshape(products, [tile_rows, blocks, blocksize // 2]), 2)
         number = begin * 2 // blocksize + block
-        index = first_scale + row[:, None] * (columns // blocksize) + number[None, :]
         mask = row_ok[:, None] & (number < columns // blocksize)[None, :]
+        index = first_scale[:, None] + number[None, :]
         scale = block_scales(scales, nested_scales, nested_code, offset, index, mask, nested)
         total += tl.sum(sums * scale, 1)
     if has_bias:
-        total += tl.load(bias + expert * rows + row, mask=row_ok, other=0.0).to(tl.float32)
-    tl.store(out + pair * rows + row, total.to(dtype), mask=row_ok)
+        total += tl.load(bias + weight_row, mask=row_ok, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def gemv(
+    x, data, scales, code, nested_scales, nested_code, offsets, ids, bias, out,
+    pairs_per_row, num_experts,
+    rows: tl.constexpr, columns: tl.constexpr, blocksize: tl.constexpr,
+    block_rows: tl.constexpr, block_columns: tl.constexpr,
+    has_bias: tl.constexpr, gated: tl.constexpr, nested: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(1)
+    expert = expert_at(ids, pair, True, num_experts)
+    dtype: tl.constexpr = out.dtype.element_ty
+    tile = tl.arange(0, block_rows)
+    if gated:  # a row of the gates and its row of the ups, in turns
+        limit: tl.constexpr = rows // 2
+        row = tl.program_id(0) * (block_rows // 2) + tile // 2
+        weight_row = row + tile % 2 * limit
+    else:
+        limit: tl.constexpr = rows
+        row = tl.program_id(0) * block_rows + tile
+        weight_row = row
+    total = tl.zeros([block_rows], tl.float32)
+    if expert < num_experts:
+        total = row_products(
+            x, data, scales, code, nested_scales, nested_code, offsets, bias,
+            tl.full([1], pair // pairs_per_row, tl.int64), expert, weight_row, row < limit,
+            rows, columns, blocksize, block_columns, block_rows, dtype, has_bias, nested,
+        )  # fmt: skip
+    if gated:  # rounded where the operators of torch round
+        gate, up = tl.split(tl.reshape(total.to(dtype).to(tl.float32), [block_rows // 2, 2]))
+        row = tl.program_id(0) * (block_rows // 2) + tl.arange(0, block_rows // 2)
+        total = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32) * up
+    tl.store(out + pair.to(tl.int64) * limit + row, total.to(dtype), mask=row < limit)
+
+
+@triton.jit
+def gemv_combined(
+    x, data, scales, code, nested_scales, nested_code, offsets, ids, bias, weights, out,
+    top_k, num_experts,
+    rows: tl.constexpr, columns: tl.constexpr, blocksize: tl.constexpr,
+    choices: tl.constexpr, block_rows: tl.constexpr, block_columns: tl.constexpr,
+    has_bias: tl.constexpr, nested: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(1).to(tl.int64)
+    dtype: tl.constexpr = out.dtype.element_ty
+    tile_rows: tl.constexpr = choices * block_rows
+    tile = tl.arange(0, tile_rows)
+    chosen = tile // block_rows < top_k
+    pair = tl.where(chosen, token * top_k + tile // block_rows, 0)
+    row = tl.program_id(0) * block_rows + tile % block_rows
+    expert = expert_at(ids, pair, chosen, num_experts)
+    there = (expert < num_experts) & (row < rows)
+    total = row_products(
+        x, data, scales, code, nested_scales, nested_code, offsets, bias,
+        pair, expert, row, there,
+        rows, columns, blocksize, block_columns, tile_rows, dtype, has_bias, nested,
+    )  # fmt: skip
+    weight = tl.load(weights + pair, mask=there, other=0.0).to(tl.float32)
+    total = tl.where(there, total.to(dtype).to(tl.float32) * weight, 0.0)
+    row = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
+    total = tl.sum(tl.reshape(total, [choices, block_rows]), 0)
+    tl.store(out + token * rows + row, total.to(dtype), mask=row < rows)
 
 
 @triton.jit
@@ -184,13 +246,13 @@ def route(
     pairs_padded: tl.constexpr, experts_padded: tl.constexpr, step: tl.constexpr,
 ):  # fmt: skip
     pair = tl.arange(0, pairs_padded)
-    mine = tl.load(ids + pair, mask=pair < num_pairs, other=2**30).to(tl.int32)
+    mine = expert_at(ids, pair, pair < num_pairs, num_experts)
     rank = tl.zeros([pairs_padded], tl.int32)
     expert = tl.arange(0, experts_padded)
     end = tl.zeros([experts_padded], tl.int32)
     for begin in range(0, pairs_padded, step):
         other = begin + tl.arange(0, step)
-        its = tl.load(ids + other, mask=other < num_pairs, other=2**30).to(tl.int32)
+        its = expert_at(ids, other, other < num_pairs, num_experts)
         is_first = (its[None, :] < mine[:, None]) | ((its[None, :] == mine[:, None]) & (other[None, :] < pair[:, None]))
         there = (other < num_pairs)[None, :]
         rank += tl.sum((is_first & there).to(tl.int32), 1)
@@ -211,7 +273,7 @@ def combine(
     total = tl.zeros([block], tl.float32)
     for choice in range(0, top_k):
         pair = token * top_k + choice
-        there = tl.where(tl.load(ids + pair) < num_experts, features, 0)  # what of the row is read
+        there = tl.where(expert_at(ids, pair, True, num_experts) < num_experts, features, 0)  # what of the row is read
         place = pair
         if has_places:
             place = tl.load(places + pair).to(tl.int64)
@@ -229,7 +291,7 @@ def combine_backward(
 ):  # fmt: skip
     place = tl.program_id(0).to(tl.int64)
     pair = tl.load(order + place).to(tl.int64)
-    there = tl.where(tl.load(ids + pair) < num_experts, features, 0)
+    there = tl.where(expert_at(ids, pair, True, num_experts) < num_experts, features, 0)
     weight = 1.0
     if has_weights:
         weight = tl.load(weights + pair).to(tl.float32)

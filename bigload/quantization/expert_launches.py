@@ -70,23 +70,29 @@ def runs_kernels(device: torch.device) -> bool:
 
 
 def gemv(
-    x: torch.Tensor, weight: PackedExperts, ids: torch.Tensor, pairs_per_row: int, bias: torch.Tensor | None
+    x: torch.Tensor,
+    weight: PackedExperts,
+    ids: torch.Tensor,
+    pairs_per_row: int,
+    bias: torch.Tensor | None,
+    *,
+    gated: bool = False,
 ) -> torch.Tensor:
     """Multiply one row a pair; for few pairs.
 
     Args:
         x: (pairs / pairs_per_row, in_features), contiguous.
         weight: of the experts.
-        ids: the expert of each pair, contiguous; E and more for none.
+        ids: the expert of each pair, contiguous; E and more, or less than 0, for none.
         pairs_per_row: how many pairs in succession have the same row of x.
         bias: (E, out_features) or None.
+        gated: the first half of the rows is gates: what is returned is `silu(gate) * up`.
 
     Returns:
-        (pairs, out_features), in the dtype of x; 0 for pairs of no expert.
+        (pairs, out_features), or half of it if gated, in the dtype of x; 0 for pairs of no expert.
     """
     experts, rows, columns = weight.shape
-    out = x.new_empty(ids.numel(), rows)
-    block_columns = max(weight.state.blocksize, min(_GEMV["block_columns"], _next_power_of_2(columns)))
+    out = x.new_empty(ids.numel(), rows // 2 if gated else rows)
     _module().gemv[(-(-rows // _GEMV["block_rows"]), ids.numel())](
         _two_at_a_time(x),
         *_tensors(weight),
@@ -98,11 +104,61 @@ def gemv(
         rows,
         columns,
         weight.state.blocksize,
-        **{**_GEMV, "block_columns": block_columns},
-        has_bias=bias is not None,
-        nested=weight.state.nested,
+        _GEMV["block_rows"],
+        _gemv_columns(weight),
+        bias is not None,
+        gated,
+        weight.state.nested,
+        num_warps=_GEMV["num_warps"],
     )
     return out
+
+
+def gemv_combined(
+    x: torch.Tensor, weight: PackedExperts, ids: torch.Tensor, bias: torch.Tensor | None, weights: torch.Tensor
+) -> torch.Tensor:
+    """Multiply one row a pair, and add up the products of each token's pairs: `combine` of `gemv` in one launch.
+
+    Args:
+        x: (pairs, in_features), contiguous.
+        weight: of the experts.
+        ids: the expert of each pair, (T, k), contiguous; E and more, or less than 0, for none.
+        bias: (E, out_features) or None.
+        weights: what each product is multiplied with, (T, k), contiguous.
+
+    Returns:
+        (T, out_features), in the dtype of x.
+    """
+    experts, rows, columns = weight.shape
+    tokens, top_k = ids.shape
+    out = x.new_empty(tokens, rows)
+    choices = _next_power_of_2(top_k)
+    block_rows = max(1, _GEMV["block_rows"] // choices)
+    _module().gemv_combined[(-(-rows // block_rows), tokens)](
+        _two_at_a_time(x),
+        *_tensors(weight),
+        ids,
+        out if bias is None else bias,
+        weights,
+        out,
+        top_k,
+        experts,
+        rows,
+        columns,
+        weight.state.blocksize,
+        choices,
+        block_rows,
+        _gemv_columns(weight),
+        bias is not None,
+        weight.state.nested,
+        num_warps=_GEMV["num_warps"],
+    )
+    return out
+
+
+def _gemv_columns(weight: PackedExperts) -> int:
+    blocksize: int = weight.state.blocksize
+    return max(blocksize, min(_GEMV["block_columns"], _next_power_of_2(weight.shape[2])))
 
 
 def grouped(
@@ -212,7 +268,7 @@ def combine(
 
     Args:
         y: (pairs, H), contiguous.
-        ids: the expert of each pair, (T, k), contiguous; rows of E and more are not read.
+        ids: the expert of each pair, (T, k), contiguous; rows of those of none are not read.
         weights: what each row is multiplied with, (T, k), contiguous; None for 1.
         num_experts: E.
         places: the row of y of each pair, (pairs,); None where they are in the order of the pairs.

@@ -73,7 +73,8 @@ class Routing:
 
     @classmethod
     def of(cls, ids: torch.Tensor, num_experts: int, by_kernels: bool) -> Routing:
-        """Sort the pairs of `ids`, (T, k), without waiting for a GPU."""
+        """Sort the pairs of `ids`, (T, k), without waiting for a GPU; numbers below 0 become E."""
+        ids = ids.masked_fill(ids < 0, num_experts)  # of none, as E and more are
         flat = ids.reshape(-1).clamp(max=num_experts)
         order = torch.argsort(flat, stable=True)
         counts = torch.zeros(num_experts + 1, dtype=torch.int32, device=ids.device)

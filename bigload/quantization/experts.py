@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -141,7 +141,7 @@ def _llama4_routing(experts: Experts, x: torch.Tensor) -> torch.Tensor:
 def _compute(
     module: Any, experts: Experts, hidden_states: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor | None
 ) -> torch.Tensor:
-    """Choose the way and compute; the rows of hidden_states and ids are the same."""
+    """Choose the way and compute; the rows of hidden_states and ids are the same. Only `_many` has gradients."""
     x = hidden_states.to(module.compute_dtype)
     layers = [
         # By getattr: a bias may be parametrized.
@@ -161,7 +161,8 @@ def _compute(
     )
     with torch.cuda.device(x.device):  # Triton launches on the current one
         if tokens <= expert_limits.grouped_tokens and not wants_gradients:
-            out = _few(module, experts, x, ids.contiguous(), weights, layers, tokens <= expert_limits.gemv_tokens)
+            few = _one_by_one if tokens <= expert_limits.gemv_tokens else _grouped
+            out = few(module, experts, x.contiguous(), ids.contiguous(), weights, layers)
         else:
             out = _many(module, experts, x, Routing.of(ids, experts.num_experts, True), weights, layers)
     return out.to(hidden_states.dtype)
@@ -172,29 +173,50 @@ class _Layer(NamedTuple):
     bias: torch.Tensor | None
 
 
-def _few(
+def _one_by_one(
     module: Any,
     experts: Experts,
     x: torch.Tensor,
     ids: torch.Tensor,
     weights: torch.Tensor | None,
     layers: Sequence[_Layer],
-    by_pair: bool,
 ) -> torch.Tensor:
-    """Compute few tokens by kernels that dequantize on the way; can be captured in a CUDA graph."""
-    multiply: Callable[..., torch.Tensor]
-    if by_pair:
-        multiply = functools.partial(launches.gemv, ids=ids)
-    elif ids.numel() <= launches.MAX_ROUTED:
+    """Compute each pair by itself, in as few launches as there can be: the CPU that launches is what takes the time."""
+    up, down = layers
+    gated = experts.is_swiglu(module)
+    h = launches.gemv(x, up.weight, ids, ids.shape[1], up.bias, gated=gated)
+    if not gated:
+        h = experts.activate(module, h).contiguous()
+    if weights is not None and not experts.has_norm(module):
+        return launches.gemv_combined(h, down.weight, ids, down.bias, weights.contiguous())
+    y = launches.gemv(h, down.weight, ids, 1, down.bias)
+    return _combine(module, experts, y, ids, weights)
+
+
+def _grouped(
+    module: Any,
+    experts: Experts,
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor | None,
+    layers: Sequence[_Layer],
+) -> torch.Tensor:
+    """Compute the pairs of each expert together, its weights dequantized on the way."""
+    if ids.numel() <= launches.MAX_ROUTED:
         order, ends = launches.route(ids, experts.num_experts)
-        multiply = functools.partial(launches.grouped, order=order, ends=ends)
     else:
         routing = Routing.of(ids, experts.num_experts, True)
-        multiply = functools.partial(launches.grouped, order=routing.order, ends=routing.ends)
+        order, ends = routing.order, routing.ends
     up, down = layers
-    h = multiply(x.contiguous(), up.weight, pairs_per_row=ids.shape[1], bias=up.bias)
+    h = launches.grouped(x, up.weight, order, ends, ids.shape[1], up.bias)
     h = experts.activate(module, h).contiguous()
-    y = multiply(h, down.weight, pairs_per_row=1, bias=down.bias)
+    y = launches.grouped(h, down.weight, order, ends, 1, down.bias)
+    return _combine(module, experts, y, ids, weights)
+
+
+def _combine(
+    module: Any, experts: Experts, y: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor | None
+) -> torch.Tensor:
     y = experts.normalize(module, y).contiguous()
     return launches.combine(y, ids, None if weights is None else weights.contiguous(), experts.num_experts)
 

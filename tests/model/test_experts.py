@@ -56,6 +56,7 @@ def decorated_classes():
 def test_every_decorated_class_of_transformers_computes_what_its_facts_say():
     classes = decorated_classes()
     assert len(classes) > 40
+    usual = 0
     for name, cls in classes.items():
         arguments = (Fields(), 0) if len(inspect.signature(cls.__init__).parameters) > 3 else (Fields(),)
         try:
@@ -64,6 +65,37 @@ def test_every_decorated_class_of_transformers_computes_what_its_facts_say():
             module = cls(Fields(), 0)
         (facts,) = find_experts({"experts": module}, blocksize=32).values()
         assert computes_otherwise(module, facts) == "", name
+        h = torch.randn(5, facts.up_features)
+        if facts.is_swiglu(module):
+            usual += 1
+            gate, up = h.chunk(2, dim=-1)
+            assert torch.equal(facts.activate(module, h), nn.functional.silu(gate) * up), name
+    assert usual > 20
+
+
+def gelu(module):
+    module.act_fn = nn.GELU()
+
+
+def hooked(module):
+    module.act_fn.register_forward_hook(lambda act, args, output: output * 2)
+
+
+def replaced(module):
+    module.act_fn.forward = torch.tanh
+
+
+def regated(module):
+    module._apply_gate = lambda h: h[:, ::2] * h[:, 1::2]
+
+
+@pytest.mark.parametrize("change", [gelu, hooked, replaced, regated])
+def test_what_somebody_made_of_an_activation_is_no_swiglu_any_more(change):
+    module = made("qwen3").experts
+    facts = find_experts({"experts": module})["experts"]
+    assert facts.is_swiglu(module)
+    change(module)
+    assert not facts.is_swiglu(module)
 
 
 def test_facts_of_the_usual_the_transposed_and_the_gateless():

@@ -73,6 +73,26 @@ def test_kernels_multiply_with_the_dequantized_values(shape, blocksize, mode, dt
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mode", ["nf4", "nf4-dq"])
+@pytest.mark.parametrize(("shape", "blocksize"), SHAPES, ids=str)
+def test_one_launch_gives_what_the_operators_of_torch_make_of_each_product(shape, blocksize, mode, dtype):
+    weight, _ = weight_of(shape, mode, blocksize, dtype)
+    for bias in (None, torch.randn(shape[:2], device=GPU, dtype=dtype)):
+        for tokens, top_k in ((1, 3), (3, 1), (2, 3)):
+            ids = pairs((max(shape[0], top_k + 1), 0, 0), tokens, top_k).clamp(max=shape[0])
+            ids[-1, -1] = -1
+            x = torch.randn(tokens, shape[2], device=GPU, dtype=dtype)
+            gate, up = launches.gemv(x, weight, ids, top_k, bias).chunk(2, -1)
+            gated = launches.gemv(x, weight, ids, top_k, bias, gated=True)
+            assert close(gated, (torch.nn.functional.silu(gate) * up).float(), dtype)
+            x = torch.randn(tokens * top_k, shape[2], device=GPU, dtype=dtype)
+            weights = torch.rand(tokens, top_k, device=GPU, dtype=dtype)
+            each = launches.gemv(x, weight, ids, 1, bias)
+            combined = launches.gemv_combined(x, weight, ids, bias, weights)
+            assert close(combined, launches.combine(each, ids, weights, shape[0]).float(), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "fp4"])
 @pytest.mark.parametrize(("shape", "blocksize"), SHAPES, ids=str)
 def test_visited_experts_have_the_values_that_bitsandbytes_gives_them(shape, blocksize, mode, dtype):
@@ -90,7 +110,7 @@ def test_visited_experts_have_the_values_that_bitsandbytes_gives_them(shape, blo
 
 @pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 1, 3), (1, 8, 128), (16, 8, 128), (64, 4, 8), (5, 3, 4)])
 def test_few_pairs_are_sorted_in_one_launch(tokens, top_k, experts):
-    ids = torch.randint(0, experts + 2, (tokens, top_k), device=GPU)
+    ids = torch.randint(-1, experts + 2, (tokens, top_k), device=GPU)
     order, ends = launches.route(ids, experts)
     expected = Routing.of(ids, experts, True)
     assert torch.equal(ends, expected.ends)
@@ -132,7 +152,7 @@ def test_limits_choose_the_way(monkeypatch):
     model = made(dtype=torch.bfloat16, device=GPU)
     pack(model, compute_dtype=torch.bfloat16)
     called = []
-    for name in ("gemv", "grouped", "dequantize_visited"):
+    for name in ("gemv", "gemv_combined", "grouped", "dequantize_visited"):
         own = getattr(launches, name)
         monkeypatch.setattr(launches, name, lambda *a, name=name, own=own, **k: called.append(name) or own(*a, **k))
     outputs = {}
@@ -143,13 +163,13 @@ def test_limits_choose_the_way(monkeypatch):
         outputs[tokens] = model.experts(x.requires_grad_(grad), ids, weights)
         return set(called)
 
-    assert ways(expert_limits.gemv_tokens) == {"gemv"}
+    assert ways(expert_limits.gemv_tokens) == {"gemv", "gemv_combined"}
     assert ways(expert_limits.gemv_tokens + 1) == {"grouped"}
     assert ways(expert_limits.grouped_tokens) == {"grouped"}
     assert ways(expert_limits.grouped_tokens + 1) == {"dequantize_visited"}
     assert ways(2, grad=True) == {"dequantize_visited"}
     by_values = outputs[2].detach()
-    assert ways(2) == {"gemv"}
+    assert ways(2) == {"gemv", "gemv_combined"}
     assert close(outputs[2], by_values.float(), torch.bfloat16)
     monkeypatch.setattr(expert_limits, "gemv_tokens", 0)
     assert ways(2) == {"grouped"}

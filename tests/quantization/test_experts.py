@@ -74,16 +74,17 @@ def test_no_tokens_give_no_output(device):
     assert model.experts(*routed(0, 2, model.experts, device=device)).shape == (0, 128)
 
 
-@pytest.mark.parametrize("tokens", [2, 9, 300])
+@pytest.mark.parametrize("tokens", [2, 9, 150, 300])
 @pytest.mark.parametrize("kind", KINDS)
-def test_numbers_beyond_the_last_expert_add_nothing(kind, tokens, device):
-    """As expert parallelism gives them to the experts of other ranks, with any weight."""
+def test_numbers_that_no_expert_has_add_nothing(kind, tokens, device):
+    """As expert parallelism gives them to the experts of other ranks, with any weight; -1 is others' number for it."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = made(kind, 6, dtype=dtype, device=device)
     plain = pack(model, compute_dtype=dtype)
     x, ids, weights = routed(tokens, 3, model.experts, dtype, device=device)
-    ids[::2, 1], ids[0] = 6, torch.tensor([7, 6, 99])
-    expected = exact(plain).experts(x.float(), ids.masked_fill(ids > 5, 5), weights.float().masked_fill(ids > 5, 0))
+    ids[::2, 1], ids[1, 0], ids[0] = 6, -1, torch.tensor([7, -3, 99])
+    absent = (ids > 5) | (ids < 0)
+    expected = exact(plain).experts(x.float(), ids.masked_fill(absent, 5), weights.float().masked_fill(absent, 0))
     for grad in (False, True):
         found = model.experts(x.clone().requires_grad_(grad), ids, weights)
         assert not found[0].any()
