@@ -63,7 +63,7 @@ def _limits(options: argparse.Namespace) -> None:
 
 
 def _add_make(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("size", help="tiny, 1b, 8b, 30b (Llamas) or many-N: N tensors of 4 KB, as in many-20k")
+    parser.add_argument("size", help="tiny, 1b, 8b, 30b (Llamas), tiny-moe, half-30b-a3b (Qwen3-MoEs), many-20k")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shards", type=int, default=4, help="number of files (default: %(default)s)")
     parser.add_argument("--quant", choices=QUANTIZING, help="write it quantized already, from a checkpoint in 16 bit")

@@ -42,6 +42,26 @@ LLAMAS = {
 }
 
 
+class MixtureSizes(NamedTuple):
+    """The shape of a Qwen3-MoE."""
+
+    hidden: int
+    expert: int  # the intermediate size of each
+    layers: int
+    heads: int
+    kv_heads: int
+    experts: int
+    chosen: int
+    vocabulary: int
+
+
+# Qwen3-30B-A3B's shape with half of its 48 layers.
+MIXTURES = {
+    "tiny-moe": MixtureSizes(256, 64, 2, 4, 2, 8, 2, 4096),
+    "half-30b-a3b": MixtureSizes(2048, 768, 24, 32, 4, 128, 8, 151936),
+}
+
+
 class Many(nn.Module):
     """As many tensors as asked for, each 4 KB in 16 bit: blocks of ten small Linears. It computes nothing."""
 
@@ -76,23 +96,27 @@ def make_checkpoint(size: str, folder: Path, shards: int = 4) -> Path:
     """Write a checkpoint of random bfloat16 weights, or leave one that is there.
 
     Args:
-        size: a name in `LLAMAS`, or "many-N".
+        size: a name in `LLAMAS` or `MIXTURES`, or "many-N".
         folder: where to; made if need be.
         shards: number of files, filled in the order of the model's layers.
 
     Raises:
         SystemExit: no such size.
     """
-    if size not in LLAMAS and not _many(size):
-        raise SystemExit(f"no size is called '{size}'; there are {', '.join(LLAMAS)} and many-N, as in many-20k")
+    if size not in {*LLAMAS, *MIXTURES} and not _many(size):
+        named = ", ".join([*LLAMAS, *MIXTURES])
+        raise SystemExit(f"no size is called '{size}'; there are {named} and many-N, as in many-20k")
     if (folder / INDEX).exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     _write_config(size, folder)
-    shapes = {name: tuple(tensor.shape) for name, tensor in build(folder).state_dict().items()}
+    state = build(folder).state_dict()
+    shapes = dict(each for name, tensor in state.items() for each in _stored(name, tuple(tensor.shape)))
     # 16 million numbers, repeated: drawing billions takes minutes.
     noise = memoryview(torch.randn(2**24).mul_(0.02).bfloat16().view(torch.uint8).numpy())  # type: ignore[arg-type]
     groups = list(_grouped({name: 2 * prod(shape) for name, shape in shapes.items()}, shards))
+    if size in MIXTURES:  # the order in files of transformers, in which the weights of experts alternate
+        groups = [sorted(group) for group in groups]
     paths = [folder / _shard_name(number, len(groups)) for number in range(1, len(groups) + 1)]
     with ThreadPoolExecutor(len(groups)) as pool:  # a file a thread: a file takes one writer at a time
         writing = [
@@ -105,12 +129,43 @@ def make_checkpoint(size: str, folder: Path, shards: int = 4) -> Path:
     return folder
 
 
+def _stored(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Give name and shape of what a checkpoint holds for a tensor: the experts of transformers each for itself."""
+    layer, _, weight = name.rpartition("experts.")
+    if weight == "gate_up_proj":
+        experts, rows, columns = shape
+        for number in range(experts):
+            yield f"{layer}experts.{number}.gate_proj.weight", (rows // 2, columns)
+            yield f"{layer}experts.{number}.up_proj.weight", (rows // 2, columns)
+    elif weight == "down_proj":
+        yield from ((f"{layer}experts.{number}.down_proj.weight", shape[1:]) for number in range(shape[0]))
+    else:
+        yield name, shape
+
+
 def _write_config(size: str, folder: Path) -> None:
     if _many(size):
         (folder / "config.json").write_text(json.dumps({"many": _many(size)}))
         return
-    from transformers import LlamaConfig
+    from transformers import LlamaConfig, Qwen3MoeConfig
 
+    if size in MIXTURES:
+        mixture = MIXTURES[size]
+        Qwen3MoeConfig(
+            hidden_size=mixture.hidden,
+            moe_intermediate_size=mixture.expert,
+            num_hidden_layers=mixture.layers,
+            num_attention_heads=mixture.heads,
+            num_key_value_heads=mixture.kv_heads,
+            head_dim=128,
+            num_experts=mixture.experts,
+            num_experts_per_tok=mixture.chosen,
+            vocab_size=mixture.vocabulary,
+            tie_word_embeddings=False,
+            architectures=["Qwen3MoeForCausalLM"],
+            dtype="bfloat16",
+        ).save_pretrained(folder)
+        return
     sizes = LLAMAS[size]
     LlamaConfig(
         hidden_size=sizes.hidden,
