@@ -146,7 +146,7 @@ def slowed(monkeypatch, owner, name, stream_of, chance, seed=0, cycles=CYCLES):
 
 
 def slow_copies(monkeypatch, chance=0.3, **options):
-    for name in ("send", "_gather"):
+    for name in ("send", "_stage"):
         slowed(monkeypatch, room.CudaTransfer, name, lambda copier: copier._stream, chance, **options)
 
 

@@ -27,6 +27,9 @@ _WINDOW = 3
 PLACE_BYTES = 48 * 2**20
 WINDOW_BYTES = _WINDOW * PLACE_BYTES
 
+# Where tensors begin in a staging buffer, in bytes: as in memory of their own.
+_ALIGNMENT = 512
+
 # Slots that a GPU copies from: one now, and one that is ready so that the link never waits.
 _COPIED = 2
 
@@ -98,6 +101,8 @@ def _steps(
         if nbytes >= _BATCH_BYTES:
             nbytes = 0
             yield None
+    for transfer in transfers.values():
+        yield from transfer.flush()
 
 
 def _stop(reader: Reader, transfers: dict[torch.device, Transfer]) -> None:
@@ -167,6 +172,10 @@ class Transfer(AbstractContextManager["Transfer"]):
         """
         raise NotImplementedError
 
+    def flush(self) -> Iterator[_Step]:
+        """Yield the work that waits for more to come; after the last extent."""
+        return iter(())
+
     def stop(self) -> None:
         """End all waits: the load was interrupted."""
 
@@ -193,9 +202,9 @@ def _take(part: ExtentSlice, filled: torch.Tensor) -> None:
 class CudaTransfer(Transfer):
     """Copies to one GPU on a stream of its own, into homes or into staging buffers on the device.
 
-    A staging buffer collects a tensor, or as much of it as fits, before the default stream works on it: few large steps
-    instead of many. Events order the two streams: a buffer is written after the default stream is done with its former
-    contents, and worked on after it has been written.
+    A staging buffer collects whole tensors, as many as fit, or a piece of a larger one before the default stream works
+    on them: few large steps instead of many. Events order the two streams: a buffer is written after the default stream
+    is done with its former contents, and worked on after it has been written.
     """
 
     copies = True
@@ -220,13 +229,15 @@ class CudaTransfer(Transfer):
         assert slot is not None
         assert filled is not None
         torch.cuda.set_stream(self._stream)  # of this thread; a context manager would take ten times as long
-        at_home = [part for part in extent.parts if part.task.home is not None]
-        if at_home:
-            homes = [part.home for part in at_home if part.home is not None]
-            torch._foreach_copy_(homes, [part.bytes_in(filled) for part in at_home], non_blocking=True)
+        at_home, copies = list[ExtentSlice](), _Copies()
         for part in extent.parts:
-            if part.task.home is None:
-                yield from self._gather(part, part.bytes_in(filled))
+            home, values = part.home, part.bytes_in(filled)
+            if home is None:
+                yield from self._stage(part, values, copies)
+            else:
+                copies.add(home, values)
+                at_home.append(part)
+        copies.begin()
         copied = self._copied[slot]
         copied.record(self._stream)
         reader.release(slot, copied)
@@ -239,44 +250,41 @@ class CudaTransfer(Transfer):
             for part in at_home:
                 part.task.arrived(part.count)
 
-    def _gather(self, part: ExtentSlice, values: torch.Tensor) -> Iterator[_Step]:
-        """Copy a piece's bytes into its tensor's staging buffer, and the rest into the next."""
-        task = part.task
-        itemsize = task.tensor.dtype.itemsize
-        room = PLACE_BYTES // itemsize // task.values_per_scale * task.values_per_scale * itemsize
-        begin, copied = part.begin * itemsize, 0
+    def _stage(self, part: ExtentSlice, values: torch.Tensor, copies: _Copies) -> Iterator[_Step]:
+        """Add the copies of a piece's bytes into staging buffers; one that is full goes to the caller's thread."""
+        task, copied = part.task, 0
         while copied < part.nbytes:
-            place = self._place or self._next_place()
-            if place is None:
+            begin = part.begin * task.tensor.dtype.itemsize + copied
+            if self._place is not None and not self._place.has_room_for(task, begin):
+                copies.begin()
+                yield from self.flush()
+            if self._place is None:
+                self._place = self._free.get()
+            if self._place is None:
+                self.stop()  # the next call shall not wait either
                 return
-            self._place = place
-            count = min(part.nbytes - copied, room - place.gathered)
-            target = place.memory[place.gathered : place.gathered + count]
-            target.copy_(values[copied : copied + count], non_blocking=True)
-            place.gathered += count
-            copied += count
-            if place.gathered == room or begin + copied == task.tensor.nbytes:
-                place.copied.record(self._stream)
-                self._place = None
-                yield partial(self._hand_over, task, place, (begin + copied - place.gathered) // itemsize)
-                yield None
+            if not self._place.parts:
+                self._stream.wait_event(self._place.worked)
+            target = self._place.take(task, begin, part.nbytes - copied)
+            copies.add(target, values[copied : copied + len(target)])
+            copied += len(target)
 
-    def _next_place(self) -> _Place | None:
-        place = self._free.get()
-        if place is None:
-            self.stop()  # the next call shall not wait either
-        else:
-            self._stream.wait_event(place.worked)
-        return place
+    def flush(self) -> Iterator[_Step]:
+        place, self._place = self._place, None
+        if place is not None and place.parts:
+            place.copied.record(self._stream)
+            yield partial(self._hand_over, place)
+            yield None
 
-    def _hand_over(self, task: ReadTask, place: _Place, begin: int) -> None:
+    def _hand_over(self, place: _Place) -> None:
         with torch.cuda.device(self._device):  # the caller's current GPU may be another
             self._default.wait_event(place.copied)
-            values = place.memory[: place.gathered].view(task.tensor.dtype)
-            task.take(values, begin)
-            task.arrived(len(values))
+            for part in place.parts:
+                values = part.values_in(place.memory)
+                part.task.take(values, part.begin)
+                part.task.arrived(part.count)
             place.worked.record(self._default)
-        place.gathered = 0
+        place.parts = []
         self._free.put(place)
 
     def stop(self) -> None:
@@ -289,13 +297,70 @@ class CudaTransfer(Transfer):
         self.is_done = True
 
 
+class _Copies:
+    """Copies to a GPU that are begun together: each call of torch waits for the interpreter's lock."""
+
+    def __init__(self) -> None:
+        self._targets: list[torch.Tensor] = []
+        self._sources: list[torch.Tensor] = []
+
+    def add(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        self._targets.append(target)
+        self._sources.append(source)
+
+    def begin(self) -> None:
+        """Begin what was added, on the current stream."""
+        if self._targets:
+            torch._foreach_copy_(self._targets, self._sources, non_blocking=True)
+        self._targets, self._sources = [], []
+
+
 class _Place:
-    """A staging buffer on a GPU, which collects a tensor's bytes."""
+    """A staging buffer on a GPU.
+
+    Attributes:
+        parts: the pieces of tensors that it holds, each aligned as kernels want it.
+        copied: recorded when all of them have been copied.
+        worked: recorded when they have been worked on.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.memory = torch.empty(PLACE_BYTES, dtype=torch.uint8, device=device)
-        self.gathered = 0
+        self.parts: list[ExtentSlice] = []
         self.copied, self.worked = _event(), _event()
+
+    @property
+    def _free_at(self) -> int:
+        end = self.parts[-1].at + self.parts[-1].nbytes if self.parts else 0
+        return -(-end // _ALIGNMENT) * _ALIGNMENT
+
+    def has_room_for(self, task: ReadTask, begin: int) -> bool:
+        """Whether a tensor's bytes from `begin` on can go on here: a tensor that fits into a buffer is not divided."""
+        if self._continues(task, begin):
+            return self.parts[-1].nbytes < self._room(task)
+        return not self.parts or self._free_at + task.tensor.nbytes <= PLACE_BYTES
+
+    def take(self, task: ReadTask, begin: int, nbytes: int) -> torch.Tensor:
+        """Return where a tensor's bytes from `begin` on go: memory for `nbytes` of them, or as many as fit."""
+        itemsize = task.tensor.dtype.itemsize
+        if not self._continues(task, begin):
+            self.parts.append(ExtentSlice(task, begin // itemsize, 0, self._free_at, 0))
+        part = self.parts[-1]
+        count = min(nbytes, self._room(task) - part.nbytes)
+        at = part.at + part.nbytes
+        part.nbytes += count
+        part.count += count // itemsize
+        return self.memory[at : at + count]
+
+    def _continues(self, task: ReadTask, begin: int) -> bool:
+        """Whether the last piece is of this tensor and ends there."""
+        last = self.parts[-1] if self.parts else None
+        return last is not None and last.task is task and last.begin * task.tensor.dtype.itemsize + last.nbytes == begin
+
+    def _room(self, task: ReadTask) -> int:
+        """Return the size of a tensor's piece at most: it ends with a scale."""
+        itemsize = task.tensor.dtype.itemsize
+        return PLACE_BYTES // itemsize // task.values_per_scale * task.values_per_scale * itemsize
 
 
 def _event() -> torch.cuda.Event:

@@ -104,9 +104,9 @@ class PieceSink(Sink):
         return self.finish()
 
     def _begins(self) -> list[int] | None:
-        shape, multiple = self.planned.shape, self._values_per_scale
-        begins = [_begin_of_run(source, shape, multiple) for source in self.planned.sources]
-        fits = all(multiple * source.tensor.dtype.itemsize <= slot_bytes() for source in self.planned.sources)
+        whole, multiple, room = torch.empty(self.planned.shape, device="meta"), self._values_per_scale, slot_bytes()
+        begins = [_begin_of_run(source, whole, multiple) for source in self.planned.sources]
+        fits = all(multiple * source.tensor.dtype.itemsize <= room for source in self.planned.sources)
         return [begin for begin in begins if begin is not None] if fits and None not in begins else None
 
     def tasks(self) -> list[ReadTask]:
@@ -191,13 +191,12 @@ def gathered_if_needed(sink: PieceSink) -> Sink:
     return sink if sink.begins is not None else GatherSink(sink)
 
 
-def _begin_of_run(source: Source, shape: tuple[int, ...], multiple: int) -> int | None:
-    """Return where a source begins in the flattened tensor, if its values are contiguous there and split no scale."""
+def _begin_of_run(source: Source, whole: torch.Tensor, multiple: int) -> int | None:
+    """Return where a source begins in the flattened `whole`, if its values are contiguous there and split no scale."""
     if source.transposed:
         return None
     if not source.region:  # almost always
         return 0
-    whole = torch.empty(shape, device="meta")
     part = whole[source.region]
     begin = int(part.storage_offset())
     is_run = part.is_contiguous() and begin % multiple == 0

@@ -8,7 +8,7 @@ region.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -89,7 +89,7 @@ def _stack(tensors: Sequence[TracedTensor], dim: int = 0) -> TracedTensor:
         raise NotTraceable("stack of different shapes")
     dim %= len(first) + 1
     pieces = [
-        replace(piece, region=(*piece.region[:dim], position, *piece.region[dim:]))
+        TracedRegion(piece.name, (*piece.region[:dim], position, *piece.region[dim:]), piece.transposed)
         for position, tensor in enumerate(tensors)
         for piece in tensor.pieces
     ]
@@ -105,7 +105,9 @@ def _cat(tensors: Sequence[TracedTensor], dim: int = 0) -> TracedTensor:
         raise NotTraceable("cat of different shapes")
     pieces, offset = [], 0
     for tensor in tensors:
-        pieces += [replace(piece, region=_shifted(piece.region, dim, offset)) for piece in tensor.pieces]
+        pieces += [
+            TracedRegion(piece.name, _shifted(piece.region, dim, offset), piece.transposed) for piece in tensor.pieces
+        ]
         offset += tensor.shape[dim]
     return TracedTensor((*first[:dim], offset, *first[dim + 1 :]), pieces)
 
@@ -123,7 +125,7 @@ def _transpose(tensor: TracedTensor, dim0: int, dim1: int) -> TracedTensor:
     if any(isinstance(index, int) for piece in tensor.pieces for index in piece.region[-2:]):
         raise NotTraceable("transpose of a stacked dimension")
     pieces = [
-        replace(piece, region=(*piece.region[:-2], *piece.region[:-3:-1]), transposed=not piece.transposed)
+        TracedRegion(piece.name, (*piece.region[:-2], *piece.region[:-3:-1]), not piece.transposed)
         for piece in tensor.pieces
     ]
     return TracedTensor((*tensor.shape[:-2], tensor.shape[-1], tensor.shape[-2]), pieces)

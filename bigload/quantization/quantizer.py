@@ -75,19 +75,23 @@ class Quantizer:
             begin = end
 
     def _add_blocks(self, values: torch.Tensor, begin: int, fmt: FourBit) -> None:
-        packed, scales = self._bytes[begin // 2 :], self._scales[begin // fmt.blocksize :]
         if values.device.type == "cpu":
-            whole = len(values) - len(values) % fmt.blocksize
-            table = code_table(fmt.quant_type, self._device)
-            blocks = whole // fmt.blocksize
-            quantize_blocks(values[:whole], fmt.blocksize, table, packed[: whole // 2], scales[:blocks])
-            values, packed, scales = values[whole:], packed[whole // 2 :], scales[blocks:]
-            if not len(values):
-                return
-        for piece in torch.split(values, _MAX_VALUES):
-            blocks, nbytes = -(-len(piece) // fmt.blocksize), (len(piece) + 1) // 2
-            quantize_4bit_into(piece, fmt.blocksize, fmt.quant_type, packed[:nbytes], scales[:blocks])
-            packed, scales = packed[nbytes:], scales[blocks:]
+            begin, values = self._add_whole_blocks(values, begin, fmt)
+        count = values.numel()
+        for first in range(begin, begin + count, _MAX_VALUES):
+            end = min(first + _MAX_VALUES, begin + count)
+            piece = values if count <= _MAX_VALUES else values[first - begin : end - begin]
+            packed = self._bytes[first // 2 : (end + 1) // 2]
+            scales = self._scales[first // fmt.blocksize : -(-end // fmt.blocksize)]
+            quantize_4bit_into(piece, fmt.blocksize, fmt.quant_type, packed, scales)
+
+    def _add_whole_blocks(self, values: torch.Tensor, begin: int, fmt: FourBit) -> tuple[int, torch.Tensor]:
+        """Quantize the whole blocks of a piece on the CPU. Returns where the rest begins, and the rest."""
+        whole = len(values) - len(values) % fmt.blocksize
+        packed, scales = self._bytes[begin // 2 :], self._scales[begin // fmt.blocksize :]
+        table = code_table(fmt.quant_type, self._device)
+        quantize_blocks(values[:whole], fmt.blocksize, table, packed[: whole // 2], scales[: whole // fmt.blocksize])
+        return begin + whole, values[whole:]
 
     def finish(self) -> QuantizedWeight:
         """Return the weight, after all pieces were added."""

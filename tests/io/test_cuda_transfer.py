@@ -3,6 +3,7 @@
 What the events are for shows only on a GPU (test_races.py); that each stands where it must can be seen anywhere.
 """
 
+import random
 import threading
 from contextlib import nullcontext
 
@@ -112,6 +113,52 @@ def test_values_arrive_whichever_way_they_go(stored, log, taken, values_per_scal
     made = delivered(stored, log, taken=taken, values_per_scale=values_per_scale)
     for name, tensor in stored[0].items():
         assert torch.equal(made[name], tensor.reshape(-1)), name
+
+
+def staged(log, folder, sizes, *, dtype=torch.float32, values_per_scale=1):
+    """Bring tensors over by `take`. Returns by name the pieces of each, as (begin, values), and the hand-overs."""
+    tensors = {f"t{number:03}": torch.randint(0, 200, (size,)).to(dtype) for number, size in enumerate(sizes)}
+    save_file(tensors, folder / "w.safetensors")
+    entries = open_checkpoint(folder / "w.safetensors").tensors
+    pieces = {name: [] for name in tensors}
+    tasks = []
+    for name, entry in entries.items():
+
+        def take(values, begin, name=name):
+            assert values.data_ptr() % 64 == 0  # as memory of its own
+            pieces[name].append((begin, values.clone()))
+
+        tasks.append(ReadTask(entry, CPU, take, None, values_per_scale))
+    transfer.read_all(sorted(tasks, key=lambda task: task.tensor.offset))
+    for name, tensor in tensors.items():
+        assert torch.equal(torch.cat([values for _, values in pieces[name]]), tensor), name
+        ends = [begin + len(values) for begin, values in pieces[name]]
+        assert [begin for begin, _ in pieces[name]] == [0, *ends[:-1]], name
+        assert all(end % values_per_scale == 0 for end in ends[:-1])
+    return pieces, sum(entry[:2] == ("wait", "default") for entry in log)
+
+
+def test_small_tensors_share_a_buffer_and_are_not_divided(log, tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "PLACE_BYTES", 8 * transfer._ALIGNMENT)
+    pieces, handed_over = staged(log, tmp_path, [100] * 33)
+    assert all(len(each) == 1 for each in pieces.values())
+    assert handed_over == 5  # 8 in each, but the last
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_tensors_of_any_size_arrive_in_whole_scales(log, tmp_path, monkeypatch, seed):
+    rng = random.Random(seed)
+    scale = rng.choice([1, 7, 64])
+    dtype = rng.choice([torch.float32, torch.float16, torch.uint8])
+    room = 4096
+    monkeypatch.setattr(transfer, "PLACE_BYTES", room)
+    sizes = [rng.choice([1, scale, scale * 3 + 1, 500, 1024, 1025, 4096, 9000]) for _ in range(rng.randint(1, 30))]
+    pieces, handed_over = staged(log, tmp_path, sizes, dtype=dtype, values_per_scale=scale)
+    for each in pieces.values():
+        values = sum(len(values) for _, values in each)
+        most = room // dtype.itemsize // scale * scale
+        assert len(each) == -(-values // most)
+    assert handed_over <= sum(len(each) for each in pieces.values())
 
 
 def test_what_is_taken_has_been_copied_and_its_place_is_free_again_only_afterwards(stored, log):
