@@ -21,14 +21,11 @@ import torch
 from .extents import Extent, ExtentSlice, ReadTask, cut
 from .reader import Reader
 from .ring import take_ring
+from .staging import PLACE_BYTES, Copies, StagingBuffer, new_event
 
-# Staging buffers on each GPU, for what its default stream has yet to work on, and their size.
+# Staging buffers on each GPU, for what its default stream has yet to work on.
 _WINDOW = 3
-PLACE_BYTES = 48 * 2**20
 WINDOW_BYTES = _WINDOW * PLACE_BYTES
-
-# Where tensors begin in a staging buffer, in bytes: as in memory of their own.
-_ALIGNMENT = 512
 
 # Slots that a GPU copies from: one now, and one that is ready so that the link never waits.
 _COPIED = 2
@@ -213,14 +210,14 @@ class CudaTransfer(Transfer):
         self._device = device
         self._default = torch.cuda.default_stream(device)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._free: SimpleQueue[_Place | None] = SimpleQueue()
-        self._place: _Place | None = None
-        self._copied: defaultdict[int, torch.cuda.Event] = defaultdict(_event)  # by slot
+        self._free: SimpleQueue[StagingBuffer | None] = SimpleQueue()
+        self._place: StagingBuffer | None = None
+        self._copied: defaultdict[int, torch.cuda.Event] = defaultdict(new_event)  # by slot
 
     def __enter__(self) -> CudaTransfer:
         self.is_done = False
         for _ in range(_WINDOW):
-            self._free.put(_Place(self._device))
+            self._free.put(StagingBuffer(self._device))
         # The memory of homes and buffers may have been another tensor's, which the default stream still works on.
         self._stream.wait_stream(self._default)
         return self
@@ -229,13 +226,13 @@ class CudaTransfer(Transfer):
         assert slot is not None
         assert filled is not None
         torch.cuda.set_stream(self._stream)  # of this thread; a context manager would take ten times as long
-        at_home, copies = list[ExtentSlice](), _Copies()
+        at_home, copies = list[ExtentSlice](), Copies(filled)
         for part in extent.parts:
-            home, values = part.home, part.bytes_in(filled)
+            home = part.home
             if home is None:
-                yield from self._stage(part, values, copies)
+                yield from self._stage(part, copies)
             else:
-                copies.add(home, values)
+                copies.add(home, part.at)
                 at_home.append(part)
         copies.begin()
         copied = self._copied[slot]
@@ -250,7 +247,7 @@ class CudaTransfer(Transfer):
             for part in at_home:
                 part.task.arrived(part.count)
 
-    def _stage(self, part: ExtentSlice, values: torch.Tensor, copies: _Copies) -> Iterator[_Step]:
+    def _stage(self, part: ExtentSlice, copies: Copies) -> Iterator[_Step]:
         """Add the copies of a piece's bytes into staging buffers; one that is full goes to the caller's thread."""
         task, copied = part.task, 0
         while copied < part.nbytes:
@@ -265,9 +262,9 @@ class CudaTransfer(Transfer):
                 return
             if not self._place.parts:
                 self._stream.wait_event(self._place.worked)
-            target = self._place.take(task, begin, part.nbytes - copied)
-            copies.add(target, values[copied : copied + len(target)])
-            copied += len(target)
+            at, count = self._place.take(task, begin, part.nbytes - copied)
+            copies.add_run(self._place.memory, at, part.at + copied, count)
+            copied += count
 
     def flush(self) -> Iterator[_Step]:
         place, self._place = self._place, None
@@ -276,12 +273,11 @@ class CudaTransfer(Transfer):
             yield partial(self._hand_over, place)
             yield None
 
-    def _hand_over(self, place: _Place) -> None:
+    def _hand_over(self, place: StagingBuffer) -> None:
         with torch.cuda.device(self._device):  # the caller's current GPU may be another
             self._default.wait_event(place.copied)
             for part in place.parts:
-                values = part.values_in(place.memory)
-                part.task.take(values, part.begin)
+                part.task.take(place.values_of(part), part.begin)
                 part.task.arrived(part.count)
             place.worked.record(self._default)
         place.parts = []
@@ -295,76 +291,6 @@ class CudaTransfer(Transfer):
         if kind is not None:
             self._stream.synchronize()  # it may still read slots, and write tensors that are freed now
         self.is_done = True
-
-
-class _Copies:
-    """Copies to a GPU that are begun together: each call of torch waits for the interpreter's lock."""
-
-    def __init__(self) -> None:
-        self._targets: list[torch.Tensor] = []
-        self._sources: list[torch.Tensor] = []
-
-    def add(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        self._targets.append(target)
-        self._sources.append(source)
-
-    def begin(self) -> None:
-        """Begin what was added, on the current stream."""
-        if self._targets:
-            torch._foreach_copy_(self._targets, self._sources, non_blocking=True)
-        self._targets, self._sources = [], []
-
-
-class _Place:
-    """A staging buffer on a GPU.
-
-    Attributes:
-        parts: the pieces of tensors that it holds, each aligned as kernels want it.
-        copied: recorded when all of them have been copied.
-        worked: recorded when they have been worked on.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.memory = torch.empty(PLACE_BYTES, dtype=torch.uint8, device=device)
-        self.parts: list[ExtentSlice] = []
-        self.copied, self.worked = _event(), _event()
-
-    @property
-    def _free_at(self) -> int:
-        end = self.parts[-1].at + self.parts[-1].nbytes if self.parts else 0
-        return -(-end // _ALIGNMENT) * _ALIGNMENT
-
-    def has_room_for(self, task: ReadTask, begin: int) -> bool:
-        """Whether a tensor's bytes from `begin` on can go on here: a tensor that fits into a buffer is not divided."""
-        if self._continues(task, begin):
-            return self.parts[-1].nbytes < self._room(task)
-        return not self.parts or self._free_at + task.tensor.nbytes <= PLACE_BYTES
-
-    def take(self, task: ReadTask, begin: int, nbytes: int) -> torch.Tensor:
-        """Return where a tensor's bytes from `begin` on go: memory for `nbytes` of them, or as many as fit."""
-        itemsize = task.tensor.dtype.itemsize
-        if not self._continues(task, begin):
-            self.parts.append(ExtentSlice(task, begin // itemsize, 0, self._free_at, 0))
-        part = self.parts[-1]
-        count = min(nbytes, self._room(task) - part.nbytes)
-        at = part.at + part.nbytes
-        part.nbytes += count
-        part.count += count // itemsize
-        return self.memory[at : at + count]
-
-    def _continues(self, task: ReadTask, begin: int) -> bool:
-        """Whether the last piece is of this tensor and ends there."""
-        last = self.parts[-1] if self.parts else None
-        return last is not None and last.task is task and last.begin * task.tensor.dtype.itemsize + last.nbytes == begin
-
-    def _room(self, task: ReadTask) -> int:
-        """Return the size of a tensor's piece at most: it ends with a scale."""
-        itemsize = task.tensor.dtype.itemsize
-        return PLACE_BYTES // itemsize // task.values_per_scale * task.values_per_scale * itemsize
-
-
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event()  # type: ignore[no-untyped-call]
 
 
 def _transfer(device: torch.device) -> Transfer:

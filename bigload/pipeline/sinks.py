@@ -114,7 +114,8 @@ class PieceSink(Sink):
 
     def _task(self, source: Source, base: int) -> ReadTask:
         def take(piece: torch.Tensor, begin: int) -> None:
-            self.take(piece.to(self.dtype), base + begin)
+            # Even where it does nothing, `to` lets go of the interpreter's lock, which the thread that reads wants too.
+            self.take(piece if piece.dtype == self.dtype else piece.to(self.dtype), base + begin)
 
         return ReadTask(stored_form(source.tensor), self.planned.device, take, values_per_scale=self._values_per_scale)
 
