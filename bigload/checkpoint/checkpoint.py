@@ -20,6 +20,7 @@ from .hub import hub_folder, is_hub_id
 from .pickled import read_pickle
 from .record import Record, layout_of, read_record
 from .safetensors import parse_json, read_header
+from .variants import without_variants
 
 WeightsLocation = str | os.PathLike[str]
 
@@ -33,7 +34,9 @@ NOT_WEIGHTS = re.compile(
 _IN_FOLDERS = (
     "model.safetensors",
     "model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors",
     "*.safetensors.index.json",
+    "*.safetensors.index.*.json",
     "*.safetensors",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
@@ -78,8 +81,9 @@ def open_checkpoint(weights_location: WeightsLocation) -> Checkpoint:
 
     Args:
         weights_location: a .safetensors, .bin, .pt or .pth file, an .index.json file, or a folder that contains one.
-            In a folder, safetensors are preferred to pickles, `model.safetensors` and an index to other names. If
-            there is no such path: a repository of the Hugging Face hub, "org/name" or "org/name@revision".
+            In a folder, safetensors are preferred to pickles, `model.safetensors` and an index to other names, and
+            plain files to their variants ("model.fp16.safetensors"). If there is no such path: a repository of the
+            Hugging Face hub, "org/name" or "org/name@revision".
 
     Raises:
         CheckpointError: there is no checkpoint, it is ambiguous which, or a file is damaged.
@@ -113,14 +117,21 @@ def _open(location: Path) -> Checkpoint:
 
 
 def _find_in_folder(folder: Path) -> Path:
+    held = sorted(path.name for path in folder.iterdir())
+    looked_at = without_variants(name for name in held if not NOT_WEIGHTS.fullmatch(name))
     for pattern in _IN_FOLDERS:
-        found = sorted(path for path in folder.glob(pattern) if not NOT_WEIGHTS.fullmatch(path.name))
+        found = sorted(path for path in folder.glob(pattern) if path.name in looked_at)
         if len(found) == 1:
             return found[0]
         if found:
             names = listed(path.name for path in found)
             raise CheckpointError(f"folder '{folder}' holds several {pattern} files, {names}: name the one to load")
-    held = sorted(path.name for path in folder.iterdir())
+    inside = [name for name in held if any((folder / name).glob("*.safetensors"))]
+    if (folder / "model_index.json").is_file() and inside:
+        raise CheckpointError(
+            f"folder '{folder}' is that of a pipeline of diffusers, with the weights of {listed(inside)}: name one, "
+            f"such as '{folder / inside[0]}'"
+        )
     raise CheckpointError(
         f"folder '{folder}' has no weights: expected model.safetensors, an .index.json or one .safetensors, .bin, .pt "
         f"or .pth file, found {listed(held) if held else 'nothing'}"

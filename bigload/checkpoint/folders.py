@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,8 +14,8 @@ from ..errors import CheckpointError, ConfigError, listed
 from .checkpoint import NOT_WEIGHTS
 from .record import RECORD_NAME
 
-# Suffixes of files of weights and of their indexes.
-WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
+# Suffixes of files of weights and of their indexes, also those of a variant ("model.safetensors.index.fp16.json").
+WEIGHTS = re.compile(r".*\.(safetensors|index(\.[^.]+)?\.json|bin|pt|pth|gguf|h5|msgpack)", re.DOTALL)
 
 
 @contextmanager
@@ -69,7 +70,7 @@ def checked_target(given: str | os.PathLike[str], *, overwrite: bool) -> Path:
             f"'{target}' is not empty: name another folder, or pass overwrite=True (--overwrite) to replace it"
         )
     inner = [path.name for path in held if path.is_dir()]
-    if inner or (held and not any(path.name.endswith(WEIGHTS) for path in held)):
+    if inner or (held and not any(WEIGHTS.fullmatch(path.name) for path in held)):
         raise CheckpointError(
             f"'{target}' holds {listed(inner or [path.name for path in held])}: overwrite=True replaces a checkpoint, "
             "and that is something else; name another folder"
@@ -80,7 +81,7 @@ def checked_target(given: str | os.PathLike[str], *, overwrite: bool) -> Path:
 def copy_the_rest(source: Path, made: Path) -> None:
     """Copy a checkpoint's other files, such as the tokenizer's, unless `made` has files of these names."""
     for path in sorted(source.iterdir()):
-        is_weights = path.name.endswith(WEIGHTS) and not NOT_WEIGHTS.fullmatch(path.name)
+        is_weights = WEIGHTS.fullmatch(path.name) is not None and not NOT_WEIGHTS.fullmatch(path.name)
         if path.is_file() and not is_weights and path.name != RECORD_NAME and not (made / path.name).exists():
             partial = made / f"{path.name}.partial"  # so that the file is complete or not there
             shutil.copyfile(path, partial)
