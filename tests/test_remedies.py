@@ -30,6 +30,8 @@ TRIED = {
         "say where the weights are": CHECKPOINT + "test_file_that_is_named_is_loaded",
         "download the checkpoint again": CHECKPOINT + "test_file_that_is_fetched_again_is_loaded",
         "name the one to load": CHECKPOINT + "test_file_that_is_named_is_loaded",
+        "is that of a pipeline": "checkpoint/test_checkpoint.py::"
+        "test_folder_of_a_pipeline_names_the_folders_with_weights",
     },
     "checkpoint/folders.py": {
         "is a file: name a folder": CHECKPOINT + "test_folder_of_another_name_is_written",
@@ -146,6 +148,9 @@ TRIED = {
         "load the model without offloading": "offload/test_export.py::test_both_remedies_work",
         "freeze it": OFFLOAD + "test_weight_that_would_be_trained_is_frozen_or_kept",
         "run forward again": OFFLOAD + "test_backward_after_remove_is_right_once_forward_has_run_again",
+    },
+    "offload/device_hooks.py": {
+        "load the model again": "interop/test_diffusers_pipelines.py::test_sequential_offload_of_4_bit_is_refused",
     },
     "offload/handle.py": {
         "or build it again": OFFLOAD + "test_offloaded_model_is_loaded_again",

@@ -22,7 +22,7 @@ from bigload.cli import main
 from bigload.quantization.layers import quantized_layers
 
 diffusers = pytest.importorskip("diffusers")
-MODES = ("nf4-dq", "int8")
+MODES = ("nf4", "nf4-dq", "fp4", "int8")
 
 _WAN = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 24}
 _WAN |= {"freq_dim": 32, "ffn_dim": 48, "num_layers": 2, "cross_attn_norm": True, "rope_max_seq_len": 32}
@@ -38,6 +38,8 @@ _FLUX = {"in_channels": 4, "num_layers": 1, "num_single_layers": 2, "attention_h
 _FLUX |= {"joint_attention_dim": 24, "pooled_projection_dim": 24, "axes_dims_rope": (4, 4, 8)}
 _SD3 = {"sample_size": 8, "in_channels": 4, "num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
 _SD3 |= {"joint_attention_dim": 24, "caption_projection_dim": 32, "pooled_projection_dim": 24, "out_channels": 4}
+_PIXART = {"sample_size": 8, "in_channels": 4, "out_channels": 8, "num_layers": 2, "num_attention_heads": 2}
+_PIXART |= {"attention_head_dim": 16, "cross_attention_dim": 32, "caption_channels": 24}
 _UNET = {"sample_size": 8, "block_out_channels": (8, 16), "norm_num_groups": 4, "cross_attention_dim": 24}
 _UNET |= {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "attention_head_dim": 4}
 _UNET |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "layers_per_block": 1}
@@ -49,6 +51,7 @@ MODELS = {
     "Kandinsky5Transformer3DModel": _KANDINSKY,
     "FluxTransformer2DModel": _FLUX,  # a `proj_out` of its own, and one in each block
     "SD3Transformer2DModel": _SD3,
+    "PixArtTransformer2DModel": _PIXART,
     "UNet2DConditionModel": _UNET,
 }
 KEEPS_FP32 = [name for name in MODELS if getattr(diffusers, name)._keep_in_fp32_modules]
