@@ -26,6 +26,9 @@ CHECKPOINT, MODEL = "checkpoint/test_remedies.py::", "model/test_remedies.py::"
 PLANNING, OFFLOAD, ENTRY = "planning/test_remedies.py::", "offload/test_remedies.py::", "test_entry_remedies.py::"
 # File -> words of the remedy -> the test that tries it.
 TRIED = {
+    "checkpoint/card.py": {
+        "Remove this line": "checkpoint/test_card.py::test_card_that_its_owner_wrote_stays_and_ours_is_replaced",
+    },
     "checkpoint/checkpoint.py": {
         "say where the weights are": CHECKPOINT + "test_file_that_is_named_is_loaded",
         "download the checkpoint again": CHECKPOINT + "test_file_that_is_fetched_again_is_loaded",

@@ -56,12 +56,15 @@ class Checkpoint:
         tensors: by name, in the order of files and offsets; a quantized weight is one tensor.
         record: the contents of bigload.json, which `save_quantized_model` writes beside the weights.
         metadata: of a pickled state_dict: module path -> what its `_load_from_state_dict` is told.
+        folder: the folder that was named, or that of the repository; None if a file was named, since the files beside
+            it are not part of the checkpoint.
     """
 
     location: Path
     tensors: dict[str, StoredTensor]
     record: Record | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
 
     @property
     def is_quantized(self) -> bool:
@@ -103,8 +106,9 @@ def open_checkpoint(weights_location: WeightsLocation) -> Checkpoint:
 
 
 def _open(location: Path) -> Checkpoint:
-    if location.is_dir():
-        location = _find_in_folder(location)
+    folder = location if location.is_dir() else None
+    if folder is not None:
+        location = _find_in_folder(folder)
     elif not location.exists():
         raise CheckpointError(
             f"no such file or folder: '{location}'; weights_location must be a .safetensors, .bin, .pt or .pth file, "
@@ -113,7 +117,7 @@ def _open(location: Path) -> Checkpoint:
     tensors = _read_index(location) if location.name.endswith(".json") else _read_file(location)
     layout = layout_of((tensor.name, tensor.dtype, tensor.shape) for tensor in tensors.values())
     record = read_record(location.parent, layout)
-    return Checkpoint(location, merge_quantized_parts(tensors), record, tensors.metadata)
+    return Checkpoint(location, merge_quantized_parts(tensors), record, tensors.metadata, folder)
 
 
 def _find_in_folder(folder: Path) -> Path:

@@ -164,7 +164,8 @@ def test_folder_may_hold_an_index_of_any_name(tmp_path):
 
 def test_location_may_be_a_string(tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "any.safetensors")
-    assert open_checkpoint(str(tmp_path)) == open_checkpoint(tmp_path / "any.safetensors")
+    assert open_checkpoint(str(tmp_path)) == open_checkpoint(tmp_path)
+    assert open_checkpoint(str(tmp_path)).tensors == open_checkpoint(tmp_path / "any.safetensors").tensors
 
 
 @pytest.mark.parametrize(
