@@ -61,7 +61,8 @@ def save_quantized_model(
 
     `load_and_quantize_model(empty, None, folder)` loads it with the same bits, layers and dtypes. For a model of
     transformers or diffusers a config.json is written too, with which `from_pretrained(folder)` loads it. Tied weights
-    are stored once. The folder appears when it is complete.
+    are stored once. A model card (README.md) says how the model was quantized and is loaded; files of the tokenizer and
+    the processor are copied from the folder that the model was loaded from. The folder appears when it is complete.
 
     Args:
         model: a model loaded by bigload, or any other with layers of bitsandbytes.

@@ -2,6 +2,10 @@
 
 import functools
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import accelerate
 import pytest
@@ -12,6 +16,7 @@ from comparisons import assert_same_bits
 from pipelines import BUILD, denoiser, image, pipeline
 
 from bigload import dequantize_model, load_and_quantize_model, save_quantized_model
+from bigload.cli import main
 from bigload.errors import OffloadError
 from bigload.quantization.layers import quantized_layers
 
@@ -198,6 +203,32 @@ def test_streamed_blocks_give_the_same_images(folder_of, tmp_path, mode, on, pla
     assert difference(image(pipe, "flux"), before) == 0
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_sequential_offload_of_a_streamed_model_is_refused(folder_of, tmp_path, mode, device, small_parts_stream):
+    blocks = {"": device, "transformer_blocks.0": "disk"}
+    pipe = flux(folder_of("flux"), mode, device, device_map=blocks, offload_folder=tmp_path)
+    accelerate.cpu_offload(pipe.transformer, device)
+    with pytest.raises(OffloadError, match=r"on meta since|load the model again"):
+        image(pipe, "flux")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_projections_are_not_fused(folder_of, mode, device):
+    pipe = flux(folder_of("flux"), mode, device)
+    with pytest.raises(RuntimeError, match="floating point"):
+        pipe.transformer.fuse_qkv_projections()
+
+
+@pytest.mark.parametrize("name", ["transformer", "text_encoder", "text_encoder_2"])
+def test_command_line_quantizes_a_folder_of_a_pipeline(folder_of, tmp_path, name, capsys):
+    assert main(["quantize", str(folder_of("flux") / name), str(tmp_path / name), "--device", "cpu"]) == 0
+    assert main(["load", str(tmp_path / name), "--device-map", "cpu"]) == 0
+    assert (tmp_path / name / "README.md").is_file()
+    capsys.readouterr()
+    assert main(["quantize", str(folder_of("flux")), str(tmp_path / "all"), "--device", "cpu"]) == 1
+    assert "of a pipeline of diffusers" in capsys.readouterr().err
+
+
 @pytest.mark.cuda
 def test_streamed_model_is_not_moved_by_a_pipeline(folder_of, small_parts_stream):
     folder, device = folder_of("flux"), torch.device("cuda", 0)
@@ -210,3 +241,15 @@ def test_streamed_model_is_not_moved_by_a_pipeline(folder_of, small_parts_stream
     pipe.transformer.offload.remove()  # the remedy
     pipe.enable_model_cpu_offload()
     assert difference(image(pipe, "flux"), before) <= ROUNDING
+
+
+def test_example_runs_alone_and_without_a_network(tmp_path):
+    root = Path(__file__).parents[2]
+    script = root / "examples" / "diffusers_flux.py"
+    settings = os.environ | {"PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, env=settings, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the same from the saved folder" in done.stdout
+    assert not list(tmp_path.iterdir())
