@@ -151,6 +151,14 @@ def test_tokenizer_and_processor_come_along_and_nothing_else_of_a_loaded_model(t
     assert (tmp_path / "made" / "vocab.txt").read_text() == "a\nb"
 
 
+def test_variants_of_the_original_do_not_come_along(tmp_path, write):
+    model = of_llama(tmp_path / "source", **{"model.safetensors.index.fp16.json": "{}", **_TOKENIZER})
+    (tmp_path / "source" / "model.fp16-00001-of-00001.safetensors").write_bytes(b"of another dtype")
+    write(model, tmp_path / "source", tmp_path / "made")
+    assert not [path.name for path in (tmp_path / "made").iterdir() if "fp16" in path.name]
+    assert (tmp_path / "made" / "vocab.txt").exists()
+
+
 def test_files_beside_a_file_that_was_named_are_not_taken(tmp_path):
     model = of_llama(tmp_path / "source", **_TOKENIZER)
     loaded = load_and_quantize_model(

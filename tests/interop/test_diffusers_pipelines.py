@@ -212,6 +212,40 @@ def test_sequential_offload_of_a_streamed_model_is_refused(folder_of, tmp_path, 
         image(pipe, "flux")
 
 
+@pytest.mark.parametrize("place", [None, "disk"], ids=["resident", "streamed"])
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
+def test_pipeline_made_from_another_and_saved_keeps_the_model(
+    folder_of, tmp_path, mode, place, device, small_parts_stream
+):
+    blocks = {"": device, "transformer_blocks.0": place or device}
+    pipe = flux(folder_of("flux"), mode, device, device_map=blocks, offload_folder=tmp_path / "offloaded")
+    before = image(pipe, "flux")
+    # diffusers takes a model of exactly the class that it expects, and that of a streamed one is a subclass.
+    named = {"transformer": pipe.transformer} if place else {}
+    other = diffusers.FluxPipeline.from_pipe(pipe, **named)
+    assert other.transformer is pipe.transformer
+    assert difference(image(other, "flux"), before) == 0
+    pipe.save_pretrained(tmp_path / "saved")
+    said = json.loads((tmp_path / "saved" / "model_index.json").read_text())
+    assert said["transformer"] == ["diffusers", "FluxTransformer2DModel"]
+    again = with_models(tmp_path / "saved", transformer=loaded(tmp_path / "saved", "flux", None, device)).to(device)
+    assert difference(image(again, "flux"), before) == 0
+
+
+@pytest.mark.parametrize("place", [None, "disk"], ids=["resident", "streamed"])
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
+def test_adapter_on_the_model_in_a_pipeline(folder_of, tmp_path, mode, place, device, small_parts_stream):
+    peft = pytest.importorskip("peft")
+    blocks = {"": device, "transformer_blocks.0": place or device}
+    pipe = flux(folder_of("flux"), mode, device, device_map=blocks, offload_folder=tmp_path)
+    before = image(pipe, "flux")
+    config = peft.LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False)
+    pipe.transformer.add_adapter(config)
+    assert difference(image(pipe, "flux"), before) > 1e-4
+    pipe.transformer.disable_adapters()
+    assert difference(image(pipe, "flux"), before) == 0
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_projections_are_not_fused(folder_of, mode, device):
     pipe = flux(folder_of("flux"), mode, device)
