@@ -2,9 +2,11 @@
 
 from functools import partial
 
-import diffusers
+import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+
+diffusers = pytest.importorskip("diffusers")
 
 _WIDTH = 32  # of the text encoders
 _LETTERS = [*"abcdefghijklmnopqrstuvwxyz"]

@@ -266,6 +266,28 @@ def test_attributes_are_those_that_diffusers_sets_and_go_with_the_quantization(t
     assert_same_bits(again.state_dict(), plain.state_dict())
 
 
+def test_config_that_is_saved_is_that_of_diffusers_but_for_the_list_of_plain_layers(
+    tmp_path, name, mode, device, as_on_gpu
+):
+    """Ours names every plain Linear; theirs finds them again by the class's own rule."""
+    folder, fields = saved(name, tmp_path / "full"), {"bnb_4bit_compute_dtype": torch.bfloat16}
+    theirs = read_by_diffusers(name, folder, device, quantization_config=of_diffusers(mode))
+    ours = loaded(name, folder, BnbQuantizationConfig.from_mode(mode, torch_dtype=torch.bfloat16, **fields), device)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours.save_pretrained(tmp_path / "ours")
+    save_quantized_model(ours, tmp_path / "saved")
+
+    def said_in(folder):
+        said = json.loads((tmp_path / folder / "config.json").read_text())
+        fields = said["quantization_config"]
+        del fields["llm_int8_skip_modules"]
+        if mode == "int8":
+            del fields["bnb_4bit_compute_dtype"]  # of no use there
+        return {key: value for key, value in said.items() if key != "_name_or_path"}
+
+    assert said_in("ours") == said_in("saved") == said_in("theirs")
+
+
 @pytest.mark.cuda
 def test_an_offloaded_model_saves_as_a_resident_one(tmp_path, mode):
     name = "SD3Transformer2DModel"
