@@ -157,7 +157,7 @@ def _plan(options: argparse.Namespace) -> None:
     from .planning.report import draw_plan, plan_json
 
     folder = options.path
-    has_weights = folder.is_dir() and any(path.name.endswith(WEIGHTS) for path in folder.iterdir())
+    has_weights = folder.is_dir() and any(WEIGHTS.fullmatch(path.name) for path in folder.iterdir())
     if not (folder / "config.json" if folder.is_dir() else folder).is_file():
         raise CheckpointError(
             f"'{folder}' is neither a config.json nor a folder with one; `plan` builds the model from it"

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .checkpoint.card import CARD_NAME
 from .checkpoint.checkpoint import Checkpoint, WeightsLocation, open_checkpoint
 from .checkpoint.folders import checked_target, copy_the_rest, put_in_place
 from .checkpoint.record import FORMAT_VERSION, RECORD_NAME, Record
@@ -41,7 +42,7 @@ from .planning.planner import plan_load
 from .planning.request import LoadRequest, PlacementRequest, require_names
 from .planning.sources import KeyMapping
 from .quantization import bnb
-from .saving import json_attributes, shard_bytes, weights_stem, write_configs
+from .saving import card_of, json_attributes, shard_bytes, weights_stem, write_configs
 
 # Identifies an unfinished conversion, in its folder.
 _PROGRESS_NAME = "progress.json"
@@ -72,7 +73,8 @@ def quantize_checkpoint(
 
     Args:
         src: a checkpoint, as in `load_and_quantize_model`; never changed.
-        dst: the folder to create. Other files in the folder of `src`, such as a tokenizer, are copied.
+        dst: the folder to create. Other files in the folder of `src`, such as a tokenizer, are copied, but for
+            README.md: a model card is written.
         bnb_quantization_config: as in `load_and_quantize_model`.
         model: the empty model that the checkpoint is for; None builds it with transformers or diffusers from a
             config.json in the folder of `src`.
@@ -109,9 +111,7 @@ def quantize_checkpoint(
         raise ConfigError("int8-training keeps its weights in 16 bit: there is nothing to quantize beforehand")
     max_shard_bytes = shard_bytes(max_shard_size)
     checkpoint = open_checkpoint(src)
-    # If `src` is a file or an index, the files beside it are not part of it.
-    is_folder = not Path(src).expanduser().is_file()
-    target = _target_folder(dst, checkpoint, is_folder=is_folder, overwrite=overwrite)
+    target = _target_folder(dst, checkpoint, overwrite=overwrite)
     model = _empty_model(checkpoint.location.parent) if model is None else model
     bnb.library()
     view = ModelView(model)
@@ -140,11 +140,15 @@ def quantize_checkpoint(
         with _exclusive(target), _resumable_folder(target, _fingerprint(plan, checkpoint, max_shard_bytes)) as made:
             skipped = [path for path in plain_linears(view) if path not in plan.layers]
             # First what may fail, then what takes long.
-            write_configs(model, made, plan.config, skipped, plan.layers, plan.config.load_dtype, plan.experts)
+            is_read = write_configs(
+                model, made, plan.config, skipped, plan.layers, plan.config.load_dtype, plan.experts
+            )
+            card = card_of(model, plan.config, [*plan.layers, *plan.experts], skipped, checkpoint.folder, is_read)
+            card.write(made, target)
             layout = _convert(plan, made, max_shard_bytes, weights_stem(model), progress)
             _describe(plan, made, layout, skipped, changed, attributes)
-            if is_folder:
-                copy_the_rest(checkpoint.location.parent, made)
+            if checkpoint.folder is not None:
+                copy_the_rest(checkpoint.folder, made, but=(RECORD_NAME, CARD_NAME))
             checked_target(target, overwrite=overwrite)  # others may have written there meanwhile
 
 
@@ -180,12 +184,12 @@ def _exclusive(target: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _target_folder(given: str | os.PathLike[str], checkpoint: Checkpoint, *, is_folder: bool, overwrite: bool) -> Path:
+def _target_folder(given: str | os.PathLike[str], checkpoint: Checkpoint, *, overwrite: bool) -> Path:
     if checkpoint.is_quantized:
         raise CheckpointError(f"'{checkpoint.location}' is quantized already; give the original checkpoint")
     target = checked_target(given, overwrite=overwrite)
     source = Path(os.path.realpath(checkpoint.location.parent))
-    if target == source or target in source.parents or (is_folder and source in target.parents):
+    if target == source or target in source.parents or (checkpoint.folder is not None and source in target.parents):
         raise CheckpointError(f"'{target}' overlaps the checkpoint's folder '{source}': name another folder")
     return target
 

@@ -173,7 +173,7 @@ def load_and_quantize_model(
             execute(plan, on_bytes=bar.update, on_loaded=assembly.add, targets=targets)
             model = assembly.commit(lambda made: _set_to_run(made, plan, request.placement.offload, targets))
     elapsed_s, bytes_read = time.perf_counter() - begun, plan.source_bytes - targets.spared_bytes
-    model.load_report = LoadReport(mode, bytes_read, elapsed_s, plan.device_bytes, peaks.since())  # type: ignore[assignment]
+    model.load_report = LoadReport(mode, bytes_read, elapsed_s, plan.device_bytes, peaks.since(), request.source)  # type: ignore[assignment]
     logger.info("%s", model.load_report)
     return model
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .checkpoint.folders import new_folder
+from .checkpoint.card import Card
+from .checkpoint.folders import TOKENIZERS, checked_target, copy_the_rest, new_folder
 from .checkpoint.record import RECORD_NAME, Record
 from .checkpoint.writer import STEM, Entry, ShardWriter, write_json
 from .config import BnbQuantizationConfig
@@ -43,6 +45,9 @@ from .sizes import parse_size
 
 logger = logging.getLogger(__name__)
 
+# Libraries with a `from_pretrained` that reads quantized folders.
+_LIBRARIES = ("transformers", "diffusers")
+
 
 @on_cpu_unless_named()
 def save_quantized_model(
@@ -56,7 +61,8 @@ def save_quantized_model(
 
     `load_and_quantize_model(empty, None, folder)` loads it with the same bits, layers and dtypes. For a model of
     transformers or diffusers a config.json is written too, with which `from_pretrained(folder)` loads it. Tied weights
-    are stored once. The folder appears when it is complete.
+    are stored once. A model card (README.md) says how the model was quantized and is loaded; files of the tokenizer and
+    the processor are copied from the folder that the model was loaded from. The folder appears when it is complete.
 
     Args:
         model: a model loaded by bigload, or any other with layers of bitsandbytes.
@@ -96,8 +102,12 @@ def save_quantized_model(
     saved = {name: (tensor.dtype, tensor.shape) for name, tensor in state.items()}
     changed = changed_when_loaded_again(modules, saved, as_held=False)
     attributes = json_attributes(attributes_set_by_loading(modules, saved), modules, saved, changed)
+    target, source = checked_target(folder, overwrite=overwrite), source_of(model)
     with new_folder(folder, overwrite=overwrite) as made:
-        write_configs(model, made, config, skipped, layers, getattr(model, "dtype", None), experts)
+        is_read = write_configs(model, made, config, skipped, layers, getattr(model, "dtype", None), experts)
+        card_of(model, config, [*layers, *experts], skipped, source, is_read).write(made, target)
+        if source is not None:
+            copy_the_rest(source, made, TOKENIZERS, but=_names_in(target))
         entries = [Entry(n, t.dtype, tuple(t.shape)) for n, t in state.items()]
         writer = ShardWriter(made, entries, max_shard_bytes, weights_stem(model))
         try:
@@ -170,17 +180,58 @@ def write_configs(
     skipped: Iterable[str],
     layers: Mapping[str, nn.Module],
     dtype: Any,
-    experts: Iterable[str] = (),
-) -> None:
+    experts: Collection[str] = (),
+) -> bool:
     """Write the configs of a model of transformers or diffusers, for `from_pretrained`.
 
     A warning says where it will not make the same layers.
+
+    Returns:
+        Whether `from_pretrained` reads the folder.
     """
     if transformers_facts.is_pretrained(model):
-        _write_transformers_configs(model, folder, config, skipped, layers, dtype)
+        unknown = _write_transformers_configs(model, folder, config, skipped, layers, dtype)
         _warn_of_experts(model, experts)
-    elif diffusers_facts.is_diffusers(model):
-        _write_diffusers_config(model, folder, config, layers)
+        return not unknown and not experts
+    return diffusers_facts.is_diffusers(model) and not _write_diffusers_config(model, folder, config, layers)
+
+
+def card_of(
+    model: nn.Module,
+    config: BnbQuantizationConfig,
+    quantized: Sequence[str],
+    skipped: Sequence[str],
+    source: Path | None,
+    is_read: bool,
+) -> Card:
+    """Return the model card of a model.
+
+    Args:
+        model: the model.
+        config: how it was quantized.
+        quantized: paths of its quantized layers and experts.
+        skipped: paths of the layers that were left plain.
+        source: the folder of the original.
+        is_read: what `write_configs` returned.
+    """
+    name, root = type(model).__name__, type(model).__module__.partition(".")[0]
+    auto_map = getattr(getattr(model, "config", None), "auto_map", None) or {}
+    auto_class = next((auto for auto in auto_map if auto.startswith("AutoModel")), None)
+    library = "transformers" if auto_class else None
+    if root in _LIBRARIES and hasattr(sys.modules[root], name):
+        library, auto_class = root, None
+    return Card(config, name, library, is_read, auto_class, len(quantized), tuple(skipped), source)
+
+
+def source_of(model: Any) -> Path | None:
+    """Return the folder that a model was loaded from, by bigload or by its own library, where it is known."""
+    report = vars(model).get("load_report")
+    source = getattr(report, "source", None) or getattr(model, "name_or_path", None)  # as transformers calls it
+    return Path(source) if source and isinstance(source, (str, Path)) and Path(source).is_dir() else None
+
+
+def _names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
 def _write_transformers_configs(
@@ -190,7 +241,8 @@ def _write_transformers_configs(
     skipped: Iterable[str],
     layers: Mapping[str, nn.Module],
     dtype: Any,
-) -> None:
+) -> list[str]:
+    """Return the classes of layers that transformers does not quantize."""
     quantization = config.to_transformers()
     quantization.llm_int8_skip_modules = skip_list(skipped, layers)
     transformers_facts.save_configs(model, folder, quantization, dtype)
@@ -206,6 +258,7 @@ def _write_transformers_configs(
             transformers_facts.import_transformers().__version__,
             listed(unknown),
         )
+    return unknown
 
 
 def _warn_of_experts(model: nn.Module, experts: Iterable[str]) -> None:
@@ -221,7 +274,8 @@ def _warn_of_experts(model: nn.Module, experts: Iterable[str]) -> None:
 
 def _write_diffusers_config(
     model: Any, folder: Path, config: BnbQuantizationConfig, layers: Mapping[str, nn.Module]
-) -> None:
+) -> list[str]:
+    """Return the layers that diffusers would not make as they are."""
     quantization, modules = config.to_diffusers(), modules_by_path(model)
     quantization.llm_int8_skip_modules = diffusers_facts.skip_list(modules, layers.values())
     diffusers_facts.save_config(model, folder, quantization)
@@ -234,6 +288,7 @@ def _write_diffusers_config(
             type(model).__name__,
             listed(otherwise),
         )
+    return otherwise
 
 
 def _config(model: nn.Module, layers: Mapping[str, Any], experts: Mapping[str, Any]) -> BnbQuantizationConfig:

@@ -327,7 +327,11 @@ def test_a_file_may_be_quantized_into_a_folder_beside_it(tmp_path, device):
     folder = source(tmp_path)
     (tmp_path / "mine.txt").write_text("mine")
     quantize_checkpoint(folder / "model.safetensors", tmp_path / "made", "nf4", model=empty(), device=device)
-    assert sorted(path.name for path in (tmp_path / "made").iterdir()) == ["bigload.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "made").iterdir()) == [
+        "README.md",
+        "bigload.json",
+        "model.safetensors",
+    ]
     assert_same_bits(
         loaded(tmp_path / "made", device).state_dict(),
         loaded(tmp_path / "model.safetensors", device, "nf4").state_dict(),

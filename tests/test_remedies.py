@@ -26,10 +26,15 @@ CHECKPOINT, MODEL = "checkpoint/test_remedies.py::", "model/test_remedies.py::"
 PLANNING, OFFLOAD, ENTRY = "planning/test_remedies.py::", "offload/test_remedies.py::", "test_entry_remedies.py::"
 # File -> words of the remedy -> the test that tries it.
 TRIED = {
+    "checkpoint/card.py": {
+        "Remove this line": "checkpoint/test_card.py::test_card_that_its_owner_wrote_stays_and_ours_is_replaced",
+    },
     "checkpoint/checkpoint.py": {
         "say where the weights are": CHECKPOINT + "test_file_that_is_named_is_loaded",
         "download the checkpoint again": CHECKPOINT + "test_file_that_is_fetched_again_is_loaded",
         "name the one to load": CHECKPOINT + "test_file_that_is_named_is_loaded",
+        "is that of a pipeline": "checkpoint/test_checkpoint.py::"
+        "test_folder_of_a_pipeline_names_the_folders_with_weights",
     },
     "checkpoint/folders.py": {
         "is a file: name a folder": CHECKPOINT + "test_folder_of_another_name_is_written",
@@ -146,6 +151,9 @@ TRIED = {
         "load the model without offloading": "offload/test_export.py::test_both_remedies_work",
         "freeze it": OFFLOAD + "test_weight_that_would_be_trained_is_frozen_or_kept",
         "run forward again": OFFLOAD + "test_backward_after_remove_is_right_once_forward_has_run_again",
+    },
+    "offload/device_hooks.py": {
+        "load the model again": "interop/test_diffusers_pipelines.py::test_sequential_offload_of_4_bit_is_refused",
     },
     "offload/handle.py": {
         "or build it again": OFFLOAD + "test_offloaded_model_is_loaded_again",

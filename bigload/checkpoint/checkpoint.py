@@ -20,6 +20,7 @@ from .hub import hub_folder, is_hub_id
 from .pickled import read_pickle
 from .record import Record, layout_of, read_record
 from .safetensors import parse_json, read_header
+from .variants import without_variants
 
 WeightsLocation = str | os.PathLike[str]
 
@@ -33,7 +34,9 @@ NOT_WEIGHTS = re.compile(
 _IN_FOLDERS = (
     "model.safetensors",
     "model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors",
     "*.safetensors.index.json",
+    "*.safetensors.index.*.json",
     "*.safetensors",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
@@ -53,12 +56,15 @@ class Checkpoint:
         tensors: by name, in the order of files and offsets; a quantized weight is one tensor.
         record: the contents of bigload.json, which `save_quantized_model` writes beside the weights.
         metadata: of a pickled state_dict: module path -> what its `_load_from_state_dict` is told.
+        folder: the folder that was named, or that of the repository; None if a file was named, since the files beside
+            it are not part of the checkpoint.
     """
 
     location: Path
     tensors: dict[str, StoredTensor]
     record: Record | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
 
     @property
     def is_quantized(self) -> bool:
@@ -78,8 +84,9 @@ def open_checkpoint(weights_location: WeightsLocation) -> Checkpoint:
 
     Args:
         weights_location: a .safetensors, .bin, .pt or .pth file, an .index.json file, or a folder that contains one.
-            In a folder, safetensors are preferred to pickles, `model.safetensors` and an index to other names. If
-            there is no such path: a repository of the Hugging Face hub, "org/name" or "org/name@revision".
+            In a folder, safetensors are preferred to pickles, `model.safetensors` and an index to other names, and
+            plain files to their variants ("model.fp16.safetensors"). If there is no such path: a repository of the
+            Hugging Face hub, "org/name" or "org/name@revision".
 
     Raises:
         CheckpointError: there is no checkpoint, it is ambiguous which, or a file is damaged.
@@ -99,8 +106,9 @@ def open_checkpoint(weights_location: WeightsLocation) -> Checkpoint:
 
 
 def _open(location: Path) -> Checkpoint:
-    if location.is_dir():
-        location = _find_in_folder(location)
+    folder = location if location.is_dir() else None
+    if folder is not None:
+        location = _find_in_folder(folder)
     elif not location.exists():
         raise CheckpointError(
             f"no such file or folder: '{location}'; weights_location must be a .safetensors, .bin, .pt or .pth file, "
@@ -109,18 +117,25 @@ def _open(location: Path) -> Checkpoint:
     tensors = _read_index(location) if location.name.endswith(".json") else _read_file(location)
     layout = layout_of((tensor.name, tensor.dtype, tensor.shape) for tensor in tensors.values())
     record = read_record(location.parent, layout)
-    return Checkpoint(location, merge_quantized_parts(tensors), record, tensors.metadata)
+    return Checkpoint(location, merge_quantized_parts(tensors), record, tensors.metadata, folder)
 
 
 def _find_in_folder(folder: Path) -> Path:
+    held = sorted(path.name for path in folder.iterdir())
+    looked_at = without_variants(name for name in held if not NOT_WEIGHTS.fullmatch(name))
     for pattern in _IN_FOLDERS:
-        found = sorted(path for path in folder.glob(pattern) if not NOT_WEIGHTS.fullmatch(path.name))
+        found = sorted(path for path in folder.glob(pattern) if path.name in looked_at)
         if len(found) == 1:
             return found[0]
         if found:
             names = listed(path.name for path in found)
             raise CheckpointError(f"folder '{folder}' holds several {pattern} files, {names}: name the one to load")
-    held = sorted(path.name for path in folder.iterdir())
+    inside = [name for name in held if any((folder / name).glob("*.safetensors"))]
+    if (folder / "model_index.json").is_file() and inside:
+        raise CheckpointError(
+            f"folder '{folder}' is that of a pipeline of diffusers, with the weights of {listed(inside)}: name one, "
+            f"such as '{folder / inside[0]}'"
+        )
     raise CheckpointError(
         f"folder '{folder}' has no weights: expected model.safetensors, an .index.json or one .safetensors, .bin, .pt "
         f"or .pth file, found {listed(held) if held else 'nothing'}"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,8 +14,15 @@ from ..errors import CheckpointError, ConfigError, listed
 from .checkpoint import NOT_WEIGHTS
 from .record import RECORD_NAME
 
-# Suffixes of files of weights and of their indexes.
-WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
+# Suffixes of files of weights and of their indexes, also those of a variant ("model.safetensors.index.fp16.json").
+WEIGHTS = re.compile(r".*\.(safetensors|index(\.[^.]+)?\.json|bin|pt|pth|gguf|h5|msgpack)", re.DOTALL)
+# Names of files that belong to a tokenizer or a processor, of all classes of transformers.
+TOKENIZERS = re.compile(
+    r".*tokenizer.*|(.*[-_])?vocab([-_.].*)?\.(json|txt|bpe)|(special_tokens_map|added_tokens|chat_template|encoder|emoji"
+    r"|normalizer|byte_maps|word_shape|word_pronunciation|tekken)\.json|merges\.txt|dict\.txt|bpe\.codes"
+    r"|.*\.(model|spm|tiktoken|jinja)|([a-z_]*_)?(pre)?processor_config\.json"
+    r"|(tokenization|processing|[a-z]+_processing|feature_extraction)_\w+\.py"
+)
 
 
 @contextmanager
@@ -69,7 +77,7 @@ def checked_target(given: str | os.PathLike[str], *, overwrite: bool) -> Path:
             f"'{target}' is not empty: name another folder, or pass overwrite=True (--overwrite) to replace it"
         )
     inner = [path.name for path in held if path.is_dir()]
-    if inner or (held and not any(path.name.endswith(WEIGHTS) for path in held)):
+    if inner or (held and not any(WEIGHTS.fullmatch(path.name) for path in held)):
         raise CheckpointError(
             f"'{target}' holds {listed(inner or [path.name for path in held])}: overwrite=True replaces a checkpoint, "
             "and that is something else; name another folder"
@@ -77,11 +85,21 @@ def checked_target(given: str | os.PathLike[str], *, overwrite: bool) -> Path:
     return target
 
 
-def copy_the_rest(source: Path, made: Path) -> None:
-    """Copy a checkpoint's other files, such as the tokenizer's, unless `made` has files of these names."""
+def copy_the_rest(
+    source: Path, made: Path, only: re.Pattern[str] | None = None, but: Container[str] = (RECORD_NAME,)
+) -> None:
+    """Copy a checkpoint's other files, such as the tokenizer's, unless `made` has files of these names.
+
+    Args:
+        source: the checkpoint's folder.
+        made: where to copy to.
+        only: what the names have to match.
+        but: names that are left out.
+    """
     for path in sorted(source.iterdir()):
-        is_weights = path.name.endswith(WEIGHTS) and not NOT_WEIGHTS.fullmatch(path.name)
-        if path.is_file() and not is_weights and path.name != RECORD_NAME and not (made / path.name).exists():
+        is_weights = WEIGHTS.fullmatch(path.name) is not None and not NOT_WEIGHTS.fullmatch(path.name)
+        is_wanted = path.name not in but and (only is None or only.fullmatch(path.name))
+        if path.is_file() and is_wanted and not is_weights and not (made / path.name).exists():
             partial = made / f"{path.name}.partial"  # so that the file is complete or not there
             shutil.copyfile(path, partial)
             _sync(partial)

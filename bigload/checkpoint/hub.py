@@ -9,8 +9,8 @@ from ..errors import CheckpointError, import_optional
 
 _HUB_ID = re.compile(r"(?P<id>[\w][\w.-]*/[\w][\w.-]*)(@(?P<revision>[^@\s]+))?")
 _FILES = (".safetensors", ".bin", ".pt", ".pth", ".json")
-_SAFETENSORS = ["*.safetensors", "*.json"]
-_PICKLES = ["*.bin", "*.json"]
+# What belongs to weights: configs, tokenizers, the card that says under which licence they are.
+_BESIDE = ["*.json", "*.txt", "*.model", "*.jinja", "*.spm", "*.tiktoken", "README.md"]
 
 
 def is_hub_id(location: str) -> bool:
@@ -33,9 +33,9 @@ def hub_folder(location: str) -> Path:
     assert match is not None
     repo, revision = match["id"], match["revision"]
     try:
-        folder = Path(hub.snapshot_download(repo, revision=revision, allow_patterns=_SAFETENSORS))
+        folder = Path(hub.snapshot_download(repo, revision=revision, allow_patterns=["*.safetensors", *_BESIDE]))
         if not any(folder.glob("*.safetensors")):
-            folder = Path(hub.snapshot_download(repo, revision=revision, allow_patterns=_PICKLES))
+            folder = Path(hub.snapshot_download(repo, revision=revision, allow_patterns=["*.bin", *_BESIDE]))
     except Exception as error:  # the hub's own errors, and all that the network library raises
         what = f"revision '{revision}' of '{repo}'" if revision else f"'{repo}'"
         raise CheckpointError(

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch._compile import _disable_dynamo
 
+from ..errors import OffloadError
 from ..hardware.devices import CPU
 from ..hardware.nested_tensors import is_on, map_tensors, once, send_to_device, tensors_in, to_device, with_values
 from ..inspection.callers import called_at, destinations, owners_of_parameters
@@ -245,6 +246,8 @@ class _MoveInputsToLayer(_MoveInputs):
         if torch.compiler.is_compiling():  # torch itself refuses tensors of several devices then
             return None
         self._device = self._layer.get_parameter("weight").device
+        if self._device.type == "meta":  # accelerate offloads the layer, and moves its inputs
+            return None
         return super().__call__(module, args, kwargs)
 
 
@@ -347,12 +350,31 @@ class _ModelCalls(_ReturnOutputs):
     def begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._memo.moved.clear()  # hooks at the end are not called for a forward that Ctrl-C interrupted
         self._memo.is_on = True
+        if "_hf_hook" in vars(module):
+            _require_scales(module)
         super().begin(module, args, kwargs)
 
     def end(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         self._memo.moved.clear()
         self._memo.is_on = False
         return super().end(module, args, kwargs, output)
+
+
+def _require_scales(model: nn.Module) -> None:
+    """Refuse 4-bit layers that accelerate offloads: it puts their scales on meta with the weight, and keeps no others.
+
+    Raises:
+        OffloadError: the model has such a layer.
+    """
+    for path, module in model.named_modules():
+        weight = module._parameters.get("weight") if "_hf_hook" in vars(module) else None
+        state = None if weight is None else getattr(weight, "quant_state", None)
+        if state is not None and state.absmax.is_meta:
+            raise OffloadError(
+                f"{path!r} is quantized to 4 bit, and accelerate has offloaded it (enable_sequential_cpu_offload, "
+                "cpu_offload ...), which loses its scales: load the model again; then move it as a whole, with "
+                "enable_model_cpu_offload(), or let bigload stream its blocks, with a device_map"
+            )
 
 
 def _skip_keys(module: nn.Module) -> set[str]:

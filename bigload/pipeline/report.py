@@ -6,6 +6,7 @@ import resource
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import psutil
 import torch
@@ -31,6 +32,7 @@ class LoadReport:
     elapsed_s: float
     device_bytes: dict[torch.device, int] = field(default_factory=dict)
     peak_bytes: dict[torch.device, int] = field(default_factory=dict)
+    source: Path | None = None
 
     @property
     def gb_per_s(self) -> float:

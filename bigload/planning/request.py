@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,6 +75,11 @@ class LoadRequest:
     quantizable: Sequence[type[nn.Linear]] = ()
     initialize_missing: Sequence[str] = ()
     strict: bool = False
+
+    @property
+    def source(self) -> Path | None:
+        """The folder of the checkpoint, if one was named."""
+        return None if self.checkpoint is None else self.checkpoint.folder
 
 
 def load_request(

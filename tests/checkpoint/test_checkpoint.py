@@ -164,7 +164,8 @@ def test_folder_may_hold_an_index_of_any_name(tmp_path):
 
 def test_location_may_be_a_string(tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "any.safetensors")
-    assert open_checkpoint(str(tmp_path)) == open_checkpoint(tmp_path / "any.safetensors")
+    assert open_checkpoint(str(tmp_path)) == open_checkpoint(tmp_path)
+    assert open_checkpoint(str(tmp_path)).tensors == open_checkpoint(tmp_path / "any.safetensors").tensors
 
 
 @pytest.mark.parametrize(
@@ -193,3 +194,71 @@ def test_an_index_may_be_the_map_alone(tmp_path):
     index = save_shards({"a.safetensors": {"x": torch.ones(2)}, "b.safetensors": {"y": torch.ones(3)}}, tmp_path)
     index.write_text('{"x": "a.safetensors", "y": "b.safetensors"}')
     assert open_checkpoint(tmp_path).tensors.keys() == {"x", "y"}
+
+
+# A folder as diffusers and transformers write it with `variant=`: what is plain -> what is of a variant.
+_VARIANTS = {
+    "files": (["unet.safetensors"], ["unet.fp16.safetensors", "unet.non_ema.safetensors"]),
+    "shards of the variant": (
+        ["unet.safetensors"],
+        ["unet.fp16-00001-of-00002.safetensors", "unet.fp16-00002-of-00002.safetensors"],
+    ),
+    "numbers first": (["unet.bin"], ["unet-00001-of-00001.fp16.safetensors", "unet.safetensors.index.fp16.json"]),
+    "an index in the variant's name": (
+        ["unet.safetensors"],
+        ["unet.fp16-00001-of-00001.safetensors", "unet.fp16.safetensors.index.json"],
+    ),
+    "transformers": (["pytorch_model.bin"], ["pytorch_model.fp16.bin", "model.fp16.safetensors"]),
+    "both indexes": (
+        ["a-00001-of-00001.safetensors", "a.safetensors.index.json"],
+        ["a.fp16-00001-of-00001.safetensors", "a.safetensors.index.fp16.json", "a.fp16.safetensors.index.json"],
+    ),
+    "an index and a file": (["a-00001-of-00001.bin", "a.bin.index.json"], ["a.fp16.bin", "a.fp16.safetensors"]),
+}
+
+
+def _write_weights(folder, names, key):
+    shards = [name for name in names if not name.endswith(".json")]
+    for name in shards:
+        tensors = {key: torch.ones(1)}
+        save_file(tensors, folder / name) if name.endswith(".safetensors") else torch.save(tensors, folder / name)
+    for name in set(names) - set(shards):
+        write_index({key: shards[0]}, folder / name)
+
+
+@pytest.mark.parametrize(("plain", "variants"), _VARIANTS.values(), ids=_VARIANTS)
+def test_folder_with_plain_weights_and_variants_gives_the_plain_ones(tmp_path, plain, variants):
+    _write_weights(tmp_path, plain, "plain")
+    _write_weights(tmp_path, variants, "variant")
+    assert open_checkpoint(tmp_path).tensors.keys() == {"plain"}
+
+
+@pytest.mark.parametrize("names", [["a.fp16.safetensors"], ["a.1-00001-of-00001.bin", "a.bin.index.json"],
+                                   ["a.fp16-00001-of-00001.safetensors", "b.safetensors.index.fp16.json"]])  # fmt: skip
+def test_variant_without_plain_weights_is_what_there_is(tmp_path, names):
+    _write_weights(tmp_path, names, "variant")
+    assert open_checkpoint(tmp_path).tensors.keys() == {"variant"}
+
+
+def test_variants_without_plain_weights_are_named(tmp_path):
+    _write_weights(tmp_path, ["a.fp16.safetensors", "a.bf16.safetensors"], "variant")
+    with pytest.raises(CheckpointError, match=r"'a\.bf16\.safetensors', 'a\.fp16\.safetensors': name the one to load"):
+        open_checkpoint(tmp_path)
+    assert open_checkpoint(tmp_path / "a.bf16.safetensors").tensors  # the remedy
+
+
+def test_usual_name_of_diffusers_comes_before_others(tmp_path):
+    _write_weights(tmp_path, ["adapter.safetensors"], "other")
+    _write_weights(tmp_path, ["diffusion_pytorch_model.safetensors"], "usual")
+    assert open_checkpoint(tmp_path).tensors.keys() == {"usual"}
+
+
+def test_folder_of_a_pipeline_names_the_folders_with_weights(tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    for name in ("scheduler", "transformer", "vae"):
+        (tmp_path / name).mkdir()
+    for name in ("transformer", "vae"):
+        _write_weights(tmp_path / name, ["diffusion_pytorch_model.safetensors"], name)
+    with pytest.raises(CheckpointError, match="of a pipeline of diffusers, with the weights of 'transformer', 'vae'"):
+        open_checkpoint(tmp_path)
+    assert open_checkpoint(tmp_path / "transformer").tensors.keys() == {"transformer"}  # the remedy

@@ -4,6 +4,7 @@ The cache is made by hand and the hub is set to be offline: nothing here touches
 """
 
 import sys
+from fnmatch import fnmatch
 
 import huggingface_hub
 import pytest
@@ -14,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from models import llama
 from torch import nn
 
-from bigload import load_and_quantize_model
+from bigload import load_and_quantize_model, quantize_checkpoint, save_quantized_model
 from bigload.checkpoint.checkpoint import open_checkpoint
 from bigload.checkpoint.hub import hub_folder, is_hub_id
 from bigload.errors import CheckpointError
@@ -102,12 +103,27 @@ def test_only_safetensors_are_asked_for_where_there_are_any(cache, monkeypatch):
     assert (repo, revision) == ("org/name", "v1.0")
     assert "*.safetensors" in patterns
     assert "*.bin" not in patterns
+    for name in ("tokenizer.json", "merges.txt", "spiece.model", "chat_template.jinja", "README.md"):
+        assert any(fnmatch(name, pattern) for pattern in patterns), name
 
 
 def test_model_of_transformers_quantizes_from_the_hub(cache):
     model = llama(True)
     model.save_pretrained(snapshot(cache, "org/tiny-llama_1.0"))
     assert load_and_quantize_model(empty_like(model), "nf4", "org/tiny-llama_1.0", device_map="cpu").is_loaded_in_4bit
+
+
+def test_what_is_saved_of_it_names_it_and_has_its_tokenizer(cache, tmp_path):
+    model, folder = llama(True), snapshot(cache, "org/tiny-llama_1.0")
+    model.save_pretrained(folder)
+    (folder / "merges.txt").write_text("a b")
+    loaded = load_and_quantize_model(empty_like(model), "nf4", "org/tiny-llama_1.0", device_map="cpu")
+    save_quantized_model(loaded, tmp_path / "saved")
+    quantize_checkpoint("org/tiny-llama_1.0", tmp_path / "made", "nf4", model=empty_like(model), device="cpu")
+    for name in ("saved", "made"):
+        said = huggingface_hub.metadata_load(tmp_path / name / "README.md")
+        assert (said["base_model"], said["base_model_relation"]) == ("org/tiny-llama_1.0", "quantized")
+        assert (tmp_path / name / "merges.txt").read_text() == "a b"
 
 
 def test_repository_that_is_not_in_the_cache_says_what_to_do():

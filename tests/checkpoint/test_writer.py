@@ -48,7 +48,11 @@ def test_files_hold_no_more_than_asked_and_an_index_names_each_tensor_once(tmp_p
     assert index["weight_map"] == found
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in model.state_dict().values())
     save_quantized_model(model, tmp_path / "one")
-    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["bigload.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == [
+        "README.md",
+        "bigload.json",
+        "model.safetensors",
+    ]
 
 
 def test_writes_that_take_less_than_given_are_continued(tmp_path, device, monkeypatch):

@@ -22,7 +22,7 @@ from bigload.cli import main
 from bigload.quantization.layers import quantized_layers
 
 diffusers = pytest.importorskip("diffusers")
-MODES = ("nf4-dq", "int8")
+MODES = ("nf4", "nf4-dq", "fp4", "int8")
 
 _WAN = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 24}
 _WAN |= {"freq_dim": 32, "ffn_dim": 48, "num_layers": 2, "cross_attn_norm": True, "rope_max_seq_len": 32}
@@ -38,6 +38,8 @@ _FLUX = {"in_channels": 4, "num_layers": 1, "num_single_layers": 2, "attention_h
 _FLUX |= {"joint_attention_dim": 24, "pooled_projection_dim": 24, "axes_dims_rope": (4, 4, 8)}
 _SD3 = {"sample_size": 8, "in_channels": 4, "num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
 _SD3 |= {"joint_attention_dim": 24, "caption_projection_dim": 32, "pooled_projection_dim": 24, "out_channels": 4}
+_PIXART = {"sample_size": 8, "in_channels": 4, "out_channels": 8, "num_layers": 2, "num_attention_heads": 2}
+_PIXART |= {"attention_head_dim": 16, "cross_attention_dim": 32, "caption_channels": 24}
 _UNET = {"sample_size": 8, "block_out_channels": (8, 16), "norm_num_groups": 4, "cross_attention_dim": 24}
 _UNET |= {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "attention_head_dim": 4}
 _UNET |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "layers_per_block": 1}
@@ -49,6 +51,7 @@ MODELS = {
     "Kandinsky5Transformer3DModel": _KANDINSKY,
     "FluxTransformer2DModel": _FLUX,  # a `proj_out` of its own, and one in each block
     "SD3Transformer2DModel": _SD3,
+    "PixArtTransformer2DModel": _PIXART,
     "UNet2DConditionModel": _UNET,
 }
 KEEPS_FP32 = [name for name in MODELS if getattr(diffusers, name)._keep_in_fp32_modules]
@@ -261,6 +264,28 @@ def test_attributes_are_those_that_diffusers_sets_and_go_with_the_quantization(t
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
     again = cls_of(name).from_pretrained(tmp_path / "plain")
     assert_same_bits(again.state_dict(), plain.state_dict())
+
+
+def test_config_that_is_saved_is_that_of_diffusers_but_for_the_list_of_plain_layers(
+    tmp_path, name, mode, device, as_on_gpu
+):
+    """Ours names every plain Linear; theirs finds them again by the class's own rule."""
+    folder, fields = saved(name, tmp_path / "full"), {"bnb_4bit_compute_dtype": torch.bfloat16}
+    theirs = read_by_diffusers(name, folder, device, quantization_config=of_diffusers(mode))
+    ours = loaded(name, folder, BnbQuantizationConfig.from_mode(mode, torch_dtype=torch.bfloat16, **fields), device)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours.save_pretrained(tmp_path / "ours")
+    save_quantized_model(ours, tmp_path / "saved")
+
+    def said_in(folder):
+        said = json.loads((tmp_path / folder / "config.json").read_text())
+        fields = said["quantization_config"]
+        del fields["llm_int8_skip_modules"]
+        if mode == "int8":
+            del fields["bnb_4bit_compute_dtype"]  # of no use there
+        return {key: value for key, value in said.items() if key != "_name_or_path"}
+
+    assert said_in("ours") == said_in("saved") == said_in("theirs")
 
 
 @pytest.mark.cuda
