@@ -83,10 +83,6 @@ TRIED = {
         + "test_extra_state_is_saved_as_a_tensor_or_loaded_without_quantizing_beforehand",
         "wait for it": "test_conversion.py::test_a_second_run_for_the_same_folder_is_refused_while_one_is_at_work",
     },
-    "dequantizing.py": {
-        "call remove_hook_from_submodules": ENTRY + "test_layer_with_a_hook_of_accelerate_is_dequantized_without_it",
-        "load the unquantized checkpoint": OFFLOAD + "test_offloaded_model_is_dequantized_after_remove",
-    },
     "hardware/devices.py": {
         "use 'cpu' or 'cuda:N'": ENTRY + "test_a_mode_and_a_device_that_exist_are_taken",
     },
@@ -170,6 +166,10 @@ TRIED = {
     },
     "offload/weight_cache.py": {
         "name an offload_folder of your own": OFFLOAD + "test_folder_of_ones_own_is_written",
+    },
+    "pipeline/dequantizing.py": {
+        "call remove_hook_from_submodules": ENTRY + "test_layer_with_a_hook_of_accelerate_is_dequantized_without_it",
+        "load the unquantized checkpoint": OFFLOAD + "test_offloaded_model_is_dequantized_after_remove",
     },
     "pipeline/exchange.py": {
         "in skip_modules": "pipeline/test_exchange.py::"
