@@ -41,6 +41,12 @@ def has_quantized(model: nn.Module) -> bool:
     return loaded
 
 
+def loaded_dtype(model: nn.Module) -> torch.dtype | None:
+    """Return the dtype that a model with layers quantized by bigload was loaded in; None for any other."""
+    dtypes = [vars(layer).get("loaded_dtype") for layer in quantized_layers(model).values()]
+    return next((dtype for dtype in dtypes if dtype is not None), None)
+
+
 def require_linears(model: nn.Module) -> None:
     """Check that a model can be quantized.
 

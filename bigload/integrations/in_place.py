@@ -213,7 +213,7 @@ def _made(layer: Any, path: str, config: BnbQuantizationConfig, weight: Any, dev
     bias = layer._parameters["bias"]
     if bias is not None:
         data = torch.zeros_like(bias, device=device) if bias.is_meta else bias.detach()
-        data = data.to(device, config.load_dtype)
+        data = data.to(device, config.load_dtype, copy=True)  # it may be that of a caller's state_dict
         new._parameters["bias"] = nn.Parameter(data, requires_grad=config.llm_int8_has_fp16_weight)
     return new  # type: ignore[no-any-return]
 

@@ -16,7 +16,7 @@ from ..config import FLOATS, BnbQuantizationConfig
 from ..errors import ConfigError, import_optional, listed
 from ..model.view import ModelView
 from .building import linears_to_quantize
-from .converting import convert, has_quantized, require_linears
+from .converting import convert, has_quantized, loaded_dtype, require_linears
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,8 @@ class BitsandbytesPrecision(_Precision):  # type: ignore[misc]
     Args:
         mode: "nf4", "nf4-dq", "fp4", "fp4-dq", "int8" or "int8-training".
         dtype: what layers compute in, inputs are cast to, and all other weights are stored in: torch.float16,
-            torch.bfloat16 or torch.float32. By default float16 for int8, else bfloat16 (float16 on GPUs without it).
+            torch.bfloat16 or torch.float32. By default that of a model which bigload loaded, else float16 for int8 and
+            bfloat16 for 4 bit (float16 on GPUs without it).
         ignore_modules: names of modules whose Linear layers are not quantized, from the root of the model: "head" is
             `head` and `head.proj`, but neither `head2` nor `model.head`.
 
@@ -67,6 +68,7 @@ class BitsandbytesPrecision(_Precision):  # type: ignore[misc]
             raise ConfigError(f"dtype must be one of {', '.join(map(str, FLOATS.values()))}, or None, but is {dtype!r}")
         self.mode = mode
         self.dtype = _default_dtype(mode) if dtype is None else dtype
+        self._takes_dtype = dtype is None  # until the first model is set up
         self.ignore_modules = set(names)
 
     @property
@@ -92,12 +94,24 @@ class BitsandbytesPrecision(_Precision):  # type: ignore[misc]
             CheckpointError: it was given a state_dict that is quantized in another way.
         """
         if has_quantized(module):
+            self._fit_to(module)
             return module
         require_linears(module)
         self._warn_of_unknown_names(module)
         with torch.inference_mode(False), torch.no_grad():
             convert(module, self.config, self.ignore_modules, _device_of(module))
+        self._takes_dtype = False
         return module
+
+    def _fit_to(self, module: nn.Module) -> None:
+        """Cast inputs to the dtype of a model that is quantized already, if none was asked for."""
+        dtype = loaded_dtype(module)
+        if dtype is None or dtype == self.dtype:
+            return
+        if self._takes_dtype:
+            self.dtype, self._takes_dtype = dtype, False
+        else:
+            logger.warning("the model was loaded in %s, but the plugin casts its inputs to %s", dtype, self.dtype)
 
     def _warn_of_unknown_names(self, module: nn.Module) -> None:
         known = ModelView(module).modules
