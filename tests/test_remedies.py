@@ -102,7 +102,7 @@ TRIED = {
         "test_a_checkpoint_quantized_in_another_mode_is_refused_without_strict_too",
         "or build the model without empty_init": "integrations/test_building.py::"
         "test_a_layer_that_was_never_loaded_refuses_to_compute_and_is_named",
-        "or call to_empty() before": "integrations/test_building.py::"
+        "or call to_empty()": "integrations/test_building.py::"
         "test_a_layer_that_waits_on_meta_may_be_cast_and_moved_but_not_emptied",
     },
     "model/experts.py": {

@@ -146,7 +146,7 @@ def _move_converted(layer: Any, move: Callable[[torch.Tensor], torch.Tensor], re
         return type(layer)._apply(layer, move, recurse)  # type: ignore[no-any-return]
     raise QuantizationError(
         f"{layer.waiting.path!r} will be quantized, so to_empty() cannot give it memory: load its values with "
-        "load_state_dict(), or call to_empty() before it is converted"
+        "load_state_dict(), or call to_empty(), and give it values, before it is converted"
     )
 
 
