@@ -207,8 +207,9 @@ def _made(layer: Any, path: str, config: BnbQuantizationConfig, weight: Any, dev
     shape = (layer.out_features, layer.in_features)
     # As for the CPU, whatever the device: its forwards compute on others too, and a model may be moved.
     new: Any = make_layer(layer, weight, shape, config, torch.device("cpu"), path)
-    for name in ("_apply", "waiting"):
-        vars(new).pop(name, None)
+    vars(new).pop("waiting", None)
+    if "_apply" in vars(new) and vars(new)["_apply"] is vars(layer).get("_apply"):
+        del vars(new)["_apply"]  # that of waiting
     vars(new)["_load_from_state_dict"] = functools.partial(load_values, new)
     bias = layer._parameters["bias"]
     if bias is not None:

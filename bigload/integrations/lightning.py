@@ -70,6 +70,7 @@ class BitsandbytesPrecision(_Precision):  # type: ignore[misc]
         self.dtype = _default_dtype(mode) if dtype is None else dtype
         self._takes_dtype = dtype is None  # until the first model is set up
         self.ignore_modules = set(names)
+        self._kept_in_place: list[nn.Module] = []
 
     @property
     def config(self) -> BnbQuantizationConfig:
@@ -95,6 +96,7 @@ class BitsandbytesPrecision(_Precision):  # type: ignore[misc]
         """
         if has_quantized(module):
             self._fit_to(module)
+            self._keep_offloaded(module)
             return module
         require_linears(module)
         self._warn_of_unknown_names(module)
@@ -112,6 +114,19 @@ class BitsandbytesPrecision(_Precision):  # type: ignore[misc]
             self.dtype, self._takes_dtype = dtype, False
         else:
             logger.warning("the model was loaded in %s, but the plugin casts its inputs to %s", dtype, self.dtype)
+
+    def _keep_offloaded(self, module: nn.Module) -> None:
+        """Let a LightningModule with offloaded weights stay where it is when Trainer moves it to the CPU at its end."""
+        if vars(module).get("_trainer") is not None and any("offload" in vars(inner) for inner in module.modules()):
+            vars(module)["cpu"] = functools.partial(_stays, module)
+            self._kept_in_place.append(module)
+
+    def teardown(self) -> None:
+        """Called when a Trainer has ended."""
+        for module in self._kept_in_place:
+            vars(module).pop("cpu", None)
+        self._kept_in_place.clear()
+        super().teardown()
 
     def _warn_of_unknown_names(self, module: nn.Module) -> None:
         known = ModelView(module).modules
@@ -176,6 +191,10 @@ class BitsandbytesPrecision(_Precision):  # type: ignore[misc]
 def _class_for(module: Any) -> Any:
     """Return the base class whose methods serve a module: Trainer's for one that a Trainer runs."""
     return _Precision if module is not None and vars(module).get("_trainer") is not None else _OfFabric
+
+
+def _stays(module: nn.Module) -> nn.Module:
+    return module
 
 
 def _default_dtype(mode: str) -> torch.dtype:

@@ -72,7 +72,9 @@ def make_layer(
     refuse = functools.partial(refuse_replicas, path)
     vars(new).update(loaded_as=path, loaded_dtype=config.load_dtype, _replicate_for_data_parallel=refuse)
     set_forward(new, own_forward(new))
-    if config.load_in_4bit:
+    if config.load_in_8bit:
+        new.__dict__["_apply"] = functools.partial(move_int8, new)
+    else:
         new.__dict__["_load_from_state_dict"] = functools.partial(load_4bit, new)
         if config.bnb_4bit_quant_storage.is_floating_point:  # type: ignore[union-attr]  # the config has checked it
             new.__dict__["_apply"] = functools.partial(move_packed, new)
@@ -90,6 +92,24 @@ def load_4bit(layer: nn.Module, *given: Any) -> None:
     if getattr(weight, "quant_state", None) is None and getattr(weight, "shape", ())[1:] == (1,):
         weight.quant_state = layer.quant_state  # as bitsandbytes' forward does: copies of a pickled layer have lost it
     load_packed(layer, ("weight",), *given)
+
+
+def move_int8(layer: Any, move: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+    """Move an int8 layer with the rows and scales that its kernels are given, as its `_apply`.
+
+    torch moves the weight's memory alone; bitsandbytes would go on computing with what lies on the device before.
+    """
+    type(layer)._apply(layer, move, recurse)
+    weight, state = layer._parameters["weight"], layer.state
+    for holder in (weight, state):
+        rows = getattr(holder, "CB", None)
+        if rows is None or rows.device == weight.device:
+            continue
+        if state.has_fp16_weights:
+            holder.CB = holder.SCB = None  # quantized again in the next forward
+        else:
+            holder.CB, holder.SCB = weight.data, holder.SCB.to(weight.device)
+    return layer  # type: ignore[no-any-return]
 
 
 def move_packed(layer: Any, move: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:

@@ -300,6 +300,28 @@ def test_a_model_goes_to_the_gpu_and_back(mode):
     assert torch.equal(model(inputs().cuda()), there)
 
 
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
+def test_a_model_of_transformers_is_quantized_however_it_was_built(tmp_path, mode):
+    from models import llama
+
+    plain = llama()
+    plain.save_pretrained(tmp_path)
+    fabric, tokens = fabric_of(torch.device("cpu"), mode), torch.arange(8).view(1, 8)
+    first = fabric.setup(plain.eval())
+    with fabric.init_module():
+        read = type(plain).from_pretrained(tmp_path)
+    with fabric.init_module(empty_init=True):
+        empty = type(plain)(plain.config).eval()
+    models = [first, fabric.setup(read), fabric.setup(empty)]
+    empty.load_state_dict(type(plain).from_pretrained(tmp_path).state_dict())
+    with torch.no_grad():
+        a, b, c = (model(tokens).logits for model in models)
+    assert torch.equal(a, b)
+    assert torch.equal(a, c)
+    assert {model.is_loaded_in_4bit for model in (plain, read, empty)} == {mode == "nf4"}
+    assert empty.model.rotary_emb.inv_freq.dtype == torch.float32  # a buffer that is not saved
+
+
 def test_other_threads_build_and_compute_as_before():
     built = []
     with BitsandbytesPrecision("nf4").module_init_context():

@@ -1,11 +1,14 @@
 """Models that bigload loaded, in Fabric: with each precision, with the plugin, and offloaded."""
 
+import copy
+
 import pytest
 import torch
 from checkpoints import offloaded, save_checkpoint
-from lightning_loops import MODES, Net, bits, differing, fabric_of, fabric_on, inputs
+from lightning_loops import MODES, LitNet, Net, bits, differing, fabric_of, fabric_on, inputs, trainer_of
 from models import GPT
 from torch import nn
+from torch.utils.data import DataLoader
 
 from bigload import BnbQuantizationConfig, load_and_quantize_model
 from bigload.lightning import BitsandbytesPrecision
@@ -70,6 +73,33 @@ def test_packed_bytes_stored_as_floats_are_not_cast(tmp_path, device, storage, c
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("has_run", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_model_loaded_on_the_cpu_computes_on_the_gpu_and_back(tmp_path, mode, has_run):
+    model = loaded(tmp_path, torch.device("cpu"), mode)
+    x = inputs().bfloat16()
+    if has_run:
+        model(x)
+    there = model.cuda()(x.cuda())
+    here = model.cpu()(x)
+    assert torch.allclose(there.cpu(), here, atol=0.05)  # other kernels
+    assert torch.equal(model.cuda()(x.cuda()), there)
+
+
+@pytest.mark.parametrize("has_run", [False, True])
+@pytest.mark.parametrize("mode", ["int8", "int8-training"])
+def test_what_the_kernels_of_int8_are_given_moves_with_the_weight(tmp_path, mode, has_run):
+    model = loaded(tmp_path, torch.device("cpu"), mode)
+    x, unused = inputs().bfloat16(), copy.deepcopy(model)
+    expected = model(x)
+    model = model if has_run else unused
+    holder = model.up.state if has_run else model.up.weight
+    holder.CB = torch.empty(model.up.weight.shape, dtype=torch.int8, device="meta")  # as on the device before
+    model.to(torch.device("cpu"))
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.cuda
 def test_packed_bytes_stored_as_floats_move_and_compute(tmp_path):
     model = loaded(tmp_path, torch.device("cpu"), "nf4", bnb_4bit_quant_storage=torch.bfloat16)
     before = bits(model)
@@ -107,6 +137,22 @@ def test_one_loaded_without_quantizing_is_left_with_a_word(tmp_path, warned):
     fabric_of(torch.device("cpu"), "nf4").setup(model)
     assert differing(before, bits(model)) == []
     assert warned() == ["the model was loaded by bigload without quantizing any layer, and is left as it is"]
+
+
+def test_trainer_runs_an_offloaded_model_and_leaves_it_in_place(tmp_path, device, small_parts_stream):
+    (tmp_path / "cache").mkdir()
+    save_checkpoint(GPT().bfloat16(), tmp_path / "gpt")
+    lit = LitNet(late=True)
+    lit.net = offloaded(GPT, tmp_path / "gpt", device, ["transformer.h.0"], tmp_path / "cache")
+    tokens = torch.arange(24).view(2, 12)
+    trainer = trainer_of(device, "nf4", tmp_path)
+    (predicted,) = trainer.predict(lit, DataLoader(tokens, batch_size=2))
+    with torch.no_grad():
+        assert torch.equal(predicted.to(device), lit.net(tokens.to(device)))
+    assert lit.net.offload.stats().fetches
+    assert "cpu" not in vars(lit)  # whatever Trainer did not move may be moved by hand again
+    trainer.fit(lit, DataLoader(tokens, batch_size=2))
+    lit.net.offload.remove()
 
 
 @pytest.mark.parametrize("precision", [None, "bf16-true", "plugin"])

@@ -79,6 +79,17 @@ def test_a_fitted_model_takes_its_checkpoint_and_a_plain_one(tmp_path):
     assert differing(expected, bits(model)) == []
 
 
+def test_a_module_is_loaded_from_its_checkpoint_in_the_context_of_the_plugin(tmp_path):
+    model, trainer = LitNet(), trainer_of(torch.device("cpu"), "nf4", tmp_path)
+    trainer.fit(model, batches())
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    plugin = BitsandbytesPrecision("nf4")
+    with plugin.module_init_context():
+        again = LitNet.load_from_checkpoint(tmp_path / "model.ckpt", weights_only=False)
+    plugin.convert_module(again)
+    assert differing(bits(again), bits(model)) == []
+
+
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_gradients_are_clipped_and_accumulated(tmp_path, device, algorithm):
     options = {"gradient_clip_val": 0.01, "gradient_clip_algorithm": algorithm}
