@@ -12,6 +12,7 @@ from torch import nn
 
 from ..config import BnbQuantizationConfig
 from ..errors import CheckpointError, ConfigError, QuantizationError, listed
+from ..hardware.devices import on_cpu_unless_named
 from ..model.empty import like_parameter
 from ..model.fp32_modules import fp32_rule
 from ..model.quantizable import layers_to_quantize, plain_because_read
@@ -67,6 +68,7 @@ def require_linears(model: nn.Module) -> None:
         )
 
 
+@on_cpu_unless_named()
 def convert(
     model: nn.Module, config: BnbQuantizationConfig, ignored: Collection[str], device: torch.device | None
 ) -> None:

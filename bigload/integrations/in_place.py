@@ -18,6 +18,7 @@ from torch import nn
 
 from ..config import BnbQuantizationConfig
 from ..errors import CheckpointError, QuantizationError
+from ..hardware.devices import on_cpu_unless_named
 from ..planning.planned_tensors import quantized_format
 from ..quantization.copied_layers import is_bound_to
 from ..quantization.formats import FourBit, Plain
@@ -265,6 +266,7 @@ def _read_lazy(state_dict: dict[str, Any], prefix: str) -> None:
             state_dict[key] = value.contiguous()
 
 
+@on_cpu_unless_named()
 def load_values(
     layer: Any,
     state_dict: dict[str, Any],

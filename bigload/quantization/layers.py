@@ -33,6 +33,7 @@ _LAYER_ATTRIBUTES = {
     "compute_dtype",
     "compute_type_is_set",
     "forward",
+    "forward_when_loaded",
     "index",
     "is_training",
     "loaded_as",

@@ -105,6 +105,22 @@ def test_values_are_loaded_again_after_the_model_has_run(tmp_path, device, mode)
             assert differing(bits(model.module), bits(expected.module)) == []
 
 
+@pytest.mark.parametrize("mode", ["nf4-dq", "int8"])
+@pytest.mark.parametrize("kind", ["plain", "quantized"])
+def test_default_dtype_and_device_do_not_change_what_is_loaded(tmp_path, mode, kind):
+    expected = written(tmp_path, mode)
+    fabric = fabric_of(CPU, mode)
+    net, other = Net(), Net()
+    with torch.device("meta"):
+        fabric.setup(net)
+        by_load_state_dict(fabric, net, tmp_path / f"{kind}.ckpt")
+    fabric.setup(other)
+    with fabric.init_module():  # the default dtype has fewer digits than the offset of double quantization
+        by_load_state_dict(fabric, other, tmp_path / f"{kind}.ckpt")
+    assert differing(bits(net), bits(expected.module)) == []
+    assert differing(bits(other), bits(expected.module)) == []
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_model_on_meta_is_quantized_as_it_is_loaded(tmp_path, mode):
     """Lightning's own cannot do this in int8."""

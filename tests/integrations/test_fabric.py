@@ -10,7 +10,14 @@ from lightning.fabric.plugins import BitsandbytesPrecision as LightningsOwn
 from lightning_loops import MODES, WIDTH, Net, bits, differing, fabric_of, fabric_on, inputs
 from torch import nn
 
-from bigload import BnbQuantizationConfig, ConfigError, QuantizationError, load_and_quantize_model
+from bigload import (
+    BnbQuantizationConfig,
+    ConfigError,
+    QuantizationError,
+    dequantize_model,
+    load_and_quantize_model,
+    save_quantized_model,
+)
 from bigload.lightning import BitsandbytesPrecision
 from bigload.quantization.layers import quantized_layers
 
@@ -246,6 +253,30 @@ def test_an_encoder_layer_of_torch_does_not_read_packed_weights():
     assert type(layer.linear1) is not nn.Linear
 
 
+def test_a_model_that_is_one_layer_and_one_that_was_compiled_are_converted():
+    layer = nn.Linear(WIDTH, WIDTH)
+    held = layer.weight
+    assert fabric_of(torch.device("cpu"), "int8-training").setup(layer)(inputs()).isfinite().all()
+    assert layer.weight is held
+    net = Net()
+    compiled = torch.compile(net, backend="eager")
+    assert fabric_of(torch.device("cpu"), "nf4").setup(compiled)(inputs()).shape == (8, 8)
+    assert net.up.weight.dtype == torch.uint8
+
+
+def test_subclasses_are_quantized_if_they_compute_the_same():
+    class Same(nn.Linear):
+        pass
+
+    class Doubling(nn.Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    model = nn.Sequential(Same(WIDTH, WIDTH), Doubling(WIDTH, WIDTH))
+    fabric_of(torch.device("cpu"), "nf4").setup(model)
+    assert list(quantized_layers(model)) == ["0"]
+
+
 def test_a_weight_that_is_not_finite_is_named_and_nothing_changes():
     net = Net()
     with torch.no_grad():
@@ -284,6 +315,20 @@ def test_a_converted_model_is_not_converted_again(mode):
     assert plugin.convert_module(net) is net
     assert BitsandbytesPrecision("fp4", dtype=torch.float32).convert_module(net) is net
     assert differing(before, bits(net)) == []
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_converted_model_is_saved_loaded_and_dequantized_as_a_loaded_one(tmp_path, mode):
+    net = Net()
+    model = fabric_of(torch.device("cpu"), mode, dtype=torch.float16).setup(net)
+    expected = model(inputs())
+    save_quantized_model(net, tmp_path / "saved")
+    again = load_and_quantize_model(Net(), None, tmp_path / "saved", device_map="cpu", progress=False)
+    assert torch.equal(again(inputs().half()).float(), expected)
+    if mode != "int8-training":
+        plain = dequantize_model(net)
+        assert {type(module) for module in plain.modules() if hasattr(module, "in_features")} == {nn.Linear}
+        assert torch.allclose(plain(inputs().half()).float(), expected, atol=2e-2)  # int8 rounds inputs too
 
 
 @pytest.mark.cuda
