@@ -240,6 +240,10 @@ def become(layer: Any, made: Any) -> None:
     vars(layer).update({name: functools.partial(function, layer) for name, function in own.items()})
     if hasattr(layer.weight, "module"):
         layer.weight.module = layer
+    hooks = layer._load_state_dict_pre_hooks  # torch keeps the module of each by a weak reference
+    for key, hook in hooks.items():
+        if hook.with_module:
+            hooks[key] = type(hook)(hook.hook, layer)
 
 
 def load_stored(made: Any, stored: dict[str, Any], path: str) -> None:

@@ -286,6 +286,17 @@ def test_modules_stay_the_same_objects_wherever_they_are_held():
     assert net.up.weight.module is net.up
 
 
+def test_hooks_of_a_layer_are_kept_and_called_with_it():
+    net, called = Net(), []
+    net.up.register_load_state_dict_pre_hook(lambda module, *rest: called.append(module))
+    net.up.register_forward_hook(lambda module, args, out: called.append(module))
+    net.up.register_state_dict_post_hook(lambda module, *rest: called.append(module))
+    model = fabric_of(torch.device("cpu"), "int8").setup(net)
+    model(inputs())
+    model.load_state_dict(model.state_dict())
+    assert called == [net.up] * 3
+
+
 def test_a_copy_computes_with_its_own_weights():
     net = Net()
     fabric_of(torch.device("cpu"), "nf4").setup(net)
