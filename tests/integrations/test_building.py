@@ -365,3 +365,41 @@ def test_an_empty_model_takes_no_more_than_its_quantized_form_and_one_layer(tmp_
     by_load_raw(fabric, model, tmp_path / "plain.ckpt")
     layer = 2048 * 2048
     assert torch.cuda.max_memory_allocated() - before < 16 * layer * 0.58 + 4 * layer * 2
+
+
+class Adapted(nn.Module):
+    """A layer with an adapter of its own, whose low-rank parts are parameters, as Lit-GPT writes it."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.lora_a, self.lora_b = nn.Parameter(torch.zeros(4, WIDTH)), nn.Parameter(torch.zeros(WIDTH, 4))
+        nn.init.kaiming_uniform_(self.lora_a)
+
+    def forward(self, x):
+        return self.linear(x) + x @ self.lora_a.T @ self.lora_b.T
+
+
+@pytest.mark.parametrize("mode", MODES[:-1])
+def test_adapters_of_the_model_are_trained_on_weights_that_are_loaded_after_the_optimizer_was_made(
+    tmp_path, device, mode
+):
+    torch.save(nn.ModuleDict({"linear": nn.Linear(WIDTH, WIDTH, bias=False)}).state_dict(), tmp_path / "base.ckpt")
+    fabric = fabric_of(device, mode)
+    with fabric.init_module(empty_init=False):
+        net = Adapted()
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad = "lora" in name
+    model = fabric.setup_module(net)
+    optimizer = fabric.setup_optimizers(torch.optim.SGD(model.parameters(), lr=0.5))
+    missing, _ = model.load_state_dict(torch.load(tmp_path / "base.ckpt", mmap=True), strict=False)
+    assert missing == ["lora_a", "lora_b"]
+    base, losses = bits(net.linear), []
+    for _ in range(5):
+        loss = model(inputs().to(device)).square().mean()
+        fabric.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert differing(base, bits(net.linear)) == []
