@@ -118,9 +118,10 @@ def _add_plan(commands: Any) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from .demo import run_demo
+    from .integrations.demo import run_demo
+    from .loading import load_and_quantize_model
 
-    run_demo()
+    run_demo(load_and_quantize_model)
 
 
 def _load(options: argparse.Namespace) -> None:

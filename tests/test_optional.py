@@ -1,5 +1,6 @@
 """A library that is not there is named, with what to install, by every call that needs it and by no other."""
 
+import subprocess
 import sys
 
 import pytest
@@ -74,3 +75,11 @@ def test_command_line_without_transformers_is_one_message_and_status_1(without, 
     without("transformers")
     assert main(["load", str(tmp_path), "--device-map", "cpu"]) == 1
     assert "pip install transformers" in capsys.readouterr().err
+
+
+def test_bigload_does_not_import_lightning_and_says_what_to_install_where_it_is_missing():
+    hidden = "import sys; sys.modules['lightning'] = None; import bigload.loading, bigload.cli"
+    code = f"{hidden}; assert 'torch' in sys.modules; import bigload.lightning"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "MissingDependencyError: this needs lightning" in ran.stderr
+    assert "pip install 'bigload[lightning]'" in ran.stderr

@@ -88,15 +88,27 @@ TRIED = {
         + "test_extra_state_is_saved_as_a_tensor_or_loaded_without_quantizing_beforehand",
         "wait for it": "test_conversion.py::test_a_second_run_for_the_same_folder_is_refused_while_one_is_at_work",
     },
-    "dequantizing.py": {
-        "call remove_hook_from_submodules": ENTRY + "test_layer_with_a_hook_of_accelerate_is_dequantized_without_it",
-        "load the unquantized checkpoint": OFFLOAD + "test_offloaded_model_is_dequantized_after_remove",
-    },
     "hardware/devices.py": {
         "use 'cpu' or 'cuda:N'": ENTRY + "test_a_mode_and_a_device_that_exist_are_taken",
     },
     "hardware/free_memory.py": {
         "choose another folder": ENTRY + "test_disk_that_says_what_is_free_is_taken",
+    },
+    "integrations/converting.py": {
+        "set it up with a Fabric or Trainer without": "integrations/test_fabric.py::"
+        "test_a_model_without_linear_layers_is_refused_and_runs_without_the_plugin",
+        "then get_peft_model": "integrations/test_fabric.py::"
+        "test_adapters_of_peft_are_refused_and_made_after_the_conversion",
+        "use the ignore_modules": "integrations/test_building.py::"
+        "test_a_quantized_layer_is_not_loaded_into_one_that_stays_plain",
+    },
+    "integrations/in_place.py": {
+        "use the mode that it was saved in": "integrations/test_building.py::"
+        "test_a_checkpoint_quantized_in_another_mode_is_refused_without_strict_too",
+        "or build the model without empty_init": "integrations/test_building.py::"
+        "test_a_layer_that_was_never_loaded_refuses_to_compute_and_is_named",
+        "or call to_empty()": "integrations/test_building.py::"
+        "test_a_layer_that_waits_on_meta_may_be_cast_and_moved_but_not_emptied",
     },
     "model/experts.py": {
         "give it the parameters": "model/test_experts.py::test_both_remedies_for_a_declared_module_work",
@@ -178,6 +190,10 @@ TRIED = {
     },
     "offload/weight_cache.py": {
         "name an offload_folder of your own": OFFLOAD + "test_folder_of_ones_own_is_written",
+    },
+    "pipeline/dequantizing.py": {
+        "call remove_hook_from_submodules": ENTRY + "test_layer_with_a_hook_of_accelerate_is_dequantized_without_it",
+        "load the unquantized checkpoint": OFFLOAD + "test_offloaded_model_is_dequantized_after_remove",
     },
     "pipeline/exchange.py": {
         "in skip_modules": "pipeline/test_exchange.py::"

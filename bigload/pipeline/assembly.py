@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from functools import cached_property
 from typing import Any
 
@@ -83,7 +83,7 @@ class Assembly:
             edits += [
                 (module._modules, key, new_layers[child]) for key, child in _children(module) if child in new_layers
             ]
-            edits += _without_fast_path(module, new_layers)
+            edits += without_fast_path(module, new_layers)
         edits += self._held_elsewhere.edits(new_layers, tensors)
         root = new_layers.get(view.model, view.model)
         after = view if root is view.model else ModelView(root)
@@ -141,11 +141,16 @@ def _value(tensor: ModelTensor, device: torch.device, value: LoadedTensor | None
     return old if unchanged else like_parameter(old, value)  # type: ignore[arg-type]
 
 
-def _without_fast_path(module: nn.Module, new_layers: Mapping[nn.Module, nn.Module]) -> list[Edit]:
-    """Turn off the fast path of torch's own encoder layers, which reads the weights of their Linears directly."""
+def without_fast_path(module: nn.Module, layers: Collection[nn.Module]) -> list[Edit]:
+    """Turn off the fast path of torch's own encoder layers, which reads the weights of their Linears directly.
+
+    Args:
+        module: any.
+        layers: those that are quantized.
+    """
     if not isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
         return []
-    if not any(inner in new_layers for inner in module.modules()):
+    if not any(inner in layers for inner in module.modules()):
         return []
     if isinstance(module, nn.TransformerEncoder):
         return [(module.__dict__, "use_nested_tensor", False)]  # only the fast path takes nested tensors

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ..hardware.devices import on_cpu_unless_named
+from ..model.empty import default_dtype
 from .bnb import library
 from .formats import NESTED_BLOCKSIZE, FourBit, Int8
 
@@ -178,7 +180,8 @@ def _state_of(parameter: Any, weight: Any, parts: Mapping[str, torch.Tensor]) ->
         lacking = "its packed bytes" if weight is None else "the scales of its packed bytes"
         raise ValueError(f"the state_dict lacks {lacking}: load all that the state_dict of such a model holds of it")
     try:
-        new = library().functional.QuantState.from_dict(dict(parts), device=state.absmax.device)
+        with on_cpu_unless_named(), default_dtype(torch.float32):  # it makes a tensor of the offset
+            new = library().functional.QuantState.from_dict(dict(parts), device=state.absmax.device)
     except Exception as error:
         raise ValueError(f"its quant_state in the state_dict cannot be read: {error}") from error
     kinds = [(tuple(one.shape), one.quant_type, one.blocksize, bool(one.nested)) for one in (state, new)]

@@ -39,6 +39,21 @@ def test_the_state_of_another_model_is_loaded(mode, strict, assign, device):
     assert_same_bits(model.state_dict(), other.state_dict())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_default_dtype_and_device_have_no_effect(mode, dtype, device):
+    """The offset of double quantization is stored as a number, of which bitsandbytes makes a tensor."""
+    model, other = net(0, mode, device), net(1, mode, device)
+    state = {key: tensor.clone() for key, tensor in other.state_dict().items()}
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            model.load_state_dict(state)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same_bits(model.state_dict(), other.state_dict())
+
+
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize(
     ("change", "message"),
