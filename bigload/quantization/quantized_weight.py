@@ -12,6 +12,8 @@ import torch
 from .bnb import library
 from .formats import NESTED_BLOCKSIZE, FourBit, Int8
 
+_SCALES = "row_scales"  # the attribute of an Int8Params that keeps its scales for layers that share it
+
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
@@ -100,17 +102,25 @@ def state_around(state: Any, parts: Mapping[str, torch.Tensor]) -> Any:
 
 def row_scales(layer: Any) -> Any:
     """Return the SCB of an int8 layer, which bitsandbytes moves from the weight to the state in the first forward."""
-    return layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
+    if layer.weight.SCB is not None:
+        return layer.weight.SCB
+    return getattr(layer.weight, _SCALES, None) if layer.state.SCB is None else layer.state.SCB
 
 
 def keep_row_scales(layer: Any) -> None:
-    """Let an int8 layer that has run keep its scales, if its weight was exchanged by what `weight.to()` returns.
+    """Let an int8 layer keep its scales where bitsandbytes loses them.
 
-    As PEFT's DoRA does. bitsandbytes would take the scales of the new weight, which has none.
+    If its weight was exchanged by what `weight.to()` returns, as PEFT's DoRA does, bitsandbytes would take the scales
+    of the new weight, which has none. And the first of several layers that share a weight takes the scales off it; the
+    others would quantize its int8 rows once more, as if they were values.
     """
     weight = layer._parameters.get("weight")
-    if getattr(weight, "CB", None) is not None and weight.SCB is None:
-        weight.SCB = layer.state.SCB
+    if getattr(weight, "CB", None) is not None:
+        if weight.SCB is None:
+            weight.SCB = layer.state.SCB
+        setattr(weight, _SCALES, weight.SCB)
+    elif layer.state.CB is None and hasattr(weight, _SCALES):
+        layer.state.CB, layer.state.SCB = weight.data, getattr(weight, _SCALES)
 
 
 def load_packed(
