@@ -171,6 +171,16 @@ TRIED = {
     "offload/weight_cache.py": {
         "name an offload_folder of your own": OFFLOAD + "test_folder_of_ones_own_is_written",
     },
+    "pipeline/adapters.py": {
+        "target_modules, which adapts it": "pipeline/test_adapters.py::"
+        "test_a_trained_copy_of_a_quantized_layer_is_refused_and_both_remedies_work",
+        "load the model again, and leave": "pipeline/test_adapters.py::"
+        "test_an_initialization_that_writes_over_packed_bytes_is_refused_and_the_remedies_work",
+        "use LoRA": "pipeline/test_adapters.py::"
+        "test_an_adapter_that_reads_packed_bytes_is_refused_and_both_remedies_work",
+        "keep the adapter": "pipeline/test_adapters.py::"
+        "test_merges_that_peft_cannot_do_are_refused_and_the_adapter_stays",
+    },
     "pipeline/exchange.py": {
         "in skip_modules": "pipeline/test_exchange.py::"
         "test_a_held_weight_of_a_layer_to_quantize_is_refused_and_its_remedy_works",
@@ -181,6 +191,10 @@ TRIED = {
     },
     "pipeline/file_output.py": {
         "add it to skip_modules": ENTRY + "test_values_too_large_for_a_format_are_loaded_in_another",
+    },
+    "pipeline/optimizers.py": {
+        "or set eps=1e-4": "interop/test_optimizers.py::"
+        "test_an_optimizer_that_would_divide_by_zero_is_refused_before_its_step_and_both_remedies_work",
     },
     "pipeline/refusals.py": {
         "or call bigload.dequantize_model": "interop/test_mixtures.py::"
