@@ -268,8 +268,9 @@ TRIED = {
         "the weight there is not any more": "quantization/test_experts.py::test_a_weight_that_was_replaced_is_named",
     },
     "quantization/quantized_weight.py": {
-        "load all that the state_dict": "quantization/test_loaded_states.py::"
-        "test_a_state_that_cannot_be_loaded_is_refused",
+        "holds of it": "quantization/test_loaded_states.py::test_a_state_that_cannot_be_loaded_is_refused",
+        "with a scale for each: load all": "quantization/test_loaded_states.py::"
+        "test_int8_takes_rows_and_scales_together_or_refuses_them",
         "its weight was replaced": "quantization/test_loaded_states.py::"
         "test_a_layer_whose_weight_was_replaced_takes_a_state_once_it_is_loaded_again",
     },

@@ -175,6 +175,53 @@ def load_packed(
             getattr(*holders[part]).copy_(getattr(*holder))
 
 
+def load_rows(
+    layer: Any,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: Mapping[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """Load an int8 layer's state, rows and scales; bitsandbytes would cast any values to int8, without their scales.
+
+    Nor does it take the scales of a layer that has run, which then holds its own elsewhere.
+
+    Args:
+        layer: of bitsandbytes.
+        state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs: as torch gives them to
+            `_load_from_state_dict`.
+    """
+    weight: Any = layer._parameters.get("weight")
+    held = row_scales(layer) if hasattr(weight, "SCB") else None
+    rows, scales = state_dict.get(f"{prefix}weight"), state_dict.get(f"{prefix}SCB")
+    if held is not None and (rows is not None or scales is not None) and not _are_rows(rows, scales, weight, held):
+        found = [None if part is None else (part.dtype, tuple(part.shape)) for part in (rows, scales)]
+        error_msgs.append(
+            f"{prefix}weight is in int8, and the state_dict holds {found[0]} with the scales {found[1]}, instead of "
+            f"rows {tuple(weight.shape)} in int8 with a scale for each: load all that the state_dict of such a model holds"
+        )
+        for key in ("weight", "SCB", "weight_format"):
+            state_dict.pop(f"{prefix}{key}", None)
+    shown = getattr(weight, "SCB", None)
+    if held is not None:
+        weight.SCB = held
+    absent: list[str] = []
+    copying = {**local_metadata, "assign_to_params_buffers": False}
+    own = type(layer)._load_from_state_dict
+    own(layer, state_dict, prefix, copying, strict, absent, unexpected_keys, error_msgs)
+    if held is not None:
+        weight.SCB = shown
+    missing_keys += absent if rows is None and scales is None else []  # else they are loaded, or refused
+
+
+def _are_rows(rows: Any, scales: Any, weight: torch.Tensor, held: torch.Tensor) -> bool:
+    parts = ((rows, weight), (scales, held))
+    return all(part is not None and (part.dtype, part.shape) == (own.dtype, own.shape) for part, own in parts)
+
+
 def _state_of(parameter: Any, weight: Any, parts: Mapping[str, torch.Tensor]) -> Any:
     """Return the QuantState of a packed weight and its parts in a state_dict.
 
