@@ -201,7 +201,8 @@ def load_rows(
         found = [None if part is None else (part.dtype, tuple(part.shape)) for part in (rows, scales)]
         error_msgs.append(
             f"{prefix}weight is in int8, and the state_dict holds {found[0]} with the scales {found[1]}, instead of "
-            f"rows {tuple(weight.shape)} in int8 with a scale for each: load all that the state_dict of such a model holds"
+            f"rows {tuple(weight.shape)} in int8 with a scale for each: load all that the state_dict of such a model "
+            "holds"
         )
         for key in ("weight", "SCB", "weight_format"):
             state_dict.pop(f"{prefix}{key}", None)
