@@ -77,9 +77,8 @@ def _refuse_what_is_wrong(adapter: Any, layer: Any) -> None:
     weight, place = _weights.get(layer, (None, 0))
     if weight is layer._parameters["weight"] and weight.data_ptr() != place:
         raise QuantizationError(
-            f"{path!r} is quantized, and PEFT has written over its packed bytes as if they were values, as LoftQ and "
-            "LoRA-GA do: load the model again, and leave init_lora_weights as it is, or set it to 'gaussian' or "
-            "'olora'"
+            f"{path!r} is quantized, and PEFT has written over its packed bytes as if they were values, as LoftQ does: "
+            "load the model again, and leave init_lora_weights as it is, or set it to 'gaussian' or 'olora'"
         )
     is_supported = type(adapter).__module__.endswith(".bnb") or getattr(adapter, "quantization_backend", None)
     if not is_supported and (kind.startswith(_BEGIN_WRONG) or _reads_weight(adapter, layer)):

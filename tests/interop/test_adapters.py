@@ -1,5 +1,7 @@
 """PEFT's methods on loaded models, for each mode and place: as the table in docs/fine-tuning.md says."""
 
+import re
+
 import adapter_cells
 import pytest
 import torch
@@ -7,6 +9,7 @@ from adapter_cells import FAMILIES, METHODS, MODES, PLACES, ROUNDED_AGAIN, Cell,
 from checkpoints import save_checkpoint, stored
 from comparisons import equal, relative_error
 from mixtures import mixture
+from models import llama
 
 from bigload import QuantizationError, dequantize_model
 
@@ -111,3 +114,16 @@ def test_table_in_the_docs_is_the_one_that_is_tested():
     assert adapter_cells.table() in page, "run: python tests/helpers/adapter_cells.py"
     for letter in "abcdefg":
         assert f"\n- ({letter}) " in page
+
+
+def test_code_on_the_page_runs_as_pasted(tmp_path, monkeypatch):
+    llama().save_pretrained(tmp_path / "checkpoint")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    blocks = re.findall(r"```python\n(.*?)\n```", adapter_cells.PAGE.read_text(), re.DOTALL)
+    assert len(blocks) == 5
+    for code in blocks:
+        exec(code, names)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert not [module for module in names["merged"].modules() if type(module).__module__.startswith("peft.")]
+    assert names["loss"].isfinite()

@@ -1,5 +1,7 @@
 """transformers' Trainer takes a loaded model as it takes one of transformers' own loader."""
 
+import shutil
+
 import pytest
 import tokenizers
 import torch
@@ -122,6 +124,38 @@ def test_sft_trainer_of_trl_has_the_losses_that_it_has_on_transformers_own_load(
     assert losses[0] == losses[1]
     trainer.save_model(tmp_path / "adapter")
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {p.name for p in (tmp_path / "adapter").iterdir()}
+
+
+@pytest.mark.parametrize("place", ["resident", "disk"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.usefixtures("small_parts_stream")
+def test_a_run_goes_on_from_its_checkpoint_as_it_would_have(tmp_path, device, mode, place):
+    torch.manual_seed(0)
+    llama(False).save_pretrained(tmp_path / "full")
+    away = dict.fromkeys(("model.layers.0", "model.layers.1"), "disk") if place == "disk" else {}
+
+    def trained(steps, **resume):
+        torch.manual_seed(1)
+        model = load_and_quantize_model(
+            empty(llama),
+            mode,
+            tmp_path / "full",
+            device_map={"": device} | away,
+            offload_folder=tmp_path / "cache",
+        )
+        asked = arguments(tmp_path / "run")
+        asked.use_cpu, asked.optim, asked.lr_scheduler_type = device.type == "cpu", "adamw_8bit", "constant"
+        asked.max_steps, asked.save_strategy, asked.save_steps = steps, "steps", 2
+        trainer = Trainer(model=adapted(model), args=asked, train_dataset=SEQUENCES)
+        trainer.train(**resume)
+        return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "lora_" in name}
+
+    expected = trained(4)
+    shutil.rmtree(tmp_path / "run")
+    trained(2)
+    found = trained(4, resume_from_checkpoint=True)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def tokenizer():

@@ -54,7 +54,16 @@ def test_an_adapter_that_reads_packed_bytes_is_refused_and_both_remedies_work(ki
 
 
 @pytest.mark.parametrize(
-    ("kind", "mode"), [("LoHa", "int8"), ("FourierFT", "nf4"), ("C3A", "int8"), ("RandLora", "int8")]
+    ("kind", "mode"),
+    [
+        ("LoHa", "int8"),
+        ("LoKr", "int8"),
+        ("FourierFT", "nf4"),
+        ("C3A", "int8"),
+        ("C3A", "nf4"),
+        ("Gralora", "nf4"),
+        ("RandLora", "int8"),
+    ],
 )
 def test_merges_that_peft_cannot_do_are_refused_and_the_adapter_stays(kind, mode, device, tmp_path):
     options = {"C3A": {"block_size": 32}, "FourierFT": {"n_frequency": 10}}.get(kind, {})
