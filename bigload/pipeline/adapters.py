@@ -35,7 +35,7 @@ def refuse_adapters_of_packed_weights() -> None:
 
 
 def _look_at(module: Any, name: str, child: Any) -> None:
-    if name == "base_layer" and _is_of_peft(module) and _is_loaded(child):
+    if name == "base_layer" and _is_of_peft(module) and _is_packed(child):
         weight = child._parameters["weight"]
         _weights[child] = (weight, weight.data_ptr())
     elif name == "original_module" and type(module).__name__ == "ModulesToSaveWrapper" and _is_of_peft(module):
@@ -44,23 +44,29 @@ def _look_at(module: Any, name: str, child: Any) -> None:
         layer = child
         while isinstance(layer, nn.Module) and "base_layer" in layer._modules:
             layer = layer._modules["base_layer"]
-        if layer is not child and _is_loaded(layer):
+        if layer is not child and _is_packed(layer):
             _refuse_what_is_wrong(child, layer)
+        elif layer is not child and _is_made(layer):
+            _refuse_merges(child, layer)  # PEFT would dequantize the main weights, which are no int8
 
 
 def _is_of_peft(module: Any) -> bool:
     return type(module).__module__.startswith("peft.")
 
 
-def _is_loaded(layer: Any) -> bool:
-    """Whether a module is a layer that bigload made, with a packed weight."""
-    is_made = isinstance(layer, nn.Module) and "loaded_as" in vars(layer) and is_quantized(layer)
-    return is_made and not getattr(layer._parameters["weight"], "has_fp16_weights", False)
+def _is_made(layer: Any) -> bool:
+    """Whether a module is a layer of bitsandbytes that bigload made."""
+    return isinstance(layer, nn.Module) and "loaded_as" in vars(layer) and is_quantized(layer)
+
+
+def _is_packed(layer: Any) -> bool:
+    """The same, with a packed weight: not one of int8 training."""
+    return _is_made(layer) and not getattr(layer._parameters["weight"], "has_fp16_weights", False)
 
 
 def _refuse_trained_copy(module: nn.Module) -> None:
     for layer in quantized_layers(module).values():
-        if _is_loaded(layer):
+        if _is_packed(layer):
             raise QuantizationError(
                 f"{layer.loaded_as!r} is quantized, and PEFT's modules_to_save would train a copy of it: name it in "
                 "target_modules, which adapts it, or in skip_modules, so that it stays plain"
@@ -73,8 +79,8 @@ def _refuse_what_is_wrong(adapter: Any, layer: Any) -> None:
     Raises:
         QuantizationError: it reads packed bytes, or has written over them.
     """
-    path, kind = layer.loaded_as, f"{type(adapter).__module__}.{type(adapter).__name__}"
-    weight, place = _weights.get(layer, (None, 0))
+    path, kind = layer.loaded_as, _kind(adapter)
+    weight, place = _weights.pop(layer, (None, 0))
     if weight is layer._parameters["weight"] and weight.data_ptr() != place:
         raise QuantizationError(
             f"{path!r} is quantized, and PEFT has written over its packed bytes as if they were values, as LoftQ does: "
@@ -87,12 +93,20 @@ def _refuse_what_is_wrong(adapter: Any, layer: Any) -> None:
             f"LoRA, or name {path!r} in skip_modules, so that it stays plain"
         )
     if not is_supported or kind.startswith(_MERGES_WRONG):
-        vars(adapter)["merge"] = functools.partial(_refuse_merge, path, kind)
+        _refuse_merges(adapter, layer)
+
+
+def _kind(adapter: Any) -> str:
+    return f"{type(adapter).__module__}.{type(adapter).__name__}"
+
+
+def _refuse_merges(adapter: Any, layer: Any) -> None:
+    vars(adapter)["merge"] = functools.partial(_refuse_merge, layer.loaded_as, _kind(adapter))
 
 
 def _refuse_merge(path: str, kind: str, *_: Any, **__: Any) -> NoReturn:
     raise QuantizationError(
-        f"{path!r} is quantized, and PEFT's {kind} cannot merge into its packed bytes: keep the adapter beside it, or "
+        f"{path!r} is quantized, and PEFT's {kind} cannot merge into its weight: keep the adapter beside it, or "
         "load the model unquantized to merge"
     )
 

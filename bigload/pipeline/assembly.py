@@ -116,10 +116,10 @@ class Assembly:
     def _refuse_what_others_do_wrong(self) -> None:
         if self._plan.experts:
             refuse_adapters_of_parameters()
-        if self._plan.config.llm_int8_has_fp16_weight and self._new_layers:
-            refuse_optimizers_that_divide_by_zero()
-        elif self._new_layers:
+        if self._new_layers:
             refuse_adapters_of_packed_weights()
+            if self._plan.config.llm_int8_has_fp16_weight:
+                refuse_optimizers_that_divide_by_zero()
 
     def _edits_of_experts(self) -> list[Edit]:
         edits: list[Edit] = []

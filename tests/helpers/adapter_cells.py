@@ -198,11 +198,11 @@ REFUSED: dict[str, tuple[tuple[str, ...], str, str]] = {
     "`modules_to_save`, a layer": (_QUANTIZED, "modules_to_save would train a copy", "a"),
     'init "orthogonal"': (_QUANTIZED, "dtype can require gradients", "b"),
     'init "pissa"': (_QUANTIZED, "initialize PiSSA under float32", "c"),
-    "FourierFT, merged": (_QUANTIZED, "cannot merge into its packed bytes", "d"),
+    "FourierFT, merged": (_QUANTIZED, "cannot merge into its weight", "d"),
     "HRA": (_QUANTIZED, "would compute with its packed bytes", "e"),
 }
 _OF_EXPERTS = {'LoRA, `target_modules="all-linear"`': (MODES[1:4], "holds experts in 4 bit", "f")}
-_STREAMED_TO_A_GPU = {"`layer_replication`": (MODES, "input is on cuda|on the same device", "g")}
+_STREAMED_TO_A_GPU = {"`layer_replication`": (_QUANTIZED, "but its input is on cuda", "g")}
 
 
 def refusal(method: str, place: str, mode: str, kind: str) -> tuple[str, str] | None:

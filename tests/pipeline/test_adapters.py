@@ -18,7 +18,7 @@ LAYERS = ["q_proj", "o_proj"]
 
 def loaded(mode, device, **fields):
     torch.manual_seed(0)
-    config = BnbQuantizationConfig.from_mode(mode, torch_dtype="fp32", **fields)
+    config = BnbQuantizationConfig.from_mode(mode, **({"torch_dtype": "fp32"} | fields))
     return load_and_quantize_model(llama(), config, device_map=device)
 
 
@@ -136,3 +136,19 @@ def test_an_adapter_begins_with_the_random_values_that_it_has_on_a_plain_model(d
         model = adapted(loaded("int8", device, skip_modules=[mode]), "FourierFT", n_frequency=10)
         found.append([p for name, p in model.named_parameters() if "fourierft" in name])
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+def test_merges_into_main_weights_are_refused_and_the_remedies_work(device, tmp_path):
+    """PEFT would take the float16 of int8 training for int8 rows: a third off, without a word."""
+    model = adapted(loaded("int8-training", device, torch_dtype="fp16"), init_lora_weights=False).eval()
+    with torch.no_grad():
+        expected = model(TOKENS.to(device)).logits
+        with pytest.raises(
+            QuantizationError, match=r"cannot merge into its weight: keep the adapter beside it, or load"
+        ):
+            model.merge_and_unload()
+        assert torch.equal(model(TOKENS.to(device)).logits, expected)
+        model.save_pretrained(tmp_path)
+        plain = loaded("int8", device, skip_modules=["*"], torch_dtype="fp16").eval()
+        merged = peft.PeftModel.from_pretrained(plain, tmp_path).merge_and_unload()
+        assert relative_error(merged(TOKENS.to(device)).logits, expected) < 0.05
