@@ -172,6 +172,9 @@ METHODS: dict[str, Method] = {
     "`trainable_token_indices`": partial(
         _plain, target_modules=LAYERS, trainable_token_indices={"embed_tokens": [4, 5]}
     ),
+    "`target_parameters`, a layer's weight": partial(
+        _plain, target_modules=LAYERS, target_parameters=["self_attn.v_proj.weight"]
+    ),
     "`layer_replication`": partial(_plain, target_modules=LAYERS, layer_replication=[[0, 2], [1, 2]]),
     'init "gaussian"': partial(_plain, target_modules=LAYERS, init_lora_weights="gaussian"),
     'init "orthogonal"': partial(_plain, target_modules=LAYERS, init_lora_weights="orthogonal"),
@@ -202,6 +205,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str, str]] = {
     "HRA": (_QUANTIZED, "would compute with its packed bytes", "e"),
 }
 _OF_EXPERTS = {'LoRA, `target_modules="all-linear"`': (MODES[1:4], "holds experts in 4 bit", "f")}
+_STREAMED = {"`target_parameters`, a layer's weight": (MODES[:1], "has no parameter 'weight' to stream", "h")}
 _STREAMED_TO_A_GPU = {"`layer_replication`": (_QUANTIZED, "but its input is on cuda", "g")}
 
 
@@ -214,8 +218,8 @@ def refusal(method: str, place: str, mode: str, kind: str) -> tuple[str, str] | 
     refused = REFUSED
     if place == "experts":
         refused = refused | _OF_EXPERTS
-    elif place in ("disk", "cpu") and kind == "cuda":
-        refused = refused | _STREAMED_TO_A_GPU
+    elif place in ("disk", "cpu"):
+        refused = refused | _STREAMED | (_STREAMED_TO_A_GPU if kind == "cuda" else {})
     modes, words, letter = refused.get(method, ((), "", ""))
     return (words, letter) if mode in modes else None
 
@@ -243,7 +247,12 @@ def _cell(method: str, place: str) -> str:
     if not refused:
         return "right"
     letter = next(reason[1] for reason in found.values() if reason is not None)
-    which = {MODES: "refused", _QUANTIZED: "quantized: refused", MODES[1:4]: "4 bit: refused"}[tuple(refused)]
+    which = {
+        MODES: "refused",
+        MODES[:1]: "none: refused",
+        _QUANTIZED: "quantized: refused",
+        MODES[1:4]: "4 bit: refused",
+    }[tuple(refused)]
     return f"{which} ({letter})"
 
 

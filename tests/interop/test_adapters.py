@@ -112,7 +112,7 @@ def test_a_merge_that_lost_the_adapter_would_be_further_off(found, mode, device)
 def test_table_in_the_docs_is_the_one_that_is_tested():
     page = adapter_cells.PAGE.read_text()
     assert adapter_cells.table() in page, "run: python tests/helpers/adapter_cells.py"
-    for letter in "abcdefg":
+    for letter in "abcdefgh":
         assert f"\n- ({letter}) " in page
 
 
