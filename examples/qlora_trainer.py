@@ -18,10 +18,10 @@ CONFIG = LlamaConfig(vocab_size=128, max_position_embeddings=64, bos_token_id=1,
 
 
 def loaded(source: Path) -> torch.nn.Module:
-    """Load the checkpoint in 4 bit: on the current GPU, or on the CPU where there is none."""
+    """Load the checkpoint in 4 bit: over all GPUs, or on the CPU where there is none."""
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(CONFIG)
-    return load_and_quantize_model(model, "nf4-dq", source)
+    return load_and_quantize_model(model, "nf4-dq", source, device_map="auto")
 
 
 def main(folder: Path) -> None:

@@ -55,7 +55,7 @@ def main(folder: Path) -> None:
     AutoModelForCausalLM.from_config(CONFIG).save_pretrained(folder / "checkpoint")
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(CONFIG)
-    model = load_and_quantize_model(model, "nf4", folder / "checkpoint")
+    model = load_and_quantize_model(model, "nf4", folder / "checkpoint", device_map="auto")
 
     sentences = ["the big model loads fast on one GPUs", "a small model trains slowly on many CPUs"] * 8
     arguments = SFTConfig(

@@ -170,6 +170,7 @@ def trainer_of(model, optimizer, device, folder):
         logging_steps=1,
         disable_tqdm=True,
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # with several it would make DataParallel of a model on one
     return Trainer(model=model, args=arguments, train_dataset=sequences)
 
 

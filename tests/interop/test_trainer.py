@@ -99,21 +99,23 @@ def test_sft_trainer_of_trl_has_the_losses_that_it_has_on_transformers_own_load(
     losses = []
     for name, model in (("theirs", theirs), ("ours", ours)):
         torch.manual_seed(1)
+        asked = trl.SFTConfig(
+            output_dir=tmp_path / name,
+            max_steps=4,
+            per_device_train_batch_size=2,
+            learning_rate=1e-2,
+            use_cpu=device.type == "cpu",
+            bf16=False,
+            report_to="none",
+            save_strategy="no",
+            logging_steps=1,
+            disable_tqdm=True,
+            loss_type="nll",
+        )
+        asked._n_gpu = min(1, asked.n_gpu)
         trainer = trl.SFTTrainer(
             model=model,
-            args=trl.SFTConfig(
-                output_dir=tmp_path / name,
-                max_steps=4,
-                per_device_train_batch_size=2,
-                learning_rate=1e-2,
-                use_cpu=device.type == "cpu",
-                bf16=False,
-                report_to="none",
-                save_strategy="no",
-                logging_steps=1,
-                disable_tqdm=True,
-                loss_type="nll",
-            ),
+            args=asked,
             train_dataset=datasets.Dataset.from_list([{"input_ids": list(range(i, i + 8))} for i in range(3, 11)]),
             processing_class=tokenizer(),
             peft_config=peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
@@ -145,6 +147,7 @@ def test_a_run_goes_on_from_its_checkpoint_as_it_would_have(tmp_path, device, mo
         )
         asked = arguments(tmp_path / "run")
         asked.use_cpu, asked.optim, asked.lr_scheduler_type = device.type == "cpu", "adamw_8bit", "constant"
+        asked._n_gpu = min(1, asked.n_gpu)  # with several it would make DataParallel of a model on one
         asked.max_steps, asked.save_strategy, asked.save_steps = steps, "steps", 2
         trainer = Trainer(model=adapted(model), args=asked, train_dataset=SEQUENCES)
         trainer.train(**resume)
