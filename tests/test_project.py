@@ -104,7 +104,7 @@ def test_package_is_typed_and_versioned():
     needed = {
         re.split(r"[>=;\[ ]", requirement)[0] for requirement in requires("bigload") if "extra" not in requirement
     }
-    assert needed == {"torch", "bitsandbytes", "accelerate", "safetensors", "psutil", "tqdm"}
+    assert needed == {"torch", "bitsandbytes", "safetensors", "psutil", "tqdm"}
 
 
 def test_python_blocks_of_the_readme_run_as_pasted(tmp_path, monkeypatch, capsys):

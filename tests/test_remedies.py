@@ -195,6 +195,16 @@ TRIED = {
         "call remove_hook_from_submodules": ENTRY + "test_layer_with_a_hook_of_accelerate_is_dequantized_without_it",
         "load the unquantized checkpoint": OFFLOAD + "test_offloaded_model_is_dequantized_after_remove",
     },
+    "pipeline/adapters.py": {
+        "target_modules, which adapts it": "pipeline/test_adapters.py::"
+        "test_a_trained_copy_of_a_quantized_layer_is_refused_and_both_remedies_work",
+        "load the model again, and leave": "pipeline/test_adapters.py::"
+        "test_an_initialization_that_writes_over_packed_bytes_is_refused_and_the_remedies_work",
+        "use LoRA": "pipeline/test_adapters.py::"
+        "test_an_adapter_that_reads_packed_bytes_is_refused_and_both_remedies_work",
+        "keep the adapter": "pipeline/test_adapters.py::"
+        "test_merges_that_peft_cannot_do_are_refused_and_the_adapter_stays",
+    },
     "pipeline/exchange.py": {
         "in skip_modules": "pipeline/test_exchange.py::"
         "test_a_held_weight_of_a_layer_to_quantize_is_refused_and_its_remedy_works",
@@ -205,6 +215,10 @@ TRIED = {
     },
     "pipeline/file_output.py": {
         "add it to skip_modules": ENTRY + "test_values_too_large_for_a_format_are_loaded_in_another",
+    },
+    "pipeline/optimizers.py": {
+        "or set eps=1e-4": "interop/test_optimizers.py::"
+        "test_an_optimizer_that_would_divide_by_zero_is_refused_before_its_step_and_both_remedies_work",
     },
     "pipeline/refusals.py": {
         "or call bigload.dequantize_model": "interop/test_mixtures.py::"
@@ -278,8 +292,9 @@ TRIED = {
         "the weight there is not any more": "quantization/test_experts.py::test_a_weight_that_was_replaced_is_named",
     },
     "quantization/quantized_weight.py": {
-        "load all that the state_dict": "quantization/test_loaded_states.py::"
-        "test_a_state_that_cannot_be_loaded_is_refused",
+        "holds of it": "quantization/test_loaded_states.py::test_a_state_that_cannot_be_loaded_is_refused",
+        "with a scale for each: load all": "quantization/test_loaded_states.py::"
+        "test_int8_takes_rows_and_scales_together_or_refuses_them",
         "its weight was replaced": "quantization/test_loaded_states.py::"
         "test_a_layer_whose_weight_was_replaced_takes_a_state_once_it_is_loaded_again",
     },

@@ -20,10 +20,12 @@ from ..quantization.layers import make_layer
 from ..quantization.quantized_weight import QuantizedWeight
 from ..quantization.saved_experts import saving_attributes
 from . import attributes
+from .adapters import refuse_adapters_of_packed_weights
 from .after_load import finished
 from .attributes import ABSENT, Edit
 from .exchange import HeldElsewhere
 from .execute import LoadedTensor
+from .optimizers import refuse_optimizers_that_divide_by_zero
 from .refusals import refuse_adapters_of_parameters
 
 
@@ -78,6 +80,7 @@ class Assembly:
                 elif leaf == "bias":
                     bias = self._bias(planned.tensor, value)
                     new_layers[owner]._parameters["bias"] = tensors[id(slots[leaf])] = bias
+        self._refuse_what_others_do_wrong()
         edits += self._edits_of_experts()
         for module in view.first_paths if new_layers else ():
             edits += [
@@ -110,10 +113,16 @@ class Assembly:
         experts = self._plan.experts
         return {f"{path}.{name}".lstrip(".") for path, held in experts.items() for name in held.biases}
 
-    def _edits_of_experts(self) -> list[Edit]:
-        edits: list[Edit] = []
+    def _refuse_what_others_do_wrong(self) -> None:
         if self._plan.experts:
             refuse_adapters_of_parameters()
+        if self._new_layers:
+            refuse_adapters_of_packed_weights()
+            if self._plan.config.llm_int8_has_fp16_weight:
+                refuse_optimizers_that_divide_by_zero()
+
+    def _edits_of_experts(self) -> list[Edit]:
+        edits: list[Edit] = []
         for path, experts in self._plan.experts.items():
             module, computed = self._view.modules[path], self._plan.config.bnb_4bit_compute_dtype
             assert isinstance(computed, torch.dtype)  # "auto" is resolved

@@ -23,7 +23,7 @@ from .bnb import library
 from .copied_layers import refuse_replicas, register_copies
 from .cpu_forwards import adapt_to_cpu
 from .own_forwards import own_forward, set_forward
-from .quantized_weight import QuantizedWeight, load_packed, row_scales
+from .quantized_weight import QuantizedWeight, load_packed, load_rows, row_scales
 
 # Attributes that bitsandbytes, or this package, sets on bitsandbytes' layers.
 _LAYER_ATTRIBUTES = {
@@ -75,6 +75,8 @@ def make_layer(
     set_forward(new, own_forward(new))
     if config.load_in_8bit:
         new.__dict__["_apply"] = functools.partial(move_int8, new)
+        if not config.llm_int8_has_fp16_weight:
+            new.__dict__["_load_from_state_dict"] = functools.partial(load_rows, new)
     else:
         new.__dict__["_load_from_state_dict"] = functools.partial(load_4bit, new)
         if config.bnb_4bit_quant_storage.is_floating_point:  # type: ignore[union-attr]  # the config has checked it
