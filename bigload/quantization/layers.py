@@ -103,10 +103,10 @@ def move_int8(layer: Any, move: Callable[[torch.Tensor], torch.Tensor], recurse:
     torch moves the weight's memory alone; bitsandbytes would go on computing with what lies on the device before.
     """
     type(layer)._apply(layer, move, recurse)
-    weight, state = layer._parameters["weight"], layer.state
+    weight, state = layer._parameters.get("weight"), layer.state  # one that is offloaded is no parameter
     for holder in (weight, state):
         rows = getattr(holder, "CB", None)
-        if rows is None or rows.device == weight.device:
+        if weight is None or rows is None or rows.device == weight.device:
             continue
         if state.has_fp16_weights:
             holder.CB = holder.SCB = None  # quantized again in the next forward
@@ -120,7 +120,7 @@ def move_packed(layer: Any, move: Callable[[torch.Tensor], torch.Tensor], recurs
 
     torch would cast them as if they were values, after which they mean nothing.
     """
-    weight = layer._parameters["weight"]
+    weight = layer._parameters.get("weight")  # one that is offloaded is no parameter
     if getattr(weight, "quant_state", None) is None or not weight.dtype.is_floating_point:
         return type(layer)._apply(layer, move, recurse)  # type: ignore[no-any-return]
     stored = weight.dtype
