@@ -41,6 +41,19 @@ def test_figures_of_the_readme_are_those_of_the_result_file():
         assert brief(json.loads((ROOT / name).read_text())) in readme
 
 
+def test_figures_of_cuda_graphs_in_the_readme_are_those_of_the_result_file():
+    rows = json.loads((ROOT / "benchmarks/results/experts-h100.json").read_text())["rows"]
+    graphs = [
+        (row["graph_ms"], row["peer"])
+        for row in rows
+        if row["shape"] == "Qwen3-30B-A3B" and row["tokens"] == 1 and row.get("graph_ms")
+    ]
+    ours = min(ms for ms, peer in graphs if peer == "bigload nf4")
+    theirs = min(ms for ms, peer in graphs if peer == "transformers bf16")
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"Qwen3's experts take {ours:.1f} ms for one token in 4 bit, and {theirs:.1f} ms in 16 bit" in readme
+
+
 # Names that programs import, and the arguments that they pass by position or by name.
 PUBLIC = {
     "load_and_quantize_model": (
