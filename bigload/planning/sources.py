@@ -182,6 +182,7 @@ def _by_model_name(stored: Mapping[str, StoredTensor], conversion: KeyConversion
     found: dict[str, Found] = {}
     groups: dict[str, dict[str, list[StoredTensor]]] = {}
     # Numeric order, with layers.10 after layers.9: merged tensors are stacked in that order.
+    conversion = conversion and conversion.among(stored)
     rank = cache(_rank)  # names repeat their parts
     for key in sorted(stored, key=lambda key: [*map(rank, key.split("."))]) if conversion else stored:
         name, pattern = conversion.target(key) if conversion else (key, None)
