@@ -137,6 +137,16 @@ class Plan:
                 total[place] += planned.nbytes
         return dict(total)
 
+    @cached_property
+    def held_bytes(self) -> dict[torch.device, int]:
+        """Bytes on each device of the model's own values that the load uses, or leaves as they are."""
+        total: dict[torch.device, int] = defaultdict(int)
+        for planned in self.tensors:
+            for value in [source.tensor for source in planned.sources] or [planned.tensor.value]:
+                if isinstance(value, torch.Tensor):
+                    total[value.device] += value.nbytes
+        return dict(total)
+
     @property
     def execution_map(self) -> Mapping[str, torch.device]:
         """Block path -> the device that computes it."""
