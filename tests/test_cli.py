@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from bigload.cli import main
-from bigload.demo import SENTENCES
+from bigload.cli.demo import SENTENCES
 
 
 @pytest.fixture

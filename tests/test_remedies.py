@@ -309,7 +309,9 @@ def texts(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             left_out |= {inner for part in ast.iter_child_nodes(node) for inner in ast.walk(part)}
-        elif isinstance(node, ast.Expr) or (isinstance(node, ast.keyword) and node.arg in ("help", "description")):
+        elif isinstance(node, ast.Expr) or (
+            isinstance(node, ast.keyword) and node.arg in ("help", "description", "examples")
+        ):
             left_out.add(node.value)  # a docstring
     for node in set(ast.walk(tree)) - left_out:
         if isinstance(node, ast.Constant) and isinstance(node.value, str):

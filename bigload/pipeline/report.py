@@ -8,12 +8,14 @@ import resource
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 
 import psutil
 import torch
 
 from ..sizes import show
+from ..tables import html_table
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,14 @@ class LoadReport:
 
     def __repr__(self) -> str:
         return f"LoadReport({self})"
+
+    def _repr_html_(self) -> str:
+        places = dict.fromkeys([*self.device_bytes, *self.peak_bytes])
+        rows = [("device", "model", "most while it was loaded")]
+        for place in places:
+            peak = show(self.peak_bytes[place]) if place in self.peak_bytes else "-"
+            rows.append((str(place), show(self.device_bytes.get(place, 0)), peak))
+        return f"<div>{escape(str(self))}</div>{html_table(rows)}"
 
 
 class PeakMemory:

@@ -7,8 +7,8 @@ from checkpoints import empty
 from models import GPT
 
 from bigload import plan_device_map
-from bigload.planning.plan import plan_table, step_seconds
-from bigload.planning.report import plan_json
+from bigload.planning.plan import plan_table
+from bigload.planning.report import Rates, plan_json, step_seconds
 
 
 def test_plan_is_written_as_a_table_and_as_json(monkeypatch):
@@ -21,12 +21,12 @@ def test_plan_is_written_as_a_table_and_as_json(monkeypatch):
     text = str(plan)
     assert "offloaded: 3 of 6 blocks" in text
     assert "256.00 MiB" in text
-    made = json.loads(json.dumps(plan_json(plan, 50)))
+    made = json.loads(json.dumps(plan_json(plan, Rates(50, 5))))
     assert [unit["home"] for unit in made["units"] if unit["is_block"]] == ["cuda:0", "cpu"] * 3
     assert sum(unit["streamed_bytes"] for unit in made["units"]) == made["streamed_bytes"] == plan.streamed_bytes > 0
-    assert made["step_s"] == step_seconds(plan, 50) == pytest.approx(plan.streamed_bytes / 50e9)
+    assert made["step_s"] == step_seconds(plan, Rates(50, 5)) == pytest.approx(plan.streamed_bytes / 50e9)
     for place in made["places"]:
-        assert place["needed"] == sum(place[part] for part in ("weights", "quant_state", "ring", "reserve"))
+        assert place["needed"] == sum(place[part] for part in ("weights", "quant_state", "ring", "reserve", "kv_cache"))
         assert place["free"] == place["budget"] - place["needed"]
 
 
