@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from html import escape
@@ -25,6 +28,14 @@ def text_table(rows: Sequence[Row], width: int | None = None) -> list[str]:
         cells = [cell.rjust(size) for cell, size in zip(others, widths[1:], strict=True)]
         lines.append(_GAP.join([shortened(first, widths[0]).ljust(widths[0]), *cells]).rstrip())
     return lines
+
+
+def output_width() -> int | None:
+    """Return the width of the terminal; None where the output goes elsewhere and COLUMNS does not say."""
+    if sys.stdout is not None and sys.stdout.isatty():
+        return shutil.get_terminal_size().columns
+    columns = os.environ.get("COLUMNS", "")
+    return int(columns) if columns.isdecimal() and int(columns) else None
 
 
 def turned_to_fit(rows: Sequence[Row], width: int | None) -> Iterator[Sequence[Row]]:

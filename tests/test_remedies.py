@@ -69,10 +69,22 @@ TRIED = {
         "instead of None": "checkpoint/test_stored_config.py::"
         "test_float32_that_the_config_beside_says_is_warned_of_once_and_the_remedies_work",
     },
-    "cli.py": {
+    "cli/load.py": {
+        "can load: {}; leave --prompt out": "cli/test_messages.py::"
+        "test_without_a_tokenizer_a_model_is_loaded_without_a_prompt",
         "generate text; leave --prompt out": ENTRY + "test_prompt_is_left_out_for_a_model_that_generates_nothing",
         "does not run: leave --prompt out": "interop/test_code_beside_weights.py::"
         "test_a_tokenizer_made_by_code_is_refused_without_asking",
+    },
+    "cli/locations.py": {
+        "name a folder with a config.json": "cli/test_hub_ids.py::test_a_folder_with_a_config_is_named",
+    },
+    "cli/parser.py": {
+        "is not {}{}; choose": "cli/test_messages.py::test_what_was_meant_is_said_and_works",
+    },
+    "cli/plan.py": {
+        "is not known; leave --context out": "cli/test_messages.py::test_what_keeps_no_cache_is_planned_without_one",
+        "name a file in a folder that exists": "cli/test_messages.py::test_a_picture_is_drawn_where_it_can_be",
     },
     "config.py": {
         "set bnb_4bit_compute_dtype": "test_config.py::test_what_the_warning_of_float32_names_is_not_warned_of",
@@ -323,6 +335,8 @@ def texts(tree):
 def remedies(package):
     """Yield the file and the text of each message that tells the user what to do."""
     for path in sorted(package.rglob("*.py")):
+        if path.match("cli/messages.py"):
+            continue  # the remedies of other files in the words of the command line: see cli/test_messages.py
         for text in texts(ast.parse(path.read_text())):
             if text.count(" ") > 1 and (_REMEDY.search(text) or _AT_THE_START.match(text)):
                 yield path.relative_to(package).as_posix(), text

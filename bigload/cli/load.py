@@ -49,6 +49,7 @@ def run(options: argparse.Namespace) -> None:
     placed, budgets = device_map(options.device_map), max_memory(options.max_memory)
     from ..loading import load_and_quantize_model
     from ..model.described import empty_model
+    from ..tables import output_width, wrapped
 
     folder = model_folder(options, options.path)
     model = empty_model(folder)
@@ -65,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
         offload_folder=options.offload_folder,
         offload=offload(options),
     )
-    print(model.load_report)
+    print("\n".join(wrapped(str(model.load_report), output_width())))
     if prompt is not None:
         print(prompt.continued_by(model.eval()))
 

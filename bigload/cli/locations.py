@@ -37,6 +37,21 @@ def config_file(options: argparse.Namespace, typed: str) -> Path:
     return _noted(options, path, typed, path if path.is_file() else _config_in(path, typed))
 
 
+def weights_location(options: argparse.Namespace, typed: str) -> str | Path:
+    """Return what was typed, or the folder of a repository, of which what is missing is downloaded.
+
+    Raises:
+        CheckpointError: there is no such repository.
+    """
+    from ..checkpoint.hub import hub_folder, is_hub_id
+
+    if is_hub_id(typed) and not Path(typed).expanduser().exists():
+        folder = hub_folder(typed)
+        return _noted(options, folder, typed, folder)
+    note(options, typed)
+    return typed
+
+
 def note(options: argparse.Namespace, typed: str) -> None:
     """Remember a path that was typed, which messages show as it was."""
     if typed:

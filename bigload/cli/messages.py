@@ -13,20 +13,22 @@ _WORDS = (
     (r"otherwise than the config says \(.*?\)", "otherwise than --quant says"),
     (r"give a config or one of", "choose --quant from"),
     (r"bnb_quantization_config is None, which needs", "no --quant needs"),
-    (r"pass an empty one as model=", "what else builds a model needs quantize_checkpoint of Python"),
+    (r"pass an empty one as model=", "without one, call quantize_checkpoint(..., model=...) in Python"),
     (r"; weights_location must be a \.safetensors", "; expected a .safetensors"),
     (r"weights_location is '': say where the weights are", "the path is empty: say where the weights are"),
     (
         r"if you trust that code, .*",
         "such a model can be loaded in Python only, by those who trust that code",
     ),
+    (r" \(or, as a whole device_map, .*?\)", ""),
     (r"OffloadConfig: reserve", "--reserve"),
     (r"max_memory holds ('[^']*'); expected bytes as an int, or a string such as '10GiB'",
      r"\1 is no size; expected bytes, or such as 10GiB"),
     (r"max_memory holds", "a size is"),
     (r"device_map\[('[^']*')\]", r"--device-map, \1"),
     (r"execute='cpu'", "execution on the CPU"),
-    (r"\ban (offload_folder|device_map)\b", r"a \1"),
+    (r"\bname an offload_folder\b", "pass --offload-folder"),
+    (r"\ban? (offload_folder|device_map)\b", r"\1"),
 )  # fmt: skip
 _OPTIONS = ("offload_folder", "max_memory", "device_map", "max_shard_size", "skip_modules")
 _PYTHON = re.compile(
@@ -50,6 +52,6 @@ def for_the_shell(text: str, shown: Mapping[str, str]) -> str:
         text = re.sub(words, said, text)
     for name in _OPTIONS:
         text = re.sub(rf"(?<![\w-]){name}\b", f"--{name.replace('_', '-')}", text)
-    if _PYTHON.search(text):
+    if _PYTHON.search(text) and "in Python" not in text:
         text += " (the command line has no option for this: it is an argument in Python)"
     return text

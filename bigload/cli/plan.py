@@ -6,8 +6,6 @@ import argparse
 import json
 import logging
 import os
-import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
         _require_picture(options.plot)
     from ..planning.plan import plan_table
     from ..planning.report import draw_plan, plan_json, verdict
-    from ..tables import text_table, wrapped
+    from ..tables import output_width, text_table, wrapped
 
     planner.open()
     stored = planner.stored_config()
@@ -97,8 +95,9 @@ def run(options: argparse.Namespace) -> None:
     else:
         chosen = planner.tried(config(options, options.quant) if options.quant else stored)
     rates, said = _rates(options, [chosen, *compared.values()])
-    width = _width()
-    table = text_table(list(_compared_rows(compared, rates, options.batch)), width) if compared else []
+    width = output_width()
+    is_table = any(not isinstance(plan, PlacementError) for plan in compared.values())
+    table = text_table(list(_compared_rows(compared, rates, options.batch)), width) if is_table else []
     if isinstance(chosen, PlacementError):
         print("\n".join(table), end="\n" if table else "")
         raise chosen
@@ -188,7 +187,8 @@ class _Planner:
             share = largest
         made = with_kv_cache(plan, layers) if not gpus else made
         if any(account.free is not None and account.free < 0 for account in made.accounts):
-            raise PlacementError(f"with the KV cache: {verdict(made, _given_rates(self._options))}".rstrip("."))
+            said = verdict(made, _given_rates(self._options)).rstrip(".")
+            raise PlacementError(f"with the KV cache, {said[0].lower()}{said[1:]}")
         return made
 
     def _plan(self, config: Any, reserve: int | str | None) -> Plan:
@@ -293,12 +293,12 @@ def _compared_rows(
     from ..planning.report import per_second, step_seconds
     from ..sizes import show
 
-    yield "mode", "size", "fits", "streamed a token", "tokens/s"
+    yield "mode", "size", "fits", "per token", "tokens/s"
     for mode, plan in plans.items():
         if isinstance(plan, PlacementError):
             yield _COMPARED[mode], "-", "no", "-", "-"
         elif not plan.streamed_bytes:
-            yield _COMPARED[mode], show(plan.nbytes), "yes", "-", "-"
+            yield _COMPARED[mode], show(plan.nbytes), "whole", "-", "-"
         else:
             most = f"<= {per_second(step_seconds(plan, rates), sequences)}"
             yield _COMPARED[mode], show(plan.nbytes), "streamed", show(plan.streamed_bytes), most
@@ -308,11 +308,3 @@ def _mode_json(plan: Plan | PlacementError) -> dict[str, Any]:
     if isinstance(plan, PlacementError):
         return {"fits": False, "why": str(plan)}
     return {"fits": True, "bytes": plan.nbytes, "streamed_bytes": plan.streamed_bytes}
-
-
-def _width() -> int | None:
-    """Return the width of the terminal; None where the output goes elsewhere and COLUMNS does not say."""
-    if sys.stdout is not None and sys.stdout.isatty():
-        return shutil.get_terminal_size().columns
-    columns = os.environ.get("COLUMNS", "")
-    return int(columns) if columns.isdecimal() and int(columns) else None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import PATH, add_quant, config
-from .locations import note
+from .locations import note, weights_location
 from .messages import for_the_shell
 from .parser import add_command
 
@@ -50,11 +50,10 @@ def run(options: argparse.Namespace) -> None:
     from ..checkpoint.describe import describe_checkpoint
     from ..conversion import quantize_checkpoint
 
-    note(options, options.src)
     note(options, options.dst)
     try:
         quantize_checkpoint(
-            options.src,
+            weights_location(options, options.src),
             options.dst,
             config(options, options.quant or "nf4"),
             max_shard_size=options.max_shard_size,
@@ -68,7 +67,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _how_to_go_on(options: argparse.Namespace) -> list[str]:
-    target = Path(options.dst).expanduser().resolve()
+    target = Path(options.dst).expanduser()
+    target = target.resolve() if target.name in ("", "..") else target
     partial = target.with_name(f".{target.name}.partial")
     if not partial.is_dir():
         return []

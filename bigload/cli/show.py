@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .locations import note
+from .locations import weights_location
 from .messages import for_the_shell
 from .parser import add_command
 
@@ -27,6 +27,5 @@ def run(options: argparse.Namespace) -> None:
     """Print the description."""
     from ..checkpoint.describe import describe_checkpoint
 
-    note(options, options.path)
-    for line in describe_checkpoint(options.path).splitlines():
+    for line in describe_checkpoint(weights_location(options, options.path)).splitlines():
         print(for_the_shell(line, options.shown))

@@ -317,7 +317,7 @@ def _unit_rows(units: Sequence[PlacedUnit], *, every_unit: bool = False) -> list
     for number, placed in enumerate(units):
         kind = number if every_unit else re.sub(r"\d+", "#", placed.unit.name)
         alike[kind, placed.unit.nbytes, placed.home, placed.device].append(placed)
-    rows: list[tuple[str, ...]] = [("unit", "count", "bytes each", "stored on", "computed on")]
+    rows: list[tuple[str, ...]] = [("unit", "count", "bytes each", "stored", "computed")]
     for first, *others in alike.values():
         name = _from_to(first.unit.name, others[-1].unit.name) if others else " = ".join(first.unit.paths)
         home = str(first.device if first.home is None else first.home)

@@ -63,15 +63,17 @@ def verdict(plan: Plan, rates: Rates, said: str = "", sequences: int = 1) -> str
         where = ", ".join(f"{show(-(account.free or 0))} too little on {account.place}" for account in short)
         return f"{model} does not fit: {where}."
     needs = ", ".join(map(_need, plan.accounts))
+    is_known = all(account.budget is not None for account in plan.accounts)
+    fits = "fits" if is_known else "may fit, as what is free is not known,"
     if not plan.streamed_bytes:
-        return f"{model} fits: it needs {needs}. Nothing is streamed."
+        return f"{model} {fits.rstrip(',')}: it needs {needs}. Nothing is streamed."
     blocks = [placed for placed in plan.units if placed.unit.is_block]
     away = sum(placed.streamed_bytes > 0 for placed in blocks)
     what = f"{away} of {counted(len(blocks), 'block')}" if away else "a part outside the blocks"
     seconds, be = step_seconds(plan, rates), "are" if away > 1 else "is"
     waits = f"Each token waits for {show(plan.streamed_bytes)}: {_duration(seconds)}{said}"
     return (
-        f"{model} fits if {what} {be} streamed: it needs {needs}. {waits}, at most {per_second(seconds, sequences)} "
+        f"{model} {fits} if {what} {be} streamed: it needs {needs}. {waits}, at most {per_second(seconds, sequences)} "
         "tokens a second."
     )
 
