@@ -14,11 +14,21 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *, examples: Sequence[str] = (), **options: Any) -> None:
         epilog = "\n".join(["examples:", *(f"  {line}" for line in examples)]) if examples else None
+        self._given: list[str] = []
         super().__init__(epilog=epilog, formatter_class=_HelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
         """End the process with status 2 and one line."""
+        greedy = [flag for action in self._actions if action.nargs == "+" for flag in action.option_strings]
+        taken = [flag for flag in greedy if flag in self._given]
+        if taken and "are required" in message:
+            message += f", before {taken[0]}, which takes all that follows it"
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None, **options: Any) -> Any:
+        """Parse the arguments that are known; remember what was given, for the errors."""
+        self._given = list(args or ())
+        return super().parse_known_args(args, namespace, **options)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse the arguments; what is left over is an error that names the nearest option."""

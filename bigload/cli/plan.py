@@ -17,6 +17,8 @@ from .locations import config_file
 from .parser import add_command
 
 if TYPE_CHECKING:
+    import torch
+
     from ..planning.plan import Plan
     from ..planning.report import Rates
 
@@ -90,7 +92,10 @@ def run(options: argparse.Namespace) -> None:
     stored = planner.stored_config()
     compared: dict[str, Plan | PlacementError] = {}
     if options.quant is None and stored is None:
-        compared = {mode: planner.tried(config(options, mode)) for mode in _COMPARED}
+        for mode in _COMPARED:
+            options.quiet = mode != "nf4"  # what the others warn of, a load of theirs will
+            compared[mode] = planner.tried(config(options, mode))
+        options.quiet = False
         chosen = compared["nf4"]
     else:
         chosen = planner.tried(config(options, options.quant) if options.quant else stored)
@@ -124,6 +129,7 @@ class _Planner:
         self._options = options
         self._places, self._budgets = device_map(options.device_map), max_memory(options.max_memory)
         self._reserved: dict[int, int] = {}
+        self._caches: dict[tuple[int, int, torch.dtype], list[int] | None] = {}
 
     def open(self) -> None:
         """Build the empty model, and find the weights beside its config."""
@@ -210,7 +216,10 @@ class _Planner:
 
         if not getattr(self._model, "can_generate", bool)():
             return None
-        return kv_cache_bytes(self._model, context, batch, plan.config.load_dtype)
+        asked = context, batch, plan.config.load_dtype
+        if asked not in self._caches:
+            self._caches[asked] = kv_cache_bytes(self._model, *asked)
+        return self._caches[asked]
 
     def notes(self, plan: Plan) -> Iterator[str]:
         """Yield what is to be known of the KV cache."""

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0 for success, 1 for an error, which is one line, 130 for Ctrl-C, 141 if what reads the output
         has gone. (Wrong arguments end the process with 2, as argparse does.)
     """
-    options = argparse.Namespace(shown={})
+    options = argparse.Namespace(shown={}, quiet=False)
     try:
         try:
             _run(options, arguments)
@@ -121,7 +121,8 @@ class _Warnings(logging.Handler):
         self._options = options
 
     def emit(self, record: logging.LogRecord) -> None:
-        _complain(f"warning: {record.getMessage()}", self._options)
+        if not self._options.quiet:
+            _complain(f"warning: {record.getMessage()}", self._options)
 
 
 @contextmanager

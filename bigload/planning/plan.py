@@ -16,6 +16,7 @@ from torch import nn
 from ..config import BnbQuantizationConfig
 from ..errors import counted, listed
 from ..hardware.devices import CPU, Place
+from ..io.tensors import StoredTensor
 from ..model.experts import Experts
 from ..quantization import formats
 from ..quantization.formats import Plain
@@ -146,7 +147,10 @@ class Plan:
         """Bytes on each device of the model's own values that the load uses, or leaves as they are."""
         total: dict[torch.device, int] = defaultdict(int)
         for planned in self.tensors:
-            for value in [source.tensor for source in planned.sources] or [planned.tensor.value]:
+            sources = planned.sources
+            if sources and type(sources[0].tensor) is StoredTensor:
+                continue  # the usual case, of which there are many
+            for value in [source.tensor for source in sources] or [planned.tensor.value]:
                 if isinstance(value, torch.Tensor):
                     total[value.device] += value.nbytes
         return dict(total)

@@ -11,7 +11,7 @@ import termios
 import pytest
 import torch
 from models import llama
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, MixtralConfig
 
 from bigload.cli import main
 from bigload.cli.messages import for_the_shell
@@ -178,3 +178,48 @@ def test_a_plan_fits_a_terminal_of_60_columns(place):
     lines = shown.decode().replace("\r", "").splitlines()
     assert any("fits" in line for line in lines)
     assert max(map(len, lines)) <= 60
+
+
+@pytest.fixture
+def large(place):
+    """A config whose blocks are large enough to be streamed."""
+    llama(False, hidden_size=1024, intermediate_size=2048, num_hidden_layers=4).config.save_pretrained("large")
+    return ["plan", "large", "--quant", "nf4", "--device-map", '{"": 0, "layers.1": "cpu"}']
+
+
+def test_speed_of_the_link_is_measured_told_or_assumed(large, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(large) == 0
+    assert "the link at 25 GB/s, assumed: --link-gbps" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("bigload.hardware.bandwidth.link_gb_per_s", lambda device: 12.5)
+    assert main(large) == 0
+    assert "the link at 12.5 GB/s, measured" in capsys.readouterr().out
+    assert main([*large, "--link-gbps", "50"]) == 0
+    assert "the link at 50 GB/s)" in capsys.readouterr().out
+
+
+@pytest.mark.cuda
+def test_speed_of_the_link_is_measured_on_a_gpu(large, capsys):
+    assert main(large) == 0
+    (speed,) = re.findall(r"the link at ([\d.]+) GB/s, measured", capsys.readouterr().out)
+    assert float(speed) > 0.5
+
+
+@pytest.mark.cuda
+def test_a_load_keeps_the_room_that_the_plan_names(place, capsys):
+    assert main(["plan", "model", "--quant", "nf4", "--max-memory", "0=1GiB", "cpu=4GiB", "--context", "100000"]) == 0
+    (reserve,) = re.findall(r"--reserve (\w+)", capsys.readouterr().out)
+    assert main(["load", "model", "--max-memory", "0=1GiB", "cpu=4GiB", "--reserve", reserve]) == 0
+    assert "on cuda:0 as nf4" in capsys.readouterr().out
+
+
+def test_only_the_mode_that_was_meant_warns(place, capsys):
+    """int8 has no kernel for fused experts, which is worth a word only to who asks for it."""
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2).save_pretrained("experts")
+    arguments = ["plan", "experts", "--max-memory", "0=1GiB"]
+    assert main(arguments) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert main([*arguments, "--quant", "int8"]) == 0
+    assert "bigload: warning: int8 was asked for" in capsys.readouterr().err
