@@ -7,6 +7,7 @@ import functools
 import resource
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -108,9 +109,17 @@ class PeakMemory:
 def _used_and_highest(device: torch.device) -> tuple[int, int]:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
-    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    used = psutil.Process().memory_info().rss - _freed_but_kept()
-    return used, highest * (1 if sys.platform == "darwin" else 1024)
+    return psutil.Process().memory_info().rss - _freed_but_kept(), _highest_resident()
+
+
+def _highest_resident() -> int:
+    """Return the peak of the process's resident memory in bytes."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    # On Linux this would begin with the peak of the process that started this one.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class _MallInfo(ctypes.Structure):
