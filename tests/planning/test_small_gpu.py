@@ -20,8 +20,8 @@ def test_what_the_plan_says_is_enough(tmp_path, mode):
     folder = save_checkpoint(build().bfloat16(), tmp_path)
     needed = plan_device_map(empty(build), mode, folder, device_map=0).accounts[0].needed
     release_buffers()
-    # Else the models of earlier tests, whose layers refer to themselves, may be freed during the load. `reserve` would
-    # count their memory, in pieces that the new weights do not fit into.
+    # Models of earlier tests, whose layers refer to themselves, may still be there. The gaps between what they hold are
+    # counted as memory that can be used, which is true of them together, but not of the last one.
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
