@@ -14,7 +14,8 @@ from torch import nn
 
 from bigload import OffloadError, load_and_quantize_model
 from bigload.offload.at_rest import keep_writes
-from bigload.offload.leaves import MethodOverride
+from bigload.offload.leaves import Leaf, MethodOverride
+from bigload.offload.model_device import ApplyGuards
 
 pytestmark = pytest.mark.usefixtures("small_parts_stream")
 
@@ -195,6 +196,73 @@ def test_lone_layers_train_with_adapters(device, tmp_path):
         assert {each.device for each in gradients} == {device}
         found.append([out.detach(), *gradients])
     assert all(equal(one, other) for one, other in zip(*found, strict=True))
+
+
+META = torch.device("meta")
+PUT_ON_INT8 = {
+    "IA3Config": {"feedforward_modules": []},
+    "VeraConfig": {"r": 4},
+    "OFTConfig": {"oft_block_size": 32, "r": 0},
+    "FourierFTConfig": {"n_frequency": 10},
+    "LoraConfig": {"r": 4},
+}
+
+
+@pytest.fixture
+def on_meta():
+    """Return int8 layers on the CPU that are moved as if they were streamed from there to "meta"."""
+    model = load_and_quantize_model(Net(), "int8", device_map="cpu")
+    guards = ApplyGuards(model, {Leaf(path, model.get_submodule(path)): META for path in ("project", "inner.out")})
+    yield model
+    guards.remove()
+
+
+@pytest.mark.parametrize("method", PUT_ON_INT8)
+def test_int8_layers_are_moved_with_their_adapters_to_where_they_rest(on_meta, method):
+    """So PEFT does, which asks the weight; the adapters come onto the device before the block runs."""
+    peft = pytest.importorskip("peft")
+    layers, x = (on_meta.project, on_meta.inner["out"]), torch.randn(2, 64)
+    expected = on_meta(x)
+    config = getattr(peft, method)(target_modules=["project", "out"], **PUT_ON_INT8[method])
+    adapted = peft.get_peft_model(on_meta, config)
+    assert (on_meta.project.get_base_layer(), on_meta.inner["out"].get_base_layer()) == layers
+    with adapted.disable_adapter():
+        assert equal(adapted(x), expected)
+
+
+def to_cpu(tensor):  # there is nothing to copy from meta
+    return torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor
+
+
+@pytest.mark.parametrize("part", ["", "inner"])
+def test_more_than_a_layer_is_not_moved_to_where_its_weights_rest(on_meta, part):
+    for moved in (on_meta.get_submodule(part), nn.Sequential(on_meta.get_submodule(part))):
+        with pytest.raises(OffloadError, match=r"cannot be moved to cpu; call model\.offload\.remove\(\)"):
+            moved._apply(to_cpu)
+
+
+def test_a_layer_that_is_moved_to_where_its_weight_rests_keeps_its_bias_where_it_computes(on_meta):
+    layer, weight, place = on_meta.project, on_meta.project.weight, on_meta.project.weight.data_ptr()
+    layer.bias = nn.Parameter(torch.zeros(64, device=META))
+    for dtype in (torch.float32, torch.float16):
+        layer.to(dtype)._apply(to_cpu)
+        assert (layer.bias.device, layer.bias.dtype) == (META, dtype)
+        assert layer.weight is weight
+        assert (weight.dtype, weight.data_ptr()) == (torch.int8, place)
+
+
+@pytest.mark.cuda
+def test_a_streamed_layer_that_is_moved_to_the_cpu_computes_as_before(tmp_path):
+    device = torch.device("cuda", 0)
+    model = load_and_quantize_model(
+        Net(), "int8", device_map={"": device, "project": "cpu", "inner.out": "cpu"}, offload_folder=tmp_path
+    )
+    x = torch.randn(2, 64, device=device)
+    expected, layer = outputs(model, x), model.project
+    assert (layer.weight.device.type, layer.bias.device.type) == ("cpu", "cuda")
+    layer.to("cpu")
+    assert (layer.weight.device.type, layer.bias.device.type) == ("cpu", "cuda")
+    assert equal(outputs(model, x), expected)
 
 
 @pytest.mark.parametrize("mode", [PLAIN, "nf4", "int8"], ids=["plain", "nf4", "int8"])
