@@ -12,7 +12,7 @@ from models import GPT, TOKENS, llama
 from streaming import hooks_of
 from torch import nn
 
-from bigload import OffloadError, load_and_quantize_model
+from bigload import OffloadError, QuantizationError, load_and_quantize_model
 from bigload.offload.at_rest import keep_writes
 from bigload.offload.leaves import Leaf, MethodOverride
 from bigload.offload.model_device import ApplyGuards
@@ -178,6 +178,55 @@ def test_adapter_of_a_layer_that_is_a_unit_comes_onto_its_device(monkeypatch, me
     assert added
     assert added <= set(brought)
     assert id(model.project.get_base_layer().weight) not in brought
+
+
+def test_adapters_of_replicated_blocks_come_onto_the_device(monkeypatch):
+    """PEFT puts copies of all blocks in their place, which share the weights at rest."""
+    peft = pytest.importorskip("peft")
+    from bigload import plan_device_map
+    from bigload.offload import handle
+
+    brought = []
+    monkeypatch.setattr(handle, "_move", lambda parameter, device: brought.append(id(parameter)))
+    model = llama()
+    names = {name: "cpu" for name, _ in model.named_children()}
+    plan = plan_device_map(model, {"load_in_4bit": True, "skip_modules": ["*"]}, device_map={"": 0, **names})
+    leaves = [leaf for placed in plan.offloaded for leaf in handle.leaves_of(model, placed)]
+    away = {id(leaf.module.get_parameter(name)) for leaf in leaves for name in leaf.parameters}
+    (hook,) = handle.MoveAddedParameters(model, "", torch.device("cuda", 0), leaves, always=False).register()
+    config = peft.LoraConfig(target_modules=["q_proj"], layer_replication=[[0, 1], [0, 1]])
+    adapted = peft.get_peft_model(model, config)
+    adapted(input_ids=TOKENS)
+    assert len(model.model.layers) == 2
+    added = {id(parameter) for parameter in adapted.parameters() if parameter.requires_grad}
+    assert len(added) == 4
+    assert added <= set(brought)
+    assert away
+    assert not away & set(brought)
+    adapted(input_ids=TOKENS)
+    brought.clear()
+    adapted(input_ids=TOKENS)  # it looked once
+    assert not brought
+    hook.remove()
+
+
+@pytest.mark.parametrize("mode", [PLAIN, "nf4", "int8"], ids=["plain", "nf4", "int8"])
+def test_blocks_that_are_replicated_give_what_they_give_in_the_whole_model(twins, device, mode):
+    peft = pytest.importorskip("peft")
+    found = []
+    for model in twins(mode, away=["model.embed_tokens", "model.layers"]):
+        torch.manual_seed(2)
+        config = peft.LoraConfig(target_modules=["q_proj"], layer_replication=[[0, 1], [0, 1]], init_lora_weights=False)
+        adapted = peft.get_peft_model(model, config).eval()
+        if device.type == "cuda" and mode != PLAIN and hasattr(model, "offload"):
+            with pytest.raises(QuantizationError, match="but its input is on cuda"):
+                adapted(input_ids=TOKENS.to(device))
+            return
+        out = adapted(input_ids=TOKENS.to(device)).logits
+        out.float().square().sum().backward()
+        found.append([out, *(p.grad for p in adapted.parameters() if p.requires_grad)])
+    assert len(found[0]) == 5
+    assert all(equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_lone_layers_train_with_adapters(device, tmp_path):
