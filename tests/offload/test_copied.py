@@ -154,7 +154,7 @@ class Net(nn.Module):
         return self.inner["out"](self.project(x))
 
 
-@pytest.mark.parametrize("method", ["LoraConfig", "IA3Config", "OFTConfig"])
+@pytest.mark.parametrize("method", ["LoraConfig", "IA3Config", "OFTConfig", "VeraConfig", "FourierFTConfig"])
 def test_adapter_of_a_layer_that_is_a_unit_comes_onto_its_device(monkeypatch, method):
     """Some adapters are used before the layer that they adapt."""
     peft = pytest.importorskip("peft")
