@@ -20,13 +20,13 @@ The input's name is nn.Linear's, by which UNetMotionModel of diffusers gives it;
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ..errors import QuantizationError
-from .bnb import library
 from .quantized_weight import keep_row_scales
 
 
@@ -48,9 +48,10 @@ def forward_4bit(layer: Any, input: torch.Tensor) -> torch.Tensor:
     bias, dtype = layer._parameters.get("bias"), layer.compute_dtype
     if bias is None or bias.dtype == dtype or not layer.compute_type_is_set:
         return type(layer).forward(layer, input)  # type: ignore[no-any-return]
-    library().nn.modules.fix_4bit_weight_quant_state_from_module(layer)
+    bitsandbytes = _imported()
+    bitsandbytes.nn.modules.fix_4bit_weight_quant_state_from_module(layer)
     weight = layer.weight
-    out = library().matmul_4bit(input.to(dtype), weight, bias=bias.to(dtype), quant_state=weight.quant_state)
+    out = bitsandbytes.matmul_4bit(input.to(dtype), weight, bias=bias.to(dtype), quant_state=weight.quant_state)
     return out.to(input.dtype)  # type: ignore[no-any-return]
 
 
@@ -68,7 +69,11 @@ def _with_cast_bias(layer: Any, rows: torch.Tensor) -> torch.Tensor:
     state.is_training = layer.training
     if layer.weight.CB is not None:
         layer.init_8bit_state()
-    return library().matmul(rows, layer.weight, bias=layer.bias.to(rows.dtype), state=state)  # type: ignore[no-any-return]
+    return _imported().matmul(rows, layer.weight, bias=layer.bias.to(rows.dtype), state=state)  # type: ignore[no-any-return]
+
+
+def _imported() -> Any:
+    return sys.modules["bitsandbytes"]  # torch.compile would trace what imports it
 
 
 def forward_main_weights(layer: Any, input: torch.Tensor) -> torch.Tensor:

@@ -118,6 +118,16 @@ def test_a_bias_of_another_dtype_is_cast_for_the_product_only(mode, size, traini
 
 
 @pytest.mark.parametrize("mode", MODES[:4])
+def test_a_layer_whose_bias_is_cast_is_compiled_in_one_graph(mode, device):
+    fields = {} if mode == "int8" else {"bnb_4bit_compute_dtype": torch.bfloat16}
+    model = loaded(BnbQuantizationConfig.from_mode(mode, torch_dtype=torch.float32, **fields), device).eval()
+    x = torch.randn(3, 64, device=device).bfloat16()
+    with torch.no_grad():
+        found = torch.compile(model, backend="eager", fullgraph=True)(x)
+        assert torch.allclose(found, model(x), rtol=0.02, atol=0.02)  # some CPUs use another kernel then
+
+
+@pytest.mark.parametrize("mode", MODES[:4])
 def test_a_streamed_layer_has_the_gradient_of_a_bias_that_is_cast(mode, device, tmp_path, small_parts_stream):
     fields = {} if mode == "int8" else {"bnb_4bit_compute_dtype": torch.bfloat16}
     config = BnbQuantizationConfig.from_mode(mode, torch_dtype=torch.float32, **fields)
