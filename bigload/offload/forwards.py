@@ -210,9 +210,12 @@ class _Quantized(torch.autograd.Function):
         (grad,) = grads
         _, needs_input, needs_bias = ctx.needs_input_grad
         grad_input = grad_bias = None
-        if needs_bias:  # autograd sums over the remaining dimensions
-            summed = grad.reshape(-1, grad.shape[-1]) if ctx.is_int8 else grad  # in the order of the resident layer
-            grad_bias = summed.sum(0, dtype=ctx.bias_dtype) if summed.dim() > 1 else summed.to(ctx.bias_dtype)
+        if needs_bias:
+            # In the order and the dtype of the resident layer, which casts the bias for the product.
+            dtype = ctx.dtype if ctx.is_int8 else ctx.streamed.module.compute_dtype or ctx.dtype
+            summed = (grad.reshape(-1, grad.shape[-1]) if ctx.is_int8 else grad).to(dtype)
+            summed = summed.sum(0) if summed.dim() > 1 else summed
+            grad_bias = summed.sum_to_size(summed.shape[-1]).to(ctx.bias_dtype)
         if needs_input:
             streamed = ctx.streamed
 

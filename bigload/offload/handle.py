@@ -69,6 +69,10 @@ class Offload:
                     device_of |= dict.fromkeys(leaves, placed.device)
                 for path in modules.intersection(placed.unit.paths) if leaves else ():
                     self._handles += MoveAddedParameters(model, path, placed.device, leaves).register()
+            if len(set(plan.execution_map.values())) == 1:
+                for device in set(device_of.values()):
+                    added = MoveAddedParameters(model, "", device, [*device_of], always=False)
+                    self._handles += added.register()
             for device, units in by_device.items():
                 self._engines.append(_make_engine(model, units, device, config, targets))
             self._spare_page_cache()
@@ -164,6 +168,7 @@ class _Registrations:
     def __init__(self) -> None:
         self.count = 0
         self._is_counting = False
+        self._listed = weakref.WeakSet[nn.Module]()  # what lists of modules have held
 
     def start(self) -> None:
         """Count from now on."""
@@ -173,6 +178,10 @@ class _Registrations:
             register_module_parameter_registration_hook(self._add)
 
     def _add(self, module: nn.Module, name: str, added: object) -> None:
+        if isinstance(module, nn.ModuleList) and isinstance(added, nn.Module):
+            if added in self._listed:
+                return  # models of transformers make a slice of their blocks in each forward
+            self._listed.add(added)
         self.count += 1
 
 
@@ -183,10 +192,14 @@ class MoveAddedParameters(NonCopyable):
     """A pre-hook that moves parameters that others have added to an offloaded block to its device.
 
     PEFT creates an adapter on the device of the weight that it adapts, which for an offloaded weight is the CPU. It
-    puts a layer with the adapter in the place of the layer that it adapts, so what is at the path counts.
+    puts a layer with the adapter in the place of the layer that it adapts, so what is at the path counts. Its
+    `layer_replication` also puts copies of blocks there, which are not hooked: then the model itself is, where one
+    device computes it.
     """
 
-    def __init__(self, model: nn.Module, path: str, device: torch.device, leaves: Sequence[Leaf]) -> None:
+    def __init__(
+        self, model: nn.Module, path: str, device: torch.device, leaves: Sequence[Leaf], *, always: bool = True
+    ) -> None:
         """Remember the offloaded weights, which stay where they are, even if others exchange their parameters.
 
         Args:
@@ -194,9 +207,10 @@ class MoveAddedParameters(NonCopyable):
             path: the path in it of the block.
             device: the device that computes the block.
             leaves: its modules with offloaded weights.
+            always: whether to look in each forward with gradients, or only once anything was registered.
         """
         self._model, self._path, self._device = weakref.ref(model), path, device
-        self._leaves = leaves
+        self._leaves, self._always = leaves, always
         self._seen = -1  # of the registrations
         _registrations.start()
 
@@ -214,7 +228,7 @@ class MoveAddedParameters(NonCopyable):
 
     def __call__(self, module: nn.Module, args: object) -> None:
         """Look for them where anything was registered since the last forward, and where gradients are enabled."""
-        if self._seen == _registrations.count and not torch.is_grad_enabled():
+        if self._seen == _registrations.count and not (self._always and torch.is_grad_enabled()):
             return
         self._seen = _registrations.count
         model = self._model()

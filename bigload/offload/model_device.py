@@ -9,7 +9,8 @@ would replace by a new module on the CPU.
 `to`, `cuda`, `cpu`, `half` and the like call a module's `_apply`, which calls that of its children. For an offloaded
 weight the call is tried on an empty tensor on the device that computes. If that tensor does not change, the weight
 stays at rest; otherwise the call is refused before anything changes. So it is for a model on several devices, whose
-hooks would go on moving what its modules are called with.
+hooks would go on moving what its modules are called with. A single layer may also be moved to where its weight says
+that it is, the CPU, as PEFT moves int8 layers with their adapters: it stays what it is.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch
 from torch import nn
 
 from ..errors import OffloadError, listed
+from ..hardware.devices import CPU
 from ..model import transformers_facts
 from ..model.tree import first_paths, modules_by_path, paths_above
 from ..planning.plan import Plan
@@ -145,6 +147,7 @@ class _ApplyGuard(MethodOverride):
     def __init__(self, module: nn.Module, leaves: Mapping[Leaf, torch.device]) -> None:
         self._own: Callable[..., Any] = module._apply
         self._away = {name for leaf in leaves if leaf.module is module for name in leaf.parameters}
+        self._is_layer = any(leaf.module is module and leaf.path for leaf in leaves)  # and not the whole model
         self._leaves = leaves
         super().__init__(module, "_apply")
 
@@ -154,7 +157,9 @@ class _ApplyGuard(MethodOverride):
         Raises:
             OffloadError: `fn` would change those too.
         """
-        if recurse or self._away:
+        if self._is_layer and self._is_where_it_rests(fn):
+            move, fn = fn, lambda tensor: move(tensor).to(tensor.device)  # a resident bias stays where it is used
+        elif recurse or self._away:
             # One weight stands for all of its dtype and device.
             looked_at = {
                 (leaf.module.get_parameter(name).dtype, device): leaf.path
@@ -172,6 +177,12 @@ class _ApplyGuard(MethodOverride):
             held.update(own["_parameters"])  # torch may put other parameters there
             own["_parameters"] = held
         return self.module
+
+    def _is_where_it_rests(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+        """Whether `fn` leaves the layer's weights as they are where they rest."""
+        kinds = {self.module.get_parameter(name).dtype for name in self._away}
+        made = [(dtype, fn(torch.empty(0, dtype=dtype, device=CPU))) for dtype in kinds]
+        return all((tensor.dtype, tensor.device) == (dtype, CPU) for dtype, tensor in made)
 
 
 class _Copy(MethodOverride):

@@ -11,12 +11,16 @@ int8 gets a contiguous matrix: its search for outliers fails on one dimension an
 reads memory in order, whatever the strides, which gives garbage, and on the CPU it computes three dimensions that are
 not contiguous with other last bits.
 
+A bias in another dtype than what it is added to is cast for the product. bitsandbytes casts the layer's own, for good:
+a model in float32 would lose bits of it where autocast, or the compute dtype, is bfloat16.
+
 The input's name is nn.Linear's, by which UNetMotionModel of diffusers gives it; that of bitsandbytes is another one.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -41,14 +45,35 @@ def own_forward(layer: Any) -> Callable[[Any, torch.Tensor], torch.Tensor]:
 def forward_4bit(layer: Any, input: torch.Tensor) -> torch.Tensor:
     """Compute a 4-bit layer."""
     require_input(layer, input)
-    return type(layer).forward(layer, input)  # type: ignore[no-any-return]
+    bias, dtype = layer._parameters.get("bias"), layer.compute_dtype
+    if bias is None or bias.dtype == dtype or not layer.compute_type_is_set:
+        return type(layer).forward(layer, input)  # type: ignore[no-any-return]
+    bitsandbytes = _imported()
+    bitsandbytes.nn.modules.fix_4bit_weight_quant_state_from_module(layer)
+    weight = layer.weight
+    out = bitsandbytes.matmul_4bit(input.to(dtype), weight, bias=bias.to(dtype), quant_state=weight.quant_state)
+    return out.to(input.dtype)  # type: ignore[no-any-return]
 
 
 def forward_int8(layer: Any, input: torch.Tensor) -> torch.Tensor:
     """Compute an int8 layer."""
     require_input(layer, input)
     keep_row_scales(layer)
-    return on_matrix(functools.partial(type(layer).forward, layer), input)
+    bias = layer._parameters.get("bias")
+    is_usual = bias is None or bias.dtype == input.dtype
+    return on_matrix(functools.partial(type(layer).forward if is_usual else _with_cast_bias, layer), input)
+
+
+def _with_cast_bias(layer: Any, rows: torch.Tensor) -> torch.Tensor:
+    state = layer.state
+    state.is_training = layer.training
+    if layer.weight.CB is not None:
+        layer.init_8bit_state()
+    return _imported().matmul(rows, layer.weight, bias=layer.bias.to(rows.dtype), state=state)  # type: ignore[no-any-return]
+
+
+def _imported() -> Any:
+    return sys.modules["bitsandbytes"]  # torch.compile would trace what imports it
 
 
 def forward_main_weights(layer: Any, input: torch.Tensor) -> torch.Tensor:

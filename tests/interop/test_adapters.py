@@ -5,7 +5,7 @@ import re
 import adapter_cells
 import pytest
 import torch
-from adapter_cells import FAMILIES, METHODS, MODES, PLACES, ROUNDED_AGAIN, Cell, refusal
+from adapter_cells import FAMILIES, METHODS, MODES, PLACES, ROUNDED_AGAIN, Cell, is_computed_at_rest, refusal
 from checkpoints import save_checkpoint, stored
 from comparisons import equal, relative_error
 from mixtures import mixture
@@ -16,9 +16,25 @@ from bigload import QuantizationError, dequantize_model
 pytest.importorskip("peft")
 pytestmark = [pytest.mark.usefixtures("small_parts_stream"), pytest.mark.filterwarnings("ignore")]
 
-# int8 rounds its input too. What is rounded to 4 bit again is as far off as the rounding.
-NEAR = {"none": 0.0, "int8": 0.05}
+# What is rounded to 4 bit again is as far off as the rounding.
 NEAR_IN_4_BIT, NEAR_ROUNDED_AGAIN = 1e-3, 0.6
+
+
+def near_of(method, mode, device, name):
+    """Return how far a value may be from that of the plain model: int8 rounds its input too.
+
+    Only on a GPU it does so in training as well. There a gradient is a sum of rounded values with different signs.
+    """
+    if mode == "none":
+        return 0.0
+    if mode == "int8":
+        return 0.15 if device.type == "cuda" and name.startswith("gradient") else 0.05
+    return NEAR_ROUNDED_AGAIN if method in ROUNDED_AGAIN else NEAR_IN_4_BIT
+
+
+def without_signs(name, value):
+    """Return a value as it is whatever signs a decomposition gives to a row of one factor and a column of the other."""
+    return value.abs() if name.startswith("gradient") else value
 
 
 class Plain(Cell):
@@ -76,8 +92,8 @@ def test_resident_model_gives_what_a_plain_model_of_the_same_values_gives(found,
     expected = found(Plain if mode == "none" else Dequantized, method, place, mode, device)
     made = found(Cell, method, place, mode, device)
     assert made.keys() == expected.keys()
-    near = NEAR.get(mode, NEAR_ROUNDED_AGAIN if method in ROUNDED_AGAIN else NEAR_IN_4_BIT)
     for name, value in expected.items():
+        near = near_of(method, mode, device, name)
         if not near:
             assert equal(made[name], value), name
         elif value.any():
@@ -98,7 +114,12 @@ def test_model_elsewhere_gives_what_the_resident_one_gives(found, kind, method, 
         return
     expected, made = found(Cell, method, "resident", mode, kind), found(Cell, method, place, mode, kind)
     assert made.keys() == expected.keys()
-    assert not [name for name, value in expected.items() if not equal(made[name].cpu(), value.cpu())]
+    if is_computed_at_rest(method, place, mode, torch.device(kind).type):
+        near = 0.05 if mode == "int8" else 0.01  # one that lost its adapter is off by more
+        for name, value in expected.items():
+            assert relative_error(without_signs(name, made[name]), without_signs(name, value)) <= near, name
+    else:
+        assert not [name for name, value in expected.items() if not equal(made[name].cpu(), value.cpu())]
 
 
 @pytest.mark.parametrize("mode", MODES[1:])
@@ -112,7 +133,7 @@ def test_a_merge_that_lost_the_adapter_would_be_further_off(found, mode, device)
 def test_table_in_the_docs_is_the_one_that_is_tested():
     page = adapter_cells.PAGE.read_text()
     assert adapter_cells.table() in page, "run: python tests/helpers/adapter_cells.py"
-    for letter in "abcdefgh":
+    for letter in "abcdefghi":
         assert f"\n- ({letter}) " in page
 
 

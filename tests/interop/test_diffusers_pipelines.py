@@ -21,6 +21,7 @@ from bigload.errors import OffloadError
 from bigload.quantization.layers import quantized_layers
 
 diffusers = pytest.importorskip("diffusers")
+bnb_quantizer = pytest.importorskip("diffusers.quantizers.bitsandbytes.bnb_quantizer")
 MODES = ("nf4", "nf4-dq", "fp4", "int8")
 FOUR_BIT = MODES[:3]
 # Images are in [0, 1]. int8 on a GPU rounds activations too; the CPU multiplies by the dequantized rows.
@@ -106,7 +107,7 @@ def test_models_of_transformers_in_it_load_from_their_folders(folder_of, device)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_pipeline_saves_and_loads_with_the_quantized_model(folder_of, tmp_path, mode, device):
+def test_pipeline_saves_and_loads_with_the_quantized_model(folder_of, tmp_path, monkeypatch, mode, device):
     model = loaded(folder_of("flux"), "flux", mode, device)
     with_models(folder_of("flux"), transformer=model).save_pretrained(tmp_path / "theirs")
     again = loaded(tmp_path / "theirs", "flux", None, device)
@@ -114,9 +115,17 @@ def test_pipeline_saves_and_loads_with_the_quantized_model(folder_of, tmp_path, 
     pipeline("flux").save_pretrained(tmp_path / "ours")
     save_quantized_model(model, tmp_path / "ours" / "transformer", overwrite=True)
     assert_same_bits(loaded(tmp_path / "ours", "flux", None, device).state_dict(), model.state_dict())
-    if device.type == "cuda":  # diffusers reads no quantized weights without a GPU
-        for folder in ("theirs", "ours"):
-            assert_same_bits(with_models(tmp_path / folder).transformer.state_dict(), model.state_dict())
+    if device.type == "cpu":
+        _let_diffusers_load_on_the_cpu(monkeypatch)
+    for folder in ("theirs", "ours"):  # without a dtype it casts what is not packed to float16
+        pipe = with_models(tmp_path / folder, torch_dtype=torch.float32)
+        assert_same_bits(pipe.transformer.state_dict(), model.state_dict())
+
+
+def _let_diffusers_load_on_the_cpu(monkeypatch):
+    for quantizer in (bnb_quantizer.BnB4BitDiffusersQuantizer, bnb_quantizer.BnB8BitDiffusersQuantizer):
+        monkeypatch.setattr(quantizer, "validate_environment", lambda *_, **__: None)
+        monkeypatch.setattr(quantizer, "update_device_map", lambda *_: {"": "cpu"})
 
 
 def test_diffusers_itself_refuses_to_quantize_without_a_gpu(folder_of, tmp_path, monkeypatch):

@@ -12,9 +12,10 @@ from models import GPT, TOKENS, llama
 from streaming import hooks_of
 from torch import nn
 
-from bigload import OffloadError, load_and_quantize_model
+from bigload import OffloadError, QuantizationError, load_and_quantize_model
 from bigload.offload.at_rest import keep_writes
-from bigload.offload.leaves import MethodOverride
+from bigload.offload.leaves import Leaf, MethodOverride
+from bigload.offload.model_device import ApplyGuards
 
 pytestmark = pytest.mark.usefixtures("small_parts_stream")
 
@@ -153,7 +154,7 @@ class Net(nn.Module):
         return self.inner["out"](self.project(x))
 
 
-@pytest.mark.parametrize("method", ["LoraConfig", "IA3Config", "OFTConfig"])
+@pytest.mark.parametrize("method", ["LoraConfig", "IA3Config", "OFTConfig", "VeraConfig", "FourierFTConfig"])
 def test_adapter_of_a_layer_that_is_a_unit_comes_onto_its_device(monkeypatch, method):
     """Some adapters are used before the layer that they adapt."""
     peft = pytest.importorskip("peft")
@@ -179,6 +180,55 @@ def test_adapter_of_a_layer_that_is_a_unit_comes_onto_its_device(monkeypatch, me
     assert id(model.project.get_base_layer().weight) not in brought
 
 
+def test_adapters_of_replicated_blocks_come_onto_the_device(monkeypatch):
+    """PEFT puts copies of all blocks in their place, which share the weights at rest."""
+    peft = pytest.importorskip("peft")
+    from bigload import plan_device_map
+    from bigload.offload import handle
+
+    brought = []
+    monkeypatch.setattr(handle, "_move", lambda parameter, device: brought.append(id(parameter)))
+    model = llama()
+    names = {name: "cpu" for name, _ in model.named_children()}
+    plan = plan_device_map(model, {"load_in_4bit": True, "skip_modules": ["*"]}, device_map={"": 0, **names})
+    leaves = [leaf for placed in plan.offloaded for leaf in handle.leaves_of(model, placed)]
+    away = {id(leaf.module.get_parameter(name)) for leaf in leaves for name in leaf.parameters}
+    (hook,) = handle.MoveAddedParameters(model, "", torch.device("cuda", 0), leaves, always=False).register()
+    config = peft.LoraConfig(target_modules=["q_proj"], layer_replication=[[0, 1], [0, 1]])
+    adapted = peft.get_peft_model(model, config)
+    adapted(input_ids=TOKENS)
+    assert len(model.model.layers) == 2
+    added = {id(parameter) for parameter in adapted.parameters() if parameter.requires_grad}
+    assert len(added) == 4
+    assert added <= set(brought)
+    assert away
+    assert not away & set(brought)
+    adapted(input_ids=TOKENS)
+    brought.clear()
+    adapted(input_ids=TOKENS)  # it looked once
+    assert not brought
+    hook.remove()
+
+
+@pytest.mark.parametrize("mode", [PLAIN, "nf4", "int8"], ids=["plain", "nf4", "int8"])
+def test_blocks_that_are_replicated_give_what_they_give_in_the_whole_model(twins, device, mode):
+    peft = pytest.importorskip("peft")
+    found = []
+    for model in twins(mode, away=["model.embed_tokens", "model.layers"]):
+        torch.manual_seed(2)
+        config = peft.LoraConfig(target_modules=["q_proj"], layer_replication=[[0, 1], [0, 1]], init_lora_weights=False)
+        adapted = peft.get_peft_model(model, config).eval()
+        if device.type == "cuda" and mode != PLAIN and hasattr(model, "offload"):
+            with pytest.raises(QuantizationError, match="but its input is on cuda"):
+                adapted(input_ids=TOKENS.to(device))
+            return
+        out = adapted(input_ids=TOKENS.to(device)).logits
+        out.float().square().sum().backward()
+        found.append([out, *(p.grad for p in adapted.parameters() if p.requires_grad)])
+    assert len(found[0]) == 5
+    assert all(equal(one, other) for one, other in zip(*found, strict=True))
+
+
 def test_lone_layers_train_with_adapters(device, tmp_path):
     peft = pytest.importorskip("peft")
     home, found = "cpu" if device.type == "cuda" else "disk", []
@@ -195,6 +245,73 @@ def test_lone_layers_train_with_adapters(device, tmp_path):
         assert {each.device for each in gradients} == {device}
         found.append([out.detach(), *gradients])
     assert all(equal(one, other) for one, other in zip(*found, strict=True))
+
+
+META = torch.device("meta")
+PUT_ON_INT8 = {
+    "IA3Config": {"feedforward_modules": []},
+    "VeraConfig": {"r": 4},
+    "OFTConfig": {"oft_block_size": 32, "r": 0},
+    "FourierFTConfig": {"n_frequency": 10},
+    "LoraConfig": {"r": 4},
+}
+
+
+@pytest.fixture
+def on_meta():
+    """Return int8 layers on the CPU that are moved as if they were streamed from there to "meta"."""
+    model = load_and_quantize_model(Net(), "int8", device_map="cpu")
+    guards = ApplyGuards(model, {Leaf(path, model.get_submodule(path)): META for path in ("project", "inner.out")})
+    yield model
+    guards.remove()
+
+
+@pytest.mark.parametrize("method", PUT_ON_INT8)
+def test_int8_layers_are_moved_with_their_adapters_to_where_they_rest(on_meta, method):
+    """So PEFT does, which asks the weight; the adapters come onto the device before the block runs."""
+    peft = pytest.importorskip("peft")
+    layers, x = (on_meta.project, on_meta.inner["out"]), torch.randn(2, 64)
+    expected = on_meta(x)
+    config = getattr(peft, method)(target_modules=["project", "out"], **PUT_ON_INT8[method])
+    adapted = peft.get_peft_model(on_meta, config)
+    assert (on_meta.project.get_base_layer(), on_meta.inner["out"].get_base_layer()) == layers
+    with adapted.disable_adapter():
+        assert equal(adapted(x), expected)
+
+
+def to_cpu(tensor):  # there is nothing to copy from meta
+    return torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor
+
+
+@pytest.mark.parametrize("part", ["", "inner"])
+def test_more_than_a_layer_is_not_moved_to_where_its_weights_rest(on_meta, part):
+    for moved in (on_meta.get_submodule(part), nn.Sequential(on_meta.get_submodule(part))):
+        with pytest.raises(OffloadError, match=r"cannot be moved to cpu; call model\.offload\.remove\(\)"):
+            moved._apply(to_cpu)
+
+
+def test_a_layer_that_is_moved_to_where_its_weight_rests_keeps_its_bias_where_it_computes(on_meta):
+    layer, weight, place = on_meta.project, on_meta.project.weight, on_meta.project.weight.data_ptr()
+    layer.bias = nn.Parameter(torch.zeros(64, device=META))
+    for dtype in (torch.float32, torch.float16):
+        layer.to(dtype)._apply(to_cpu)
+        assert (layer.bias.device, layer.bias.dtype) == (META, dtype)
+        assert layer.weight is weight
+        assert (weight.dtype, weight.data_ptr()) == (torch.int8, place)
+
+
+@pytest.mark.cuda
+def test_a_streamed_layer_that_is_moved_to_the_cpu_computes_as_before(tmp_path):
+    device = torch.device("cuda", 0)
+    model = load_and_quantize_model(
+        Net(), "int8", device_map={"": device, "project": "cpu", "inner.out": "cpu"}, offload_folder=tmp_path
+    )
+    x = torch.randn(2, 64, device=device)
+    expected, layer = outputs(model, x), model.project
+    assert (layer.weight.device.type, layer.bias.device.type) == ("cpu", "cuda")
+    layer.to("cpu")
+    assert (layer.weight.device.type, layer.bias.device.type) == ("cpu", "cuda")
+    assert equal(outputs(model, x), expected)
 
 
 @pytest.mark.parametrize("mode", [PLAIN, "nf4", "int8"], ids=["plain", "nf4", "int8"])

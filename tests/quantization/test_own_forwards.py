@@ -90,6 +90,58 @@ def test_both_remedies_for_an_input_of_integers_work(mode, device):
     assert (cast - expected).norm() < 0.2 * expected.norm()
 
 
+def _bitsandbytes_output(layer, x):
+    """Let bitsandbytes cast a copy's bias, and compute with it."""
+    twin = copy.deepcopy(layer)
+    twin.bias.data = twin.bias.data.to(x.dtype if hasattr(twin, "state") else twin.compute_dtype)
+    return twin(x)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_bias_of_another_dtype_is_cast_for_the_product_only(mode, size, training, device):
+    """bitsandbytes casts the layer's own to the dtype of an input, or in 4 bit to that of the product."""
+    fields = {} if mode.startswith("int8") else {"bnb_4bit_compute_dtype": torch.bfloat16}
+    config = BnbQuantizationConfig.from_mode(mode, torch_dtype=torch.float32, **fields)
+    layer = loaded(config, device, *size).train(training).inner["proj"]
+    layer.weight.requires_grad_(False)
+    layer.bias.requires_grad_()
+    assert not torch.equal(layer.bias, layer.bias.bfloat16().float())
+    before = layer.bias.detach().clone()
+    for x in (torch.randn(2, 3, size[0], device=device, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)):
+        with torch.no_grad():
+            assert torch.equal(layer(x), _bitsandbytes_output(layer, x))
+        layer(x).sum().backward()
+        assert layer.bias.dtype == layer.bias.grad.dtype == torch.float32
+        assert torch.equal(layer.bias, before)
+
+
+@pytest.mark.parametrize("mode", MODES[:4])
+def test_a_layer_whose_bias_is_cast_is_compiled_in_one_graph(mode, device):
+    fields = {} if mode == "int8" else {"bnb_4bit_compute_dtype": torch.bfloat16}
+    model = loaded(BnbQuantizationConfig.from_mode(mode, torch_dtype=torch.float32, **fields), device).eval()
+    x = torch.randn(3, 64, device=device).bfloat16()
+    with torch.no_grad():
+        found = torch.compile(model, backend="eager", fullgraph=True)(x)
+        assert torch.allclose(found, model(x), rtol=0.02, atol=0.02)  # some CPUs use another kernel then
+
+
+@pytest.mark.parametrize("mode", MODES[:4])
+def test_a_streamed_layer_has_the_gradient_of_a_bias_that_is_cast(mode, device, tmp_path, small_parts_stream):
+    fields = {} if mode == "int8" else {"bnb_4bit_compute_dtype": torch.bfloat16}
+    config = BnbQuantizationConfig.from_mode(mode, torch_dtype=torch.float32, **fields)
+    x = torch.randn(2, 30, 64, device=device).bfloat16()
+    found = []
+    for rests in (False, True):
+        layer = loaded(config, device, rests=rests, folder=tmp_path).eval().inner["proj"]
+        layer.bias.requires_grad_()
+        out = layer(x)
+        out.float().square().sum().backward()
+        found.append((out, layer.bias.grad, layer.bias))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("mode", MODES)
