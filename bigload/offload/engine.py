@@ -32,9 +32,9 @@ from .leaves import (
     streamed_by_leaf,
     without_torch_function,
 )
+from .on_device.slot_pool import SlotPool, StreamStats
+from .on_device.slots import Slot
 from .residency import Residency
-from .slot_pool import SlotPool, StreamStats
-from .slots import Slot
 
 _NONE: Mapping[Leaf, Store | None] = {}
 

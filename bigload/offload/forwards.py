@@ -23,8 +23,8 @@ from ..quantization.layers import is_quantized
 from ..quantization.own_forwards import on_matrix, own_forward, require_input
 from ..quantization.quantized_weight import state_around, state_holders
 from .leaves import Leaf, MethodOverride, without_torch_function
+from .on_device.slots import Slot, SlotView, as_slot_view, copied_out_of_slot
 from .residency import Residency
-from .slots import Slot, SlotView, as_slot_view, copied_out_of_slot
 
 # Modules of these do not write to their weights as they run.
 _ONLY_READING = ("torch.nn.modules.", "bitsandbytes.nn.", "transformers.pytorch_utils")

@@ -27,7 +27,7 @@ from .files import FileGroup, limit_page_cache
 from .forwards import forward_override_of
 from .leaves import Group, Leaf, NonCopyable, remove_all
 from .model_device import ApplyGuards, ModelDevices, entries_of_whole
-from .slot_pool import StreamStats
+from .on_device.slot_pool import StreamStats
 from .targets import OffloadTargets
 
 

@@ -16,7 +16,7 @@ from ..quantization.experts import has_quantized_experts
 from ..quantization.formats import part_name
 from ..quantization.layers import is_quantized
 from ..quantization.quantized_weight import keep_row_scales, state_holders
-from .slots import Slot, Use
+from .on_device.slots import Slot, Use
 
 # Parameters at rest, and bitsandbytes' own, override `__torch_function__`; what moves them goes past it.
 without_torch_function = torch._C.DisableTorchFunctionSubclass

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from .leaves import Group, Leaf, StreamedTensor, without_torch_function
-from .slot_pool import SlotPool
-from .slots import Slot, Use
+from .on_device.slot_pool import SlotPool
+from .on_device.slots import Slot, Use
 
 _T = TypeVar("_T")
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..errors import OffloadError
-from ..hardware.pinned import Store
-from .leaves import Group, Leaf, NonCopyable
+from ...errors import OffloadError
+from ...hardware.pinned import Store
+from ..leaves import Group, Leaf, NonCopyable
 from .prefetch_order import PrefetchOrder, Step
 from .slots import Slot, Use, copier_to
 

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch.utils._pytree import tree_map_only
 
-from ..hardware.allocation import allocate
-from ..hardware.layout import aligned
-from ..hardware.pinned import HostGroup, Store
-from .background import BackgroundRead, BackgroundReader
-from .files import Staging
+from ...hardware.allocation import allocate
+from ...hardware.layout import aligned
+from ...hardware.pinned import HostGroup, Store
+from ..background import BackgroundRead, BackgroundReader
+from ..files import Staging
 
 
 class Use:
