@@ -107,6 +107,25 @@ class FileGroup(Store):
                 with _read_errors_of(name, where.file):
                     _drop_from_page_cache(where)
 
+    def read_slice(self, name: str, index: int, count: int, memory: torch.Tensor) -> None:
+        """Read one of `count` slices of a part from its file.
+
+        Raises:
+            OffloadError: the file is gone, was changed, or cannot be read.
+        """
+        where = self._parts[name]
+        nbytes = where.part.nbytes // count
+        if name in self.written:
+            memory.copy_(self.tensors[name].view(-1).view(torch.uint8)[index * nbytes : (index + 1) * nbytes])
+            return
+        with _read_errors_of(name, where.file):
+            if _stamp(where.file.stat()) != self._stamps[where.file]:
+                raise OSError("it was changed since the model was loaded; load the model again")
+            with where.file.open("rb", buffering=0) as file:
+                file.seek(where.offset + index * nbytes)
+                if file.readinto(memory.numpy()) < nbytes:  # type: ignore[arg-type]
+                    raise OSError("it was truncated since the model was loaded; load the model again")
+
     def use_written(self, name: str) -> None:
         """Read a part from memory from now on, where others have written to it."""
         self.written.add(name)

@@ -108,7 +108,7 @@ def test_whichever_is_late_the_other_waits(late, slots, monkeypatch):
             own = CudaSlotCopier._copy
 
             def slow(self, source, slot):
-                with torch.cuda.stream(self._stream):
+                with torch.cuda.stream(self.stream):
                     sleep()
                 own(self, source, slot)
 

@@ -173,12 +173,16 @@ class SlotCopier:
 
 
 class CudaSlotCopier(SlotCopier):
-    """Copies groups into slots on a GPU, on a stream of its own; the host waits for nothing."""
+    """Copies groups into slots on a GPU, on a stream of its own; the host waits for nothing.
+
+    Attributes:
+        stream: the stream, on which nothing but copies runs.
+    """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._index = torch.cuda.current_device() if device.index is None else device.index
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._staging = Staging()
         self._turn = 0
 
@@ -215,13 +219,13 @@ class CudaSlotCopier(SlotCopier):
         is_timed = self._turn == 0
         self._turn = (self._turn + 1) % _TIMED_EVERY
         for event in slot.freed.values():
-            self._stream.wait_event(event)
+            self.stream.wait_event(event)
         slot.freed.clear()
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self.stream):
             if is_timed:
-                slot.begun.record(self._stream)
+                slot.begun.record(self.stream)
             slot.memory[: len(source)].copy_(source, non_blocking=True)
-            slot.ready.record(self._stream)
+            slot.ready.record(self.stream)
         slot.nbytes_copied = len(source) if is_timed else 0
 
     def _read(self, store: Store, slot: Slot) -> None:
@@ -229,7 +233,7 @@ class CudaSlotCopier(SlotCopier):
         store.read_into(memory)
         with torch.inference_mode(False):
             self._copy(memory[: store.layout.nbytes], slot)
-        copied.record(self._stream)
+        copied.record(self.stream)
 
     def _add_timing(self, slot: Slot) -> None:
         if slot.nbytes_copied and slot.begun is not None and slot.ready is not None and _has_ended(slot.ready):
@@ -255,8 +259,8 @@ class CudaSlotCopier(SlotCopier):
         """Let a slot's memory be freed; torch's allocator waits for the streams that have used it."""
         super().discard(slot)
         for event in slot.freed.values():
-            self._stream.wait_event(event)
-        for stream in (self._stream, *slot.streams.values()):
+            self.stream.wait_event(event)
+        for stream in (self.stream, *slot.streams.values()):
             slot.memory.record_stream(stream)
 
     def _wait_for_copies(self) -> None:
