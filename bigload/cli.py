@@ -150,8 +150,8 @@ def _load(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     from .checkpoint.folders import WEIGHTS
-    from .config import OffloadConfig
     from .model.described import empty_model
+    from .planning.offload_config import OffloadConfig
     from .planning.plan import plan_table
     from .planning.planner import plan_device_map
     from .planning.report import draw_plan, plan_json

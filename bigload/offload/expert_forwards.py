@@ -1,8 +1,9 @@
 """The forward of fused experts in 4 bit whose weights are offloaded, and its gradients.
 
 A call computes with the experts that stay on the device, and those that it lacks are copied by themselves. If it wants
-more experts than stay there, or none do, all of the module's weights are copied into a slot, as other layers' are. Both
-ways compute what the resident experts do, in the same order.
+more experts than have room there, those that it wants are copied into a slot; if it wants more than half of all, the
+whole module is, as other layers are, and the next one is prefetched. All ways compute what resident experts do, in the
+same order.
 """
 
 from __future__ import annotations
@@ -65,13 +66,22 @@ class ExpertsForward(StreamedForward):
         cache = self.weights.cache()
         if cache is None:
             return None
-        call = routed(self.module, given, cache.beside)
+        call = routed(self.module, given, given[0].new_empty(0, device=self.weights.device))
         self.weights.note_pairs(call.ids.numel())
+        wanted = cache.wanted(call.ids)
+        if wanted is None:
+            return None
 
         def compute(packed: Sequence[PackedExperts]) -> _T:
             return then(compute_experts(self.module, call, packed))
 
-        return cache.run(call.ids, compute)
+        def compute_in_slot(slot: Slot) -> _T:
+            return compute(cache.packed_in(slot.views(self.weights.group.store)))
+
+        out = cache.run(wanted, compute)
+        if out is not None:
+            return out
+        return self.weights.run_with_some(functools.partial(cache.slices, wanted), compute_in_slot)
 
     def biases(self) -> list[Any]:
         """List the experts' biases that stay on the device; the others are streamed, and so are not trained."""

@@ -15,11 +15,11 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from ..config import OffloadConfig
 from ..errors import ConfigError, listed
 from ..hardware.devices import CPU, on_cpu_unless_named
 from ..hardware.free_memory import free_bytes
 from ..hardware.pinned import Store
+from ..planning.offload_config import OffloadConfig
 from ..planning.plan import PlacedUnit, Plan
 from .device_hooks import attach
 from .engine import Engine
@@ -91,6 +91,8 @@ class Offload:
             sum(stats.demand_fetches for stats in each),
             sum(stats.slots for stats in each),
             sum(rates) / len(rates) if rates else 0.0,
+            sum(stats.expert_hits for stats in each),
+            sum(stats.expert_misses for stats in each),
         )
 
     @contextmanager
@@ -230,7 +232,8 @@ def _make_engine(
             files = targets.store_of(placed) if placed.home == "disk" else None
             embeddings |= dict.fromkeys(leaves, files)
         else:
-            groups.append(Group(placed.unit.name, tuple(leaves), targets.store_of(placed)))
+            cached = placed.cached if placed.is_by_expert else None
+            groups.append(Group(placed.unit.name, tuple(leaves), targets.store_of(placed), cached))
     return Engine(model, groups, device, config.slots, embeddings)
 
 

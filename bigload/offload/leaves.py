@@ -290,14 +290,14 @@ class Group:
         leaves: its modules.
         store: holds the weights at rest; its parts have the names of the leaves' streamed tensors. It is exchanged
             when others give a weight another dtype or shape.
-        cached: how many experts of each leaf stay on the device, those used last. 0 for other leaves than fused experts
-            in 4 bit of which nothing else is streamed.
+        cached: how many experts of each leaf stay on the device, those used last, if the leaves are fused experts in 4
+            bit; their experts are then copied one by one. None if the group is always copied as a whole.
     """
 
     name: str
     leaves: tuple[Leaf, ...]
     store: Store
-    cached: int = 0
+    cached: int | None = None
 
 
 def streamed_by_leaf(group: Group) -> dict[Leaf, list[StreamedTensor]]:

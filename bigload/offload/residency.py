@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
+
 from .leaves import Group, Leaf, StreamedTensor, without_torch_function
 from .on_device.expert_cache import ExpertCache
 from .on_device.slot_pool import SlotPool
-from .on_device.slots import Slot, Use
+from .on_device.slots import Slice, Slot, Use
 
 _T = TypeVar("_T")
 
@@ -58,6 +60,22 @@ class Residency:
         out = self._while_used(self._acquire, compute)
         self._leave()
         return out
+
+    def run_with_some(
+        self, choose: Callable[[dict[str, torch.Tensor]], Sequence[Slice]], compute: Callable[[Slot], _T]
+    ) -> _T:
+        """Call `compute` like `run_in_slot`, with a slot that holds only a part of the group.
+
+        Args:
+            choose: gives the slices to copy, for the group's parts in the slot.
+            compute: what to call.
+        """
+
+        def acquire(use: Use) -> Slot:
+            with self._pool.lock, without_torch_function():
+                return self._pool.enter_some(use, self.group, choose)
+
+        return self._while_used(acquire, compute)
 
     def run(self, compute: Callable[[Slot], _T], *, is_only_read: bool = False) -> _T:
         """Call `compute` like `run_in_slot`, with the slot's tensors in the place of the leaf's own.

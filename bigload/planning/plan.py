@@ -19,8 +19,8 @@ from ..model.experts import Experts
 from ..quantization import formats
 from ..quantization.formats import Plain
 from ..sizes import show
+from .placing.solver import slots_bytes
 from .planned_tensors import PlannedTensor
-from .solver import slots_bytes
 from .units import GPU_BYTES, GROUP_BYTES, Unit
 
 
@@ -32,16 +32,29 @@ class PlacedUnit:
         unit: the unit.
         device: the device that computes it.
         home: where its weights are stored if it is offloaded, else None.
+        cached: how many experts of each of its modules stay on the device, those used last, if nothing but experts is
+            offloaded.
     """
 
     unit: Unit
     device: torch.device
     home: Place | None = None
+    cached: int = 0
 
     @property
     def streamed_bytes(self) -> int:
-        """Bytes copied to the device for each forward."""
+        """Bytes copied to the device for each forward; for one that wants few experts less, if some stay there."""
         return 0 if self.home is None else self.unit.streamed_bytes
+
+    @property
+    def is_by_expert(self) -> bool:
+        """Whether its experts are offloaded, and nothing else of it."""
+        return self.home is not None and self.unit.is_by_expert
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes on the device for the experts that stay there."""
+        return self.unit.cache_bytes(self.cached, GPU_BYTES if _is_gpu(self.device) else 1)
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,7 @@ class Account:
             through.
         reserve: on a GPU, kept free for activations, or for the transfers of the load if they need more.
         budget: what may be used; None if unknown.
+        cache: on the device that computes, for offloaded experts that stay there, those used last.
     """
 
     place: Place
@@ -64,11 +78,12 @@ class Account:
     ring: int = 0
     reserve: int = 0
     budget: int | None = None
+    cache: int = 0
 
     @property
     def needed(self) -> int:
-        """The sum of weights, quant_state, ring and reserve."""
-        return self.weights + self.quant_state + self.ring + self.reserve
+        """The sum of weights, quant_state, ring, cache and reserve."""
+        return self.weights + self.quant_state + self.ring + self.cache + self.reserve
 
     @property
     def free(self) -> int | None:
@@ -214,12 +229,21 @@ def accounts_of(
         weights[place] += values
         states[place] += state
     groups: dict[Place, list[int]] = defaultdict(list)
+    caches: dict[Place, int] = defaultdict(int)
     for placed in units:
         if placed.streamed_bytes:
             groups[placed.device].append(placed.streamed_bytes)
+        caches[placed.device] += placed.cache_bytes
     places = dict.fromkeys([*(placed.device for placed in units), *weights])
     accounts = [
-        Account(place, weights[place], states[place], slots_bytes(groups[place], slots), budget=budgets.get(place))
+        Account(
+            place,
+            weights[place],
+            states[place],
+            slots_bytes(groups[place], slots),
+            budget=budgets.get(place),
+            cache=caches[place],
+        )
         for place in places
     ]
     uses_gpu = any(_is_gpu(account.place) for account in accounts)
@@ -258,7 +282,8 @@ def plan_table(plan: Plan, link_gb_per_s: float | None = None) -> str:
         plan: the plan.
         link_gb_per_s: rate of the link to the device, for an estimate of the streaming time; None leaves it out.
     """
-    lines = list(_aligned([_HEADS, *(_account_row(account) for account in plan.accounts)]))
+    has_cache = any(account.cache for account in plan.accounts)
+    lines = list(_aligned([_account_row(account, has_cache) for account in (None, *plan.accounts)]))
     lines.append("")
     lines += _aligned([("unit", "bytes", "stored on", "computed on"), *_unit_rows(plan.units)])
     lines.append("")
@@ -266,11 +291,12 @@ def plan_table(plan: Plan, link_gb_per_s: float | None = None) -> str:
     return "\n".join(lines)
 
 
-_HEADS = ("place", "budget", "weights", "quant state", "ring", "reserve", "free")
-
-
-def _account_row(account: Account) -> tuple[str, ...]:
-    figures = (account.budget, account.weights, account.quant_state, account.ring, account.reserve, account.free)
+def _account_row(account: Account | None, has_cache: bool) -> tuple[str, ...]:
+    """Return the row of an account; for None the heads."""
+    columns = ["budget", "weights", "quant_state", "ring", *(["cache"] if has_cache else []), "reserve", "free"]
+    if account is None:
+        return ("place", *(column.replace("_", " ") for column in columns))
+    figures = [getattr(account, column) for column in columns]
     return (str(account.place), *("-" if figure is None else show(figure) for figure in figures))
 
 
@@ -278,7 +304,7 @@ def _unit_rows(units: Sequence[PlacedUnit]) -> Iterator[tuple[str, ...]]:
     """Yield a row for each run of equal units."""
 
     def key(placed: PlacedUnit) -> tuple[object, ...]:
-        return placed.unit.is_block, placed.unit.nbytes, placed.home, placed.device
+        return placed.unit.is_block, placed.unit.nbytes, placed.home, placed.device, placed.is_by_expert, placed.cached
 
     for _, run in itertools.groupby(units, key):
         alike = list(run)
@@ -286,6 +312,10 @@ def _unit_rows(units: Sequence[PlacedUnit]) -> Iterator[tuple[str, ...]]:
         name = " = ".join(first.unit.paths) if len(alike) == 1 else f"{first.unit.name} to {last.unit.name}"
         size = show(first.unit.nbytes) + (f" each of {len(alike)}" if len(alike) > 1 else "")
         home = str(first.device if first.home is None else first.home)
+        if first.is_by_expert:
+            home = f"{first.device}, experts on {home}"
+        if first.cached:
+            home += f" ({first.cached} of {first.unit.most_experts} cached)"
         yield name or "the model", size, home, str(first.device)
 
 
@@ -307,7 +337,15 @@ def _summary(plan: Plan, link_gb_per_s: float | None) -> Iterator[str]:
     blocks = [placed for placed in plan.units if placed.unit.is_block]
     away = [placed for placed in blocks if placed.home is not None]
     yield f"offloaded: {len(away)} of {counted(len(blocks), 'block')}, {counted(len(plan.offloaded), 'unit')} in all"
-    moved = f"streamed for each forward: {show(plan.streamed_bytes)}"
+    by_expert = [placed for placed in plan.offloaded if placed.is_by_expert]
+    if by_expert:
+        one = max(placed.streamed_bytes // placed.unit.most_experts for placed in by_expert)
+        held = sum(placed.cached for placed in by_expert) / sum(placed.unit.most_experts for placed in by_expert)
+        yield (
+            f"of {len(by_expert)} nothing but the experts, {held:.0%} of which stay on the device, those used last; "
+            f"copied for each of the others that a token visits: {show(one)}"
+        )
+    moved = f"streamed for each forward: {'at most ' if by_expert else ''}{show(plan.streamed_bytes)}"
     if link_gb_per_s:
         moved += f", {step_seconds(plan, link_gb_per_s) * 1000:.1f} ms at {link_gb_per_s:g} GB/s"
     yield moved

@@ -16,7 +16,7 @@ def plan_json(plan: Plan, link_gb_per_s: float | None = None) -> dict[str, Any]:
         "places": [
             {
                 "place": str(account.place),
-                **{name: getattr(account, name) for name in ("weights", "quant_state", "ring", "reserve")},
+                **{name: getattr(account, name) for name in ("weights", "quant_state", "ring", "cache", "reserve")},
                 "needed": account.needed,
                 "budget": account.budget,
                 "free": account.free,
@@ -31,6 +31,7 @@ def plan_json(plan: Plan, link_gb_per_s: float | None = None) -> dict[str, Any]:
                 "home": str(placed.device if placed.home is None else placed.home),
                 "device": str(placed.device),
                 "streamed_bytes": placed.streamed_bytes,
+                "cached_experts": placed.cached,
             }
             for placed in plan.units
         ],
@@ -54,7 +55,7 @@ def draw_plan(plan: Plan, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 1.2 + 0.6 * len(plan.accounts)), layout="constrained")
     names = [str(account.place) for account in plan.accounts]
     left = [0.0] * len(names)
-    for part in ("weights", "quant_state", "ring", "reserve"):
+    for part in ("weights", "quant_state", "ring", "cache", "reserve"):
         widths = [getattr(account, part) / 2**30 for account in plan.accounts]
         axes.barh(names, widths, left=left, label=part.replace("_", " "))
         left = [begin + width for begin, width in zip(left, widths, strict=True)]
@@ -63,6 +64,6 @@ def draw_plan(plan: Plan, path: Path) -> None:
             axes.plot([account.budget / 2**30] * 2, [row - 0.4, row + 0.4], color="black")
     axes.set_xlabel("GiB; the line is the budget")
     axes.invert_yaxis()
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=4, frameon=False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=5, frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)

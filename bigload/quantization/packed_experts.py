@@ -66,6 +66,13 @@ class PackedExperts:
         parts = {part: tensor for part, tensor in own.items() if tensor is not None}
         return cls(tensors[name], parts["absmax"], state_around(state, parts), places)
 
+    @classmethod
+    def whole(cls, name: str, state: Any, tensors: Mapping[str, torch.Tensor]) -> PackedExperts:
+        """Return the weight of all experts whose parts are `tensors`, by name; arguments as of `cached`."""
+        own = {part: tensors.get(part_name(name, part)) for part in _PARTS}
+        parts = {part: tensor for part, tensor in own.items() if tensor is not None}
+        return cls(tensors[name].view(torch.uint8), parts["absmax"], state_around(state, parts))
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """(E, out_features, in_features)."""

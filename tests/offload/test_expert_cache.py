@@ -60,8 +60,10 @@ def stream(model, device, cached, folder=None, slots=1):
         group.cached = cached
         groups.append(group)
     engine = Engine(model, groups, device, slots)
+    for slot in engine.pool.slots:
+        slot.memory.fill_(0xFF)
     for cache in caches_of(engine):
-        for memory in cache._memory.values():
+        for memory in (cache._memory or {}).values():
             memory.view(-1).view(torch.uint8).fill_(0xFF)
     return engine
 
@@ -82,7 +84,7 @@ def routings(model, device, dtype=torch.float32):
     yield x, torch.full_like(ids, 2), weights  # one expert for all
 
 
-@pytest.mark.parametrize("cached", [1, 2, 3, EXPERTS, EXPERTS + 9])
+@pytest.mark.parametrize("cached", [0, 1, 2, 3, EXPERTS, EXPERTS + 9])
 @pytest.mark.parametrize(("kind", "mode"), KINDS)
 def test_any_cache_computes_the_bits_of_resident_experts(kind, mode, cached, device):
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -99,7 +101,7 @@ def test_any_cache_computes_the_bits_of_resident_experts(kind, mode, cached, dev
     assert_at_rest(engine)
 
 
-@pytest.mark.parametrize("cached", [1, 3, EXPERTS])
+@pytest.mark.parametrize("cached", [0, 1, 3, EXPERTS])
 @pytest.mark.parametrize(("kind", "mode"), KINDS[:3])
 def test_any_cache_gives_the_gradients_of_resident_experts(kind, mode, cached, device):
     model = resident(kind, mode, device, 2)
@@ -160,14 +162,21 @@ def _is_sliced(name):
     return name.endswith(("proj", "proj.absmax"))
 
 
-def test_more_experts_than_have_room_are_copied_with_the_whole_module(device):
+@pytest.mark.parametrize(("wanted", "copied"), [((0, 1, 2), 3), ((0, 1, 2, 3), 0)])
+def test_what_has_no_room_is_copied_into_a_slot_and_of_most_experts_all(wanted, copied, device):
     model = resident(device=device)
-    call = choose(0, 1, 2, device=device, model=model)
+    calls = [choose(*each, device=device, model=model) for each in (wanted, (4,), wanted)]
     with torch.no_grad():
-        expected = model(*call)
+        expected = [model(*call) for call in calls]
         engine = stream(model, device, 2)
-        assert torch.equal(model(*call), expected)
-    assert (engine.stats().fetches, engine.stats().expert_misses) == (1, 0)
+        assert torch.equal(model(*calls[0]), expected[0])
+        assert engine.stats().expert_misses == copied
+        assert engine.stats().fetches == (not copied)
+        assert torch.equal(model(*calls[1]), expected[1])
+        assert torch.equal(model(*calls[2]), expected[2])
+    assert engine.stats().fetches == (not copied)
+    (store,) = (group.store for group in engine.groups)
+    assert engine.stats().nbytes < store.layout.nbytes * 2
 
 
 def test_groups_that_need_few_experts_are_not_prefetched(device):
@@ -279,7 +288,8 @@ def test_experts_that_call_themselves_do_not_overwrite_what_they_use(device):
         model.layers[0].experts.act_fn.register_forward_pre_hook(again)
         assert torch.equal(model(*calls[0]), expected[0])
         assert torch.equal(inner[0], expected[1])
-        assert engine.stats().fetches == 1  # the inner one
+        assert engine.stats().fetches == 0
+        assert engine.stats().expert_misses == 4  # those of the inner one are in a slot
 
 
 def test_threads_compute_with_one_cache(device):

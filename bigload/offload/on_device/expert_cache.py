@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -16,8 +16,8 @@ from ...hardware.pinned import Store
 from ...quantization.formats import FourBit, part_name
 from ...quantization.packed_experts import TABLE, PackedExperts, Places, cache_layout
 from ..leaves import Group, Leaf, NonCopyable
-from .expert_copies import CudaExpertCopies, ExpertCopies, Slice
-from .slots import CudaSlotCopier, SlotCopier
+from .expert_copies import CudaExpertCopies, ExpertCopies
+from .slots import CudaSlotCopier, Slice, SlotCopier
 
 _T = TypeVar("_T")
 # So few choices are read one by one; of more, a GPU tells first which differ.
@@ -33,8 +33,8 @@ class ExpertCache(NonCopyable):
     Attributes:
         slots: how many experts it holds at most.
         hits: experts that calls found there, each once for a call.
-        misses: experts that were copied.
-        nbytes: bytes copied.
+        misses: experts that were copied by themselves.
+        nbytes: bytes copied into the cache.
     """
 
     def __init__(self, leaf: Leaf, store: Store, slots: int, copier: SlotCopier) -> None:
@@ -43,7 +43,7 @@ class ExpertCache(NonCopyable):
         Args:
             leaf: a module of fused experts in 4 bit.
             store: where its weights are at rest.
-            slots: 1 or more; more than there are experts have no use.
+            slots: how many experts may stay; more than there are have no use.
             copier: of the device.
 
         Raises:
@@ -56,13 +56,15 @@ class ExpertCache(NonCopyable):
         self.slots = min(slots, self._experts)
         self._prefix = f"{leaf.path}." if leaf.path else ""
         self._weights = {name: _format_of(module._parameters[name]) for name in experts.weights}
+        # What each expert has of its own; the rest belongs to all.
+        self._sliced = [part for name in experts.weights for part in (name, part_name(name, "absmax"))]
         self.hits = self.misses = self.nbytes = 0
         self._lock = threading.RLock()
         self._running: set[object] = set()
         self._there: OrderedDict[int, int] = OrderedDict()
         self._changes, self._changes_seen = 0, -1
-        # From so many pairs on a call will probably want more experts than there are slots.
-        self._too_many_pairs = _pairs_that_choose(self.slots, self._experts)
+        # From so many pairs on a call will probably want all experts.
+        self._too_many_pairs = _pairs_that_choose(max(self.slots, self._experts // 2), self._experts)
         self._memory: dict[str, torch.Tensor] | None = None
         self.allocate()
 
@@ -73,18 +75,14 @@ class ExpertCache(NonCopyable):
         Raises:
             torch.OutOfMemoryError: the device has no room.
         """
-        if self._memory is not None:
+        if self._memory is not None or not self.slots:
             return
         layout = cache_layout(self._weights, self.slots)
         device, copier = self._copier.device, self._copier
         memory = layout.views(allocate((layout.nbytes,), torch.uint8, device))
         self._copies = CudaExpertCopies(device, copier.stream) if isinstance(copier, CudaSlotCopier) else ExpertCopies()
         self._table = self._copies.make_table(self._experts)
-        self._rows = {
-            part: [row.view(-1).view(torch.uint8) for row in memory[part].unbind()]
-            for name in self._weights
-            for part in (name, part_name(name, "absmax"))
-        }
+        self._rows = {part: [row.view(torch.uint8) for row in memory[part].unbind()] for part in self._sliced}
         self._shared = {
             part: memory[part].view(-1).view(torch.uint8) for part in memory if part not in self._rows and part != TABLE
         }
@@ -95,38 +93,70 @@ class ExpertCache(NonCopyable):
         self._packed = [PackedExperts.cached(name, state, memory, places) for name, state in states.items()]
         self._memory = memory
 
-    @property
-    def beside(self) -> torch.Tensor:
-        """A tensor on the device."""
-        return self._packed[0].scales
-
-    def run(self, ids: torch.Tensor, compute: Callable[[Sequence[PackedExperts]], _T]) -> _T | None:
-        """Call `compute` with the module's two weights, which hold the experts that are wanted.
+    def wanted(self, ids: torch.Tensor) -> list[int] | None:
+        """Return the experts that a call wants; None if these are so many that all should be copied.
 
         Args:
             ids: their numbers; those that are no expert's count for nothing. A GPU is waited for, to read them.
+        """
+        found = _distinct(ids, self._experts)
+        if len(found) > max(self.slots, self._experts // 2):
+            self._too_many_pairs = ids.numel()
+            return None
+        self._too_many_pairs = max(self._too_many_pairs, ids.numel() + 1)
+        return found
+
+    def run(self, wanted: Sequence[int], compute: Callable[[Sequence[PackedExperts]], _T]) -> _T | None:
+        """Call `compute` with the module's two weights, which hold the experts that are wanted.
+
+        Args:
+            wanted: their numbers.
             compute: has launched all that reads the weights when it returns.
 
         Returns:
-            What `compute` returns; None, without a call, if more experts are wanted than there are slots.
+            What `compute` returns; None, without a call, if more experts are wanted than have room.
 
         Raises:
             OffloadError: a file cannot be read.
         """
+        if len(wanted) > self.slots:
+            return None
         with self._lock:
             if self._memory is None or self._running:  # a hook within the experts calls them again
                 return None
-            wanted = _distinct(ids, self._experts)
-            if len(wanted) > self.slots:
-                self._too_many_pairs = ids.numel()
-                return None
-            self._too_many_pairs = max(self._too_many_pairs, ids.numel() + 1)
             running = object()
             try:
                 self._running.add(running)
                 return compute(self._bring(wanted))
             finally:
                 self._running.discard(running)
+
+    def slices(self, wanted: Sequence[int], parts: Mapping[str, torch.Tensor]) -> list[Slice]:
+        """Return what is copied of experts into memory that has room for all of them.
+
+        Args:
+            wanted: their numbers.
+            parts: of the weights in that memory, by name.
+        """
+        found = []
+        for name in self._parts():
+            memory = parts[self._prefix + name].view(-1).view(torch.uint8)
+            if name in self._sliced:
+                rows = memory.view(self._experts, -1)
+                found += [Slice(self._prefix + name, expert, self._experts, rows[expert]) for expert in wanted]
+            else:
+                found.append(Slice(self._prefix + name, 0, 1, memory))
+        self.misses += len(wanted)
+        return found
+
+    def packed_in(self, parts: Mapping[str, torch.Tensor]) -> list[PackedExperts]:
+        """Return the two weights in memory that has room for all experts: `parts` by name."""
+        own = {name: parts[self._prefix + name] for name in self._parts()}
+        states = {name: self._module._parameters[name].quant_state for name in self._weights}
+        return [PackedExperts.whole(name, state, own) for name, state in states.items()]
+
+    def _parts(self) -> list[str]:
+        return [part_name(name, part) for name, (fmt, shape) in self._weights.items() for part in fmt.parts(shape)]
 
     def _bring(self, wanted: Sequence[int]) -> Sequence[PackedExperts]:
         there, changes = self._there, self._changes
@@ -164,7 +194,7 @@ class ExpertCache(NonCopyable):
         return free + [self._there.popitem(last=False)[1] for _ in range(count - len(free))]
 
     def expects_too_many(self, pairs: int) -> bool:
-        """Whether a call with so many pairs of token and expert will probably want more experts than fit."""
+        """Whether a call with so many pairs of token and expert will probably want all experts."""
         return pairs >= self._too_many_pairs
 
     def forget(self) -> None:
@@ -208,7 +238,7 @@ class ExpertCaches:
         self._caches = {
             leaf: ExpertCache(leaf, group.store, group.cached, copier)
             for group in groups
-            if group.cached
+            if group.cached is not None
             for leaf in group.leaves
         }
 

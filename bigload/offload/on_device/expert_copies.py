@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 
-from ...hardware.pinned import HostGroup, Store, pinned_memory
+from ...hardware.pinned import Store, pinned_memory
 from ..files import Staging
-
-
-class Slice(NamedTuple):
-    """One of several slices, of the same size, of a part of a store, and where it goes.
-
-    Attributes:
-        part: its name.
-        number: of the slice.
-        of: how many slices the part has.
-        target: (bytes,), uint8, on the device.
-    """
-
-    part: str
-    number: int
-    of: int
-    target: torch.Tensor
+from .slots import Slice, copy_slices
 
 
 class ExpertCopies:
@@ -87,23 +71,10 @@ class CudaExpertCopies(ExpertCopies):
             event.record(stream)
             self._stream.wait_event(event)
         with torch.cuda.stream(self._stream):
-            if isinstance(store, HostGroup) and store.is_pinned:
-                for part, number, of, memory in slices:
-                    memory.copy_(store.slice_of(part, number, of), non_blocking=True)
-            else:
-                self._copy_staged(store, slices)
+            copy_slices(store, slices, self._stream, self._staging)
             target.copy_(table, non_blocking=True)
             self._ready.record(self._stream)
         self._streams.clear()
-
-    def _copy_staged(self, store: Store, slices: Iterable[Slice]) -> None:
-        # Of memory that is not pinned, the host would wait for each copy.
-        for part, number, of, memory in slices:
-            staged, copied = self._staging.take(memory.numel())
-            staged = staged[: memory.numel()]
-            store.read_slice(part, number, of, staged)
-            memory.copy_(staged, non_blocking=True)
-            copied.record(self._stream)
 
     def await_copies(self) -> None:
         """Let the current stream wait for them, once."""

@@ -14,7 +14,7 @@ from ...hardware.pinned import Store
 from ..leaves import Group, Leaf, NonCopyable
 from .expert_cache import ExpertCaches
 from .prefetch_order import PrefetchOrder, Step
-from .slots import Slot, Use, copier_to
+from .slots import Slice, Slot, Use, copier_to
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,7 @@ class SlotPool(NonCopyable):
             OffloadError: the group cannot be read, or is no longer offloaded.
             torch.OutOfMemoryError: the device has no room.
         """
-        if group not in self._groups:
-            raise OffloadError(
-                f"remove() moved the weights of {leaf.path!r} to the device meanwhile: run the model again"
-            )
+        self._require_offloaded(group, leaf.path)
         is_backward = _is_backward()
         step = self.order.arrive(group, leaf, is_backward=is_backward)
         slot = self._slot_of(group)
@@ -129,6 +126,33 @@ class SlotPool(NonCopyable):
         if step is not None:  # the first leaf of a group prefetches for the others too
             self._prefetch(step, [group])
         return slot
+
+    def enter_some(self, use: Use, group: Group, choose: Callable[[dict[str, torch.Tensor]], Sequence[Slice]]) -> Slot:
+        """Begin a use of a part of a group, which is copied to where it is when all of the group is there.
+
+        The caller holds the lock.
+
+        Args:
+            use: the use, which gets its slot.
+            group: the group.
+            choose: gives the slices, for the group's parts in the slot.
+
+        Raises:
+            OffloadError: as `enter`.
+            torch.OutOfMemoryError: the device has no room.
+        """
+        self._require_offloaded(group, group.name)
+        slot = self._room()
+        slices = choose(slot.views(group.store))
+        self.copier.copy_some(group.store, slices, slot)
+        slot.used = self._clock = self._clock + 1
+        self._nbytes += sum(each.target.numel() for each in slices)
+        self.join(use, slot)
+        return slot
+
+    def _require_offloaded(self, group: Group, name: str) -> None:
+        if group not in self._groups:
+            raise OffloadError(f"remove() moved the weights of {name!r} to the device meanwhile: run the model again")
 
     def join(self, use: Use, slot: Slot) -> None:
         """Begin one more use of a slot that is in use. The caller holds the lock."""
