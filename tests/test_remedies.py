@@ -172,7 +172,10 @@ TRIED = {
         "then change the model": OFFLOAD + "test_model_is_cast_after_remove",
         "keeps it on its device": OFFLOAD + "test_head_is_resized_after_remove_or_where_it_is_kept",
     },
-    "offload/slot_pool.py": {
+    "offload/on_device/expert_cache.py": {
+        "call remove() outside": "offload/test_expert_cache.py::test_removed_experts_are_resident",
+    },
+    "offload/on_device/slot_pool.py": {
         "run the model again": "offload/test_engine.py::test_engine_is_removed_while_threads_run_the_model",
         "call remove() outside": OFFLOAD + "test_remove_is_called_outside_of_what_uses_the_weights",
     },
