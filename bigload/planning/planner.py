@@ -40,6 +40,7 @@ from .missing import new_values
 from .offload_config import OffloadConfig
 from .placement import Placement, place_tensors, place_units, place_whole
 from .placing.cpu_or_gpu import is_faster_on_cpu
+from .placing.expert_caches import warn_of_unused_cache
 from .plan import AfterLoad, Plan, accounts_of
 from .planned_tensors import PlannedTensor, formatted_tensors
 from .request import LoadRequest, PlacementRequest, check_map, load_request, only_device
@@ -74,6 +75,7 @@ def plan_load(view: ModelView, request: LoadRequest) -> Plan:
     placed = None if device is None else place_whole(planned, device, placement)
     plan = _placed(planned, layers, experts, config, placed or _placement(view, planned, placement), placement)
     _require_scripts_at_hand(view, plan)
+    warn_of_unused_cache(plan.offloaded, placement.offload)
     is_asked = placement.offload.reserve is not None
     if is_asked and reserve < WINDOW_BYTES and plan.is_mixed:
         logger.warning(

@@ -1,6 +1,8 @@
 """Experts that stay on the device compute what resident ones do: whatever has room, interrupted, in threads."""
 
 import copy
+import random
+import signal
 import threading
 from pathlib import Path
 
@@ -20,6 +22,15 @@ from bigload.offload.on_device.expert_cache import ExpertCache
 EXPERTS = 6
 # The scales of an expert's down_proj begin in the middle of a block of scales: 128 x 64 weights, 128 scales.
 KINDS = [("qwen3", "nf4"), ("gpt_oss", "nf4-dq"), ("nemotron", "nf4-dq"), ("gpt_oss", "fp4")]
+
+
+KEPT: list[Engine] = []  # as a loaded model keeps its own: what is written is noticed by it
+
+
+@pytest.fixture(autouse=True)
+def kept():
+    yield
+    KEPT.clear()
 
 
 class Model(nn.Module):
@@ -60,6 +71,7 @@ def stream(model, device, cached, folder=None, slots=1):
         group.cached = cached
         groups.append(group)
     engine = Engine(model, groups, device, slots)
+    KEPT.append(engine)
     for slot in engine.pool.slots:
         slot.memory.fill_(0xFF)
     for cache in caches_of(engine):
@@ -252,6 +264,59 @@ def test_a_call_that_is_interrupted_leaves_what_the_next_can_use(at, device, mon
     (cache,) = caches_of(engine)
     assert not cache._running
     assert engine.stats().fetches == 0
+
+
+@pytest.mark.timeout(method="thread")  # the other way has the signal that this takes
+@pytest.mark.parametrize("wanted", [((0, 1), (2, 3), (1, 2)), ((0, 1, 2), (2, 3, 4), (1, 3))], ids=["cache", "slot"])
+@pytest.mark.parametrize("where", ["host", "disk"])
+def test_ctrl_c_at_any_moment_leaves_the_next_call_exact(wanted, where, tmp_path):
+    model = resident("gpt_oss", "nf4-dq", layers=2)
+    calls = [choose(*each, model=model) for each in wanted]
+    random.seed(0)
+    tracebacks = []
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        expected = [model(*call) for call in calls]
+        engine = stream(model, torch.device("cpu"), 2, tmp_path if where == "disk" else None)
+        before, longest_s = signal.signal(signal.SIGALRM, interrupt), 4e-3
+        try:
+            while len(tracebacks) < 100:
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, random.uniform(2e-6, longest_s))
+                    for call in calls:
+                        model(*call)
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                    longest_s /= 1.1  # until most of them come in time
+                except KeyboardInterrupt as error:
+                    tracebacks.append(error)  # as notebooks keep them
+                    longest_s *= 1.05
+                assert not any(slot.users for slot in engine.pool.slots)
+                assert not any(cache._running for cache in caches_of(engine))
+                for call, right in zip(calls, expected, strict=True):
+                    assert torch.equal(model(*call), right)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+    assert_at_rest(engine)
+    assert len(engine.pool.slots) == 1
+
+
+def test_inference_mode_leaves_memory_that_training_uses(device):
+    model = resident("qwen3", "nf4", device)
+    x, ids, weights = choose(0, 1, device=device, model=model)
+    expected = model(x.clone().requires_grad_(), ids, weights).detach()
+    group = group_of("0", [leaf_of(model, 0)], device)
+    group.cached = 2
+    with torch.inference_mode():
+        KEPT.append(Engine(model, [group], device, 1))
+        assert torch.equal(model(x, ids, weights), expected)
+        assert model(*choose(2, 3, 4, device=device, model=model)).isfinite().all()
+    given = x.clone().requires_grad_()
+    model(given, ids, weights).sum().backward()
+    assert given.grad.any()
 
 
 def test_an_error_within_the_experts_leaves_them_usable(device):

@@ -159,6 +159,17 @@ def test_blocks_that_are_offloaded_whole_have_no_cache(small_parts_stream):
     assert not placed.cached
 
 
+def test_a_cache_that_nothing_has_is_said_and_the_remedy_gives_it(small_parts_stream, warned):
+    plan("9GiB", {"": 0, "model.layers.1": "cpu"}, expert_cache=0.5)
+    assert sum("more than the experts of 'model.layers.1' is offloaded; name the modules" in m for m in warned()) == 1
+    assert caches(plan("9GiB", {"": 0, "model.layers.1.mlp.experts": "cpu"}, expert_cache=0.5))
+    for options in ({"expert_cache": 0}, {}):
+        plan("9GiB", {"": 0, "model.layers.1": "cpu"}, **options)
+    assert len([m for m in warned() if "expert_cache" in m]) == 1
+    plan("9GiB", {"": 0, "model.embed_tokens": "cpu"}, expert_cache=0.5)
+    assert "holds no fused experts in 4 bit" in warned()[-1]
+
+
 def test_models_without_experts_are_placed_as_ever(small_parts_stream):
     made = planned(lambda: GPT(width=512, layers=8), max_memory={0: "152MiB", "cpu": "4GiB"}, mode="nf4")
     assert made.offloaded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +16,8 @@ from ..plan import PlacedUnit
 from ..request import PlacementRequest
 from ..units import Unit
 from .solver import Item, OffPlace, Rules, slots_bytes, solve_partly
+
+logger = logging.getLogger(__name__)
 
 # The share of its experts for which a block gets a cache, before another block's experts leave the GPU.
 _SHARE = 0.5
@@ -150,3 +153,18 @@ def with_caches(
             bounds.append(budgets[device] - reserve - _used(found, device, request.offload.slots))
         left[device] = max(0, min(bounds))
     return _filled(found, left)
+
+
+def warn_of_unused_cache(offloaded: Sequence[PlacedUnit], offload: OffloadConfig) -> None:
+    """Warn of an `expert_cache` that was asked for and that nothing of what is offloaded has."""
+    if not offload.expert_cache or not offloaded or any(one.is_by_expert for one in offloaded):
+        return
+    with_experts = [one.unit.name for one in offloaded if one.unit.fused]
+    if with_experts:
+        logger.warning(
+            "expert_cache has no effect: more than the experts of %s is offloaded; name the modules of the experts in "
+            "device_map instead",
+            listed(with_experts, 4),
+        )
+    else:
+        logger.warning("expert_cache has no effect: what is offloaded holds no fused experts in 4 bit")
