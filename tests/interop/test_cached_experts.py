@@ -213,3 +213,29 @@ def test_a_mixture_that_does_not_fit_runs_within_its_budget(tmp_path):
     assert torch.cuda.memory_allocated() == before
     for _ in range(3):
         assert torch.equal(outputs(part, TOKENS.to(gpu)), outputs(whole, TOKENS.to(gpu)))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_adapters_are_trained_as_around_resident_experts(load, device, checkpointed):
+    import peft
+
+    losses = []
+    for cached in (None, 0.25, 0.5):
+        model = peft.prepare_model_for_kbit_training(load(cached), use_gradient_checkpointing=checkpointed)
+        torch.manual_seed(3)
+        lora = peft.LoraConfig(r=4, target_modules=["q_proj", "q_a_proj", "o_proj"], init_lora_weights=False)
+        tuned = peft.get_peft_model(model, lora).train()
+        trained = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
+        assert all(parameter.device == device for parameter in trained)
+        optimizer = torch.optim.AdamW(trained, lr=1e-2)
+        losses.append([])
+        for step in range(3):
+            given = TOKENS.to(device).roll(step, 1)
+            loss = tuned(input_ids=given, labels=given).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.detach())
+    assert len({float(loss) for loss in losses[0]}) == 3
+    for found in losses[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(found, losses[0], strict=True))
