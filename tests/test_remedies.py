@@ -174,6 +174,7 @@ TRIED = {
     },
     "offload/on_device/expert_cache.py": {
         "call remove() outside": "offload/test_expert_cache.py::test_removed_experts_are_resident",
+        "run the model without one": "offload/test_expert_cache.py::test_a_graph_is_refused_and_without_one_it_runs",
     },
     "offload/on_device/slot_pool.py": {
         "run the model again": "offload/test_engine.py::test_engine_is_removed_while_threads_run_the_model",

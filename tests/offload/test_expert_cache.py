@@ -116,7 +116,8 @@ def test_any_cache_computes_the_bits_of_resident_experts(kind, mode, cached, dev
 @pytest.mark.parametrize("cached", [0, 1, 3, EXPERTS])
 @pytest.mark.parametrize(("kind", "mode"), KINDS[:3])
 def test_any_cache_gives_the_gradients_of_resident_experts(kind, mode, cached, device):
-    model = resident(kind, mode, device, 2)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    model = resident(kind, mode, device, 2, dtype)
     biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
     for bias in biases:
         bias.requires_grad_(True)
@@ -128,7 +129,7 @@ def test_any_cache_gives_the_gradients_of_resident_experts(kind, mode, cached, d
         out = run(given[0], ids, given[1])
         return out.detach(), *torch.autograd.grad(out.square().sum(), [*given, *biases], allow_unused=True)
 
-    calls = [call for call in routings(model, device) if len(call[0])]
+    calls = [call for call in routings(model, device, dtype) if len(call[0])]
     expected = [gradients(call, False) for call in calls]
     stream(model, device, cached)
     for checkpointed in (False, True):
@@ -549,6 +550,29 @@ def test_experts_are_copied_from_memory_that_cannot_be_pinned():
         engine.groups[0].store.is_pinned = False
         for call, right in [*zip(calls, expected, strict=True)] * 3:
             assert torch.equal(model(*call), right)
+
+
+def test_one_expert_is_enough():
+    from bigload.offload.on_device.expert_cache import _pairs_that_choose
+
+    assert _pairs_that_choose(0, 1) == 1
+    assert _pairs_that_choose(1, 1) > 10**9
+    assert 8 < _pairs_that_choose(8, 128) < 12
+
+
+@pytest.mark.cuda
+def test_a_graph_is_refused_and_without_one_it_runs():
+    device = torch.device("cuda", 0)
+    model = resident("qwen3", "nf4", device)
+    call = choose(0, 1, device=device, model=model)
+    with torch.no_grad():
+        expected = model(*call)
+        stream(model, device, 2)
+        graph = torch.cuda.CUDAGraph()
+        with pytest.raises(OffloadError, match="which no CUDA graph can capture"), torch.cuda.graph(graph):
+            model(*call)
+        torch.cuda.synchronize()
+        assert torch.equal(model(*call), expected)
 
 
 @pytest.mark.cuda

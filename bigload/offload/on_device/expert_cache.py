@@ -292,7 +292,16 @@ def _format_of(parameter: Any) -> tuple[FourBit, tuple[int, ...]]:
 
 
 def _distinct(ids: torch.Tensor, experts: int) -> list[int]:
-    """Return the experts among `ids`, in order."""
+    """Return the experts among `ids`, in order.
+
+    Raises:
+        OffloadError: a CUDA graph is being captured, which cannot wait for them.
+    """
+    if ids.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise OffloadError(
+            "offloaded experts are copied as the router chooses them, which no CUDA graph can capture: run the model "
+            "without one"
+        )
     flat = ids.detach().reshape(-1)
     found = set(flat.tolist()) if flat.numel() <= _FEW_CHOICES else torch.unique(flat).tolist()
     return sorted(expert for expert in found if 0 <= expert < experts)
@@ -302,4 +311,6 @@ def _pairs_that_choose(slots: int, experts: int) -> int:
     """Return how many random choices hit more than `slots` of the experts, on average."""
     if slots >= experts:
         return 2**62
+    if experts == 1:
+        return 1
     return math.ceil(math.log(1 - slots / experts) / math.log(1 - 1 / experts)) + 1
