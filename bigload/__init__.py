@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import BnbQuantizationConfig
     from .conversion import quantize_checkpoint
-    from .dequantizing import dequantize_model
     from .errors import (
         BigloadError,
         CheckpointError,
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     )
     from .loading import load_and_quantize_model, release_buffers
     from .model.empty import init_empty_weights
+    from .pipeline.dequantizing import dequantize_model
     from .planning.offload_config import OffloadConfig
     from .planning.planner import plan_device_map
     from .saving import save_quantized_model
@@ -32,7 +32,7 @@ _HOMES = {
     "plan_device_map": "planning.planner",
     "save_quantized_model": "saving",
     "quantize_checkpoint": "conversion",
-    "dequantize_model": "dequantizing",
+    "dequantize_model": "pipeline.dequantizing",
     "init_empty_weights": "model.empty",
     "release_buffers": "loading",
     "BigloadError": "errors",

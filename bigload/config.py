@@ -14,6 +14,7 @@ import torch
 
 from .errors import ConfigError, import_optional, listed
 from .modes import MODES
+from .tables import FieldsAsHtml
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ _TRANSFORMERS_EXTRAS = {"quant_method", "_load_in_4bit", "_load_in_8bit"}
 
 
 @dataclass
-class BnbQuantizationConfig:
+class BnbQuantizationConfig(FieldsAsHtml):
     """How a model is quantized.
 
     The first nine fields have the names, order, defaults and checks of accelerate's class. The others are those of
@@ -96,7 +97,7 @@ class BnbQuantizationConfig:
         self._check_mode()
         self._check("llm_int8_threshold", _is_threshold, "a number, 0 or more")
         self._check("bnb_4bit_quant_type", lambda value: value in ("nf4", "fp4"), "'nf4' or 'fp4'")
-        self._check("bnb_4bit_blocksize", _is_blocksize, f"one of {BLOCKSIZES}")
+        self._check("bnb_4bit_blocksize", lambda v: v in BLOCKSIZES and isinstance(v, int), f"one of {BLOCKSIZES}")
         for name in ("skip_modules", "keep_in_fp32_modules", "experts_modules"):
             self._check(name, _is_names, "a list of strings or None")
         self.bnb_4bit_compute_dtype = _dtype("bnb_4bit_compute_dtype", self.bnb_4bit_compute_dtype)
@@ -122,7 +123,9 @@ class BnbQuantizationConfig:
 
     @property
     def mode(self) -> str:
-        """The mode's short name, as `from_mode` takes it."""
+        """The mode's short name, as `from_mode` takes it; "none" if every layer is skipped."""
+        if "*" in (self.skip_modules or ()):
+            return "none"
         if self.load_in_8bit:
             return "int8-training" if self.llm_int8_has_fp16_weight else "int8"
         return self.bnb_4bit_quant_type + ("-dq" if self.bnb_4bit_use_double_quant else "")
@@ -144,7 +147,7 @@ class BnbQuantizationConfig:
         """Make the config of a mode; dtypes are those of the checkpoint unless they are given.
 
         Args:
-            mode: "nf4", "nf4-dq", "fp4", "fp4-dq", "int8" or "int8-training".
+            mode: "nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "int8-training", or "none", which quantizes nothing.
             **fields: any other fields of the class.
 
         Raises:
@@ -155,6 +158,11 @@ class BnbQuantizationConfig:
             hint = f" (did you mean '{close[0]}'?)" if close else ""
             raise ConfigError(f"unknown quantization mode {mode!r}{hint}; choose one of {', '.join(MODES)}")
         return cls._build({"torch_dtype": "auto", "bnb_4bit_compute_dtype": "auto", **MODES[mode], **fields})
+
+    def __repr__(self) -> str:
+        usual = vars(type(self).from_mode(self.mode))
+        changed = [f"{name}={value!r}" for name, value in vars(self).items() if value != usual[name]]
+        return f"{type(self).__name__}.from_mode({', '.join([repr(self.mode), *changed])})"
 
     @classmethod
     def from_accelerate(cls, config: Any) -> BnbQuantizationConfig:
@@ -181,10 +189,9 @@ class BnbQuantizationConfig:
         ours = {name: value for name, value in ours.items() if value is not _UNSET}
         if isinstance(ours.get("skip_modules"), list):
             ours["skip_modules"] = [_unanchored(name) for name in ours["skip_modules"]]
-        if ours.get("bnb_4bit_compute_dtype") is None:
-            ours["bnb_4bit_compute_dtype"] = torch.float32  # transformers' default; accelerate's is fp16
-        if ours.get("bnb_4bit_quant_storage") is None:
-            ours["bnb_4bit_quant_storage"] = torch.uint8
+        # transformers' default; accelerate's compute dtype is fp16
+        for name, usual in (("bnb_4bit_compute_dtype", torch.float32), ("bnb_4bit_quant_storage", torch.uint8)):
+            ours[name] = usual if ours.get(name) is None else ours[name]
         made = cls._build({**ours, "torch_dtype": torch_dtype})
         if made.load_in_4bit and made.bnb_4bit_compute_dtype == torch.float32:
             warn_of_float32()
@@ -311,10 +318,6 @@ def _unanchored(name: Any) -> Any:
 
 def _is_threshold(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
-
-
-def _is_blocksize(value: Any) -> bool:
-    return value in BLOCKSIZES and isinstance(value, int)
 
 
 def _is_names(value: Any) -> bool:

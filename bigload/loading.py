@@ -166,7 +166,7 @@ def load_and_quantize_model(
         plan = plan_load(view, request)
         for device, nbytes in plan.device_bytes.items():
             logger.info("plan: %s on %s, %d layers as %s", show(nbytes), device, len(plan.layers), mode)
-        peaks = PeakMemory(plan.device_bytes)
+        peaks = PeakMemory(plan.device_bytes, plan.held_bytes)
         bar = progress_bar(plan.source_bytes, "loading", progress)
         with bar, _offload_targets(plan, request.placement) as targets:
             assembly = Assembly(view, plan)
@@ -179,7 +179,7 @@ def load_and_quantize_model(
 
 
 def _described(weights_location: WeightsLocation | None, device_map: DeviceMap) -> str:
-    origin = "the model's own weights" if weights_location is None else f"{weights_location!r}"
+    origin = "the model's own weights" if weights_location is None else f"'{weights_location}'"
     return f"loading {origin} with device_map={device_map!r}"
 
 

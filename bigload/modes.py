@@ -10,4 +10,5 @@ MODES: dict[str, dict[str, Any]] = {
     "fp4-dq": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True},
     "int8": {"load_in_8bit": True},
     "int8-training": {"load_in_8bit": True, "llm_int8_has_fp16_weight": True},
+    "none": {"load_in_4bit": True, "skip_modules": ["*"]},
 }

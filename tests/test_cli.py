@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from bigload.cli import main
-from bigload.demo import SENTENCES
+from bigload.cli.demo import SENTENCES
 
 
 @pytest.fixture
@@ -118,7 +118,8 @@ def test_count_of_new_tokens_that_is_none_is_refused_by_the_parser(folder, capsy
     assert "--max-new-tokens" in capsys.readouterr().err
 
 
-def test_guard_of_these_tests_does_fail_where_the_weights_are_loaded(folder, never_loaded):
+def test_guard_of_these_tests_does_fail_where_the_weights_are_loaded(folder, never_loaded, monkeypatch):
+    monkeypatch.setenv("BIGLOAD_TRACEBACK", "1")
     save_tokenizer(folder)
     with pytest.raises(AssertionError, match="the weights were loaded"):
         main(["load", str(folder), "--prompt", "w1"])

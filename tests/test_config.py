@@ -151,8 +151,8 @@ def test_config_error_is_caught_by_code_written_for_accelerate():
         BnbQuantizationConfig(load_in_4bit="yes")
 
 
-def test_there_are_six_modes():
-    assert set(MODES) == {"nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "int8-training"}
+def test_there_are_six_modes_and_none():
+    assert set(MODES) == {"nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "int8-training", "none"}
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -13,10 +13,10 @@ from bigload import (
     ConfigError,
     QuantizationError,
     dequantize_model,
-    dequantizing,
     load_and_quantize_model,
     save_quantized_model,
 )
+from bigload.pipeline import dequantizing
 from bigload.quantization.layers import quantized_layers
 
 MODES = (*FOUR_BIT, "int8")

@@ -1,13 +1,14 @@
 """A library that is not there is named, with what to install, by every call that needs it and by no other."""
 
+import subprocess
 import sys
 
 import pytest
 from checkpoints import save_checkpoint
-from models import llama
+from models import GPT, llama
 from torch import nn
 
-from bigload import load_and_quantize_model
+from bigload import dequantize_model, load_and_quantize_model, save_quantized_model
 from bigload.checkpoint.checkpoint import open_checkpoint
 from bigload.cli import main
 from bigload.errors import MissingDependencyError, import_optional
@@ -69,8 +70,28 @@ def test_local_checkpoint_needs_neither_huggingface_hub_nor_transformers(without
     assert load_and_quantize_model(model, "nf4", tmp_path, device_map="cpu").is_loaded_in_4bit
 
 
+@pytest.mark.parametrize("mode", ["nf4", "int8", "int8-training"])
+@pytest.mark.parametrize("build", [GPT, llama])
+def test_no_call_needs_accelerate(without, tmp_path, build, mode):
+    """transformers needs it for `from_pretrained` of a quantized folder and for Trainer, PEFT for all it does."""
+    model = build()  # transformers imports accelerate for its own classes, if it was there as transformers came
+    without("accelerate")
+    model = load_and_quantize_model(model, mode, device_map="cpu")
+    save_quantized_model(model, tmp_path / "saved")
+    again = load_and_quantize_model(build(), None, tmp_path / "saved", device_map="cpu")
+    dequantize_model(again)
+
+
 def test_command_line_without_transformers_is_one_message_and_status_1(without, tmp_path, capsys):
     llama(False).save_pretrained(tmp_path)
     without("transformers")
     assert main(["load", str(tmp_path), "--device-map", "cpu"]) == 1
     assert "pip install transformers" in capsys.readouterr().err
+
+
+def test_bigload_does_not_import_lightning_and_says_what_to_install_where_it_is_missing():
+    hidden = "import sys; sys.modules['lightning'] = None; import bigload.loading, bigload.cli"
+    code = f"{hidden}; assert 'torch' in sys.modules; import bigload.lightning"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "MissingDependencyError: this needs lightning" in ran.stderr
+    assert "pip install 'bigload[lightning]'" in ran.stderr

@@ -69,10 +69,22 @@ TRIED = {
         "instead of None": "checkpoint/test_stored_config.py::"
         "test_float32_that_the_config_beside_says_is_warned_of_once_and_the_remedies_work",
     },
-    "cli.py": {
+    "cli/load.py": {
+        "can load: {}; leave --prompt out": "cli/test_messages.py::"
+        "test_without_a_tokenizer_a_model_is_loaded_without_a_prompt",
         "generate text; leave --prompt out": ENTRY + "test_prompt_is_left_out_for_a_model_that_generates_nothing",
         "does not run: leave --prompt out": "interop/test_code_beside_weights.py::"
         "test_a_tokenizer_made_by_code_is_refused_without_asking",
+    },
+    "cli/locations.py": {
+        "name a folder with a config.json": "cli/test_hub_ids.py::test_a_folder_with_a_config_is_named",
+    },
+    "cli/parser.py": {
+        "is not {}{}; choose": "cli/test_messages.py::test_what_was_meant_is_said_and_works",
+    },
+    "cli/plan.py": {
+        "is not known; leave --context out": "cli/test_messages.py::test_what_keeps_no_cache_is_planned_without_one",
+        "name a file in a folder that exists": "cli/test_messages.py::test_a_picture_is_drawn_where_it_can_be",
     },
     "config.py": {
         "set bnb_4bit_compute_dtype": "test_config.py::test_what_the_warning_of_float32_names_is_not_warned_of",
@@ -88,15 +100,27 @@ TRIED = {
         + "test_extra_state_is_saved_as_a_tensor_or_loaded_without_quantizing_beforehand",
         "wait for it": "test_conversion.py::test_a_second_run_for_the_same_folder_is_refused_while_one_is_at_work",
     },
-    "dequantizing.py": {
-        "call remove_hook_from_submodules": ENTRY + "test_layer_with_a_hook_of_accelerate_is_dequantized_without_it",
-        "load the unquantized checkpoint": OFFLOAD + "test_offloaded_model_is_dequantized_after_remove",
-    },
     "hardware/devices.py": {
         "use 'cpu' or 'cuda:N'": ENTRY + "test_a_mode_and_a_device_that_exist_are_taken",
     },
     "hardware/free_memory.py": {
         "choose another folder": ENTRY + "test_disk_that_says_what_is_free_is_taken",
+    },
+    "lightning/converting.py": {
+        "set it up with a Fabric or Trainer without": "lightning/test_fabric.py::"
+        "test_a_model_without_linear_layers_is_refused_and_runs_without_the_plugin",
+        "then get_peft_model": "lightning/test_fabric.py::"
+        "test_adapters_of_peft_are_refused_and_made_after_the_conversion",
+        "use the ignore_modules": "lightning/test_building.py::"
+        "test_a_quantized_layer_is_not_loaded_into_one_that_stays_plain",
+    },
+    "lightning/in_place.py": {
+        "use the mode that it was saved in": "lightning/test_building.py::"
+        "test_a_checkpoint_quantized_in_another_mode_is_refused_without_strict_too",
+        "or build the model without empty_init": "lightning/test_building.py::"
+        "test_a_layer_that_was_never_loaded_refuses_to_compute_and_is_named",
+        "or call to_empty()": "lightning/test_building.py::"
+        "test_a_layer_that_waits_on_meta_may_be_cast_and_moved_but_not_emptied",
     },
     "model/experts.py": {
         "give it the parameters": "model/test_experts.py::test_both_remedies_for_a_declared_module_work",
@@ -183,6 +207,20 @@ TRIED = {
     "offload/weight_cache.py": {
         "name an offload_folder of your own": OFFLOAD + "test_folder_of_ones_own_is_written",
     },
+    "pipeline/dequantizing.py": {
+        "call remove_hook_from_submodules": ENTRY + "test_layer_with_a_hook_of_accelerate_is_dequantized_without_it",
+        "load the unquantized checkpoint": OFFLOAD + "test_offloaded_model_is_dequantized_after_remove",
+    },
+    "pipeline/adapters.py": {
+        "target_modules, which adapts it": "pipeline/test_adapters.py::"
+        "test_a_trained_copy_of_a_quantized_layer_is_refused_and_both_remedies_work",
+        "load the model again, and leave": "pipeline/test_adapters.py::"
+        "test_an_initialization_that_writes_over_packed_bytes_is_refused_and_the_remedies_work",
+        "use LoRA": "pipeline/test_adapters.py::"
+        "test_an_adapter_that_reads_packed_bytes_is_refused_and_both_remedies_work",
+        "keep the adapter": "pipeline/test_adapters.py::"
+        "test_merges_that_peft_cannot_do_are_refused_and_the_adapter_stays",
+    },
     "pipeline/exchange.py": {
         "in skip_modules": "pipeline/test_exchange.py::"
         "test_a_held_weight_of_a_layer_to_quantize_is_refused_and_its_remedy_works",
@@ -193,6 +231,10 @@ TRIED = {
     },
     "pipeline/file_output.py": {
         "add it to skip_modules": ENTRY + "test_values_too_large_for_a_format_are_loaded_in_another",
+    },
+    "pipeline/optimizers.py": {
+        "or set eps=1e-4": "interop/test_optimizers.py::"
+        "test_an_optimizer_that_would_divide_by_zero_is_refused_before_its_step_and_both_remedies_work",
     },
     "pipeline/refusals.py": {
         "or call bigload.dequantize_model": "interop/test_mixtures.py::"
@@ -270,8 +312,9 @@ TRIED = {
         "the weight there is not any more": "quantization/test_experts.py::test_a_weight_that_was_replaced_is_named",
     },
     "quantization/quantized_weight.py": {
-        "load all that the state_dict": "quantization/test_loaded_states.py::"
-        "test_a_state_that_cannot_be_loaded_is_refused",
+        "holds of it": "quantization/test_loaded_states.py::test_a_state_that_cannot_be_loaded_is_refused",
+        "with a scale for each: load all": "quantization/test_loaded_states.py::"
+        "test_int8_takes_rows_and_scales_together_or_refuses_them",
         "its weight was replaced": "quantization/test_loaded_states.py::"
         "test_a_layer_whose_weight_was_replaced_takes_a_state_once_it_is_loaded_again",
     },
@@ -317,7 +360,9 @@ def texts(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             left_out |= {inner for part in ast.iter_child_nodes(node) for inner in ast.walk(part)}
-        elif isinstance(node, ast.Expr) or (isinstance(node, ast.keyword) and node.arg in ("help", "description")):
+        elif isinstance(node, ast.Expr) or (
+            isinstance(node, ast.keyword) and node.arg in ("help", "description", "examples")
+        ):
             left_out.add(node.value)  # a docstring
     for node in set(ast.walk(tree)) - left_out:
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -329,6 +374,8 @@ def texts(tree):
 def remedies(package):
     """Yield the file and the text of each message that tells the user what to do."""
     for path in sorted(package.rglob("*.py")):
+        if path.match("cli/messages.py"):
+            continue  # the remedies of other files in the words of the command line: see cli/test_messages.py
         for text in texts(ast.parse(path.read_text())):
             if text.count(" ") > 1 and (_REMEDY.search(text) or _AT_THE_START.match(text)):
                 yield path.relative_to(package).as_posix(), text

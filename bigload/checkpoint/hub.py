@@ -29,18 +29,48 @@ def hub_folder(location: str) -> Path:
         MissingDependencyError: huggingface_hub is not installed.
     """
     hub = import_optional("huggingface_hub", "pip install huggingface_hub")
-    match = _HUB_ID.fullmatch(location)
-    assert match is not None
-    repo, revision = match["id"], match["revision"]
+    repo, revision = _parts(location)
     try:
         folder = Path(hub.snapshot_download(repo, revision=revision, allow_patterns=["*.safetensors", *_BESIDE]))
         if not any(folder.glob("*.safetensors")):
             folder = Path(hub.snapshot_download(repo, revision=revision, allow_patterns=["*.bin", *_BESIDE]))
     except Exception as error:  # the hub's own errors, and all that the network library raises
-        what = f"revision '{revision}' of '{repo}'" if revision else f"'{repo}'"
-        raise CheckpointError(
-            f"no file or folder '{location}' here, and {what} is not in the hub's cache and cannot be downloaded: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; check the name, or fetch it where "
-            f"there is a network with: hf download {repo}" + (f" --revision {revision}" if revision else "")
-        ) from error
+        raise _not_there_error(location, "", error) from error
     return folder
+
+
+def hub_file(location: str, name: str) -> Path:
+    """Return one file of a repository in the hub's cache; download it alone, unless it is there.
+
+    Args:
+        location: as for `hub_folder`.
+        name: of the file.
+
+    Raises:
+        CheckpointError, MissingDependencyError: as for `hub_folder`.
+    """
+    hub = import_optional("huggingface_hub", "pip install huggingface_hub")
+    repo, revision = _parts(location)
+    try:
+        return Path(hub.hf_hub_download(repo, name, revision=revision))
+    except Exception as error:  # as above
+        raise _not_there_error(location, name, error) from error
+
+
+def _parts(location: str) -> tuple[str, str | None]:
+    match = _HUB_ID.fullmatch(location)
+    assert match is not None
+    return match["id"], match["revision"]
+
+
+def _not_there_error(location: str, file: str, error: Exception) -> CheckpointError:
+    repo, revision = _parts(location)
+    what = f"revision '{revision}' of '{repo}'" if revision else f"'{repo}'"
+    what = f"{file} of {what}" if file else what
+    why = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+    return CheckpointError(
+        f"no file or folder '{location}' here, and {what} is not in the hub's cache and cannot be downloaded: {why}; "
+        f"check the name, or fetch it where there is a network with: hf download {repo}"
+        + (f" {file}" if file else "")
+        + (f" --revision {revision}" if revision else "")
+    )

@@ -84,24 +84,29 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def _parse_entry(path: Path, start: int, name: str, entry: Any) -> StoredTensor:
-    def damaged(what: str) -> CheckpointError:
-        return CheckpointError(f"the header of '{path}' is damaged at '{name}': {what}")
+    damage = _damage(entry)
+    if damage:
+        raise CheckpointError(f"the header of '{path}' is damaged at '{name}': {damage}")
+    begin, end = entry["data_offsets"]
+    return StoredTensor(name, path, DTYPES[entry["dtype"]], tuple(entry["shape"]), start + begin, end - begin)
 
+
+def _damage(entry: Any) -> str:
     if not isinstance(entry, dict):
-        raise damaged(f"expected an object with dtype, shape and data_offsets, found {entry!r}")
+        return f"expected an object with dtype, shape and data_offsets, found {entry!r}"
     dtype: Any = entry.get("dtype")
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise damaged(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+        return f"dtype {dtype!r} is none of {', '.join(DTYPES)}"
     if not _are_sizes(shape):
-        raise damaged(f"shape {shape!r} is not a list of sizes")
+        return f"shape {shape!r} is not a list of sizes"
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise damaged(f"data_offsets {offsets!r} are not [begin, end]")
+        return f"data_offsets {offsets!r} are not [begin, end]"
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != nbytes:
-        raise damaged(f"{dtype} of shape {shape} takes {nbytes} bytes, its data_offsets span {offsets[1] - offsets[0]}")
-    return StoredTensor(name, path, DTYPES[dtype], tuple(shape), start + offsets[0], nbytes)
+        return f"{dtype} of shape {shape} takes {nbytes} bytes, its data_offsets span {offsets[1] - offsets[0]}"
+    return ""
 
 
 def _are_sizes(value: Any) -> bool:

@@ -52,6 +52,11 @@ def config_of(checkpoint: Checkpoint, given: BnbQuantizationConfig | None) -> Bn
             return made
         given = checkpoint.record.config
     fields["llm_int8_has_fp16_weight"] = False
+    if given.mode == "none":
+        raise ConfigError(
+            f"'{checkpoint.location}' is quantized already, which 'none' cannot undo: pass None for the checkpoint's "
+            "own config, or give the original checkpoint"
+        )
     asked = {name: getattr(given, name) for name in fields}
     wrong = [f"{name}={asked[name]}, not {value}" for name, value in fields.items() if asked[name] != value]
     if wrong:

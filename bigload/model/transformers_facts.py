@@ -231,6 +231,17 @@ class KeyConversion:
         self._model = model
         self._known = model.state_dict()
 
+    def among(self, keys: Iterable[str]) -> KeyConversion:
+        """Return the same without the renamings of old names, if they rename none of these keys.
+
+        Each takes microseconds for each key, and experts have thousands.
+        """
+        lines = "\n".join(keys)
+        kept = copy.copy(self)
+        if not any(_may_rename_a_line(renaming, lines) for renaming in self._renamings):
+            kept._renamings = []
+        return kept
+
     def target(self, key: str) -> tuple[str, str | None]:
         """Return the name of the model's tensor for a key, and the pattern of the conversion to run on it, if any."""
         prefix = self._model.base_model_prefix
@@ -267,6 +278,14 @@ class KeyConversion:
             before + name + after if pattern else name: tensor[0] if isinstance(tensor, list) else tensor
             for name, tensor in made.items()
         }
+
+
+def _may_rename_a_line(renaming: Any, lines: str) -> bool:
+    """Whether a renaming of transformers may change one of several keys, each on a line."""
+    pattern = renaming.compiled_sources
+    if renaming.scope_prefix is not None or re.search(r"\\[AZ]", pattern.pattern):  # begins elsewhere in a key
+        return True
+    return re.search(pattern.pattern, lines, pattern.flags | re.MULTILINE) is not None
 
 
 def key_conversion(model: nn.Module) -> KeyConversion | None:

@@ -246,7 +246,7 @@ class _MoveInputsToLayer(_MoveInputs):
         if torch.compiler.is_compiling():  # torch itself refuses tensors of several devices then
             return None
         self._device = self._layer.get_parameter("weight").device
-        if self._device.type == "meta":  # accelerate offloads the layer, and moves its inputs
+        if self._device.type == "meta" and "_hf_hook" in vars(self._layer):  # accelerate moves the layer and its inputs
             return None
         return super().__call__(module, args, kwargs)
 

@@ -6,6 +6,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from html import escape
 from typing import Any
 
 import torch
@@ -15,12 +16,14 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from ..errors import ConfigError, listed
+from ..errors import ConfigError, counted, listed
 from ..hardware.devices import CPU, on_cpu_unless_named
 from ..hardware.free_memory import free_bytes
 from ..hardware.pinned import Store
 from ..planning.offload_config import OffloadConfig
 from ..planning.plan import PlacedUnit, Plan
+from ..sizes import show
+from ..tables import html_table
 from .device_hooks import attach
 from .engine import Engine
 from .files import FileGroup, limit_page_cache
@@ -80,6 +83,17 @@ class Offload:
         on_disk = [store for store in stores if isinstance(store, FileGroup)]
         if on_disk:
             limit_page_cache(on_disk, free_bytes(CPU) // 2)
+
+    def __repr__(self) -> str:
+        stats = self.stats()
+        return (
+            f"Offload({counted(len(self.plan.offloaded), 'unit')} offloaded, {show(self.plan.streamed_bytes)} streamed "
+            f"for each forward, {show(stats.nbytes)} so far)"
+        )
+
+    def _repr_html_(self) -> str:
+        stats = [(name, str(value)) for name, value in vars(self.stats()).items()]
+        return f"<div>{escape(repr(self))}</div>{html_table([('stats()', ''), *stats])}"
 
     def stats(self) -> StreamStats:
         """Return what has been streamed since the load, summed over all devices; the rate is their mean."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from functools import cached_property
 from typing import Any
 
@@ -20,10 +20,12 @@ from ..quantization.layers import make_layer
 from ..quantization.quantized_weight import QuantizedWeight
 from ..quantization.saved_experts import saving_attributes
 from . import attributes
+from .adapters import refuse_adapters_of_packed_weights
 from .after_load import finished
 from .attributes import ABSENT, Edit
 from .exchange import HeldElsewhere
 from .execute import LoadedTensor
+from .optimizers import refuse_optimizers_that_divide_by_zero
 from .refusals import refuse_adapters_of_parameters
 
 
@@ -78,12 +80,13 @@ class Assembly:
                 elif leaf == "bias":
                     bias = self._bias(planned.tensor, value)
                     new_layers[owner]._parameters["bias"] = tensors[id(slots[leaf])] = bias
+        self._refuse_what_others_do_wrong()
         edits += self._edits_of_experts()
         for module in view.first_paths if new_layers else ():
             edits += [
                 (module._modules, key, new_layers[child]) for key, child in _children(module) if child in new_layers
             ]
-            edits += _without_fast_path(module, new_layers)
+            edits += without_fast_path(module, new_layers)
         edits += self._held_elsewhere.edits(new_layers, tensors)
         root = new_layers.get(view.model, view.model)
         after = view if root is view.model else ModelView(root)
@@ -110,10 +113,16 @@ class Assembly:
         experts = self._plan.experts
         return {f"{path}.{name}".lstrip(".") for path, held in experts.items() for name in held.biases}
 
-    def _edits_of_experts(self) -> list[Edit]:
-        edits: list[Edit] = []
+    def _refuse_what_others_do_wrong(self) -> None:
         if self._plan.experts:
             refuse_adapters_of_parameters()
+        if self._new_layers:
+            refuse_adapters_of_packed_weights()
+            if self._plan.config.llm_int8_has_fp16_weight:
+                refuse_optimizers_that_divide_by_zero()
+
+    def _edits_of_experts(self) -> list[Edit]:
+        edits: list[Edit] = []
         for path, experts in self._plan.experts.items():
             module, computed = self._view.modules[path], self._plan.config.bnb_4bit_compute_dtype
             assert isinstance(computed, torch.dtype)  # "auto" is resolved
@@ -141,11 +150,16 @@ def _value(tensor: ModelTensor, device: torch.device, value: LoadedTensor | None
     return old if unchanged else like_parameter(old, value)  # type: ignore[arg-type]
 
 
-def _without_fast_path(module: nn.Module, new_layers: Mapping[nn.Module, nn.Module]) -> list[Edit]:
-    """Turn off the fast path of torch's own encoder layers, which reads the weights of their Linears directly."""
+def without_fast_path(module: nn.Module, layers: Collection[nn.Module]) -> list[Edit]:
+    """Turn off the fast path of torch's own encoder layers, which reads the weights of their Linears directly.
+
+    Args:
+        module: any.
+        layers: those that are quantized.
+    """
     if not isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
         return []
-    if not any(inner in new_layers for inner in module.modules()):
+    if not any(inner in layers for inner in module.modules()):
         return []
     if isinstance(module, nn.TransformerEncoder):
         return [(module.__dict__, "use_nested_tensor", False)]  # only the fast path takes nested tensors

@@ -50,13 +50,33 @@ def _of_transformers(view: ModelView, plan: Plan) -> list[Edit]:
     quantization.llm_int8_skip_modules = skip_list(plain_linears(view), plan.layers)
     bits = 4 if plan.config.load_in_4bit else 8
     module = importlib.import_module(f"transformers.quantizers.quantizer_bnb_{bits}bit")
-    quantizer = getattr(module, f"Bnb{bits}BitHfQuantizer")(quantization, pre_quantized=False)
+    made = getattr(module, f"Bnb{bits}BitHfQuantizer")
+    if plan.config.llm_int8_has_fp16_weight:
+        made = _training(made)
+    quantizer = made(quantization, pre_quantized=False)
     if plan.experts:
         quantizer.is_serializable = functools.partial(refuse_save, next(iter(plan.experts)))
     own = {"is_quantized": True, "quantization_method": quantization.quant_method, "hf_quantizer": quantizer}
     copies = _copied_configs(view, is_quantized=True)
     copies[id(model.config)].quantization_config = quantization
     return [(model.__dict__, name, value) for name, value in own.items()] + _with_configs(view, copies)
+
+
+@functools.cache
+def _training(quantizer: type) -> type:
+    """Return a class of quantizers that tells Trainer to train the weights themselves, which it refuses otherwise."""
+    own = {"__module__": quantizer.__module__, "is_qat_trainable": True, "__reduce__": _reduced}
+    return type(quantizer.__name__, (quantizer,), own)
+
+
+def _reduced(quantizer: Any) -> Any:
+    return _revived, (type(quantizer).__base__, vars(quantizer))
+
+
+def _revived(quantizer: type, attributes: dict[str, Any]) -> Any:
+    made: Any = object.__new__(_training(quantizer))
+    vars(made).update(attributes)
+    return made
 
 
 def _of_diffusers(view: ModelView, plan: Plan) -> list[Edit]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 
 import psutil
 import torch
 
 from ..sizes import show
+from ..tables import html_table
 
 
 @dataclass(frozen=True)
@@ -23,8 +28,16 @@ class LoadReport:
         bytes_read: bytes of the weights that were loaded, from the checkpoint or from the model itself.
         elapsed_s: seconds that the call took, without the import of bitsandbytes.
         device_bytes: bytes of the loaded model on each device.
-        peak_bytes: the peak memory of the load on each device, including the model: for a GPU what torch allocated,
-            for "cpu" the resident memory. A device is left out if the process had used more of it before the load.
+        peak_bytes: the most memory that the load held on each device at once, including the model: for a GPU what torch
+            allocated, for "cpu" the resident memory. A device is left out if it cannot be known, as where the process
+            had used more of it before the load.
+        source: the folder of the checkpoint, if one was named.
+
+    Example:
+        >>> import torch
+        >>> from bigload.pipeline.report import LoadReport
+        >>> LoadReport("nf4", 2 * 10**9, 0.5, {torch.device("cpu"): 2**29})
+        LoadReport(read 2.000 GB in 0.50 s at 4.00 GB/s into 512.00 MiB on cpu as nf4)
     """
 
     mode: str
@@ -48,26 +61,47 @@ class LoadReport:
         placed = ", ".join(f"{show(count)} on {device}" for device, count in self.device_bytes.items())
         speed = f"read {self.bytes_read / 1e9:.3f} GB in {self.elapsed_s:.2f} s at {self.gb_per_s:.2f} GB/s"
         peaks = ", ".join(f"{show(count)} on {device}" for device, count in self.peak_bytes.items())
-        return f"{speed} into {placed} as {self.mode}" + (f", at most {peaks} on the way" if peaks else "")
+        how = "" if self.mode == "none" else f" as {self.mode}"
+        return f"{speed} into {placed}{how}" + (f", at most {peaks} on the way" if peaks else "")
+
+    def __repr__(self) -> str:
+        return f"LoadReport({self})"
+
+    def _repr_html_(self) -> str:
+        places = dict.fromkeys([*self.device_bytes, *self.peak_bytes])
+        rows = [("device", "model", "most while it was loaded")]
+        for place in places:
+            peak = show(self.peak_bytes[place]) if place in self.peak_bytes else "-"
+            rows.append((str(place), show(self.device_bytes.get(place, 0)), peak))
+        return f"<div>{escape(str(self))}</div>{html_table(rows)}"
 
 
 class PeakMemory:
     """The peak memory of devices from its creation on, measured without resetting torch's statistics."""
 
-    def __init__(self, devices: Iterable[torch.device]) -> None:
-        """Begin to watch the devices, and the CPU in any case."""
-        watched = dict.fromkeys([*devices, torch.device("cpu")])
+    def __init__(self, model_bytes: Mapping[torch.device, int], held_bytes: Mapping[torch.device, int]) -> None:
+        """Begin to watch the devices, and the CPU in any case.
+
+        Args:
+            model_bytes: of the loaded model, on each device.
+            held_bytes: of weights that become part of it and are there already: they count as the load's.
+        """
+        self._model_bytes = model_bytes
+        watched = dict.fromkeys([*model_bytes, torch.device("cpu")])
         self._before = {device: _used_and_highest(device) for device in watched}
+        for device, (used, highest) in self._before.items():
+            self._before[device] = used - held_bytes.get(device, 0), highest
 
     def since(self) -> dict[torch.device, int]:
         """Return the peak of each device in bytes, above what was in use at the start.
 
-        A device is left out if its peak since then is below an earlier peak of the process.
+        A device is left out if its peak since then is below an earlier peak of the process, or below the bytes of the
+        model, so that it cannot be right: memory that was freed before has been used again, unnoticed.
         """
         peaks = {}
         for device, (used, highest) in self._before.items():
             now = _used_and_highest(device)[1]
-            if now > highest:
+            if now > highest and now - used >= self._model_bytes.get(device, 0):
                 peaks[device] = max(0, now - used)
         return peaks
 
@@ -75,5 +109,39 @@ class PeakMemory:
 def _used_and_highest(device: torch.device) -> tuple[int, int]:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
-    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return psutil.Process().memory_info().rss, highest * (1 if sys.platform == "darwin" else 1024)
+    return psutil.Process().memory_info().rss - _freed_but_kept(), _highest_resident()
+
+
+def _highest_resident() -> int:
+    """Return the peak of the process's resident memory in bytes."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    # On Linux this would begin with the peak of the process that started this one.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class _MallInfo(ctypes.Structure):
+    """The C library's `struct mallinfo2`."""
+
+    _fields_ = [
+        *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd")),
+        *((name, ctypes.c_size_t) for name in ("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")),
+    ]
+
+
+def _freed_but_kept() -> int:
+    """Return the bytes that the C library keeps for its next allocations: a load uses them again."""
+    ask = _mallinfo()
+    return 0 if ask is None else int(ask().fordblks)
+
+
+@functools.cache
+def _mallinfo() -> ctypes._NamedFuncPointer | None:
+    try:
+        found = ctypes.CDLL(None).mallinfo2  # glibc 2.33 and later
+    except (AttributeError, OSError):
+        return None
+    found.restype = _MallInfo
+    return found

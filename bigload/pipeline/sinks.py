@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -110,14 +111,15 @@ class PieceSink(Sink):
         return [begin for begin in begins if begin is not None] if fits and None not in begins else None
 
     def tasks(self) -> list[ReadTask]:
-        return [self._task(source, base) for source, base in zip(self.planned.sources, self.begins or (), strict=True)]
+        runs = zip(self.begins or (), (stored_form(source.tensor) for source in self.planned.sources), strict=True)
+        return [self._task(tensor, base) for base, tensor in _joined(list(runs))]
 
-    def _task(self, source: Source, base: int) -> ReadTask:
+    def _task(self, tensor: StoredTensor, base: int) -> ReadTask:
         def take(piece: torch.Tensor, begin: int) -> None:
             # Even where it does nothing, `to` lets go of the interpreter's lock, which the thread that reads wants too.
             self.take(piece if piece.dtype == self.dtype else piece.to(self.dtype), base + begin)
 
-        return ReadTask(stored_form(source.tensor), self.planned.device, take, values_per_scale=self._values_per_scale)
+        return ReadTask(tensor, self.planned.device, take, values_per_scale=self._values_per_scale)
 
 
 class QuantizeSink(PieceSink):
@@ -203,6 +205,26 @@ def _begin_of_run(source: Source, whole: torch.Tensor, multiple: int) -> int | N
     is_run = part.is_contiguous() and begin % multiple == 0
     is_last = begin + part.numel() == whole.numel()
     return begin if is_run and (is_last or part.numel() % multiple == 0) else None
+
+
+def _joined(runs: list[tuple[int, StoredTensor]]) -> list[tuple[int, StoredTensor]]:
+    """Join runs that follow each other both in the tensor and in their file, as gate and up of an expert do."""
+    joined: list[tuple[int, StoredTensor]] = []
+    for begin, tensor in sorted(runs, key=itemgetter(0)):
+        before, last = joined[-1] if joined else (0, tensor)
+        follows = (
+            type(last) is type(tensor) is StoredTensor
+            and (last.file, last.dtype) == (tensor.file, tensor.dtype)
+            and last.offset + last.nbytes == tensor.offset
+            and before + numel(last) == begin
+        )
+        if follows:
+            name, nbytes = f"{last.name.partition(' to ')[0]} to {tensor.name}", last.nbytes + tensor.nbytes
+            shape = (numel(last) + numel(tensor),)
+            joined[-1] = before, StoredTensor(name, last.file, last.dtype, shape, last.offset, nbytes)
+        else:
+            joined.append((begin, tensor))
+    return joined
 
 
 def copy_into(values: torch.Tensor, source: Source) -> ReadTask:

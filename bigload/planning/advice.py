@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
+from ..checkpoint.bitsandbytes import QuantizedTensor
 from ..errors import PlacementError, listed
 from ..hardware.devices import Place
 from ..io.transfer import WINDOW_BYTES
@@ -34,7 +35,16 @@ def does_not_fit_error(
     may_use_disk: bool,
     may_leave_out: bool,
 ) -> PlacementError:
-    """Return the error for a shortage, with the place, the missing bytes, and remedies."""
+    """Return the error for a shortage, with the place, the missing bytes, and remedies.
+
+    Args:
+        error: the shortage.
+        units: of the model.
+        devices: that compute.
+        reserve: bytes kept free on each GPU.
+        may_use_disk: whether the model fits if blocks may be offloaded to a disk.
+        may_leave_out: whether it fits without the device that is too small.
+    """
     is_device = isinstance(error.place, int)
     place = devices[error.place] if isinstance(error.place, int) else error.place
     allowed = max(error.allowed, 0)
@@ -47,8 +57,7 @@ def does_not_fit_error(
     if bound:
         too_large += f"{listed(bound, 3)} cannot be offloaded: {ONLY_LEAVES_LEAVE}; "
     helps = _smaller_modes(units, lacking)
-    # What stays on the device anyway must fit there first.
-    if may_use_disk and (not is_device or sum(unit.staying_bytes for unit in units) <= allowed):
+    if may_use_disk:
         helps.append("an offload_folder, so that blocks may be offloaded to the disk")
     helps.append(f"a budget {show(lacking)} larger there")
     if may_leave_out:
@@ -77,6 +86,8 @@ def _kept_for(reserve: int) -> str:
 def _smaller_modes(units: Sequence[Unit], lacking: int) -> list[str]:
     """List modes that would save at least the missing bytes, each with the size of the whole model in it."""
     tensors = {id(planned): planned for unit in units for planned in unit.tensors}.values()
+    if any(isinstance(source.tensor, QuantizedTensor) for planned in tensors for source in planned.sources):
+        return []  # the checkpoint has decided
     total, found = sum(planned.nbytes for planned in tensors), []
     for mode, fmt in _SMALLER.items():
         made = sum(

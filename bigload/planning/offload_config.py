@@ -7,13 +7,14 @@ from typing import Literal
 
 from ..errors import ConfigError, PlacementError
 from ..sizes import parse_size
+from ..tables import FieldsAsHtml
 
 # Bytes of each GPU that a plan leaves for activations by default, beside the largest 4-bit layer when dequantized.
 RESERVE_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True)
-class OffloadConfig:
+class OffloadConfig(FieldsAsHtml):
     """How offloaded blocks are stored and computed.
 
     Attributes:

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 _P = TypeVar("_P", bound=Place)
 
+_ANY_DISK = 2**62  # bytes of a disk that nobody has named yet
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -131,6 +133,8 @@ def _place_by_strategy(units: Sequence[Unit], strategy: str, request: PlacementR
     fp32 = request.fp32_on_cpu and on_gpu
     if fp32:
         homes.pop("disk", None)
+    if not request.may_offload:
+        homes.clear()
     items = [_item(unit, on_gpu=on_gpu, fp32=fp32) for unit in units]
     rules = Rules(strategy, request.offload.slots, from_end=fp32)
     room = [budgets[device] - reserve for device in devices]
@@ -148,7 +152,10 @@ def _place_by_strategy(units: Sequence[Unit], strategy: str, request: PlacementR
             units,
             devices,
             reserve,
-            may_use_disk=not fp32 and "disk" not in homes and (error.place == "cpu" or not homes),
+            may_use_disk=not fp32
+            and request.may_offload
+            and "disk" not in homes
+            and _fits(items, room, homes | {"disk": request.budgets.get("disk", _ANY_DISK)}, rules),
             may_leave_out=_fits_without(error.place, items, room, homes, rules),
         ) from None
     placed = tuple(
@@ -166,8 +173,12 @@ def _fits_without(
     """Whether the model fits without a device: streamed units take turns even on a device too small for slots."""
     if not isinstance(place, int) or len(room) < 2:
         return False
+    return _fits(items, [bytes_ for number, bytes_ in enumerate(room) if number != place], homes, rules)
+
+
+def _fits(items: Sequence[Item], room: Sequence[int], homes: dict[OffPlace, int], rules: Rules) -> bool:
     with suppress(DoesNotFitError):
-        solve_placement(items, [bytes_ for number, bytes_ in enumerate(room) if number != place], homes, rules)
+        solve_placement(items, room, homes, rules)
         return True
     return False
 

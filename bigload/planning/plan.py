@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from html import escape
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ from torch import nn
 from ..config import BnbQuantizationConfig
 from ..errors import counted, listed
 from ..hardware.devices import CPU, Place
+from ..io.tensors import StoredTensor
 from ..model.experts import Experts
 from ..quantization import formats
 from ..quantization.formats import Plain
 from ..sizes import show
+from ..tables import html_table, text_table, turned_to_fit, wrapped
 from .placing.solver import slots_bytes
 from .planned_tensors import PlannedTensor
 from .units import GPU_BYTES, GROUP_BYTES, Unit
@@ -70,6 +73,7 @@ class Account:
         reserve: on a GPU, kept free for activations, or for the transfers of the load if they need more.
         budget: what may be used; None if unknown.
         cache: on the device that computes, for offloaded experts that stay there, those used last.
+        kv_cache: keys and values of the tokens; 0 unless they were asked for.
     """
 
     place: Place
@@ -79,11 +83,12 @@ class Account:
     reserve: int = 0
     budget: int | None = None
     cache: int = 0
+    kv_cache: int = 0
 
     @property
     def needed(self) -> int:
-        """The sum of weights, quant_state, ring, cache and reserve."""
-        return self.weights + self.quant_state + self.ring + self.cache + self.reserve
+        """The sum of weights, quant_state, ring, cache, reserve and kv_cache."""
+        return self.weights + self.quant_state + self.ring + self.cache + self.reserve + self.kv_cache
 
     @property
     def free(self) -> int | None:
@@ -152,6 +157,19 @@ class Plan:
                 total[place] += planned.nbytes
         return dict(total)
 
+    @cached_property
+    def held_bytes(self) -> dict[torch.device, int]:
+        """Bytes on each device of the model's own values that the load uses, or leaves as they are."""
+        total: dict[torch.device, int] = defaultdict(int)
+        for planned in self.tensors:
+            sources = planned.sources
+            if sources and type(sources[0].tensor) is StoredTensor:
+                continue  # the usual case, of which there are many
+            for value in [source.tensor for source in sources] or [planned.tensor.value]:
+                if isinstance(value, torch.Tensor):
+                    total[value.device] += value.nbytes
+        return dict(total)
+
     @property
     def execution_map(self) -> Mapping[str, torch.device]:
         """Block path -> the device that computes it."""
@@ -197,8 +215,22 @@ class Plan:
         """Bytes copied to devices for each forward of the model."""
         return sum(placed.streamed_bytes for placed in self.units)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the loaded model, wherever it is."""
+        return sum(placed.unit.nbytes for placed in self.units)
+
     def __str__(self) -> str:
         return plan_table(self)
+
+    def __repr__(self) -> str:
+        needs = ", ".join(f"{show(account.needed)} on {account.place}" for account in self.accounts)
+        streamed = f", {show(self.streamed_bytes)} streamed for each forward" if self.streamed_bytes else ""
+        return f"Plan({self.config.mode}: {needs}{streamed})"
+
+    def _repr_html_(self) -> str:
+        said = "".join(f"<div>{escape(line)}</div>" for line in _summary(self))
+        return html_table(_account_rows(self.accounts)) + html_table(_unit_rows(self.units)) + said
 
 
 def accounts_of(
@@ -275,55 +307,72 @@ def _value_and_state_bytes(planned: PlannedTensor, multiple: int) -> tuple[int, 
     return rounded["weight"], sum(rounded.values()) - rounded["weight"]
 
 
-def plan_table(plan: Plan, link_gb_per_s: float | None = None) -> str:
+def plan_table(plan: Plan, width: int | None = None, *, every_unit: bool = False) -> str:
     """Format a plan as a table: the account of each place, the units, and the traffic of each forward.
 
     Args:
         plan: the plan.
-        link_gb_per_s: rate of the link to the device, for an estimate of the streaming time; None leaves it out.
+        width: characters of a line; None for any number.
+        every_unit: give each unit a row of its own; otherwise equal ones share a row.
     """
-    has_cache = any(account.cache for account in plan.accounts)
-    lines = list(_aligned([_account_row(account, has_cache) for account in (None, *plan.accounts)]))
-    lines.append("")
-    lines += _aligned([("unit", "bytes", "stored on", "computed on"), *_unit_rows(plan.units)])
-    lines.append("")
-    lines += _summary(plan, link_gb_per_s)
+    lines = []
+    for rows in turned_to_fit(_account_rows(plan.accounts), width):
+        lines += [*text_table(rows, width), ""]
+    lines += [*text_table(_unit_rows(plan.units, every_unit=every_unit), width), ""]
+    for line in _summary(plan):
+        lines += wrapped(line, width)
     return "\n".join(lines)
 
 
-def _account_row(account: Account | None, has_cache: bool) -> tuple[str, ...]:
-    """Return the row of an account; for None the heads."""
-    columns = ["budget", "weights", "quant_state", "ring", *(["cache"] if has_cache else []), "reserve", "free"]
-    if account is None:
-        return ("place", *(column.replace("_", " ") for column in columns))
-    figures = [getattr(account, column) for column in columns]
-    return (str(account.place), *("-" if figure is None else show(figure) for figure in figures))
+def _account_rows(accounts: Sequence[Account]) -> list[tuple[str, ...]]:
+    parts = {"budget": "budget", "weights": "weights", "quant_state": "quant state", "ring": "ring"}
+    parts |= {"cache": "cache", "reserve": "reserve", "kv_cache": "KV cache", "free": "free"}
+    for part in ("cache", "kv_cache"):
+        if not any(getattr(account, part) for account in accounts):
+            del parts[part]
+
+    def cell(figure: int | None) -> str:
+        return "-" if figure is None else f"-{show(-figure)}" if figure < 0 else show(figure)
+
+    return [
+        ("place", *parts.values()),
+        *((str(account.place), *(cell(getattr(account, part)) for part in parts)) for account in accounts),
+    ]
 
 
-def _unit_rows(units: Sequence[PlacedUnit]) -> Iterator[tuple[str, ...]]:
-    """Yield a row for each run of equal units."""
-
-    def key(placed: PlacedUnit) -> tuple[object, ...]:
-        return placed.unit.is_block, placed.unit.nbytes, placed.home, placed.device, placed.is_by_expert, placed.cached
-
-    for _, run in itertools.groupby(units, key):
-        alike = list(run)
-        first, last = alike[0], alike[-1]
-        name = " = ".join(first.unit.paths) if len(alike) == 1 else f"{first.unit.name} to {last.unit.name}"
-        size = show(first.unit.nbytes) + (f" each of {len(alike)}" if len(alike) > 1 else "")
+def _unit_rows(units: Sequence[PlacedUnit], *, every_unit: bool = False) -> list[tuple[str, ...]]:
+    """Return the head, and a row for all units that are equal: of one kind, size and place."""
+    alike: dict[object, list[PlacedUnit]] = defaultdict(list)
+    for number, placed in enumerate(units):
+        kind = number if every_unit else re.sub(r"\d+", "#", placed.unit.name)
+        place = placed.home, placed.device, placed.is_by_expert, placed.cached
+        alike[kind, placed.unit.nbytes, place].append(placed)
+    rows: list[tuple[str, ...]] = [("unit", "count", "bytes each", "stored", "computed")]
+    for first, *others in alike.values():
+        name = _from_to(first.unit.name, others[-1].unit.name) if others else " = ".join(first.unit.paths)
         home = str(first.device if first.home is None else first.home)
         if first.is_by_expert:
             home = f"{first.device}, experts on {home}"
         if first.cached:
             home += f" ({first.cached} of {first.unit.most_experts} cached)"
-        yield name or "the model", size, home, str(first.device)
+        size = show(first.unit.nbytes)
+        rows.append((name or "the model", str(1 + len(others)), size, home, str(first.device)))
+    return rows
 
 
-def _summary(plan: Plan, link_gb_per_s: float | None) -> Iterator[str]:
+def _from_to(first: str, last: str) -> str:
+    """Return "h.0 to 7" for "h.0" and "h.7"."""
+    parts = last.split(".")
+    same = next(n for n, (one, other) in enumerate(zip(first.split("."), parts, strict=False)) if one != other)
+    return f"{first} to {'.'.join(parts[same:])}"
+
+
+def _summary(plan: Plan) -> Iterator[str]:
     layers = counted(len(plan.layers), "layer")
     if plan.experts:
         layers += f" and the experts of {counted(len(plan.experts), 'module')}"
-    yield f"{layers} as {plan.config.mode}, {show(sum(placed.unit.nbytes for placed in plan.units))} in all"
+    what = "nothing is quantized" if plan.config.mode == "none" else f"{layers} as {plan.config.mode}"
+    yield f"{what}, {show(plan.nbytes)} in all"
     for what in sorted(set(plan.read_weights.values())):
         paths = [path for path, read in plan.read_weights.items() if read == what]
         does = "casts" if what == "cast" else f"reads the {what} of"
@@ -345,23 +394,7 @@ def _summary(plan: Plan, link_gb_per_s: float | None) -> Iterator[str]:
             f"of {len(by_expert)} nothing but the experts, {held:.0%} of which stay on the device, those used last; "
             f"copied for each of the others that a token visits: {show(one)}"
         )
-    moved = f"streamed for each forward: {'at most ' if by_expert else ''}{show(plan.streamed_bytes)}"
-    if link_gb_per_s:
-        moved += f", {step_seconds(plan, link_gb_per_s) * 1000:.1f} ms at {link_gb_per_s:g} GB/s"
-    yield moved
-
-
-def step_seconds(plan: Plan, link_gb_per_s: float) -> float:
-    """Return the seconds of streaming for each forward. Each GPU has its own link, and all stream in parallel."""
-    by_device: dict[object, int] = {}
-    for placed in plan.units:
-        by_device[placed.device] = by_device.get(placed.device, 0) + placed.streamed_bytes
-    return max(by_device.values(), default=0) / link_gb_per_s / 1e9
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    rows = list(rows)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        yield "  ".join([row[0].ljust(len(first)), *others])
+    from_disk = sum(placed.streamed_bytes for placed in plan.units if placed.home == "disk")
+    disk = f", {show(from_disk)} of it from the disk" if from_disk else ""
+    most = "at most " if by_expert else ""
+    yield f"streamed for each forward: {most}{show(plan.streamed_bytes)}{disk}"

@@ -162,7 +162,7 @@ def _quantized(
     if isinstance(stored, QuantizedTensor):
         _require_shape(stored, shape)
         return PlannedTensor(tensor, shape, pieces, stored.format, device)
-    fmt = _quantized_format(config)
+    fmt = quantized_format(config)
     _require_divisible(fmt, shape, tensor.name)
     if parts is not None:
         pieces = tuple(part.transpose() for source in pieces for part in parts(source))
@@ -198,7 +198,8 @@ def _kept_dtype(tensor: ModelTensor, sources: Sequence[Source], usual: torch.dty
     return usual
 
 
-def _quantized_format(config: BnbQuantizationConfig) -> Format:
+def quantized_format(config: BnbQuantizationConfig) -> Format:
+    """Return the format of a layer's weight under a resolved config."""
     if config.mode == "int8-training":
         return Plain(config.load_dtype if config.load_dtype.itemsize == 2 else torch.float16)
     if config.load_in_8bit:

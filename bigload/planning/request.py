@@ -41,6 +41,7 @@ class PlacementRequest:
         fp32_on_cpu: compute blocks that are placed on the CPU there, in float32, if a GPU is used too.
         reserve: bytes kept free on each GPU, which follow from `offload` and the model.
         host_ring: bytes of the host buffer that files are read through on their way to a GPU.
+        may_offload: whether a strategy may offload weights; not so those that are trained themselves.
         must_exist: whether the devices must exist on this machine; not so for a plan that is not executed.
     """
 
@@ -52,6 +53,7 @@ class PlacementRequest:
     fp32_on_cpu: bool = False
     reserve: int = 0
     host_ring: int = 0
+    may_offload: bool = True
     must_exist: bool = True
 
 
@@ -183,6 +185,7 @@ def placement_request(
         offload_folder,
         fp32_on_cpu=config.llm_int8_enable_fp32_cpu_offload or offload.execute == "cpu",
         host_ring=ring_bytes(),
+        may_offload=not config.llm_int8_has_fp16_weight,
         must_exist=must_exist,
     )
 

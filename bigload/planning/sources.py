@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Protocol
 
 import torch
@@ -182,7 +182,9 @@ def _by_model_name(stored: Mapping[str, StoredTensor], conversion: KeyConversion
     found: dict[str, Found] = {}
     groups: dict[str, dict[str, list[StoredTensor]]] = {}
     # Numeric order, with layers.10 after layers.9: merged tensors are stacked in that order.
-    for key in sorted(stored, key=_natural_order) if conversion else stored:
+    conversion = conversion and conversion.among(stored)
+    rank = cache(_rank)  # names repeat their parts
+    for key in sorted(stored, key=lambda key: [*map(rank, key.split("."))]) if conversion else stored:
         name, pattern = conversion.target(key) if conversion else (key, None)
         if pattern is None:
             found.setdefault(name, Found((Source(stored[key]),), stored[key].shape, stored[key]))
@@ -194,8 +196,8 @@ def _by_model_name(stored: Mapping[str, StoredTensor], conversion: KeyConversion
     return found
 
 
-def _natural_order(key: str) -> list[tuple[int, int, str]]:
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in key.split(".")]
+def _rank(part: str) -> tuple[int, int, str]:
+    return (0, int(part), "") if part.isdigit() else (1, 0, part)
 
 
 def _combined(target: str, group: Mapping[str, Sequence[StoredTensor]], conversion: KeyConversion) -> dict[str, Found]:

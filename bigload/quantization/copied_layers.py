@@ -23,7 +23,7 @@ def register_copies(cls: type[nn.Module]) -> None:
 
 def _reduced(layer: Any) -> Any:
     """Reduce a layer as `object.__reduce_ex__` does, without what holds the layer itself."""
-    own = {name: value.func for name, value in vars(layer).items() if _is_bound_to(layer, value)}
+    own = {name: value.func for name, value in vars(layer).items() if is_bound_to(layer, value)}
     if "forward" not in own:
         return object.__reduce_ex__(layer, 4)
     state = {name: value for name, value in layer.__getstate__().items() if name not in own}
@@ -32,7 +32,8 @@ def _reduced(layer: Any) -> Any:
     return _with_own, (type(layer), own), state
 
 
-def _is_bound_to(layer: Any, value: Any) -> bool:
+def is_bound_to(layer: Any, value: Any) -> bool:
+    """Whether an attribute of a layer is a function that was given the layer itself."""
     return isinstance(value, functools.partial) and len(value.args) == 1 and value.args[0] is layer
 
 

@@ -26,7 +26,15 @@ from torch.nn import functional
 
 from ..config import BnbQuantizationConfig
 from .bnb import dequantize_4bit, library
-from .own_forwards import forward_4bit, forward_int8, on_matrix, own_forward, require_input, set_forward
+from .own_forwards import (
+    forward_4bit,
+    forward_int8,
+    forward_main_weights,
+    on_matrix,
+    own_forward,
+    require_input,
+    set_forward,
+)
 from .quantized_weight import row_scales
 
 # bitsandbytes' packed CPU kernel computes this many rows of the weight at once.
@@ -93,7 +101,7 @@ def _forward_int8(layer: Any, input: torch.Tensor) -> torch.Tensor:
 
 def _forward_main_weights(layer: Any, input: torch.Tensor) -> torch.Tensor:
     if input.device.type != "cpu":
-        return forward_int8(layer, input)
+        return forward_main_weights(layer, input)
     require_input(layer, input)
     layer.state.is_training = True  # bitsandbytes has no CPU kernel for eval mode
     layer.state.CB = None  # so that the weight is quantized as it is now

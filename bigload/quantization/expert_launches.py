@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 # Shapes of the programs, measured on an H100. Of `grouped`: pairs of an expert, rows of its weight and columns a step,
 # warps; for experts with about so many pairs or fewer.
 _GEMV = {"block_rows": 16, "block_columns": 512, "num_warps": 4}
-_GROUPED = {24: (16, 64, 128, 4), 64: (64, 128, 64, 4), 2**31: (128, 128, 64, 8)}
+_GROUPED = {4: (16, 64, 128, 4), 32: (32, 64, 128, 4), 2**31: (128, 256, 64, 8)}
 # The most pairs that one program sorts.
 MAX_ROUTED = 256
 

@@ -10,7 +10,7 @@ import functools
 import re
 import sys
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,15 +23,17 @@ from .bnb import library
 from .copied_layers import refuse_replicas, register_copies
 from .cpu_forwards import adapt_to_cpu
 from .own_forwards import own_forward, set_forward
-from .quantized_weight import QuantizedWeight, load_packed, row_scales
+from .quantized_weight import QuantizedWeight, load_packed, load_rows, row_scales
 
 # Attributes that bitsandbytes, or this package, sets on bitsandbytes' layers.
 _LAYER_ATTRIBUTES = {
+    "_apply",
     "_load_from_state_dict",
     "_replicate_for_data_parallel",
     "compute_dtype",
     "compute_type_is_set",
     "forward",
+    "forward_when_loaded",
     "index",
     "is_training",
     "loaded_as",
@@ -71,8 +73,14 @@ def make_layer(
     refuse = functools.partial(refuse_replicas, path)
     vars(new).update(loaded_as=path, loaded_dtype=config.load_dtype, _replicate_for_data_parallel=refuse)
     set_forward(new, own_forward(new))
-    if config.load_in_4bit:
+    if config.load_in_8bit:
+        new.__dict__["_apply"] = functools.partial(move_int8, new)
+        if not config.llm_int8_has_fp16_weight:
+            new.__dict__["_load_from_state_dict"] = functools.partial(load_rows, new)
+    else:
         new.__dict__["_load_from_state_dict"] = functools.partial(load_4bit, new)
+        if config.bnb_4bit_quant_storage.is_floating_point:  # type: ignore[union-attr]  # the config has checked it
+            new.__dict__["_apply"] = functools.partial(move_packed, new)
     if device.type == "cpu":
         adapt_to_cpu(new, shape, config)
     carry_over(new, layer)
@@ -87,6 +95,41 @@ def load_4bit(layer: nn.Module, *given: Any) -> None:
     if getattr(weight, "quant_state", None) is None and getattr(weight, "shape", ())[1:] == (1,):
         weight.quant_state = layer.quant_state  # as bitsandbytes' forward does: copies of a pickled layer have lost it
     load_packed(layer, ("weight",), *given)
+
+
+def move_int8(layer: Any, move: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+    """Move an int8 layer with the rows and scales that its kernels are given, as its `_apply`.
+
+    torch moves the weight's memory alone; bitsandbytes would go on computing with what lies on the device before.
+    """
+    type(layer)._apply(layer, move, recurse)
+    weight, state = layer._parameters.get("weight"), layer.state  # one that is offloaded is no parameter
+    for holder in (weight, state):
+        rows = getattr(holder, "CB", None)
+        if weight is None or rows is None or rows.device == weight.device:
+            continue
+        if state.has_fp16_weights:
+            holder.CB = holder.SCB = None  # quantized again in the next forward
+        else:
+            holder.CB, holder.SCB = weight.data, holder.SCB.to(weight.device)
+    return layer  # type: ignore[no-any-return]
+
+
+def move_packed(layer: Any, move: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+    """Move a layer whose packed bytes are stored as floats, as its `_apply`: a cast, as by `half()`, leaves them.
+
+    torch would cast them as if they were values, after which they mean nothing.
+    """
+    weight = layer._parameters.get("weight")  # one that is offloaded is no parameter
+    if getattr(weight, "quant_state", None) is None or not weight.dtype.is_floating_point:
+        return type(layer)._apply(layer, move, recurse)  # type: ignore[no-any-return]
+    stored = weight.dtype
+    weight.data = weight.data.view(torch.uint8)
+    try:
+        return type(layer)._apply(layer, move, recurse)  # type: ignore[no-any-return]
+    finally:
+        moved = layer._parameters["weight"]
+        moved.data = moved.data.view(stored)
 
 
 def is_quantized(module: nn.Module) -> bool:

@@ -33,7 +33,9 @@ def set_forward(layer: Any, forward: Callable[[Any, torch.Tensor], torch.Tensor]
 
 def own_forward(layer: Any) -> Callable[[Any, torch.Tensor], torch.Tensor]:
     """Return bitsandbytes' forward for a layer, which may be computed as a function of streamed weights too."""
-    return forward_int8 if hasattr(layer, "state") else forward_4bit
+    if not hasattr(layer, "state"):
+        return forward_4bit
+    return forward_main_weights if layer.state.has_fp16_weights else forward_int8
 
 
 def forward_4bit(layer: Any, input: torch.Tensor) -> torch.Tensor:
@@ -47,6 +49,16 @@ def forward_int8(layer: Any, input: torch.Tensor) -> torch.Tensor:
     require_input(layer, input)
     keep_row_scales(layer)
     return on_matrix(functools.partial(type(layer).forward, layer), input)
+
+
+def forward_main_weights(layer: Any, input: torch.Tensor) -> torch.Tensor:
+    """Compute a layer of int8 training with its main weights as they are now.
+
+    bitsandbytes keeps the int8 rows that it has made of them, in eval mode and while the weight has a gradient: after a
+    step of an optimizer it would compute with the weights before it, and for ever where `zero_grad` leaves zeros.
+    """
+    layer.state.CB = None
+    return forward_int8(layer, input)
 
 
 def on_matrix(forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,12 @@ from typing import Any
 
 import torch
 
+from ..hardware.devices import on_cpu_unless_named
+from ..model.empty import default_dtype
 from .bnb import library
 from .formats import NESTED_BLOCKSIZE, FourBit, Int8
+
+_SCALES = "row_scales"  # the attribute of an Int8Params that keeps its scales for layers that share it
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,17 +104,25 @@ def state_around(state: Any, parts: Mapping[str, torch.Tensor]) -> Any:
 
 def row_scales(layer: Any) -> Any:
     """Return the SCB of an int8 layer, which bitsandbytes moves from the weight to the state in the first forward."""
-    return layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
+    if layer.weight.SCB is not None:
+        return layer.weight.SCB
+    return getattr(layer.weight, _SCALES, None) if layer.state.SCB is None else layer.state.SCB
 
 
 def keep_row_scales(layer: Any) -> None:
-    """Let an int8 layer that has run keep its scales, if its weight was exchanged by what `weight.to()` returns.
+    """Let an int8 layer keep its scales where bitsandbytes loses them.
 
-    As PEFT's DoRA does. bitsandbytes would take the scales of the new weight, which has none.
+    If its weight was exchanged by what `weight.to()` returns, as PEFT's DoRA does, bitsandbytes would take the scales
+    of the new weight, which has none. And the first of several layers that share a weight takes the scales off it; the
+    others would quantize its int8 rows once more, as if they were values.
     """
     weight = layer._parameters.get("weight")
-    if getattr(weight, "CB", None) is not None and weight.SCB is None:
-        weight.SCB = layer.state.SCB
+    if getattr(weight, "CB", None) is not None:
+        if weight.SCB is None:
+            weight.SCB = layer.state.SCB
+        setattr(weight, _SCALES, weight.SCB)
+    elif layer.state.CB is None and hasattr(weight, _SCALES):
+        layer.state.CB, layer.state.SCB = weight.data, getattr(weight, _SCALES)
 
 
 def load_packed(
@@ -165,6 +177,54 @@ def load_packed(
             getattr(*holders[part]).copy_(getattr(*holder))
 
 
+def load_rows(
+    layer: Any,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: Mapping[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """Load an int8 layer's state, rows and scales; bitsandbytes would cast any values to int8, without their scales.
+
+    Nor does it take the scales of a layer that has run, which then holds its own elsewhere.
+
+    Args:
+        layer: of bitsandbytes.
+        state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs: as torch gives them to
+            `_load_from_state_dict`.
+    """
+    weight: Any = layer._parameters.get("weight")
+    held = row_scales(layer) if hasattr(weight, "SCB") else None
+    rows, scales = state_dict.get(f"{prefix}weight"), state_dict.get(f"{prefix}SCB")
+    if held is not None and (rows is not None or scales is not None) and not _are_rows(rows, scales, weight, held):
+        found = [None if part is None else (part.dtype, tuple(part.shape)) for part in (rows, scales)]
+        error_msgs.append(
+            f"{prefix}weight is in int8, and the state_dict holds {found[0]} with the scales {found[1]}, instead of "
+            f"rows {tuple(weight.shape)} in int8 with a scale for each: load all that the state_dict of such a model "
+            "holds"
+        )
+        for key in ("weight", "SCB", "weight_format"):
+            state_dict.pop(f"{prefix}{key}", None)
+    shown = getattr(weight, "SCB", None)
+    if held is not None:
+        weight.SCB = held
+    absent: list[str] = []
+    copying = {**local_metadata, "assign_to_params_buffers": False}
+    own = type(layer)._load_from_state_dict
+    own(layer, state_dict, prefix, copying, strict, absent, unexpected_keys, error_msgs)
+    if held is not None:
+        weight.SCB = shown
+    missing_keys += absent if rows is None and scales is None else []  # else they are loaded, or refused
+
+
+def _are_rows(rows: Any, scales: Any, weight: torch.Tensor, held: torch.Tensor) -> bool:
+    parts = ((rows, weight), (scales, held))
+    return all(part is not None and (part.dtype, part.shape) == (own.dtype, own.shape) for part, own in parts)
+
+
 def _state_of(parameter: Any, weight: Any, parts: Mapping[str, torch.Tensor]) -> Any:
     """Return the QuantState of a packed weight and its parts in a state_dict.
 
@@ -178,7 +238,8 @@ def _state_of(parameter: Any, weight: Any, parts: Mapping[str, torch.Tensor]) ->
         lacking = "its packed bytes" if weight is None else "the scales of its packed bytes"
         raise ValueError(f"the state_dict lacks {lacking}: load all that the state_dict of such a model holds of it")
     try:
-        new = library().functional.QuantState.from_dict(dict(parts), device=state.absmax.device)
+        with on_cpu_unless_named(), default_dtype(torch.float32):  # it makes a tensor of the offset
+            new = library().functional.QuantState.from_dict(dict(parts), device=state.absmax.device)
     except Exception as error:
         raise ValueError(f"its quant_state in the state_dict cannot be read: {error}") from error
     kinds = [(tuple(one.shape), one.quant_type, one.blocksize, bool(one.nested)) for one in (state, new)]

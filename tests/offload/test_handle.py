@@ -428,3 +428,14 @@ def test_guard_of_shared_weights_sees_the_layers_that_the_load_has_made(tmp_path
     with pytest.raises(OffloadError, match=r"'other\.weight' is offloaded as another module's"):
         load_and_quantize_model(model, "nf4", folder, **options("transformer.h.1"))
     assert model.transformer["h"][1].mlp["c_fc"].weight.is_meta
+
+
+def test_handle_shows_itself_in_a_line_and_in_notebooks_as_a_table(options, device, tmp_path):
+    folder = save_checkpoint(BUILDS["gpt"](), tmp_path)
+    model = load_and_quantize_model(empty(BUILDS["gpt"]), "nf4", folder, **options(*BLOCKS["gpt"][:2]))
+    assert repr(model.offload).startswith("Offload(2 units offloaded, ")
+    assert "0 B so far" in repr(model.offload)
+    logits(model, device)
+    assert "0 B so far" not in repr(model.offload)
+    assert str(model.offload.stats().nbytes) in model.offload._repr_html_()
+    assert len(repr(model.offload)) < 200

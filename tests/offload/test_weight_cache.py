@@ -345,7 +345,7 @@ def test_command_loads_what_rests_on_the_disk(tmp_path, capsys, device):
     device_map = json.dumps({"": str(device), "model.layers.1": "disk"})
     arguments = ["load", str(folder), "--device-map", device_map]
     assert main(arguments) == 1
-    assert "offload_folder" in capsys.readouterr().err
+    assert "--offload-folder" in capsys.readouterr().err
     assert main([*arguments, "--offload-folder", str(tmp_path / "cache"), "--max-memory", f"{device}=10GiB"]) == 0
     assert "as nf4" in capsys.readouterr().out
     assert len(files(tmp_path)) == 5  # k_proj and v_proj are too small to leave

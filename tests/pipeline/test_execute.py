@@ -163,3 +163,34 @@ def test_pinned_ring_is_kept_for_the_next_load_until_it_is_released(tmp_path, mo
     release_buffers()
     load_and_quantize_model(empty(GPT), "nf4", tmp_path, device_map=0)
     assert len(made) == 2
+
+
+@pytest.mark.parametrize("order", ["gate up", "up gate", "gates first"])
+@pytest.mark.parametrize("ring", ["4KiB", "2MiB"])
+def test_what_lies_together_in_the_file_and_in_the_weight_is_read_as_one(tmp_path, device, monkeypatch, ring, order):
+    monkeypatch.setenv("BIGLOAD_RING_BYTES", ring)
+    key = {
+        "gate up": lambda number, name: f"{number} {name}",
+        "up gate": lambda number, name: f"{number} {'ba'[name == 'up']}",
+        "gates first": lambda number, name: f"{name} {number}",
+    }[order]
+    weights = {key(number, name): torch.randn(32, 64) for number in range(4) for name in ("gate", "up")}
+    save_file(weights, tmp_path / "w.safetensors")
+    entries = open_checkpoint(tmp_path / "w.safetensors").tensors
+    halves = {"gate": slice(0, 32), "up": slice(32, 64)}
+    sources = [
+        Source(entries[key(number, name)], region=(number, half, slice(0, 64)))
+        for name, half in halves.items()
+        for number in range(4)
+    ]
+    fmt = FourBit("nf4", 64, False, torch.uint8)
+    plan = plan_of((4, 64, 64), sources, fmt, device)
+    tasks = sinks.QuantizeSink(plan.tensors[0], fmt, torch.float32).tasks()
+    assert len(tasks) == (1 if order == "gate up" else 8)
+    if order == "gate up":
+        assert tasks[0].tensor.name == "0 gate to 3 up"  # for errors
+    made = execute(plan)["made"]
+    whole = torch.stack([torch.cat([weights[key(number, name)] for name in halves]) for number in range(4)])
+    expected = quantize_as_bitsandbytes(whole.view(-1, 64).to(device), "nf4")
+    assert torch.equal(made.data, expected["weight"])
+    assert torch.equal(made.quant_state.absmax, expected["absmax"])

@@ -1,15 +1,16 @@
 """What is said when a model does not fit, and that it helps."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
-from checkpoints import empty
+from checkpoints import empty, save_checkpoint
 from models import GPT
 from plans import planned
 from torch import nn
 
-from bigload import OffloadConfig, plan_device_map
+from bigload import OffloadConfig, load_and_quantize_model, plan_device_map, save_quantized_model
 from bigload.errors import PlacementError
 
 
@@ -100,3 +101,53 @@ def test_a_parameter_that_no_budget_moves_away_is_named_with_the_reason_and_the_
     (more,) = re.findall(r"a budget ([\d.]+) MiB larger", str(e.value))
     places = places | {device: int((float(places[device].removesuffix("MiB")) + float(more) + 0.01) * 2**20)}
     assert plan_device_map(empty(WithTable), "nf4", device_map="auto", max_memory=places)
+
+
+@pytest.mark.parametrize("mode", ["nf4", "int8", "int8-training"])
+@pytest.mark.parametrize("vocab", [16, 4000])
+@pytest.mark.parametrize("gpu", [None, 2**12, 2**17, 2**18])
+def test_a_folder_is_said_to_help_exactly_where_it_does(small_parts_stream, tmp_path, monkeypatch, mode, vocab, gpu):
+    monkeypatch.setattr("bigload.planning.planner.WINDOW_BYTES", 0)
+
+    def shortage(model, **folder):
+        try:
+            plan_device_map(model, mode, **options, **folder)
+        except PlacementError as error:
+            return str(error)
+        return None
+
+    told = 0
+    for width, layers in ((16, 2), (64, 4), (128, 8)):
+        for host in (2**12, 2**16, 2**27 + 2**12):
+            budgets = ({} if gpu is None else {0: gpu}) | {"cpu": host}
+            options = {"device_map": "auto", "max_memory": budgets, "offload": OffloadConfig(reserve=0)}
+            model = empty(GPT, layers=layers, width=width, vocab=vocab)
+            if (text := shortage(model)) is not None:
+                told += 1
+                assert ("an offload_folder" in text) == (shortage(model, offload_folder=tmp_path) is None), text
+    assert told
+
+
+def test_weights_that_are_trained_are_told_the_room_they_need(small_parts_stream):
+    options = {"device_map": "auto", "offload": OffloadConfig(reserve=0)}
+    with pytest.raises(PlacementError, match=r"a budget [\d.]+ [KM]iB larger") as caught:
+        plan_device_map(empty(GPT, layers=4, width=256), "int8-training", max_memory={0: "145MiB"}, **options)
+    number, unit = re.findall(r"a budget ([\d.]+) ([KM]iB) larger", str(caught.value))[0]
+    more = int((float(number) + 0.01) * {"KiB": 2**10, "MiB": 2**20}[unit])
+    budgets = {0: 145 * 2**20 + more}
+    assert not plan_device_map(
+        empty(GPT, layers=4, width=256), "int8-training", max_memory=budgets, **options
+    ).offloaded
+
+
+def test_no_other_mode_is_said_to_help_a_checkpoint_that_is_quantized(tmp_path, small_parts_stream):
+    build = partial(GPT, layers=4, width=256)
+    plain = save_checkpoint(build().bfloat16(), tmp_path / "plain")
+    budget = {"cpu": 5 * 2**19}
+    with pytest.raises(PlacementError, match="nf4"):
+        plan_device_map(empty(build), "int8", plain, "auto", max_memory=budget)
+    saved = load_and_quantize_model(empty(build), "int8", plain, device_map="cpu")
+    save_quantized_model(saved, tmp_path / "int8")
+    with pytest.raises(PlacementError) as caught:
+        plan_device_map(empty(build), None, tmp_path / "int8", "auto", max_memory=budget)
+    assert "nf4" not in str(caught.value)

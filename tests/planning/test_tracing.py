@@ -1,5 +1,6 @@
 """Stand-ins follow tensors to where they end up: filling by their regions gives what the real operations give."""
 
+import architectures
 import pytest
 import torch
 from checkpoints import empty, empty_like, save
@@ -10,7 +11,7 @@ from models import llama
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM, conversion_mapping
 from transformers.core_model_loading import Chunk, PermuteForRope, Transpose, WeightConverter
 
-from bigload import load_and_quantize_model
+from bigload import init_empty_weights, load_and_quantize_model
 from bigload.checkpoint.checkpoint import open_checkpoint
 from bigload.errors import CheckpointError
 from bigload.io.tensors import LazyTensor, read_whole
@@ -329,3 +330,25 @@ def test_weight_that_the_library_transposes_and_then_permutes_loads_right(tmp_pa
         monkeypatch,
     )
     assert_same_bits(loaded.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("name", architectures.ARCHITECTURES)
+def test_renamings_that_are_left_out_would_have_renamed_nothing(name):
+    """Keys as they are stored today, and as they were in older versions, of the base model too."""
+    with init_empty_weights():
+        model = architectures.build(name)
+    conversion = KeyConversion(model)
+    keys = [*model.state_dict()]
+    old = [key.replace("norm.weight", "LayerNorm.gamma").replace("norm.bias", "LayerNorm.beta") for key in keys]
+    based = [key.removeprefix(f"{model.base_model_prefix}.") for key in keys]
+    nested = [f"language_model.model.model.{key}" for key in based]
+    for each in (keys, old, based, nested, [*keys, *nested]):
+        among = conversion.among(each)
+        assert [among.target(key) for key in each] == [conversion.target(key) for key in each]
+    assert len(conversion.among(["x.LayerNorm.gamma"])._renamings) == len(conversion._renamings) > 0
+
+
+def test_renamings_of_old_names_are_left_out_for_todays():
+    conversion = KeyConversion(llama())
+    assert conversion._renamings
+    assert conversion.among(["model.layers.0.mlp.up_proj.weight", "lm_head.weight"])._renamings == []

@@ -26,7 +26,8 @@ def test_functions_of_versions_that_were_not_looked_at_are_not_called(monkeypatc
 
 
 @pytest.mark.parametrize("kernel", ["4 bit", "int8"])
-def test_functions_that_know_only_pointers_run_on_the_gpu_of_their_tensors(monkeypatch, kernel):
+@pytest.mark.parametrize("is_current", [False, True])
+def test_functions_that_know_only_pointers_run_on_the_gpu_of_their_tensors(monkeypatch, kernel, is_current):
     """They launch on the current GPU, whose memory a tensor of another is not."""
     current, launched = [None], []
 
@@ -38,11 +39,12 @@ def test_functions_that_know_only_pointers_run_on_the_gpu_of_their_tensors(monke
 
     monkeypatch.setattr(torch.cuda, "device", entered)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
-    monkeypatch.setattr(bnb, "_own_kernel", lambda *names: lambda *pointers: launched.append(current[0]))
     values = torch.zeros(2, 64)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: values.get_device() if is_current else 7)
+    monkeypatch.setattr(bnb, "_own_kernel", lambda *names: lambda *pointers: launched.append(current[0]))
     if kernel == "int8":
         bnb.quantize_int8_into(values, torch.zeros(2, 64, dtype=torch.int8), torch.zeros(2))
     else:
         bnb.quantize_4bit_into(values.view(-1), 64, "nf4", torch.zeros(64, dtype=torch.uint8), torch.zeros(2))
-    assert launched == [values.device]
+    assert launched == [None if is_current else values.device]
     assert current == [None]

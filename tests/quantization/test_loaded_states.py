@@ -1,4 +1,4 @@
-"""load_state_dict into layers in 4 bit takes the scales with the packed bytes, or nothing."""
+"""load_state_dict into quantized layers takes the scales with the packed bytes, or nothing."""
 
 import copy
 import pickle
@@ -27,7 +27,7 @@ def outputs(model, device="cpu"):
 
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [*MODES, "int8"])
 def test_the_state_of_another_model_is_loaded(mode, strict, assign, device):
     model, other = net(0, mode, device), net(1, mode, device)
     assert not torch.equal(outputs(model, device), outputs(other, device))  # each has run before it is loaded
@@ -36,6 +36,21 @@ def test_the_state_of_another_model_is_loaded(mode, strict, assign, device):
     assert not found.missing_keys
     assert not found.unexpected_keys
     assert torch.equal(outputs(model, device), outputs(other, device))
+    assert_same_bits(model.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_default_dtype_and_device_have_no_effect(mode, dtype, device):
+    """The offset of double quantization is stored as a number, of which bitsandbytes makes a tensor."""
+    model, other = net(0, mode, device), net(1, mode, device)
+    state = {key: tensor.clone() for key, tensor in other.state_dict().items()}
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            model.load_state_dict(state)
+    finally:
+        torch.set_default_dtype(torch.float32)
     assert_same_bits(model.state_dict(), other.state_dict())
 
 
@@ -87,3 +102,37 @@ def test_a_dequantized_layer_loads_as_any_other():
     plain = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
     model.load_state_dict(plain.state_dict())
     assert_same_bits(model.state_dict(), plain.state_dict())
+
+
+@pytest.mark.parametrize("has_run", [False, True], ids=["fresh", "has run"])
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: {key: t for key, t in state.items() if "SCB" not in key},
+        lambda state: {key: t for key, t in state.items() if not key.endswith("weight")},
+        lambda state: state | {"0.SCB": torch.ones(7)},
+        lambda state: nn.Sequential(nn.Linear(64, 128)).state_dict(),
+        lambda state: net(1).state_dict(),
+    ],
+    ids=["rows alone", "scales alone", "other scales", "values", "4 bit"],
+)
+def test_int8_takes_rows_and_scales_together_or_refuses_them(change, strict, has_run):
+    model = net(0, "int8")
+    if has_run:
+        outputs(model)
+    before = {key: tensor.clone() for key, tensor in model[0].state_dict().items() if key != "bias"}
+    with pytest.raises(RuntimeError, match=r"0\.weight is in int8, and the state_dict holds .* instead of rows"):
+        model.load_state_dict(change(net(1, "int8").state_dict()), strict=strict)
+    assert_same_bits({key: tensor for key, tensor in model[0].state_dict().items() if key != "bias"}, before)
+    model.load_state_dict(net(1, "int8").state_dict(), strict=strict)  # all of it
+    assert torch.equal(outputs(model), outputs(net(1, "int8")))
+
+
+def test_what_a_state_lacks_of_int8_layers_is_named():
+    model = net(0, "int8")
+    outputs(model)
+    state = {key: t for key, t in net(1, "int8").state_dict().items() if not key.startswith("0.")}
+    assert model.load_state_dict(state, strict=False).missing_keys == ["0.weight", "0.bias"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*0\.weight"):
+        model.load_state_dict(state)

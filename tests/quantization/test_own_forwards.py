@@ -8,6 +8,7 @@ from streaming import engines_of
 from torch import nn
 
 from bigload import BnbQuantizationConfig, QuantizationError, load_and_quantize_model
+from bigload.quantization.own_forwards import forward_main_weights, own_forward
 
 MODES = ("nf4", "nf4-dq", "fp4", "int8", "int8-training")
 # (in_features, out_features): a usual layer, and those that have a forward of their own on the CPU.
@@ -277,3 +278,36 @@ def test_an_input_may_be_given_by_the_name_that_a_plain_layer_gives_it(
     with torch.no_grad():
         assert torch.equal(layer(input=x), layer(x))
     assert torch.equal(layer(input=x), layer(x))
+
+
+@pytest.mark.parametrize("has_run", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("size", [(64, 32), (1, 5)], ids=str)
+@pytest.mark.parametrize("mode", ["nf4", "int8", "int8-training"])
+def test_layers_that_come_to_share_a_weight_compute_the_same(mode, size, has_run, device):
+    """As PEFT's `layer_replication` makes them. In int8 the first that runs takes the scales off the weight."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(*size, bias=False), nn.Identity())
+    one = load_and_quantize_model(plain, mode, device_map=device)[0]
+    x = torch.randn(3, size[0], device=device)
+    expected = copy.deepcopy(one)(x).detach()
+    if has_run:
+        one(x)
+    others = [copy.deepcopy(one), copy.deepcopy(one)]
+    for other in others:
+        other.register_parameter("weight", one.weight)
+    for each in (*others, one, *others):
+        assert torch.equal(each(x), expected)
+
+
+def test_main_weights_are_computed_with_as_they_are_now_by_bitsandbytes_own_forward_too():
+    """The forward that a GPU takes: here in train mode, where bitsandbytes has a kernel for the CPU."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(64, 32, bias=False), nn.Identity())
+    layer = load_and_quantize_model(plain, "int8-training", device_map="cpu").train()[0]
+    x = torch.randn(4, 64, dtype=torch.float16)
+    before = forward_main_weights(layer, x)
+    before.float().sum().backward()  # while there is a gradient, bitsandbytes keeps the rows that it has
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    torch.testing.assert_close(forward_main_weights(layer, x), before * 2, rtol=1e-3, atol=1e-3)
+    assert own_forward(layer) is forward_main_weights

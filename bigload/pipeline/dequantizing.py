@@ -7,24 +7,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import ConfigError, QuantizationError, listed
-from .hardware.devices import on_cpu_unless_named
-from .inspection.aliases import aliases
-from .model import transformers_facts
-from .model.experts import Experts
-from .model.tree import first_paths
-from .model.view import require_module
-from .offload.device_hooks import detach_from_layers
-from .offload.forwards import forward_override_of
-from .pipeline.assembly import apply_edits
-from .pipeline.attributes import ABSENT, Edit, clear_attributes
-from .pipeline.exchange import exchanges
-from .quantization.bnb import dequantize_4bit, library
-from .quantization.formats import dominant_dtype
-from .quantization.layers import carry_over, quantized_layers, require_whole_layers, source_class
-from .quantization.packed_experts import PackedExperts
-from .quantization.quantized_weight import row_scales
-from .quantization.saved_experts import quantization_attributes, quantized_experts, require_whole_experts
+from ..errors import ConfigError, QuantizationError, listed
+from ..hardware.devices import on_cpu_unless_named
+from ..inspection.aliases import aliases
+from ..model import transformers_facts
+from ..model.experts import Experts
+from ..model.tree import first_paths
+from ..model.view import require_module
+from ..offload.device_hooks import detach_from_layers
+from ..offload.forwards import forward_override_of
+from ..quantization.bnb import dequantize_4bit, library
+from ..quantization.formats import dominant_dtype
+from ..quantization.layers import carry_over, quantized_layers, require_whole_layers, source_class
+from ..quantization.packed_experts import PackedExperts
+from ..quantization.quantized_weight import row_scales
+from ..quantization.saved_experts import quantization_attributes, quantized_experts, require_whole_experts
+from .assembly import apply_edits
+from .attributes import ABSENT, Edit, clear_attributes
+from .exchange import exchanges
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 

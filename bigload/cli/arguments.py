@@ -1,0 +1,134 @@
+"""The options that several commands share, and their values."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError
+from ..modes import MODES
+from .parser import did_you_mean
+
+if TYPE_CHECKING:
+    from ..hardware.devices import Device
+    from ..planning.offload_config import OffloadConfig
+
+PATH = "folder, or org/name or org/name@revision of the Hugging Face hub"
+
+
+def add_quant(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add `--quant` and `--skip-modules`; the default is only said, since None lets a checkpoint decide."""
+    parser.add_argument(
+        "--quant",
+        choices=MODES,
+        metavar="MODE",
+        help=f"{', '.join(MODES)} (default: {default})",
+    )
+    parser.add_argument(
+        "--skip-modules",
+        nargs="+",
+        metavar="NAME",
+        help="layers not to quantize (default: the output head)",
+    )
+
+
+def add_placement(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say where a model may go."""
+    parser.add_argument(
+        "--device-map",
+        default="auto",
+        metavar="MAP",
+        help="auto, balanced, balanced_low_0, sequential, a device such as cpu or 0, or a JSON object of block: device "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-memory",
+        nargs="+",
+        default=[],
+        metavar="DEVICE=SIZE",
+        help="memory to use, such as 0=10GiB cpu=60GiB (default: what is free)",
+    )
+    parser.add_argument(
+        "--offload-folder",
+        metavar="FOLDER",
+        help="folder for what is offloaded to the disk (default: nothing is)",
+    )
+    parser.add_argument(
+        "--reserve",
+        metavar="SIZE",
+        help="memory of each GPU left for activations (default: 128MiB and the largest 4-bit layer, dequantized)",
+    )
+
+
+def config(options: argparse.Namespace, mode: str) -> Any:
+    """Return the quantization config of a mode and the layers to skip."""
+    from ..config import BnbQuantizationConfig
+
+    if not options.skip_modules or mode == "none":
+        return BnbQuantizationConfig.from_mode(mode)
+    return BnbQuantizationConfig.from_mode(mode, skip_modules=options.skip_modules)
+
+
+def offload(options: argparse.Namespace) -> OffloadConfig:
+    """Return how blocks are offloaded."""
+    from ..planning.offload_config import OffloadConfig
+
+    return OffloadConfig(reserve=options.reserve)
+
+
+def max_memory(given: Sequence[str]) -> dict[Device, int | str]:
+    """Return the budgets that "0=10GiB" and the like say.
+
+    Raises:
+        ConfigError: one is not of this form.
+    """
+    budgets: dict[Device, int | str] = {}
+    for text in given:
+        device, equals, size = text.partition("=")
+        if not (device and equals and size):
+            raise ConfigError(
+                f"--max-memory holds {text!r}; expected a device and a size, such as 0=10GiB or cpu=60GiB"
+            )
+        budgets[int(device) if device.isdecimal() else device] = size
+    return budgets
+
+
+def device_map(text: str) -> Any:
+    """Return a device map: a word, or what a JSON object holds.
+
+    Raises:
+        ConfigError: it is neither a strategy, a device nor such an object.
+    """
+    if not text.lstrip().startswith("{"):
+        words = ("auto", "balanced", "balanced_low_0", "sequential", "cpu", "disk")
+        if text not in words and not text.isdecimal() and not text.startswith("cuda"):
+            raise ConfigError(
+                f"--device-map is {text!r}{did_you_mean(text, words)}; expected {', '.join(words[:4])}, a device such "
+                "as cpu, 0 or cuda:0, or a JSON object"
+            )
+        return text
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"--device-map is not a JSON object: {error}") from error
+
+
+def positive(text: str) -> int:
+    """Return a whole number above 0."""
+    if not text.isdecimal() or not text.isascii() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def rate(text: str) -> float:
+    """Return a number above 0, of GB/s."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of GB/s above 0")
+    return number

@@ -1,0 +1,110 @@
+"""`bigload load`: loads a model, and generates text if asked."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, ConfigError
+from .arguments import PATH, add_placement, add_quant, config, device_map, max_memory, offload, positive
+from .locations import model_folder
+from .parser import add_command
+
+
+def add_to(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "load",
+        run,
+        help="load a model, print how long it took, generate text if asked",
+        description=(
+            "Build the model that a config.json describes, load its weights, and print how long that took and what it "
+            "needs. What does not fit on the GPU is streamed to it from host memory and, with --offload-folder, from "
+            "the disk."
+        ),
+        examples=(
+            "bigload load org/name",
+            "bigload load ./model --quant int8 --device-map cpu",
+            'bigload load ./model --prompt "Once upon a time"',
+            "bigload load ./model --max-memory 0=8GiB cpu=32GiB",
+        ),
+    )
+    parser.add_argument("path", help=f"{PATH}, with config.json and safetensors")
+    add_quant(parser, "nf4; a quantized checkpoint is loaded as it is")
+    add_placement(parser)
+    parser.add_argument("--prompt", metavar="TEXT", help="generate a continuation of this text (default: none)")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=positive,
+        default=40,
+        metavar="N",
+        help="how many tokens to generate (default: %(default)s)",
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Load the model, and print its report and the continuation of the prompt."""
+    placed, budgets = device_map(options.device_map), max_memory(options.max_memory)
+    from ..loading import load_and_quantize_model
+    from ..model.described import empty_model
+    from ..tables import output_width, wrapped
+
+    folder = model_folder(options, options.path)
+    model = empty_model(folder)
+    prompt = None if options.prompt is None else _Prompt(model, folder, options)  # fails before the load
+    mode = options.quant
+    if mode is None and not is_quantized(folder):
+        mode = "nf4"
+    model = load_and_quantize_model(
+        model,
+        None if mode is None else config(options, mode),
+        folder,
+        device_map=placed,
+        max_memory=budgets,
+        offload_folder=options.offload_folder,
+        offload=offload(options),
+    )
+    print("\n".join(wrapped(str(model.load_report), output_width())))
+    if prompt is not None:
+        print(prompt.continued_by(model.eval()))
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether the weights in a folder are stored quantized."""
+    from ..checkpoint.checkpoint import open_checkpoint
+
+    return open_checkpoint(folder).is_quantized
+
+
+class _Prompt:
+    """A text to continue, tokenized before the weights are loaded."""
+
+    def __init__(self, model: Any, folder: Path, options: argparse.Namespace) -> None:
+        from ..model.transformers_facts import import_transformers
+
+        if not getattr(model, "can_generate", bool)():
+            raise ConfigError(f"{type(model).__name__} does not generate text; leave --prompt out")
+        try:
+            self._tokenizer = import_transformers().AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # tokenizers fail in many ways
+            if "trust_remote_code" in str(error):
+                raise CheckpointError(
+                    f"the tokenizer in '{folder}' is made by code of its own, which bigload does not run: leave "
+                    "--prompt out"
+                ) from None
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(
+                f"'{folder}' holds no tokenizer that transformers can load: {said}; leave --prompt out"
+            ) from error
+        self._tokens = self._tokenizer(options.prompt, return_tensors="pt")
+        self._count = options.max_new_tokens
+        if self._tokens["input_ids"].numel() == 0:
+            raise ConfigError(f"--prompt {options.prompt!r} has no tokens to continue")
+
+    def continued_by(self, model: Any) -> str:
+        made = model.generate(**self._tokens.to(model.device), max_new_tokens=self._count, do_sample=False)
+        return str(self._tokenizer.decode(made[0], skip_special_tokens=True))

@@ -1,0 +1,90 @@
+"""Models built to be quantized: their Linear layers take no memory if they are built empty."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..model.empty import like_parameter
+from .in_place import wait_for_conversion
+
+
+class _Building(threading.local):
+    """The contexts that this thread is in: for each, whether it builds models without initial values."""
+
+    def __init__(self) -> None:
+        self.is_empty: list[bool] = []
+
+
+_building = _Building()
+_installing = threading.Lock()
+_installed = False
+
+# The layer of each weight that is on meta instead of the device where it was built.
+_layer_of = WeakIdKeyDictionary()
+
+
+@contextmanager
+def linears_to_quantize() -> Iterator[None]:
+    """Let the Linear layers that this thread builds wait for their conversion.
+
+    If `nn.init` is switched off, as Lightning's `empty_init=True` does, their weights take no memory.
+    """
+    _install_hook()
+    _building.is_empty.append(_init_is_off())
+    try:
+        yield
+    finally:
+        _building.is_empty.pop()
+
+
+def _init_is_off() -> bool:
+    probe = torch.ones(1, device="cpu")
+    nn.init.constant_(probe, 0)  # zeros_ asks no mode
+    return bool(probe.item())
+
+
+def _install_hook() -> None:
+    """Register the hook once, never to remove it: torch iterates its hooks while other threads build modules."""
+    global _installed
+    with _installing:
+        if not _installed:
+            register_module_parameter_registration_hook(_registered)  # type: ignore[arg-type]
+            _installed = True
+
+
+def _registered(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    """Return the parameter to register instead, or None to keep the one that is given."""
+    if parameter is None or isinstance(parameter, nn.UninitializedParameter):
+        return None
+    if parameter.is_meta and parameter in _layer_of:
+        return _shared(module, parameter)
+    is_new = name == "weight" and isinstance(module, nn.Linear) and "weight" not in module._parameters
+    if not is_new or not _building.is_empty:
+        return None
+    assert isinstance(module, nn.Linear)
+    is_made_empty = _building.is_empty[-1] and not parameter.is_meta
+    wait_for_conversion(module, parameter.device if is_made_empty else None)
+    if not is_made_empty:
+        return None
+    empty = like_parameter(parameter, torch.empty_like(parameter, device="meta"))
+    _layer_of[empty] = weakref.ref(module)
+    return empty
+
+
+def _shared(module: nn.Module, parameter: nn.Parameter) -> nn.Parameter | None:
+    """Give memory to the weight of an empty layer that another module shares: it is not quantized."""
+    layer = _layer_of[parameter]()
+    if layer is None or layer is module:
+        return None
+    del _layer_of[parameter]
+    real = like_parameter(parameter, torch.empty_like(parameter, device=layer.waiting.created_on))
+    layer._parameters["weight"] = real
+    return real

@@ -1,0 +1,120 @@
+"""What the command line prints, recorded: each file of `transcripts/` holds command lines and what they print.
+
+A line that begins with "$ " is a command line, run as in a shell in a folder with some models; what follows it is what
+it prints, errors after the rest, and its exit status if that is not 0. `COLUMNS=60` before a command stands for a
+terminal of that width. Figures that differ from run to run are written as #.
+`BIGLOAD_RECORD=1 pytest tests/cli/test_transcripts.py` writes the files anew: look at the difference.
+"""
+
+import json
+import os
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from models import llama
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from bigload.cli import main
+
+TRANSCRIPTS = sorted((Path(__file__).parent / "transcripts").glob("*.txt"))
+# Of a model of 8 billion parameters, of which there are no weights here.
+LARGE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "torch_dtype": "bfloat16",
+}
+VARYING = (
+    (r"in \d+\.\d+ s at \d+\.\d+ GB/s", "in # s at # GB/s"),
+    (r", at most [\d.]+ \w+ on cpu on the way", ""),
+    (r"^(\S+ +[\d.]+ MiB) +[\d.]+ +[\d.]+ +[\d.]+(?=   )", r"\1 # # #"),  # of the demo
+    (r"^(w3 w4 w5)( w\d+){4}$", r"\1 # # # #"),  # of random weights
+    (r"OSError: .*", "OSError: #"),  # in transformers' words
+    (r"usage: .*?\n\n", ""),  # wrapped otherwise by each version of Python
+    (r"cannot be downloaded: .*?; check", "cannot be downloaded: #; check"),
+)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """Work in a folder with models, without a GPU, a network or a repository of the hub."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr("bigload.planning.placement.free_disk_bytes", lambda folder: 100 * 2**30)
+    torch.manual_seed(0)
+    llama(False, eos_token_id=None).to(torch.bfloat16).save_pretrained("model")
+    words = {f"w{i}": i for i in range(127)} | {"<unk>": 127}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained("model")
+    llama(False).config.save_pretrained("no-weights")
+    Path("large").mkdir()
+    Path("large/config.json").write_text(json.dumps(LARGE))
+    Path("gptq").mkdir()
+    Path("gptq/config.json").write_text(
+        json.dumps(LARGE | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
+    Path("broken").mkdir()
+    Path("broken/config.json").write_text("{")
+    Path("weights-only").mkdir()
+    save_file({"weight": torch.zeros(2, 2)}, "weights-only/model.safetensors")
+    return tmp_path
+
+
+def printed(line, capfd, monkeypatch):
+    """Run a command line and return what it prints."""
+    words = shlex.split(line)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    while "=" in words[0]:
+        monkeypatch.setenv(*words.pop(0).split("="))
+    assert words.pop(0) == "bigload"
+    capfd.readouterr()
+    try:
+        status = main(words)
+    except SystemExit as ended:
+        status = ended.code
+    captured = capfd.readouterr()
+    errors = [line for line in captured.err.splitlines(keepends=True) if line.startswith("bigload")]
+    text = captured.out + "".join(errors) + (f"[{status}]\n" if status else "")
+    assert "Traceback" not in captured.err
+    assert "Path(" not in text
+    for pattern, said in VARYING:
+        text = re.sub(pattern, said, text, flags=re.MULTILINE | re.DOTALL if "usage" in pattern else re.MULTILINE)
+    width = os.environ.get("COLUMNS")
+    if width and not status:
+        too_long = [line for line in text.splitlines() if len(line) > int(width) and " " in line.strip()]
+        assert too_long == [], "wider than the terminal"
+    return text
+
+
+@pytest.mark.parametrize("file", TRANSCRIPTS, ids=lambda file: file.stem)
+@pytest.mark.usefixtures("place", "usual_threads")
+def test_what_is_printed_is_as_recorded(file, capfd, monkeypatch):
+    lines = [line for line in file.read_text().splitlines() if line.startswith("$ ")]
+    assert lines
+    found = "\n".join(f"{line}\n{printed(line[2:], capfd, monkeypatch)}" for line in lines)
+    if os.environ.get("BIGLOAD_RECORD"):
+        file.write_text(found)
+    assert found == file.read_text()
+
+
+def test_every_command_has_a_transcript_right_and_wrong():
+    text = "".join(file.read_text() for file in TRANSCRIPTS)
+    for command in ("demo", "load", "plan", "quantize", "show"):
+        runs = re.findall(rf"^\$ .*bigload {command}\b.*\n(?:(?!\$ ).*\n)*", text, re.MULTILINE)
+        assert any("\n[" not in run for run in runs), command
+        assert any("\n[" in run for run in runs), command
