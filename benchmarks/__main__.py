@@ -204,6 +204,9 @@ def _spread(options: argparse.Namespace) -> None:
 def _add_experts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", nargs="+", help="such as Qwen3-30B-A3B or tiny (default: those in experts.py)")
     parser.add_argument("--tokens", nargs="+", type=int, help="how many at once (default: 1 4 16 256 2048)")
+    parser.add_argument(
+        "--offload", action="store_true", help="time experts in host memory, with caches of 10, 25 and 50%%, instead"
+    )
     parser.add_argument("--device", help="'cpu' or 'cuda:N' (default: the first GPU, the CPU where there is none)")
     parser.add_argument("--seconds", type=float, default=330, help="begin no row after them (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="where the result goes, as JSON (default: standard output)")
@@ -212,11 +215,13 @@ def _add_experts(parser: argparse.ArgumentParser) -> None:
 
 
 def _experts(options: argparse.Namespace) -> None:
+    from . import offloaded_experts
     from .experts import SHAPES, TOKENS, measure_experts
 
-    shapes, tokens = options.shapes or list(SHAPES), options.tokens or TOKENS
-    result: dict[str, Any] = {}
-    for result in measure_experts(shapes, tokens, _device(options.device), options.commit, options.seconds):
+    shapes, result = options.shapes or list(SHAPES), dict[str, Any]()
+    tokens = options.tokens or (offloaded_experts.TOKENS if options.offload else TOKENS)
+    measure = offloaded_experts.measure_offloaded_experts if options.offload else measure_experts
+    for result in measure(shapes, tokens, _device(options.device), options.commit, options.seconds):
         if result["rows"]:
             print(json.dumps(result["rows"][-1]), file=sys.stderr, flush=True)
         if options.out is not None:

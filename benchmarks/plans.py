@@ -87,6 +87,11 @@ def _cells(model: Any, mode: str) -> tuple[str, list[str]]:
         size = f"{sum(placed.unit.nbytes for placed in plan.units) / 2**30:.2f}"
         blocks = [placed for placed in plan.units if placed.unit.is_block]
         away = sum(placed.home is not None for placed in blocks)
+        by_expert = [placed for placed in blocks if placed.is_by_expert]
+        if by_expert and len(by_expert) == len(plan.offloaded):
+            held = sum(placed.cached for placed in by_expert) / sum(one.unit.most_experts for one in by_expert)
+            cells.append(f"experts of {away} of {len(blocks)} away, {held:.0%} of them cached")
+            continue
         cells.append(_cell(away, len(blocks), plan.streamed_bytes, len(plan.offloaded)))
     return size, cells
 

@@ -41,6 +41,10 @@ def markdown(name: str, result: Result) -> str:
         parts.append(offload_table(result))
     if result["benchmark"] == "against":
         parts.append(against_table(result))
+    if result["benchmark"] == "offloaded-experts":
+        from .offloaded_experts import offloaded_experts_table  # imports torch
+
+        parts.append(offloaded_experts_table(result))
     if result["benchmark"] == "experts":
         from .experts import experts_table  # imports torch
 

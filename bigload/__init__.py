@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import BnbQuantizationConfig, OffloadConfig
+    from .config import BnbQuantizationConfig
     from .conversion import quantize_checkpoint
     from .errors import (
         BigloadError,
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .loading import load_and_quantize_model, release_buffers
     from .model.empty import init_empty_weights
     from .pipeline.dequantizing import dequantize_model
+    from .planning.offload_config import OffloadConfig
     from .planning.planner import plan_device_map
     from .saving import save_quantized_model
 
@@ -27,7 +28,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "load_and_quantize_model": "loading",
     "BnbQuantizationConfig": "config",
-    "OffloadConfig": "config",
+    "OffloadConfig": "planning.offload_config",
     "plan_device_map": "planning.planner",
     "save_quantized_model": "saving",
     "quantize_checkpoint": "conversion",

@@ -1,4 +1,4 @@
-"""`BnbQuantizationConfig`, read from any of its forms, and `OffloadConfig`."""
+"""`BnbQuantizationConfig`, read from any of its forms."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from .errors import ConfigError, PlacementError, import_optional, listed
+from .errors import ConfigError, import_optional, listed
 from .modes import MODES
-from .sizes import parse_size
 from .tables import FieldsAsHtml
 
 logger = logging.getLogger(__name__)
@@ -24,9 +23,6 @@ FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 _SHORT_NAMES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 STORAGES = {"uint8": torch.uint8, "int8": torch.int8, **FLOATS, "float64": torch.float64}
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-
-# Bytes of each GPU that a plan leaves for activations by default, beside the largest 4-bit layer when dequantized.
-RESERVE_BYTES = 128 * 2**20
 
 # transformers' names of the fields, where they differ.
 _TRANSFORMERS_NAMES = {"skip_modules": "llm_int8_skip_modules"}
@@ -339,62 +335,3 @@ def _dtype(name: str, given: Any) -> torch.dtype | str:
     dtype = (FLOATS | _SHORT_NAMES).get(given, given) if isinstance(given, str) else given
     _require(dtype in FLOATS.values(), name, "a 16 or 32 bit floating dtype, 'fp32', 'fp16', 'bf16' or 'auto'", given)
     return dtype
-
-
-@dataclass(frozen=True)
-class OffloadConfig(FieldsAsHtml):
-    """How offloaded blocks are stored and computed.
-
-    Attributes:
-        execute: what computes blocks in host memory: "gpu", to which their weights are streamed, "cpu", in float32, or
-            "auto", whichever takes less time for one token by rates that are measured; the log says why.
-        slots: the number of blocks whose weights a GPU holds at once, 1 or more; with two, one is copied while the
-            other computes.
-        pin: whether to pin host memory, which is needed for the full speed of the link.
-        reserve: memory of each GPU that is left for activations, in bytes or as "512MiB". None leaves 128 MiB, and what
-            the largest 4-bit layer needs when bitsandbytes dequantizes it, as it does for more than a few tokens. It is
-            at least the 144 MiB that the transfers of the load pass through.
-
-    Example:
-        >>> from bigload import OffloadConfig
-        >>> OffloadConfig(slots=3, reserve="1GiB")
-        OffloadConfig(execute='gpu', slots=3, pin=True, reserve='1GiB')
-    """
-
-    execute: Literal["gpu", "cpu", "auto"] = "gpu"
-    slots: int = 2
-    pin: bool = True
-    reserve: int | str | None = None
-
-    def __post_init__(self) -> None:
-        if self.execute not in ("gpu", "cpu", "auto"):
-            raise ConfigError(f"OffloadConfig: execute is {self.execute!r}; expected 'gpu', 'cpu' or 'auto'")
-        if not isinstance(self.slots, int) or isinstance(self.slots, bool) or self.slots < 1:
-            raise ConfigError(f"OffloadConfig: slots is {self.slots!r}; expected a whole number, 1 or more")
-        if not isinstance(self.pin, bool):
-            raise ConfigError(f"OffloadConfig: pin is {self.pin!r}; expected True or False")
-        try:
-            self.reserve_bytes(0)
-        except PlacementError as error:
-            raise ConfigError(f"OffloadConfig: reserve is {self.reserve!r}; expected bytes, or '512MiB'") from error
-
-    def reserve_bytes(self, dequantized: int) -> int:
-        """Return the reserve in bytes.
-
-        Args:
-            dequantized: bytes of the largest 4-bit layer when it is dequantized; used if `reserve` is None.
-        """
-        return RESERVE_BYTES + dequantized if self.reserve is None else parse_size(self.reserve)
-
-
-def as_offload_config(given: object) -> OffloadConfig:
-    """Return an `OffloadConfig`; None means the defaults.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    if given is None:
-        return OffloadConfig()
-    if not isinstance(given, OffloadConfig):
-        raise ConfigError(f"offload is {given!r}; expected an OffloadConfig")
-    return given

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from .checkpoint.checkpoint import WeightsLocation
-from .config import OffloadConfig
 from .errors import BigloadError, PlacementError
 from .hardware.devices import Device, DeviceMap, named_devices, on_cpu_unless_named
 from .io.ring import pin_ahead, release_ring
@@ -27,6 +26,7 @@ from .pipeline.assembly import Assembly
 from .pipeline.execute import execute
 from .pipeline.progress import progress_bar
 from .pipeline.report import LoadReport, PeakMemory
+from .planning.offload_config import OffloadConfig
 from .planning.plan import Plan
 from .planning.planner import plan_load
 from .planning.request import PlacementRequest, load_request

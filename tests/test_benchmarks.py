@@ -149,6 +149,25 @@ def test_experts_are_timed_in_each_way_forward_and_backward(tmp_path):
     assert expert_limits == before
 
 
+def test_offloaded_experts_are_timed_with_each_cache_and_equal_the_resident_ones(tmp_path, capsys):
+    out = tmp_path / "experts.json"
+    shapes = ("tiny", "tiny-gpt-oss")
+    run("experts", "--offload", "--device", "cpu", "--shapes", *shapes, "--tokens", 1, 300, "--out", out)
+    found = json.loads(out.read_text())
+    assert found["left_out"] == []
+    ways = ["resident", "10% cached", "25% cached", "50% cached", "whole modules"]
+    assert {(row["shape"], row["way"]) for row in found["rows"]} == {(s, way) for s in shapes for way in ways}
+    assert {(row["tokens"], row["skew"]) for row in found["rows"]} == {(1, 0.6), (1, 1.0), (300, 0.6)}
+    for row in found["rows"]:
+        assert row["is_equal"]
+        assert row["tokens_per_s"] > 0
+        assert (row.get("hit_rate") is not None) == ("cached" in row["way"] and row["tokens"] == 1)
+    run("report", out)
+    lines = capsys.readouterr().out.splitlines()
+    assert "| tiny, tokens/s | GPU GiB | 1 tokens, skew 0.6 | 1 tokens, skew 1 | 300 tokens, skew 0.6 |" in lines
+    assert sum(line.startswith("| 25% cached | 0 |") for line in lines) == 2
+
+
 def test_experts_that_there_is_no_time_for_are_named(tmp_path):
     out = tmp_path / "experts.json"
     run("experts", "--device", "cpu", "--shapes", "tiny", "--tokens", 1, "--seconds", 0, "--out", out)

@@ -93,7 +93,7 @@ PUBLIC = {
     "dequantize_model": "model dtype",
     "init_empty_weights": "include_buffers",
     "release_buffers": "",
-    "OffloadConfig": "execute slots pin reserve",
+    "OffloadConfig": "execute slots pin reserve expert_cache",
     "BnbQuantizationConfig": (
         "load_in_8bit llm_int8_threshold load_in_4bit bnb_4bit_quant_type bnb_4bit_use_double_quant "
         "bnb_4bit_compute_dtype torch_dtype skip_modules keep_in_fp32_modules llm_int8_enable_fp32_cpu_offload "

@@ -196,7 +196,11 @@ TRIED = {
         "then change the model": OFFLOAD + "test_model_is_cast_after_remove",
         "keeps it on its device": OFFLOAD + "test_head_is_resized_after_remove_or_where_it_is_kept",
     },
-    "offload/slot_pool.py": {
+    "offload/on_device/expert_cache.py": {
+        "call remove() outside": "offload/test_expert_cache.py::test_removed_experts_are_resident",
+        "run the model without one": "offload/test_expert_cache.py::test_a_graph_is_refused_and_without_one_it_runs",
+    },
+    "offload/on_device/slot_pool.py": {
         "run the model again": "offload/test_engine.py::test_engine_is_removed_while_threads_run_the_model",
         "call remove() outside": OFFLOAD + "test_remove_is_called_outside_of_what_uses_the_weights",
     },
@@ -240,6 +244,10 @@ TRIED = {
     },
     "planning/advice.py": {
         "choose a smaller mode": PLANNING + "test_model_that_a_map_puts_where_it_does_not_fit_is_planned",
+    },
+    "planning/placing/expert_caches.py": {
+        "name the modules of the experts": "planning/test_expert_caches.py::"
+        "test_a_cache_that_nothing_has_is_said_and_the_remedy_gives_it",
     },
     "planning/leftover.py": {
         "name modules to leave in skip_modules": "planning/test_leftover.py::test_each_remedy_works",

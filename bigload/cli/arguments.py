@@ -13,8 +13,8 @@ from ..modes import MODES
 from .parser import did_you_mean
 
 if TYPE_CHECKING:
-    from ..config import OffloadConfig
     from ..hardware.devices import Device
+    from ..planning.offload_config import OffloadConfig
 
 PATH = "folder, or org/name or org/name@revision of the Hugging Face hub"
 
@@ -74,7 +74,7 @@ def config(options: argparse.Namespace, mode: str) -> Any:
 
 def offload(options: argparse.Namespace) -> OffloadConfig:
     """Return how blocks are offloaded."""
-    from ..config import OffloadConfig
+    from ..planning.offload_config import OffloadConfig
 
     return OffloadConfig(reserve=options.reserve)
 

@@ -198,7 +198,7 @@ class _Planner:
         return made
 
     def _plan(self, config: Any, reserve: int | str | None) -> Plan:
-        from ..config import OffloadConfig
+        from ..planning.offload_config import OffloadConfig
         from ..planning.planner import plan_device_map
 
         return plan_device_map(

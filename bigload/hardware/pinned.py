@@ -39,6 +39,10 @@ class Store:
         """Copy all parts to their offsets in host memory: (layout.nbytes or more,), uint8."""
         raise NotImplementedError
 
+    def read_slice(self, name: str, index: int, count: int, memory: torch.Tensor) -> None:
+        """Copy one of `count` slices, of the same size, of a part to host memory: (bytes,), uint8."""
+        raise NotImplementedError
+
     def at_rest(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the part in the store of which `tensor` is the copy in a slot."""
         begin = tensor.storage_offset() * tensor.itemsize
@@ -99,6 +103,16 @@ class HostGroup(Store):
     def read_into(self, memory: torch.Tensor) -> None:
         """Copy the whole block."""
         memory[: self.layout.nbytes].copy_(self.source)
+
+    def read_slice(self, name: str, index: int, count: int, memory: torch.Tensor) -> None:
+        """Copy it."""
+        memory.copy_(self.slice_of(name, index, count))
+
+    def slice_of(self, name: str, index: int, count: int) -> torch.Tensor:
+        """Return a view of one of `count` slices of a part: (bytes,), uint8."""
+        nbytes = self.layout.parts[name].nbytes // count
+        begin = self.layout.offsets[name] + index * nbytes
+        return self.source[begin : begin + nbytes]
 
     def source_of(self, name: str) -> torch.Tensor:
         """Return a view of one part."""

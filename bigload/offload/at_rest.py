@@ -20,8 +20,8 @@ from ..errors import OffloadError
 from ..hardware.nested_tensors import send_to_device, tensors_in
 from .files import FileGroup
 from .leaves import DATA, Group, NonCopyable, without_torch_function
+from .on_device.slot_pool import SlotPool
 from .residency import Residency
-from .slot_pool import SlotPool
 
 
 class _AtRest(torch.Tensor):

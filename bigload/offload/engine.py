@@ -19,7 +19,9 @@ from torch import nn
 from ..errors import ConfigError, OffloadError
 from ..hardware.layout import TensorSpec
 from ..hardware.pinned import HostGroup, Store
+from ..quantization.experts import has_quantized_experts
 from .at_rest import hook_embedding, hook_state_dicts, keep_writes, stop_keeping_writes
+from .expert_forwards import ExpertsForward
 from .forwards import CpuForward, ForwardOverride, StreamedForward
 from .leaves import (
     Group,
@@ -32,9 +34,9 @@ from .leaves import (
     streamed_by_leaf,
     without_torch_function,
 )
+from .on_device.slot_pool import SlotPool, StreamStats
+from .on_device.slots import Slot
 from .residency import Residency
-from .slot_pool import SlotPool, StreamStats
-from .slots import Slot
 
 _NONE: Mapping[Leaf, Store | None] = {}
 
@@ -109,7 +111,8 @@ class Engine(NonCopyable):
                 self._put_at_rest(group, streamed)
                 weights = Residency(self.pool, group, leaf, streamed, adopt)
                 self._weights.append(weights)
-                self._forwards.append(StreamedForward(weights))
+                is_experts = has_quantized_experts(leaf.module)
+                self._forwards.append(ExpertsForward(weights) if is_experts else StreamedForward(weights))
                 self._state_hooks += hook_state_dicts(weights, self.pool)
         self._forwards += [
             CpuForward(leaf.path, leaf.module, self.device, None if files is None else files.require_unchanged)

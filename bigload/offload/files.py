@@ -23,6 +23,8 @@ from ..io.ring import reader_threads
 _THREADS = 8
 # A private mapping of a file, as a numpy array (size,), uint8: writes to it stay in memory.
 _Pages = Any
+_CHANGED = "it was changed since the model was loaded; load the model again"
+_TRUNCATED = "it was truncated since the model was loaded; load the model again"
 # Inode, size and modification time of a file: they change when it is replaced or written to.
 _Stamp = tuple[int, int, int]
 
@@ -100,12 +102,31 @@ class FileGroup(Store):
             for name, where, read in going:
                 with _read_errors_of(name, where.file):
                     if reads.finish(read) < where.part.nbytes:
-                        raise OSError("it was truncated since the model was loaded; load the model again")
+                        raise OSError(_TRUNCATED)
         self.require_unchanged()
         if not self.stays_in_page_cache:
             for name, where in self._parts.items():
                 with _read_errors_of(name, where.file):
                     _drop_from_page_cache(where)
+
+    def read_slice(self, name: str, index: int, count: int, memory: torch.Tensor) -> None:
+        """Read one of `count` slices of a part from its file.
+
+        Raises:
+            OffloadError: the file is gone, was changed, or cannot be read.
+        """
+        where = self._parts[name]
+        nbytes = where.part.nbytes // count
+        if name in self.written:
+            memory.copy_(self.tensors[name].view(-1).view(torch.uint8)[index * nbytes : (index + 1) * nbytes])
+            return
+        with _read_errors_of(name, where.file):
+            if _stamp(where.file.stat()) != self._stamps[where.file]:
+                raise OSError(_CHANGED)
+            with where.file.open("rb", buffering=0) as file:
+                file.seek(where.offset + index * nbytes)
+                if file.readinto(memory.numpy()) < nbytes:  # type: ignore[arg-type]
+                    raise OSError(_TRUNCATED)
 
     def use_written(self, name: str) -> None:
         """Read a part from memory from now on, where others have written to it."""
@@ -121,7 +142,7 @@ class FileGroup(Store):
             name = next(name for name, where in self._parts.items() if where.file == file)
             with _read_errors_of(name, file):
                 if _stamp(file.stat()) != stamp:
-                    raise OSError("it was changed since the model was loaded; load the model again")
+                    raise OSError(_CHANGED)
 
 
 def _stamp(stat: os.stat_result) -> _Stamp:

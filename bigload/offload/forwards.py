@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -17,14 +17,14 @@ from ..errors import OffloadError
 from ..hardware.nested_tensors import send_to_device
 from ..quantization.bnb import library
 from ..quantization.cpu_forwards import input_gradient, streamed_forward
-from ..quantization.experts import arguments_of, has_quantized_experts
+from ..quantization.experts import has_quantized_experts
 from ..quantization.formats import part_name
 from ..quantization.layers import is_quantized
 from ..quantization.own_forwards import on_matrix, own_forward, require_input
 from ..quantization.quantized_weight import state_around, state_holders
 from .leaves import Leaf, MethodOverride, without_torch_function
+from .on_device.slots import Slot, SlotView, as_slot_view, copied_out_of_slot
 from .residency import Residency
-from .slots import Slot, SlotView, as_slot_view, copied_out_of_slot
 
 # Modules of these do not write to their weights as they run.
 _ONLY_READING = ("torch.nn.modules.", "bitsandbytes.nn.", "transformers.pytorch_utils")
@@ -104,9 +104,10 @@ class StreamedForward(ForwardOverride):
             return self._run_without_weight_gradients(*args, **kwargs)
         if self._is_quantized:
             return _Quantized.apply(self, self._only_input(args, kwargs), self.module.bias)  # type: ignore[no-untyped-call]
-        if self._is_experts:
-            args, kwargs = send_to_device((args, kwargs), self.weights.device)
-            return _Experts.apply(self, *arguments_of(self.module, args, kwargs), *_biases(self))  # type: ignore[no-untyped-call]
+        return self.run_with_gradients(*args, **kwargs)
+
+    def run_with_gradients(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the leaf's own forward, recorded by autograd."""
         return self._run(functools.partial(self._compute_recorded, args, kwargs))
 
     def _run(self, compute: Callable[[Slot], Any]) -> Any:
@@ -224,50 +225,6 @@ class _Quantized(torch.autograd.Function):
 
             grad_input = computed() if streamed.is_removed else streamed.weights.run(computed)
         return None, grad_input, grad_bias
-
-
-class _Experts(torch.autograd.Function):
-    """Fused experts in 4 bit. Backward computes them once more, with their weights in a slot again.
-
-    Its inputs are what their forward takes, and their biases, which are on the device at all times.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, streamed: StreamedForward, *given: torch.Tensor) -> torch.Tensor:
-        ctx.streamed, kind = streamed, streamed.weights.device.type
-        state = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
-        ctx.autocast = functools.partial(torch.autocast, kind, *state)
-        ctx.save_for_backward(*given)
-        inputs = _detached(given, ctx.needs_input_grad[1:])
-        with torch.enable_grad():  # by the same kernels as the resident experts
-            out: torch.Tensor = streamed.run(*inputs[: len(given) - len(_biases(streamed))])
-        return out.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        streamed, needed, biases = ctx.streamed, ctx.needs_input_grad[1:], _biases(ctx.streamed)
-        inputs = _detached(ctx.saved_tensors, needed)  # this refuses biases that were written to meanwhile
-        inputs[len(inputs) - len(biases) :] = biases
-        wanted = [x for x, needs in zip(inputs, needed, strict=True) if needs]
-
-        def compute(slot: Slot | None = None) -> tuple[torch.Tensor, ...]:
-            with torch.enable_grad(), ctx.autocast():
-                out = streamed.own(*inputs[: len(inputs) - len(biases)])
-            return torch.autograd.grad(out, wanted, grads)
-
-        found = iter(compute() if streamed.is_removed else streamed.weights.run(compute, is_only_read=True))
-        return None, *(next(found) if needs else None for needs in needed)
-
-
-def _detached(tensors: Sequence[torch.Tensor], needed: Sequence[bool]) -> list[torch.Tensor]:
-    return [x.detach().requires_grad_(needs) for x, needs in zip(tensors, needed, strict=True)]
-
-
-def _biases(streamed: StreamedForward) -> list[Any]:
-    """List the experts' biases that stay on the device; the others are streamed, and so are not trained."""
-    module: Any = streamed.module
-    names = module.quantized_experts.biases
-    return [module._parameters[name] for name in names if name not in streamed.weights.leaf.parameters]
 
 
 class _NoWeightGradient(torch.autograd.Function):

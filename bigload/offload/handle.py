@@ -16,11 +16,11 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from ..config import OffloadConfig
 from ..errors import ConfigError, counted, listed
 from ..hardware.devices import CPU, on_cpu_unless_named
 from ..hardware.free_memory import free_bytes
 from ..hardware.pinned import Store
+from ..planning.offload_config import OffloadConfig
 from ..planning.plan import PlacedUnit, Plan
 from ..sizes import show
 from ..tables import html_table
@@ -30,7 +30,7 @@ from .files import FileGroup, limit_page_cache
 from .forwards import forward_override_of
 from .leaves import Group, Leaf, NonCopyable, remove_all
 from .model_device import ApplyGuards, ModelDevices, entries_of_whole
-from .slot_pool import StreamStats
+from .on_device.slot_pool import StreamStats
 from .targets import OffloadTargets
 
 
@@ -109,6 +109,8 @@ class Offload:
             sum(stats.demand_fetches for stats in each),
             sum(stats.slots for stats in each),
             sum(rates) / len(rates) if rates else 0.0,
+            sum(stats.expert_hits for stats in each),
+            sum(stats.expert_misses for stats in each),
         )
 
     @contextmanager
@@ -258,7 +260,8 @@ def _make_engine(
             files = targets.store_of(placed) if placed.home == "disk" else None
             embeddings |= dict.fromkeys(leaves, files)
         else:
-            groups.append(Group(placed.unit.name, tuple(leaves), targets.store_of(placed)))
+            cached = placed.cached if placed.is_by_expert else None
+            groups.append(Group(placed.unit.name, tuple(leaves), targets.store_of(placed), cached))
     return Engine(model, groups, device, config.slots, embeddings)
 
 

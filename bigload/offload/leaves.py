@@ -16,7 +16,7 @@ from ..quantization.experts import has_quantized_experts
 from ..quantization.formats import part_name
 from ..quantization.layers import is_quantized
 from ..quantization.quantized_weight import keep_row_scales, state_holders
-from .slots import Slot, Use
+from .on_device.slots import Slot, Use
 
 # Parameters at rest, and bitsandbytes' own, override `__torch_function__`; what moves them goes past it.
 without_torch_function = torch._C.DisableTorchFunctionSubclass
@@ -290,11 +290,14 @@ class Group:
         leaves: its modules.
         store: holds the weights at rest; its parts have the names of the leaves' streamed tensors. It is exchanged
             when others give a weight another dtype or shape.
+        cached: how many experts of each leaf stay on the device, those used last, if the leaves are fused experts in 4
+            bit; their experts are then copied one by one. None if the group is always copied as a whole.
     """
 
     name: str
     leaves: tuple[Leaf, ...]
     store: Store
+    cached: int | None = None
 
 
 def streamed_by_leaf(group: Group) -> dict[Leaf, list[StreamedTensor]]:

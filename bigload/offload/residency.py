@@ -11,9 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
+
 from .leaves import Group, Leaf, StreamedTensor, without_torch_function
-from .slot_pool import SlotPool
-from .slots import Slot, Use
+from .on_device.expert_cache import ExpertCache
+from .on_device.slot_pool import SlotPool
+from .on_device.slots import Slice, Slot, Use
 
 _T = TypeVar("_T")
 
@@ -58,6 +61,22 @@ class Residency:
         self._leave()
         return out
 
+    def run_with_some(
+        self, choose: Callable[[dict[str, torch.Tensor]], Sequence[Slice]], compute: Callable[[Slot], _T]
+    ) -> _T:
+        """Call `compute` like `run_in_slot`, with a slot that holds only a part of the group.
+
+        Args:
+            choose: gives the slices to copy, for the group's parts in the slot.
+            compute: what to call.
+        """
+
+        def acquire(use: Use) -> Slot:
+            with self._pool.lock, without_torch_function():
+                return self._pool.enter_some(use, self.group, choose)
+
+        return self._while_used(acquire, compute)
+
     def run(self, compute: Callable[[Slot], _T], *, is_only_read: bool = False) -> _T:
         """Call `compute` like `run_in_slot`, with the slot's tensors in the place of the leaf's own.
 
@@ -92,15 +111,33 @@ class Residency:
             self.swap_out()
         self._leave()
 
+    def cache(self) -> ExpertCache | None:
+        """Return the memory of the experts that stay on the device, if the leaf has one.
+
+        Raises:
+            OffloadError: as `run_in_slot`.
+        """
+        cache = self._pool.caches.of(self.leaf)
+        if cache is not None:
+            with self._pool.lock, without_torch_function():
+                self._adopt_changes()
+        return self._pool.caches.of(self.leaf)  # what was adopted may be of another shape
+
+    def note_pairs(self, pairs: int) -> None:
+        """Take note of how many pairs of token and expert a call computes: of which groups it will want all experts."""
+        self._pool.caches.pairs = pairs
+
+    def _adopt_changes(self) -> None:
+        at_rest = self.group.store.tensors
+        for each in self._owned:
+            if at_rest and each.is_changed(at_rest[each.name]):  # there are none any more after remove()
+                self._adopt(self.group)
+                return
+
     def _acquire(self, use: Use) -> Slot:
         with self._pool.lock, without_torch_function():
-            group = self.group
-            at_rest = group.store.tensors
-            for each in self._owned:
-                if at_rest and each.is_changed(at_rest[each.name]):  # there are none any more after remove()
-                    self._adopt(group)
-                    break
-            return self._pool.enter(use, group, self.leaf)
+            self._adopt_changes()
+            return self._pool.enter(use, self.group, self.leaf)
 
     def _leave(self) -> None:
         with self._pool.lock:

@@ -14,9 +14,9 @@ from ..io.transfer import WINDOW_BYTES
 from ..quantization import formats
 from ..quantization.formats import FourBit, Plain
 from ..sizes import show
+from .placing.solver import DoesNotFitError
 from .plan import Account
 from .request import longest_match
-from .solver import DoesNotFitError
 from .units import RESIDENT_BYTES, Unit
 
 # Why other tensors stay on the device that computes, though their unit is offloaded.
@@ -116,7 +116,7 @@ def check_accounts(accounts: Sequence[Account], limited: Collection[Place]) -> N
             raise PlacementError(
                 f"the model needs {show(account.needed)}{beside} on {account.place}, {allowed} "
                 f"{show(account.budget or 0)}, {show(-account.free)} too little; choose a smaller mode, another "
-                "device_map or a larger budget"
+                f"device_map{', a smaller expert_cache' if account.cache else ''} or a larger budget"
             )
 
 

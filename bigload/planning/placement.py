@@ -17,10 +17,11 @@ from ..hardware.free_memory import free_bytes, free_disk_bytes
 from ..model.view import ModelView
 from ..sizes import show
 from .advice import ONLY_LEAVES_LEAVE, does_not_fit_error, split_unit_error
+from .placing.expert_caches import place_by_expert, with_caches
+from .placing.solver import DoesNotFitError, Item, OffPlace, Rules, solve_placement
 from .plan import PlacedUnit
 from .planned_tensors import PlannedTensor
 from .request import PlacementRequest, computing_devices, longest_match, places_of
-from .solver import DoesNotFitError, Item, OffPlace, Rules, solve_placement
 from .units import GPU_BYTES, RESIDENT_BYTES, Unit, bytes_of, units_of, whole_model
 
 logger = logging.getLogger(__name__)
@@ -139,6 +140,10 @@ def _place_by_strategy(units: Sequence[Unit], strategy: str, request: PlacementR
     room = [budgets[device] - reserve for device in devices]
     try:
         assigned = solve_placement(items, room, homes, rules)
+        if on_gpu and any(one.away and item.streamed for one, item in zip(assigned, items, strict=True)):
+            by_expert = place_by_expert(units, items, devices, room, homes, rules, request.offload)
+            if by_expert is not None:
+                return _as_placement(tuple(by_expert), budgets)
     except DoesNotFitError as error:
         if error.place == "cpu":
             error.allowed = budgets[CPU] - request.host_ring  # negative if not even the ring fits
@@ -181,7 +186,13 @@ def _fits(items: Sequence[Item], room: Sequence[int], homes: dict[OffPlace, int]
 def _as_placement(placed: tuple[PlacedUnit, ...], budgets: Mapping[Place, int]) -> Placement:
     by_path = {path: one for one in placed for path in one.unit.paths}
     devices = _shortened({path: one.device for path, one in by_path.items()})
-    device_map = _shortened({path: one.home or one.device for path, one in by_path.items()})
+    places: dict[str, Place] = {}
+    for path, one in by_path.items():
+        stays = one.home is None or (one.is_by_expert and path not in one.unit.fused)
+        places[path] = one.device if stays else one.home or one.device
+        if one.home is not None and stays:
+            places |= dict.fromkeys(one.unit.fused, one.home)
+    device_map = _shortened(places)
     return Placement(device_map, devices, placed, budgets)
 
 
@@ -239,6 +250,7 @@ def _place_by_map(units: Sequence[Unit], places: Mapping[str, Place], request: P
         for device in used:
             needed = sum(one.unit.gpu_bytes for one in placed if one.device == device) + request.reserve
             budgets[device] = _budget(device, request, needed)
+    placed = with_caches(placed, budgets, request)
     made = replace(_as_placement(tuple(placed), budgets), device_map=dict(places))
     if used == set(places.values()) and len(used) == 1:
         return replace(made, devices=dict.fromkeys(places, computing[0]))
@@ -290,4 +302,6 @@ def _unit_offloading(unit: Unit, away: Place, places: Mapping[str, Place]) -> Un
     leaving = [
         planned for planned in unit.offloaded if places[longest_match(planned.tensor.name, places) or ""] == away
     ]
-    return replace(unit, offloaded=tuple(leaving))
+    mapped = replace(unit, offloaded=tuple(leaving))
+    biases = [p.tensor.name for p in leaving if p.tensor.name.rpartition(".")[0] in mapped.fused]
+    return mapped.by_expert() if len(biases) == len(leaving) else mapped  # the biases of experts stay with their cache

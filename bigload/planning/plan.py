@@ -22,8 +22,8 @@ from ..quantization import formats
 from ..quantization.formats import Plain
 from ..sizes import show
 from ..tables import html_table, text_table, turned_to_fit, wrapped
+from .placing.solver import slots_bytes
 from .planned_tensors import PlannedTensor
-from .solver import slots_bytes
 from .units import GPU_BYTES, GROUP_BYTES, Unit
 
 
@@ -35,16 +35,29 @@ class PlacedUnit:
         unit: the unit.
         device: the device that computes it.
         home: where its weights are stored if it is offloaded, else None.
+        cached: how many experts of each of its modules stay on the device, those used last, if nothing but experts is
+            offloaded.
     """
 
     unit: Unit
     device: torch.device
     home: Place | None = None
+    cached: int = 0
 
     @property
     def streamed_bytes(self) -> int:
-        """Bytes copied to the device for each forward."""
+        """Bytes copied to the device for each forward; for one that wants few experts less, if some stay there."""
         return 0 if self.home is None else self.unit.streamed_bytes
+
+    @property
+    def is_by_expert(self) -> bool:
+        """Whether its experts are offloaded, and nothing else of it."""
+        return self.home is not None and self.unit.is_by_expert
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes on the device for the experts that stay there."""
+        return self.unit.cache_bytes(self.cached, GPU_BYTES if _is_gpu(self.device) else 1)
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,7 @@ class Account:
             through.
         reserve: on a GPU, kept free for activations, or for the transfers of the load if they need more.
         budget: what may be used; None if unknown.
+        cache: on the device that computes, for offloaded experts that stay there, those used last.
         kv_cache: keys and values of the tokens; 0 unless they were asked for.
     """
 
@@ -68,12 +82,13 @@ class Account:
     ring: int = 0
     reserve: int = 0
     budget: int | None = None
+    cache: int = 0
     kv_cache: int = 0
 
     @property
     def needed(self) -> int:
-        """The sum of weights, quant_state, ring, reserve and kv_cache."""
-        return self.weights + self.quant_state + self.ring + self.reserve + self.kv_cache
+        """The sum of weights, quant_state, ring, cache, reserve and kv_cache."""
+        return self.weights + self.quant_state + self.ring + self.cache + self.reserve + self.kv_cache
 
     @property
     def free(self) -> int | None:
@@ -246,12 +261,21 @@ def accounts_of(
         weights[place] += values
         states[place] += state
     groups: dict[Place, list[int]] = defaultdict(list)
+    caches: dict[Place, int] = defaultdict(int)
     for placed in units:
         if placed.streamed_bytes:
             groups[placed.device].append(placed.streamed_bytes)
+        caches[placed.device] += placed.cache_bytes
     places = dict.fromkeys([*(placed.device for placed in units), *weights])
     accounts = [
-        Account(place, weights[place], states[place], slots_bytes(groups[place], slots), budget=budgets.get(place))
+        Account(
+            place,
+            weights[place],
+            states[place],
+            slots_bytes(groups[place], slots),
+            budget=budgets.get(place),
+            cache=caches[place],
+        )
         for place in places
     ]
     uses_gpu = any(_is_gpu(account.place) for account in accounts)
@@ -302,9 +326,10 @@ def plan_table(plan: Plan, width: int | None = None, *, every_unit: bool = False
 
 def _account_rows(accounts: Sequence[Account]) -> list[tuple[str, ...]]:
     parts = {"budget": "budget", "weights": "weights", "quant_state": "quant state", "ring": "ring"}
-    parts |= {"reserve": "reserve", "kv_cache": "KV cache", "free": "free"}
-    if not any(account.kv_cache for account in accounts):
-        del parts["kv_cache"]
+    parts |= {"cache": "cache", "reserve": "reserve", "kv_cache": "KV cache", "free": "free"}
+    for part in ("cache", "kv_cache"):
+        if not any(getattr(account, part) for account in accounts):
+            del parts[part]
 
     def cell(figure: int | None) -> str:
         return "-" if figure is None else f"-{show(-figure)}" if figure < 0 else show(figure)
@@ -320,11 +345,16 @@ def _unit_rows(units: Sequence[PlacedUnit], *, every_unit: bool = False) -> list
     alike: dict[object, list[PlacedUnit]] = defaultdict(list)
     for number, placed in enumerate(units):
         kind = number if every_unit else re.sub(r"\d+", "#", placed.unit.name)
-        alike[kind, placed.unit.nbytes, placed.home, placed.device].append(placed)
+        place = placed.home, placed.device, placed.is_by_expert, placed.cached
+        alike[kind, placed.unit.nbytes, place].append(placed)
     rows: list[tuple[str, ...]] = [("unit", "count", "bytes each", "stored", "computed")]
     for first, *others in alike.values():
         name = _from_to(first.unit.name, others[-1].unit.name) if others else " = ".join(first.unit.paths)
         home = str(first.device if first.home is None else first.home)
+        if first.is_by_expert:
+            home = f"{first.device}, experts on {home}"
+        if first.cached:
+            home += f" ({first.cached} of {first.unit.most_experts} cached)"
         size = show(first.unit.nbytes)
         rows.append((name or "the model", str(1 + len(others)), size, home, str(first.device)))
     return rows
@@ -356,6 +386,15 @@ def _summary(plan: Plan) -> Iterator[str]:
     blocks = [placed for placed in plan.units if placed.unit.is_block]
     away = [placed for placed in blocks if placed.home is not None]
     yield f"offloaded: {len(away)} of {counted(len(blocks), 'block')}, {counted(len(plan.offloaded), 'unit')} in all"
+    by_expert = [placed for placed in plan.offloaded if placed.is_by_expert]
+    if by_expert:
+        one = max(placed.streamed_bytes // placed.unit.most_experts for placed in by_expert)
+        held = sum(placed.cached for placed in by_expert) / sum(placed.unit.most_experts for placed in by_expert)
+        yield (
+            f"of {len(by_expert)} nothing but the experts, {held:.0%} of which stay on the device, those used last; "
+            f"copied for each of the others that a token visits: {show(one)}"
+        )
     from_disk = sum(placed.streamed_bytes for placed in plan.units if placed.home == "disk")
     disk = f", {show(from_disk)} of it from the disk" if from_disk else ""
-    yield f"streamed for each forward: {show(plan.streamed_bytes)}{disk}"
+    most = "at most " if by_expert else ""
+    yield f"streamed for each forward: {most}{show(plan.streamed_bytes)}{disk}"

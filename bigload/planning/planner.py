@@ -16,7 +16,7 @@ from torch import nn
 
 from ..checkpoint.bitsandbytes import QuantizedTensor
 from ..checkpoint.checkpoint import Checkpoint, WeightsLocation
-from ..config import BnbQuantizationConfig, OffloadConfig
+from ..config import BnbQuantizationConfig
 from ..errors import CheckpointError, ConfigError, PlacementError, listed
 from ..hardware.devices import CPU, Device, DeviceMap, on_cpu_unless_named
 from ..io.transfer import WINDOW_BYTES
@@ -34,11 +34,13 @@ from ..quantization.expert_linears import most_scratch_bytes
 from ..quantization.formats import FourBit, dominant_dtype
 from ..sizes import show
 from .advice import check_accounts
-from .cpu_or_gpu import is_faster_on_cpu
 from .leftover import warn_of_leftover
 from .load_rules import LoadRules
 from .missing import new_values
+from .offload_config import OffloadConfig
 from .placement import Placement, place_tensors, place_units, place_whole
+from .placing.cpu_or_gpu import is_faster_on_cpu
+from .placing.expert_caches import warn_of_unused_cache
 from .plan import AfterLoad, Plan, accounts_of
 from .planned_tensors import PlannedTensor, formatted_tensors
 from .request import LoadRequest, PlacementRequest, check_map, load_request, only_device
@@ -73,6 +75,7 @@ def plan_load(view: ModelView, request: LoadRequest) -> Plan:
     placed = None if device is None else place_whole(planned, device, placement)
     plan = _placed(planned, layers, experts, config, placed or _placement(view, planned, placement), placement)
     _require_scripts_at_hand(view, plan)
+    warn_of_unused_cache(plan.offloaded, placement.offload)
     is_asked = placement.offload.reserve is not None
     if is_asked and reserve < WINDOW_BYTES and plan.is_mixed:
         logger.warning(

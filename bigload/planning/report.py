@@ -113,6 +113,9 @@ def with_kv_cache(plan: Plan, layers: Sequence[int], reserved: int = 0) -> Plan:
     return replace(plan, accounts=tuple(accounts))
 
 
+_PARTS = ("weights", "quant_state", "ring", "cache", "reserve", "kv_cache")
+
+
 def plan_json(plan: Plan, rates: Rates | None = None) -> dict[str, Any]:
     """Return a plan as a dict that can be written as JSON; sizes in bytes, `step_s` in seconds."""
     return {
@@ -120,7 +123,7 @@ def plan_json(plan: Plan, rates: Rates | None = None) -> dict[str, Any]:
         "places": [
             {
                 "place": str(account.place),
-                **{name: getattr(account, name) for name in ("weights", "quant_state", "ring", "reserve", "kv_cache")},
+                **{name: getattr(account, name) for name in _PARTS},
                 "needed": account.needed,
                 "budget": account.budget,
                 "free": account.free,
@@ -135,6 +138,7 @@ def plan_json(plan: Plan, rates: Rates | None = None) -> dict[str, Any]:
                 "home": str(placed.device if placed.home is None else placed.home),
                 "device": str(placed.device),
                 "streamed_bytes": placed.streamed_bytes,
+                "cached_experts": placed.cached,
             }
             for placed in plan.units
         ],
@@ -159,7 +163,7 @@ def draw_plan(plan: Plan, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 1.2 + 0.6 * len(plan.accounts)), layout="constrained")
     names = [str(account.place) for account in plan.accounts]
     left = [0.0] * len(names)
-    for part in ("weights", "quant_state", "ring", "reserve", "kv_cache"):
+    for part in _PARTS:
         widths = [getattr(account, part) / 2**30 for account in plan.accounts]
         axes.barh(names, widths, left=left, label=part.replace("_", " "))
         left = [begin + width for begin, width in zip(left, widths, strict=True)]

@@ -16,12 +16,13 @@ from torch import nn
 from ..checkpoint.checkpoint import Checkpoint, WeightsLocation, open_checkpoint
 from ..checkpoint.foreign import foreign_error
 from ..checkpoint.stored_config import config_of
-from ..config import BnbQuantizationConfig, OffloadConfig, as_config, as_offload_config
+from ..config import BnbQuantizationConfig, as_config
 from ..errors import ConfigError, PlacementError, counted, listed
 from ..hardware.devices import CPU, Device, DeviceMap, Place, as_place, default_device, is_strategy
 from ..io.ring import ring_bytes
 from ..model.tensors import ModelTensor
 from ..sizes import parse_size
+from .offload_config import OffloadConfig, as_offload_config
 from .sources import KeyMapping
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import nn
@@ -13,7 +13,8 @@ from ..errors import listed
 from ..model import transformers_facts
 from ..model.view import ModelView
 from ..quantization import formats
-from ..quantization.formats import Plain
+from ..quantization.formats import FourBit, Plain
+from ..quantization.packed_experts import cache_layout
 from .planned_tensors import PlannedTensor
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,41 @@ class Unit:
     def fp32_bytes(self) -> int:
         """Bytes when the CPU computes it in float32."""
         return bytes_of([planned.on_cpu() for planned in self.tensors])
+
+    @cached_property
+    def fused(self) -> dict[str, dict[str, PlannedTensor]]:
+        """Path of a module of fused experts in 4 bit that leave when it is offloaded -> its two weights, by name."""
+        found: dict[str, dict[str, PlannedTensor]] = {}
+        for planned in self.offloaded:
+            if isinstance(planned.format, FourBit) and len(planned.shape) == 3:
+                path, _, name = planned.tensor.name.rpartition(".")
+                found.setdefault(path, {})[name] = planned
+        return {path: weights for path, weights in found.items() if len(weights) == 2}
+
+    @property
+    def most_experts(self) -> int:
+        """How many experts the largest of its modules of fused experts has."""
+        return max((planned.shape[0] for weights in self.fused.values() for planned in weights.values()), default=0)
+
+    @cached_property
+    def is_by_expert(self) -> bool:
+        """Whether nothing but fused experts leaves, so that they are copied to the device one by one."""
+        return bool(self.fused) and len(self.offloaded) == sum(map(len, self.fused.values()))
+
+    def by_expert(self) -> Unit:
+        """Return the unit with nothing but the weights of fused experts offloaded."""
+        return replace(self, offloaded=tuple(p for weights in self.fused.values() for p in weights.values()))
+
+    def cache_bytes(self, cached: int, multiple: int = GPU_BYTES) -> int:
+        """Return the bytes on the device of so many experts of each of its modules of fused experts, 0 for none."""
+        if not cached:
+            return 0
+        total = 0
+        for weights in self.fused.values():
+            own = {name: (planned.format, planned.shape) for name, planned in weights.items()}
+            layout = cache_layout(own, min(cached, *(shape[0] for _, shape in own.values())))  # type: ignore[arg-type]
+            total += -(-layout.nbytes // multiple) * multiple
+        return total
 
     @property
     def has_parameters(self) -> bool:

@@ -16,9 +16,10 @@ import triton.language as tl
 
 
 @triton.jit
-def block_scales(scales, nested_scales, nested_code, offset, index, mask, nested: tl.constexpr):
+def block_scales(scales, nested_scales, nested_code, offset, index, block_index, mask, nested: tl.constexpr):
+    """Scales at `index` of those in memory; `block_index` counts those of all experts."""
     if nested:
-        inner = tl.load(nested_scales + index // 256, mask=mask, other=0.0)
+        inner = tl.load(nested_scales + block_index // 256, mask=mask, other=0.0)
         return tl.load(nested_code + tl.load(scales + index, mask=mask, other=0).to(tl.int32)) * inner + offset
     else:  # noqa: RET505 - Triton must see two branches
         return tl.load(scales + index, mask=mask, other=0.0)
@@ -39,20 +40,30 @@ def expert_at(ids, pair, ok, num_experts):
 
 
 @triton.jit
+def place_of(places, expert, ok, has_places: tl.constexpr):
+    """Where an expert is in memory."""
+    if has_places:
+        return tl.load(places + expert, mask=ok, other=0).to(tl.int64)
+    else:  # noqa: RET505 - Triton must see two branches
+        return expert
+
+
+@triton.jit
 def row_products(
     x, data, scales, code, nested_scales, nested_code, offsets, bias,
-    input_row, expert, row, row_ok,
+    input_row, expert, place, row, row_ok,
     rows: tl.constexpr, columns: tl.constexpr, blocksize: tl.constexpr, block_columns: tl.constexpr,
     tile_rows: tl.constexpr, dtype: tl.constexpr, has_bias: tl.constexpr, nested: tl.constexpr,
 ):  # fmt: skip
-    """Rows of weights times rows of x, (tile_rows,): `input_row` and `expert` are one number each, or one for each."""
+    """Rows of weights times rows of x, (tile_rows,): `input_row`, `expert` and `place` are one number, or one each."""
     offset = 0.0
     if nested:
         offset = tl.load(offsets)
     half: tl.constexpr = block_columns // 2
     blocks: tl.constexpr = block_columns // blocksize
-    weight_row = expert * rows + row
-    first_byte, first_scale = weight_row * (columns // 2), weight_row * (columns // blocksize)
+    weight_row, stored_row = expert * rows + row, place * rows + row
+    first_byte, first_scale = stored_row * (columns // 2), stored_row * (columns // blocksize)
+    first_block = weight_row * (columns // blocksize)
     byte, block = tl.arange(0, half), tl.arange(0, blocks)
     total = tl.zeros([tile_rows], tl.float32)
     for begin in range(0, columns // 2, half):
@@ -67,8 +78,8 @@ def row_products(
         sums = tl.sum(tl.reshape(products, [tile_rows, blocks, blocksize // 2]), 2)
         number = begin * 2 // blocksize + block
         mask = row_ok[:, None] & (number < columns // blocksize)[None, :]
-        index = first_scale[:, None] + number[None, :]
-        scale = block_scales(scales, nested_scales, nested_code, offset, index, mask, nested)
+        index, block_index = first_scale[:, None] + number[None, :], first_block[:, None] + number[None, :]
+        scale = block_scales(scales, nested_scales, nested_code, offset, index, block_index, mask, nested)
         total += tl.sum(sums * scale, 1)
     if has_bias:
         total += tl.load(bias + weight_row, mask=row_ok, other=0.0).to(tl.float32)
@@ -77,11 +88,11 @@ def row_products(
 
 @triton.jit
 def gemv(
-    x, data, scales, code, nested_scales, nested_code, offsets, ids, bias, out,
+    x, data, scales, code, nested_scales, nested_code, offsets, places, ids, bias, out,
     pairs_per_row, num_experts,
     rows: tl.constexpr, columns: tl.constexpr, blocksize: tl.constexpr,
     block_rows: tl.constexpr, block_columns: tl.constexpr,
-    has_bias: tl.constexpr, gated: tl.constexpr, nested: tl.constexpr,
+    has_bias: tl.constexpr, gated: tl.constexpr, nested: tl.constexpr, has_places: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(1)
     expert = expert_at(ids, pair, True, num_experts)
@@ -99,7 +110,8 @@ def gemv(
     if expert < num_experts:
         total = row_products(
             x, data, scales, code, nested_scales, nested_code, offsets, bias,
-            tl.full([1], pair // pairs_per_row, tl.int64), expert, weight_row, row < limit,
+            tl.full([1], pair // pairs_per_row, tl.int64), expert, place_of(places, expert, True, has_places),
+            weight_row, row < limit,
             rows, columns, blocksize, block_columns, block_rows, dtype, has_bias, nested,
         )  # fmt: skip
     if gated:  # rounded where the operators of torch round
@@ -111,11 +123,11 @@ def gemv(
 
 @triton.jit
 def gemv_combined(
-    x, data, scales, code, nested_scales, nested_code, offsets, ids, bias, weights, out,
+    x, data, scales, code, nested_scales, nested_code, offsets, places, ids, bias, weights, out,
     top_k, num_experts,
     rows: tl.constexpr, columns: tl.constexpr, blocksize: tl.constexpr,
     choices: tl.constexpr, block_rows: tl.constexpr, block_columns: tl.constexpr,
-    has_bias: tl.constexpr, nested: tl.constexpr,
+    has_bias: tl.constexpr, nested: tl.constexpr, has_places: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(1).to(tl.int64)
     dtype: tl.constexpr = out.dtype.element_ty
@@ -128,7 +140,7 @@ def gemv_combined(
     there = (expert < num_experts) & (row < rows)
     total = row_products(
         x, data, scales, code, nested_scales, nested_code, offsets, bias,
-        pair, expert, row, there,
+        pair, expert, place_of(places, expert, there, has_places), row, there,
         rows, columns, blocksize, block_columns, tile_rows, dtype, has_bias, nested,
     )  # fmt: skip
     weight = tl.load(weights + pair, mask=there, other=0.0).to(tl.float32)
@@ -161,11 +173,11 @@ def pairs_of_block(
 
 @triton.jit
 def grouped(
-    x, data, scales, code, nested_scales, nested_code, offsets, order, ends, bias, out,
+    x, data, scales, code, nested_scales, nested_code, offsets, places, order, ends, bias, out,
     pairs_per_row, num_experts,
     rows: tl.constexpr, columns: tl.constexpr, blocksize: tl.constexpr, experts_padded: tl.constexpr,
     block_pairs: tl.constexpr, block_rows: tl.constexpr, block_columns: tl.constexpr,
-    has_bias: tl.constexpr, nested: tl.constexpr,
+    has_bias: tl.constexpr, nested: tl.constexpr, has_places: tl.constexpr,
 ):  # fmt: skip
     expert, pair, pair_ok = pairs_of_block(order, ends, num_experts, tl.program_id(1), experts_padded, block_pairs)
     if expert >= num_experts:
@@ -179,8 +191,9 @@ def grouped(
     blocks: tl.constexpr = block_columns // blocksize
     row = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
     row_ok = row < rows
-    data += expert * (rows * columns // 2)
-    first_scale = expert * (rows * columns // blocksize)
+    place = place_of(places, expert, True, has_places)
+    data += place * (rows * columns // 2)
+    first_scale, first_block = place * (rows * columns // blocksize), expert * (rows * columns // blocksize)
     x += (pair // pairs_per_row) * (columns // 2)
     byte, block = tl.arange(0, half), tl.arange(0, blocks)
     total = tl.zeros([block_rows, block_pairs], tl.float32)
@@ -193,9 +206,10 @@ def grouped(
         both = tl.load(x[:, None] + at[None, :], mask=pair_ok[:, None] & at_ok[None, :], other=0)
         first, second = two_inputs(both, dtype)
         number = begin * 2 // blocksize + block
-        index = first_scale + row[:, None] * (columns // blocksize) + number[None, :]
+        within = row[:, None] * (columns // blocksize) + number[None, :]
+        index, block_index = first_scale + within, first_block + within
         mask = row_ok[:, None] & (number < columns // blocksize)[None, :]
-        scale = block_scales(scales, nested_scales, nested_code, offset, index, mask, nested)
+        scale = block_scales(scales, nested_scales, nested_code, offset, index, block_index, mask, nested)
         if blocks == 1:
             scale = tl.reshape(scale, [block_rows, 1])
         else:
@@ -213,16 +227,17 @@ def grouped(
 
 @triton.jit
 def dequantize_visited(
-    data, scales, code, nested_scales, nested_code, offsets, ends, out,
+    data, scales, code, nested_scales, nested_code, offsets, places, ends, out,
     first_row, first_column, num_rows,
     rows: tl.constexpr, columns: tl.constexpr, blocksize: tl.constexpr, width: tl.constexpr, block: tl.constexpr,
-    nested: tl.constexpr,
+    nested: tl.constexpr, has_places: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(1)
     begin = tl.load(ends + expert - 1, mask=expert > 0, other=0)
     if begin == tl.load(ends + expert):
         return
     expert = expert.to(tl.int64)
+    place = place_of(places, expert, True, has_places)
     offset = 0.0
     if nested:
         offset = tl.load(offsets)
@@ -231,9 +246,10 @@ def dequantize_visited(
     row = first_row + byte // (width // 2)
     column = first_column + byte % (width // 2) * 2
     value = row * columns + column
-    packed = tl.load(data + expert * (rows * columns // 2) + value // 2, mask=ok, other=0).to(tl.int32)
-    index = expert * (rows * columns // blocksize) + value // blocksize
-    scale = block_scales(scales, nested_scales, nested_code, offset, index, ok, nested)
+    packed = tl.load(data + place * (rows * columns // 2) + value // 2, mask=ok, other=0).to(tl.int32)
+    index = place * (rows * columns // blocksize) + value // blocksize
+    block_index = expert * (rows * columns // blocksize) + value // blocksize
+    scale = block_scales(scales, nested_scales, nested_code, offset, index, block_index, ok, nested)
     values = tl.interleave(tl.load(code + (packed >> 4)) * scale, tl.load(code + (packed & 15)) * scale)
     at = tl.program_id(0) * block + tl.arange(0, block)
     out += expert * num_rows * width

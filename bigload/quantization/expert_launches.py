@@ -109,6 +109,7 @@ def gemv(
         bias is not None,
         gated,
         weight.state.nested,
+        weight.places is not None,
         num_warps=_GEMV["num_warps"],
     )
     return out
@@ -151,6 +152,7 @@ def gemv_combined(
         _gemv_columns(weight),
         bias is not None,
         weight.state.nested,
+        weight.places is not None,
         num_warps=_GEMV["num_warps"],
     )
     return out
@@ -204,6 +206,7 @@ def grouped(
         max(state.blocksize, block_columns),
         has_bias=bias is not None,
         nested=state.nested,
+        has_places=weight.places is not None,
         num_warps=warps,
         num_stages=1,
     )
@@ -251,6 +254,7 @@ def dequantize_visited(
         width,
         block,
         nested=weight.state.nested,
+        has_places=weight.places is not None,
         num_warps=4,
         enable_fp_fusion=False,  # the scales of double quantization are rounded twice, as by bitsandbytes
     )
@@ -336,11 +340,11 @@ def _module() -> Any:
 
 
 def _tensors(weight: PackedExperts) -> tuple[torch.Tensor, ...]:
-    """Return a weight's tensors in the order of the kernels' arguments; the last three are read if it is nested."""
-    state = weight.state
+    """Return a weight's tensors in the order of the kernels' arguments; those that it has not are not read."""
+    state, places = weight.state, weight.data if weight.places is None else weight.places.table
     if not state.nested:
-        return weight.data, weight.scales, state.code, state.code, state.code, state.code
-    return weight.data, weight.scales, state.code, state.state2.absmax, state.state2.code, state.offset
+        return weight.data, weight.scales, state.code, state.code, state.code, state.code, places
+    return weight.data, weight.scales, state.code, state.state2.absmax, state.state2.code, state.offset, places
 
 
 def _two_at_a_time(x: torch.Tensor) -> torch.Tensor:

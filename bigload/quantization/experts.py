@@ -111,9 +111,33 @@ def _forward(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tor
     for name in experts.weights:
         if reason := damage(module._parameters.get(name)):
             raise QuantizationError(f"{name!r} of {module.loaded_as or 'the model'!r}: {reason}")
-    require_input(module, given[0], module._parameters[experts.up].quant_state.absmax, experts.hidden_size)
+    weights = [PackedExperts.of(module._parameters[name]) for name in experts.weights]
+    return compute_experts(module, routed(module, given, weights[0].scales), weights)
+
+
+class Routed(NamedTuple):
+    """What the forward of experts is given: tokens, (T, H); their experts, (T, k); the weights of these; None for 1."""
+
+    x: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor | None
+
+
+def routed(module: Any, given: Sequence[Any], beside: torch.Tensor) -> Routed:
+    """Check what the forward of quantized experts is given.
+
+    Args:
+        module: the experts.
+        given: from `arguments_of`.
+        beside: a tensor on the device that computes.
+
+    Raises:
+        QuantizationError: as `experts_forward`.
+    """
+    experts: Experts = module.quantized_experts
+    require_input(module, given[0], beside, experts.hidden_size)
     if experts.kind == "sorted":
-        return _compute(module, experts, given[0], _llama4_routing(experts, given[0]), None)
+        return Routed(given[0], _llama4_routing(experts, given[0]), None)
     x, ids, weights = given
     if ids.dim() != 2 or x.shape[:-1] != ids.shape[:1] or weights.shape != ids.shape:  # kernels would read past them
         names, shapes = listed(experts.arguments), ", ".join(str(tuple(tensor.shape)) for tensor in given)
@@ -121,7 +145,7 @@ def _forward(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tor
             f"{module.loaded_as or 'the model'!r} holds experts in 4 bit and takes {names} of shapes "
             f"(T, {experts.hidden_size}), (T, k), (T, k), but got {shapes}"
         )
-    return _compute(module, experts, x, ids, weights)
+    return Routed(x, ids, weights)
 
 
 # Always to call it so would import torch._dynamo, which takes more than a second, and some microseconds each time.
@@ -138,17 +162,24 @@ def _llama4_routing(experts: Experts, x: torch.Tensor) -> torch.Tensor:
     return owner.where((x != 0).any(-1), number).unsqueeze(-1)
 
 
-def _compute(
-    module: Any, experts: Experts, hidden_states: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor | None
-) -> torch.Tensor:
-    """Choose the way and compute; the rows of hidden_states and ids are the same. Only `_many` has gradients."""
+def compute_experts(module: Any, given: Routed, packed: Sequence[PackedExperts]) -> torch.Tensor:
+    """Choose the way and compute.
+
+    Args:
+        module: the experts.
+        given: from `routed`.
+        packed: its two weights; of experts that no token is routed to they may lack the values.
+
+    Returns:
+        As `experts_forward`. Has gradients only if they are enabled and wanted.
+    """
+    experts: Experts = module.quantized_experts
+    hidden_states, ids, weights = given
     x = hidden_states.to(module.compute_dtype)
     layers = [
         # By getattr: a bias may be parametrized.
-        _Layer(
-            PackedExperts.of(module._parameters[name]), getattr(module, f"{name}_bias") if experts.has_bias else None
-        )
-        for name in experts.weights
+        _Layer(weight, getattr(module, f"{name}_bias") if experts.has_bias else None)
+        for name, weight in zip(experts.weights, packed, strict=True)
     ]
     tokens = len(x) // experts.num_experts if experts.kind == "sorted" else len(x)
     by_kernels = tokens > 0 and all(launches.suits_kernels(layer.weight, x.dtype) for layer in layers)

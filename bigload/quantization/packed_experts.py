@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+
+from ..hardware.layout import Layout, TensorSpec
+from .formats import FourBit, part_name
+from .quantized_weight import state_around
+
+
+class Places(NamedTuple):
+    """Where experts are in memory that does not hold all of them, in the order of their numbers.
+
+    Attributes:
+        slots: the slot of each expert that is there, by its number. The n-th slot is the n-th expert in memory.
+        table: the same for kernels, (E,), int32, on the device; any number for experts that are not there.
+    """
+
+    slots: Mapping[int, int]
+    table: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,11 +36,14 @@ class PackedExperts:
         data: packed bytes, uint8, contiguous.
         scales: of the blocks, contiguous; fp32 or, with double quantization, uint8.
         state: the `bitsandbytes.functional.QuantState`, whose shape is (E, out_features, in_features).
+        places: where the experts are in `data` and `scales`; None if these hold all experts, one after the other. What
+            belongs to blocks of scales, in double quantization, is there for all experts.
     """
 
     data: torch.Tensor
     scales: torch.Tensor
     state: Any
+    places: Places | None = None
 
     @classmethod
     def of(cls, parameter: Any) -> PackedExperts:
@@ -32,6 +52,27 @@ class PackedExperts:
         data = parameter.data
         return cls(data if data.dtype == torch.uint8 else data.view(torch.uint8), state.absmax, state)
 
+    @classmethod
+    def cached(cls, name: str, state: Any, tensors: Mapping[str, torch.Tensor], places: Places) -> PackedExperts:
+        """Return the weight of the experts that are in a memory laid out by `cache_layout`.
+
+        Args:
+            name: of the weight in that memory.
+            state: its QuantState, wherever its tensors are.
+            tensors: the memory's, by name.
+            places: of the experts in it.
+        """
+        own = {part: tensors.get(part_name(name, part)) for part in _PARTS}
+        parts = {part: tensor for part, tensor in own.items() if tensor is not None}
+        return cls(tensors[name], parts["absmax"], state_around(state, parts), places)
+
+    @classmethod
+    def whole(cls, name: str, state: Any, tensors: Mapping[str, torch.Tensor]) -> PackedExperts:
+        """Return the weight of all experts whose parts are `tensors`, by name; arguments as of `cached`."""
+        own = {part: tensors.get(part_name(name, part)) for part in _PARTS}
+        parts = {part: tensor for part, tensor in own.items() if tensor is not None}
+        return cls(tensors[name].view(torch.uint8), parts["absmax"], state_around(state, parts))
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """(E, out_features, in_features)."""
@@ -39,10 +80,10 @@ class PackedExperts:
 
     def dequantize(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """Return the values of one expert, (out_features, in_features)."""
-        number, rows, columns = self.shape
+        _, rows, columns = self.shape
         # One row: bitsandbytes' CPU kernel begins new blocks in each.
         flat = torch.ops.bitsandbytes.dequantize_4bit.default(
-            self.data.view(number, -1)[expert].view(-1, 1),
+            self.data.view(-1, rows * columns // 2)[self._slot(expert)].view(-1, 1),
             self.plain_scales(expert),
             self.state.blocksize,
             self.state.quant_type,
@@ -53,20 +94,56 @@ class PackedExperts:
 
     def plain_scales(self, expert: int) -> torch.Tensor:
         """Return the scales of one expert in fp32, (blocks,)."""
-        each = self.scales.numel() // self.shape[0]
-        begin, end = expert * each, (expert + 1) * each
+        _, rows, columns = self.shape
+        each = rows * columns // self.state.blocksize
+        own = self.scales.view(-1, each)[self._slot(expert)]
         if not self.state.nested:
-            return self.scales.view(-1)[begin:end]
+            return own
         inner = self.state.state2
-        first = begin // inner.blocksize  # the block of scales in which the expert's begin
+        before = expert * each % inner.blocksize  # scales of other experts in the block in which the expert's begin
         values = torch.ops.bitsandbytes.dequantize_blockwise.default(
-            self.scales.view(-1)[first * inner.blocksize : end],
-            inner.absmax[first:],
+            torch.nn.functional.pad(own, (before, 0)),
+            inner.absmax[expert * each // inner.blocksize :],
             inner.code,
             inner.blocksize,
             inner.dtype,
         )
-        return values[begin - first * inner.blocksize :] + self.state.offset  # type: ignore[no-any-return]
+        return values[before:] + self.state.offset  # type: ignore[no-any-return]
+
+    def _slot(self, expert: int) -> int:
+        return expert if self.places is None else self.places.slots[expert]
+
+
+_PARTS = ("absmax", "quant_map", "nested_offset", "nested_absmax", "nested_quant_map")
+TABLE = "table"
+
+
+def cache_layout(weights: Mapping[str, tuple[FourBit, tuple[int, ...]]], slots: int) -> Layout:
+    """Return the layout of a memory that holds some experts of a module, and what all of them share.
+
+    Args:
+        weights: the format and shape, (E, out_features, in_features), of each of the module's packed weights, by name.
+        slots: how many experts it holds.
+
+    Returns:
+        Of each weight the packed bytes, (slots, bytes), uint8, under its name; the scales, (slots, blocks), and the
+        other parts of its format by `part_name`; and "table", (E,), int32: the slots of the experts.
+
+    Example:
+        >>> nf4 = FourBit("nf4", 64, False, torch.uint8)
+        >>> weights = {"gate_up_proj": (nf4, (128, 1536, 2048)), "down_proj": (nf4, (128, 2048, 768))}
+        >>> [cache_layout(weights, slots).nbytes for slots in (0, 1, 2)]
+        [1024, 2655744, 5310464]
+    """
+    parts: dict[str, TensorSpec] = {}
+    for name, (fmt, shape) in weights.items():
+        _, rows, columns = shape
+        own = fmt.parts(shape)
+        own["weight"] = TensorSpec(torch.uint8, (slots, rows * columns // 2))
+        own["absmax"] = TensorSpec(own["absmax"].dtype, (slots, rows * columns // fmt.blocksize))
+        parts |= {part_name(name, part): spec for part, spec in own.items()}
+        parts[TABLE] = TensorSpec(torch.int32, shape[:1])
+    return Layout(parts)
 
 
 def damage(parameter: Any) -> str:

@@ -11,6 +11,8 @@ from bigload import BnbQuantizationConfig
 from bigload.model.experts import find_experts
 from bigload.quantization.bnb import dequantize_4bit
 from bigload.quantization.experts import experts_parameter, quantized_attributes
+from bigload.quantization.formats import FourBit
+from bigload.quantization.packed_experts import PackedExperts, Places, cache_layout
 from bigload.quantization.quantized_weight import QuantizedWeight
 
 
@@ -74,6 +76,23 @@ def made(kind="qwen3", experts=6, hidden=128, intermediate=64, dtype=torch.float
     for parameter in module.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * scale
     return nn.ModuleDict({"experts": module}).to(device, dtype).requires_grad_(False)
+
+
+def in_places(weight, wanted, slots):
+    """Return a packed weight of which only some experts are in memory, in no order; all else there is 0xFF."""
+    state, (number, *_) = weight.state, weight.shape
+    fmt = FourBit(state.quant_type, state.blocksize, bool(state.nested), torch.uint8)
+    layout = cache_layout({"w": (fmt, weight.shape)}, slots)
+    held = layout.views(torch.full((layout.nbytes,), 0xFF, dtype=torch.uint8, device=weight.data.device))
+    for part, tensor in QuantizedWeight(weight.data, quant_state=state).parts.items():
+        if part not in ("weight", "absmax"):
+            held[f"w.{part}"].copy_(tensor)
+    found = dict(zip(wanted, torch.randperm(slots, generator=torch.Generator().manual_seed(2)).tolist(), strict=False))
+    for expert, slot in found.items():
+        held["w"][slot] = weight.data.view(number, -1)[expert]
+        held["w.absmax"][slot] = weight.scales.view(number, -1)[expert]
+        held["table"][expert] = slot
+    return PackedExperts.cached("w", state, held, Places(found, held["table"]))
 
 
 def routed(tokens, top_k, module, dtype=torch.float32, seed=1, device="cpu"):

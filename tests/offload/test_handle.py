@@ -170,8 +170,8 @@ def test_load_that_has_no_room_for_the_slots_leaves_the_model_as_it_was(tmp_path
         raise torch.OutOfMemoryError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr("bigload.offload.slots.SlotCopier.make_slot", failing)
-        patch.setattr("bigload.offload.slots.CudaSlotCopier.make_slot", failing)
+        patch.setattr("bigload.offload.on_device.slots.SlotCopier.make_slot", failing)
+        patch.setattr("bigload.offload.on_device.slots.CudaSlotCopier.make_slot", failing)
         with pytest.raises(PlacementError, match="no room on the GPU"):
             load_and_quantize_model(model, "nf4", folder, **given)
     assert all(parameter.is_meta for parameter in model.parameters())

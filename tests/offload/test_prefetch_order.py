@@ -16,7 +16,7 @@ from torch import nn
 
 from bigload.offload.engine import Engine
 from bigload.offload.leaves import Leaf
-from bigload.offload.prefetch_order import Step
+from bigload.offload.on_device.prefetch_order import Step
 
 
 def test_layer_that_runs_last_is_learned(device):

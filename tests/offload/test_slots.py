@@ -20,7 +20,7 @@ from torch import nn
 
 from bigload.offload.engine import Engine
 from bigload.offload.files import FileGroup
-from bigload.offload.slots import CudaSlotCopier, SlotCopier
+from bigload.offload.on_device.slots import CudaSlotCopier, SlotCopier
 
 
 def test_slot_is_not_let_go_of_while_it_is_read_into(tmp_path):
@@ -108,7 +108,7 @@ def test_whichever_is_late_the_other_waits(late, slots, monkeypatch):
             own = CudaSlotCopier._copy
 
             def slow(self, source, slot):
-                with torch.cuda.stream(self._stream):
+                with torch.cuda.stream(self.stream):
                     sleep()
                 own(self, source, slot)
 

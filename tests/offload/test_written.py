@@ -16,7 +16,7 @@ from torch.nn.utils import prune
 
 from bigload import OffloadError
 from bigload.offload import at_rest
-from bigload.offload.slot_pool import SlotPool
+from bigload.offload.on_device.slot_pool import SlotPool
 
 SHAPE = (64, 64)
 

@@ -10,8 +10,8 @@ from bigload.offload import at_rest
 from bigload.offload import engine as engine_module
 from bigload.offload.engine import Engine
 from bigload.offload.leaves import StreamedTensor
+from bigload.offload.on_device.slot_pool import SlotPool
 from bigload.offload.residency import Residency
-from bigload.offload.slot_pool import SlotPool
 from bigload.quantization.layers import is_quantized
 
 

@@ -24,7 +24,9 @@ def where(devices):
 @pytest.fixture
 def rates(monkeypatch):
     """Return what sets the rates, of the link and of the host, that a measurement would find."""
-    return lambda *found: monkeypatch.setattr("bigload.planning.cpu_or_gpu._rates", lambda device: found or None)
+    return lambda *found: monkeypatch.setattr(
+        "bigload.planning.placing.cpu_or_gpu._rates", lambda device: found or None
+    )
 
 
 @pytest.mark.parametrize(("link", "host", "device"), [(10, 20, GPU), (10, 200, CPU)])
@@ -47,7 +49,7 @@ def test_in_the_models_own_float32_the_faster_way_to_memory_wins(rates):
 
 
 def test_flag_that_says_it_is_not_second_guessed(monkeypatch):
-    monkeypatch.setattr("bigload.planning.cpu_or_gpu._rates", lambda device: pytest.fail("measured"))
+    monkeypatch.setattr("bigload.planning.placing.cpu_or_gpu._rates", lambda device: pytest.fail("measured"))
     config = {"load_in_4bit": True, "llm_int8_enable_fp32_cpu_offload": True, "torch_dtype": "bf16"}
     plan = plan_device_map(GPT().bfloat16(), config, device_map=MAP, offload=AUTO)
     assert where(plan.execution_map) == CPU

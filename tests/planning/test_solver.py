@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigload.planning.solver import DoesNotFitError, Item, Rules, solve_placement
+from bigload.planning.placing.solver import DoesNotFitError, Item, Rules, solve_placement
 
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 

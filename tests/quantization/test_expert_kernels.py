@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from experts import made, pack, packed, routed
+from experts import in_places, made, pack, packed, routed
 
 from bigload.quantization import expert_launches as launches
 from bigload.quantization.bnb import dequantize_4bit
@@ -106,6 +106,35 @@ def test_visited_experts_have_the_values_that_bitsandbytes_gives_them(shape, blo
     for rows, columns in (whole, (slice(16, 48), whole[1]), (whole[0], slice(32, 64))):
         found = launches.dequantize_visited(weight, ends, rows, columns, dtype)
         assert torch.equal(found[seen], values[seen][:, rows, columns])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "fp4"])
+@pytest.mark.parametrize(("shape", "blocksize"), SHAPES, ids=str)
+def test_experts_in_places_of_their_own_give_the_same_bits(shape, blocksize, mode, dtype):
+    weight, _ = weight_of(shape, mode, blocksize, dtype)
+    wanted = list(range(shape[0] - 1))
+    some = in_places(weight, wanted, shape[0] + 1)
+    for bias in (None, torch.randn(shape[:2], device=GPU, dtype=dtype)):
+        for tokens in (1, 3, 40, 300):
+            ids = pairs(shape, tokens, 2)
+            there = ids.reshape(-1) < shape[0]
+            x = torch.randn(tokens, shape[2], device=GPU, dtype=dtype)
+            routing = Routing.of(ids, shape[0], True)
+            whole = slice(0, shape[1]), slice(0, shape[2])
+            rows = torch.randn(ids.numel(), shape[2], device=GPU, dtype=dtype)
+            weights = torch.rand(ids.shape, device=GPU, dtype=dtype)
+            found, expected = (
+                [
+                    launches.gemv(x, each, ids, 2, bias),
+                    launches.gemv(x, each, ids, 2, bias, gated=True),
+                    launches.gemv_combined(rows, each, ids, bias, weights),
+                    launches.grouped(x, each, routing.order, routing.ends, 2, bias)[there],
+                    launches.dequantize_visited(each, routing.ends, *whole, dtype)[ids[ids < shape[0]].unique()],
+                ]
+                for each in (some, weight)
+            )
+            assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 1, 3), (1, 8, 128), (16, 8, 128), (64, 4, 8), (5, 3, 4)])

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
-from ..hardware.bandwidth import host_gb_per_s, link_gb_per_s
-from ..hardware.devices import CPU
-from ..sizes import show
-from .plan import PlacedUnit
+from ...hardware.bandwidth import host_gb_per_s, link_gb_per_s
+from ...hardware.devices import CPU
+from ...sizes import show
+from ..plan import PlacedUnit
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +24,8 @@ def is_faster_on_cpu(units: Sequence[PlacedUnit]) -> bool:
     Args:
         units: all units of the plan; only those streamed from host memory count.
     """
+    if any(placed.cached for placed in units):
+        return False  # few of their weights are copied for a token
     streamed = [placed for placed in units if placed.home == CPU and placed.streamed_bytes]
     rates = _rates(streamed[0].device) if streamed else None
     if rates is None:

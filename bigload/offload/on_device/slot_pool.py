@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ..errors import OffloadError
-from ..hardware.pinned import Store
-from .leaves import Group, Leaf, NonCopyable
+from ...errors import OffloadError
+from ...hardware.pinned import Store
+from ..leaves import Group, Leaf, NonCopyable
+from .expert_cache import ExpertCaches
 from .prefetch_order import PrefetchOrder, Step
-from .slots import Slot, Use, copier_to
+from .slots import Slice, Slot, Use, copier_to
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class StreamStats:
         demand_fetches: the fetches that a forward had to wait for, because they had not been predicted.
         slots: the slots on the device now.
         gb_per_s: the rate of the copies that were timed, in 10**9 bytes per second; 0 if none was.
+        expert_hits: experts that a call wanted and that had stayed on the device, each once for a call.
+        expert_misses: experts that were copied by themselves.
     """
 
     nbytes: int
@@ -33,6 +36,8 @@ class StreamStats:
     demand_fetches: int
     slots: int
     gb_per_s: float
+    expert_hits: int = 0
+    expert_misses: int = 0
 
 
 def _is_backward() -> bool:
@@ -45,6 +50,7 @@ class SlotPool(NonCopyable):
     Attributes:
         slots: the slots that exist now.
         copier: copies groups into them.
+        caches: of the groups whose experts stay on the device.
         order: predicts which group follows.
         lock: guards all of it.
     """
@@ -71,16 +77,18 @@ class SlotPool(NonCopyable):
         self.slots: list[Slot] = []
         self.order = PrefetchOrder(groups)
         self._clock = self._nbytes = self._fetches = self._demand_fetches = 0
+        self.caches = ExpertCaches(groups, self.copier)
         self.make_slots()
 
     def make_slots(self) -> None:
-        """Allocate the slots that are missing.
+        """Allocate the slots that are missing, and the memory of the caches.
 
         Raises:
             torch.OutOfMemoryError: the device has no room for them.
         """
         while len(self.slots) < self._max_slots:
             self.slots.append(self.copier.make_slot(self._slot_nbytes))
+        self.caches.allocate()
 
     def enter(self, use: Use, group: Group, leaf: Leaf) -> Slot:
         """Begin a use of a group. It is copied to the device if it is not there, and the next ones are prefetched.
@@ -99,10 +107,7 @@ class SlotPool(NonCopyable):
             OffloadError: the group cannot be read, or is no longer offloaded.
             torch.OutOfMemoryError: the device has no room.
         """
-        if group not in self._groups:
-            raise OffloadError(
-                f"remove() moved the weights of {leaf.path!r} to the device meanwhile: run the model again"
-            )
+        self._require_offloaded(group, leaf.path)
         is_backward = _is_backward()
         step = self.order.arrive(group, leaf, is_backward=is_backward)
         slot = self._slot_of(group)
@@ -121,6 +126,33 @@ class SlotPool(NonCopyable):
         if step is not None:  # the first leaf of a group prefetches for the others too
             self._prefetch(step, [group])
         return slot
+
+    def enter_some(self, use: Use, group: Group, choose: Callable[[dict[str, torch.Tensor]], Sequence[Slice]]) -> Slot:
+        """Begin a use of a part of a group, which is copied to where it is when all of the group is there.
+
+        The caller holds the lock.
+
+        Args:
+            use: the use, which gets its slot.
+            group: the group.
+            choose: gives the slices, for the group's parts in the slot.
+
+        Raises:
+            OffloadError: as `enter`.
+            torch.OutOfMemoryError: the device has no room.
+        """
+        self._require_offloaded(group, group.name)
+        slot = self._room()
+        slices = choose(slot.views(group.store))
+        self.copier.copy_some(group.store, slices, slot)
+        slot.used = self._clock = self._clock + 1
+        self._nbytes += sum(each.target.numel() for each in slices)
+        self.join(use, slot)
+        return slot
+
+    def _require_offloaded(self, group: Group, name: str) -> None:
+        if group not in self._groups:
+            raise OffloadError(f"remove() moved the weights of {name!r} to the device meanwhile: run the model again")
 
     def join(self, use: Use, slot: Slot) -> None:
         """Begin one more use of a slot that is in use. The caller holds the lock."""
@@ -145,7 +177,7 @@ class SlotPool(NonCopyable):
         for group in self.order.after(step):
             if len(wanted) >= len(self.slots):
                 break
-            if group not in wanted:
+            if group not in wanted and not self.caches.suffice_for(group):
                 wanted.append(group)
         for group in wanted:
             if self._slot_of(group) is None:
@@ -210,6 +242,7 @@ class SlotPool(NonCopyable):
     def forget(self, group: Group) -> None:
         """Have a group copied again when it is next used: its weights at rest may have changed."""
         with self.lock:
+            self.caches.forget(group)
             for slot in self.slots:
                 if slot.store is group.store:
                     slot.store = None  # running calls go on with the old values
@@ -217,6 +250,7 @@ class SlotPool(NonCopyable):
     def exchange_store(self, group: Group, store: Store) -> None:
         """Stream a group from another store. The caller holds the lock; running calls go on with the old values."""
         self.forget(group)
+        self.caches.drop(group)  # laid out for the old weights; from now on the group is copied whole
         for slot in self.slots:
             slot.forget_views(group.store)
             self._on_free(slot)  # what is kept for it views the old layout
@@ -225,23 +259,27 @@ class SlotPool(NonCopyable):
         self.trim()
 
     def free_all(self) -> None:
-        """Free all slots. The caller holds the lock.
+        """Free all slots, and the memory of the caches. The caller holds the lock.
 
         Raises:
-            OffloadError: a slot is in use.
+            OffloadError: one is in use.
         """
         if any(slot.users for slot in self.slots):
             raise OffloadError("offloaded weights are in use: call remove() outside of forward and of materialize()")
         self.copier.finish()
+        self.caches.free()
         while self.slots:
             self.free(self.slots[0])
 
     def drop(self, group: Group) -> None:
         """Stop streaming a group. The caller holds the lock."""
         self._groups.discard(group)
+        self.caches.drop(group)
         self._max_slots = min(self._max_slots, len(self._groups))
 
     def stats(self) -> StreamStats:
         """Return what has been streamed so far."""
         rate = self.copier.timed_bytes / self.copier.timed_s / 1e9 if self.copier.timed_s else 0.0
-        return StreamStats(self._nbytes, self._fetches, self._demand_fetches, len(self.slots), rate)
+        hits, misses, nbytes = self.caches.count()
+        fetched = self._nbytes + nbytes, self._fetches, self._demand_fetches
+        return StreamStats(*fetched, len(self.slots), rate, hits, misses)

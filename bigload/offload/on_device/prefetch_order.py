@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from .leaves import Group, Leaf
+from ..leaves import Group, Leaf
 
 # After this many mispredictions the end of a step is no longer predicted; the first may come from the initial guess.
 _MAX_MISPREDICTIONS = 2

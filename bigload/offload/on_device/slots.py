@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch.utils._pytree import tree_map_only
 
-from ..hardware.allocation import allocate
-from ..hardware.layout import aligned
-from ..hardware.pinned import HostGroup, Store
-from .background import BackgroundRead, BackgroundReader
-from .files import Staging
+from ...hardware.allocation import allocate
+from ...hardware.layout import aligned
+from ...hardware.pinned import HostGroup, Store
+from ..background import BackgroundRead, BackgroundReader
+from ..files import Staging
 
 
 class Use:
@@ -73,6 +74,22 @@ class Slot:
         self._views.pop(id(store), None)
 
 
+class Slice(NamedTuple):
+    """One of several slices, of the same size, of a part of a store, and where it goes.
+
+    Attributes:
+        part: its name.
+        number: of the slice.
+        of: how many slices the part has.
+        target: (bytes,), uint8, on the device.
+    """
+
+    part: str
+    number: int
+    of: int
+    target: torch.Tensor
+
+
 # One in this many copies is timed. Timing costs the host as much as launching the copy.
 _TIMED_EVERY = 8
 
@@ -99,11 +116,7 @@ class SlotCopier:
 
     def copy(self, store: Store, slot: Slot) -> None:
         """Begin to copy a group into a slot that is not in use. The caller sets `slot.store` afterwards."""
-        slot.store = None
-        if slot.pending is not None:
-            slot.pending.wait()
-            slot.pending = None
-        self._order_after_users(slot)
+        self._prepare(slot)
         if self._can_copy_directly(store):
             self._copy(store.source, slot)
         else:
@@ -113,8 +126,28 @@ class SlotCopier:
             slot.pending = pending
             ask(pending)  # in C, and right after the assignment: Ctrl-C cannot come between
 
+    def copy_some(self, store: Store, slices: Sequence[Slice], slot: Slot) -> None:
+        """Begin to copy slices into a slot that is not in use, and then does not hold the whole group.
+
+        Raises:
+            OffloadError: a file cannot be read.
+        """
+        self._prepare(slot)
+        self._copy_slices(store, slices, slot)
+
+    def _prepare(self, slot: Slot) -> None:
+        slot.store = None
+        if slot.pending is not None:
+            slot.pending.wait()
+            slot.pending = None
+        self._order_after_users(slot)
+
     def _can_copy_directly(self, store: Store) -> TypeGuard[HostGroup]:
         return isinstance(store, HostGroup)
+
+    def _copy_slices(self, store: Store, slices: Sequence[Slice], slot: Slot) -> None:
+        for part, number, of, memory in slices:
+            store.read_slice(part, number, of, memory)
 
     def _order_after_users(self, slot: Slot) -> None:
         """Let the next copy into a slot wait for all computations with it so far."""
@@ -173,13 +206,17 @@ class SlotCopier:
 
 
 class CudaSlotCopier(SlotCopier):
-    """Copies groups into slots on a GPU, on a stream of its own; the host waits for nothing."""
+    """Copies groups into slots on a GPU, on a stream of its own; the host waits for nothing.
+
+    Attributes:
+        stream: the stream, on which nothing but copies runs.
+    """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._index = torch.cuda.current_device() if device.index is None else device.index
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._staging = Staging()
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._staging, self._staging_of_slices = Staging(), Staging()
         self._turn = 0
 
     def make_slot(self, nbytes: int) -> Slot:
@@ -214,22 +251,33 @@ class CudaSlotCopier(SlotCopier):
         self._add_timing(slot)
         is_timed = self._turn == 0
         self._turn = (self._turn + 1) % _TIMED_EVERY
-        for event in slot.freed.values():
-            self._stream.wait_event(event)
-        slot.freed.clear()
-        with torch.cuda.stream(self._stream):
+        self._wait_for_users(slot)
+        with torch.cuda.stream(self.stream):
             if is_timed:
-                slot.begun.record(self._stream)
+                slot.begun.record(self.stream)
             slot.memory[: len(source)].copy_(source, non_blocking=True)
-            slot.ready.record(self._stream)
+            slot.ready.record(self.stream)
         slot.nbytes_copied = len(source) if is_timed else 0
+
+    def _wait_for_users(self, slot: Slot) -> None:
+        for event in slot.freed.values():
+            self.stream.wait_event(event)
+        slot.freed.clear()
+
+    def _copy_slices(self, store: Store, slices: Sequence[Slice], slot: Slot) -> None:
+        assert slot.ready is not None
+        self._add_timing(slot)
+        self._wait_for_users(slot)
+        with torch.cuda.stream(self.stream):
+            copy_slices(store, slices, self.stream, self._staging_of_slices)
+            slot.ready.record(self.stream)
 
     def _read(self, store: Store, slot: Slot) -> None:
         memory, copied = self._staging.take(aligned(store.layout.nbytes))
         store.read_into(memory)
         with torch.inference_mode(False):
             self._copy(memory[: store.layout.nbytes], slot)
-        copied.record(self._stream)
+        copied.record(self.stream)
 
     def _add_timing(self, slot: Slot) -> None:
         if slot.nbytes_copied and slot.begun is not None and slot.ready is not None and _has_ended(slot.ready):
@@ -255,8 +303,8 @@ class CudaSlotCopier(SlotCopier):
         """Let a slot's memory be freed; torch's allocator waits for the streams that have used it."""
         super().discard(slot)
         for event in slot.freed.values():
-            self._stream.wait_event(event)
-        for stream in (self._stream, *slot.streams.values()):
+            self.stream.wait_event(event)
+        for stream in (self.stream, *slot.streams.values()):
             slot.memory.record_stream(stream)
 
     def _wait_for_copies(self) -> None:
@@ -269,6 +317,26 @@ def _has_ended(event: torch.cuda.Event) -> bool:
 
 def _timing_event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def copy_slices(store: Store, slices: Sequence[Slice], stream: torch.cuda.Stream, staging: Staging) -> None:
+    """Begin to copy slices to a GPU, on the current stream, which is `stream`.
+
+    Args:
+        staging: what slices pass through that are not in pinned memory: the host would wait for each copy.
+
+    Raises:
+        OffloadError: a file cannot be read.
+    """
+    if isinstance(store, HostGroup) and store.is_pinned:
+        for part, number, of, memory in slices:
+            memory.copy_(store.slice_of(part, number, of), non_blocking=True)
+        return
+    for part, number, of, memory in slices:
+        staged, copied = staging.take(memory.numel())
+        store.read_slice(part, number, of, staged[: memory.numel()])
+        memory.copy_(staged[: memory.numel()], non_blocking=True)
+        copied.record(stream)
 
 
 def copier_to(device: torch.device) -> SlotCopier:

@@ -8,14 +8,14 @@ forward. They are spread evenly over the depth, so that resident blocks compute 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
 import torch
 
-from ..errors import BigloadError
+from ...errors import BigloadError
 
 OffPlace = Literal["cpu", "disk"]
 
@@ -114,6 +114,46 @@ def solve_placement(
             except DoesNotFitError as error:
                 lacking = lacking or error
     raise lacking or _shortage(items, devices, rules, may_leave=True)
+
+
+def solve_partly(
+    items: Sequence[Item],
+    parts: Callable[[int], Mapping[int, Item]],
+    devices: Sequence[int],
+    room: int,
+    rules: Rules,
+    least: int = 1,
+) -> list[Assigned] | None:
+    """Return the place of each unit where as few as possible leave a part of themselves, evenly over the depth.
+
+    Args:
+        items: in the order of the model; all but that part stays.
+        parts: gives the sizes of the units that may, by their index, if so many leave their part.
+        devices: bytes for units and slots on each device that computes.
+        room: bytes for these parts on the CPU.
+        rules: the strategy, and the number of slots.
+        least: how many leave their part at least.
+
+    Returns:
+        None if it does not fit, even if all leave their part.
+    """
+    indices = list(parts(1))
+    masks = _masks(len(indices), from_end=False)
+    for count in range(least, len(indices) + 1):
+        chosen, sizes = (
+            [index for index, gone in zip(indices, masks[count].tolist(), strict=True) if gone],
+            parts(count),
+        )
+        if sum(sizes[index].away for index in chosen) > room:
+            return None
+        away = [False] * len(items)
+        mixed = list(items)
+        for index in chosen:
+            away[index], mixed[index] = True, sizes[index]
+        placed = _on_devices(mixed, away, devices, rules)
+        if placed is not None:
+            return [replace(one, away="cpu") if gone else one for one, gone in zip(placed, away, strict=True)]
+    return None
 
 
 def _on_devices(

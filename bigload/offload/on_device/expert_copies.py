@@ -1,0 +1,90 @@
+"""Copies of single experts into memory on the device, ordered by CUDA streams and events."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ...hardware.pinned import Store, pinned_memory
+from ..files import Staging
+from .slots import Slice, copy_slices
+
+
+class ExpertCopies:
+    """Copies slices into one memory in host memory, synchronously."""
+
+    def make_table(self, experts: int) -> torch.Tensor:
+        """Return a table to be filled and copied: (experts,), int32, in host memory."""
+        return torch.zeros(experts, dtype=torch.int32, device="cpu")
+
+    def finish(self) -> None:
+        """Wait until the table may be written to."""
+
+    def copy(self, store: Store, slices: Sequence[Slice], table: torch.Tensor, target: torch.Tensor) -> None:
+        """Begin to copy slices, and the table.
+
+        Args:
+            store: the slices' store.
+            slices: what to copy.
+            table: from `make_table`.
+            target: where the table goes.
+
+        Raises:
+            OffloadError: a file cannot be read.
+        """
+        for part, number, of, memory in slices:
+            store.read_slice(part, number, of, memory)
+        target.copy_(table)
+
+    def await_copies(self) -> None:
+        """Let what is computed from here on wait for the copies so far."""
+
+
+class CudaExpertCopies(ExpertCopies):
+    """Copies slices into one memory on a GPU, on a stream that only copies; the host waits for nothing but files."""
+
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream) -> None:
+        """Copy on a stream; the memory has just been allocated on the current one."""
+        self._device, self._stream, self._staging = device, stream, Staging()
+        self._ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._events: dict[int, torch.cuda.Event] = {}
+        # The streams that have waited for the latest copies, and so may use the memory. The current one may still use a
+        # tensor that had it before.
+        current = torch.cuda.current_stream(device)
+        self._streams: dict[int, torch.cuda.Stream] = {current.cuda_stream: current}
+
+    def make_table(self, experts: int) -> torch.Tensor:
+        """Pin it."""
+        return pinned_memory(4 * experts).view(torch.int32).zero_()
+
+    def finish(self) -> None:
+        """Wait for the copies."""
+        self._ready.synchronize()
+
+    def copy(self, store: Store, slices: Sequence[Slice], table: torch.Tensor, target: torch.Tensor) -> None:
+        """Begin to copy when all that was computed with the memory so far is done."""
+        for number, stream in self._streams.items():
+            event = self._events.get(number)
+            if event is None:
+                event = self._events[number] = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(stream)
+            self._stream.wait_event(event)
+        with torch.cuda.stream(self._stream):
+            copy_slices(store, slices, self._stream, self._staging)
+            target.copy_(table, non_blocking=True)
+            self._ready.record(self._stream)
+        self._streams.clear()
+
+    def await_copies(self) -> None:
+        """Let the current stream wait for them, once."""
+        current = torch.cuda.current_stream(self._device)
+        if current.cuda_stream in self._streams:
+            return
+        # Added first, so that the next copies wait for the stream whatever happens here.
+        self._streams[current.cuda_stream] = current
+        try:
+            current.wait_event(self._ready)
+        except BaseException:
+            self._streams.pop(current.cuda_stream, None)
+            raise

@@ -1,0 +1,96 @@
+"""`OffloadConfig`: how offloaded weights are stored and computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..errors import ConfigError, PlacementError
+from ..sizes import parse_size
+from ..tables import FieldsAsHtml
+
+# Bytes of each GPU that a plan leaves for activations by default, beside the largest 4-bit layer when dequantized.
+RESERVE_BYTES = 128 * 2**20
+
+
+@dataclass(frozen=True)
+class OffloadConfig(FieldsAsHtml):
+    """How offloaded blocks are stored and computed.
+
+    Attributes:
+        execute: what computes blocks in host memory: "gpu", to which their weights are streamed, "cpu", in float32, or
+            "auto", whichever takes less time for one token by rates that are measured; the log says why.
+        slots: the number of blocks whose weights a GPU holds at once, 1 or more; with two, one is copied while the
+            other computes.
+        pin: whether to pin host memory, which is needed for the full speed of the link.
+        reserve: memory of each GPU that is left for activations, in bytes or as "512MiB". None leaves 128 MiB, and what
+            the largest 4-bit layer needs when bitsandbytes dequantizes it, as it does for more than a few tokens. It is
+            at least the 144 MiB that the transfers of the load pass through.
+        expert_cache: where nothing but the fused experts of a block is offloaded, the memory of each GPU in which those
+            that were used last stay: a share of them, from 0 to 1, or bytes, or "2GiB". None takes what the plan leaves
+            of the GPU or, where a device map is given without `max_memory`, a quarter of the experts at most. On the
+            CPU, to which experts come from the disk, None stands for 0.
+
+    Example:
+        >>> from bigload import OffloadConfig
+        >>> OffloadConfig(slots=3, reserve="1GiB")
+        OffloadConfig(execute='gpu', slots=3, pin=True, reserve='1GiB', expert_cache=None)
+    """
+
+    execute: Literal["gpu", "cpu", "auto"] = "gpu"
+    slots: int = 2
+    pin: bool = True
+    reserve: int | str | None = None
+    expert_cache: float | int | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.execute not in ("gpu", "cpu", "auto"):
+            raise ConfigError(f"OffloadConfig: execute is {self.execute!r}; expected 'gpu', 'cpu' or 'auto'")
+        if not isinstance(self.slots, int) or isinstance(self.slots, bool) or self.slots < 1:
+            raise ConfigError(f"OffloadConfig: slots is {self.slots!r}; expected a whole number, 1 or more")
+        if not isinstance(self.pin, bool):
+            raise ConfigError(f"OffloadConfig: pin is {self.pin!r}; expected True or False")
+        try:
+            self.reserve_bytes(0)
+        except PlacementError as error:
+            raise ConfigError(f"OffloadConfig: reserve is {self.reserve!r}; expected bytes, or '512MiB'") from error
+        try:
+            _ = self.expert_bytes
+        except PlacementError as error:
+            raise ConfigError(
+                f"OffloadConfig: expert_cache is {self.expert_cache!r}; expected a share from 0 to 1, bytes, or '2GiB'"
+            ) from error
+
+    @property
+    def expert_share(self) -> float | None:
+        """The `expert_cache`, if it is a share of the experts."""
+        given = self.expert_cache
+        is_share = isinstance(given, (int, float)) and not isinstance(given, bool) and 0 <= given <= 1
+        return float(given) if is_share else None  # type: ignore[arg-type]
+
+    @property
+    def expert_bytes(self) -> int | None:
+        """The `expert_cache`, if it is bytes of each GPU."""
+        given = self.expert_cache
+        return None if given is None or self.expert_share is not None else parse_size(given)  # type: ignore[arg-type]
+
+    def reserve_bytes(self, dequantized: int) -> int:
+        """Return the reserve in bytes.
+
+        Args:
+            dequantized: bytes of the largest 4-bit layer when it is dequantized; used if `reserve` is None.
+        """
+        return RESERVE_BYTES + dequantized if self.reserve is None else parse_size(self.reserve)
+
+
+def as_offload_config(given: object) -> OffloadConfig:
+    """Return an `OffloadConfig`; None means the defaults.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if given is None:
+        return OffloadConfig()
+    if not isinstance(given, OffloadConfig):
+        raise ConfigError(f"offload is {given!r}; expected an OffloadConfig")
+    return given

@@ -1,0 +1,1 @@
+"""How units are placed: by numbers alone, with experts apart, on the CPU or a GPU."""

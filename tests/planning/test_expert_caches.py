@@ -1,0 +1,213 @@
+"""Mixtures that do not fit: what leaves a GPU is experts, and how many of these stay is held against the budget."""
+
+import functools
+
+import pytest
+import torch
+from checkpoints import empty
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mixtures import MIXTURES, config
+from models import GPT
+from plans import planned
+
+from bigload import ConfigError, OffloadConfig, PlacementError, plan_device_map
+
+GPU = torch.device("cuda", 0)
+# Experts of 8 MiB in each block, and some 0.4 MiB beside them, which stays on the device anyway.
+LAYERS = 12
+FIELDS = {"hidden_size": 512, "num_hidden_layers": LAYERS, "num_attention_heads": 8, "head_dim": 64, "vocab_size": 4096}
+FIELDS |= {"moe_intermediate_size": 640, "num_experts": 16, "intermediate_size": 512}
+RESERVE = 200 * 2**20
+
+
+@functools.cache
+def build():
+    return empty(lambda: MIXTURES["qwen3_moe"][0](config("qwen3_moe", **FIELDS)))
+
+
+def plan(budget=None, device_map="auto", mode="nf4", host="10GiB", reserve=RESERVE, **options):
+    offload = OffloadConfig(reserve=reserve, **options)
+    max_memory = None if budget is None else {0: budget, "cpu": host}
+    return plan_device_map(build(), mode, device_map=device_map, max_memory=max_memory, offload=offload)
+
+
+def account(made, place=GPU):
+    return next(account for account in made.accounts if account.place == place)
+
+
+def caches(made):
+    return [placed.cached for placed in made.units if placed.is_by_expert]
+
+
+WHOLE = account(plan("9GiB")).needed - RESERVE
+ONE = plan("9GiB", {"": 0, "model.layers.0.mlp.experts": "cpu"}).streamed_bytes  # the experts of one block
+RECORD = ONE // 16
+
+
+def test_nothing_but_experts_leaves_and_what_is_left_is_their_cache():
+    made = plan(WHOLE + RESERVE - 2 * ONE)
+    away = [planned.tensor.name for planned in made.tensors if planned.home is not None]
+    assert away
+    assert all(".mlp.experts." in name for name in away)
+    assert account(made).ring == 2 * ONE
+    assert account(made).cache == sum(placed.cache_bytes for placed in made.units)
+    assert 0 <= account(made).free < 2 * RECORD
+    by_expert = [placed for placed in made.units if placed.is_by_expert]
+    assert len(by_expert) == LAYERS or min(caches(made)) >= 8
+    assert made.streamed_bytes == len(by_expert) * ONE
+    assert max(caches(made)) - min(caches(made)) <= 1
+
+
+def test_the_map_names_the_experts_and_gives_the_same_again():
+    budget = WHOLE + RESERVE - 2 * ONE
+    made = plan(budget)
+    first = next(placed.unit.name for placed in made.units if placed.is_by_expert)
+    assert made.device_map[first] == GPU
+    assert made.device_map[f"{first}.mlp.experts"] == torch.device("cpu")
+    assert set(made.execution_map.values()) == {GPU}
+    again = plan(budget, dict(made.device_map))
+    assert [(one.home, one.cached) for one in again.units] == [(one.home, one.cached) for one in made.units]
+    assert again.accounts == made.accounts
+
+
+@settings(max_examples=60)
+@given(lacking=st.integers(1, LAYERS * ONE), more=st.integers(0, ONE))
+def test_no_budget_is_exceeded_and_a_larger_one_is_not_worse(lacking, more):
+    budget = WHOLE + RESERVE - lacking
+    try:
+        made = plan(budget)
+    except PlacementError:
+        return
+    assert account(made).free >= 0
+    larger = plan(budget + more)
+    assert account(larger).free >= 0
+    assert larger.streamed_bytes <= made.streamed_bytes
+
+    def held(made):
+        resident = sum(not one.is_by_expert for one in made.units if one.unit.is_block)
+        return resident * ONE + account(made).cache
+
+    if all(one.is_by_expert or one.home is None for one in (*made.units, *larger.units)):
+        assert held(larger) >= held(made) - 2 * RECORD - 4096
+
+
+def test_a_model_that_lacks_little_offloads_few_and_these_keep_half():
+    made = plan(WHOLE + RESERVE - 10 * 2**20)  # more than the embedding, which would leave instead
+    assert 1 <= len(caches(made)) <= 8
+    assert min(caches(made)) >= 8
+
+
+def test_where_there_is_no_room_for_a_cache_of_use_there_is_none_or_that_of_a_few():
+    staying = WHOLE - LAYERS * ONE + 2 * ONE + 2**16  # and what rounding takes
+    assert set(caches(plan(RESERVE + staying))) == {0}
+    found = caches(plan(RESERVE + staying + 5 * RECORD))
+    assert sorted(set(found)) == [0, 2]
+    assert found.count(2) == 2
+
+
+@pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "fp4"])
+@pytest.mark.parametrize("share", [0, 0.25, 0.5, 1.0])
+def test_a_share_is_held(share, mode):
+    made = plan(
+        "9GiB", {"": 0, "model.layers.1.mlp.experts": "cpu", "model.layers.2.mlp": "cpu"}, mode, expert_cache=share
+    )
+    assert caches(made) == [int(16 * share)] * 2
+    budget = WHOLE + RESERVE - 2 * ONE
+    if share <= 0.5:
+        assert set(caches(plan(budget, expert_cache=share))) == {int(16 * share)}
+
+
+def test_a_share_that_has_no_room_is_refused_and_a_smaller_one_or_a_larger_budget_helps():
+    budget = RESERVE + WHOLE - LAYERS * ONE + 4 * ONE
+    with pytest.raises(
+        PlacementError, match=r"expert_cache=0\.5: there is no room .* a smaller expert_cache, or a larger"
+    ):
+        plan(budget, expert_cache=0.5)
+    assert caches(plan(budget, expert_cache=0.125))
+    assert caches(plan(budget + 5 * ONE, expert_cache=0.5))
+
+
+def test_a_share_that_a_map_has_no_room_for_is_refused():
+    away = {"": 0} | {f"model.layers.{number}.mlp.experts": "cpu" for number in range(LAYERS)}
+    with pytest.raises(PlacementError, match="a smaller expert_cache or a larger budget"):
+        plan(RESERVE + WHOLE - 3 * ONE, away, expert_cache=1.0)
+    assert caches(plan(RESERVE + WHOLE - 3 * ONE, away, expert_cache=0.1)) == [1] * LAYERS
+
+
+def test_bytes_are_the_most_that_caches_take():
+    limit = 20 * RECORD
+    made = plan(WHOLE + RESERVE - 2 * ONE, expert_cache=limit)
+    assert limit - RECORD * len(caches(made)) - 2**16 < account(made).cache <= limit
+    away = {"": 0, "model.layers.1.mlp.experts": "cpu", "model.layers.4.mlp.experts": "cpu"}
+    made = plan(WHOLE + RESERVE + 2 * ONE, away, expert_cache=f"{limit}B")
+    assert caches(made) in ([9, 9], [10, 9], [10, 10])
+    assert account(made).cache <= limit
+
+
+def test_without_a_budget_a_map_caches_a_quarter():
+    away = {"": 0, "model.layers.1.mlp.experts": "cpu"}
+    assert caches(plan(None, away)) == [4]
+    assert caches(plan(WHOLE + RESERVE + 7 * RECORD, away)) in ([6], [7])
+
+
+def test_blocks_that_are_offloaded_whole_have_no_cache(small_parts_stream):
+    made = plan("9GiB", {"": 0, "model.layers.1": "cpu"}, expert_cache=0.5)
+    (placed,) = made.offloaded
+    assert any("self_attn" in planned.tensor.name for planned in placed.unit.offloaded)
+    assert not placed.is_by_expert
+    assert not placed.cached
+
+
+def test_a_cache_that_nothing_has_is_said_and_the_remedy_gives_it(small_parts_stream, warned):
+    plan("9GiB", {"": 0, "model.layers.1": "cpu"}, expert_cache=0.5)
+    assert sum("more than the experts of 'model.layers.1' is offloaded; name the modules" in m for m in warned()) == 1
+    assert caches(plan("9GiB", {"": 0, "model.layers.1.mlp.experts": "cpu"}, expert_cache=0.5))
+    for options in ({"expert_cache": 0}, {}):
+        plan("9GiB", {"": 0, "model.layers.1": "cpu"}, **options)
+    assert len([m for m in warned() if "expert_cache" in m]) == 1
+    plan("9GiB", {"": 0, "model.embed_tokens": "cpu"}, expert_cache=0.5)
+    assert "holds no fused experts in 4 bit" in warned()[-1]
+
+
+def test_models_without_experts_are_placed_as_ever(small_parts_stream):
+    made = planned(lambda: GPT(width=512, layers=8), max_memory={0: "152MiB", "cpu": "4GiB"}, mode="nf4")
+    assert made.offloaded
+    assert not any(placed.cached for placed in made.units)
+    made = plan(WHOLE + RESERVE + 10 * ONE, mode="int8")  # which keeps experts in float32
+    assert made.offloaded
+    assert not any(placed.is_by_expert for placed in made.units)
+
+
+def test_host_memory_that_is_too_small_leaves_the_usual_ways(tmp_path):
+    with pytest.raises(PlacementError):
+        plan(WHOLE + RESERVE - 2 * ONE, host="1MiB")
+
+
+def test_two_gpus_share_the_caches():
+    half = RESERVE + (WHOLE - ONE) // 2
+    offload = OffloadConfig(reserve=RESERVE)
+    made = plan_device_map(build(), "nf4", max_memory={0: half, 1: half, "cpu": "9GiB"}, offload=offload)
+    assert {one.device.index for one in made.units if one.is_by_expert} == {0, 1}
+    assert all(account.free >= 0 for account in made.accounts if account.budget)
+    assert all(account.cache for account in made.accounts if account.place != torch.device("cpu"))
+
+
+def test_the_table_shows_them():
+    text = str(plan(WHOLE + RESERVE - 2 * ONE))
+    head = text.partition("\n")[0].split()
+    assert head == ["place", "budget", "weights", "quant", "state", "ring", "cache", "reserve", "free"]
+    assert "cuda:0, experts on cpu (" in text
+    assert " of 16 cached)" in text
+    assert "copied for each of the others that a token visits" in text
+    assert "cache" not in str(plan("9GiB")).partition("\n")[0]
+
+
+def test_what_is_no_size_is_refused():
+    for wrong in (-0.5, 1.5, True, "much", [1]):
+        with pytest.raises(ConfigError, match=r"expert_cache is .*; expected a share from 0 to 1, bytes, or '2GiB'"):
+            OffloadConfig(expert_cache=wrong)
+    assert OffloadConfig(expert_cache=2**20).expert_bytes == 2**20
+    assert OffloadConfig(expert_cache="1MiB").expert_bytes == 2**20
+    assert OffloadConfig(expert_cache=0).expert_share == 0
+    assert OffloadConfig(expert_cache=1).expert_share == 1
