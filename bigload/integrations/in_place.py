@@ -19,6 +19,7 @@ from torch import nn
 from ..config import BnbQuantizationConfig
 from ..errors import CheckpointError, QuantizationError
 from ..hardware.devices import on_cpu_unless_named
+from ..pipeline.guards import guard
 from ..planning.planned_tensors import quantized_format
 from ..quantization.copied_layers import is_bound_to
 from ..quantization.formats import FourBit, Plain
@@ -208,6 +209,7 @@ def _made(layer: Any, path: str, config: BnbQuantizationConfig, weight: Any, dev
     shape = (layer.out_features, layer.in_features)
     # As for the CPU, whatever the device: its forwards compute on others too, and a model may be moved.
     new: Any = make_layer(layer, weight, shape, config, torch.device("cpu"), path)
+    guard([new], are_trained=config.llm_int8_has_fp16_weight)
     vars(new).pop("waiting", None)
     if "_apply" in vars(new) and vars(new)["_apply"] is vars(layer).get("_apply"):
         del vars(new)["_apply"]  # that of waiting

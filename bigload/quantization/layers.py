@@ -34,6 +34,7 @@ _LAYER_ATTRIBUTES = {
     "compute_type_is_set",
     "forward",
     "forward_when_loaded",
+    "guards",
     "index",
     "is_training",
     "loaded_as",
