@@ -92,7 +92,8 @@ def _refuse_trained_copy(module: nn.Module) -> None:
         if _is_packed(layer):
             raise QuantizationError(
                 f"{layer.loaded_as!r} is quantized, and PEFT's modules_to_save would train a copy of it: name it in "
-                "target_modules, which adapts it, or in skip_modules, so that it stays plain"
+                "target_modules, which adapts it, or in skip_modules (in Lightning's plugin ignore_modules), so that "
+                "it stays plain"
             )
 
 
@@ -115,7 +116,8 @@ def _refuse_what_is_wrong(adapter: Any, layer: Any) -> None:
     if not is_supported and (begins_wrong or _reads_weight(adapter, layer)):
         raise QuantizationError(
             f"{path!r} is quantized, and PEFT's {_kind(adapter)} would compute with its packed bytes as if they were "
-            f"values: use LoRA, or name {path!r} in skip_modules, so that it stays plain"
+            f"values: use LoRA, or name {path!r} in skip_modules (in Lightning's plugin ignore_modules), so that it "
+            "stays plain"
         )
     if not is_supported or any(kind.startswith(_MERGES_WRONG) for kind in kinds):
         _refuse_merges(adapter, layer)
