@@ -95,11 +95,13 @@ def convert(
     made = {layer: _made(layer, path, config, device) for path, layer in layers.items()}
     _require_no_stored(view, layers)
     for path, layer in layers.items():
-        new = made[layer]
+        new, known = made[layer], vars(layer).get("waiting")
         if new is None:
             wait_for_values(layer, path, config)
         else:
             become(layer, new)
+            if known is not None:
+                known.forget_stored(layer)
     _settle_the_rest(view, tensors, config, layers)
     marked = dict.fromkeys([model, *view.pretrained])
     edits = [edit for module in view.first_paths for edit in without_fast_path(module, made)]
