@@ -6,12 +6,15 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..errors import QuantizationError, listed
 from ..model.empty import like_parameter
 from .in_place import wait_for_conversion
 
@@ -52,11 +55,12 @@ def _init_is_off() -> bool:
 
 
 def _install_hook() -> None:
-    """Register the hook once, never to remove it: torch iterates its hooks while other threads build modules."""
+    """Register the hooks once, never to remove them: torch iterates them while other threads build modules."""
     global _installed
     with _installing:
         if not _installed:
             register_module_parameter_registration_hook(_registered)  # type: ignore[arg-type]
+            register_optimizer_step_pre_hook(_require_filled)
             _installed = True
 
 
@@ -88,3 +92,20 @@ def _shared(module: nn.Module, parameter: nn.Parameter) -> nn.Parameter | None:
     real = like_parameter(parameter, torch.empty_like(parameter, device=layer.waiting.created_on))
     layer._parameters["weight"] = real
     return real
+
+
+def _require_filled(optimizer: Any, *_: Any) -> None:
+    """Check that an optimizer, before its step, does not hold the empty weight of a layer that has another one now.
+
+    Raises:
+        QuantizationError: it does, and the weight is to be trained.
+    """
+    empty = [p for group in optimizer.param_groups for p in group["params"] if p.is_meta and p in _layer_of]
+    layers = [layer for layer in (_layer_of[p]() for p in empty) if layer is not None]
+    untrained = [repr(layer) for layer in layers if layer.weight.requires_grad]
+    if untrained:
+        raise QuantizationError(
+            f"{listed(untrained)}: built empty, and the optimizer was made before the weight had memory, so that it "
+            "would not train it: make the optimizer after fabric.setup(model), and call "
+            "fabric.setup_optimizers(optimizer)"
+        )

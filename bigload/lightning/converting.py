@@ -28,6 +28,11 @@ from .in_place import Waiting, become, load_stored, quantized, stay_plain, unfil
 
 logger = logging.getLogger(__name__)
 
+_ADVICE = (
+    "This plugin quantizes nn.Linear and subclasses that do what it does, load_and_quantize_model more; name modules "
+    "to leave in ignore_modules"
+)
+
 
 def has_quantized(model: nn.Module) -> bool:
     """Whether a model is quantized, in whole or in part, or was loaded by bigload."""
@@ -90,11 +95,13 @@ def convert(
     made = {layer: _made(layer, path, config, device) for path, layer in layers.items()}
     _require_no_stored(view, layers)
     for path, layer in layers.items():
-        new = made[layer]
+        new, known = made[layer], vars(layer).get("waiting")
         if new is None:
             wait_for_values(layer, path, config)
         else:
             become(layer, new)
+            if known is not None:
+                known.forget_stored(layer)
     _settle_the_rest(view, tensors, config, layers)
     marked = dict.fromkeys([model, *view.pretrained])
     edits = [edit for module in view.first_paths for edit in without_fast_path(module, made)]
@@ -110,7 +117,7 @@ def _chosen(
     layers = layers_to_quantize(view, config, tensors, read=set(read))
     skipped = {module for path, module in view.modules.items() if _is_ignored(path, ignored)}
     layers = {path: layer for path, layer in layers.items() if layer not in skipped and isinstance(layer, nn.Linear)}
-    warn_of_leftover(view, replace(config, skip_modules=[*ignored]), tensors, layers, read, ChosenExperts())
+    warn_of_leftover(view, replace(config, skip_modules=[*ignored]), tensors, layers, read, ChosenExperts(), _ADVICE)
     return layers
 
 

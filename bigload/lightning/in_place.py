@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..config import BnbQuantizationConfig
 from ..errors import CheckpointError, QuantizationError
 from ..hardware.devices import on_cpu_unless_named
+from ..pipeline.guards import guard
 from ..planning.planned_tensors import quantized_format
 from ..quantization.copied_layers import is_bound_to
 from ..quantization.formats import FourBit, Plain
@@ -34,6 +36,7 @@ class Waiting:
     Attributes:
         created_on: the device where it was built, if its weight is on meta since then.
         stored: the parts of a quantized weight that were loaded before the layer was converted, by name.
+        refusal: the hook that lets it refuse to compute with what it holds instead of them.
         is_assigned: whether it holds the tensors of a caller's state_dict.
         path: its name, once it is converted and waits for its values.
         config: how its values will be quantized, from then on.
@@ -41,9 +44,17 @@ class Waiting:
 
     created_on: torch.device | None = None
     stored: dict[str, torch.Tensor] | None = None
+    refusal: RemovableHandle | None = None
     is_assigned: bool = False
     path: str = ""
     config: BnbQuantizationConfig | None = None
+
+    def forget_stored(self, layer: nn.Module) -> None:
+        """Let the layer compute and save as its class does."""
+        if self.stored is not None and self.refusal is not None:
+            self.refusal.remove()
+            self.stored = self.refusal = None
+            vars(layer).pop("_save_to_state_dict", None)
 
 
 def wait_for_conversion(layer: nn.Linear, created_on: torch.device | None) -> None:
@@ -58,10 +69,24 @@ def _load_unconverted(
     _read_lazy(state_dict, prefix)
     if _is_quantized(state_dict, prefix):  # the layer becomes one that takes them when it is converted
         own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        layer.waiting.stored = own
+        layer.waiting.forget_stored(layer)
+        layer.waiting.stored, layer.waiting.refusal = own, layer.register_forward_pre_hook(_refuse_unconverted)
+        vars(layer)["_save_to_state_dict"] = functools.partial(_save_stored, layer)
         return
+    layer.waiting.forget_stored(layer)
     layer.waiting.is_assigned |= any(parameter.is_meta for parameter in layer.parameters(recurse=False))
     _load_plain_values(layer, state_dict, prefix, local_metadata, *rest)
+
+
+def _refuse_unconverted(layer: Any, args: Any) -> None:
+    raise QuantizationError(
+        f"{layer!r} was loaded quantized, and is not converted yet: call the plugin's convert_module(model), which "
+        "Fabric's setup and Trainer do"
+    )
+
+
+def _save_stored(layer: Any, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    destination.update({prefix + name: value for name, value in layer.waiting.stored.items()})
 
 
 def stay_plain(layer: nn.Linear) -> None:
@@ -208,7 +233,9 @@ def _made(layer: Any, path: str, config: BnbQuantizationConfig, weight: Any, dev
     shape = (layer.out_features, layer.in_features)
     # As for the CPU, whatever the device: its forwards compute on others too, and a model may be moved.
     new: Any = make_layer(layer, weight, shape, config, torch.device("cpu"), path)
-    vars(new).pop("waiting", None)
+    guard([new], are_trained=config.llm_int8_has_fp16_weight)
+    for name in ("waiting", "_save_to_state_dict"):
+        vars(new).pop(name, None)
     if "_apply" in vars(new) and vars(new)["_apply"] is vars(layer).get("_apply"):
         del vars(new)["_apply"]  # that of waiting
     vars(new)["_load_from_state_dict"] = functools.partial(load_values, new)

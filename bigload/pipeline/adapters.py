@@ -8,8 +8,9 @@ error of shapes in 4 bit, and noise in int8, without a word. None of these can m
 from __future__ import annotations
 
 import functools
+import sys
+import weakref
 from typing import Any, NoReturn
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -24,8 +25,8 @@ _BEGIN_WRONG = ("peft.tuners.deft.", "peft.tuners.unilora.")
 # Their merges into bitsandbytes' layers are wrong in PEFT 0.21: those of int8 are lost, those of 4 bit are an error.
 _MERGES_WRONG = ("peft.tuners.randlora.",)
 
-# The weight of each layer that is being adapted, and where its bytes were before.
-_weights: WeakKeyDictionary[nn.Module, tuple[Any, int]] = WeakKeyDictionary()
+# The weight of each layer that is being adapted, and where its bytes were before. A weight may hold its layer.
+_weights: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[torch.Tensor], int]] = weakref.WeakKeyDictionary()
 
 
 @functools.cache
@@ -35,10 +36,11 @@ def refuse_adapters_of_packed_weights() -> None:
 
 
 def _look_at(module: Any, name: str, child: Any) -> None:
+    if "peft" not in sys.modules:
+        return
     if name == "base_layer" and _is_of_peft(module) and _is_packed(child):
-        weight = child._parameters["weight"]
-        _weights[child] = (weight, weight.data_ptr())
-    elif name == "original_module" and type(module).__name__ == "ModulesToSaveWrapper" and _is_of_peft(module):
+        _note_weight(child)
+    elif name == "original_module" and any(kind.endswith(".ModulesToSaveWrapper") for kind in _kinds(module)):
         _refuse_trained_copy(child)
     elif _is_of_peft(child):
         layer = child
@@ -46,12 +48,33 @@ def _look_at(module: Any, name: str, child: Any) -> None:
             layer = layer._modules["base_layer"]
         if layer is not child and _is_packed(layer):
             _refuse_what_is_wrong(child, layer)
+            if hasattr(child, "update_layer"):  # which adds another adapter, without another module
+                vars(child)["update_layer"] = functools.partial(_update_layer, child)
         elif layer is not child and _is_made(layer):
             _refuse_merges(child, layer)  # PEFT would dequantize the main weights, which are no int8
 
 
+def _kinds(module: Any) -> list[str]:
+    """Return the names of a module's class and of those that it is derived from, where they are PEFT's."""
+    classes = type(module).__mro__
+    return [f"{cls.__module__}.{cls.__name__}" for cls in classes if cls.__module__.startswith("peft.")]
+
+
 def _is_of_peft(module: Any) -> bool:
-    return type(module).__module__.startswith("peft.")
+    return any(cls.__module__.startswith("peft.") for cls in type(module).__mro__)
+
+
+def _note_weight(layer: Any) -> None:
+    weight = layer._parameters["weight"]
+    _weights[layer] = weakref.ref(weight), weight.data_ptr()
+
+
+def _update_layer(adapter: Any, *given: Any, **named: Any) -> None:
+    """Add another adapter to a packed layer that has one, and refuse what is wrong then too."""
+    layer = adapter.get_base_layer()
+    _note_weight(layer)
+    type(adapter).update_layer(adapter, *given, **named)
+    _refuse_what_is_wrong(adapter, layer)
 
 
 def _is_made(layer: Any) -> bool:
@@ -69,7 +92,8 @@ def _refuse_trained_copy(module: nn.Module) -> None:
         if _is_packed(layer):
             raise QuantizationError(
                 f"{layer.loaded_as!r} is quantized, and PEFT's modules_to_save would train a copy of it: name it in "
-                "target_modules, which adapts it, or in skip_modules, so that it stays plain"
+                "target_modules, which adapts it, or in skip_modules (in Lightning's plugin ignore_modules), so that "
+                "it stays plain"
             )
 
 
@@ -79,20 +103,23 @@ def _refuse_what_is_wrong(adapter: Any, layer: Any) -> None:
     Raises:
         QuantizationError: it reads packed bytes, or has written over them.
     """
-    path, kind = layer.loaded_as, _kind(adapter)
-    weight, place = _weights.pop(layer, (None, 0))
-    if weight is layer._parameters["weight"] and weight.data_ptr() != place:
+    path, kinds = layer.loaded_as, _kinds(adapter)
+    known, place = _weights.pop(layer, (None, 0))
+    weight = None if known is None else known()
+    if weight is not None and weight is layer._parameters["weight"] and weight.data_ptr() != place:
         raise QuantizationError(
             f"{path!r} is quantized, and PEFT has written over its packed bytes as if they were values, as LoftQ does: "
             "load the model again, and leave init_lora_weights as it is, or set it to 'gaussian' or 'olora'"
         )
-    is_supported = type(adapter).__module__.endswith(".bnb") or getattr(adapter, "quantization_backend", None)
-    if not is_supported and (kind.startswith(_BEGIN_WRONG) or _reads_weight(adapter, layer)):
+    is_supported = any(".bnb." in kind for kind in kinds) or getattr(adapter, "quantization_backend", None)
+    begins_wrong = any(kind.startswith(_BEGIN_WRONG) for kind in kinds)
+    if not is_supported and (begins_wrong or _reads_weight(adapter, layer)):
         raise QuantizationError(
-            f"{path!r} is quantized, and PEFT's {kind} would compute with its packed bytes as if they were values: use "
-            f"LoRA, or name {path!r} in skip_modules, so that it stays plain"
+            f"{path!r} is quantized, and PEFT's {_kind(adapter)} would compute with its packed bytes as if they were "
+            f"values: use LoRA, or name {path!r} in skip_modules (in Lightning's plugin ignore_modules), so that it "
+            "stays plain"
         )
-    if not is_supported or kind.startswith(_MERGES_WRONG):
+    if not is_supported or any(kind.startswith(_MERGES_WRONG) for kind in kinds):
         _refuse_merges(adapter, layer)
 
 

@@ -20,12 +20,11 @@ from ..quantization.layers import make_layer
 from ..quantization.quantized_weight import QuantizedWeight
 from ..quantization.saved_experts import saving_attributes
 from . import attributes
-from .adapters import refuse_adapters_of_packed_weights
 from .after_load import finished
 from .attributes import ABSENT, Edit
 from .exchange import HeldElsewhere
 from .execute import LoadedTensor
-from .optimizers import refuse_optimizers_that_divide_by_zero
+from .guards import guard
 from .refusals import refuse_adapters_of_parameters
 
 
@@ -116,10 +115,7 @@ class Assembly:
     def _refuse_what_others_do_wrong(self) -> None:
         if self._plan.experts:
             refuse_adapters_of_parameters()
-        if self._new_layers:
-            refuse_adapters_of_packed_weights()
-            if self._plan.config.llm_int8_has_fp16_weight:
-                refuse_optimizers_that_divide_by_zero()
+        guard(self._new_layers.values(), are_trained=self._plan.config.llm_int8_has_fp16_weight)
 
     def _edits_of_experts(self) -> list[Edit]:
         edits: list[Edit] = []

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import functools
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..errors import QuantizationError
 
-_checked: WeakSet[torch.optim.Optimizer] = WeakSet()
+# Optimizer -> the number of its groups when it was looked at: fine-tuning may add others later.
+_checked: WeakKeyDictionary[torch.optim.Optimizer, int] = WeakKeyDictionary()
 
 
 @functools.cache
 def refuse_optimizers_that_divide_by_zero() -> None:
-    """From now on, look at each optimizer before its first step; called once.
+    """From now on, look at each optimizer before its first step, and at groups that are added later; called once.
 
     torch's Adam, RMSprop and Adagrad keep and compute their moments in the dtype of a parameter. The main weights are
     float16, in which a squared gradient and an eps of 1e-8 are zero: the first step would make NaN of the weights, and
@@ -26,7 +27,7 @@ def refuse_optimizers_that_divide_by_zero() -> None:
 
 
 def _look_at(optimizer: Any, *_: Any) -> None:
-    if optimizer in _checked:
+    if _checked.get(optimizer) == len(optimizer.param_groups):
         return
     is_of_torch = any(
         cls.__module__.startswith("torch.optim.") and cls is not torch.optim.Optimizer
@@ -41,7 +42,7 @@ def _look_at(optimizer: Any, *_: Any) -> None:
                 f"its eps={eps} is 0: use an optimizer of bitsandbytes, as bitsandbytes.optim.AdamW8bit (in Trainer "
                 "optim='adamw_8bit'), which computes in float32, or set eps=1e-4"
             )
-    _checked.add(optimizer)
+    _checked[optimizer] = len(optimizer.param_groups)
 
 
 def _is_main_weight(parameter: Any) -> bool:

@@ -20,6 +20,10 @@ logger = logging.getLogger(__name__)
 
 # The warning names at most _NAMED classes, each with at least _SHARE of the unquantized elements.
 _NAMED, _SHARE = 4, 0.01
+_ADVICE = (
+    "Only nn.Linear is quantized, subclasses that do what it does or are named in quantizable=(...), and in 4 bit the "
+    "experts of transformers' classes and those named in experts_modules; name modules to leave in skip_modules"
+)
 
 
 def warn_of_leftover(
@@ -29,6 +33,7 @@ def warn_of_leftover(
     layers: Mapping[str, nn.Module],
     read: Mapping[str, str],
     experts: ChosenExperts,
+    advice: str = _ADVICE,
 ) -> None:
     """Warn if less than half of a model's weights are quantized, and name the classes that hold the rest.
 
@@ -41,6 +46,7 @@ def warn_of_leftover(
         layers: the layers to quantize, by path.
         read: the layers that stay plain because other code reads their weight, each with what it reads.
         experts: the fused experts, those that are quantized and those that are not.
+        advice: what is quantized, and what to do.
     """
     if "*" in (config.skip_modules or ()):
         return  # nothing is to be quantized
@@ -58,13 +64,12 @@ def warn_of_leftover(
     dtype = config.load_dtype
     amount = f"of {_size(plain + quantized, dtype)} only {_size(quantized, dtype)} are quantized"
     logger.warning(
-        "%s was asked for, but %s; left in %s, beside embeddings and the head: %s. Only nn.Linear is quantized, "
-        "subclasses that do what it does or are named in quantizable=(...), and in 4 bit the experts of transformers' "
-        "classes and those named in experts_modules; name modules to leave in skip_modules",
+        "%s was asked for, but %s; left in %s, beside embeddings and the head: %s. %s",
         config.mode,
         amount if quantized else "nothing is quantized",
         str(dtype).removeprefix("torch."),
         _by_class(view, left, dtype, read, experts.plain),
+        advice,
     )
 
 

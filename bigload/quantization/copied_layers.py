@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import copyreg
 import functools
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from torch import nn
@@ -29,7 +30,7 @@ def _reduced(layer: Any) -> Any:
     state = {name: value for name, value in layer.__getstate__().items() if name not in own}
     if "state" in state:  # bitsandbytes writes to that of an int8 layer, as it computes
         state["state"] = copy.copy(state["state"])
-    return _with_own, (type(layer), own), state
+    return _with_own, (type(layer), own, vars(layer).get("guards", ())), state
 
 
 def is_bound_to(layer: Any, value: Any) -> bool:
@@ -37,7 +38,9 @@ def is_bound_to(layer: Any, value: Any) -> bool:
     return isinstance(value, functools.partial) and len(value.args) == 1 and value.args[0] is layer
 
 
-def _with_own(cls: type[nn.Module], functions: dict[str, Any]) -> nn.Module:
+def _with_own(cls: type[nn.Module], functions: dict[str, Any], guards: Iterable[Callable[[], None]] = ()) -> nn.Module:
+    for install in guards:  # another process may not have them yet
+        install()
     made = cls.__new__(cls)
     vars(made).update({name: functools.partial(function, made) for name, function in functions.items()})
     return made

@@ -34,6 +34,7 @@ _LAYER_ATTRIBUTES = {
     "compute_type_is_set",
     "forward",
     "forward_when_loaded",
+    "guards",
     "index",
     "is_training",
     "loaded_as",
@@ -158,13 +159,17 @@ def require_whole_layers(model: nn.Module, layers: Mapping[str, Any]) -> None:
         layers: the model's quantized layers, by path.
 
     Raises:
-        QuantizationError: a layer is not quantized yet, has an adapter, or was packed for the CPU by bitsandbytes.
+        QuantizationError: a layer is not quantized yet, was built empty and never loaded, has an adapter, or was packed
+            for the CPU by bitsandbytes.
     """
     adapted = [path for module, path in first_paths(model).items() if type(module).__module__.startswith("peft.")]
     if adapted:
         raise QuantizationError(
             f"{listed(adapted)}: of PEFT; save the adapter by its own save_pretrained, or call merge_and_unload() first"
         )
+    unfilled = [path for path, layer in layers.items() if "forward_when_loaded" in vars(layer)]
+    if unfilled:
+        raise QuantizationError(f"{listed(unfilled)}: built empty, and never loaded; load a checkpoint that holds them")
     packed, empty = [], []
     for path, layer in layers.items():
         state = getattr(layer.weight, "quant_state", None)

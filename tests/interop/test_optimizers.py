@@ -149,6 +149,16 @@ def test_an_optimizer_that_would_divide_by_zero_is_refused_before_its_step_and_b
         assert losses[-1] < losses[0]
 
 
+def test_main_weights_that_are_given_to_an_optimizer_later_are_looked_at_too(device):
+    """As fine-tuning does that thaws layers one after the other."""
+    model = trained_in_int8(device)
+    optimizer = torch.optim.AdamW([*model.model.norm.parameters()])
+    optimizer.step()
+    optimizer.add_param_group({"params": [model.model.layers[0].mlp.up_proj.weight]})
+    with pytest.raises(QuantizationError, match=r"AdamW would compute .* float16, in which its eps=1e-08 is 0"):
+        optimizer.step()
+
+
 def test_optimizers_of_torch_on_adapters_and_plain_models_are_left_alone(device):
     trained_in_int8(device)
     for model in (adapted(device), nn.Linear(4, 4).to(device, torch.float16)):

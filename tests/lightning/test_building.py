@@ -403,3 +403,40 @@ def test_adapters_of_the_model_are_trained_on_weights_that_are_loaded_after_the_
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert differing(base, bits(net.linear)) == []
+
+
+@pytest.mark.parametrize(("mode", "ignored"), [("int8-training", set()), ("nf4", {"head"})])
+def test_an_optimizer_that_would_not_train_empty_layers_is_refused_and_the_remedy_works(tmp_path, mode, ignored):
+    written(tmp_path, mode)
+    fabric = fabric_of(CPU, mode, ignore_modules=ignored)
+
+    def stepped(is_made_before):
+        with fabric.init_module(empty_init=True):
+            net = Net()
+        if is_made_before:
+            model, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=0.5))
+        else:
+            model = fabric.setup(net)
+            optimizer = fabric.setup_optimizers(torch.optim.SGD(net.parameters(), lr=0.5))
+        fabric.load_raw(tmp_path / "plain.ckpt", model)
+        before = net.head.weight.detach().clone()
+        fabric.backward(model(inputs()).square().mean())
+        optimizer.step()
+        return not torch.equal(net.head.weight, before)
+
+    with pytest.raises(QuantizationError, match=r"in_features=64.*built empty.*make the optimizer after fabric\.setup"):
+        stepped(is_made_before=True)
+    assert stepped(is_made_before=False)
+
+
+def test_an_optimizer_made_before_setup_may_hold_what_is_not_trained(tmp_path):
+    written(tmp_path, "nf4")
+    fabric = fabric_of(CPU, "nf4")
+    with fabric.init_module(empty_init=True):
+        net = Net()
+    model, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=0.5))
+    fabric.load_raw(tmp_path / "plain.ckpt", model)
+    before = net.norm.weight.detach().clone()
+    fabric.backward(model(inputs()).square().mean())
+    optimizer.step()
+    assert not torch.equal(net.norm.weight, before)

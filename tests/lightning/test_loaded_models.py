@@ -10,7 +10,13 @@ from models import GPT
 from torch import nn
 from torch.utils.data import DataLoader
 
-from bigload import BnbQuantizationConfig, load_and_quantize_model
+from bigload import (
+    BnbQuantizationConfig,
+    QuantizationError,
+    dequantize_model,
+    load_and_quantize_model,
+    save_quantized_model,
+)
 from bigload.lightning import BitsandbytesPrecision
 from bigload.quantization.layers import quantized_layers
 
@@ -169,3 +175,18 @@ def test_an_offloaded_model_stays_offloaded(tmp_path, device, small_parts_stream
         assert torch.equal(ready(tokens), expected.float() if precision else expected)
     assert model.offload.stats().fetches
     model.offload.remove()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_layers_without_values_are_neither_saved_nor_dequantized(tmp_path, device, mode):
+    """They hold zeros, which another process would take for weights."""
+    fabric = fabric_of(device, mode)
+    with fabric.init_module(empty_init=True):
+        net = Net()
+    fabric.setup(net)
+    for act in (dequantize_model, lambda model: save_quantized_model(model, tmp_path / "saved")):
+        with pytest.raises(QuantizationError, match=r"'up', .*'down'.*: built empty, and never loaded; load a"):
+            act(net)
+    net.load_state_dict(Net().state_dict())
+    save_quantized_model(net, tmp_path / "saved")
+    assert dequantize_model(net)(inputs().to(device, next(net.parameters()).dtype)).isfinite().all()

@@ -6,6 +6,7 @@ import torch
 from lightning_loops import MODES, LitNet, Net, batches, bits, differing, fabric_of, inputs, trainer_of
 from torch import nn
 
+from bigload import QuantizationError
 from bigload.lightning import BitsandbytesPrecision
 
 HEAD = {"net.head"}
@@ -123,3 +124,36 @@ def test_outputs_of_a_step_are_those_of_the_model(tmp_path):
         expected = model.net.half()(inputs().half()[:4])
     assert torch.allclose(first.half(), expected, atol=1e-2)
     assert first.shape == second.shape
+
+
+def test_what_was_read_quantized_is_saved_and_refuses_to_compute_before_it_is_converted(tmp_path, device):
+    model, trainer = LitNet(), trainer_of(device, "nf4", tmp_path)
+    trainer.fit(model, batches())
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    plugin = BitsandbytesPrecision("nf4")
+    with plugin.module_init_context():
+        again = LitNet.load_from_checkpoint(tmp_path / "model.ckpt", map_location="cpu", weights_only=True)
+    expected = {name: value.cpu() for name, value in model.state_dict().items()}
+    held = again.state_dict()
+    assert held.keys() == expected.keys()
+    assert all(torch.equal(held[name].cpu(), value) for name, value in expected.items())
+    x = inputs().to(plugin.dtype)
+    with pytest.raises(QuantizationError, match=r"loaded quantized.*not converted.*convert_module\(model\), which"):
+        again.net(x)
+    assert plugin.convert_module(again) is again
+    assert torch.equal(again.net(x), model.cpu().net(x))
+    assert not any(module._forward_pre_hooks for module in again.modules())
+    assert again.state_dict().keys() == expected.keys()
+
+
+def test_plain_values_that_are_loaded_after_quantized_ones_are_those_that_count(tmp_path):
+    fabric = fabric_of(torch.device("cpu"), "nf4")
+    first, plain = fabric.setup(Net()), Net().state_dict()
+    with fabric.init_module():
+        net = Net()
+    net.load_state_dict(first.state_dict())
+    net.load_state_dict(plain)
+    net.up(inputs().to(net.up.weight.dtype))
+    expected = Net()
+    expected.load_state_dict({name: value.bfloat16() for name, value in plain.items()})
+    assert differing(bits(fabric.setup(net).module), bits(fabric.setup(expected).module)) == []

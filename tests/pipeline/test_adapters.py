@@ -1,5 +1,8 @@
 """Adapters of PEFT that would compute with packed bytes are refused, and what a message says to do instead works."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from comparisons import relative_error
@@ -95,15 +98,51 @@ def test_a_trained_copy_of_a_quantized_layer_is_refused_and_both_remedies_work(m
     assert sum("v_proj.modules_to_save" in name for name, p in copied.named_parameters() if p.requires_grad) == 2
 
 
+def as_on_a_gpu(weight, num_bits, reduced_rank, num_iter):
+    """What PEFT's `loftq_init` does there: it casts values to the dtype of the weight that it was given."""
+    values = weight.to(torch.float32)
+    rows, columns = weight.shape
+    return values.to(weight.dtype), torch.zeros(reduced_rank, columns), torch.zeros(rows, reduced_rank)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_second_adapter_that_writes_over_packed_bytes_is_refused_too(mode, device, monkeypatch):
+    """PEFT adds it to the modules that are there already."""
+    monkeypatch.setattr("peft.tuners.lora.layer.loftq_init", as_on_a_gpu)
+    model = adapted(loaded(mode, device))
+    model.add_adapter("more", peft.LoraConfig(target_modules=LAYERS))
+    second = peft.LoraConfig(target_modules=LAYERS, init_lora_weights="loftq", loftq_config=peft.LoftQConfig())
+    with pytest.raises(QuantizationError, match=rf"'{FIRST}' is quantized, .*written over .*load the model again"):
+        model.add_adapter("wrong", second)
+
+
+def test_a_class_of_ones_own_derived_from_pefts_is_looked_at_too(device):
+    class Reading(peft.tuners.lora.layer.Linear):
+        def forward(self, x, *args, **kwargs):
+            return nn.functional.linear(x, self.get_base_layer().weight.to(x.dtype))
+
+    model = loaded("int8", device)
+    config = peft.LoraConfig(target_modules=LAYERS)
+    config._register_custom_module({type(model.get_submodule(FIRST)): Reading})
+    with pytest.raises(
+        QuantizationError, match=rf"'{FIRST}' is quantized, and PEFT's [\w.]*test_adapters\.Reading would"
+    ):
+        peft.get_peft_model(model, config)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_model_whose_adapters_peft_refused_takes_no_memory_afterwards(mode, device):
+    model = loaded(mode, device)
+    layer = weakref.ref(model.get_submodule(FIRST))
+    with pytest.raises(TypeError, match="PiSSA"):
+        adapted(model, init_lora_weights="pissa")
+    del model
+    gc.collect()
+    assert layer() is None
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_an_initialization_that_writes_over_packed_bytes_is_refused_and_the_remedies_work(mode, device, monkeypatch):
-    """As LoftQ does on a GPU: it casts values to the dtype of the weight that it was given."""
-
-    def as_on_a_gpu(weight, num_bits, reduced_rank, num_iter):
-        values = weight.to(torch.float32)
-        rows, columns = weight.shape
-        return values.to(weight.dtype), torch.zeros(reduced_rank, columns), torch.zeros(rows, reduced_rank)
-
     monkeypatch.setattr("peft.tuners.lora.layer.loftq_init", as_on_a_gpu)
     with pytest.raises(QuantizationError, match=rf"'{FIRST}' is quantized, .*written over .*load the model again"):
         adapted(loaded(mode, device), init_lora_weights="loftq", loftq_config=peft.LoftQConfig())
