@@ -23,7 +23,7 @@ from .bnb import library
 from .copied_layers import refuse_replicas, register_copies
 from .cpu_forwards import adapt_to_cpu
 from .own_forwards import own_forward, set_forward
-from .quantized_weight import QuantizedWeight, load_packed, load_rows, row_scales
+from .quantized_weight import QuantizedWeight, load_packed, load_rows, move_shared_scales, row_scales
 
 # Attributes that bitsandbytes, or this package, sets on bitsandbytes' layers.
 _LAYER_ATTRIBUTES = {
@@ -113,6 +113,7 @@ def move_int8(layer: Any, move: Callable[[torch.Tensor], torch.Tensor], recurse:
             holder.CB = holder.SCB = None  # quantized again in the next forward
         else:
             holder.CB, holder.SCB = weight.data, holder.SCB.to(weight.device)
+    move_shared_scales(weight)
     return layer  # type: ignore[no-any-return]
 
 

@@ -125,6 +125,13 @@ def keep_row_scales(layer: Any) -> None:
         layer.state.CB, layer.state.SCB = weight.data, getattr(weight, _SCALES)
 
 
+def move_shared_scales(weight: Any) -> None:
+    """Move the scales that a weight keeps for layers that share it to where the weight is now."""
+    scales = getattr(weight, _SCALES, None)
+    if scales is not None and scales.device != weight.device:
+        setattr(weight, _SCALES, scales.to(weight.device))
+
+
 def load_packed(
     module: Any,
     names: Iterable[str],

@@ -8,7 +8,9 @@ from streaming import engines_of
 from torch import nn
 
 from bigload import BnbQuantizationConfig, QuantizationError, load_and_quantize_model
+from bigload.quantization.layers import move_int8
 from bigload.quantization.own_forwards import forward_main_weights, own_forward
+from bigload.quantization.quantized_weight import keep_row_scales, row_scales
 
 MODES = ("nf4", "nf4-dq", "fp4", "int8", "int8-training")
 # (in_features, out_features): a usual layer, and those that have a forward of their own on the CPU.
@@ -349,6 +351,41 @@ def test_layers_that_come_to_share_a_weight_compute_the_same(mode, size, has_run
         other.register_parameter("weight", one.weight)
     for each in (*others, one, *others):
         assert torch.equal(each(x), expected)
+
+
+def shared_int8(device):
+    """Two layers that share a weight, of which the first has run, as on a GPU: it has taken the scales off it."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(64, 32, bias=False), nn.Identity())
+    one = load_and_quantize_model(plain, "int8", device_map=device)[0]
+    other = copy.deepcopy(one)
+    other.register_parameter("weight", one.weight)
+    keep_row_scales(one)
+    one.init_8bit_state()
+    return one, other
+
+
+def test_the_scales_that_a_shared_weight_keeps_are_moved_with_its_layers():
+    """To meta, which takes no Int8Params: so the weight is told where it is."""
+    one, other = shared_int8("cpu")
+    weight = nn.Parameter(torch.empty(32, 64, device="meta"))
+    weight.row_scales, weight.SCB = row_scales(other), None
+    other._parameters["weight"] = weight
+    move_int8(other, nn.Identity())
+    assert (row_scales(other).device.type, row_scales(one).device.type) == ("meta", "cpu")
+
+
+@pytest.mark.cuda
+def test_layers_that_share_a_weight_compute_where_they_are_moved_to():
+    one, other = shared_int8("cuda")
+    x = torch.randn(3, 64, dtype=torch.float16)
+    expected = one(x.cuda()).cpu()
+    nn.ModuleList([one, other]).cpu()
+    for layer in (one, other):
+        torch.testing.assert_close(layer(x), expected, rtol=0.02, atol=0.02)
+    nn.ModuleList([one, other]).cuda()
+    for layer in (one, other):
+        assert torch.equal(layer(x.cuda()).cpu(), expected)
 
 
 def test_main_weights_are_computed_with_as_they_are_now_by_bitsandbytes_own_forward_too():
