@@ -106,7 +106,13 @@ TRIED = {
     "hardware/free_memory.py": {
         "choose another folder": ENTRY + "test_disk_that_says_what_is_free_is_taken",
     },
+    "lightning/building.py": {
+        "make the optimizer after fabric.setup": "lightning/test_building.py::"
+        "test_an_optimizer_that_would_not_train_empty_layers_is_refused_and_the_remedy_works",
+    },
     "lightning/converting.py": {
+        "name modules to leave in": "lightning/test_advice.py::"
+        "test_a_model_that_mostly_stays_plain_is_warned_of_in_terms_of_the_plugin",
         "set it up with a Fabric or Trainer without": "lightning/test_fabric.py::"
         "test_a_model_without_linear_layers_is_refused_and_runs_without_the_plugin",
         "then get_peft_model": "lightning/test_fabric.py::"
@@ -115,6 +121,8 @@ TRIED = {
         "test_a_quantized_layer_is_not_loaded_into_one_that_stays_plain",
     },
     "lightning/in_place.py": {
+        "call the plugin's convert_module": "lightning/test_trainer.py::"
+        "test_what_was_read_quantized_is_saved_and_refuses_to_compute_before_it_is_converted",
         "use the mode that it was saved in": "lightning/test_building.py::"
         "test_a_checkpoint_quantized_in_another_mode_is_refused_without_strict_too",
         "or build the model without empty_init": "lightning/test_building.py::"
@@ -300,6 +308,8 @@ TRIED = {
         "test_data_parallel_is_refused_and_its_remedy_works",
     },
     "quantization/layers.py": {
+        "load a checkpoint that holds them": "lightning/test_loaded_models.py::"
+        "test_layers_without_values_are_neither_saved_nor_dequantized",
         "or call merge_and_unload": ENTRY + "test_model_with_an_adapter_is_saved_merged_or_by_peft",
         "load the model again": ENTRY
         + "test_layers_that_are_not_quantized_or_were_packed_are_saved_after_a_move_or_a_load",
