@@ -2,7 +2,7 @@
 
 import pytest
 
-from bigload.config import BnbQuantizationConfig, OffloadConfig
+from bigload import BnbQuantizationConfig, OffloadConfig
 from bigload.modes import MODES
 from bigload.tables import html_table, output_width, shortened, text_table, turned_to_fit, wrapped
 
@@ -68,5 +68,5 @@ def test_config_shows_its_mode_and_what_differs(mode):
 
 
 def test_offload_config_shows_itself():
-    assert repr(OffloadConfig()) == "OffloadConfig(execute='gpu', slots=2, pin=True, reserve=None)"
+    assert repr(OffloadConfig()) == "OffloadConfig(execute='gpu', slots=2, pin=True, reserve=None, expert_cache=None)"
     assert "slots" in OffloadConfig()._repr_html_()

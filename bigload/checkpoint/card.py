@@ -69,7 +69,9 @@ class Card:
         # JSON is YAML, but for the braces around it.
         lines = [f"{key}: {json.dumps(value, ensure_ascii=False, default=str)}" for key, value in said.items()]
         base = said.get("base_model")
-        of = f"[{base}](https://huggingface.co/{base})" if isinstance(base, str) else f"A {self.class_name}"
+        bases = [base] if isinstance(base, str) else base or []
+        named = [f"[{name}](https://huggingface.co/{name})" for name in bases]
+        of = listed(named) if named else f"A {self.class_name}"
         kept = f"{len(self.kept)} ({listed(self.kept)})" if self.kept else "0"
         facts = {
             "format": self.config.mode,
@@ -82,7 +84,16 @@ class Card:
         }
         return "\n".join(
             [
-                *("---", *lines, "---", "", MARK, "", f"# {base or self.class_name} in {self.config.mode}", ""),
+                *(
+                    "---",
+                    *lines,
+                    "---",
+                    "",
+                    MARK,
+                    "",
+                    f"# {', '.join(bases) or self.class_name} in {self.config.mode}",
+                    "",
+                ),
                 f"{of}, quantized with bitsandbytes by bigload {__version__}.",
                 *("", "| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in facts.items())),
                 *(

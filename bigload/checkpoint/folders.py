@@ -18,10 +18,10 @@ from .record import RECORD_NAME
 WEIGHTS = re.compile(r".*\.(safetensors|index(\.[^.]+)?\.json|bin|pt|pth|gguf|h5|msgpack)", re.DOTALL)
 # Names of files that belong to a tokenizer or a processor, of all classes of transformers.
 TOKENIZERS = re.compile(
-    r".*tokenizer.*|(.*[-_])?vocab([-_.].*)?\.(json|txt|bpe)|(special_tokens_map|added_tokens|chat_template|encoder|emoji"
-    r"|normalizer|byte_maps|word_shape|word_pronunciation|tekken)\.json|merges\.txt|dict\.txt|bpe\.codes"
+    r"(?!\.)(.*tokenizer.*|(.*[-_])?vocab([-_.].*)?\.(json|txt|bpe)|(special_tokens_map|added_tokens|chat_template"
+    r"|encoder|emoji|normalizer|byte_maps|word_shape|word_pronunciation|tekken)\.json|merges\.txt|dict\.txt|bpe\.codes"
     r"|.*\.(model|spm|tiktoken|jinja)|([a-z_]*_)?(pre)?processor_config\.json"
-    r"|(tokenization|processing|[a-z]+_processing|feature_extraction)_\w+\.py"
+    r"|(tokenization|processing|[a-z]+_processing|feature_extraction)_\w+\.py)"
 )
 
 

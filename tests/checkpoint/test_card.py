@@ -119,6 +119,16 @@ def test_original_of_the_hub_is_the_base_and_its_licence_stays(tmp_path, write):
     assert metadata_load(tmp_path / "again" / "README.md") == said
 
 
+def test_several_originals_are_all_named(tmp_path, write):
+    card = "---\nbase_model: [org/a, org/b]\nbase_model_relation: quantized\n---\n"
+    write(of_llama(tmp_path / "source", **{"README.md": card}), tmp_path / "source", tmp_path / "made")
+    text = (tmp_path / "made" / "README.md").read_text()
+    assert metadata_load(tmp_path / "made" / "README.md")["base_model"] == ["org/a", "org/b"]
+    assert "\n# org/a, org/b in " in text
+    assert "https://huggingface.co/org/a)" in text
+    assert "https://huggingface.co/org/b)" in text
+
+
 @pytest.mark.parametrize("text", ["", "no front matter", "---\n[: not yaml\n---\n", "---\n- a list\n---\n"])
 def test_card_of_the_original_that_cannot_be_read_is_no_error(tmp_path, write, text):
     write(of_llama(tmp_path / "source", **{"README.md": text}), tmp_path / "source", tmp_path / "made")
@@ -204,7 +214,7 @@ def test_files_of_every_tokenizer_of_transformers_are_known():
     assert [name for name in sorted(names) if not TOKENIZERS.fullmatch(name)] == []
 
 
-@pytest.mark.parametrize("name", ["config.json", "trainer_state.json", "notes.txt", ".env", "train.py", "README.md"])
+@pytest.mark.parametrize("name", ["config.json", "trainer_state.json", ".env", ".env.model", "train.py", "README.md"])
 def test_other_files_are_not_taken_for_those_of_a_tokenizer(name):
     assert not TOKENIZERS.fullmatch(name)
 
