@@ -149,33 +149,25 @@ def _write_config(size: str, folder: Path) -> None:
         return
     from transformers import LlamaConfig, Qwen3MoeConfig
 
+    config: Any
+    sizes: Sizes | MixtureSizes
     if size in MIXTURES:
-        mixture = MIXTURES[size]
-        Qwen3MoeConfig(
-            hidden_size=mixture.hidden,
-            moe_intermediate_size=mixture.expert,
-            num_hidden_layers=mixture.layers,
-            num_attention_heads=mixture.heads,
-            num_key_value_heads=mixture.kv_heads,
-            head_dim=128,
-            num_experts=mixture.experts,
-            num_experts_per_tok=mixture.chosen,
-            vocab_size=mixture.vocabulary,
-            tie_word_embeddings=False,
-            architectures=["Qwen3MoeForCausalLM"],
-            dtype="bfloat16",
-        ).save_pretrained(folder)
-        return
-    sizes = LLAMAS[size]
-    LlamaConfig(
+        sizes = mixture = MIXTURES[size]
+        config, name = Qwen3MoeConfig, "Qwen3MoeForCausalLM"
+        own = {"moe_intermediate_size": mixture.expert, "num_experts": mixture.experts}
+        own |= {"num_experts_per_tok": mixture.chosen, "head_dim": 128}
+    else:
+        sizes = llama = LLAMAS[size]
+        config, name, own = LlamaConfig, "LlamaForCausalLM", {"intermediate_size": llama.intermediate}
+    config(
+        **own,
         hidden_size=sizes.hidden,
-        intermediate_size=sizes.intermediate,
         num_hidden_layers=sizes.layers,
         num_attention_heads=sizes.heads,
         num_key_value_heads=sizes.kv_heads,
         vocab_size=sizes.vocabulary,
         tie_word_embeddings=False,
-        architectures=["LlamaForCausalLM"],
+        architectures=[name],
         dtype="bfloat16",
     ).save_pretrained(folder)
 

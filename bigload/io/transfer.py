@@ -257,10 +257,9 @@ class CudaTransfer(Transfer):
                 yield from self.flush()
             if self._place is None:
                 self._place = self._free.get()
-            if self._place is None:
-                self.stop()  # the next call shall not wait either
-                return
-            if not self._place.parts:
+                if self._place is None:
+                    self.stop()  # the next call shall not wait either
+                    return
                 self._stream.wait_event(self._place.worked)
             at, count = self._place.take(task, begin, part.nbytes - copied)
             copies.add_run(self._place.memory, at, part.at + copied, count)
@@ -268,7 +267,7 @@ class CudaTransfer(Transfer):
 
     def flush(self) -> Iterator[_Step]:
         place, self._place = self._place, None
-        if place is not None and place.parts:
+        if place is not None:
             place.copied.record(self._stream)
             yield partial(self._hand_over, place)
             yield None

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..config import FLOATS, BnbQuantizationConfig
 from ..errors import ConfigError, import_optional, listed
+from ..model.empty import default_dtype_set_to
 from ..model.view import ModelView
 from .building import linears_to_quantize
 from .converting import convert, has_quantized, loaded_dtype, require_linears
@@ -148,16 +149,16 @@ class BitsandbytesPrecision(_Precision):  # type: ignore[misc]
 
     @contextmanager
     def _building(self) -> Iterator[None]:
-        with _default_dtype_set_to(self.dtype), linears_to_quantize():
+        with default_dtype_set_to(self.dtype), linears_to_quantize():
             yield
 
     def tensor_init_context(self) -> AbstractContextManager[None]:
         """Create tensors in `dtype`."""
-        return _default_dtype_set_to(self.dtype)
+        return default_dtype_set_to(self.dtype)
 
     def forward_context(self) -> AbstractContextManager[None]:
         """Create tensors in `dtype`, as the code of a forward or a step does."""
-        return _default_dtype_set_to(self.dtype)
+        return default_dtype_set_to(self.dtype)
 
     def convert_input(self, data: Any) -> Any:
         """Cast the floating-point tensors in a collection to `dtype`."""
@@ -210,17 +211,6 @@ def _device_of(module: Any) -> torch.device | None:
     if trainer is not None:
         return trainer.strategy.root_device  # type: ignore[no-any-return]
     return None if fabric is None else fabric.device
-
-
-@contextmanager
-def _default_dtype_set_to(dtype: torch.dtype) -> Iterator[None]:
-    """Set torch's default dtype. Without bigload's lock: a forward may take long, and start threads."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _cast(data: Any, dtype: torch.dtype) -> Any:

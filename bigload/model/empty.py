@@ -104,13 +104,19 @@ _default = threading.RLock()
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """Set torch's default dtype. It is global to all threads, so a lock lets only one of ours set it at a time."""
-    with _default:
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(before)
+    with _default, default_dtype_set_to(dtype):
+        yield
+
+
+@contextmanager
+def default_dtype_set_to(dtype: torch.dtype) -> Iterator[None]:
+    """Set torch's default dtype, without the lock: for what may take long, or starts threads."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def like_parameter(parameter: nn.Parameter, data: torch.Tensor) -> nn.Parameter:

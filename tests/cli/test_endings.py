@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import llama
 
 from bigload.cli import main
 
@@ -25,14 +24,6 @@ MOMENTS = {
     "while files are quantized": ("bigload.conversion._convert", ["quantize", "model", "made"]),
     "while a checkpoint is described": ("bigload.checkpoint.describe.open_checkpoint", ["show", "model"]),
 }
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    llama(False, eos_token_id=None).save_pretrained("model")
-    return tmp_path
 
 
 def interrupt(*args, **kwargs):

@@ -17,14 +17,6 @@ from bigload.cli import main
 from bigload.cli.messages import for_the_shell
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    llama(False, eos_token_id=None).save_pretrained("model")
-    return tmp_path
-
-
 def said(arguments, capsys):
     """Run what must fail, and return its message."""
     capsys.readouterr()

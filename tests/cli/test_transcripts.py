@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import llama
+from models import LLAMA_8B, llama
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -22,18 +22,6 @@ from transformers import PreTrainedTokenizerFast
 from bigload.cli import main
 
 TRANSCRIPTS = sorted((Path(__file__).parent / "transcripts").glob("*.txt"))
-# Of a model of 8 billion parameters, of which there are no weights here.
-LARGE = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "torch_dtype": "bfloat16",
-}
 VARYING = (
     (r"in \d+\.\d+ s at \d+\.\d+ GB/s", "in # s at # GB/s"),
     (r", at most [\d.]+ \w+ on cpu on the way", ""),
@@ -63,10 +51,10 @@ def place(tmp_path, monkeypatch):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained("model")
     llama(False).config.save_pretrained("no-weights")
     Path("large").mkdir()
-    Path("large/config.json").write_text(json.dumps(LARGE))
+    Path("large/config.json").write_text(json.dumps(LLAMA_8B))
     Path("gptq").mkdir()
     Path("gptq/config.json").write_text(
-        json.dumps(LARGE | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+        json.dumps(LLAMA_8B | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
     )
     Path("broken").mkdir()
     Path("broken/config.json").write_text("{")

@@ -3,6 +3,19 @@
 import torch
 from torch import nn
 
+# The config.json of a model of 8 billion parameters, of which there are no weights here.
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "torch_dtype": "bfloat16",
+}
+
 
 class Attention(nn.Module):
     """Causal self-attention as minGPT writes it, with its mask as a persistent buffer."""

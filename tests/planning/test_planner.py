@@ -4,7 +4,7 @@ import json
 
 import pytest
 from checkpoints import empty, save_checkpoint
-from models import GPT, llama
+from models import GPT, LLAMA_8B, llama
 from plans import planned
 
 from bigload import OffloadConfig, load_and_quantize_model, plan_device_map
@@ -47,22 +47,9 @@ def test_budget_is_met_to_the_byte(tmp_path):
         load_and_quantize_model(empty(GPT), "nf4", folder, max_memory={"cpu": needed - 1}, device_map="cpu")
 
 
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "torch_dtype": "bfloat16",
-}
-
-
 @pytest.mark.parametrize("named", ["", "config.json"])
 def test_command_plans_from_a_config_alone(tmp_path, capsys, named):
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
     path = str(tmp_path / named)
     assert main(["plan", path, "--quant", "nf4-dq", "--max-memory", "0=5.6GiB"]) == 0
     out = capsys.readouterr().out
@@ -88,7 +75,7 @@ def test_command_plans_what_is_there(tmp_path, capsys):
     "arguments", [["nowhere"], [".", "--max-memory", "0"], [".", "--max-memory", "x=1GiB"]], ids=repr
 )
 def test_command_refuses_what_it_cannot_plan(tmp_path, monkeypatch, capsys, arguments):
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
     monkeypatch.chdir(tmp_path)
     assert main(["plan", *arguments]) == 1
     assert arguments[-1].split("=")[0] in capsys.readouterr().err
