@@ -33,8 +33,13 @@ from .model.tree import leaves, modules_by_path
 from .model.view import require_module
 from .offload.device_hooks import dtypes_on_gpu
 from .pipeline.attributes import skip_list
-from .quantization.formats import dominant_dtype
-from .quantization.layers import config_of_layer, quantized_layers, require_whole_layers, source_class
+from .quantization.layers import (
+    config_of_layer,
+    dtype_loaded_in,
+    quantized_layers,
+    require_whole_layers,
+    source_class,
+)
 from .quantization.saved_experts import (
     configs_of_experts,
     quantized_experts,
@@ -294,7 +299,7 @@ def _write_diffusers_config(
 def _config(model: nn.Module, layers: Mapping[str, Any], experts: Mapping[str, Any]) -> BnbQuantizationConfig:
     """Return the config that the layers and experts were quantized with.
 
-    Its `torch_dtype` is the other weights' dominant dtype.
+    Its `torch_dtype` is the one that the model was loaded in.
     """
     if not layers and not experts:
         raise ConfigError(
@@ -319,13 +324,7 @@ def _config(model: nn.Module, layers: Mapping[str, Any], experts: Mapping[str, A
         raise QuantizationError(
             f"{listed(configs.values())} have different quantization configs: a checkpoint can have only one"
         )
-    quantized = {id(parameter) for layer in layers.values() for parameter in layer.parameters(recurse=False)}
-    quantized |= {
-        id(module._parameters[name]) for module in experts.values() for name in module.quantized_experts.weights
-    }
-    others = [parameter for parameter in model.parameters() if id(parameter) not in quantized]
-    floating = [(parameter.dtype, parameter.nbytes) for parameter in others if parameter.is_floating_point()]
-    torch_dtype = dominant_dtype(floating) if floating else "auto"
+    torch_dtype = dtype_loaded_in(model, layers.values()) or "auto"
     return BnbQuantizationConfig(**dict(next(iter(configs))), torch_dtype=torch_dtype)
 
 

@@ -14,6 +14,7 @@ from bigload import (
     ConfigError,
     QuantizationError,
     load_and_quantize_model,
+    plan_device_map,
     save_quantized_model,
 )
 from bigload.offload.device_hooks import attach
@@ -285,6 +286,17 @@ def mixed(model, where):
     model.get_submodule(where).float()
     attach(model, {}, entries={"": torch.device("cpu")}).dtypes_on_gpu = parts
     return parts
+
+
+@pytest.mark.parametrize("mode", ["int8", "nf4"])
+def test_model_that_was_cast_is_saved_in_the_dtype_of_its_other_weights(tmp_path, mode):
+    config = BnbQuantizationConfig.from_mode(mode, torch_dtype=torch.bfloat16)
+    model = load_and_quantize_model(GPT(), config, device_map="cpu").half()
+    save_quantized_model(model, tmp_path)
+    plan = plan_device_map(empty(GPT), None, tmp_path, device_map="cpu")
+    assert plan.config.load_dtype == torch.float16
+    state = load_and_quantize_model(empty(GPT), None, tmp_path, device_map="cpu").state_dict()
+    assert_same_bits(state, model.state_dict())
 
 
 def test_what_the_cpu_computes_in_float32_is_saved_as_a_gpu_would_have_it(tmp_path):

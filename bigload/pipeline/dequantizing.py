@@ -17,8 +17,7 @@ from ..model.view import require_module
 from ..offload.device_hooks import detach_from_layers
 from ..offload.forwards import forward_override_of
 from ..quantization.bnb import dequantize_4bit, library
-from ..quantization.formats import dominant_dtype
-from ..quantization.layers import carry_over, quantized_layers, require_whole_layers, source_class
+from ..quantization.layers import carry_over, dtype_loaded_in, quantized_layers, require_whole_layers, source_class
 from ..quantization.packed_experts import PackedExperts
 from ..quantization.quantized_weight import row_scales
 from ..quantization.saved_experts import quantization_attributes, quantized_experts, require_whole_experts
@@ -41,7 +40,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
         model: changed in place.
         dtype: of the dequantized weights and their biases. None means the dtype that a 4-bit weight was quantized from;
             int8 does not store that: there it means the `torch_dtype` that bigload loaded the layer in, and for layers
-            that others made the dominant dtype of the model's other weights.
+            that others made the dtype in the model's config, or the dominant one of its other weights.
 
     Returns:
         The same model. If the model itself is a quantized layer, the layer that replaces it.
@@ -66,7 +65,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     require_whole_layers(model, layers)
     require_whole_experts(experts)
     _require_own_forwards(layers | experts)
-    own = dominant_dtype((p.dtype, p.nbytes) for p in model.parameters() if type(p) is nn.Parameter)
+    own = dtype_loaded_in(model, layers.values()) or torch.float32
     plain = {layer: _plain(layer, dtype, own) for layer in layers.values()}
     modules = first_paths(model)
     edits: list[Edit] = [

@@ -10,7 +10,7 @@ import functools
 import re
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,10 +18,12 @@ from torch import nn
 
 from ..config import BnbQuantizationConfig
 from ..errors import QuantizationError, listed
+from ..model.transformers_facts import config_dtype
 from ..model.tree import first_paths
 from .bnb import library
 from .copied_layers import refuse_replicas, register_copies
 from .cpu_forwards import adapt_to_cpu
+from .formats import dominant_dtype
 from .own_forwards import own_forward, set_forward
 from .quantized_weight import QuantizedWeight, load_packed, load_rows, move_shared_scales, row_scales
 
@@ -206,6 +208,31 @@ def config_of_layer(layer: Any) -> dict[str, Any]:
         "bnb_4bit_quant_storage": layer.weight.dtype,
         "bnb_4bit_compute_dtype": layer.compute_dtype or state.dtype,
     }
+
+
+def dtype_loaded_in(model: nn.Module, layers: Iterable[Any]) -> torch.dtype | None:
+    """Return the dtype that a model with quantized layers was loaded in, or None if nothing tells it.
+
+    It is what most of the layers were quantized from; the dominant dtype of the other weights only if none of them has
+    that (the model was cast since), or if the layers do not tell. Of the other weights, most bytes may be what a class
+    keeps in float32, as T5 does.
+
+    Args:
+        model: its weights that are not quantized count.
+        layers: its layers of bitsandbytes.
+    """
+    plain = [(p.dtype, p.nbytes) for p in model.parameters() if type(p) is nn.Parameter and p.is_floating_point()]
+    told = [(dtype, layer.in_features * layer.out_features) for layer in layers if (dtype := _dtype_loaded_in(layer))]
+    asked = dominant_dtype(told) if told else config_dtype(model)
+    if asked is not None and (not plain or any(dtype == asked for dtype, _ in plain)):
+        return asked
+    return dominant_dtype(plain) if plain else None
+
+
+def _dtype_loaded_in(layer: Any) -> torch.dtype | None:
+    """Return what a layer was quantized from; bitsandbytes' int8 does not store it."""
+    of_weight: torch.dtype | None = getattr(getattr(layer.weight, "quant_state", None), "dtype", None)
+    return vars(layer).get("loaded_dtype", of_weight)  # type: ignore[no-any-return]
 
 
 def _make_4bit(weight: Any, has_bias: bool, shape: tuple[int, ...], config: BnbQuantizationConfig) -> nn.Module:
