@@ -124,14 +124,16 @@ def test_loads_of_other_dtypes_at_once_in_threads_do_not_change_each_others_bits
     """Telling a class's dtypes takes torch's default dtype, which all threads share."""
     llama(False).save_pretrained(tmp_path)
 
-    def load(dtype):
+    def load(model, dtype):
         config = BnbQuantizationConfig.from_mode("nf4", torch_dtype=dtype)
-        return load_and_quantize_model(empty(llama, False).eval(), config, tmp_path, device_map="cpu").state_dict()
+        return load_and_quantize_model(model, config, tmp_path, device_map="cpu").state_dict()
 
     dtypes = [torch.bfloat16, torch.float32, torch.float16] * 4
-    expected = {dtype: load(dtype) for dtype in set(dtypes)}
+    # Built here: transformers swaps torch.nn.init's functions meanwhile, and two threads at it leave them swapped.
+    models = [empty(llama, False).eval() for _ in dtypes]
+    expected = {dtype: load(empty(llama, False).eval(), dtype) for dtype in set(dtypes)}
     with ThreadPoolExecutor(4) as pool:
-        states = list(pool.map(load, dtypes))
+        states = list(pool.map(load, models, dtypes))
     for dtype, state in zip(dtypes, states, strict=True):
         for name, tensor in state.items():
             assert tensor.dtype == expected[dtype][name].dtype, name
