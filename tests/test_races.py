@@ -51,7 +51,7 @@ def narrow(monkeypatch):
     """Two slots of 1 MiB and two places of 3 MiB: all of them are used many times in one load."""
     release_buffers()
     monkeypatch.setenv("BIGLOAD_RING_BYTES", "2MiB")
-    monkeypatch.setattr("bigload.io.staging.PLACE_BYTES", 3 * 2**20)
+    monkeypatch.setattr("bigload.io.staging.BUFFER_BYTES", 3 * 2**20)
     monkeypatch.setattr(async_reads, "BLOCK_BYTES", 2**16)
     yield
     torch.cuda.synchronize()

@@ -7,7 +7,7 @@ import torch
 from .extents import ExtentSlice, ReadTask
 
 # The size of a buffer.
-PLACE_BYTES = 48 * 2**20
+BUFFER_BYTES = 48 * 2**20
 # Where tensors begin in a buffer, in bytes: as in memory of their own.
 _ALIGNMENT = 512
 
@@ -63,7 +63,7 @@ class StagingBuffer:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.memory = torch.empty(PLACE_BYTES, dtype=torch.uint8, device=device)
+        self.memory = torch.empty(BUFFER_BYTES, dtype=torch.uint8, device=device)
         self.parts: list[ExtentSlice] = []
         self.copied, self.worked = new_event(), new_event()
         self._views: dict[torch.dtype, torch.Tensor] = {}
@@ -86,7 +86,7 @@ class StagingBuffer:
         """Whether a tensor's bytes from `begin` on can go on here: a tensor that fits into a buffer is not divided."""
         if self._continues(task, begin):
             return self.parts[-1].nbytes < self._room(task)
-        return not self.parts or self._free_at + task.tensor.nbytes <= PLACE_BYTES
+        return not self.parts or self._free_at + task.tensor.nbytes <= BUFFER_BYTES
 
     def take(self, task: ReadTask, begin: int, nbytes: int) -> tuple[int, int]:
         """Return where in the memory a tensor's bytes from `begin` on go, and how many of `nbytes` fit there."""
@@ -108,7 +108,7 @@ class StagingBuffer:
     def _room(self, task: ReadTask) -> int:
         """Return the size of a tensor's piece at most: it ends with a scale."""
         itemsize = task.tensor.dtype.itemsize
-        return PLACE_BYTES // itemsize // task.values_per_scale * task.values_per_scale * itemsize
+        return BUFFER_BYTES // itemsize // task.values_per_scale * task.values_per_scale * itemsize
 
 
 def new_event() -> torch.cuda.Event:

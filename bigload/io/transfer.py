@@ -21,11 +21,11 @@ import torch
 from .extents import Extent, ExtentSlice, ReadTask, cut
 from .reader import Reader
 from .ring import take_ring
-from .staging import PLACE_BYTES, Copies, StagingBuffer, new_event
+from .staging import BUFFER_BYTES, Copies, StagingBuffer, new_event
 
 # Staging buffers on each GPU, for what its default stream has yet to work on.
 _WINDOW = 3
-WINDOW_BYTES = _WINDOW * PLACE_BYTES
+WINDOW_BYTES = _WINDOW * BUFFER_BYTES
 
 # Slots that a GPU copies from: one now, and one that is ready so that the link never waits.
 _COPIED = 2
@@ -211,7 +211,7 @@ class CudaTransfer(Transfer):
         self._default = torch.cuda.default_stream(device)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._free: SimpleQueue[StagingBuffer | None] = SimpleQueue()
-        self._place: StagingBuffer | None = None
+        self._buffer: StagingBuffer | None = None
         self._copied: defaultdict[int, torch.cuda.Event] = defaultdict(new_event)  # by slot
 
     def __enter__(self) -> CudaTransfer:
@@ -252,35 +252,35 @@ class CudaTransfer(Transfer):
         task, copied = part.task, 0
         while copied < part.nbytes:
             begin = part.begin * task.tensor.dtype.itemsize + copied
-            if self._place is not None and not self._place.has_room_for(task, begin):
+            if self._buffer is not None and not self._buffer.has_room_for(task, begin):
                 copies.begin()
                 yield from self.flush()
-            if self._place is None:
-                self._place = self._free.get()
-                if self._place is None:
+            if self._buffer is None:
+                self._buffer = self._free.get()
+                if self._buffer is None:
                     self.stop()  # the next call shall not wait either
                     return
-                self._stream.wait_event(self._place.worked)
-            at, count = self._place.take(task, begin, part.nbytes - copied)
-            copies.add_run(self._place.memory, at, part.at + copied, count)
+                self._stream.wait_event(self._buffer.worked)
+            at, count = self._buffer.take(task, begin, part.nbytes - copied)
+            copies.add_run(self._buffer.memory, at, part.at + copied, count)
             copied += count
 
     def flush(self) -> Iterator[_Step]:
-        place, self._place = self._place, None
-        if place is not None:
-            place.copied.record(self._stream)
-            yield partial(self._hand_over, place)
+        buffer, self._buffer = self._buffer, None
+        if buffer is not None:
+            buffer.copied.record(self._stream)
+            yield partial(self._hand_over, buffer)
             yield None
 
-    def _hand_over(self, place: StagingBuffer) -> None:
+    def _hand_over(self, buffer: StagingBuffer) -> None:
         with torch.cuda.device(self._device):  # the caller's current GPU may be another
-            self._default.wait_event(place.copied)
-            for part in place.parts:
-                part.task.take(place.values_of(part), part.begin)
+            self._default.wait_event(buffer.copied)
+            for part in buffer.parts:
+                part.task.take(buffer.values_of(part), part.begin)
                 part.task.arrived(part.count)
-            place.worked.record(self._default)
-        place.parts = []
-        self._free.put(place)
+            buffer.worked.record(self._default)
+        buffer.parts = []
+        self._free.put(buffer)
 
     def stop(self) -> None:
         self._free.put(None)

@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import QuantizationError, listed
-from ..model.empty import like_parameter
+from ..model.empty import like_parameter, once
 from .in_place import wait_for_conversion
 
 
@@ -27,8 +27,6 @@ class _Building(threading.local):
 
 
 _building = _Building()
-_installing = threading.Lock()
-_installed = False
 
 # The layer of each weight that is on meta instead of the device where it was built.
 _layer_of = WeakIdKeyDictionary()
@@ -40,7 +38,7 @@ def linears_to_quantize() -> Iterator[None]:
 
     If `nn.init` is switched off, as Lightning's `empty_init=True` does, their weights take no memory.
     """
-    _install_hook()
+    _install_hooks()
     _building.is_empty.append(_init_is_off())
     try:
         yield
@@ -54,14 +52,10 @@ def _init_is_off() -> bool:
     return bool(probe.item())
 
 
-def _install_hook() -> None:
-    """Register the hooks once, never to remove them: torch iterates them while other threads build modules."""
-    global _installed
-    with _installing:
-        if not _installed:
-            register_module_parameter_registration_hook(_registered)  # type: ignore[arg-type]
-            register_optimizer_step_pre_hook(_require_filled)
-            _installed = True
+@once
+def _install_hooks() -> None:
+    register_module_parameter_registration_hook(_registered)  # type: ignore[arg-type]
+    register_optimizer_step_pre_hook(_require_filled)
 
 
 def _registered(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -31,8 +32,24 @@ class _Building(threading.local):
 
 
 _building = _Building()
-_installing = threading.Lock()
-_installed = False
+
+
+def once(function: Callable[[], None]) -> Callable[[], None]:
+    """Make a function run once in a process; threads that call it meanwhile wait.
+
+    For what registers hooks, never to remove them: torch iterates them while other threads build modules.
+    """
+    lock, has_run = threading.Lock(), False
+
+    @functools.wraps(function)
+    def guarded() -> None:
+        nonlocal has_run
+        with lock:
+            if not has_run:
+                function()
+                has_run = True
+
+    return guarded
 
 
 @contextmanager
@@ -70,14 +87,10 @@ def init_empty_weights(include_buffers: bool = False) -> Iterator[None]:
             _building.unallocated = None
 
 
+@once
 def _install_hooks() -> None:
-    """Register the hooks once, never to remove it: torch iterates its hooks while other threads build modules."""
-    global _installed
-    with _installing:
-        if not _installed:
-            register_module_parameter_registration_hook(_to_meta)  # type: ignore[arg-type]
-            register_module_buffer_registration_hook(_to_real)
-            _installed = True
+    register_module_parameter_registration_hook(_to_meta)  # type: ignore[arg-type]
+    register_module_buffer_registration_hook(_to_real)
 
 
 def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:

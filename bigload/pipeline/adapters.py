@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from ..errors import QuantizationError
+from ..model.empty import once
 from ..quantization.layers import is_quantized, quantized_layers
 
 # DEFT begins with values that it computes from the weight; UniLoRA casts its scales to the weight's dtype, to zeros.
@@ -29,7 +30,7 @@ _MERGES_WRONG = ("peft.tuners.randlora.",)
 _weights: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[torch.Tensor], int]] = weakref.WeakKeyDictionary()
 
 
-@functools.cache
+@once
 def refuse_adapters_of_packed_weights() -> None:
     """From now on, look at the adapters that PEFT puts around layers of bitsandbytes; called once."""
     register_module_module_registration_hook(_look_at)

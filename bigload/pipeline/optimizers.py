@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -10,12 +9,13 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..errors import QuantizationError
+from ..model.empty import once
 
 # Optimizer -> the number of its groups when it was looked at: fine-tuning may add others later.
 _checked: WeakKeyDictionary[torch.optim.Optimizer, int] = WeakKeyDictionary()
 
 
-@functools.cache
+@once
 def refuse_optimizers_that_divide_by_zero() -> None:
     """From now on, look at each optimizer before its first step, and at groups that are added later; called once.
 

@@ -63,7 +63,7 @@ def log(monkeypatch):
     monkeypatch.setattr(staging, "new_event", lambda: Event(log))
     monkeypatch.setattr(transfer, "_transfer", lambda device: transfer.CudaTransfer(device))
     monkeypatch.setattr("bigload.io.extents._is_direct", lambda task: False)
-    monkeypatch.setattr(staging, "PLACE_BYTES", 1024)
+    monkeypatch.setattr(staging, "BUFFER_BYTES", 1024)
     monkeypatch.setenv("BIGLOAD_RING_BYTES", "4KiB")
     return log
 
@@ -140,7 +140,7 @@ def staged(log, folder, sizes, *, dtype=torch.float32, values_per_scale=1):
 
 
 def test_small_tensors_share_a_buffer_and_are_not_divided(log, tmp_path, monkeypatch):
-    monkeypatch.setattr(staging, "PLACE_BYTES", 8 * staging._ALIGNMENT)
+    monkeypatch.setattr(staging, "BUFFER_BYTES", 8 * staging._ALIGNMENT)
     pieces, handed_over = staged(log, tmp_path, [100] * 33)
     assert all(len(each) == 1 for each in pieces.values())
     assert handed_over == 5  # 8 in each, but the last
@@ -152,7 +152,7 @@ def test_tensors_of_any_size_arrive_in_whole_scales(log, tmp_path, monkeypatch, 
     scale = rng.choice([1, 7, 64])
     dtype = rng.choice([torch.float32, torch.float16, torch.uint8])
     room = 4096
-    monkeypatch.setattr(staging, "PLACE_BYTES", room)
+    monkeypatch.setattr(staging, "BUFFER_BYTES", room)
     sizes = [rng.choice([1, scale, scale * 3 + 1, 500, 1024, 1025, 4096, 9000]) for _ in range(rng.randint(1, 30))]
     pieces, handed_over = staged(log, tmp_path, sizes, dtype=dtype, values_per_scale=scale)
     for each in pieces.values():
