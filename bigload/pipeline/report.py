@@ -36,8 +36,11 @@ class LoadReport:
     Example:
         >>> import torch
         >>> from bigload.pipeline.report import LoadReport
-        >>> LoadReport("nf4", 2 * 10**9, 0.5, {torch.device("cpu"): 2**29})
+        >>> report = LoadReport("nf4", 2 * 10**9, 0.5, {torch.device("cpu"): 2**29})  # as model.load_report is
+        >>> report
         LoadReport(read 2.000 GB in 0.50 s at 4.00 GB/s into 512.00 MiB on cpu as nf4)
+        >>> report.gb_per_s, report.nbytes
+        (4.0, 536870912)
     """
 
     mode: str

@@ -38,10 +38,10 @@ from .leftover import warn_of_leftover
 from .load_rules import LoadRules
 from .missing import new_values
 from .offload_config import OffloadConfig
-from .placement import Placement, place_tensors, place_units, place_whole
+from .placement import Placement, accounts_of, place_tensors, place_units, place_whole
 from .placing.cpu_or_gpu import is_faster_on_cpu
 from .placing.expert_caches import warn_of_unused_cache
-from .plan import AfterLoad, Plan, accounts_of
+from .plan import AfterLoad, Plan
 from .planned_tensors import PlannedTensor, formatted_tensors
 from .request import LoadRequest, PlacementRequest, check_map, load_request, only_device
 from .sources import KeyMapping, Source, sources_in_checkpoint
