@@ -7,13 +7,12 @@ import functools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import torch
 
 from .errors import ConfigError, import_optional, listed
-from .modes import MODES
+from .modes import MODES, nearest_mode
 from .tables import FieldsAsHtml
 
 logger = logging.getLogger(__name__)
@@ -163,8 +162,8 @@ class BnbQuantizationConfig(FieldsAsHtml):
             BnbQuantizationConfig.from_mode('nf4-dq', skip_modules=['lm_head', 'router'])
         """
         if not isinstance(mode, str) or mode not in MODES:
-            close = get_close_matches(str(mode).lower(), MODES, n=1)
-            hint = f" (did you mean '{close[0]}'?)" if close else ""
+            near = nearest_mode(str(mode))
+            hint = f" (did you mean '{near}'?)" if near else ""
             raise ConfigError(f"unknown quantization mode {mode!r}{hint}; choose one of {', '.join(MODES)}")
         return cls._build({"torch_dtype": "auto", "bnb_4bit_compute_dtype": "auto", **MODES[mode], **fields})
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import ModuleType
 
 
@@ -130,6 +131,9 @@ class MissingDependencyError(BigloadError, ImportError):
     """
 
 
+_LONG = 160  # characters of a message that is not cut
+
+
 def counted(count: int, noun: str) -> str:
     """Return a count with its noun: "1 tensor", "2 tensors"."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
@@ -140,6 +144,16 @@ def listed(names: Iterable[str], limit: int = 10) -> str:
     quoted = [repr(name) for name in names]
     more = f" and {len(quoted) - limit} more" if len(quoted) > limit else ""
     return ", ".join(quoted[:limit]) + more
+
+
+def reason(error: BaseException) -> str:
+    """Return what an error of the system or of another library says, in one sentence; no file of ours is named."""
+    if isinstance(error, OSError) and error.strerror:
+        file = str(error.filename or "")
+        return error.strerror if Path(file).name.startswith(".") or not file else f"{error.strerror}: '{file}'"
+    said = " ".join(str(error).split()) or type(error).__name__
+    first = said.partition(". ")[0].rstrip(".")
+    return said if len(said) <= _LONG else first
 
 
 def import_optional(name: str, remedy: str) -> ModuleType:

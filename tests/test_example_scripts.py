@@ -73,8 +73,8 @@ def run_cell(code, names):
 
 
 def without_figures(text):
-    """Leave out what differs between machines: times, memory on the way, and devices."""
-    text = re.sub(r", at most .*? on the way", "", text)
+    """Leave out what differs between machines: times, peaks of memory, and devices."""
+    text = re.sub(r", peak [^)\n]*", "", text)
     return re.sub(r"\d+(\.\d+)?", "#", re.sub(r"\b(cpu|cuda:\d)\b", "DEVICE", text))
 
 

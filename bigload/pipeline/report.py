@@ -65,7 +65,7 @@ class LoadReport:
         speed = f"read {self.bytes_read / 1e9:.3f} GB in {self.elapsed_s:.2f} s at {self.gb_per_s:.2f} GB/s"
         peaks = ", ".join(f"{show(count)} on {device}" for device, count in self.peak_bytes.items())
         how = "" if self.mode == "none" else f" as {self.mode}"
-        return f"{speed} into {placed}{how}" + (f", at most {peaks} on the way" if peaks else "")
+        return f"{speed} into {placed}{how}" + (f", peak {peaks}" if peaks else "")
 
     def __repr__(self) -> str:
         return f"LoadReport({self})"

@@ -272,7 +272,7 @@ class Plan:
         return f"Plan({self.config.mode}: {needs}{streamed})"
 
     def _repr_html_(self) -> str:
-        said = "".join(f"<div>{escape(line)}</div>" for line in _summary(self))
+        said = "".join(f"<div>{escape(line)}</div>" for line in summary(self))
         return html_table(_account_rows(self.accounts)) + html_table(_unit_rows(self.units)) + said
 
 
@@ -297,7 +297,7 @@ def plan_table(plan: Plan, width: int | None = None, *, every_unit: bool = False
     for rows in turned_to_fit(_account_rows(plan.accounts), width):
         lines += [*text_table(rows, width), ""]
     lines += [*text_table(_unit_rows(plan.units, every_unit=every_unit), width), ""]
-    for line in _summary(plan):
+    for line in summary(plan):
         lines += wrapped(line, width)
     return "\n".join(lines)
 
@@ -345,7 +345,8 @@ def _from_to(first: str, last: str) -> str:
     return f"{first} to {'.'.join(parts[same:])}"
 
 
-def _summary(plan: Plan) -> Iterator[str]:
+def summary(plan: Plan) -> Iterator[str]:
+    """Say in lines what is quantized, what is offloaded, and what each forward streams."""
     layers = counted(len(plan.layers), "layer")
     if plan.experts:
         layers += f" and the experts of {counted(len(plan.experts), 'module')}"
@@ -363,7 +364,8 @@ def _summary(plan: Plan) -> Iterator[str]:
         return
     blocks = [placed for placed in plan.units if placed.unit.is_block]
     away = [placed for placed in blocks if placed.home is not None]
-    yield f"offloaded: {len(away)} of {counted(len(blocks), 'block')}, {counted(len(plan.offloaded), 'unit')} in all"
+    units = "" if away == plan.offloaded else f", {counted(len(plan.offloaded), 'unit')} in all"
+    yield f"offloaded: {len(away)} of {counted(len(blocks), 'block')}{units}"
     by_expert = [placed for placed in plan.offloaded if placed.is_by_expert]
     if by_expert:
         one = max(placed.streamed_bytes // placed.unit.most_experts for placed in by_expert)
@@ -373,6 +375,7 @@ def _summary(plan: Plan) -> Iterator[str]:
             f"copied for each of the others that a token visits: {show(one)}"
         )
     from_disk = sum(placed.streamed_bytes for placed in plan.units if placed.home == "disk")
-    disk = f", {show(from_disk)} of it from the disk" if from_disk else ""
+    share = "all" if from_disk == plan.streamed_bytes else show(from_disk)
+    disk = f", {share} of it from the disk" if from_disk else ""
     most = "at most " if by_expert else ""
     yield f"streamed for each forward: {most}{show(plan.streamed_bytes)}{disk}"

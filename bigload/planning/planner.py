@@ -223,7 +223,7 @@ def _placed(
     homeless = [p.tensor.name for p in made if p.home == "disk" and p.stored_as_is is None]
     if homeless and request.offload_folder is None:
         raise PlacementError(
-            f"{listed(homeless)}: offloaded to the disk, where the checkpoint does not hold them as they will be: "
+            f"{listed(homeless, 3)}: offloaded to the disk, but not stored in the checkpoint in the form needed: "
             "name an offload_folder"
         )
     quantized = [
