@@ -63,8 +63,8 @@ class Parser(argparse.ArgumentParser):
         choices = [str(choice) for choice in action.choices]
         if action.metavar == "COMMAND":
             flags = [flag for each in self._actions for flag in each.option_strings]
-            text = f"{value!r} is not a command{did_you_mean(str(value), [*choices, *flags])}"
-            raise argparse.ArgumentError(None, f"{text}; choose {', '.join(choices)}")
+            meant = did_you_mean(str(value), [*choices, *flags])
+            raise argparse.ArgumentError(None, f"{value!r} is not a command{meant}; choose {', '.join(choices)}")
         mode = nearest_mode(str(value)) if action.choices is MODES else None
         meant = did_you_mean(str(value), choices) if mode is None else f" (did you mean '{mode}'?)"
         raise argparse.ArgumentError(action, f"{value!r} is not a value for it{meant}; choose {', '.join(choices)}")

@@ -126,6 +126,12 @@ def test_tokens_are_generated_with_a_prompt_only(place, capsys):
     assert main(["load", "model"]) == 0
 
 
+def test_one_budget_is_set_for_each_device(place, capsys):
+    text = said(["load", "model", "--max-memory", "cpu=1MiB", "cpu=1GiB"], capsys)
+    assert "names cpu twice; set one budget for each device" in text
+    assert main(["load", "model", "--max-memory", "cpu=1GiB"]) == 0
+
+
 @pytest.mark.parametrize("device", ["disk", "auto", "balanced"])
 def test_one_device_quantizes(place, capsys, device):
     assert "expected the one that quantizes: 'cpu'" in said(["quantize", "model", "q", "--device", device], capsys)
