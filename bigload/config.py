@@ -7,13 +7,12 @@ import functools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import torch
 
 from .errors import ConfigError, import_optional, listed
-from .modes import MODES
+from .modes import MODES, nearest_mode
 from .tables import FieldsAsHtml
 
 logger = logging.getLogger(__name__)
@@ -64,10 +63,8 @@ class BnbQuantizationConfig(FieldsAsHtml):
     Example:
         >>> from bigload import BnbQuantizationConfig
         >>> config = BnbQuantizationConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", torch_dtype="bf16")
-        >>> config.mode, config.torch_dtype
+        >>> config.mode, config.load_dtype
         ('nf4', torch.bfloat16)
-        >>> BnbQuantizationConfig.from_mode("nf4-dq", bnb_4bit_compute_dtype="bf16").bnb_4bit_use_double_quant
-        True
     """
 
     load_in_8bit: bool = False
@@ -131,7 +128,13 @@ class BnbQuantizationConfig(FieldsAsHtml):
         return self.bnb_4bit_quant_type + ("-dq" if self.bnb_4bit_use_double_quant else "")
 
     def resolved(self, checkpoint_dtype: torch.dtype) -> BnbQuantizationConfig:
-        """Copy the config, with each "auto" replaced; `torch_dtype` becomes the checkpoint's dominant dtype."""
+        """Copy the config, with each "auto" replaced; `torch_dtype` becomes the checkpoint's dominant dtype.
+
+        Example:
+            >>> import bigload, torch
+            >>> bigload.BnbQuantizationConfig.from_mode("nf4").resolved(torch.bfloat16).bnb_4bit_compute_dtype
+            torch.bfloat16
+        """
         torch_dtype = checkpoint_dtype if self.torch_dtype == "auto" else self.torch_dtype
         compute_dtype = torch_dtype if self.bnb_4bit_compute_dtype == "auto" else self.bnb_4bit_compute_dtype
         return dataclasses.replace(self, torch_dtype=torch_dtype, bnb_4bit_compute_dtype=compute_dtype)  # type: ignore[arg-type]
@@ -152,10 +155,15 @@ class BnbQuantizationConfig(FieldsAsHtml):
 
         Raises:
             ConfigError: there is no such mode or field.
+
+        Example:
+            >>> import bigload
+            >>> bigload.BnbQuantizationConfig.from_mode("nf4-dq", skip_modules=["lm_head", "router"])
+            BnbQuantizationConfig.from_mode('nf4-dq', skip_modules=['lm_head', 'router'])
         """
         if not isinstance(mode, str) or mode not in MODES:
-            close = get_close_matches(str(mode).lower(), MODES, n=1)
-            hint = f" (did you mean '{close[0]}'?)" if close else ""
+            near = nearest_mode(str(mode))
+            hint = f" (did you mean '{near}'?)" if near else ""
             raise ConfigError(f"unknown quantization mode {mode!r}{hint}; choose one of {', '.join(MODES)}")
         return cls._build({"torch_dtype": "auto", "bnb_4bit_compute_dtype": "auto", **MODES[mode], **fields})
 
@@ -166,7 +174,14 @@ class BnbQuantizationConfig(FieldsAsHtml):
 
     @classmethod
     def from_accelerate(cls, config: Any) -> BnbQuantizationConfig:
-        """Copy accelerate's `BnbQuantizationConfig`."""
+        """Copy accelerate's `BnbQuantizationConfig`.
+
+        Example:
+            >>> from accelerate.utils import BnbQuantizationConfig as OfAccelerate
+            >>> from bigload import BnbQuantizationConfig
+            >>> BnbQuantizationConfig.from_accelerate(OfAccelerate(load_in_8bit=True)).mode
+            'int8'
+        """
         return cls._build({name: getattr(config, name) for name in _ACCELERATE_FIELDS})
 
     @classmethod
@@ -178,6 +193,12 @@ class BnbQuantizationConfig(FieldsAsHtml):
         Args:
             config: the `BitsAndBytesConfig`, or its dict.
             torch_dtype: the `dtype` of `from_pretrained`; "auto" is that of the checkpoint.
+
+        Example:
+            >>> from bigload import BnbQuantizationConfig
+            >>> from transformers import BitsAndBytesConfig
+            >>> BnbQuantizationConfig.from_transformers(BitsAndBytesConfig(load_in_8bit=True)).mode
+            'int8'
         """
         given = dict(config) if isinstance(config, Mapping) else config.to_dict()
         for name in ("load_in_4bit", "load_in_8bit"):  # properties of the class, so not in its vars()
@@ -205,6 +226,11 @@ class BnbQuantizationConfig(FieldsAsHtml):
 
         Raises:
             MissingDependencyError: transformers is not installed.
+
+        Example:
+            >>> import bigload
+            >>> bigload.BnbQuantizationConfig.from_mode("nf4").to_transformers().bnb_4bit_quant_type
+            'nf4'
         """
         return self._of_library("transformers")
 
@@ -213,6 +239,11 @@ class BnbQuantizationConfig(FieldsAsHtml):
 
         Raises:
             MissingDependencyError: diffusers is not installed.
+
+        Example:
+            >>> import bigload
+            >>> bigload.BnbQuantizationConfig.from_mode("int8").to_diffusers().load_in_8bit
+            True
         """
         return self._of_library("diffusers")
 
@@ -233,7 +264,13 @@ class BnbQuantizationConfig(FieldsAsHtml):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as values for JSON; dtypes are torch's names, such as "float16"."""
+        """Return the fields as values for JSON; dtypes are torch's names, such as "float16".
+
+        Example:
+            >>> import bigload
+            >>> bigload.BnbQuantizationConfig(load_in_8bit=True).to_dict()["torch_dtype"]
+            'float16'
+        """
         fields = dataclasses.asdict(self)
         return {
             name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
@@ -246,6 +283,11 @@ class BnbQuantizationConfig(FieldsAsHtml):
 
         Raises:
             ConfigError: a field that none of them has.
+
+        Example:
+            >>> import bigload
+            >>> bigload.BnbQuantizationConfig.from_dict({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}).mode
+            'nf4'
         """
         if _TRANSFORMERS_EXTRAS & fields.keys() or "llm_int8_skip_modules" in fields:
             return cls.from_transformers(fields)

@@ -22,9 +22,9 @@ from .checkpoint.checkpoint import Checkpoint, WeightsLocation, open_checkpoint
 from .checkpoint.folders import checked_target, copy_the_rest, put_in_place
 from .checkpoint.record import FORMAT_VERSION, RECORD_NAME, Record
 from .checkpoint.writer import Entry, ShardWriter, write_json
-from .config import as_config
-from .errors import CheckpointError, ConfigError, listed
-from .hardware.devices import Device, on_cpu_unless_named
+from .config import BnbQuantizationConfig, as_config
+from .errors import CheckpointError, ConfigError, PlacementError, listed, reason
+from .hardware.devices import Device, is_strategy, on_cpu_unless_named
 from .inspection.own_loading import EXTRA_STATE, changed_when_loaded_again
 from .io.extents import ReadTask
 from .io.tensors import StoredTensor, read_whole
@@ -91,6 +91,7 @@ def quantize_checkpoint(
         CheckpointError: `src` cannot be read, is quantized already or does not fit the model; `dst` is not empty,
             lies inside `src`, or cannot be written.
         ConfigError: an argument has an invalid value.
+        PlacementError: `device` is no device of this machine.
         QuantizationError: a weight has values that the format cannot hold.
 
     Example:
@@ -106,9 +107,9 @@ def quantize_checkpoint(
         >>> type(model[0]).__name__
         'Linear4bit'
     """
+    _require_one_device(device)
     config = as_config(bnb_quantization_config)
-    if config.llm_int8_has_fp16_weight:
-        raise ConfigError("int8-training keeps its weights in 16 bit: there is nothing to quantize beforehand")
+    _require_quantized_form(config)
     max_shard_bytes = shard_bytes(max_shard_size)
     checkpoint = open_checkpoint(src)
     target = _target_folder(dst, checkpoint, overwrite=overwrite)
@@ -152,6 +153,18 @@ def quantize_checkpoint(
             checked_target(target, overwrite=overwrite)  # others may have written there meanwhile
 
 
+def _require_one_device(device: Device | None) -> None:
+    if device == "disk" or is_strategy(device):
+        raise PlacementError(
+            f"device is {device!r}; expected the one that quantizes: 'cpu', a GPU's number, or 'cuda:N'"
+        )
+
+
+def _require_quantized_form(config: BnbQuantizationConfig) -> None:
+    if config.llm_int8_has_fp16_weight:
+        raise ConfigError("int8-training keeps its weights in 16 bit: there is nothing to quantize beforehand")
+
+
 def _empty_model(folder: Path) -> nn.Module:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"'{folder}' has no config.json to build the model from: pass an empty one as model=")
@@ -170,7 +183,7 @@ def _exclusive(target: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise CheckpointError(f"'{target}' cannot be written: {error}") from error
+        raise CheckpointError(f"'{target}' cannot be written: {reason(error)}") from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released with the process, however it ends
@@ -215,7 +228,9 @@ def _resumable_folder(target: Path, fingerprint: str) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(made, ignore_errors=True)
         if isinstance(error, OSError):
-            raise CheckpointError(f"'{target}' cannot be written: {error}; nothing there has been changed") from error
+            raise CheckpointError(
+                f"'{target}' cannot be written: {reason(error)}; nothing there has been changed"
+            ) from error
         raise
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import ModuleType
 
 
@@ -16,6 +17,14 @@ class BigloadError(Exception):
 
     Attributes:
         context: what was being done, such as "loading 'model/' with device_map='auto'"; shown after the message.
+
+    Example:
+        >>> import bigload
+        >>> try:
+        ...     bigload.BnbQuantizationConfig.from_mode("nf5")
+        ... except bigload.BigloadError as error:
+        ...     print(error)
+        unknown quantization mode 'nf5' (did you mean 'nf4'?); choose one of nf4, nf4-dq, ...
     """
 
     context: str = ""
@@ -26,7 +35,14 @@ class BigloadError(Exception):
 
 
 class ConfigError(BigloadError, ValueError):
-    """A quantization config or an argument is invalid."""
+    """A quantization config or an argument is invalid.
+
+    Example:
+        >>> import bigload
+        >>> bigload.BnbQuantizationConfig(load_in_4bit=True, bnb_4bit_blocksize=48)
+        Traceback (most recent call last):
+        bigload.errors.ConfigError: bnb_4bit_blocksize must be one of (32, 64, ..., 4096), but it is 48
+    """
 
 
 class CheckpointError(BigloadError, RuntimeError):
@@ -36,6 +52,18 @@ class CheckpointError(BigloadError, RuntimeError):
         missing_keys: the model's parameters that are not in the checkpoint.
         unexpected_keys: the checkpoint's tensors that are not in the model.
         mismatched_shapes: parameter -> (shape in the checkpoint, shape in the model).
+
+    Example:
+        >>> import bigload, torch
+        >>> from safetensors.torch import save_file
+        >>> save_file({"weight": torch.ones(8, 8)}, "no-bias.safetensors")
+        >>> with bigload.init_empty_weights():
+        ...     layer = torch.nn.Linear(8, 8)
+        >>> try:
+        ...     bigload.load_and_quantize_model(layer, "nf4", "no-bias.safetensors")
+        ... except bigload.CheckpointError as error:
+        ...     print(error.missing_keys)
+        ['bias']
     """
 
     def __init__(
@@ -53,19 +81,57 @@ class CheckpointError(BigloadError, RuntimeError):
 
 
 class PlacementError(BigloadError, ValueError):
-    """A device map or a memory budget cannot be met."""
+    """A device map or a memory budget cannot be met.
+
+    Example:
+        >>> import bigload, torch
+        >>> layers = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8))
+        >>> bigload.load_and_quantize_model(layers, "nf4", device_map="cpu", max_memory={"cpu": "1KiB"})
+        Traceback (most recent call last):
+        bigload.errors.PlacementError: the model needs 4.59 KiB on cpu, max_memory allows 1.00 KiB, ...
+    """
 
 
 class QuantizationError(BigloadError, RuntimeError):
-    """A weight cannot be quantized as asked, or a quantized layer cannot be used as asked."""
+    """A weight cannot be quantized as asked, or a quantized layer cannot be used as asked.
+
+    Example:
+        >>> import bigload, torch
+        >>> layers = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8))
+        >>> layers[0].weight.data[0, 0] = torch.nan
+        >>> bigload.load_and_quantize_model(layers, "nf4")
+        Traceback (most recent call last):
+        bigload.errors.QuantizationError: '0.weight': values that are not finite ...
+    """
 
 
 class OffloadError(BigloadError, RuntimeError):
-    """Offloaded weights cannot be stored, read or streamed."""
+    """Offloaded weights cannot be stored, read or streamed.
+
+    Example:
+        >>> import bigload, copy, torch
+        >>> layers = torch.nn.Sequential(torch.nn.Linear(1024, 2048), torch.nn.Linear(2048, 8))
+        >>> model = bigload.load_and_quantize_model(
+        ...     layers, "nf4", device_map={"": "cpu", "0": "disk"}, offload_folder="offload"
+        ... )
+        >>> copy.deepcopy(model)
+        Traceback (most recent call last):
+        bigload.errors.OffloadError: a model with offloaded weights cannot be copied or pickled; ...
+    """
 
 
 class MissingDependencyError(BigloadError, ImportError):
-    """A library that this function needs is not installed."""
+    """A library that this function needs is not installed.
+
+    Example:
+        >>> from bigload.errors import import_optional
+        >>> import_optional("no_such_library", "pip install no-such-library")
+        Traceback (most recent call last):
+        bigload.errors.MissingDependencyError: this needs no_such_library, which cannot be imported ...
+    """
+
+
+_LONG = 160  # characters of a message that is not cut
 
 
 def counted(count: int, noun: str) -> str:
@@ -78,6 +144,16 @@ def listed(names: Iterable[str], limit: int = 10) -> str:
     quoted = [repr(name) for name in names]
     more = f" and {len(quoted) - limit} more" if len(quoted) > limit else ""
     return ", ".join(quoted[:limit]) + more
+
+
+def reason(error: BaseException) -> str:
+    """Return what an error of the system or of another library says, in one sentence; no file of ours is named."""
+    if isinstance(error, OSError) and error.strerror:
+        file = str(error.filename or "")
+        return error.strerror if Path(file).name.startswith(".") or not file else f"{error.strerror}: '{file}'"
+    said = " ".join(str(error).split()) or type(error).__name__
+    first = said.partition(". ")[0].rstrip(".")
+    return said if len(said) <= _LONG else first
 
 
 def import_optional(name: str, remedy: str) -> ModuleType:

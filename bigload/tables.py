@@ -61,7 +61,8 @@ def wrapped(text: str, width: int | None) -> list[str]:
     """Return the lines of a text, none longer than a width, but for words that are."""
     if width is None or len(text) <= width:
         return [text]
-    return textwrap.wrap(text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    indent = text[: len(text) - len(text.lstrip())] + "  "
+    return textwrap.wrap(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def shortened(text: str, width: int) -> str:

@@ -17,27 +17,9 @@ from trl import SFTConfig, SFTTrainer
 from bigload import init_empty_weights, load_and_quantize_model
 
 WORDS = [
-    "<pad>",
-    "<eos>",
-    "<unk>",
-    *[
-        "the",
-        "a",
-        "big",
-        "small",
-        "model",
-        "loads",
-        "trains",
-        "learns",
-        "fast",
-        "slowly",
-        "on",
-        "one",
-        "many",
-        "GPUs",
-        "CPUs",
-    ],
-]
+    "<pad>", "<eos>", "<unk>", "the", "a", "big", "small", "model", "loads", "trains", "learns", "fast", "slowly", "on",
+    "one", "many", "GPUs", "CPUs",
+]  # fmt: skip
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 CONFIG = LlamaConfig(vocab_size=len(WORDS), max_position_embeddings=64, pad_token_id=0, eos_token_id=1, **SIZES)
 

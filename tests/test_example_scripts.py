@@ -1,24 +1,113 @@
-"""Each script in examples/ runs as it stands, in a process of its own and an empty folder."""
+"""Each example runs as it stands, in an empty folder: the scripts as programs, the notebook cell by cell."""
 
+import ast
+import json
 import os
+import re
+import runpy
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
+import torch
+from models import llama
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+# Trainers and pipelines leave seeds, hooks and loggers behind: they get a process of their own, which takes seconds.
+OF_THEIR_OWN = ("diffusers_flux", "lightning_fabric", "lightning_trainer", "optimizers", "qlora_trainer", "qlora_trl")
+MOST_LINES = 60
+
+
+def here(script, *arguments):
+    """Run a script in this process, as if it were the program."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(script), *arguments])
+        runpy.run_path(str(script), run_name="__main__")
+
+
+def in_a_process(script):
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    ran = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    print(ran.stdout)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
-def test_script_runs(script, tmp_path):
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    ran = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.strip(), "an example shows what it did"
+def test_script_runs(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = in_a_process if script.stem in OF_THEIR_OWN else here
+    run(script)
+    printed = capsys.readouterr().out
+    assert printed.strip(), "an example shows what it did"
+    assert "False" not in printed, printed
+    assert list(tmp_path.iterdir()) == [], "an example leaves nothing behind"
 
 
-def test_there_are_examples():
-    assert SCRIPTS
+def test_generate_takes_a_real_model_by_its_folder(tmp_path, capsys):
+    llama(False, eos_token_id=None).to(torch.bfloat16).save_pretrained(tmp_path)
+    tokenizer = Tokenizer(models.WordLevel({f"w{n}": n for n in range(127)} | {"<unk>": 127}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(tmp_path)
+    here(ROOT / "examples/generate.py", str(tmp_path))
+    printed = capsys.readouterr().out
+    assert "nothing is offloaded" in printed
+    assert re.search(r"\bw\d+\b", printed)
+
+
+def run_cell(code, names):
+    """Run a cell, and return what it prints and what its last line evaluates to."""
+    tree, value = ast.parse(code), None
+    last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+    with redirect_stdout(StringIO()) as printed:
+        exec(compile(tree, "<cell>", "exec"), names)
+        if last is not None:
+            value = eval(compile(ast.Expression(last.value), "<cell>", "eval"), names)
+    return printed.getvalue(), value
+
+
+def without_figures(text):
+    """Leave out what differs between machines: times, peaks of memory, and devices."""
+    text = re.sub(r", peak [^)\n]*", "", text)
+    return re.sub(r"\d+(\.\d+)?", "#", re.sub(r"\b(cpu|cuda:\d)\b", "DEVICE", text))
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_cells_of_a_notebook_give_what_is_saved_with_them(notebook, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert any(cell["outputs"] for cell in cells)
+    for cell in cells:
+        printed, value = run_cell("".join(cell["source"]), names)
+        said = "".join(text for output in cell["outputs"] for text in output.get("text", []))
+        shown = [output["data"] for output in cell["outputs"] if output["output_type"] == "execute_result"]
+        assert not [output for output in cell["outputs"] if output.get("name") == "stderr"], "nothing to warn of"
+        assert without_figures(printed) == without_figures(said)
+        assert len(shown) == (value is not None)
+        for saved in shown:
+            assert without_figures(repr(value)) == without_figures("".join(saved["text/plain"]))
+            assert ("text/html" in saved) == hasattr(value, "_repr_html_")
+
+
+def test_there_are_examples_and_the_index_names_each_with_what_it_shows():
+    index = (ROOT / "examples/README.md").read_text()
+    files = [*SCRIPTS, *NOTEBOOKS]
+    assert len(SCRIPTS) >= 12
+    assert NOTEBOOKS
+    assert sorted(re.findall(r"^\| \[`?([\w.]+)`?\]\(\1\) \|", index, re.MULTILINE)) == sorted(f.name for f in files)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_a_script_says_at_its_head_what_it_shows(script):
+    head = ast.get_docstring(ast.parse(script.read_text()))
+    assert head
+    assert len(head.split("\n\n")) == 2, "what it shows, and how to use it with a real model"
+    if script.stem not in OF_THEIR_OWN:
+        assert script.read_text().count("\n") < MOST_LINES

@@ -69,7 +69,13 @@ TRIED = {
         "instead of None": "checkpoint/test_stored_config.py::"
         "test_float32_that_the_config_beside_says_is_warned_of_once_and_the_remedies_work",
     },
+    "cli/arguments.py": {
+        "means so many bytes": "cli/test_messages.py::test_what_was_meant_is_said_and_works",
+        "is not a size": "cli/test_messages.py::test_what_was_meant_is_said_and_works",
+        "set one budget for each device": "cli/test_messages.py::test_one_budget_is_set_for_each_device",
+    },
     "cli/load.py": {
+        "pass both, or neither": "cli/test_messages.py::test_tokens_are_generated_with_a_prompt_only",
         "can load: {}; leave --prompt out": "cli/test_messages.py::"
         "test_without_a_tokenizer_a_model_is_loaded_without_a_prompt",
         "generate text; leave --prompt out": ENTRY + "test_prompt_is_left_out_for_a_model_that_generates_nothing",
@@ -78,9 +84,11 @@ TRIED = {
     },
     "cli/locations.py": {
         "name a folder with a config.json": "cli/test_hub_ids.py::test_a_folder_with_a_config_is_named",
+        "name the folder that it is in": "cli/test_messages.py::test_a_file_in_a_models_folder_leads_to_the_folder",
     },
     "cli/parser.py": {
-        "is not {}{}; choose": "cli/test_messages.py::test_what_was_meant_is_said_and_works",
+        "is not a value for it": "cli/test_messages.py::test_what_was_meant_is_said_and_works",
+        "is not a command": "cli/test_messages.py::test_what_was_meant_is_said_and_works",
     },
     "cli/plan.py": {
         "is not known; leave --context out": "cli/test_messages.py::test_what_keeps_no_cache_is_planned_without_one",

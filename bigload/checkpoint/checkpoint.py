@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError, listed
+from ..errors import CheckpointError, listed, reason
 from ..io.tensors import State, StoredTensor
 from ..quantization import formats
 from .bitsandbytes import QuantizedTensor, merge_quantized_parts
@@ -102,7 +102,7 @@ def open_checkpoint(weights_location: WeightsLocation) -> Checkpoint:
             location = hub_folder(weights_location)
         return _open(location.absolute())  # a model that streams reads its files when the working directory has changed
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        raise CheckpointError(f"'{location}' cannot be read: {error}") from error
+        raise CheckpointError(f"'{location}' cannot be read: {reason(error)}") from error
 
 
 def _open(location: Path) -> Checkpoint:

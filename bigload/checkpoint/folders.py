@@ -10,7 +10,7 @@ from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import CheckpointError, ConfigError, listed
+from ..errors import CheckpointError, ConfigError, listed, reason
 from .checkpoint import NOT_WEIGHTS
 from .record import RECORD_NAME
 
@@ -44,13 +44,15 @@ def new_folder(target: str | os.PathLike[str], *, overwrite: bool) -> Iterator[P
         target.parent.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     except OSError as error:
-        raise CheckpointError(f"'{target}' cannot be written: {error}") from error
+        raise CheckpointError(f"'{target}' cannot be written: {reason(error)}") from error
     try:
         made.chmod(0o777 & ~_umask())  # as any new folder: mkdtemp gives access to the owner only
         yield made
         put_in_place(made, checked_target(target, overwrite=overwrite))  # something may be there by now
     except OSError as error:
-        raise CheckpointError(f"'{target}' cannot be written: {error}; nothing there has been changed") from error
+        raise CheckpointError(
+            f"'{target}' cannot be written: {reason(error)}; nothing there has been changed"
+        ) from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
 
@@ -70,7 +72,7 @@ def checked_target(given: str | os.PathLike[str], *, overwrite: bool) -> Path:
     if not target.is_dir():
         raise CheckpointError(f"'{target}' is a file: name a folder")
     if os.path.ismount(target) or target == Path(os.path.realpath(Path.cwd())) or target in Path.cwd().parents:
-        raise CheckpointError(f"'{target}' cannot be put in place as a whole: name a folder inside it")
+        raise CheckpointError(f"'{target}' cannot be replaced as a whole: name a folder inside it")
     held = sorted(target.iterdir())
     if held and not overwrite:
         raise CheckpointError(

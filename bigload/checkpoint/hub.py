@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ..errors import CheckpointError, import_optional
+from ..errors import CheckpointError, import_optional, reason
 
 _HUB_ID = re.compile(r"(?P<id>[\w][\w.-]*/[\w][\w.-]*)(@(?P<revision>[^@\s]+))?")
 _FILES = (".safetensors", ".bin", ".pt", ".pth", ".json")
@@ -67,10 +67,9 @@ def _not_there_error(location: str, file: str, error: Exception) -> CheckpointEr
     repo, revision = _parts(location)
     what = f"revision '{revision}' of '{repo}'" if revision else f"'{repo}'"
     what = f"{file} of {what}" if file else what
-    why = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
     return CheckpointError(
-        f"no file or folder '{location}' here, and {what} is not in the hub's cache and cannot be downloaded: {why}; "
-        f"check the name, or fetch it where there is a network with: hf download {repo}"
+        f"no file or folder '{location}' here, and {what} is not in the hub's cache and cannot be downloaded: "
+        f"{reason(error)}; check the name, or fetch it where there is a network with: hf download {repo}"
         + (f" {file}" if file else "")
         + (f" --revision {revision}" if revision else "")
     )

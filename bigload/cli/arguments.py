@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from ..hardware.devices import Device
     from ..planning.offload_config import OffloadConfig
 
+# Fewer bytes than this are no budget: the unit was forgotten.
+_FEW, _MANY_GIB = 2**16, 256
 PATH = "folder, or org/name or org/name@revision of the Hugging Face hub"
 
 
@@ -58,6 +60,7 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--reserve",
+        type=size,
         metavar="SIZE",
         help="memory of each GPU left for activations (default: 128MiB and the largest 4-bit layer, dequantized)",
     )
@@ -87,12 +90,18 @@ def max_memory(given: Sequence[str]) -> dict[Device, int | str]:
     """
     budgets: dict[Device, int | str] = {}
     for text in given:
-        device, equals, size = text.partition("=")
-        if not (device and equals and size):
+        device, equals, given_size = text.rstrip(",").partition("=")
+        if not (device and equals and given_size):
             raise ConfigError(
                 f"--max-memory holds {text!r}; expected a device and a size, such as 0=10GiB or cpu=60GiB"
             )
-        budgets[int(device) if device.isdecimal() else device] = size
+        place = int(device) if device.isdecimal() else device
+        if place in budgets:
+            raise ConfigError(f"--max-memory names {device} twice; set one budget for each device")
+        try:
+            budgets[place] = size(given_size)
+        except argparse.ArgumentTypeError as error:
+            raise ConfigError(f"--max-memory holds {text!r}: {error}") from error
     return budgets
 
 
@@ -114,6 +123,25 @@ def device_map(text: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise ConfigError(f"--device-map is not a JSON object: {error}") from error
+
+
+def size(text: str) -> str:
+    """Return a size as it was given, if it is one."""
+    from ..errors import PlacementError
+    from ..sizes import parse_size
+
+    try:
+        nbytes = parse_size(text)
+    except PlacementError:
+        unit = next((letter.upper() for letter in text if letter in "kKmMgGtT"), "")
+        number = text.rstrip("kKmMgGtTiIbB ,")
+        meant = f"{number}{unit}iB" if unit and number.replace(".", "", 1).isdecimal() else ""
+        hint = f" (did you mean '{meant}'?)" if meant else ""
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size{hint}; write bytes, or a unit as in 10GiB") from None
+    if 0 < nbytes < _FEW and text.strip().isdecimal():
+        meant = f"{text.strip()}{'GiB' if nbytes < _MANY_GIB else 'MiB'}"
+        raise argparse.ArgumentTypeError(f"{text!r} means so many bytes (did you mean '{meant}'?); add a unit")
+    return text
 
 
 def positive(text: str) -> int:

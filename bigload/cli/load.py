@@ -6,10 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, reason
 from .arguments import PATH, add_placement, add_quant, config, device_map, max_memory, offload, positive
-from .locations import model_folder
+from .locations import model_folder, note
 from .parser import add_command
+
+_USUAL_TOKENS = 40
 
 
 def add_to(commands: Any) -> None:
@@ -38,21 +40,24 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--max-new-tokens",
         type=positive,
-        default=40,
         metavar="N",
-        help="how many tokens to generate (default: %(default)s)",
+        help=f"how many tokens to generate (default: {_USUAL_TOKENS})",
     )
 
 
 def run(options: argparse.Namespace) -> None:
     """Load the model, and print its report and the continuation of the prompt."""
+    if options.max_new_tokens and options.prompt is None:
+        raise ConfigError("--max-new-tokens has no effect without --prompt: pass both, or neither")
     placed, budgets = device_map(options.device_map), max_memory(options.max_memory)
     from ..loading import load_and_quantize_model
     from ..model.described import empty_model
+    from ..planning.plan import summary
     from ..tables import output_width, wrapped
 
     folder = model_folder(options, options.path)
-    model = empty_model(folder)
+    note(options, options.offload_folder)
+    model: Any = empty_model(folder)
     prompt = None if options.prompt is None else _Prompt(model, folder, options)  # fails before the load
     mode = options.quant
     if mode is None and not is_quantized(folder):
@@ -66,7 +71,10 @@ def run(options: argparse.Namespace) -> None:
         offload_folder=options.offload_folder,
         offload=offload(options),
     )
-    print("\n".join(wrapped(str(model.load_report), output_width())))
+    lines = [str(model.load_report)]
+    if "offload" in vars(model):
+        lines += [line for line in summary(model.offload.plan) if "streamed" in line or "offloaded" in line]
+    print("\n".join(each for line in lines for each in wrapped(line, output_width())))
     if prompt is not None:
         print(prompt.continued_by(model.eval()))
 
@@ -96,12 +104,11 @@ class _Prompt:
                     f"the tokenizer in '{folder}' is made by code of its own, which bigload does not run: leave "
                     "--prompt out"
                 ) from None
-            said = (str(error).splitlines() or [type(error).__name__])[0]
             raise CheckpointError(
-                f"'{folder}' holds no tokenizer that transformers can load: {said}; leave --prompt out"
+                f"'{folder}' holds no tokenizer that transformers can load: {reason(error)}; leave --prompt out"
             ) from error
         self._tokens = self._tokenizer(options.prompt, return_tensors="pt")
-        self._count = options.max_new_tokens
+        self._count = options.max_new_tokens or _USUAL_TOKENS
         if self._tokens["input_ids"].numel() == 0:
             raise ConfigError(f"--prompt {options.prompt!r} has no tokens to continue")
 

@@ -52,7 +52,7 @@ def weights_location(options: argparse.Namespace, typed: str) -> str | Path:
     return typed
 
 
-def note(options: argparse.Namespace, typed: str) -> None:
+def note(options: argparse.Namespace, typed: str | None) -> None:
     """Remember a path that was typed, which messages show as it was."""
     if typed:
         _noted(options, Path(typed).expanduser(), typed, Path())
@@ -62,6 +62,8 @@ def _config_in(folder: Path, typed: str) -> Path:
     if (folder / "config.json").is_file():
         return folder / "config.json"
     there = "has no config.json" if folder.is_dir() else "is not there" if not folder.exists() else "is not a folder"
+    if folder.is_file() and (folder.parent / "config.json").is_file():
+        raise CheckpointError(f"'{typed}' {there}: name the folder that it is in, '{Path(typed).parent}'")
     more = "" if "/" in typed or folder.exists() else "; a repository of the hub is named with its owner, as org/name"
     raise CheckpointError(f"'{typed}' {there}: name a folder with a config.json, from which the model is built{more}")
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
+from ..modes import MODES, nearest_mode
+
 
 class Parser(argparse.ArgumentParser):
     """A parser of argparse that says what may have been meant, and shows examples."""
@@ -18,7 +20,14 @@ class Parser(argparse.ArgumentParser):
         super().__init__(epilog=epilog, formatter_class=_HelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
-        """End the process with status 2 and one line."""
+        """End the process with status 2 and one line; with the help, where nothing was given at all."""
+        if not self._given and self._subparsers is not None:
+            self.print_help()
+            self.exit(2)
+        known = [flag for action in self._actions for flag in action.option_strings]
+        unknown = [word for word in self._given if word.startswith("--") and not _is_known(word, known)]
+        if unknown and "are required" in message:  # what is missing may be what was misspelt
+            message = no_such_option(unknown[0], known)
         greedy = [flag for action in self._actions if action.nargs == "+" for flag in action.option_strings]
         taken = [flag for flag in greedy if flag in self._given]
         if taken and "are required" in message:
@@ -39,8 +48,7 @@ class Parser(argparse.ArgumentParser):
             if not flags:
                 parser.error(f"{left[0]!r} is one argument too many")
             known = [flag for action in parser._actions for flag in action.option_strings]
-            word = flags[0].partition("=")[0]
-            parser.error(f"there is no option {word}{did_you_mean(word, known)}")
+            parser.error(no_such_option(flags[0], known))
         return options
 
     def _print_message(self, message: str, file: Any = None) -> None:
@@ -53,9 +61,13 @@ class Parser(argparse.ArgumentParser):
         if action.choices is None or value in action.choices:
             return
         choices = [str(choice) for choice in action.choices]
-        what = "" if action.metavar == "COMMAND" else "a value for it"
-        text = f"{value!r} is not {what or 'a command'}{did_you_mean(str(value), choices)}; choose {', '.join(choices)}"
-        raise argparse.ArgumentError(action if what else None, text)
+        if action.metavar == "COMMAND":
+            flags = [flag for each in self._actions for flag in each.option_strings]
+            meant = did_you_mean(str(value), [*choices, *flags])
+            raise argparse.ArgumentError(None, f"{value!r} is not a command{meant}; choose {', '.join(choices)}")
+        mode = nearest_mode(str(value)) if action.choices is MODES else None
+        meant = did_you_mean(str(value), choices) if mode is None else f" (did you mean '{mode}'?)"
+        raise argparse.ArgumentError(action, f"{value!r} is not a value for it{meant}; choose {', '.join(choices)}")
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -64,6 +76,20 @@ class _HelpFormatter(argparse.HelpFormatter):
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         lines = [[line] if line.startswith("  ") else textwrap.wrap(line, width) or [""] for line in text.splitlines()]
         return "\n".join(indent + line for wrapped in lines for line in wrapped)
+
+
+def no_such_option(word: str, known: Iterable[str]) -> str:
+    """Return the message for an option that there is not."""
+    word = word.partition("=")[0]
+    if len(word) == 2:  # -q: an option in full that begins so
+        near = next((flag for flag in known if flag.startswith(f"-{word}")), None)
+        return f"there is no option {word}" + (f" (did you mean '{near}'?)" if near else "")
+    return f"there is no option {word}{did_you_mean(word, known)}"
+
+
+def _is_known(word: str, known: Iterable[str]) -> bool:
+    """Whether argparse takes a word for an option; it takes the beginning of one for the whole."""
+    return any(flag.startswith(word.partition("=")[0]) for flag in known)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

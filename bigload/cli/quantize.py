@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from .arguments import PATH, add_quant, config
+from .arguments import PATH, add_quant, config, size
 from .locations import note, weights_location
 from .messages import for_the_shell
 from .parser import add_command
@@ -35,6 +35,7 @@ def add_to(commands: Any) -> None:
     add_quant(parser, "nf4")
     parser.add_argument(
         "--max-shard-size",
+        type=size,
         default="5GB",
         metavar="SIZE",
         help="largest size of the tensors in a file (default: %(default)s)",
@@ -49,6 +50,7 @@ def run(options: argparse.Namespace) -> None:
     """Quantize the checkpoint, and print what was written."""
     from ..checkpoint.describe import describe_checkpoint
     from ..conversion import quantize_checkpoint
+    from ..tables import output_width, wrapped
 
     note(options, options.dst)
     try:
@@ -63,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         raise KeyboardInterrupt(*_how_to_go_on(options)) from None
     for line in describe_checkpoint(options.dst).splitlines():
-        print(for_the_shell(line, options.shown))
+        print("\n".join(wrapped(for_the_shell(line, options.shown), output_width())))
 
 
 def _how_to_go_on(options: argparse.Namespace) -> list[str]:

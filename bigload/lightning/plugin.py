@@ -48,13 +48,22 @@ class BitsandbytesPrecision(_Precision):  # type: ignore[misc]
         ConfigError: there is no such mode or dtype, or `ignore_modules` is no list of names.
 
     Example:
-        >>> from bigload.lightning import BitsandbytesPrecision  # doctest: +SKIP
-        >>> from lightning.fabric import Fabric  # doctest: +SKIP
-        >>> fabric = Fabric(plugins=BitsandbytesPrecision("nf4-dq", ignore_modules={"head"}))  # doctest: +SKIP
-        >>> with fabric.init_module(empty_init=True):  # doctest: +SKIP
-        ...     model = Net()
-        >>> model = fabric.setup(model)  # doctest: +SKIP
-        >>> fabric.load_raw("net.ckpt", model)  # quantized as it is loaded  # doctest: +SKIP
+        >>> import torch
+        >>> from bigload.lightning import BitsandbytesPrecision
+        >>> from lightning.fabric import Fabric
+        >>> def build():
+        ...     return torch.nn.ModuleDict({"body": torch.nn.Linear(64, 64), "head": torch.nn.Linear(64, 8)})
+        >>> torch.save(build().state_dict(), "net.ckpt")
+        >>> plugin = BitsandbytesPrecision("nf4-dq", ignore_modules={"head"})
+        >>> fabric = Fabric(accelerator="cpu", devices=1, plugins=plugin)
+        >>> with fabric.init_module(empty_init=True):
+        ...     model = build()
+        >>> model = fabric.setup(model)
+        >>> fabric.load_raw("net.ckpt", model)  # quantized as it is loaded
+        >>> type(model.module["body"]).__name__, type(model.module["head"]).__name__
+        ('Linear4bit', 'Linear')
+        >>> plugin.config.mode
+        'nf4-dq'
     """
 
     def __init__(
@@ -94,6 +103,13 @@ class BitsandbytesPrecision(_Precision):  # type: ignore[misc]
             ConfigError: it has no Linear layers.
             QuantizationError: it has PEFT's adapters, or values that the format cannot represent.
             CheckpointError: it was given a state_dict that is quantized in another way.
+
+        Example:
+            >>> import torch
+            >>> from bigload.lightning import BitsandbytesPrecision
+            >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU())
+            >>> type(BitsandbytesPrecision("nf4").convert_module(model)[0]).__name__
+            'Linear4bit'
         """
         if has_quantized(module):
             self._fit_to(module)

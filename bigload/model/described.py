@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ..errors import BigloadError, CheckpointError
+from ..errors import BigloadError, CheckpointError, reason
 from . import diffusers_facts, transformers_facts
 
 
@@ -30,5 +30,5 @@ def empty_model(folder: Path) -> nn.Module:
         raise
     except Exception as error:  # a model class may raise anything for a config that does not fit it
         raise CheckpointError(
-            f"diffusers cannot build a model from the config in '{folder}': {type(error).__name__}: {error}"
+            f"diffusers cannot build a model from the config in '{folder}': {type(error).__name__}: {reason(error)}"
         ) from error

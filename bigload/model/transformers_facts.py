@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import CheckpointError, ConfigError, import_optional
+from ..errors import CheckpointError, ConfigError, import_optional, reason
 from .diffusers_facts import is_diffusers_class
 from .empty import init_empty_weights
 
@@ -54,7 +54,7 @@ def empty_model(folder: Path) -> nn.Module:
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     except Exception as error:  # a model class may raise anything for a config that does not fit it
         raise CheckpointError(
-            f"transformers cannot build a model from the configs in '{folder}': {type(error).__name__}: {error}"
+            f"transformers cannot build a model from the configs in '{folder}': {type(error).__name__}: {reason(error)}"
         ) from error
     return model.eval()
 

@@ -35,10 +35,19 @@ from .targets import OffloadTargets
 
 
 class Offload:
-    """Streams the offloaded weights of a model.
+    """Streams the offloaded weights of a model, which has it as `model.offload`.
 
     Attributes:
         plan: where each weight is stored and computed.
+
+    Example:
+        >>> import bigload, torch
+        >>> layers = torch.nn.Sequential(torch.nn.Linear(1024, 2048), torch.nn.Linear(2048, 8))
+        >>> model = bigload.load_and_quantize_model(
+        ...     layers, "nf4", device_map={"": "cpu", "0": "disk"}, offload_folder="offload"
+        ... )
+        >>> model.offload
+        Offload(1 unit offloaded, 1.13 MiB streamed for each forward, 0 B so far)
     """
 
     def __init__(self, model: nn.Module, plan: Plan, config: OffloadConfig, targets: OffloadTargets) -> None:
@@ -100,7 +109,18 @@ class Offload:
         return f"<div>{escape(repr(self))}</div>{html_table([('stats()', ''), *stats])}"
 
     def stats(self) -> StreamStats:
-        """Return what has been streamed since the load, summed over all devices; the rate is their mean."""
+        """Return what has been streamed since the load, summed over all devices; the rate is their mean.
+
+        Example:
+            >>> import bigload, torch
+            >>> layers = torch.nn.Sequential(torch.nn.Linear(1024, 2048), torch.nn.Linear(2048, 8))
+            >>> model = bigload.load_and_quantize_model(
+            ...     layers, "nf4", device_map={"": "cpu", "0": "disk"}, offload_folder="offload"
+            ... )
+            >>> _ = model(torch.ones(1, 1024))
+            >>> model.offload.stats().fetches
+            1
+        """
         each = [engine.stats() for engine in self._engines]
         rates = [stats.gb_per_s for stats in each if stats.gb_per_s]
         return StreamStats(
@@ -123,6 +143,16 @@ class Offload:
         Raises:
             ConfigError: `module` is not an nn.Module.
             torch.OutOfMemoryError: the device has no room for the weights.
+
+        Example:
+            >>> import bigload, torch
+            >>> layers = torch.nn.Sequential(torch.nn.Linear(1024, 2048), torch.nn.Linear(2048, 8))
+            >>> model = bigload.load_and_quantize_model(
+            ...     layers, "nf4", device_map={"": "cpu", "0": "disk"}, offload_folder="offload"
+            ... )
+            >>> with model.offload.materialize(model[0]):
+            ...     model[0].weight.shape  # 1024 * 2048 values, two in a byte
+            torch.Size([1048576, 1])
         """
         if not isinstance(module, nn.Module):
             raise ConfigError(f"materialize takes a module of the model, not {module!r}")
@@ -138,6 +168,16 @@ class Offload:
         Raises:
             OffloadError: the model is running, or a file with offloaded weights has changed.
             torch.OutOfMemoryError: a device has no room for the weights; the model is still offloaded.
+
+        Example:
+            >>> import bigload, torch
+            >>> layers = torch.nn.Sequential(torch.nn.Linear(1024, 2048), torch.nn.Linear(2048, 8))
+            >>> model = bigload.load_and_quantize_model(
+            ...     layers, "nf4", device_map={"": "cpu", "0": "disk"}, offload_folder="offload"
+            ... )
+            >>> model.offload.remove()
+            >>> hasattr(model, "offload")
+            False
         """
         remove_all(self._engines)
         for handle in self._handles:

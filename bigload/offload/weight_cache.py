@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from ..checkpoint.merged import MergedTensor
 from ..checkpoint.safetensors import read_header
-from ..errors import CheckpointError, OffloadError
+from ..errors import CheckpointError, OffloadError, reason
 from ..io.tensors import ComputedTensor, LazyTensor, StoredTensor
 from ..planning.planned_tensors import PlannedTensor
 from ..planning.sources import Source
@@ -87,7 +87,7 @@ class WeightCache:
                 os.fsync(file.fileno())
             _publish(partial, path, planned)
         except (OSError, SafetensorError) as error:
-            raise OffloadError(f"offload_folder '{self._folder}' cannot be written: {error}") from error
+            raise OffloadError(f"offload_folder '{self._folder}' cannot be written: {reason(error)}") from error
         finally:
             with suppress(OSError):
                 partial.unlink(missing_ok=True)

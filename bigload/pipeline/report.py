@@ -36,8 +36,11 @@ class LoadReport:
     Example:
         >>> import torch
         >>> from bigload.pipeline.report import LoadReport
-        >>> LoadReport("nf4", 2 * 10**9, 0.5, {torch.device("cpu"): 2**29})
+        >>> report = LoadReport("nf4", 2 * 10**9, 0.5, {torch.device("cpu"): 2**29})  # as model.load_report is
+        >>> report
         LoadReport(read 2.000 GB in 0.50 s at 4.00 GB/s into 512.00 MiB on cpu as nf4)
+        >>> report.gb_per_s, report.nbytes
+        (4.0, 536870912)
     """
 
     mode: str
@@ -62,7 +65,7 @@ class LoadReport:
         speed = f"read {self.bytes_read / 1e9:.3f} GB in {self.elapsed_s:.2f} s at {self.gb_per_s:.2f} GB/s"
         peaks = ", ".join(f"{show(count)} on {device}" for device, count in self.peak_bytes.items())
         how = "" if self.mode == "none" else f" as {self.mode}"
-        return f"{speed} into {placed}{how}" + (f", at most {peaks} on the way" if peaks else "")
+        return f"{speed} into {placed}{how}" + (f", peak {peaks}" if peaks else "")
 
     def __repr__(self) -> str:
         return f"LoadReport({self})"

@@ -35,6 +35,8 @@ class OffloadConfig(FieldsAsHtml):
         >>> from bigload import OffloadConfig
         >>> OffloadConfig(slots=3, reserve="1GiB")
         OffloadConfig(execute='gpu', slots=3, pin=True, reserve='1GiB', expert_cache=None)
+        >>> OffloadConfig(expert_cache=0.25).expert_share, OffloadConfig(expert_cache="2GiB").expert_bytes
+        (0.25, 2147483648)
     """
 
     execute: Literal["gpu", "cpu", "auto"] = "gpu"
@@ -79,6 +81,11 @@ class OffloadConfig(FieldsAsHtml):
 
         Args:
             dequantized: bytes of the largest 4-bit layer when it is dequantized; used if `reserve` is None.
+
+        Example:
+            >>> import bigload
+            >>> bigload.OffloadConfig(reserve="1MiB").reserve_bytes(0)
+            1048576
         """
         return RESERVE_BYTES + dequantized if self.reserve is None else parse_size(self.reserve)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -15,14 +16,16 @@ from ..errors import listed
 from ..hardware.devices import CPU, Place, as_place, default_device, is_strategy
 from ..hardware.free_memory import free_bytes, free_disk_bytes
 from ..model.view import ModelView
+from ..quantization import formats
+from ..quantization.formats import Plain
 from ..sizes import show
 from .advice import ONLY_LEAVES_LEAVE, does_not_fit_error, split_unit_error
 from .placing.expert_caches import place_by_expert, with_caches
-from .placing.solver import DoesNotFitError, Item, OffPlace, Rules, solve_placement
-from .plan import PlacedUnit
+from .placing.solver import DoesNotFitError, Item, OffPlace, Rules, slots_bytes, solve_placement
+from .plan import Account, PlacedUnit, is_gpu
 from .planned_tensors import PlannedTensor
 from .request import PlacementRequest, computing_devices, longest_match, places_of
-from .units import GPU_BYTES, RESIDENT_BYTES, Unit, bytes_of, units_of, whole_model
+from .units import GPU_BYTES, GROUP_BYTES, RESIDENT_BYTES, Unit, bytes_of, units_of, whole_model
 
 logger = logging.getLogger(__name__)
 
@@ -305,3 +308,69 @@ def _unit_offloading(unit: Unit, away: Place, places: Mapping[str, Place]) -> Un
     mapped = replace(unit, offloaded=tuple(leaving))
     biases = [p.tensor.name for p in leaving if p.tensor.name.rpartition(".")[0] in mapped.fused]
     return mapped.by_expert() if len(biases) == len(leaving) else mapped  # the biases of experts stay with their cache
+
+
+def accounts_of(
+    tensors: Iterable[PlannedTensor],
+    units: Iterable[PlacedUnit],
+    budgets: Mapping[Place, int],
+    *,
+    slots: int,
+    reserve: int,
+    host_ring: int,
+) -> tuple[Account, ...]:
+    """Add up the bytes needed of each place.
+
+    Args:
+        tensors: with their places.
+        units: with their places.
+        budgets: bytes by place, where known.
+        slots: the number of slots on each device, each as large as the largest streamed group; no more than groups.
+        reserve: bytes kept free on each GPU.
+        host_ring: bytes of the host buffer that files are read through on their way to a GPU.
+    """
+    weights: dict[Place, int] = defaultdict(int)
+    states: dict[Place, int] = defaultdict(int)
+    for planned in tensors:
+        place = planned.home or planned.device
+        multiple = GROUP_BYTES if planned.home else GPU_BYTES if planned.device.type == "cuda" else 1
+        values, state = _value_and_state_bytes(planned, multiple)
+        weights[place] += values
+        states[place] += state
+    groups: dict[Place, list[int]] = defaultdict(list)
+    caches: dict[Place, int] = defaultdict(int)
+    for placed in units:
+        if placed.streamed_bytes:
+            groups[placed.device].append(placed.streamed_bytes)
+        caches[placed.device] += placed.cache_bytes
+    places = dict.fromkeys([*(placed.device for placed in units), *weights])
+    accounts = [
+        Account(
+            place,
+            weights[place],
+            states[place],
+            slots_bytes(groups[place], slots),
+            budget=budgets.get(place),
+            cache=caches[place],
+        )
+        for place in places
+    ]
+    uses_gpu = any(is_gpu(account.place) for account in accounts)
+    ordered = sorted(accounts, key=lambda account: (not is_gpu(account.place), str(account.place)))
+    return tuple(
+        replace(account, reserve=reserve)
+        if is_gpu(account.place)
+        else replace(account, ring=account.ring + host_ring)
+        if account.place == CPU and uses_gpu
+        else account
+        for account in ordered
+    )
+
+
+def _value_and_state_bytes(planned: PlannedTensor, multiple: int) -> tuple[int, int]:
+    """Return the bytes of a tensor's values, and of its quantization state."""
+    if isinstance(planned.format, Plain):
+        return formats.nbytes(planned.format, planned.shape, multiple), 0
+    parts = planned.format.parts(planned.shape)
+    rounded = {name: -(-part.nbytes // multiple) * multiple for name, part in parts.items()}
+    return rounded["weight"], sum(rounded.values()) - rounded["weight"]

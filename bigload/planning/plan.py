@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
 from typing import Any
@@ -18,13 +18,11 @@ from ..errors import counted, listed
 from ..hardware.devices import CPU, Place
 from ..io.tensors import StoredTensor
 from ..model.experts import Experts
-from ..quantization import formats
 from ..quantization.formats import Plain
 from ..sizes import show
 from ..tables import html_table, text_table, turned_to_fit, wrapped
-from .placing.solver import slots_bytes
 from .planned_tensors import PlannedTensor
-from .units import GPU_BYTES, GROUP_BYTES, Unit
+from .units import GPU_BYTES, Unit
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +35,15 @@ class PlacedUnit:
         home: where its weights are stored if it is offloaded, else None.
         cached: how many experts of each of its modules stay on the device, those used last, if nothing but experts is
             offloaded.
+
+    Example:
+        >>> import bigload, torch
+        >>> layers = torch.nn.Sequential(torch.nn.Linear(1024, 2048), torch.nn.Linear(2048, 8))
+        >>> plan = bigload.plan_device_map(layers, "nf4", device_map={"": "cuda:0", "0": "cpu"})
+        >>> plan.offloaded, plan.offloaded[0].streamed_bytes
+        ([PlacedUnit(0: 1.13 MiB on cpu, computed on cuda:0)], 1179904)
+        >>> plan.units[0].is_by_expert, plan.units[0].cache_bytes
+        (False, 0)
     """
 
     unit: Unit
@@ -57,7 +64,11 @@ class PlacedUnit:
     @property
     def cache_bytes(self) -> int:
         """Bytes on the device for the experts that stay there."""
-        return self.unit.cache_bytes(self.cached, GPU_BYTES if _is_gpu(self.device) else 1)
+        return self.unit.cache_bytes(self.cached, GPU_BYTES if is_gpu(self.device) else 1)
+
+    def __repr__(self) -> str:
+        place = self.device if self.home is None else f"{self.home}, computed on {self.device}"
+        return f"PlacedUnit({self.unit.name or 'the model'}: {show(self.unit.nbytes)} on {place})"
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,13 @@ class Account:
         budget: what may be used; None if unknown.
         cache: on the device that computes, for offloaded experts that stay there, those used last.
         kv_cache: keys and values of the tokens; 0 unless they were asked for.
+
+    Example:
+        >>> import bigload, torch
+        >>> layers = torch.nn.Sequential(torch.nn.Linear(1024, 2048), torch.nn.Linear(2048, 8))
+        >>> (account,) = bigload.plan_device_map(layers, "nf4", device_map="cpu", max_memory={"cpu": "1GiB"}).accounts
+        >>> account.needed, account.free
+        (1253472, 1072488352)
     """
 
     place: Place
@@ -128,6 +146,23 @@ class Plan:
             reads this of their weight without calling them, or casts it.
         experts: the modules whose fused experts are quantized, by path.
         plain_experts: path -> why the fused experts there stay as they are, although nobody asked for that.
+
+    Example:
+        >>> import bigload, torch
+        >>> layers = torch.nn.Sequential(torch.nn.Linear(1024, 2048), torch.nn.Linear(2048, 8))
+        >>> plan = bigload.plan_device_map(layers, "nf4", device_map={"": "cuda:0", "0": "cpu"})
+        >>> plan
+        Plan(nf4: 145.20 MiB on cuda:0, 129.13 MiB on cpu, 1.13 MiB streamed for each forward)
+        >>> plan.source_bytes, plan.nbytes, plan.streamed_bytes  # read, kept, and copied in each forward
+        (8462368, 1253472, 1179904)
+        >>> plan.device_bytes
+        {device(type='cpu'): 1179712, device(type='cuda', index=0): 73760}
+        >>> plan.device_map["0"], plan.execution_map[""], plan.is_mixed  # stored, computed, on a GPU
+        (device(type='cpu'), device(type='cuda', index=0), True)
+        >>> plan.held_bytes, plan.in_fp32, plan.dtypes_on_gpu  # from the model's own weights; the CPU computes nothing
+        ({device(type='cpu'): 8462368}, [], {})
+        >>> plan.offloaded
+        [PlacedUnit(0: 1.13 MiB on cpu, computed on cuda:0)]
     """
 
     tensors: tuple[PlannedTensor, ...]
@@ -178,7 +213,15 @@ class Plan:
         return {path: place for path, place in self.device_map.items() if isinstance(place, torch.device)}
 
     def device_of(self, path: str) -> torch.device | None:
-        """Return the device that computes the first parameters of the module at `path`; None if it has none."""
+        """Return the device that computes the first parameters of the module at `path`; None if it has none.
+
+        Example:
+            >>> import bigload, torch
+            >>> layers = torch.nn.Sequential(torch.nn.Linear(1024, 2048), torch.nn.Linear(2048, 8))
+            >>> plan = bigload.plan_device_map(layers, "nf4", device_map={"": "cuda:0", "0": "cpu"})
+            >>> plan.device_of("0")  # stored on the CPU, and computed on the GPU
+            device(type='cuda', index=0)
+        """
         for placed in self.units:
             if placed.unit.has_parameters and any(_is_in(one, path) or _is_in(path, one) for one in placed.unit.paths):
                 return placed.device
@@ -229,82 +272,17 @@ class Plan:
         return f"Plan({self.config.mode}: {needs}{streamed})"
 
     def _repr_html_(self) -> str:
-        said = "".join(f"<div>{escape(line)}</div>" for line in _summary(self))
+        said = "".join(f"<div>{escape(line)}</div>" for line in summary(self))
         return html_table(_account_rows(self.accounts)) + html_table(_unit_rows(self.units)) + said
-
-
-def accounts_of(
-    tensors: Iterable[PlannedTensor],
-    units: Iterable[PlacedUnit],
-    budgets: Mapping[Place, int],
-    *,
-    slots: int,
-    reserve: int,
-    host_ring: int,
-) -> tuple[Account, ...]:
-    """Add up the bytes needed of each place.
-
-    Args:
-        tensors: with their places.
-        units: with their places.
-        budgets: bytes by place, where known.
-        slots: the number of slots on each device, each as large as the largest streamed group; no more than groups.
-        reserve: bytes kept free on each GPU.
-        host_ring: bytes of the host buffer that files are read through on their way to a GPU.
-    """
-    weights: dict[Place, int] = defaultdict(int)
-    states: dict[Place, int] = defaultdict(int)
-    for planned in tensors:
-        place = planned.home or planned.device
-        multiple = GROUP_BYTES if planned.home else GPU_BYTES if planned.device.type == "cuda" else 1
-        values, state = _value_and_state_bytes(planned, multiple)
-        weights[place] += values
-        states[place] += state
-    groups: dict[Place, list[int]] = defaultdict(list)
-    caches: dict[Place, int] = defaultdict(int)
-    for placed in units:
-        if placed.streamed_bytes:
-            groups[placed.device].append(placed.streamed_bytes)
-        caches[placed.device] += placed.cache_bytes
-    places = dict.fromkeys([*(placed.device for placed in units), *weights])
-    accounts = [
-        Account(
-            place,
-            weights[place],
-            states[place],
-            slots_bytes(groups[place], slots),
-            budget=budgets.get(place),
-            cache=caches[place],
-        )
-        for place in places
-    ]
-    uses_gpu = any(_is_gpu(account.place) for account in accounts)
-    ordered = sorted(accounts, key=lambda account: (not _is_gpu(account.place), str(account.place)))
-    return tuple(
-        replace(account, reserve=reserve)
-        if _is_gpu(account.place)
-        else replace(account, ring=account.ring + host_ring)
-        if account.place == CPU and uses_gpu
-        else account
-        for account in ordered
-    )
 
 
 def _is_in(path: str, other: str) -> bool:
     return not other or path == other or path.startswith(f"{other}.")
 
 
-def _is_gpu(place: Place) -> bool:
+def is_gpu(place: Place) -> bool:
+    """Whether a place is a GPU."""
     return isinstance(place, torch.device) and place.type == "cuda"
-
-
-def _value_and_state_bytes(planned: PlannedTensor, multiple: int) -> tuple[int, int]:
-    """Return the bytes of a tensor's values, and of its quantization state."""
-    if isinstance(planned.format, Plain):
-        return formats.nbytes(planned.format, planned.shape, multiple), 0
-    parts = planned.format.parts(planned.shape)
-    rounded = {name: -(-part.nbytes // multiple) * multiple for name, part in parts.items()}
-    return rounded["weight"], sum(rounded.values()) - rounded["weight"]
 
 
 def plan_table(plan: Plan, width: int | None = None, *, every_unit: bool = False) -> str:
@@ -319,7 +297,7 @@ def plan_table(plan: Plan, width: int | None = None, *, every_unit: bool = False
     for rows in turned_to_fit(_account_rows(plan.accounts), width):
         lines += [*text_table(rows, width), ""]
     lines += [*text_table(_unit_rows(plan.units, every_unit=every_unit), width), ""]
-    for line in _summary(plan):
+    for line in summary(plan):
         lines += wrapped(line, width)
     return "\n".join(lines)
 
@@ -367,7 +345,8 @@ def _from_to(first: str, last: str) -> str:
     return f"{first} to {'.'.join(parts[same:])}"
 
 
-def _summary(plan: Plan) -> Iterator[str]:
+def summary(plan: Plan) -> Iterator[str]:
+    """Say in lines what is quantized, what is offloaded, and what each forward streams."""
     layers = counted(len(plan.layers), "layer")
     if plan.experts:
         layers += f" and the experts of {counted(len(plan.experts), 'module')}"
@@ -385,7 +364,8 @@ def _summary(plan: Plan) -> Iterator[str]:
         return
     blocks = [placed for placed in plan.units if placed.unit.is_block]
     away = [placed for placed in blocks if placed.home is not None]
-    yield f"offloaded: {len(away)} of {counted(len(blocks), 'block')}, {counted(len(plan.offloaded), 'unit')} in all"
+    units = "" if away == plan.offloaded else f", {counted(len(plan.offloaded), 'unit')} in all"
+    yield f"offloaded: {len(away)} of {counted(len(blocks), 'block')}{units}"
     by_expert = [placed for placed in plan.offloaded if placed.is_by_expert]
     if by_expert:
         one = max(placed.streamed_bytes // placed.unit.most_experts for placed in by_expert)
@@ -395,6 +375,7 @@ def _summary(plan: Plan) -> Iterator[str]:
             f"copied for each of the others that a token visits: {show(one)}"
         )
     from_disk = sum(placed.streamed_bytes for placed in plan.units if placed.home == "disk")
-    disk = f", {show(from_disk)} of it from the disk" if from_disk else ""
+    share = "all" if from_disk == plan.streamed_bytes else show(from_disk)
+    disk = f", {share} of it from the disk" if from_disk else ""
     most = "at most " if by_expert else ""
     yield f"streamed for each forward: {most}{show(plan.streamed_bytes)}{disk}"

@@ -38,10 +38,10 @@ from .leftover import warn_of_leftover
 from .load_rules import LoadRules
 from .missing import new_values
 from .offload_config import OffloadConfig
-from .placement import Placement, place_tensors, place_units, place_whole
+from .placement import Placement, accounts_of, place_tensors, place_units, place_whole
 from .placing.cpu_or_gpu import is_faster_on_cpu
 from .placing.expert_caches import warn_of_unused_cache
-from .plan import AfterLoad, Plan, accounts_of
+from .plan import AfterLoad, Plan
 from .planned_tensors import PlannedTensor, formatted_tensors
 from .request import LoadRequest, PlacementRequest, check_map, load_request, only_device
 from .sources import KeyMapping, Source, sources_in_checkpoint
@@ -223,7 +223,7 @@ def _placed(
     homeless = [p.tensor.name for p in made if p.home == "disk" and p.stored_as_is is None]
     if homeless and request.offload_folder is None:
         raise PlacementError(
-            f"{listed(homeless)}: offloaded to the disk, where the checkpoint does not hold them as they will be: "
+            f"{listed(homeless, 3)}: offloaded to the disk, but not stored in the checkpoint in the form needed: "
             "name an offload_folder"
         )
     quantized = [

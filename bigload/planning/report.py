@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError, counted, import_optional
+from ..errors import ConfigError, counted, import_optional, reason
 from ..hardware.devices import Place
 from ..sizes import show
 from .plan import Account, Plan
@@ -176,6 +176,6 @@ def draw_plan(plan: Plan, path: Path) -> None:
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"the picture '{path}' cannot be written: {error}") from error
+        raise ConfigError(f"the picture '{path}' cannot be written: {reason(error)}") from error
     finally:
         plt.close(figure)

@@ -11,7 +11,8 @@ import termios
 import pytest
 import torch
 from models import llama
-from transformers import BertConfig, BertModel, MixtralConfig
+from tokenizers import Tokenizer, models
+from transformers import BertConfig, BertModel, MixtralConfig, PreTrainedTokenizerFast
 
 from bigload.cli import main
 from bigload.cli.messages import for_the_shell
@@ -70,6 +71,15 @@ WORDS = {
     "nf4dq": (["load", "model", "--quant", "nf4dq"], "nf4-dq"),
     "INT8": (["load", "model", "--quant", "INT8"], "int8"),
     "sequental": (["load", "model", "--device-map", "sequental"], "sequential"),
+    "4bit": (["load", "model", "--quant", "4bit"], "nf4"),
+    "int4": (["load", "model", "--quant", "int4"], "nf4"),
+    "8-bit": (["load", "model", "--quant", "8-bit"], "int8"),
+    "bf16": (["load", "model", "--quant", "bf16"], "none"),
+    "-q": (["load", "model", "-q", "nf4"], "--quant"),
+    "cpu=8Gb": (["load", "model", "--max-memory", "cpu=8Gb"], "8GiB"),
+    "cpu=8": (["load", "model", "--max-memory", "cpu=8"], "8GiB"),
+    "4": (["load", "model", "--reserve", "4"], "4GiB"),
+    "5g": (["quantize", "model", "made", "--max-shard-size", "5g"], "5GiB"),
 }
 
 
@@ -79,7 +89,80 @@ def test_what_was_meant_is_said_and_works(place, capsys, word):
     text = said(arguments, capsys)
     (found,) = re.findall(r"did you mean '([^']*)'", text)
     assert found == meant
-    assert main([meant if argument == word else argument for argument in arguments]) == 0
+    device, equals, _ = word.rpartition("=")
+    assert main([device + equals + meant if argument == word else argument for argument in arguments]) == 0
+
+
+@pytest.mark.parametrize(("word", "meant"), [("help", "--help"), ("version", "--version"), ("--verison", "--version")])
+def test_help_and_version_that_were_meant_are_said_and_work(capsys, word, meant):
+    assert f"did you mean '{meant}'?" in said([word], capsys)
+    with pytest.raises(SystemExit) as ended:
+        main([meant])
+    assert ended.value.code == 0
+
+
+def test_an_option_that_was_misspelt_is_named_before_what_is_missing(place, capsys):
+    assert "no option --qant (did you mean '--quant'?)" in said(["load", "--qant", "nf4"], capsys)
+    assert "required: path" in said(["load", "--qua", "nf4"], capsys)  # the beginning of an option is that option
+
+
+def test_without_anything_the_help_is_shown(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 2
+    assert "bigload plan org/name" in capsys.readouterr().out
+
+
+def test_a_file_in_a_models_folder_leads_to_the_folder(place, capsys):
+    (folder,) = re.findall(r"the folder that it is in, '(.*)'", said(["load", "model/model.safetensors"], capsys))
+    assert main(["load", folder]) == 0
+
+
+def test_tokens_are_generated_with_a_prompt_only(place, capsys):
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="b"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="b").save_pretrained("model")
+    assert "pass both, or neither" in said(["load", "model", "--max-new-tokens", "2"], capsys)
+    assert main(["load", "model", "--max-new-tokens", "2", "--prompt", "a"]) == 0
+    assert main(["load", "model"]) == 0
+
+
+def test_one_budget_is_set_for_each_device(place, capsys):
+    text = said(["load", "model", "--max-memory", "cpu=1MiB", "cpu=1GiB"], capsys)
+    assert "names cpu twice; set one budget for each device" in text
+    assert main(["load", "model", "--max-memory", "cpu=1GiB"]) == 0
+
+
+@pytest.mark.parametrize("device", ["disk", "auto", "balanced"])
+def test_one_device_quantizes(place, capsys, device):
+    assert "expected the one that quantizes: 'cpu'" in said(["quantize", "model", "q", "--device", device], capsys)
+    assert main(["quantize", "model", "q", "--device", "cpu"]) == 0
+
+
+@pytest.fixture
+def streamed(place):
+    """A model whose blocks are large enough to be offloaded."""
+    llama(False, hidden_size=256, intermediate_size=8192, num_hidden_layers=3).save_pretrained("streamed")
+
+
+@pytest.mark.usefixtures("streamed")
+def test_a_folder_that_cannot_be_written_is_named_as_it_was_typed(place, capsys):
+    (place / "file").write_text("")
+    for arguments in (
+        ["quantize", "model", "file/made"],
+        ["load", "streamed", "--device-map", "disk", "--offload-folder", "file/made"],
+    ):
+        main(arguments)
+        (text,) = [line for line in capsys.readouterr().err.splitlines() if "cannot be written" in line]
+        assert re.search("'file/made' cannot be written: (Not a directory|File exists)", text)
+        assert not re.search(r"Errno|\.lock|\.writing", text)
+
+
+@pytest.mark.usefixtures("streamed")
+def test_a_load_says_what_it_streams(capsys):
+    assert main(["load", "streamed", "--max-memory", "cpu=9MiB", "--offload-folder", "off", "--quant", "nf4"]) == 0
+    assert re.search(r"streamed for each forward: [\d.]+ MiB", capsys.readouterr().out)
+    assert main(["load", "model"]) == 0
+    assert "streamed" not in capsys.readouterr().out
 
 
 def test_a_key_of_a_map_that_was_meant_is_said_and_works(place, capsys):

@@ -24,7 +24,7 @@ from bigload.cli import main
 TRANSCRIPTS = sorted((Path(__file__).parent / "transcripts").glob("*.txt"))
 VARYING = (
     (r"in \d+\.\d+ s at \d+\.\d+ GB/s", "in # s at # GB/s"),
-    (r", at most [\d.]+ \w+ on cpu on the way", ""),
+    (r", peak [\d.]+ \w+ on cpu", ""),
     (r"^(\S+ +[\d.]+ MiB) +[\d.]+ +[\d.]+ +[\d.]+(?=   )", r"\1 # # #"),  # of the demo
     (r"^(w3 w4 w5)( w\d+){4}$", r"\1 # # # #"),  # of random weights
     (r"OSError: .*", "OSError: #"),  # in transformers' words
@@ -50,6 +50,8 @@ def place(tmp_path, monkeypatch):
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained("model")
     llama(False).config.save_pretrained("no-weights")
+    sizes = {"hidden_size": 256, "intermediate_size": 8192, "num_hidden_layers": 3}
+    llama(False, **sizes).to(torch.bfloat16).save_pretrained("streamed")
     Path("large").mkdir()
     Path("large/config.json").write_text(json.dumps(LLAMA_8B))
     Path("gptq").mkdir()

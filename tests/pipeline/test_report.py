@@ -29,7 +29,7 @@ def test_report_gives_a_peak_only_where_the_load_set_a_new_one(measured):
     measured(cpu=[(100, 500), (300, 900)], gpu=[(40, 700), (90, 700)])
     assert PeakMemory({GPU: 50}, {}).since() == {CPU: 800}
     text = str(LoadReport("nf4", 10**9, 1.0, {CPU: 2**20}, {CPU: 2**21}))
-    assert text.endswith("as nf4, at most 2.00 MiB on cpu on the way")
+    assert text.endswith("as nf4, peak 2.00 MiB on cpu")
 
 
 def test_what_the_model_held_before_counts_as_the_loads(measured):
