@@ -76,6 +76,7 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument("--blocks", action="store_true", help="a row for each block (default: equal ones share one)")
     parser.add_argument("--plot", metavar="FILE", help="draw the plan into a picture, which needs matplotlib")
+    parser.add_argument("--dark", action="store_true", help="draw it for a dark background (default: a light one)")
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes and seconds (default: tables)")
 
 
@@ -84,8 +85,9 @@ def run(options: argparse.Namespace) -> None:
     planner = _Planner(options)
     if options.plot is not None:
         _require_picture(options.plot)
+    from ..planning.picture import draw_plan
     from ..planning.plan import plan_table
-    from ..planning.report import draw_plan, plan_json, verdict
+    from ..planning.report import plan_json, verdict
     from ..tables import output_width, text_table, wrapped
 
     planner.open()
@@ -119,7 +121,7 @@ def run(options: argparse.Namespace) -> None:
         lines += ["", *table, ""] if table else [""]
         print("\n".join([*lines, plan_table(chosen, width, every_unit=options.blocks)]))
     if options.plot is not None:
-        draw_plan(chosen, Path(options.plot).expanduser())
+        draw_plan(chosen, Path(options.plot).expanduser(), options.path, dark=options.dark)
 
 
 class _Planner:
