@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 from bigload.pictures import Theme, new_figure, save, style, theme
 from bigload.planning.picture import plan_figure
+from bigload.tables import wrapped
 
-from .report import Result, seconds
+from .report import Result, seconds, seconds_text
 
 # One for each peer; bigload's stands out.
 _COLOURS = {
@@ -37,8 +38,8 @@ class Bar(NamedTuple):
     @property
     def text(self) -> str:
         """What stands beside it."""
-        first = "" if self.first_s in (None, self.later_s) else f" (the first load {self.first_s:.2f} s)"
-        return f"{self.later_s:.2f} s{first}"
+        first = "" if self.first_s in (None, self.later_s) else f" (the first load {seconds_text(self.first_s)})"
+        return f"{seconds_text(self.later_s)}{first}"
 
 
 def bars_of(result: Result, modes: tuple[str, ...] = ()) -> list[Bar]:
@@ -77,16 +78,16 @@ def text_bars(result: Result, width: int | None, modes: tuple[str, ...] = ()) ->
     texts = [bar.text for bar in bars]
     room = (width or 100) - label_width - 4 - max(map(len, texts))
     if room < 12:  # too narrow for the first loads
-        texts = [f"{bar.later_s:.2f} s" for bar in bars]
+        texts = [seconds_text(bar.later_s) or "" for bar in bars]
         room = (width or 100) - label_width - 4 - max(map(len, texts))
     longest = max(bar.later_s for bar in bars)
-    lines = [heading(result), ""]
+    lines = [*wrapped(heading(result), width), ""]
     for bar, label, text in zip(bars, labels, texts, strict=True):
         lines.append(f"{label.ljust(label_width)}  {_blocks(bar.later_s / longest * max(1, room))}  {text}")
     if floor_s:
         drawn = _blocks(floor_s / longest * max(1, room))
-        lines += [f"{'the floor'.ljust(label_width)}  {drawn}  {floor_s:.2f} s", ""]
-        lines += ["The floor is what the machine's link and page cache allow."]
+        lines += [f"{'the floor'.ljust(label_width)}  {drawn}  {seconds_text(floor_s)}", ""]
+        lines += wrapped("The floor is what the machine's link and page cache allow.", width)
     return lines
 
 
@@ -121,7 +122,7 @@ def load_figure(result: Result, colours: Theme, modes: tuple[str, ...] = ()) -> 
     axes.xaxis.set_major_formatter("{x:g} s")
     if floor_s:
         axes.axvline(floor_s, color=colours.ink, linestyle=(0, (2, 2)), linewidth=1)
-        said = f"the floor, {floor_s:.2f} s: what link and page cache allow"
+        said = f"the floor, {seconds_text(floor_s)}: what link and page cache allow"
         axes.annotate(said, (floor_s, places[0] - 0.8), (4, 0), textcoords="offset points", va="center", fontsize=9)
         axes.texts[-1].set_color(colours.ink)
     axes.set_title(heading(result), fontsize=11, color=colours.ink, loc="left")

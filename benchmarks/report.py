@@ -143,7 +143,7 @@ def summary(result: Result) -> str:
         by_peer = {row["peer"]: row for row in rows if row["mode"] == mode}
         floor_s = next((row["floor_s"] for row in by_peer.values() if row.get("floor_s")), None)
         found = [floor_s, *(seconds(by_peer.get(peer, {})) for peer in peers)]
-        lines.append("| " + " | ".join([mode, *(_seconds_text(value) or "-" for value in found)]) + " |")
+        lines.append("| " + " | ".join([mode, *(seconds_text(value) or "-" for value in found)]) + " |")
     for label, name in (("GPU", "gpu_peak_over_final_gib"), ("host", "host_over_start_gib")):
         most = [max((row.get(name) or 0.0 for row in rows if row["peer"] == peer), default=0.0) for peer in peers]
         over = "the model" if label == "GPU" else "the start"
@@ -159,11 +159,12 @@ def gain(result: Result, mode: str = "nf4") -> str:
         if row["mode"] == mode and row.get("second_s")
     }
     own = found.pop("bigload").replace(" and ", " for the first load, ")
-    others = ", ".join(f"{peer} {text}" for peer, text in found.items())
-    return (
-        f"**{result['checkpoint_bytes'] / 1e9:.2f} GB onto {result['device']} as {mode}: {own} for each later one.**\n"
-        f"The same two loads take {others}."
-    )
+    size, device = f"{result['checkpoint_bytes'] / 1e9:.2f} GB", result["device"]
+    said = f"**{size} onto {device} as {mode}: {own} for each later one.**"
+    if found:
+        first, *others = (f"{peer} {text}" for peer, text in found.items())
+        said += f"\nFor the same, {', '.join([first.replace(' ', ' takes ', 1), *others])}."
+    return said
 
 
 def seconds(row: Row) -> float | None:
@@ -175,13 +176,13 @@ def seconds(row: Row) -> float | None:
 def _cells(result: Result, rows: Mapping[str, Row]) -> list[tuple[str, Callable[[Row], str | None]]]:
     """Give the lines of a mode: what is added to its name, and what stands in a cell."""
     floor_s = next((row["floor_s"] for row in rows.values() if row.get("floor_s")), 0.0)
-    lines: list[tuple[str, Callable[[Row], str | None]]] = [("", lambda row: _seconds_text(seconds(row)))]
+    lines: list[tuple[str, Callable[[Row], str | None]]] = [("", lambda row: seconds_text(seconds(row)))]
     if result.get("tensors") and result["checkpoint_bytes"] < SMALL_TENSOR_BYTES * result["tensors"]:
         count = result["tensors"]
         label = f", for each of {count} tensors"
         lines.append((label, lambda row: _figure(seconds(row), "{:.0f} us", 1e6 / count)))
     else:
-        label = f", times the floor of {_seconds_text(floor_s)}"
+        label = f", times the floor of {seconds_text(floor_s)}"
         lines.append((label, lambda row: _figure(row.get("ratio_second") or row.get("ratio_first"), "{:.1f}")))
     lines.append((", GPU memory over the model", lambda row: _figure(_gpu_peak(row), "{:.2f} GiB")))
     lines.append((", host memory over the start", lambda row: _figure(row.get("host_over_start_gib"), "{:.2f} GiB")))
@@ -194,7 +195,8 @@ def _gpu_peak(row: Row) -> float | None:
     return found
 
 
-def _seconds_text(value: float | None) -> str | None:
+def seconds_text(value: float | None) -> str | None:
+    """Write seconds with two decimals, or as many digits where they are few."""
     return None if value is None else f"{value:.2f} s" if value >= 0.1 else f"{value:.2g} s"
 
 
@@ -226,7 +228,7 @@ def notes(result: Result) -> list[str]:
         lines.append(f"mapped and not read, which is left to the model's first run: {', '.join(mapped)}")
     built = {row["peer"]: row["build_s"] for row in rows if row.get("build_s") is not None}
     if built:
-        values = ", ".join(f"{peer} {_seconds_text(value)}" for peer, value in built.items())
+        values = ", ".join(f"{peer} {seconds_text(value)}" for peer, value in built.items())
         lines.append(f"building the empty model is not in the seconds, but for transformers: {values}")
     return ["\n".join(f"- {line}" for line in lines)] if lines else []
 
