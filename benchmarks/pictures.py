@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bigload.pictures import Theme, new_figure, save, style, theme
-from bigload.planning.picture import plan_figure
+from bigload.cli.pictures import Theme, new_figure, plan_figure, save, style, theme
 from bigload.tables import wrapped
 
 from .report import Result, seconds, seconds_text

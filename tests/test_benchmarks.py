@@ -513,7 +513,7 @@ def test_charts_without_matplotlib_say_what_to_install(tmp_path, monkeypatch):
 @pytest.mark.parametrize("dark", [False, True])
 def test_bars_are_as_long_as_the_loads_and_the_floor_is_drawn(dark):
     from benchmarks.pictures import load_figure
-    from bigload.pictures import theme
+    from bigload.cli.pictures import theme
 
     colours = theme(dark=dark)
     (axes,) = load_figure(result(), colours).axes

@@ -69,6 +69,9 @@ TRIED = {
         "instead of None": "checkpoint/test_stored_config.py::"
         "test_float32_that_the_config_beside_says_is_warned_of_once_and_the_remedies_work",
     },
+    "cli/arguments.py": {
+        "name a file in a folder that exists": "cli/test_messages.py::test_a_picture_is_drawn_where_it_can_be",
+    },
     "cli/load.py": {
         "can load: {}; leave --prompt out": "cli/test_messages.py::"
         "test_without_a_tokenizer_a_model_is_loaded_without_a_prompt",
@@ -84,7 +87,6 @@ TRIED = {
     },
     "cli/plan.py": {
         "is not known; leave --context out": "cli/test_messages.py::test_what_keeps_no_cache_is_planned_without_one",
-        "name a file in a folder that exists": "cli/test_messages.py::test_a_picture_is_drawn_where_it_can_be",
     },
     "config.py": {
         "set bnb_4bit_compute_dtype": "test_config.py::test_what_the_warning_of_float32_names_is_not_warned_of",

@@ -7,7 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, ConfigError
-from .arguments import PATH, add_placement, add_quant, config, device_map, max_memory, offload, positive
+from .arguments import (
+    PATH,
+    add_placement,
+    add_plot,
+    add_quant,
+    config,
+    device_map,
+    max_memory,
+    offload,
+    positive,
+    require_picture,
+)
 from .locations import model_folder
 from .parser import add_command
 
@@ -42,14 +53,17 @@ def add_to(commands: Any) -> None:
         metavar="N",
         help="how many tokens to generate (default: %(default)s)",
     )
+    add_plot(parser, "what the load did when")
 
 
 def run(options: argparse.Namespace) -> None:
     """Load the model, and print its report and the continuation of the prompt."""
     placed, budgets = device_map(options.device_map), max_memory(options.max_memory)
+    require_picture(options.plot)
     from ..loading import load_and_quantize_model
     from ..model.described import empty_model
     from ..tables import output_width, wrapped
+    from .pictures import draw_load
 
     folder = model_folder(options, options.path)
     model = empty_model(folder)
@@ -66,7 +80,10 @@ def run(options: argparse.Namespace) -> None:
         offload_folder=options.offload_folder,
         offload=offload(options),
     )
-    print("\n".join(wrapped(str(model.load_report), output_width())))
+    report: Any = model.load_report
+    print("\n".join(wrapped(str(report), output_width())))
+    if options.plot is not None:
+        draw_load(report, Path(options.plot).expanduser(), options.path, dark=options.dark)
     if prompt is not None:
         print(prompt.continued_by(model.eval()))
 

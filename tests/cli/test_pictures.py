@@ -1,16 +1,17 @@
-"""A plan as a picture."""
+"""Plans and loads as pictures."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 from checkpoints import empty
-from models import GPT
+from models import GPT, llama
 
 from bigload import ConfigError, plan_device_map
 from bigload.cli import main
-from bigload.pictures import theme
-from bigload.planning.picture import draw_plan, plan_figure
+from bigload.cli.pictures import draw_plan, load_figure, plan_figure, theme
+from bigload.io.timeline import Span
+from bigload.pipeline.report import LoadReport
 from bigload.planning.report import with_kv_cache
 
 GIB = 2**30
@@ -73,9 +74,41 @@ def test_what_cannot_be_written_is_refused(plan, tmp_path):
             draw_plan(plan, tmp_path / name)
 
 
-def test_command_draws_for_light_and_dark_pages(tmp_path, monkeypatch, capsys):
-    from models import llama
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_load_has_a_lane_for_each_stage_of_each_device(dark):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    spans = [("plan", cpu, 0.0, 0.5), ("read", cpu, 0.5, 1.0), ("read", gpu, 1.0, 1.25), ("read", gpu, 1.5, 2.0)]
+    spans += [("copy", gpu, 1.25, 2.5), ("quantize", gpu, 1.5, 3.0), ("quantize", cpu, 1.0, 1.1)]
+    report = LoadReport("nf4", 8 * 10**9, 4.0, {gpu: 2**31}, {}, None, tuple(Span(*span) for span in spans))
+    (axes,) = load_figure(report, "A title", theme(dark=dark)).axes
+    lanes = [text.get_text() for text in axes.get_yticklabels()]
+    assert lanes == [
+        "plan  0.50 s",
+        "read, cpu  0.50 s",
+        "read, cuda:0  0.75 s",
+        "copy to the GPU, cuda:0  1.25 s",
+        "quantize, cuda:0  1.50 s",
+        "quantize, cpu  0.10 s",
+    ]
+    boxes = [path.vertices[:, 0] for path in axes.collections[2].get_paths()]
+    assert [(box.min(), box.max()) for box in boxes] == [(1.0, 1.25), (1.5, 2.0)]
+    assert axes.get_xlim() == (0, 4)
+    assert axes.get_title(loc="left") == "A title\nread 8.000 GB in 4.00 s at 2.00 GB/s into 2.00 GiB on cuda:0 as nf4"
 
+
+def test_command_draws_a_load(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    llama(False).save_pretrained("model")
+    assert not main(["load", "model", "--device-map", "cpu", "--plot", "load.svg", "--dark"])
+    drawn = (tmp_path / "load.svg").read_text()
+    for text in ("model", "plan", "read", "quantize", "as nf4"):
+        assert text in drawn
+    assert f"fill: {theme(dark=True).paper}" in drawn
+    assert main(["load", "absent", "--plot", "nowhere/load.svg"])
+    assert "name a file in a folder that exists" in capsys.readouterr().err
+
+
+def test_command_draws_for_light_and_dark_pages(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     llama(False).config.save_pretrained("model")
