@@ -17,7 +17,7 @@ import bigload
 ROOT = Path(__file__).parent.parent
 
 
-def test_source_archive_has_all_that_a_checkout_has_and_the_wheel_only_the_package(tmp_path):
+def test_source_archive_has_all_that_a_checkout_has_and_the_wheel_the_package_and_a_readme_that_stands_alone(tmp_path):
     parts = ["benchmarks", "bigload", "docs", "examples", "tests"]
     kept = [path for part in parts for path in (ROOT / part).rglob("*") if path.is_file()]
     kept += [path for path in ROOT.iterdir() if path.is_file() and path.name != ".gitignore"]
@@ -33,6 +33,14 @@ def test_source_archive_has_all_that_a_checkout_has_and_the_wheel_only_the_packa
     assert names <= archived
     installed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert installed == {name for name in names if name.startswith("bigload/")}
+    (info,) = (name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".dist-info/METADATA"))
+    shown = zipfile.ZipFile(wheel).read(info).decode()
+    assert "Load PyTorch models that are larger than your GPU" in shown
+    assert "fine-tuning" in shown
+    assert "](" not in re.sub(r"```.*?```", "", shown, flags=re.DOTALL).replace("](http", "")
+    assert "<picture" not in shown
+    for classifier in ("Environment :: GPU :: NVIDIA CUDA", "Typing :: Typed"):
+        assert f"\nClassifier: {classifier}\n" in shown
 
 
 # Names that programs import, and the arguments that they pass by position or by name.
