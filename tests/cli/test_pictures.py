@@ -37,6 +37,8 @@ def test_each_place_has_an_axis_whose_bars_add_up_to_its_budget(plan, dark):
         assert widths[-1] == pytest.approx(account.free / GIB)
         assert [width for width in widths[:-1] if width] == pytest.approx([part / GIB for part in parts if part])
         assert sum(widths) == pytest.approx(account.budget / GIB)
+        ends = [bar.get_x() + bar.get_width() for bar in axes.patches]
+        assert [bar.get_x() for bar in axes.patches] == pytest.approx([0, *ends[:-1]])
         assert axes.get_xlim()[1] >= account.budget / GIB
         assert axes.get_facecolor() == pytest.approx(figure.get_facecolor())
     shown = [text.get_text() for text in figure.legends[0].get_texts()]
