@@ -158,9 +158,9 @@ def gain(result: Result, mode: str = "nf4") -> str:
         for row in result["rows"]
         if row["mode"] == mode and row.get("second_s")
     }
-    own = found.pop("bigload").replace(" and ", " for the first load, ")
-    size, device = f"{result['checkpoint_bytes'] / 1e9:.2f} GB", result["device"]
-    said = f"**{size} onto {device} as {mode}: {own} for each later one.**"
+    own = found.pop("bigload").replace(" and ", " the first time in a process and ")
+    size = f"{result['checkpoint_bytes'] / 1e9:.2f} GB"
+    said = f"**Loaded as {mode} onto {result['device']}, {size} take {own} each later time.**"
     if found:
         first, *others = (f"{peer} {text}" for peer, text in found.items())
         said += f"\nFor the same, {', '.join([first.replace(' ', ' takes ', 1), *others])}."
