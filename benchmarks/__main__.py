@@ -31,11 +31,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_spread(commands.add_parser("spread", help="time a model over several GPUs against the same on one"))
     _add_experts(commands.add_parser("experts", help="time fused experts in 4 bit against the same in 16 bit"))
     _add_against(commands.add_parser("against", help="time this checkout against another one, in turn"))
-    plans = commands.add_parser("plans", help="plan well-known models on usual budgets: the table in docs/plans.md")
-    plans.set_defaults(run=_plans)
+    _add_plans(commands.add_parser("plans", help="plan well-known models on usual budgets: the table in docs/plans.md"))
     _add_sweep(commands.add_parser("sweep", help="compare small models of many classes with themselves dequantized"))
     _add_coverage(commands.add_parser("coverage", help="tell what share of each class of transformers 4 bit takes"))
     _add_report(commands.add_parser("report", help="turn result files into Markdown tables and charts"))
+    _add_plot(commands.add_parser("plot", help="show loads as bars, and draw the documents' pictures"))
     _add_one(commands.add_parser("one"))  # without a help, so that it is not listed
     return parser
 
@@ -306,23 +306,32 @@ def _coverage(options: argparse.Namespace) -> None:
             options.out.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def _plans(options: argparse.Namespace) -> None:
-    from .plans import plans_table
+def _add_plans(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--brief", action="store_true", help="only one mode on one GPU, as the README has them")
+    parser.set_defaults(run=_plans)
 
-    print(plans_table())
+
+def _plans(options: argparse.Namespace) -> None:
+    from .plans import brief_plans_table, plans_table
+
+    print(brief_plans_table() if options.brief else plans_table())
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="results of `load`, `offload` or `limits`")
     parser.add_argument("--brief", action="store_true", help="only the seconds, as the README has them")
+    parser.add_argument("--gain", action="store_true", help="only a sentence: the first load in nf4, and later ones")
     parser.add_argument("--charts", type=Path, metavar="DIR", help="draw charts into this folder too; needs matplotlib")
     parser.set_defaults(run=_report)
 
 
 def _report(options: argparse.Namespace) -> None:
-    from .report import BRIEF, brief, draw, markdown
+    from .report import BRIEF, brief, gain, markdown
 
     results = [(file.stem, json.loads(file.read_text())) for file in options.files]
+    if options.gain:
+        print("\n\n".join(gain(result) for _, result in results if result["benchmark"] == "load"))
+        return
     if options.brief:
         for name, result in results:
             if result["benchmark"] not in BRIEF:
@@ -331,9 +340,31 @@ def _report(options: argparse.Namespace) -> None:
         return
     print("\n\n".join(markdown(name, result) for name, result in results))
     if options.charts:
+        from .pictures import draw
+
         for name, result in results:
             for path in draw(name, result, options.charts):
                 print(path, file=sys.stderr)
+
+
+def _add_plot(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", type=Path, nargs="*", metavar="FILE", help="results of `load` (default: the README's)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="draw the pictures of docs/pictures into this folder; needs matplotlib"
+    )
+    parser.set_defaults(run=_plot)
+
+
+def _plot(options: argparse.Namespace) -> None:
+    from bigload.tables import output_width
+
+    from .pictures import MODES, README_RESULT, draw_documents, text_bars
+
+    for file in options.files or [README_RESULT]:
+        print("\n".join(text_bars(json.loads(file.read_text()), output_width(), () if options.files else MODES)))
+    if options.out:
+        for path in draw_documents(options.out):
+            print(path, file=sys.stderr)
 
 
 def _add_one(parser: argparse.ArgumentParser) -> None:

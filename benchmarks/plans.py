@@ -1,13 +1,18 @@
-"""Plans of well-known models on usual budgets, from their configs alone: the table in docs/plans.md."""
+"""Plans of well-known models on usual budgets, from their configs alone: the tables of the README and docs/plans.md."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import functools
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bigload.planning.plan import PlacedUnit, Plan
 
 BUDGETS = {"8 GB": {0: "8GB"}, "24 GB": {0: "24GB"}, "80 GB": {0: "80GB"}, "2 x 80 GB": {0: "80GB", 1: "80GB"}}
 HOST = "512GB"
 PLANNED_MODES = ("none", "int8", "nf4", "nf4-dq")
+# What the README has of it.
+BRIEF_MODE, BRIEF_BUDGETS = "nf4", ("8 GB", "24 GB", "80 GB")
 
 
 def configs() -> dict[str, Any]:
@@ -51,54 +56,85 @@ def configs() -> dict[str, Any]:
 
 def plans_table() -> str:
     """Write the table: a line for each model and mode, a cell for each budget."""
-    return "\n".join(_lines())
+    lines = [f"| model | mode | GiB | {' | '.join(BUDGETS)} |", "|---|---|---|" + "---|" * len(BUDGETS)]
+    for name in configs():
+        for mode in PLANNED_MODES:
+            plans = [_plan(name, mode, budget) for budget in BUDGETS]
+            size = next((f"{plan.nbytes / 2**30:.2f}" for plan in plans if plan is not None), "-")
+            lines.append(f"| {name} | {mode} | {size} | {' | '.join(map(_cell, plans))} |")
+    return "\n".join(lines)
 
 
-def _lines() -> Iterator[str]:
+def brief_plans_table() -> str:
+    """Write a line for each model in one mode: what of it stays on one GPU."""
+    heads = ["in 4 bit (nf4)", "size", *(f"on a GPU of {budget}" for budget in BRIEF_BUDGETS)]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name in configs():
+        plans = [_plan(name, BRIEF_MODE, budget) for budget in BRIEF_BUDGETS]
+        size = next((f"{plan.nbytes / 2**30:.1f} GiB" for plan in plans if plan is not None), "-")
+        lines.append(f"| {name} | {size} | {' | '.join(map(_brief_cell, plans))} |")
+    return "\n".join(lines)
+
+
+def example_plan() -> tuple[str, Plan]:
+    """Return a plan that is drawn in the documents, and its title: a model that is larger than its GPU."""
+    plan = _plan("Llama-3-70B", "nf4", "24 GB", host="64GB")
+    assert plan is not None
+    return "Llama-3-70B on a 24 GB GPU", plan
+
+
+@functools.cache
+def _empty(name: str) -> Any:
     import transformers
 
     from bigload import init_empty_weights
 
-    yield f"| model | mode | GiB | {' | '.join(BUDGETS)} |"
-    yield "|---|---|---|" + "---|" * len(BUDGETS)
-    for name, config in configs().items():
-        with init_empty_weights():
-            model = transformers.AutoModelForCausalLM.from_config(config)
-        for mode in PLANNED_MODES:
-            size, cells = _cells(model, mode)
-            yield f"| {name} | {mode} | {size} | {' | '.join(cells)} |"
+    with init_empty_weights():
+        return transformers.AutoModelForCausalLM.from_config(configs()[name])
 
 
-def _cells(model: Any, mode: str) -> tuple[str, list[str]]:
-    from bigload import BnbQuantizationConfig, PlacementError, plan_device_map
+@functools.cache
+def _plan(name: str, mode: str, budget: str, host: str = HOST) -> Plan | None:
+    from bigload import PlacementError, plan_device_map
 
-    config = (
-        BnbQuantizationConfig(load_in_4bit=True, skip_modules=["*"], torch_dtype="auto")
-        if mode == "none"
-        else BnbQuantizationConfig.from_mode(mode)
-    )
-    size, cells = "-", []
-    for gpus in BUDGETS.values():
-        try:
-            plan = plan_device_map(model, config, max_memory={**gpus, "cpu": HOST})
-        except PlacementError:
-            cells.append("-")
-            continue
-        size = f"{sum(placed.unit.nbytes for placed in plan.units) / 2**30:.2f}"
-        blocks = [placed for placed in plan.units if placed.unit.is_block]
-        away = sum(placed.home is not None for placed in blocks)
-        by_expert = [placed for placed in blocks if placed.is_by_expert]
-        if by_expert and len(by_expert) == len(plan.offloaded):
-            held = sum(placed.cached for placed in by_expert) / sum(one.unit.most_experts for one in by_expert)
-            cells.append(f"experts of {away} of {len(blocks)} away, {held:.0%} of them cached")
-            continue
-        cells.append(_cell(away, len(blocks), plan.streamed_bytes, len(plan.offloaded)))
-    return size, cells
+    try:
+        return plan_device_map(_empty(name), mode, max_memory={**BUDGETS[budget], "cpu": host})
+    except PlacementError:
+        return None
 
 
-def _cell(away: int, blocks: int, streamed: int, offloaded: int) -> str:
-    if not offloaded:
+def _cell(plan: Plan | None) -> str:
+    """Say what is streamed."""
+    if plan is None:
+        return "-"
+    if not plan.offloaded:
         return "resident"
-    if not streamed:
+    if not plan.streamed_bytes:
         return "embedding on the CPU"
-    return f"{away} of {blocks} streamed, {streamed / 2**30:.2f} GiB"
+    blocks, away = _blocks(plan)
+    by_expert = [placed for placed in away if placed.is_by_expert]
+    if by_expert and len(by_expert) == len(plan.offloaded):
+        held = sum(placed.cached for placed in by_expert) / sum(placed.unit.most_experts for placed in by_expert)
+        return f"experts of {len(away)} of {len(blocks)} away, {held:.0%} of them cached"
+    return f"{len(away)} of {len(blocks)} streamed, {plan.streamed_bytes / 2**30:.2f} GiB"
+
+
+def _brief_cell(plan: Plan | None) -> str:
+    """Say what stays on the GPU."""
+    if plan is None:
+        return "-"
+    if not plan.streamed_bytes:
+        return "fits"
+    blocks, away = _blocks(plan)
+    by_expert = [placed for placed in away if placed.is_by_expert]
+    if by_expert and len(by_expert) == len(plan.offloaded):
+        here = [placed.cached if placed.home is not None else placed.unit.most_experts for placed in blocks]
+        share = sum(here) / sum(placed.unit.most_experts for placed in blocks)
+        return f"{share:.0%} of the experts"
+    return f"{len(blocks) - len(away)} of {len(blocks)} blocks"
+
+
+def _blocks(plan: Plan) -> tuple[list[PlacedUnit], list[PlacedUnit]]:
+    """Return the blocks of a plan, and those whose weights are stored elsewhere than on the GPU."""
+    blocks = [placed for placed in plan.units if placed.unit.is_block]
+    return blocks, [placed for placed in blocks if placed.home is not None]

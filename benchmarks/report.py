@@ -1,30 +1,18 @@
-"""Result files as Markdown tables, which are all that documents may quote, and as charts."""
+"""Result files as Markdown tables, which are all that documents may quote."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .peers import PEERS
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 Result = Mapping[str, Any]
 Row = Mapping[str, Any]
 
 # A checkpoint whose tensors are smaller on average is one that is measured for their number.
 SMALL_TENSOR_BYTES = 2**16
-# One for each peer; bigload's stands out.
-COLOURS = {
-    "bigload": "#0b6e4f",
-    "transformers": "#e0a458",
-    "accelerate": "#c8553d",
-    "safetensors": "#8d99ae",
-    "fastsafetensors": "#588b8b",
-}
 
 
 def markdown(name: str, result: Result) -> str:
@@ -155,12 +143,28 @@ def summary(result: Result) -> str:
         by_peer = {row["peer"]: row for row in rows if row["mode"] == mode}
         floor_s = next((row["floor_s"] for row in by_peer.values() if row.get("floor_s")), None)
         found = [floor_s, *(seconds(by_peer.get(peer, {})) for peer in peers)]
-        lines.append("| " + " | ".join([mode, *(_seconds_text(value) or "-" for value in found)]) + " |")
+        lines.append("| " + " | ".join([mode, *(seconds_text(value) or "-" for value in found)]) + " |")
     for label, name in (("GPU", "gpu_peak_over_final_gib"), ("host", "host_over_start_gib")):
         most = [max((row.get(name) or 0.0 for row in rows if row["peer"] == peer), default=0.0) for peer in peers]
         over = "the model" if label == "GPU" else "the start"
         lines.append(f"| {label} memory over {over}, at most | | " + " | ".join(f"{m:.2f} GiB" for m in most) + " |")
     return "\n".join(lines)
+
+
+def gain(result: Result, mode: str = "nf4") -> str:
+    """Write a `load` in a sentence: what the first load in one mode takes and what later ones do, peer by peer."""
+    found = {
+        row["peer"]: f"{row['first_s']:.2f} s and {row['second_s']:.2f} s"
+        for row in result["rows"]
+        if row["mode"] == mode and row.get("second_s")
+    }
+    own = found.pop("bigload").replace(" and ", " the first time in a process and ")
+    size = f"{result['checkpoint_bytes'] / 1e9:.2f} GB"
+    said = f"**Loaded as {mode} onto {result['device']}, {size} take {own} each later time.**"
+    if found:
+        first, *others = (f"{peer} {text}" for peer, text in found.items())
+        said += f"\nFor the same, {', '.join([first.replace(' ', ' takes ', 1), *others])}."
+    return said
 
 
 def seconds(row: Row) -> float | None:
@@ -172,13 +176,13 @@ def seconds(row: Row) -> float | None:
 def _cells(result: Result, rows: Mapping[str, Row]) -> list[tuple[str, Callable[[Row], str | None]]]:
     """Give the lines of a mode: what is added to its name, and what stands in a cell."""
     floor_s = next((row["floor_s"] for row in rows.values() if row.get("floor_s")), 0.0)
-    lines: list[tuple[str, Callable[[Row], str | None]]] = [("", lambda row: _seconds_text(seconds(row)))]
+    lines: list[tuple[str, Callable[[Row], str | None]]] = [("", lambda row: seconds_text(seconds(row)))]
     if result.get("tensors") and result["checkpoint_bytes"] < SMALL_TENSOR_BYTES * result["tensors"]:
         count = result["tensors"]
         label = f", for each of {count} tensors"
         lines.append((label, lambda row: _figure(seconds(row), "{:.0f} us", 1e6 / count)))
     else:
-        label = f", times the floor of {_seconds_text(floor_s)}"
+        label = f", times the floor of {seconds_text(floor_s)}"
         lines.append((label, lambda row: _figure(row.get("ratio_second") or row.get("ratio_first"), "{:.1f}")))
     lines.append((", GPU memory over the model", lambda row: _figure(_gpu_peak(row), "{:.2f} GiB")))
     lines.append((", host memory over the start", lambda row: _figure(row.get("host_over_start_gib"), "{:.2f} GiB")))
@@ -191,7 +195,8 @@ def _gpu_peak(row: Row) -> float | None:
     return found
 
 
-def _seconds_text(value: float | None) -> str | None:
+def seconds_text(value: float | None) -> str | None:
+    """Write seconds with two decimals, or as many digits where they are few."""
     return None if value is None else f"{value:.2f} s" if value >= 0.1 else f"{value:.2g} s"
 
 
@@ -223,7 +228,7 @@ def notes(result: Result) -> list[str]:
         lines.append(f"mapped and not read, which is left to the model's first run: {', '.join(mapped)}")
     built = {row["peer"]: row["build_s"] for row in rows if row.get("build_s") is not None}
     if built:
-        values = ", ".join(f"{peer} {_seconds_text(value)}" for peer, value in built.items())
+        values = ", ".join(f"{peer} {seconds_text(value)}" for peer, value in built.items())
         lines.append(f"building the empty model is not in the seconds, but for transformers: {values}")
     return ["\n".join(f"- {line}" for line in lines)] if lines else []
 
@@ -264,78 +269,3 @@ def _machine(result: Result) -> str:
         f"{result['device']}, {result['cores']} cores; Python {result['python']}, {versions}; "
         f"commit {result['commit']}, {result['date'][:10]}"
     )
-
-
-def draw(name: str, result: Result, folder: Path) -> list[Path]:
-    """Draw the charts of a result.
-
-    Args:
-        name: how the files' names begin.
-        result: of `load`, `offload`, `against` or `limits`.
-        folder: where they go; made if need be.
-
-    Returns:
-        The files written: NAME-seconds.png, of a `load`, and NAME-page-cache.png, where the limits were measured.
-
-    Raises:
-        SystemExit: matplotlib is not installed.
-    """
-    charts: dict[str, Callable[[Axes, Result], None]] = {}
-    if any(seconds(row) for row in result.get("rows", ())):
-        charts["seconds"] = _draw_seconds
-    if result.get("limits", {}).get("page_cache_gb_per_s"):
-        charts["page-cache"] = _draw_page_cache
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SystemExit(f"charts need matplotlib ({error}): pip install '.[plot]'") from error
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for kind, chart in charts.items():
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
-        axes = figure.subplots()
-        axes.spines[["top", "right"]].set_visible(False)
-        chart(axes, result)
-        paths.append(folder / f"{name}-{kind}.png")
-        figure.savefig(paths[-1], dpi=150)
-    return paths
-
-
-def _draw_seconds(axes: Axes, result: Result) -> None:
-    """Draw a group of bars for each mode, a bar for each peer that was measured, and the floor across them."""
-    modes = list(dict.fromkeys(row["mode"] for row in result["rows"] if seconds(row)))
-    for at, mode in enumerate(modes):
-        rows = {row["peer"]: row for row in result["rows"] if row["mode"] == mode and seconds(row)}
-        peers = [peer for peer in PEERS if peer in rows]
-        width = 0.8 / len(peers)
-        for place, peer in enumerate(peers):
-            x = at - 0.4 + (place + 0.5) * width
-            bar = axes.bar(x, seconds(rows[peer]) or 0.0, 0.9 * width, color=COLOURS[peer], label=peer)
-            axes.bar_label(bar, fmt="%.2f", fontsize=8)
-        floor_s = next((row["floor_s"] for row in rows.values() if row.get("floor_s")), None)
-        if floor_s:
-            axes.hlines(floor_s, at - 0.45, at + 0.45, colors="black", linestyles="dashed", label="floor")
-    axes.set_xticks(range(len(modes)), modes)
-    axes.set_ylabel("seconds")
-    axes.set_title(f"{result['checkpoint_bytes'] / 1e9:.2f} GB onto {result['device']}", fontsize=10)
-    handles, labels = axes.get_legend_handles_labels()
-    named = dict(zip(labels, handles, strict=True))  # each name once
-    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.08), "ncols": len(named)}
-    small = {"fontsize": 8, "columnspacing": 1.2, "handlelength": 1.5}
-    axes.legend(named.values(), named.keys(), frameon=False, **below, **small)
-
-
-def _draw_page_cache(axes: Axes, result: Result) -> None:
-    """Draw the speed of reading by the count of threads, with the link to the GPU as a line."""
-    speeds = result["limits"]["page_cache_gb_per_s"]
-    counts = [int(count) for count in speeds]
-    axes.plot(counts, list(speeds.values()), marker="o", color=COLOURS["bigload"], label="page cache")
-    link = result["limits"].get("link_gb_per_s")
-    if link:
-        axes.axhline(link, color="black", linestyle="dashed", label="link to the GPU")
-    axes.set_xticks(counts)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("threads")
-    axes.set_ylabel("GB/s")
-    axes.set_title(f"Page cache to reused buffers, {result['device']}", fontsize=10)
-    axes.legend(frameon=False)

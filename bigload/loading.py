@@ -15,8 +15,9 @@ from torch import nn
 
 from .checkpoint.checkpoint import WeightsLocation
 from .errors import BigloadError, PlacementError
-from .hardware.devices import Device, DeviceMap, named_devices, on_cpu_unless_named
+from .hardware.devices import CPU, Device, DeviceMap, named_devices, on_cpu_unless_named
 from .io.ring import pin_ahead, release_ring
+from .io.timeline import Timeline
 from .model.view import ModelView
 from .offload.device_hooks import attach, detach
 from .offload.handle import Offload, require_not_offloaded
@@ -29,7 +30,7 @@ from .pipeline.report import LoadReport, PeakMemory
 from .planning.offload_config import OffloadConfig
 from .planning.plan import Plan
 from .planning.planner import plan_load
-from .planning.request import PlacementRequest, load_request
+from .planning.request import LoadRequest, PlacementRequest, load_request
 from .planning.sources import KeyMapping
 from .quantization import bnb
 from .quantization.quantizer import code_table
@@ -164,18 +165,26 @@ def load_and_quantize_model(
         if request.checkpoint is not None:
             _begin_to_pin(device_map)  # while the plan is made
         plan = plan_load(view, request)
+        timeline = Timeline(begun)
+        timeline.add("plan", CPU, begun)
         for device, nbytes in plan.device_bytes.items():
             logger.info("plan: %s on %s, %d layers as %s", show(nbytes), device, len(plan.layers), mode)
         peaks = PeakMemory(plan.device_bytes, plan.held_bytes)
-        bar = progress_bar(plan.source_bytes, "loading", progress)
+        bar, assembly = progress_bar(plan.source_bytes, "loading", progress), Assembly(view, plan)
         with bar, _offload_targets(plan, request.placement) as targets:
-            assembly = Assembly(view, plan)
-            execute(plan, on_bytes=bar.update, on_loaded=assembly.add, targets=targets)
+            execute(plan, on_bytes=bar.update, on_loaded=assembly.add, targets=targets, timeline=timeline)
             model = assembly.commit(lambda made: _set_to_run(made, plan, request.placement.offload, targets))
-    elapsed_s, bytes_read = time.perf_counter() - begun, plan.source_bytes - targets.spared_bytes
-    model.load_report = LoadReport(mode, bytes_read, elapsed_s, plan.device_bytes, peaks.since(), request.source)  # type: ignore[assignment]
+    model.load_report = _report(request, plan, timeline, peaks, targets)  # type: ignore[assignment]
     logger.info("%s", model.load_report)
     return model
+
+
+def _report(
+    request: LoadRequest, plan: Plan, timeline: Timeline, peaks: PeakMemory, targets: OffloadTargets
+) -> LoadReport:
+    elapsed_s, bytes_read = timeline.elapsed_s, plan.source_bytes - targets.spared_bytes
+    mode, held = request.config.mode, plan.device_bytes
+    return LoadReport(mode, bytes_read, elapsed_s, held, peaks.since(), request.source, timeline.spans())
 
 
 def _described(weights_location: WeightsLocation | None, device_map: DeviceMap) -> str:

@@ -493,7 +493,6 @@ def test_report_explains_what_the_table_cannot(tmp_path, capsys):
 
 
 def test_charts_are_pictures(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
     (tmp_path / "a.json").write_text(json.dumps(result()))
     run("report", tmp_path / "a.json", "--charts", tmp_path / "charts")
     names = ("a-page-cache.png", "a-seconds.png")
@@ -503,11 +502,65 @@ def test_charts_are_pictures(tmp_path, capsys):
 
 
 def test_charts_without_matplotlib_say_what_to_install(tmp_path, monkeypatch):
-    from benchmarks.report import draw
+    from benchmarks.pictures import draw
+    from bigload import MissingDependencyError
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(SystemExit, match=r"pip install '\.\[plot\]'"):
+    with pytest.raises(MissingDependencyError, match="pip install matplotlib"):
         draw("a", result(), tmp_path)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_bars_are_as_long_as_the_loads_and_the_floor_is_drawn(dark):
+    from benchmarks.pictures import load_figure
+    from bigload.cli.pictures import theme
+
+    colours = theme(dark=dark)
+    (axes,) = load_figure(result(), colours).axes
+    assert [bar.get_width() for bar in axes.patches] == [0.5, 0.0012]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["nf4  bigload", "16 bit  safetensors"]
+    texts = [text.get_text() for text in axes.texts]
+    assert texts[:2] == ["0.50 s (the first load 0.80 s)", "0.0012 s (the first load 0.01 s)"]
+    assert list(axes.lines[0].get_xdata()) == [0.4, 0.4]
+    assert "0.40 s" in texts[2]
+    assert {text.get_color() for text in axes.texts} == {colours.ink}
+    assert axes.get_title(loc="left") == "Seconds to load 16.00 GB onto GPU"
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_bars_of_text_fit_the_terminal_and_keep_their_proportions(width, capsys, monkeypatch):
+    from benchmarks.pictures import README_RESULT
+
+    monkeypatch.setenv("COLUMNS", str(width))
+    run("plot", README_RESULT)
+    lines = capsys.readouterr().out.splitlines()
+    rows = {(row["mode"], row["peer"]): row for row in json.loads(README_RESULT.read_text())["rows"]}
+    drawn = [line for line in lines if set("\u2588\u2589\u258a\u258b\u258c\u258d\u258e\u258f") & set(line)]
+    assert len(drawn) == len(rows) + 1  # and the floor
+    assert all(len(line) <= width for line in lines)
+    lengths = {}
+    for line in drawn[:-1]:
+        mode, peer, bar, seconds = line.split()[:4]
+        assert seconds == f"{rows[mode, peer]['second_s']:.2f}"
+        lengths[mode, peer] = 8 * bar.count("\u2588") + sum(0x2590 - ord(block) for block in bar.strip("\u2588"))
+    longest = max(rows, key=lambda key: rows[key]["second_s"])
+    for key, length in lengths.items():
+        share = rows[key]["second_s"] / rows[longest]["second_s"]
+        assert length == pytest.approx(max(1, share * lengths[longest]), abs=1.01)
+    assert ("the first load" in drawn[0]) == (width >= 80)
+
+
+def test_gain_is_a_sentence_of_first_and_later_loads():
+    from benchmarks.report import gain
+
+    said = "**Loaded as nf4 onto GPU, 16.00 GB take 0.80 s the first time in a process and 0.50 s each later time.**"
+    assert gain(result()) == said
+    rows = [row | {"first_s": row["second_s"] * 2} for row in result()["rows"] if "second_s" in row]
+    rows += [rows[0] | {"peer": "accelerate", "first_s": 9.0, "second_s": 8.0}]
+    rows += [rows[0] | {"peer": "transformers", "first_s": 3.0, "second_s": 2.0}]
+    assert gain(result(rows=rows)).endswith(
+        "\nFor the same, accelerate takes 9.00 s and 8.00 s, transformers 3.00 s and 2.00 s."
+    )
 
 
 def test_quantizing_file_to_file_is_held_against_reading_and_writing(tmp_path):

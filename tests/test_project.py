@@ -1,7 +1,6 @@
-"""What the README and the packaging promise."""
+"""What the packaging and the public names promise."""
 
 import inspect
-import json
 import re
 import shutil
 import subprocess
@@ -18,46 +17,7 @@ import bigload
 ROOT = Path(__file__).parent.parent
 
 
-def test_readme_gives_the_two_commands_and_ci_runs_the_readmes():
-    readme = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"```sh\n(.*?)\n```", readme, re.DOTALL)
-    assert "pip install '.[demo]' && bigload demo" in blocks
-    assert "pip install '.[test]' && pytest" in blocks
-    assert re.search(r"grep .*pip install .*pytest.* README\.md", (ROOT / ".ci" / "run").read_text())
-
-
-def test_links_in_the_documents_lead_somewhere():
-    documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-    assert len(documents) >= 3
-    for document in documents:
-        for target in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", document.read_text()):
-            assert (document.parent / target).exists(), f"{document.name} links to {target}"
-
-
-def test_figures_of_the_readme_are_those_of_the_result_file():
-    from benchmarks.report import brief
-
-    readme = (ROOT / "README.md").read_text()
-    names = re.findall(r"<!-- made by: python -m benchmarks report --brief (\S+) -->", readme)
-    assert len(names) == 3
-    for name in names:
-        assert brief(json.loads((ROOT / name).read_text())) in readme
-
-
-def test_figures_of_cuda_graphs_in_the_readme_are_those_of_the_result_file():
-    rows = json.loads((ROOT / "benchmarks/results/experts-h100.json").read_text())["rows"]
-    graphs = [
-        (row["graph_ms"], row["peer"])
-        for row in rows
-        if row["shape"] == "Qwen3-30B-A3B" and row["tokens"] == 1 and row.get("graph_ms")
-    ]
-    ours = min(ms for ms, peer in graphs if peer == "bigload nf4")
-    theirs = min(ms for ms, peer in graphs if peer == "transformers bf16")
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    assert f"Qwen3's experts take {ours:.1f} ms for one token in 4 bit, and {theirs:.1f} ms in 16 bit" in readme
-
-
-def test_source_archive_has_all_that_a_checkout_has_and_the_wheel_only_the_package(tmp_path):
+def test_source_archive_has_all_that_a_checkout_has_and_the_wheel_the_package_and_a_readme_that_stands_alone(tmp_path):
     parts = ["benchmarks", "bigload", "docs", "examples", "tests"]
     kept = [path for part in parts for path in (ROOT / part).rglob("*") if path.is_file()]
     kept += [path for path in ROOT.iterdir() if path.is_file() and path.name != ".gitignore"]
@@ -73,6 +33,14 @@ def test_source_archive_has_all_that_a_checkout_has_and_the_wheel_only_the_packa
     assert names <= archived
     installed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert installed == {name for name in names if name.startswith("bigload/")}
+    (info,) = (name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".dist-info/METADATA"))
+    shown = zipfile.ZipFile(wheel).read(info).decode()
+    assert "Load PyTorch models that are larger than your GPU" in shown
+    assert "fine-tuning" in shown
+    assert "](" not in re.sub(r"```.*?```", "", shown, flags=re.DOTALL).replace("](http", "")
+    assert "<picture" not in shown
+    for classifier in ("Environment :: GPU :: NVIDIA CUDA", "Typing :: Typed"):
+        assert f"\nClassifier: {classifier}\n" in shown
 
 
 # Names that programs import, and the arguments that they pass by position or by name.
@@ -139,15 +107,3 @@ def test_package_is_typed_and_versioned():
         re.split(r"[>=;\[ ]", requirement)[0] for requirement in requires("bigload") if "extra" not in requirement
     }
     assert needed == {"torch", "bitsandbytes", "safetensors", "psutil", "tqdm"}
-
-
-def test_python_blocks_of_the_readme_run_as_pasted(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)\n```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
-    names = {}
-    for code in blocks:
-        exec(code, names)
-        assert type(names["model"].blocks[0].up).__name__ == "Linear4bit"
-    assert "torch.Size([1, 3, 1000]) Linear4bit" in capsys.readouterr().out
-    assert (tmp_path / "net-nf4" / "bigload.json").is_file()

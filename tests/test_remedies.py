@@ -73,6 +73,7 @@ TRIED = {
         "means so many bytes": "cli/test_messages.py::test_what_was_meant_is_said_and_works",
         "is not a size": "cli/test_messages.py::test_what_was_meant_is_said_and_works",
         "set one budget for each device": "cli/test_messages.py::test_one_budget_is_set_for_each_device",
+        "name a file in a folder that exists": "cli/test_messages.py::test_a_picture_is_drawn_where_it_can_be",
     },
     "cli/load.py": {
         "pass both, or neither": "cli/test_messages.py::test_tokens_are_generated_with_a_prompt_only",
@@ -92,7 +93,6 @@ TRIED = {
     },
     "cli/plan.py": {
         "is not known; leave --context out": "cli/test_messages.py::test_what_keeps_no_cache_is_planned_without_one",
-        "name a file in a folder that exists": "cli/test_messages.py::test_a_picture_is_drawn_where_it_can_be",
     },
     "config.py": {
         "set bnb_4bit_compute_dtype": "test_config.py::test_what_the_warning_of_float32_names_is_not_warned_of",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, import_optional
 from ..modes import MODES
 from .parser import did_you_mean
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 # Fewer bytes than this are no budget: the unit was forgotten.
 _FEW, _MANY_GIB = 2**16, 256
+_PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp")
 PATH = "folder, or org/name or org/name@revision of the Hugging Face hub"
 
 
@@ -160,3 +163,26 @@ def rate(text: str) -> float:
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of GB/s above 0")
     return number
+
+
+def add_plot(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add `--plot` and `--dark`."""
+    parser.add_argument("--plot", metavar="FILE", help=f"draw {what} into a picture, which needs matplotlib")
+    parser.add_argument("--dark", action="store_true", help="draw it for a dark background (default: a light one)")
+
+
+def require_picture(target: str | None) -> None:
+    """Refuse a picture that cannot be drawn, before the work begins.
+
+    Raises:
+        ConfigError: its name has another ending, or its folder cannot be written.
+        MissingDependencyError: matplotlib is not installed.
+    """
+    if target is None:
+        return
+    path = Path(target).expanduser()
+    if path.suffix.lower() not in _PICTURES:
+        raise ConfigError(f"--plot is '{target}'; expected a file whose name ends with one of {', '.join(_PICTURES)}")
+    if path.is_dir() or not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise ConfigError(f"--plot '{target}' cannot be written: name a file in a folder that exists")
+    import_optional("matplotlib", "pip install matplotlib")

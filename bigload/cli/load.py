@@ -7,7 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, ConfigError, reason
-from .arguments import PATH, add_placement, add_quant, config, device_map, max_memory, offload, positive
+from .arguments import (
+    PATH,
+    add_placement,
+    add_plot,
+    add_quant,
+    config,
+    device_map,
+    max_memory,
+    offload,
+    positive,
+    require_picture,
+)
 from .locations import model_folder, note
 from .parser import add_command
 
@@ -43,6 +54,7 @@ def add_to(commands: Any) -> None:
         metavar="N",
         help=f"how many tokens to generate (default: {_USUAL_TOKENS})",
     )
+    add_plot(parser, "what the load did when")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -50,10 +62,12 @@ def run(options: argparse.Namespace) -> None:
     if options.max_new_tokens and options.prompt is None:
         raise ConfigError("--max-new-tokens has no effect without --prompt: pass both, or neither")
     placed, budgets = device_map(options.device_map), max_memory(options.max_memory)
+    require_picture(options.plot)
     from ..loading import load_and_quantize_model
     from ..model.described import empty_model
     from ..planning.plan import summary
     from ..tables import output_width, wrapped
+    from .pictures import draw_load
 
     folder = model_folder(options, options.path)
     note(options, options.offload_folder)
@@ -71,10 +85,13 @@ def run(options: argparse.Namespace) -> None:
         offload_folder=options.offload_folder,
         offload=offload(options),
     )
-    lines = [str(model.load_report)]
+    report: Any = model.load_report
+    lines = [str(report)]
     if "offload" in vars(model):
         lines += [line for line in summary(model.offload.plan) if "streamed" in line or "offloaded" in line]
     print("\n".join(each for line in lines for each in wrapped(line, output_width())))
+    if options.plot is not None:
+        draw_load(report, Path(options.plot).expanduser(), options.path, dark=options.dark)
     if prompt is not None:
         print(prompt.continued_by(model.eval()))
 

@@ -5,13 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError, ConfigError, PlacementError, import_optional
-from .arguments import PATH, add_placement, add_quant, config, device_map, max_memory, positive, rate
+from ..errors import CheckpointError, ConfigError, PlacementError
+from .arguments import (
+    PATH,
+    add_placement,
+    add_plot,
+    add_quant,
+    config,
+    device_map,
+    max_memory,
+    positive,
+    rate,
+    require_picture,
+)
 from .load import is_quantized
 from .locations import config_file
 from .parser import add_command
@@ -34,7 +44,6 @@ _COMPARED = {
     "nf4": "nf4, fp4",
     "nf4-dq": "nf4-dq, fp4-dq",
 }
-_PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp")
 
 
 def add_to(commands: Any) -> None:
@@ -75,18 +84,18 @@ def add_to(commands: Any) -> None:
         help=f"speed of the disk that blocks are offloaded to (default: {_USUAL_DISK:g})",
     )
     parser.add_argument("--blocks", action="store_true", help="a row for each block (default: equal ones share one)")
-    parser.add_argument("--plot", metavar="FILE", help="draw the plan into a picture, which needs matplotlib")
+    add_plot(parser, "the plan")
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes and seconds (default: tables)")
 
 
 def run(options: argparse.Namespace) -> None:
     """Print the verdict, the modes and the plan."""
     planner = _Planner(options)
-    if options.plot is not None:
-        _require_picture(options.plot)
+    require_picture(options.plot)
     from ..planning.plan import plan_table
-    from ..planning.report import draw_plan, plan_json, verdict
+    from ..planning.report import plan_json, verdict
     from ..tables import output_width, text_table, wrapped
+    from .pictures import draw_plan
 
     planner.open()
     stored = planner.stored_config()
@@ -119,7 +128,7 @@ def run(options: argparse.Namespace) -> None:
         lines += ["", *table, ""] if table else [""]
         print("\n".join([*lines, plan_table(chosen, width, every_unit=options.blocks)]))
     if options.plot is not None:
-        draw_plan(chosen, Path(options.plot).expanduser())
+        draw_plan(chosen, Path(options.plot).expanduser(), options.path, dark=options.dark)
 
 
 class _Planner:
@@ -252,15 +261,6 @@ def _weights_beside(config: Path, *, is_here: bool) -> Path | None:
             raise
         return None
     return folder
-
-
-def _require_picture(target: str) -> None:
-    path = Path(target).expanduser()
-    if path.suffix.lower() not in _PICTURES:
-        raise ConfigError(f"--plot is '{target}'; expected a file whose name ends with one of {', '.join(_PICTURES)}")
-    if path.is_dir() or not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        raise ConfigError(f"--plot '{target}' cannot be written: name a file in a folder that exists")
-    import_optional("matplotlib", "pip install matplotlib")
 
 
 def _given_rates(options: argparse.Namespace, link: float | None = None) -> Rates:

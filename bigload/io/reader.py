@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -13,20 +14,24 @@ from ..errors import CheckpointError
 from .async_reads import Read, Reads
 from .extents import Extent
 from .ring import Ring, as_bytes, reader_threads
+from .timeline import Timeline
 
 
 class Reader(AbstractContextManager["Reader"]):
     """Prefetches extents, for one thread that iterates over it. The end of the `with` block waits for all reads."""
 
-    def __init__(self, extents: Sequence[Extent], ring: Ring, *, copied: int = 0) -> None:
+    def __init__(
+        self, extents: Sequence[Extent], ring: Ring, *, copied: int = 0, timeline: Timeline | None = None
+    ) -> None:
         """Prepare the reads; the first begin with the iteration.
 
         Args:
             extents: in the order in which they are read and returned.
             ring: the slots to read into.
             copied: slots that are not prefetched into, because their contents are being copied to a GPU.
+            timeline: gets the times of waiting for reads.
         """
-        self._extents, self._ring = extents, ring
+        self._extents, self._ring, self._timeline = extents, ring, timeline or Timeline()
         self._last_of = {extent.file: index for index, extent in enumerate(extents)}
         self._ahead = max(1, ring.count - copied)
         self._reads = Reads(reader_threads())
@@ -55,7 +60,9 @@ class Reader(AbstractContextManager["Reader"]):
                     return
                 begun += 1
             read, slot = self._going.popleft()
+            waited = time.perf_counter()
             self._finish(extent, read)
+            self._timeline.add("read", extent.device, waited)
             if self._last_of[extent.file] == index:
                 self._reads.close(extent.file)
             yield extent, slot, None if slot is None else self._ring.slots[slot][: extent.nbytes]
@@ -81,10 +88,12 @@ class Reader(AbstractContextManager["Reader"]):
             if copied is not None:
                 copied.synchronize()
             memory = [self._ring.buffers[slot][: extent.nbytes]]
+        begun = time.perf_counter()
         try:
             self._going.append((self._reads.begin(extent.file, memory, extent.offset), slot))
         except OSError as error:
             raise _failed(extent, error) from error
+        self._timeline.add("read", extent.device, begun)  # what is small is read at once
         return True
 
     def _finish(self, extent: Extent, read: Read) -> None:

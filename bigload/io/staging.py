@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .extents import ExtentSlice, ReadTask
+from .timeline import timed_event
 
 # The size of a buffer.
 BUFFER_BYTES = 48 * 2**20
@@ -65,7 +66,7 @@ class StagingBuffer:
     def __init__(self, device: torch.device) -> None:
         self.memory = torch.empty(BUFFER_BYTES, dtype=torch.uint8, device=device)
         self.parts: list[ExtentSlice] = []
-        self.copied, self.worked = new_event(), new_event()
+        self.copied, self.worked = timed_event(), timed_event()
         self._views: dict[torch.dtype, torch.Tensor] = {}
 
     def values_of(self, part: ExtentSlice) -> torch.Tensor:
@@ -109,8 +110,3 @@ class StagingBuffer:
         """Return the size of a tensor's piece at most: it ends with a scale."""
         itemsize = task.tensor.dtype.itemsize
         return BUFFER_BYTES // itemsize // task.values_per_scale * task.values_per_scale * itemsize
-
-
-def new_event() -> torch.cuda.Event:
-    """Return an event of CUDA."""
-    return torch.cuda.Event()  # type: ignore[no-untyped-call]

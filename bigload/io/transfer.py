@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -21,7 +22,8 @@ import torch
 from .extents import Extent, ExtentSlice, ReadTask, cut
 from .reader import Reader
 from .ring import take_ring
-from .staging import BUFFER_BYTES, Copies, StagingBuffer, new_event
+from .staging import BUFFER_BYTES, Copies, StagingBuffer
+from .timeline import Timeline, timed_event
 
 # Staging buffers on each GPU, for what its default stream has yet to work on.
 _WINDOW = 3
@@ -38,7 +40,12 @@ _BATCH_BYTES = 64 * 2**20
 _Step = Callable[[], object] | None
 
 
-def read_all(tasks: Sequence[ReadTask], *, on_bytes: Callable[[int], object] = lambda count: None) -> None:
+def read_all(
+    tasks: Sequence[ReadTask],
+    *,
+    on_bytes: Callable[[int], object] = lambda count: None,
+    timeline: Timeline | None = None,
+) -> None:
     """Read tensors, each byte once, and move them to their devices.
 
     The copies wait for the work that is in the default streams now. So allocate the homes before the call.
@@ -47,17 +54,20 @@ def read_all(tasks: Sequence[ReadTask], *, on_bytes: Callable[[int], object] = l
         tasks: in the order of reading.
         on_bytes: called, like the tasks' functions, in the caller's thread, with the number of bytes that have arrived
             since the last call.
+        timeline: gets the times of the stages.
 
     Raises:
         CheckpointError: a file cannot be read, or ends before a tensor does.
     """
+    timeline = timeline or Timeline()
     if not tasks:
         return
     devices = {task.device for task in tasks}
     with take_ring(pinned=any(device.type == "cuda" for device in devices)) as ring:
-        transfers = {device: _transfer(device) for device in devices}
+        transfers = {device: _transfer(device, timeline) for device in devices}
         copies = any(transfer.copies for transfer in transfers.values())
-        reader = Reader(_in_turns(cut(tasks, ring.slot_bytes)), ring, copied=_COPIED if copies else 0)
+        extents = _in_turns(cut(tasks, ring.slot_bytes))
+        reader = Reader(extents, ring, copied=_COPIED if copies else 0, timeline=timeline)
         steps = _steps(reader, transfers, on_bytes)
         ahead = ReadAheadThread(steps) if copies else None
         try:
@@ -183,13 +193,26 @@ class Transfer(AbstractContextManager["Transfer"]):
 class CpuTransfer(Transfer):
     """For the CPU, where nothing has to be copied."""
 
+    def __init__(self, timeline: Timeline) -> None:
+        self._timeline, self._begun = timeline, 0.0
+
     def send(self, extent: Extent, slot: int | None, filled: torch.Tensor | None, reader: Reader) -> Iterator[_Step]:
+        if filled is not None:
+            yield self._begin
         for part in extent.parts:
             if filled is not None:
                 yield partial(_take, part, filled)
             yield partial(part.task.arrived, part.count)
+        if filled is not None:
+            yield partial(self._end, extent)
         yield partial(reader.release, slot, None)
         yield None
+
+    def _begin(self) -> None:
+        self._begun = time.perf_counter()
+
+    def _end(self, extent: Extent) -> None:
+        self._timeline.add("quantize", extent.device, self._begun)
 
 
 def _take(part: ExtentSlice, filled: torch.Tensor) -> None:
@@ -206,13 +229,12 @@ class CudaTransfer(Transfer):
 
     copies = True
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, timeline: Timeline) -> None:
+        self._device, self._timeline = device, timeline
         self._default = torch.cuda.default_stream(device)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._free: SimpleQueue[StagingBuffer | None] = SimpleQueue()
         self._buffer: StagingBuffer | None = None
-        self._copied: defaultdict[int, torch.cuda.Event] = defaultdict(new_event)  # by slot
 
     def __enter__(self) -> CudaTransfer:
         self.is_done = False
@@ -235,8 +257,9 @@ class CudaTransfer(Transfer):
                 copies.add(home, part.at)
                 at_home.append(part)
         copies.begin()
-        copied = self._copied[slot]
+        copied = timed_event()
         copied.record(self._stream)
+        self._timeline.add_copy(self._device, copied)
         reader.release(slot, copied)
         if at_home:
             yield partial(self._arrive, at_home, copied)
@@ -268,6 +291,7 @@ class CudaTransfer(Transfer):
     def flush(self) -> Iterator[_Step]:
         buffer, self._buffer = self._buffer, None
         if buffer is not None:
+            buffer.copied = timed_event()
             buffer.copied.record(self._stream)
             yield partial(self._hand_over, buffer)
             yield None
@@ -278,7 +302,9 @@ class CudaTransfer(Transfer):
             for part in buffer.parts:
                 part.task.take(buffer.values_of(part), part.begin)
                 part.task.arrived(part.count)
+            buffer.worked = timed_event()
             buffer.worked.record(self._default)
+        self._timeline.add_work(self._device, buffer.copied, buffer.worked)
         buffer.parts = []
         self._free.put(buffer)
 
@@ -292,8 +318,8 @@ class CudaTransfer(Transfer):
         self.is_done = True
 
 
-def _transfer(device: torch.device) -> Transfer:
-    return CudaTransfer(device) if device.type == "cuda" else CpuTransfer()
+def _transfer(device: torch.device, timeline: Timeline) -> Transfer:
+    return CudaTransfer(device, timeline) if device.type == "cuda" else CpuTransfer(timeline)
 
 
 @contextmanager

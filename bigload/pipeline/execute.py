@@ -19,6 +19,7 @@ from ..hardware.devices import CPU
 from ..io.extents import ReadTask
 from ..io.ring import slot_bytes
 from ..io.tensors import LazyTensor
+from ..io.timeline import Timeline
 from ..io.transfer import WINDOW_BYTES, default_stream, read_all
 from ..offload.targets import OffloadTargets
 from ..planning.plan import Plan
@@ -37,6 +38,7 @@ def execute(
     on_bytes: Callable[[int], object] = lambda count: None,
     on_loaded: Callable[[str, LoadedTensor], object] = lambda name, value: None,
     targets: OffloadTargets | None = None,
+    timeline: Timeline | None = None,
 ) -> dict[str, LoadedTensor]:
     """Load every tensor of a plan. The model is not changed.
 
@@ -45,6 +47,7 @@ def execute(
         on_bytes: called with the number of checkpoint bytes that have been loaded since the last call.
         on_loaded: called with each tensor and its first name as soon as it is complete, while others are being read.
         targets: where to put the offloaded tensors.
+        timeline: gets the times of reads, copies and the work on values.
 
     Returns:
         First name of each tensor -> the weight, plain or quantized. Tensors without sources are left out.
@@ -61,7 +64,7 @@ def execute(
         for device, nbytes in plan.device_bytes.items():
             reserve(device, nbytes)
         tasks = [task for planned in plan.tensors if planned.sources for task in loader.begin(planned)]
-        read_and_load(tasks, plan, on_bytes=on_bytes)
+        read_and_load(tasks, plan, on_bytes=on_bytes, timeline=timeline)
         if any(planned.home is not None for planned in plan.tensors):
             _synchronize(plan)  # the CPU looks at what was copied into host memory
         _require_finite(loader.loaded, plan)
@@ -127,7 +130,13 @@ def _read_on_cpu(planned: PlannedTensor) -> PlannedTensor:
     return planned if planned.home is None or needs_quantizing else dataclasses.replace(planned, device=CPU)
 
 
-def read_and_load(tasks: Sequence[ReadTask], plan: Plan, *, on_bytes: Callable[[int], object]) -> None:
+def read_and_load(
+    tasks: Sequence[ReadTask],
+    plan: Plan,
+    *,
+    on_bytes: Callable[[int], object],
+    timeline: Timeline | None = None,
+) -> None:
     """Read the tasks' tensors from files, in file order, then take those that are in memory.
 
     Raises:
@@ -135,7 +144,7 @@ def read_and_load(tasks: Sequence[ReadTask], plan: Plan, *, on_bytes: Callable[[
         PlacementError: a device ran out of memory.
     """
     ordered = _in_file_order([task for task in tasks if not isinstance(task.tensor, LazyTensor)])
-    read = functools.partial(read_all, on_bytes=on_bytes)
+    read = functools.partial(read_all, on_bytes=on_bytes, timeline=timeline)
     _explain_out_of_memory(functools.partial(_window_shortage, plan), read)(ordered)
     for task in tasks:
         if isinstance(task.tensor, LazyTensor):

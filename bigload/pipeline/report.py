@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from ..io.timeline import STAGES, Span
 from ..sizes import show
 from ..tables import html_table
 
@@ -32,6 +33,7 @@ class LoadReport:
             allocated, for "cpu" the resident memory. A device is left out if it cannot be known, as where the process
             had used more of it before the load.
         source: the folder of the checkpoint, if one was named.
+        timeline: what was done when: the plan, waits for files, copies to GPUs, quantizing.
 
     Example:
         >>> import torch
@@ -49,6 +51,15 @@ class LoadReport:
     device_bytes: dict[torch.device, int] = field(default_factory=dict)
     peak_bytes: dict[torch.device, int] = field(default_factory=dict)
     source: Path | None = None
+    timeline: tuple[Span, ...] = field(default=(), compare=False)
+
+    @property
+    def stage_s(self) -> dict[str, float]:
+        """Seconds of each stage: "plan", "read" (waiting for files), "copy", "quantize"; on all devices together."""
+        total = {stage: 0.0 for stage in STAGES if any(span.stage == stage for span in self.timeline)}
+        for span in self.timeline:
+            total[span.stage] += span.end_s - span.begin_s
+        return total
 
     @property
     def gb_per_s(self) -> float:
@@ -76,7 +87,8 @@ class LoadReport:
         for place in places:
             peak = show(self.peak_bytes[place]) if place in self.peak_bytes else "-"
             rows.append((str(place), show(self.device_bytes.get(place, 0)), peak))
-        return f"<div>{escape(str(self))}</div>{html_table(rows)}"
+        stages = [("stage", "time"), *((stage, f"{seconds:.3f} s") for stage, seconds in self.stage_s.items())]
+        return f"<div>{escape(str(self))}</div>{html_table(rows)}" + (html_table(stages) if self.timeline else "")
 
 
 class PeakMemory:

@@ -1,16 +1,15 @@
-"""What a `Plan` means: whether the model fits, and how fast it streams; as JSON, and as a bar chart."""
+"""What a `Plan` means: whether the model fits, and how fast it streams; as JSON."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import ConfigError, counted, import_optional, reason
+from ..errors import counted
 from ..hardware.devices import Place
 from ..sizes import show
 from .plan import Account, Plan
@@ -149,33 +148,3 @@ def plan_json(plan: Plan, rates: Rates | None = None) -> dict[str, Any]:
         "streamed_bytes": plan.streamed_bytes,
         "step_s": None if rates is None else step_seconds(plan, rates),
     }
-
-
-def draw_plan(plan: Plan, path: Path) -> None:
-    """Draw the account of each place as a stacked bar, with its budget as a line.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-        ConfigError: the file cannot be written, or matplotlib has no such format.
-    """
-    import_optional("matplotlib", "pip install matplotlib").use("Agg")
-    plt = import_optional("matplotlib.pyplot", "pip install matplotlib")
-    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.6 * len(plan.accounts)), layout="constrained")
-    names = [str(account.place) for account in plan.accounts]
-    left = [0.0] * len(names)
-    for part in _PARTS:
-        widths = [getattr(account, part) / 2**30 for account in plan.accounts]
-        axes.barh(names, widths, left=left, label=part.replace("_", " "))
-        left = [begin + width for begin, width in zip(left, widths, strict=True)]
-    for row, account in enumerate(plan.accounts):
-        if account.budget is not None:
-            axes.plot([account.budget / 2**30] * 2, [row - 0.4, row + 0.4], color="black")
-    axes.set_xlabel("GiB; the line is the budget")
-    axes.invert_yaxis()
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=4, frameon=False)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the picture '{path}' cannot be written: {reason(error)}") from error
-    finally:
-        plt.close(figure)

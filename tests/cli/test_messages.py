@@ -190,8 +190,8 @@ def test_what_keeps_no_cache_is_planned_without_one(place, capsys):
 
 def test_a_picture_is_drawn_where_it_can_be(place, capsys, monkeypatch):
     drawn = []
-    monkeypatch.setattr("bigload.cli.plan.import_optional", lambda *args: None)
-    monkeypatch.setattr("bigload.planning.report.draw_plan", lambda plan, path: drawn.append(path))
+    monkeypatch.setattr("bigload.cli.arguments.import_optional", lambda *args: None)
+    monkeypatch.setattr("bigload.cli.pictures.draw_plan", lambda plan, path, title, dark: drawn.append(path))
     arguments = ["plan", "model", "--quant", "nf4", "--max-memory", "cpu=1GiB", "--plot"]
     assert "name a file in a folder that exists" in said([*arguments, "none/plan.png"], capsys)
     assert "expected a file whose name ends with" in said([*arguments, "plan.exe"], capsys)
@@ -201,7 +201,6 @@ def test_a_picture_is_drawn_where_it_can_be(place, capsys, monkeypatch):
 
 
 def test_a_picture_that_cannot_be_written_is_one_line(place, capsys):
-    pytest.importorskip("matplotlib")
     (place / "plan.png").mkdir()
     arguments = ["plan", "model", "--quant", "nf4", "--max-memory", "cpu=1GiB", "--plot", "plan.png"]
     assert "cannot be written" in said(arguments, capsys)

@@ -1,5 +1,6 @@
 """What a load reports of itself."""
 
+import itertools
 import subprocess
 import sys
 
@@ -23,6 +24,25 @@ def measured(monkeypatch):
         monkeypatch.setattr("bigload.pipeline.report._used_and_highest", lambda device: answers[device].pop(0))
 
     return measure
+
+
+@pytest.mark.parametrize("mode", ["nf4", "int8", "none"])
+def test_report_has_the_times_of_all_stages(tmp_path, device, mode):
+    folder = save_checkpoint(GPT(layers=4), tmp_path)
+    report = load_and_quantize_model(empty(GPT, layers=4), mode, folder, device_map={"": device}).load_report
+    stages = {span.stage for span in report.timeline}
+    expected = {"plan", "read"} | ({"copy"} if device.type == "cuda" else set())
+    assert stages - {"quantize"} == expected
+    assert ("quantize" in stages) == (mode != "none")
+    for stage in stages:
+        spans = [span for span in report.timeline if span.stage == stage]
+        assert all(0 <= span.begin_s <= span.end_s <= report.elapsed_s + 0.01 for span in spans)
+        assert all(one.end_s <= other.begin_s + 1e-3 for one, other in itertools.pairwise(spans))
+        assert report.stage_s[stage] == pytest.approx(sum(span.end_s - span.begin_s for span in spans))
+    assert list(report.stage_s) == [stage for stage in ("plan", "read", "copy", "quantize") if stage in stages]
+    assert "<td" in report._repr_html_()
+    assert all(stage in report._repr_html_() for stage in stages)
+    assert "Span" not in repr(report)
 
 
 def test_report_gives_a_peak_only_where_the_load_set_a_new_one(measured):

@@ -11,6 +11,7 @@ from torch import nn
 
 from bigload import BnbQuantizationConfig, load_and_quantize_model, plan_device_map
 from bigload.quantization.layers import quantized_layers
+from bigload.sizes import show
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -102,11 +103,21 @@ def test_planned_bytes_are_those_that_the_loaded_model_holds(tmp_path, device, n
         assert torch.cuda.memory_allocated(device) - allocated == account.weights + account.quant_state
 
 
-def test_table_in_the_docs_is_what_is_planned(monkeypatch):
-    from benchmarks.plans import plans_table
+def test_tables_and_picture_in_the_documents_are_what_is_planned(monkeypatch):
+    from benchmarks.plans import brief_plans_table, example_plan, plans_table
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert plans_table() in (Path(__file__).parents[2] / "docs" / "plans.md").read_text()
+    root = Path(__file__).parents[2]
+    assert plans_table() in (root / "docs" / "plans.md").read_text()
+    made = f"<!-- made by: python -m benchmarks plans --brief -->\n{brief_plans_table()}\n"
+    assert made in (root / "README.md").read_text()
+    title, plan = example_plan()
+    for picture in (root / "docs" / "pictures").glob("plan-*.svg"):
+        drawn = picture.read_text()
+        assert title in drawn
+        for account in plan.accounts:
+            for figure in (account.needed, account.budget, account.weights, account.free):
+                assert show(figure) in drawn
 
 
 @pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "int8", "nothing"])

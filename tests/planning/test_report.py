@@ -32,14 +32,6 @@ def test_plan_is_written_as_a_table_and_as_json(monkeypatch):
         assert place["free"] == place["budget"] - place["needed"]
 
 
-def test_picture_of_a_plan(tmp_path):
-    pytest.importorskip("matplotlib")
-    from bigload.planning.report import draw_plan
-
-    draw_plan(plan_device_map(empty(GPT), "nf4", max_memory={0: "1GiB"}), tmp_path / "plan.png")
-    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
-
-
 def on(places, **options):
     return plan_device_map(empty(GPT, layers=6), "nf4", device_map={"": 0} | places, **options)
 
