@@ -17,9 +17,9 @@ from ..hardware.free_memory import free_bytes, free_disk_bytes
 from ..model.view import ModelView
 from ..sizes import show
 from .advice import ONLY_LEAVES_LEAVE, does_not_fit_error, split_unit_error
+from .placing.accounts import PlacedUnit
 from .placing.expert_caches import place_by_expert, with_caches
 from .placing.solver import DoesNotFitError, Item, OffPlace, Rules, solve_placement
-from .plan import PlacedUnit
 from .planned_tensors import PlannedTensor
 from .request import PlacementRequest, computing_devices, longest_match, places_of
 from .units import GPU_BYTES, RESIDENT_BYTES, Unit, bytes_of, units_of, whole_model
@@ -139,11 +139,14 @@ def _place_by_strategy(units: Sequence[Unit], strategy: str, request: PlacementR
     rules = Rules(strategy, request.offload.slots, from_end=fp32)
     room = [budgets[device] - reserve for device in devices]
     try:
-        assigned = solve_placement(items, room, homes, rules)
-        if on_gpu and any(one.away and item.streamed for one, item in zip(assigned, items, strict=True)):
+        # Before the CPU gets whole blocks in float32, which for their experts takes eight times as much.
+        first = fp32 and request.offload.execute == "cpu" and not _fits(items, room, {}, rules)
+        by_expert = place_by_expert(units, items, devices, room, homes, rules, request.offload) if first else None
+        assigned = [] if by_expert is not None else solve_placement(items, room, homes, rules)
+        if on_gpu and any(one.away and item.streamed for one, item in zip(assigned, items, strict=False)):
             by_expert = place_by_expert(units, items, devices, room, homes, rules, request.offload)
-            if by_expert is not None:
-                return _as_placement(tuple(by_expert), budgets)
+        if by_expert is not None:
+            return _as_placement(tuple(by_expert), budgets)
     except DoesNotFitError as error:
         if error.place == "cpu":
             error.allowed = budgets[CPU] - request.host_ring  # negative if not even the ring fits
@@ -231,10 +234,16 @@ def _place_by_map(units: Sequence[Unit], places: Mapping[str, Place], request: P
         found = _places_in(unit, places)
         devices = [place for place in found if isinstance(place, torch.device) and (place.type == "cuda" or not gpus)]
         away = [place for place in found if place not in devices]
-        if len(devices) > 1 or len(away) > 1 or (devices and away and (on_cpu or unit.is_embedding)):
+        part = (
+            _unit_offloading(unit, away[0], places) if devices and away and request.offload.execute == "cpu" else None
+        )
+        by_cpu = part is not None and away == [CPU] and part.is_by_expert and part.can_stay_with_cpu
+        if len(devices) > 1 or len(away) > 1 or (devices and away and (unit.is_embedding or (on_cpu and not by_cpu))):
             raise split_unit_error(unit, places, found)
         if not away:
             placed.append(PlacedUnit(unit, devices[0]))
+        elif by_cpu and part is not None:
+            placed.append(PlacedUnit(part, devices[0], CPU, by_cpu=True))
         elif on_cpu and away[0] == CPU:
             placed.append(PlacedUnit(unit, CPU))
         else:

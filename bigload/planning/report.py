@@ -13,7 +13,8 @@ import torch
 from ..errors import ConfigError, counted, import_optional
 from ..hardware.devices import Place
 from ..sizes import show
-from .plan import Account, Plan
+from .placing.accounts import Account
+from .plan import Plan
 
 
 @dataclass(frozen=True)
