@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
         device_map=placed,
         max_memory=budgets,
         offload_folder=options.offload_folder,
-        offload=offload(options),
+        offload=offload(options, options.reserve),
     )
     print("\n".join(wrapped(str(model.load_report), output_width())))
     if prompt is not None:

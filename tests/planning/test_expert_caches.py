@@ -13,6 +13,8 @@ from plans import planned
 
 from bigload import ConfigError, OffloadConfig, PlacementError, plan_device_map
 from bigload.planning.placing.cpu_or_gpu import experts_gb_per_s
+from bigload.planning.report import Rates, step_bytes, step_seconds, verdict
+from bigload.sizes import show
 
 GPU = torch.device("cuda", 0)
 # Experts of 8 MiB in each block, and some 0.4 MiB beside them, which stays on the device anyway.
@@ -323,3 +325,29 @@ def test_a_token_that_visits_more_than_half_gets_all():
     assert placed.token_bytes(9) == number * each
     assert placed.token_bytes(8) == 8 * each
     assert placed.token_bytes(None) == placed.streamed_bytes
+
+
+def test_verdict_of_experts_says_what_a_token_waits_for():
+    away, rates = {"": 0, "model.layers.1.mlp.experts": "cpu"}, Rates(10.0, 1.0)
+    made = plan("9GiB", away, expert_cache=0.25)
+    said = verdict(made, rates)
+    assert "fits if the experts of 1 of 12 blocks are streamed" in said
+    assert f"Each token waits for {show(round(made.token_bytes))}: " in said
+    assert f"about {1e10 / made.token_bytes:.0f} tokens a second" in said
+    assert step_seconds(made, rates) == made.token_bytes / 1e10
+    full = verdict(plan("9GiB", away, expert_cache=1.0), rates)
+    assert full.endswith("Each expert is copied when it is first visited, and stays.")
+    on_cpu = verdict(plan("9GiB", away, execute="cpu"), rates)
+    assert "fits if the CPU computes the experts of 1 of 12 blocks: it needs" in on_cpu
+    assert on_cpu.endswith("Nothing is streamed.")
+
+
+def test_sequences_share_some_of_the_experts_that_their_tokens_visit():
+    made = plan(None, {"": 0, "model.layers.1.mlp.experts": "cpu"}, expert_cache=0.5)
+    (placed,) = made.offloaded
+    ((number, each),) = placed.unit.experts
+    one, two, many = (placed.token_bytes(2, tokens) for tokens in (1, 2, 64))
+    assert one < two < 2 * one
+    assert two == pytest.approx(16 * (1 - (14 / 16) ** 2) * each / 2)
+    assert many == number * each
+    assert step_bytes(made, 2) == two

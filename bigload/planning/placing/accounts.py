@@ -45,17 +45,18 @@ class PlacedUnit:
         """Return the bytes of the experts that a token visits, if they are so many of each of its modules."""
         return sum(min(visited, number) * each for number, each in self.unit.experts)
 
-    def token_bytes(self, visited: int | None) -> float:
-        """Return the bytes that are copied to the device for one token, on average.
+    def token_bytes(self, visited: int | None, tokens: int = 1) -> float:
+        """Return the bytes that are copied to the device for a forward of one token, or several, on average.
 
         Args:
             visited: how many experts of each module a token visits, each as often as any other; None if not known.
+            tokens: that are computed at once, which may visit the same experts.
         """
         if not self.is_by_expert or self.by_cpu or visited is None:
             return self.streamed_bytes
         total = 0.0
         for number, each in self.unit.experts:
-            held, wanted = min(self.cached, number), min(visited, number)
+            held, wanted = min(self.cached, number), number * (1 - (1 - min(visited, number) / number) ** tokens)
             if wanted > max(held, number // 2):  # all of them are copied then
                 wanted, held = number, 0
             elif wanted > held:  # they pass through a slot, and none stays
