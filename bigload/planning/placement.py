@@ -267,12 +267,17 @@ def _place_by_map(units: Sequence[Unit], places: Mapping[str, Place], request: P
 
 
 def _note_staying(unit: Unit, away: Place, places: Mapping[str, Place], staying: Mapping[str, list[str]]) -> None:
-    """Note what a map sends away and stays: large tensors, and a unit of small ones only."""
+    """Note what a map sends away and stays: large tensors, and a unit of small ones only.
+
+    The biases of experts stay beside their cache, which is no surprise.
+    """
     leaving = set(map(id, unit.offloaded))
     sent = [
         planned
         for planned in unit.tensors
-        if id(planned) not in leaving and places[longest_match(planned.tensor.name, places) or ""] == away
+        if id(planned) not in leaving
+        and places[longest_match(planned.tensor.name, places) or ""] == away
+        and not (unit.is_by_expert and planned.tensor.name.rpartition(".")[0] in unit.fused)
     ]
     large = [planned.tensor.name for planned in sent if planned.nbytes >= RESIDENT_BYTES]
     staying["shared"] += large

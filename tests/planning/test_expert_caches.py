@@ -351,3 +351,14 @@ def test_sequences_share_some_of_the_experts_that_their_tokens_visit():
     assert two == pytest.approx(16 * (1 - (14 / 16) ** 2) * each / 2)
     assert many == number * each
     assert step_bytes(made, 2) == two
+
+
+def test_biases_that_stay_beside_the_cache_are_not_warned_of(caplog, monkeypatch):
+    monkeypatch.setattr("bigload.planning.placement.RESIDENT_BYTES", 2000)
+    monkeypatch.setattr("bigload.planning.units.RESIDENT_BYTES", 2000)
+    fields = {"hidden_size": 128, "intermediate_size": 128, "num_local_experts": 16}
+    model = empty(lambda: MIXTURES["gpt_oss"][0](config("gpt_oss", **fields)))
+    made = plan_device_map(model, "nf4", device_map={"": 0, "model.layers.1.mlp.experts": "cpu"})
+    away = [planned.tensor.name for planned in made.tensors if planned.home is not None]
+    assert sorted(name.rpartition(".")[2] for name in away) == ["down_proj", "gate_up_proj"]
+    assert "which stay on the device" not in caplog.text
