@@ -116,6 +116,26 @@ def test_state_saved_folder_and_removal_are_those_of_resident_experts(pair, tmp_
     dequantize_model(part)
 
 
+def test_weights_at_rest_are_read_as_plain_tensors_whatever_device_the_rest_computes_on(pair, monkeypatch):
+    """Of a weight at rest beside a GPU, torch's operators would each be looked at."""
+    whole, part = pair
+    own, seen = PackedExperts.dequantize, []
+
+    def noted(self, expert, dtype):
+        seen.append(own(self, expert, dtype))
+        return seen[-1]
+
+    parameters = [p for n, p in part.named_parameters() if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]
+    homes = {id(p._home): p._home for p in parameters}
+    for home in homes.values():
+        monkeypatch.setattr(home, "device", torch.device("cuda", 0))
+    assert type(parameters[0].data) is not torch.Tensor
+    monkeypatch.setattr(PackedExperts, "dequantize", noted)
+    assert torch.equal(outputs(part, TOKENS), outputs(whole, TOKENS))
+    assert {type(each) for each in seen} == {torch.Tensor}
+    assert all(torch.equal(one, other) for one, other in zip(gradients(part), gradients(whole), strict=True))
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize(("name", "mode"), FAMILIES)
 def test_a_gpu_computes_all_but_the_experts(name, mode, tmp_path):

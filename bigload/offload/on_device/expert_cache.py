@@ -201,6 +201,11 @@ class ExpertCache(NonCopyable):
         """Have all copied again from the next call on: the weights at rest may have changed."""
         self._changes += 1
 
+    def discard(self) -> None:
+        """Let the memory be freed when the calls that use it have ended, on the device too."""
+        if self._memory is not None:
+            self._copies.discard(self._memory[TABLE])
+
     def free(self) -> None:
         """Free the memory; calls want the whole module until `allocate`. All copies have ended.
 
@@ -260,7 +265,9 @@ class ExpertCaches:
     def drop(self, group: Group) -> None:
         """Stop caching a group's experts."""
         for leaf in group.leaves:
-            self._caches.pop(leaf, None)
+            cache = self._caches.pop(leaf, None)
+            if cache is not None:
+                cache.discard()
 
     def free(self) -> None:
         """Free all memory.

@@ -40,6 +40,9 @@ class ExpertCopies:
     def await_copies(self) -> None:
         """Let what is computed from here on wait for the copies so far."""
 
+    def discard(self, memory: torch.Tensor) -> None:
+        """Let the memory that was copied into be freed as soon as the copies and computations with it are done."""
+
 
 class CudaExpertCopies(ExpertCopies):
     """Copies slices into one memory on a GPU, on a stream that only copies; the host waits for nothing but files."""
@@ -88,3 +91,8 @@ class CudaExpertCopies(ExpertCopies):
         except BaseException:
             self._streams.pop(current.cuda_stream, None)
             raise
+
+    def discard(self, memory: torch.Tensor) -> None:
+        """Let torch's allocator wait for the streams that have used it; earlier ones, the copies have waited for."""
+        for stream in (self._stream, *self._streams.values()):
+            memory.record_stream(stream)
