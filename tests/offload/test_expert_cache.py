@@ -329,6 +329,10 @@ def test_inference_mode_leaves_memory_that_training_uses(device):
     given = x.clone().requires_grad_()
     model(given, ids, weights).sum().backward()
     assert given.grad.any()
+    three = choose(1, 2, 3, device=device, model=model)  # through the slot that was used above
+    given = three[0].clone().requires_grad_()
+    model(given, *three[1:]).sum().backward()
+    assert given.grad.any()
 
 
 def test_an_error_within_the_experts_leaves_them_usable(device):
