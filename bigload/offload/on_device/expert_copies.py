@@ -8,7 +8,7 @@ import torch
 
 from ...hardware.pinned import Store, pinned_memory
 from ..files import Staging
-from .slots import Slice, copy_slices
+from .slots import Slice, copy_slices, read_slices
 
 
 class ExpertCopies:
@@ -33,8 +33,7 @@ class ExpertCopies:
         Raises:
             OffloadError: a file cannot be read.
         """
-        for part, number, of, memory in slices:
-            store.read_slice(part, number, of, memory)
+        read_slices(store, slices)
         target.copy_(table)
 
     def await_copies(self) -> None:
