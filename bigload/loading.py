@@ -198,7 +198,7 @@ def _set_to_run(model: nn.Module, plan: Plan, offload: OffloadConfig, targets: O
     except torch.OutOfMemoryError as error:
         detach(model)
         raise PlacementError(
-            f"no room on the device for the slots and caches of offloaded weights: {error}; free memory there, or pass "
+            f"no room on the GPU for the slots and caches of offloaded weights: {error}; free memory there, or pass "
             "fewer slots or a smaller expert_cache"
         ) from error
     except BaseException:

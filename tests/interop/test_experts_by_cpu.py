@@ -15,6 +15,7 @@ from bigload import (
     OffloadError,
     dequantize_model,
     load_and_quantize_model,
+    plan_device_map,
     save_quantized_model,
 )
 from bigload.planning import planner
@@ -100,6 +101,15 @@ def test_state_saved_folder_and_removal_are_those_of_resident_experts(pair, tmp_
     save_quantized_model(part, tmp_path / "saved")
     again = load_and_quantize_model(empty(lambda: type(whole)(whole.config)), None, tmp_path / "saved")
     assert_same_bits(again.state_dict(), whole.state_dict())
+    away = {"": 0} | dict.fromkeys(part.offload.plan.experts, "cpu")  # of what is stored quantized, too
+    made = plan_device_map(
+        empty(lambda: type(whole)(whole.config)),
+        None,
+        tmp_path / "saved",
+        device_map=away,
+        offload=OffloadConfig(execute="cpu"),
+    )
+    assert [placed.by_cpu for placed in made.offloaded] == [True] * len(part.offload.plan.experts)
     with pytest.raises(OffloadError, match="cannot be copied"):
         copy.deepcopy(part)
     state = {key: tensor.clone() for key, tensor in whole.state_dict().items() if ".experts." in key}
