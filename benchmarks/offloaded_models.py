@@ -27,6 +27,7 @@ from .experts import SHAPES, TINY, Shape
 
 SHARES = (0.1, 0.25, 0.5)
 SKEW = 0.6
+BY_CPU = "by the CPU"  # the experts, which it computes otherwise than a GPU in the last bits
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ _HEAD_DIM = {"Qwen3-30B-A3B": 128, "Mixtral-8x7B": 128, "GPT-OSS-20b": 64, "tiny
 def measure_models(
     shapes: Sequence[str], device: str, deadline: float, layers: int | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Measure each shape in each way: resident, with caches of experts, whole blocks streamed, experts on the disk.
+    """Measure each shape in each way: resident, with caches of experts, whole blocks streamed, experts on the disk, and
+    experts that the CPU computes.
 
     Args:
         shapes: names in `SHAPES` or `TINY`.
@@ -73,7 +75,8 @@ def measure_models(
     for name in shapes:
         model = _Model(name, (SHAPES | TINY)[name], layers or _BESIDE[name][1], where)
         resident: dict[str, Any] = {}
-        for way in ("resident", *(f"{share:.0%} cached" for share in SHARES), "whole blocks", "25% cached, on disk"):
+        ways = ["resident", *(f"{share:.0%} cached" for share in SHARES), "whole blocks", "25% cached, on disk"]
+        for way in [*ways, BY_CPU] if where.type == "cuda" else ways:
             row: dict[str, Any] = {"shape": name, "layers": model.layers, "skew": SKEW, "way": way}
             if time.perf_counter() > deadline:
                 yield row
@@ -114,7 +117,7 @@ class _Model:
         if way != "resident":
             device_map |= {f"model.layers.{layer}{part}": away for layer in range(self.layers)}
         share = float(way.partition("%")[0]) / 100 if "%" in way else None
-        offload = OffloadConfig(expert_cache=share) if share is not None else None
+        offload = OffloadConfig("cpu" if way == BY_CPU else "gpu", expert_cache=share)
         made = load_and_quantize_model(
             model, "nf4", None, device_map=device_map, offload=offload, offload_folder=folder
         )
@@ -174,12 +177,18 @@ def _measured(
         row: dict[str, Any] = {"load_s": round(time.perf_counter() - begun, 2), "load_peak_gib": _peak_gib(device)}
         _reset_peak(device)
         row |= _generation(loaded, way, lengths, device, resident)
+        if way == BY_CPU:
+            return row | {"is_equal": None}
         row |= _long_prompt(loaded, lengths, device, link, resident)
         if way == "resident":
             row |= _beside_experts(loaded, lengths, device)
         if way in ("resident", "25% cached") and find_spec("peft"):
             row |= _training(loaded, lengths, device, resident)
     return row
+
+
+def _is_slow(way: str) -> bool:
+    return way in ("whole blocks", BY_CPU) or "disk" in way
 
 
 class _Clock:
@@ -200,7 +209,7 @@ class _Clock:
 def _generation(
     model: Any, way: str, lengths: Lengths, device: torch.device, resident: dict[str, Any]
 ) -> dict[str, Any]:
-    count = lengths.few if way == "whole blocks" or "disk" in way else lengths.generated
+    count = lengths.few if _is_slow(way) else lengths.generated
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(1, 120, (1, lengths.prompt), generator=generator).to(device)
 
@@ -222,7 +231,7 @@ def _generation(
         hits, misses = after.expert_hits - stats.expert_hits, after.expert_misses - stats.expert_misses
         row |= {"hit_rate": round(hits / (hits + misses), 3) if hits + misses else None}
         row |= {"mib_per_token": round((after.nbytes - stats.nbytes) / (count - 1) / 2**20, 4)}
-    if way != "whole blocks" and "disk" not in way:
+    if not _is_slow(way):
         generate(lengths.flat)
         row["is_flat"] = _allocated(device) == before
     plan = getattr(getattr(model, "offload", None), "plan", None)
@@ -351,7 +360,7 @@ def models_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _cells(row: dict[str, Any], first: dict[str, Any]) -> list[str]:
-    wrong = "" if row["is_equal"] and row["is_prompt_equal"] else ", NOT EQUAL"
+    wrong = ", NOT EQUAL" if False in (row["is_equal"], row.get("is_prompt_equal")) else ""
     wrong += "" if row.get("is_flat", True) else ", MEMORY GROWS"
     link = f" ({row['link_s']:g})" if row.get("link_s") else ""
     step = "-" if "step_s" not in row else f"{row['step_s']:g}" + ("" if row["are_losses_equal"] else ", NOT EQUAL")
@@ -362,6 +371,6 @@ def _cells(row: dict[str, Any], first: dict[str, Any]) -> list[str]:
         "-" if rate is None else f"{rate:.0%}",
         f"{row['mib_per_token']:g}" if "mib_per_token" in row else "-",
         f"{row['gpu_gib']:g}, {row['peak_gib']:g}",
-        f"{row['prompt_s']:g}{link}",
+        f"{row['prompt_s']:g}{link}" if "prompt_s" in row else "-",
         step,
     ]

@@ -255,3 +255,45 @@ def test_a_cache_that_is_dropped_is_not_overwritten_while_a_stream_computes_with
         torch.cuda.synchronize()
         assert others
         assert torch.equal(out, expected)
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("small_parts_stream")
+def test_where_no_memory_can_be_pinned_the_bits_are_the_same(tmp_path, monkeypatch):
+    """Neither the weights at rest, nor the table of what is where, nor what copies pass through."""
+
+    def pageable(nbytes, at_least=None):
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+
+    fields = {"num_hidden_layers": 3}
+    mixture("gpt_oss", **fields).save_pretrained(tmp_path)
+    build = empty(lambda: MIXTURES["gpt_oss"][0](config("gpt_oss", **fields)))
+    whole = load_and_quantize_model(build, "nf4", tmp_path, device_map={"": 0}).eval()
+    monkeypatch.setattr("bigload.hardware.pinned._pin", lambda *_: None)
+    monkeypatch.setattr("bigload.offload.files.pinned_memory", pageable)
+    monkeypatch.setattr("bigload.offload.on_device.expert_copies.pinned_memory", pageable)
+    device_map = {"": 0} | {f"model.layers.{n}.mlp.experts": "cpu" for n in range(3)}
+    build = empty(lambda: MIXTURES["gpt_oss"][0](config("gpt_oss", **fields)))
+    part = load_and_quantize_model(
+        build, "nf4", tmp_path, device_map=device_map, offload=OffloadConfig(expert_cache=0.5)
+    ).eval()
+    assert not any(group.store.is_pinned for engine in engines_of(part) for group in engine.groups)
+    options = {"max_new_tokens": 16, "do_sample": False}
+    for prompt in (TOKENS[:1, :2].cuda(), TOKENS[:1].cuda()):
+        assert torch.equal(part.generate(prompt, **options), whole.generate(prompt, **options))
+    assert part.offload.stats().expert_hits
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("cached", [0, 2, EXPERTS])
+def test_a_cache_on_another_gpu_than_the_current_one(cached):
+    device = torch.device("cuda", 1)
+    model = resident(device)
+    calls = list(calls_of(model, device))
+    with torch.no_grad(), torch.cuda.device(0):
+        expected = [model(*call) for call in calls]
+        engine = stream(model, device, cached)
+        for number in [*range(len(calls))] * 3:
+            assert torch.equal(model(*calls[number]), expected[number])
+        assert {slot.memory.device for slot in engine.pool.slots} == {device}
+        assert torch.cuda.current_device() == 0
