@@ -103,14 +103,15 @@ def experts_gb_per_s(dtype: torch.dtype) -> float:
     Returns:
         GB/s (10^9 bytes of packed weights and scales a second), the best of five experts, none of them in the cache.
     """
-    parts = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in _FORMAT.parts(_EXPERTS).items()}
+    specs = _FORMAT.parts(_EXPERTS)
+    parts = {name: torch.zeros(spec.shape, dtype=spec.dtype, device=CPU) for name, spec in specs.items()}
     parts["quant_map"] = code_table(_FORMAT.quant_type, CPU)
     weight = PackedExperts.of(QuantizedWeight.from_parts(_FORMAT, _EXPERTS, dtype, parts))
     number, _, columns = _EXPERTS
-    token, best_s = torch.zeros(1, columns, dtype=dtype), float("inf")
+    token, best_s = torch.zeros(1, columns, dtype=dtype, device=CPU), float("inf")
     with torch.inference_mode():
         for expert in range(number):
-            routing = Routing.of(torch.tensor([[expert]]), number, False)
+            routing = Routing.of(torch.tensor([[expert]], device=CPU), number, False)
             begun = time.perf_counter()
             grouped_linear(token, weight, routing, None)
             best_s = min(best_s, time.perf_counter() - begun)
