@@ -175,3 +175,15 @@ def gradients_on_gpu(model):
     embedded = model.get_input_embeddings()(TOKENS.cuda()).detach().requires_grad_(True)
     model(inputs_embeds=embedded, use_cache=False).logits.float().square().mean().backward()
     return [embedded.grad]
+
+
+def test_they_are_not_moved_or_cast_with_the_model(pair):
+    whole, part = pair
+    expected = outputs(whole, TOKENS)
+    part.to(CPU)
+    experts = part.get_submodule(next(iter(part.offload.plan.experts)))
+    with pytest.raises(OffloadError):
+        experts.to("meta")
+    assert torch.equal(outputs(part, TOKENS), expected)
+    with part.offload.materialize(part):
+        assert torch.equal(outputs(part, TOKENS), expected)
