@@ -205,10 +205,14 @@ def _add_experts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", nargs="+", help="such as Qwen3-30B-A3B or tiny (default: those in experts.py)")
     parser.add_argument("--tokens", nargs="+", type=int, help="how many at once (default: 1 4 16 256 2048)")
     parser.add_argument(
-        "--offload", action="store_true", help="time experts in host memory, with caches of 10, 25 and 50%%, instead"
+        "--offload",
+        action="store_true",
+        help="time experts in host memory, with caches of 10, 25 and 50%%, instead: whole models, and experts alone",
     )
+    parser.add_argument("--layers", type=int, help="of whole models (default: those in offloaded_models.py)")
+    parser.add_argument("--alone", action="store_true", help="with --offload, no whole models")
     parser.add_argument("--device", help="'cpu' or 'cuda:N' (default: the first GPU, the CPU where there is none)")
-    parser.add_argument("--seconds", type=float, default=330, help="begin no row after them (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=400, help="begin no row after them (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="where the result goes, as JSON (default: standard output)")
     parser.add_argument("--commit", help="bigload's, where git cannot tell")
     parser.set_defaults(run=_experts)
@@ -221,9 +225,11 @@ def _experts(options: argparse.Namespace) -> None:
     shapes, result = options.shapes or list(SHAPES), dict[str, Any]()
     tokens = options.tokens or (offloaded_experts.TOKENS if options.offload else TOKENS)
     measure = offloaded_experts.measure_offloaded_experts if options.offload else measure_experts
-    for result in measure(shapes, tokens, _device(options.device), options.commit, options.seconds):
-        if result["rows"]:
-            print(json.dumps(result["rows"][-1]), file=sys.stderr, flush=True)
+    whole = {"layers": options.layers} if options.offload and not options.alone else None
+    how = {"models": whole} if options.offload else {}
+    for result in measure(shapes, tokens, _device(options.device), options.commit, options.seconds, **how):
+        if latest := (result["rows"] or result.get("models") or [None])[-1]:
+            print(json.dumps(latest), file=sys.stderr, flush=True)
         if options.out is not None:
             _give(result, options.out)
     if options.out is None:

@@ -24,6 +24,7 @@ from bigload.quantization.quantizer import code_table
 
 from .experts import SHAPES, TINY, Shape
 from .limits import describe_machine
+from .offloaded_models import measure_models, models_table
 
 TOKENS, SKEWS, SHARES = (1, 4, 2048), (0.6, 1.0), (0.1, 0.25, 0.5)
 # Forwards that fill the caches, and those that are timed.
@@ -34,23 +35,34 @@ FORMAT = FourBit("nf4", 64, False, torch.uint8)
 
 
 def measure_offloaded_experts(
-    shapes: Sequence[str], tokens: Sequence[int], device: str, commit: str | None, budget_s: float = 330.0
+    shapes: Sequence[str],
+    tokens: Sequence[int],
+    device: str,
+    commit: str | None,
+    budget_s: float = 400.0,
+    models: dict[str, Any] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Run all layers' experts, forward after forward, each with other choices.
+    """Run whole models; then all layers' experts alone, forward after forward, each with other choices.
 
     Args:
         shapes: names in `SHAPES` or `TINY`; all layers of the model are run.
         tokens: how many at once.
         device: "cuda:N"; or "cpu", where nothing but that it runs is of interest.
         commit: bigload's; by default what git says.
-        budget_s: seconds after which no further row is begun; rows that are left out are named in "left_out".
+        budget_s: seconds after which no further row is begun; rows that are left out are named in "left_out". Whole
+            models take two thirds of them at most.
+        models: arguments of `measure_models`; None for no whole models.
 
     Yields:
         The result so far, as docs/benchmarks.md explains it.
     """
-    deadline = time.perf_counter() + budget_s
+    begun = time.perf_counter()
+    deadline = begun + budget_s
     result: dict[str, Any] = {"benchmark": "offloaded-experts", **describe_machine(device, commit)}
-    result |= {"rows": [], "left_out": []}
+    result |= {"rows": [], "models": [], "left_out": []}
+    for row in [] if models is None else measure_models(shapes, device, begun + budget_s * 2 / 3, **models):
+        result["models" if "tokens_per_s" in row else "left_out"].append(row)
+        yield result
     with torch.no_grad():
         for name in shapes:
             for row in _rows(name, (SHAPES | TINY)[name], tokens, torch.device(device), deadline):
@@ -243,7 +255,7 @@ def _synchronize(device: torch.device) -> None:
 
 def offloaded_experts_table(result: dict[str, Any]) -> str:
     """Write a table: a line for each way, a column for each number of tokens and skew."""
-    lines = []
+    lines = [models_table(result["models"]), ""] if result.get("models") else []
     for shape in dict.fromkeys(row["shape"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["shape"] == shape]
         columns = list(dict.fromkeys((row["tokens"], row["skew"]) for row in rows))

@@ -6,7 +6,8 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bigload.planning.plan import PlacedUnit, Plan
+    from bigload.planning.placing.accounts import PlacedUnit
+    from bigload.planning.plan import Plan
 
 BUDGETS = {"8 GB": {0: "8GB"}, "24 GB": {0: "24GB"}, "80 GB": {0: "80GB"}, "2 x 80 GB": {0: "80GB", 1: "80GB"}}
 HOST = "512GB"

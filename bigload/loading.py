@@ -206,7 +206,10 @@ def _set_to_run(model: nn.Module, plan: Plan, offload: OffloadConfig, targets: O
             model.offload = Offload(model, plan, offload, targets)  # type: ignore[assignment]
     except torch.OutOfMemoryError as error:
         detach(model)
-        raise PlacementError(f"no room on the GPU for the slots of streamed weights: {error}") from error
+        raise PlacementError(
+            f"no room on the GPU for the slots and caches of offloaded weights: {error}; free memory there, or pass "
+            "fewer slots or a smaller expert_cache"
+        ) from error
     except BaseException:
         detach(model)
         raise

@@ -152,7 +152,7 @@ def test_experts_are_timed_in_each_way_forward_and_backward(tmp_path):
 def test_offloaded_experts_are_timed_with_each_cache_and_equal_the_resident_ones(tmp_path, capsys):
     out = tmp_path / "experts.json"
     shapes = ("tiny", "tiny-gpt-oss")
-    run("experts", "--offload", "--device", "cpu", "--shapes", *shapes, "--tokens", 1, 300, "--out", out)
+    run("experts", "--offload", "--alone", "--device", "cpu", "--shapes", *shapes, "--tokens", 1, 300, "--out", out)
     found = json.loads(out.read_text())
     assert found["left_out"] == []
     ways = ["resident", "10% cached", "25% cached", "50% cached", "whole modules"]
@@ -166,6 +166,39 @@ def test_offloaded_experts_are_timed_with_each_cache_and_equal_the_resident_ones
     lines = capsys.readouterr().out.splitlines()
     assert "| tiny, tokens/s | GPU GiB | 1 tokens, skew 0.6 | 1 tokens, skew 1 | 300 tokens, skew 0.6 |" in lines
     assert sum(line.startswith("| 25% cached | 0 |") for line in lines) == 2
+
+
+def test_whole_models_with_offloaded_experts_compute_what_resident_ones_do(tmp_path, capsys, small_parts_stream):
+    out = tmp_path / "models.json"
+    run("experts", "--offload", "--device", "cpu", "--shapes", "tiny-gpt-oss", "--tokens", 1, "--out", out)
+    found = json.loads(out.read_text())
+    rows = {row["way"]: row for row in found["models"]}
+    assert list(rows) == [
+        "resident",
+        "10% cached",
+        "25% cached",
+        "50% cached",
+        "whole blocks",
+        "25% cached, on disk",
+    ]
+    assert found["rows"]
+    assert found["left_out"] == []
+    for way, row in rows.items():
+        assert row["is_equal"]
+        assert row["is_prompt_equal"]
+        assert row["tokens_per_s"] > 0
+        assert row["prompt_s"] > 0
+        assert row.get("is_flat", True)
+        assert (row.get("mib_per_token", 0) > 0) == (way != "resident" and row["hit_rate"] != 1)
+    assert rows["25% cached"]["hit_rate"] < rows["50% cached"]["hit_rate"] <= 1
+    assert rows["25% cached"]["are_losses_equal"]
+    assert len(set(rows["25% cached"]["losses"])) == 3
+    assert rows["resident"]["beside_ms"] > 0
+    run("report", out)
+    said = capsys.readouterr().out
+    assert "| tiny-gpt-oss, 3 layers, " in said
+    assert "NOT EQUAL" not in said
+    assert "GROWS" not in said
 
 
 def test_experts_that_there_is_no_time_for_are_named(tmp_path):

@@ -12,6 +12,7 @@ from models import llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from bigload import ConfigError
 from bigload.cli import main
 from bigload.cli.demo import SENTENCES
 
@@ -210,6 +211,7 @@ def test_module_and_console_script_are_the_same_program():
 def test_what_needs_no_model_imports_no_torch(arguments):
     code = """
 import sys
+from bigload import ConfigError
 from bigload.cli import main
 try:
     main(sys.argv[1:])
@@ -225,3 +227,20 @@ def test_importing_the_loader_imports_neither_bitsandbytes_nor_transformers():
     code = "import sys, bigload.loading; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert {"bitsandbytes", "transformers", "torch"} & set(done.stdout.split()) == {"torch"}
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("25%", 0.25), ("0.5", 0.5), ("1", 1.0), ("0", 0.0), ("2GiB", "2GiB"), ("300000", "300000"), (None, None)],
+)
+def test_cache_of_experts_is_a_share_or_a_size(typed, meant, folder, monkeypatch):
+    asked = []
+
+    def load(*args, offload, **kwargs):
+        asked.append(offload.expert_cache)
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr("bigload.loading.load_and_quantize_model", load)
+    options = [] if typed is None else ["--expert-cache", typed]
+    assert main(["load", str(folder), "--device-map", "cpu", *options]) == 1
+    assert asked == [meant]

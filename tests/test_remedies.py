@@ -346,6 +346,10 @@ TRIED = {
         "remove these hooks": "model/test_quantizable_experts.py::"
         "test_experts_that_a_hook_renames_are_saved_without_it",
     },
+    "loading.py": {
+        "slots and caches of offloaded weights": "offload/test_expert_cache_faults.py::"
+        "test_a_load_that_finds_no_room_for_the_cache_says_so_and_what_it_names_helps",
+    },
     "saving.py": {
         "reads no fused experts": "model/test_quantizable_experts.py::"
         "test_saving_warns_of_what_transformers_does_not_read",

@@ -67,6 +67,13 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="memory of each GPU left for activations (default: 128MiB and the largest 4-bit layer, dequantized)",
     )
+    parser.add_argument(
+        "--expert-cache",
+        type=_share_or_size,
+        metavar="SHARE|SIZE",
+        help="where the experts of a mixture are offloaded, how many of them stay on each GPU, those used last: a "
+        "share such as 25%% or 0.25, or a size such as 2GiB (default: as many as it has room for)",
+    )
 
 
 def config(options: argparse.Namespace, mode: str) -> Any:
@@ -78,11 +85,20 @@ def config(options: argparse.Namespace, mode: str) -> Any:
     return BnbQuantizationConfig.from_mode(mode, skip_modules=options.skip_modules)
 
 
-def offload(options: argparse.Namespace) -> OffloadConfig:
+def offload(options: argparse.Namespace, reserve: int | str | None) -> OffloadConfig:
     """Return how blocks are offloaded."""
     from ..planning.offload_config import OffloadConfig
 
-    return OffloadConfig(reserve=options.reserve)
+    return OffloadConfig(reserve=reserve, expert_cache=options.expert_cache)
+
+
+def _share_or_size(text: str) -> float | str:
+    """Return a share, of a number from 0 to 1 or a percentage, or a size as it was typed."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        return text
+    return share if 0 <= share <= 1 else text
 
 
 def max_memory(given: Sequence[str]) -> dict[Device, int | str]:

@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> None:
         device_map=placed,
         max_memory=budgets,
         offload_folder=options.offload_folder,
-        offload=offload(options),
+        offload=offload(options, options.reserve),
     )
     report: Any = model.load_report
     lines = [str(report)]

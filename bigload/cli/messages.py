@@ -22,6 +22,8 @@ _WORDS = (
     ),
     (r" \(or, as a whole device_map, .*?\)", ""),
     (r"OffloadConfig: reserve", "--reserve"),
+    (r"OffloadConfig: expert_cache", "expert_cache"),
+    (r"expert_cache=('[^']*'|[\d.]+)", r"--expert-cache \1"),
     (r"max_memory holds ('[^']*'); expected bytes as an int, or a string such as '10GiB'",
      r"\1 is no size; expected bytes, or such as 10GiB"),
     (r"max_memory holds", "a size is"),
@@ -30,7 +32,7 @@ _WORDS = (
     (r"\bname an offload_folder\b", "pass --offload-folder"),
     (r"\ban? (offload_folder|device_map)\b", r"\1"),
 )  # fmt: skip
-_OPTIONS = ("offload_folder", "max_memory", "device_map", "max_shard_size", "skip_modules")
+_OPTIONS = ("offload_folder", "max_memory", "device_map", "max_shard_size", "skip_modules", "expert_cache")
 _PYTHON = re.compile(
     r"\b(?!PYTHON)[a-z_]+=[\[({'\"TFN]|\b\w+\.\w+\(|\w+\(\.\.\.\)|"
     r"\b(load_and_quantize_model|quantize_checkpoint|quantizable|key_mapping|tied_parameters|initialize_missing"

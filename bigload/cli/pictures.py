@@ -14,7 +14,8 @@ from ..sizes import show
 
 if TYPE_CHECKING:
     from ..pipeline.report import LoadReport
-    from ..planning.plan import Account, Plan
+    from ..planning.placing.accounts import Account
+    from ..planning.plan import Plan
 
 # The parts of an account, by their names in the picture and in the table.
 _PARTS = {

@@ -18,6 +18,7 @@ from .arguments import (
     config,
     device_map,
     max_memory,
+    offload,
     positive,
     rate,
     require_picture,
@@ -207,7 +208,6 @@ class _Planner:
         return made
 
     def _plan(self, config: Any, reserve: int | str | None) -> Plan:
-        from ..planning.offload_config import OffloadConfig
         from ..planning.planner import plan_device_map
 
         return plan_device_map(
@@ -217,7 +217,7 @@ class _Planner:
             self._places,
             max_memory=self._budgets,
             offload_folder=self._options.offload_folder,
-            offload=OffloadConfig(reserve=reserve),
+            offload=offload(self._options, reserve),
         )
 
     def _kv_cache(self, plan: Plan, context: int, batch: int) -> list[int] | None:
@@ -299,7 +299,7 @@ def _rates(options: argparse.Namespace, plans: list[Plan | PlacementError]) -> t
 def _compared_rows(
     plans: Mapping[str, Plan | PlacementError], rates: Rates, sequences: int
 ) -> Iterator[tuple[str, ...]]:
-    from ..planning.report import per_second, step_seconds
+    from ..planning.report import per_second, step_bytes, step_seconds
     from ..sizes import show
 
     yield "mode", "size", "fits", "per token", "tokens/s"
@@ -309,8 +309,9 @@ def _compared_rows(
         elif not plan.streamed_bytes:
             yield _COMPARED[mode], show(plan.nbytes), "whole", "-", "-"
         else:
-            most = f"<= {per_second(step_seconds(plan, rates), sequences)}"
-            yield _COMPARED[mode], show(plan.nbytes), "streamed", show(plan.streamed_bytes), most
+            nbytes, seconds = step_bytes(plan, sequences), step_seconds(plan, rates, sequences)
+            most = f"<= {per_second(seconds, sequences)}" if seconds else "-"
+            yield _COMPARED[mode], show(plan.nbytes), "streamed", show(round(nbytes)), most
 
 
 def _mode_json(plan: Plan | PlacementError) -> dict[str, Any]:

@@ -84,6 +84,7 @@ class HostGroup(Store):
         self._mapping = _Mapping(-1, max(self.layout.nbytes, 1))
         self._memory = torch.frombuffer(self._mapping, dtype=torch.uint8)[: self.layout.nbytes]
         advise_huge_pages(self._memory)
+        self._slices: dict[tuple[str, int], tuple[torch.Tensor, ...]] = {}
         self._unpin: Callable[[], object] | None = None
         if device.type == "cuda":
             self._memory.zero_()  # touches the pages on all cores; pinning would touch them on one
@@ -109,10 +110,12 @@ class HostGroup(Store):
         memory.copy_(self.slice_of(name, index, count))
 
     def slice_of(self, name: str, index: int, count: int) -> torch.Tensor:
-        """Return a view of one of `count` slices of a part: (bytes,), uint8."""
-        nbytes = self.layout.parts[name].nbytes // count
-        begin = self.layout.offsets[name] + index * nbytes
-        return self.source[begin : begin + nbytes]
+        """Return a view of one of `count` slices of a part: (bytes,), uint8. The views are kept: a token takes many."""
+        own = self._slices.get((name, count))
+        if own is None:
+            begin, nbytes = self.layout.offsets[name], self.layout.parts[name].nbytes
+            own = self._slices[name, count] = self.source[begin : begin + nbytes].view(count, -1).unbind()
+        return own[index]
 
     def source_of(self, name: str) -> torch.Tensor:
         """Return a view of one part."""
@@ -123,7 +126,7 @@ class HostGroup(Store):
         if self._unpin is not None:
             self._unpin()
         self.is_pinned = False
-        self.tensors = {}
+        self.tensors, self._slices = {}, {}
         self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._mapping = _Mapping(-1, 1)
 

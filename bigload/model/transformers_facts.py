@@ -24,6 +24,9 @@ from .empty import init_empty_weights
 
 logger = logging.getLogger(__name__)
 
+# Names in configs for how many experts a token visits.
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "moe_top_k")
+
 
 def import_transformers() -> ModuleType:
     """Import transformers.
@@ -155,6 +158,15 @@ def config_dtype(model: nn.Module) -> torch.dtype | None:
     dtype = getattr(getattr(model, "config", None), "dtype", None) if is_pretrained(model) else None
     dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
+
+
+def experts_per_token(model: Any) -> int | None:
+    """Return how many experts of each layer a token visits, as the config says; None if it does not."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = [getattr(text, name, None) for name in _EXPERTS_PER_TOKEN]
+    found = [max(each, default=None) if isinstance(each, (list, tuple)) else each for each in found]
+    return next((each for each in found if isinstance(each, int) and not isinstance(each, bool) and each > 0), None)
 
 
 def no_split_classes(models: Iterable[nn.Module]) -> set[str]:

@@ -32,6 +32,7 @@ from .leaves import (
     require_owned,
     require_stored,
     streamed_by_leaf,
+    streamed_tensors_of,
     without_torch_function,
 )
 from .on_device.slot_pool import SlotPool, StreamStats
@@ -124,8 +125,13 @@ class Engine(NonCopyable):
             keep_writes(parameter, self.pool)
 
     def _embedded(self) -> list[nn.Parameter]:
-        """List the parameters that the CPU computes with."""
-        return [parameter for leaf in self._embeddings for parameter in leaf.module.parameters()]
+        """List the parameters that the CPU computes with. The biases of experts are on the device."""
+        return [
+            parameter
+            for leaf in self._embeddings
+            for name, parameter in leaf.module.named_parameters()
+            if name in leaf.parameters or not has_quantized_experts(leaf.module)
+        ]
 
     def _put_at_rest(self, group: Group, streamed: Sequence[StreamedTensor]) -> None:
         for each in streamed:
@@ -271,5 +277,9 @@ class Engine(NonCopyable):
         with without_torch_function():
             for own in self._embedded():
                 copies.append((functools.partial(setattr, own, "data"), own.data.to(self.device, copy=True)))
+        for leaf in self._embeddings:
+            for each in streamed_tensors_of(leaf) if has_quantized_experts(leaf.module) else ():
+                if each.parameter is None:  # scales
+                    copies.append((each.put, each.get().to(self.device, copy=True)))
         for store in stores:
             store.require_unchanged()

@@ -21,7 +21,8 @@ from ..hardware.devices import CPU, on_cpu_unless_named
 from ..hardware.free_memory import free_bytes
 from ..hardware.pinned import Store
 from ..planning.offload_config import OffloadConfig
-from ..planning.plan import PlacedUnit, Plan
+from ..planning.placing.accounts import PlacedUnit
+from ..planning.plan import Plan
 from ..sizes import show
 from ..tables import html_table
 from .device_hooks import attach
@@ -296,7 +297,7 @@ def _make_engine(
     groups: list[Group] = []
     embeddings: dict[Leaf, Store | None] = {}
     for placed, leaves in units.items():
-        if placed.unit.is_embedding:
+        if placed.unit.is_embedding or placed.by_cpu:
             files = targets.store_of(placed) if placed.home == "disk" else None
             embeddings |= dict.fromkeys(leaves, files)
         else:

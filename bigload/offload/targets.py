@@ -13,7 +13,8 @@ from ..checkpoint.bitsandbytes import QuantizedTensor
 from ..hardware.devices import CPU
 from ..hardware.layout import TensorSpec
 from ..hardware.pinned import HostGroup, Store
-from ..planning.plan import PlacedUnit, Plan
+from ..planning.placing.accounts import PlacedUnit
+from ..planning.plan import Plan
 from ..planning.planned_tensors import PlannedTensor
 from ..quantization.formats import Plain, part_name
 from ..quantization.quantized_weight import QuantizedWeight

@@ -14,8 +14,8 @@ from ..io.transfer import WINDOW_BYTES
 from ..quantization import formats
 from ..quantization.formats import FourBit, Plain
 from ..sizes import show
+from .placing.accounts import Account
 from .placing.solver import DoesNotFitError
-from .plan import Account
 from .request import longest_match
 from .units import RESIDENT_BYTES, Unit
 

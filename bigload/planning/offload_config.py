@@ -19,7 +19,9 @@ class OffloadConfig(FieldsAsHtml):
 
     Attributes:
         execute: what computes blocks in host memory: "gpu", to which their weights are streamed, "cpu", in float32, or
-            "auto", whichever takes less time for one token by rates that are measured; the log says why.
+            "auto", whichever takes less time for one token by rates that are measured; the log says why. Of a mixture
+            with fused experts in 4 bit "cpu" offloads the experts alone, where that is enough: the CPU computes those
+            that the tokens visit, in 4 bit, and the GPU all else.
         slots: the number of blocks whose weights a GPU holds at once, 1 or more; with two, one is copied while the
             other computes.
         pin: whether to pin host memory, which is needed for the full speed of the link.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -16,16 +15,14 @@ from ..errors import listed
 from ..hardware.devices import CPU, Place, as_place, default_device, is_strategy
 from ..hardware.free_memory import free_bytes, free_disk_bytes
 from ..model.view import ModelView
-from ..quantization import formats
-from ..quantization.formats import Plain
 from ..sizes import show
 from .advice import ONLY_LEAVES_LEAVE, does_not_fit_error, split_unit_error
+from .placing.accounts import PlacedUnit
 from .placing.expert_caches import place_by_expert, with_caches
-from .placing.solver import DoesNotFitError, Item, OffPlace, Rules, slots_bytes, solve_placement
-from .plan import Account, PlacedUnit, is_gpu
+from .placing.solver import DoesNotFitError, Item, OffPlace, Rules, solve_placement
 from .planned_tensors import PlannedTensor
 from .request import PlacementRequest, computing_devices, longest_match, places_of
-from .units import GPU_BYTES, GROUP_BYTES, RESIDENT_BYTES, Unit, bytes_of, units_of, whole_model
+from .units import GPU_BYTES, RESIDENT_BYTES, Unit, bytes_of, units_of, whole_model
 
 logger = logging.getLogger(__name__)
 
@@ -142,11 +139,14 @@ def _place_by_strategy(units: Sequence[Unit], strategy: str, request: PlacementR
     rules = Rules(strategy, request.offload.slots, from_end=fp32)
     room = [budgets[device] - reserve for device in devices]
     try:
-        assigned = solve_placement(items, room, homes, rules)
-        if on_gpu and any(one.away and item.streamed for one, item in zip(assigned, items, strict=True)):
+        # Before the CPU gets whole blocks in float32, which for their experts takes eight times as much.
+        first = fp32 and request.offload.execute == "cpu" and not _fits(items, room, {}, rules)
+        by_expert = place_by_expert(units, items, devices, room, homes, rules, request.offload) if first else None
+        assigned = [] if by_expert is not None else solve_placement(items, room, homes, rules)
+        if on_gpu and any(one.away and item.streamed for one, item in zip(assigned, items, strict=False)):
             by_expert = place_by_expert(units, items, devices, room, homes, rules, request.offload)
-            if by_expert is not None:
-                return _as_placement(tuple(by_expert), budgets)
+        if by_expert is not None:
+            return _as_placement(tuple(by_expert), budgets)
     except DoesNotFitError as error:
         if error.place == "cpu":
             error.allowed = budgets[CPU] - request.host_ring  # negative if not even the ring fits
@@ -234,10 +234,16 @@ def _place_by_map(units: Sequence[Unit], places: Mapping[str, Place], request: P
         found = _places_in(unit, places)
         devices = [place for place in found if isinstance(place, torch.device) and (place.type == "cuda" or not gpus)]
         away = [place for place in found if place not in devices]
-        if len(devices) > 1 or len(away) > 1 or (devices and away and (on_cpu or unit.is_embedding)):
+        part = (
+            _unit_offloading(unit, away[0], places) if devices and away and request.offload.execute == "cpu" else None
+        )
+        by_cpu = part is not None and away == [CPU] and part.is_by_expert and part.can_stay_with_cpu
+        if len(devices) > 1 or len(away) > 1 or (devices and away and (unit.is_embedding or (on_cpu and not by_cpu))):
             raise split_unit_error(unit, places, found)
         if not away:
             placed.append(PlacedUnit(unit, devices[0]))
+        elif by_cpu and part is not None:
+            placed.append(PlacedUnit(part, devices[0], CPU, by_cpu=True))
         elif on_cpu and away[0] == CPU:
             placed.append(PlacedUnit(unit, CPU))
         else:
@@ -261,12 +267,17 @@ def _place_by_map(units: Sequence[Unit], places: Mapping[str, Place], request: P
 
 
 def _note_staying(unit: Unit, away: Place, places: Mapping[str, Place], staying: Mapping[str, list[str]]) -> None:
-    """Note what a map sends away and stays: large tensors, and a unit of small ones only."""
+    """Note what a map sends away and stays: large tensors, and a unit of small ones only.
+
+    The biases of experts stay beside their cache, which is no surprise.
+    """
     leaving = set(map(id, unit.offloaded))
     sent = [
         planned
         for planned in unit.tensors
-        if id(planned) not in leaving and places[longest_match(planned.tensor.name, places) or ""] == away
+        if id(planned) not in leaving
+        and places[longest_match(planned.tensor.name, places) or ""] == away
+        and not (unit.is_by_expert and planned.tensor.name.rpartition(".")[0] in unit.fused)
     ]
     large = [planned.tensor.name for planned in sent if planned.nbytes >= RESIDENT_BYTES]
     staying["shared"] += large
@@ -308,69 +319,3 @@ def _unit_offloading(unit: Unit, away: Place, places: Mapping[str, Place]) -> Un
     mapped = replace(unit, offloaded=tuple(leaving))
     biases = [p.tensor.name for p in leaving if p.tensor.name.rpartition(".")[0] in mapped.fused]
     return mapped.by_expert() if len(biases) == len(leaving) else mapped  # the biases of experts stay with their cache
-
-
-def accounts_of(
-    tensors: Iterable[PlannedTensor],
-    units: Iterable[PlacedUnit],
-    budgets: Mapping[Place, int],
-    *,
-    slots: int,
-    reserve: int,
-    host_ring: int,
-) -> tuple[Account, ...]:
-    """Add up the bytes needed of each place.
-
-    Args:
-        tensors: with their places.
-        units: with their places.
-        budgets: bytes by place, where known.
-        slots: the number of slots on each device, each as large as the largest streamed group; no more than groups.
-        reserve: bytes kept free on each GPU.
-        host_ring: bytes of the host buffer that files are read through on their way to a GPU.
-    """
-    weights: dict[Place, int] = defaultdict(int)
-    states: dict[Place, int] = defaultdict(int)
-    for planned in tensors:
-        place = planned.home or planned.device
-        multiple = GROUP_BYTES if planned.home else GPU_BYTES if planned.device.type == "cuda" else 1
-        values, state = _value_and_state_bytes(planned, multiple)
-        weights[place] += values
-        states[place] += state
-    groups: dict[Place, list[int]] = defaultdict(list)
-    caches: dict[Place, int] = defaultdict(int)
-    for placed in units:
-        if placed.streamed_bytes:
-            groups[placed.device].append(placed.streamed_bytes)
-        caches[placed.device] += placed.cache_bytes
-    places = dict.fromkeys([*(placed.device for placed in units), *weights])
-    accounts = [
-        Account(
-            place,
-            weights[place],
-            states[place],
-            slots_bytes(groups[place], slots),
-            budget=budgets.get(place),
-            cache=caches[place],
-        )
-        for place in places
-    ]
-    uses_gpu = any(is_gpu(account.place) for account in accounts)
-    ordered = sorted(accounts, key=lambda account: (not is_gpu(account.place), str(account.place)))
-    return tuple(
-        replace(account, reserve=reserve)
-        if is_gpu(account.place)
-        else replace(account, ring=account.ring + host_ring)
-        if account.place == CPU and uses_gpu
-        else account
-        for account in ordered
-    )
-
-
-def _value_and_state_bytes(planned: PlannedTensor, multiple: int) -> tuple[int, int]:
-    """Return the bytes of a tensor's values, and of its quantization state."""
-    if isinstance(planned.format, Plain):
-        return formats.nbytes(planned.format, planned.shape, multiple), 0
-    parts = planned.format.parts(planned.shape)
-    rounded = {name: -(-part.nbytes // multiple) * multiple for name, part in parts.items()}
-    return rounded["weight"], sum(rounded.values()) - rounded["weight"]

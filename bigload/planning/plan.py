@@ -21,97 +21,8 @@ from ..model.experts import Experts
 from ..quantization.formats import Plain
 from ..sizes import show
 from ..tables import html_table, text_table, turned_to_fit, wrapped
+from .placing.accounts import Account, PlacedUnit
 from .planned_tensors import PlannedTensor
-from .units import GPU_BYTES, Unit
-
-
-@dataclass(frozen=True, eq=False)
-class PlacedUnit:
-    """A unit and its place.
-
-    Attributes:
-        unit: the unit.
-        device: the device that computes it.
-        home: where its weights are stored if it is offloaded, else None.
-        cached: how many experts of each of its modules stay on the device, those used last, if nothing but experts is
-            offloaded.
-
-    Example:
-        >>> import bigload, torch
-        >>> layers = torch.nn.Sequential(torch.nn.Linear(1024, 2048), torch.nn.Linear(2048, 8))
-        >>> plan = bigload.plan_device_map(layers, "nf4", device_map={"": "cuda:0", "0": "cpu"})
-        >>> plan.offloaded, plan.offloaded[0].streamed_bytes
-        ([PlacedUnit(0: 1.13 MiB on cpu, computed on cuda:0)], 1179904)
-        >>> plan.units[0].is_by_expert, plan.units[0].cache_bytes
-        (False, 0)
-    """
-
-    unit: Unit
-    device: torch.device
-    home: Place | None = None
-    cached: int = 0
-
-    @property
-    def streamed_bytes(self) -> int:
-        """Bytes copied to the device for each forward; for one that wants few experts less, if some stay there."""
-        return 0 if self.home is None else self.unit.streamed_bytes
-
-    @property
-    def is_by_expert(self) -> bool:
-        """Whether its experts are offloaded, and nothing else of it."""
-        return self.home is not None and self.unit.is_by_expert
-
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes on the device for the experts that stay there."""
-        return self.unit.cache_bytes(self.cached, GPU_BYTES if is_gpu(self.device) else 1)
-
-    def __repr__(self) -> str:
-        place = self.device if self.home is None else f"{self.home}, computed on {self.device}"
-        return f"PlacedUnit({self.unit.name or 'the model'}: {show(self.unit.nbytes)} on {place})"
-
-
-@dataclass(frozen=True)
-class Account:
-    """What a plan needs of one place, in bytes.
-
-    Attributes:
-        place: a device, or "disk".
-        weights: values of the tensors, packed; on a GPU rounded up as its allocator does.
-        quant_state: scales and code tables.
-        ring: on a GPU, the slots that offloaded weights stream through; on the CPU, the buffer that files are read
-            through.
-        reserve: on a GPU, kept free for activations, or for the transfers of the load if they need more.
-        budget: what may be used; None if unknown.
-        cache: on the device that computes, for offloaded experts that stay there, those used last.
-        kv_cache: keys and values of the tokens; 0 unless they were asked for.
-
-    Example:
-        >>> import bigload, torch
-        >>> layers = torch.nn.Sequential(torch.nn.Linear(1024, 2048), torch.nn.Linear(2048, 8))
-        >>> (account,) = bigload.plan_device_map(layers, "nf4", device_map="cpu", max_memory={"cpu": "1GiB"}).accounts
-        >>> account.needed, account.free
-        (1253472, 1072488352)
-    """
-
-    place: Place
-    weights: int = 0
-    quant_state: int = 0
-    ring: int = 0
-    reserve: int = 0
-    budget: int | None = None
-    cache: int = 0
-    kv_cache: int = 0
-
-    @property
-    def needed(self) -> int:
-        """The sum of weights, quant_state, ring, cache, reserve and kv_cache."""
-        return self.weights + self.quant_state + self.ring + self.cache + self.reserve + self.kv_cache
-
-    @property
-    def free(self) -> int | None:
-        """The budget less what is needed; negative if the plan does not fit."""
-        return None if self.budget is None else self.budget - self.needed
 
 
 @dataclass(eq=False)
@@ -146,6 +57,7 @@ class Plan:
             reads this of their weight without calling them, or casts it.
         experts: the modules whose fused experts are quantized, by path.
         plain_experts: path -> why the fused experts there stay as they are, although nobody asked for that.
+        experts_per_token: how many experts of each module a token visits, if the model's config says so.
 
     Example:
         >>> import bigload, torch
@@ -176,6 +88,7 @@ class Plan:
     read_weights: Mapping[str, str] = field(default_factory=dict)
     experts: Mapping[str, Experts] = field(default_factory=dict)
     plain_experts: Mapping[str, str] = field(default_factory=dict)
+    experts_per_token: int | None = None
 
     @cached_property
     def source_bytes(self) -> int:
@@ -259,6 +172,14 @@ class Plan:
         return sum(placed.streamed_bytes for placed in self.units)
 
     @property
+    def token_bytes(self) -> float:
+        """Bytes copied to devices for one token: of experts that are copied one by one those that it visits.
+
+        Some of these are found on the device: as many as when each expert is visited as often as any other.
+        """
+        return sum(placed.token_bytes(self.experts_per_token) for placed in self.units)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the loaded model, wherever it is."""
         return sum(placed.unit.nbytes for placed in self.units)
@@ -278,11 +199,6 @@ class Plan:
 
 def _is_in(path: str, other: str) -> bool:
     return not other or path == other or path.startswith(f"{other}.")
-
-
-def is_gpu(place: Place) -> bool:
-    """Whether a place is a GPU."""
-    return isinstance(place, torch.device) and place.type == "cuda"
 
 
 def plan_table(plan: Plan, width: int | None = None, *, every_unit: bool = False) -> str:
@@ -323,7 +239,7 @@ def _unit_rows(units: Sequence[PlacedUnit], *, every_unit: bool = False) -> list
     alike: dict[object, list[PlacedUnit]] = defaultdict(list)
     for number, placed in enumerate(units):
         kind = number if every_unit else re.sub(r"\d+", "#", placed.unit.name)
-        place = placed.home, placed.device, placed.is_by_expert, placed.cached
+        place = placed.home, placed.device, placed.is_by_expert, placed.cached, placed.by_cpu
         alike[kind, placed.unit.nbytes, place].append(placed)
     rows: list[tuple[str, ...]] = [("unit", "count", "bytes each", "stored", "computed")]
     for first, *others in alike.values():
@@ -334,7 +250,8 @@ def _unit_rows(units: Sequence[PlacedUnit], *, every_unit: bool = False) -> list
         if first.cached:
             home += f" ({first.cached} of {first.unit.most_experts} cached)"
         size = show(first.unit.nbytes)
-        rows.append((name or "the model", str(1 + len(others)), size, home, str(first.device)))
+        computed = f"{first.device}, experts on {first.home}" if first.by_cpu else str(first.device)
+        rows.append((name or "the model", str(1 + len(others)), size, home, computed))
     return rows
 
 
@@ -366,16 +283,44 @@ def summary(plan: Plan) -> Iterator[str]:
     away = [placed for placed in blocks if placed.home is not None]
     units = "" if away == plan.offloaded else f", {counted(len(plan.offloaded), 'unit')} in all"
     yield f"offloaded: {len(away)} of {counted(len(blocks), 'block')}{units}"
-    by_expert = [placed for placed in plan.offloaded if placed.is_by_expert]
+    by_expert = [placed for placed in plan.offloaded if placed.is_by_expert and not placed.by_cpu]
     if by_expert:
-        one = max(placed.streamed_bytes // placed.unit.most_experts for placed in by_expert)
-        held = sum(placed.cached for placed in by_expert) / sum(placed.unit.most_experts for placed in by_expert)
-        yield (
-            f"of {len(by_expert)} nothing but the experts, {held:.0%} of which stay on the device, those used last; "
-            f"copied for each of the others that a token visits: {show(one)}"
-        )
+        yield _of_cached(by_expert, plan.experts_per_token)
+    by_cpu = [placed for placed in plan.offloaded if placed.by_cpu]
+    if by_cpu:
+        yield _of_cpu(by_cpu, plan.experts_per_token)
     from_disk = sum(placed.streamed_bytes for placed in plan.units if placed.home == "disk")
     share = "all" if from_disk == plan.streamed_bytes else show(from_disk)
     disk = f", {share} of it from the disk" if from_disk else ""
     most = "at most " if by_expert else ""
     yield f"streamed for each forward: {most}{show(plan.streamed_bytes)}{disk}"
+
+
+def _of_cached(units: Sequence[PlacedUnit], visited: int | None) -> str:
+    """Say what of experts is copied for a token."""
+    one = max(each for placed in units for _, each in placed.unit.experts)
+    held, number = sum(placed.cached for placed in units), sum(placed.unit.most_experts for placed in units)
+    said = (
+        f"of {len(units)} nothing but the experts, {held / number:.0%} of which stay on the device, those used last; "
+        f"copied for each of the others that a token visits: {show(one)}"
+    )
+    if visited is None:
+        return said
+    copied, wanted = sum(one.token_bytes(visited) for one in units), sum(one.visited_bytes(visited) for one in units)
+    hits = max(0.0, 1 - copied / wanted)
+    return (
+        f"{said}; for a token, which visits {visited} in each, {show(round(copied))}, since {hits:.0%} of those are "
+        "there if each is visited as often as any other"
+    )
+
+
+def _of_cpu(units: Sequence[PlacedUnit], visited: int | None) -> str:
+    """Say what of experts the CPU reads for a token."""
+    one = max(each for placed in units for _, each in placed.unit.experts)
+    said = (
+        f"of {len(units)} nothing but the experts, which the CPU computes where they are, in 4 bit; read for each that "
+        f"a token visits: {show(one)}"
+    )
+    if visited is None:
+        return said
+    return f"{said}; for a token, which visits {visited} in each, {show(sum(p.visited_bytes(visited) for p in units))}"

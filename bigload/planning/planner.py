@@ -38,8 +38,9 @@ from .leftover import warn_of_leftover
 from .load_rules import LoadRules
 from .missing import new_values
 from .offload_config import OffloadConfig
-from .placement import Placement, accounts_of, place_tensors, place_units, place_whole
-from .placing.cpu_or_gpu import is_faster_on_cpu
+from .placement import Placement, place_tensors, place_units, place_whole
+from .placing.accounts import accounts_of
+from .placing.cpu_or_gpu import experts_are_faster_on_cpu, is_faster_on_cpu
 from .placing.expert_caches import warn_of_unused_cache
 from .plan import AfterLoad, Plan
 from .planned_tensors import PlannedTensor, formatted_tensors
@@ -73,7 +74,9 @@ def plan_load(view: ModelView, request: LoadRequest) -> Plan:
     reserve = placement.offload.reserve_bytes(_dequantized_bytes(planned, config))
     placement = replace(placement, reserve=max(reserve, WINDOW_BYTES))
     placed = None if device is None else place_whole(planned, device, placement)
-    plan = _placed(planned, layers, experts, config, placed or _placement(view, planned, placement), placement)
+    visited = transformers_facts.experts_per_token(view.model) if experts.quantized else None
+    placed = placed or _placement(view, planned, placement, visited, _compute_dtype(config))
+    plan = _placed(planned, layers, experts, config, placed, placement)
     _require_scripts_at_hand(view, plan)
     warn_of_unused_cache(plan.offloaded, placement.offload)
     is_asked = placement.offload.reserve is not None
@@ -83,7 +86,8 @@ def plan_load(view: ModelView, request: LoadRequest) -> Plan:
             show(reserve),
             show(WINDOW_BYTES),
         )
-    return replace(plan, after=after, read_weights={path: what for path, what in read.items() if path not in layers})
+    read = {path: what for path, what in read.items() if path not in layers}
+    return replace(plan, after=after, read_weights=read, experts_per_token=visited)
 
 
 _Sources = Mapping[str, tuple[Source, ...]]
@@ -189,20 +193,45 @@ def _require_extra_state_kept(layers: Mapping[str, nn.Module], after: AfterLoad)
 def _dequantized_bytes(tensors: Sequence[PlannedTensor], config: BnbQuantizationConfig) -> int:
     """Return the bytes of what is dequantized at once at most: a 4-bit layer, or some of a module's experts."""
     shapes = [planned.shape for planned in tensors if isinstance(planned.format, FourBit)]
-    computed = config.bnb_4bit_compute_dtype
-    dtype = computed if isinstance(computed, torch.dtype) else config.load_dtype
+    dtype = _compute_dtype(config)
     layers = max((math.prod(shape) for shape in shapes if len(shape) != 3), default=0)
     experts = [shape for shape in shapes if len(shape) == 3]
     return max(layers * dtype.itemsize, most_scratch_bytes(experts, dtype))
 
 
-def _placement(view: ModelView, tensors: Sequence[PlannedTensor], request: PlacementRequest) -> Placement:
-    """Place the units. `execute="auto"` lets the CPU compute the blocks offloaded to it where that is faster."""
+def _compute_dtype(config: BnbQuantizationConfig) -> torch.dtype:
+    computed = config.bnb_4bit_compute_dtype
+    return computed if isinstance(computed, torch.dtype) else config.load_dtype
+
+
+def _placement(
+    view: ModelView,
+    tensors: Sequence[PlannedTensor],
+    request: PlacementRequest,
+    visited: int | None,
+    compute_dtype: torch.dtype,
+) -> Placement:
+    """Place the units. `execute="auto"` lets the CPU compute what is offloaded to it where that is faster.
+
+    Args:
+        view: of the model.
+        tensors: all of the model's, with their formats.
+        request: with a device map that `check_map` has accepted.
+        visited: how many experts of each module a token visits, if known.
+        compute_dtype: that quantized layers and experts compute in.
+    """
     placement = place_units(view, tensors, request)
-    may_choose = request.offload.execute == "auto" and not request.fp32_on_cpu
-    if may_choose and not any(map(_is_quantized, tensors)) and is_faster_on_cpu(placement.units):
+    if request.offload.execute != "auto" or request.fp32_on_cpu:
+        return placement
+    by_cpu = replace(request, fp32_on_cpu=True, offload=replace(request.offload, execute="cpu"))
+    if any(placed.is_by_expert for placed in placement.units):
+        with suppress(PlacementError):
+            other = place_units(view, tensors, by_cpu)
+            if experts_are_faster_on_cpu(placement.units, other.units, visited, compute_dtype):
+                return other
+    elif not any(map(_is_quantized, tensors)) and is_faster_on_cpu(placement.units):
         with suppress(PlacementError):  # no room for float32
-            return place_units(view, tensors, replace(request, fp32_on_cpu=True))
+            return place_units(view, tensors, by_cpu)
     return placement
 
 

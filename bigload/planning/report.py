@@ -12,7 +12,8 @@ import torch
 from ..errors import counted
 from ..hardware.devices import Place
 from ..sizes import show
-from .plan import Account, Plan
+from .placing.accounts import Account
+from .plan import Plan
 
 
 @dataclass(frozen=True)
@@ -33,17 +34,29 @@ class Rates:
         return min([self.disk, *links] if home == "disk" else links)
 
 
-def step_seconds(plan: Plan, rates: Rates) -> float:
-    """Return the seconds of streaming for each forward.
+def step_bytes(plan: Plan, sequences: int = 1) -> float:
+    """Return the bytes that are copied for a forward of a token of each sequence; of experts those that lack, if known.
+
+    Args:
+        plan: the plan.
+        sequences: that are generated at once.
+    """
+    return sum(placed.token_bytes(plan.experts_per_token, sequences) for placed in plan.offloaded)
+
+
+def step_seconds(plan: Plan, rates: Rates, sequences: int = 1) -> float:
+    """Return the seconds of streaming for each forward, arguments as of `step_bytes`.
 
     Each GPU has its own link, and all stream in parallel; what is on the disk comes at the rate of the disk that they
     share.
     """
     by_device: dict[torch.device, float] = defaultdict(float)
+    disk_s = 0.0
     for placed in plan.offloaded:
         if placed.streamed_bytes and placed.home is not None:
-            by_device[placed.device] += placed.streamed_bytes / rates.of(placed.home, placed.device) / 1e9
-    disk_s = sum(placed.streamed_bytes for placed in plan.units if placed.home == "disk") / rates.disk / 1e9
+            nbytes = placed.token_bytes(plan.experts_per_token, sequences)
+            by_device[placed.device] += nbytes / rates.of(placed.home, placed.device) / 1e9
+            disk_s += nbytes / rates.disk / 1e9 if placed.home == "disk" else 0
     return max([*by_device.values(), disk_s])
 
 
@@ -64,17 +77,23 @@ def verdict(plan: Plan, rates: Rates, said: str = "", sequences: int = 1) -> str
     needs = ", ".join(map(_need, plan.accounts))
     is_known = all(account.budget is not None for account in plan.accounts)
     fits = "fits" if is_known else "may fit, as what is free is not known,"
-    if not plan.streamed_bytes:
-        return f"{model} {fits.rstrip(',')}: it needs {needs}. Nothing is streamed."
     blocks = [placed for placed in plan.units if placed.unit.is_block]
-    away = sum(placed.streamed_bytes > 0 for placed in blocks)
-    what = f"{away} of {counted(len(blocks), 'block')}" if away else "a part outside the blocks"
-    seconds, be = step_seconds(plan, rates), "are" if away > 1 else "is"
-    waits = f"Each token waits for {show(plan.streamed_bytes)}: {_duration(seconds)}{said}"
-    return (
-        f"{model} {fits} if {what} {be} streamed: it needs {needs}. {waits}, at most {per_second(seconds, sequences)} "
-        "tokens a second."
-    )
+    away = [placed for placed in blocks if placed.streamed_bytes]
+    by_cpu = [placed for placed in blocks if placed.by_cpu]
+    if not plan.streamed_bytes:
+        does = f" if the CPU computes the experts of {len(by_cpu)} of {counted(len(blocks), 'block')}" if by_cpu else ""
+        return f"{model} {fits if does else fits.rstrip(',')}{does}: it needs {needs}. Nothing is streamed."
+    what, be = f"{len(away)} of {counted(len(blocks), 'block')}", "are" if len(away) > 1 else "is"
+    is_by_expert = bool(away) and all(placed.is_by_expert for placed in plan.offloaded if placed.streamed_bytes)
+    what = f"the experts of {what} are" if is_by_expert else f"{what if away else 'a part outside the blocks'} {be}"
+    begin = f"{model} {fits} if {what} streamed: it needs {needs}."
+    nbytes, seconds = step_bytes(plan, sequences), step_seconds(plan, rates, sequences)
+    if not nbytes:
+        return f"{begin} Each expert is copied when it is first visited, and stays."
+    is_known = is_by_expert and plan.experts_per_token is not None
+    how = "if each expert is visited as often as any other, about" if is_known else "at most"
+    waits = f"Each token waits for {show(round(nbytes))}: {_duration(seconds)}{said}"
+    return f"{begin} {waits}, {how} {per_second(seconds, sequences)} tokens a second."
 
 
 def per_second(seconds: float, sequences: int = 1) -> str:
@@ -138,6 +157,7 @@ def plan_json(plan: Plan, rates: Rates | None = None) -> dict[str, Any]:
                 "device": str(placed.device),
                 "streamed_bytes": placed.streamed_bytes,
                 "cached_experts": placed.cached,
+                "experts_by_cpu": placed.by_cpu,
             }
             for placed in plan.units
         ],
@@ -146,5 +166,7 @@ def plan_json(plan: Plan, rates: Rates | None = None) -> dict[str, Any]:
         "experts": list(plan.experts),
         "plain_experts": dict(plan.plain_experts),
         "streamed_bytes": plan.streamed_bytes,
+        "experts_per_token": plan.experts_per_token,
+        "token_bytes": round(plan.token_bytes),
         "step_s": None if rates is None else step_seconds(plan, rates),
     }

@@ -91,6 +91,28 @@ class Unit:
                 found.setdefault(path, {})[name] = planned
         return {path: weights for path, weights in found.items() if len(weights) == 2}
 
+    @cached_property
+    def experts(self) -> list[tuple[int, int]]:
+        """For each of its modules of fused experts, how many there are, and the bytes of one with its scales."""
+        found = []
+        for weights in self.fused.values():
+            number, total = next(iter(weights.values())).shape[0], 0
+            for planned in weights.values():
+                parts = planned.format.parts(planned.shape)
+                total += (parts["weight"].nbytes + parts["absmax"].nbytes) // number
+            found.append((number, total))
+        return found
+
+    @property
+    def can_stay_with_cpu(self) -> bool:
+        """Whether the CPU can compute its fused experts: nothing but biases of theirs stays on the device."""
+        own = [name for planned in self.tensors for name in planned.tensor.names]
+        ends = tuple(
+            f".{weight}{end}" for weights in self.fused.values() for weight in weights for end in ("", "_bias")
+        )
+        inside = [name for name in own if any(name.startswith(f"{path}.") for path in self.fused)]
+        return bool(self.fused) and all(name.endswith(ends) for name in inside)
+
     @property
     def most_experts(self) -> int:
         """How many experts the largest of its modules of fused experts has."""

@@ -173,7 +173,7 @@ def grouped_linear(x: torch.Tensor, weight: PackedExperts, routing: Routing, bia
     out: torch.Tensor = _GroupedLinear.apply(x, weight, routing)  # type: ignore[no-untyped-call]
     if bias is None:
         return out
-    added = bias[routing.experts].to(out.dtype)
+    added = bias[routing.experts].to(out.device, out.dtype)  # biases of experts that a CPU computes may be on a GPU
     if bias.requires_grad:  # what comes back to pairs of no expert may be anything too
         added = added.masked_fill((routing.ids.view(-1)[routing.order] >= routing.num_experts).unsqueeze(-1), 0)
     return out + added

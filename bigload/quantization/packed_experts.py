@@ -49,7 +49,8 @@ class PackedExperts:
     def of(cls, parameter: Any) -> PackedExperts:
         """Return the view of a `Params4bit`."""
         state = parameter.quant_state
-        data = parameter.data
+        with torch._C.DisableTorchFunctionSubclass():  # of a parameter at rest in host memory a plain tensor, too
+            data = parameter.data
         return cls(data if data.dtype == torch.uint8 else data.view(torch.uint8), state.absmax, state)
 
     @classmethod

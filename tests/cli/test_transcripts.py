@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import LLAMA_8B, llama
+from models import LLAMA_8B, QWEN3_30B, llama
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -54,6 +54,8 @@ def place(tmp_path, monkeypatch):
     llama(False, **sizes).to(torch.bfloat16).save_pretrained("streamed")
     Path("large").mkdir()
     Path("large/config.json").write_text(json.dumps(LLAMA_8B))
+    Path("mixture").mkdir()
+    Path("mixture/config.json").write_text(json.dumps(QWEN3_30B))
     Path("gptq").mkdir()
     Path("gptq/config.json").write_text(
         json.dumps(LLAMA_8B | {"quantization_config": {"quant_method": "gptq", "bits": 4}})

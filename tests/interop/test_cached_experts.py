@@ -23,7 +23,7 @@ from bigload import (
 )
 from bigload.model.quantizable_experts import weights_of
 from bigload.planning import planner
-from bigload.planning.plan import PlacedUnit
+from bigload.planning.placing.accounts import PlacedUnit
 
 pytestmark = pytest.mark.usefixtures("small_parts_stream")
 # A plain one, one that is transposed and has biases, one with own arguments, one with experts that all tokens visit.

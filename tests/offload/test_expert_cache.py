@@ -278,6 +278,32 @@ def test_a_call_that_is_interrupted_leaves_what_the_next_can_use(at, device, mon
     assert engine.stats().fetches == 0
 
 
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+@pytest.mark.parametrize("done", [0, 0.5, 1])
+def test_a_copy_that_is_interrupted_half_way_leaves_what_the_next_call_can_use(at, done, device, monkeypatch):
+    model = resident("gpt_oss", "nf4-dq", device)
+    calls = [choose(*experts, device=device, model=model) for experts in ((0, 1), (2, 0), (1, 3), (0, 2))]
+    own, count = torch._foreach_copy_, [0]
+
+    def interrupted(targets, sources, **how):
+        count[0] += 1
+        part = int(done * len(targets)) if count[0] == at else len(targets)
+        if part:
+            own(targets[:part], sources[:part], **how)
+        if count[0] == at:
+            raise KeyboardInterrupt
+
+    with torch.no_grad():
+        expected = [model(*call) for call in calls]
+        stream(model, device, 2)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "_foreach_copy_", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                _ = [model(*call) for call in calls]
+        for call, right in [*zip(calls, expected, strict=True)] * 2:
+            assert torch.equal(model(*call), right)
+
+
 @pytest.mark.timeout(method="thread")  # the other way has the signal that this takes
 @pytest.mark.parametrize("wanted", [((0, 1), (2, 3), (1, 2)), ((0, 1, 2), (2, 3, 4), (1, 3))], ids=["cache", "slot"])
 @pytest.mark.parametrize("where", ["host", "disk"])
@@ -328,6 +354,10 @@ def test_inference_mode_leaves_memory_that_training_uses(device):
         assert model(*choose(2, 3, 4, device=device, model=model)).isfinite().all()
     given = x.clone().requires_grad_()
     model(given, ids, weights).sum().backward()
+    assert given.grad.any()
+    three = choose(1, 2, 3, device=device, model=model)  # through the slot that was used above
+    given = three[0].clone().requires_grad_()
+    model(given, *three[1:]).sum().backward()
     assert given.grad.any()
 
 

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from bigload import ConfigError, OffloadConfig, OffloadError, PlacementError, load_and_quantize_model
 from bigload.pipeline.assembly import Assembly
 from bigload.planning import planner
-from bigload.planning.plan import PlacedUnit
+from bigload.planning.placing.accounts import PlacedUnit
 
 pytestmark = pytest.mark.usefixtures("small_parts_stream")
 

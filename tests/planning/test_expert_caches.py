@@ -12,6 +12,9 @@ from models import GPT
 from plans import planned
 
 from bigload import ConfigError, OffloadConfig, PlacementError, plan_device_map
+from bigload.planning.placing.cpu_or_gpu import experts_gb_per_s
+from bigload.planning.report import Rates, step_bytes, step_seconds, verdict
+from bigload.sizes import show
 
 GPU = torch.device("cuda", 0)
 # Experts of 8 MiB in each block, and some 0.4 MiB beside them, which stays on the device anyway.
@@ -211,3 +214,151 @@ def test_what_is_no_size_is_refused():
     assert OffloadConfig(expert_cache="1MiB").expert_bytes == 2**20
     assert OffloadConfig(expert_cache=0).expert_share == 0
     assert OffloadConfig(expert_cache=1).expert_share == 1
+
+
+def by_cpu(made):
+    return [placed for placed in made.units if placed.by_cpu]
+
+
+def test_the_cpu_gets_the_experts_in_4_bit_and_none_is_copied_or_cached():
+    budget = WHOLE + RESERVE - 2 * ONE
+    made = plan(budget, execute="cpu")
+    away = by_cpu(made)
+    assert away == made.offloaded
+    assert 2 <= len(away) <= 3
+    assert {placed.device for placed in made.units} == {GPU}
+    assert made.streamed_bytes == made.token_bytes == 0
+    assert account(made).ring == account(made).cache == 0
+    on_cpu = account(made, torch.device("cpu"))
+    assert on_cpu.weights + on_cpu.quant_state == sum(placed.unit.group_bytes for placed in away)
+    assert not made.plain_experts
+    assert f"of {len(away)} nothing but the experts, which the CPU computes where they are, in 4 bit" in str(made)
+    again = plan(budget, dict(made.device_map), execute="cpu")
+    assert [(one.home, one.by_cpu) for one in again.units] == [(one.home, one.by_cpu) for one in made.units]
+    assert again.accounts == made.accounts
+
+
+def test_where_leaving_the_experts_is_not_enough_the_cpu_gets_whole_blocks():
+    made = plan(RESERVE + WHOLE - LAYERS * ONE - 2 * 2**20, execute="cpu", host="20GiB")
+    assert not by_cpu(made)
+    assert any(placed.device == torch.device("cpu") for placed in made.units)
+
+
+def test_a_cache_that_the_cpu_makes_useless_is_warned_of(caplog):
+    assert by_cpu(plan(WHOLE + RESERVE - 2 * ONE, execute="cpu", expert_cache=0.5))
+    assert "expert_cache has no effect: the CPU computes the experts" in caplog.text
+
+
+@pytest.fixture
+def rates(monkeypatch):
+    """Return what sets the rates, of the link and of the CPU, that a measurement would find."""
+
+    def found(link, host):
+        where = "bigload.planning.placing.cpu_or_gpu."
+        monkeypatch.setattr(f"{where}_link_rate", lambda device: link)
+        monkeypatch.setattr(f"{where}experts_gb_per_s", lambda dtype: host)
+
+    return found
+
+
+@pytest.mark.parametrize("device_map", ["auto", {"": 0, "model.layers.1.mlp.experts": "cpu"}])
+def test_the_faster_of_link_and_cpu_computes_the_experts_and_the_log_says_why(device_map, rates, caplog):
+    budget = WHOLE + RESERVE - 6 * ONE if device_map == "auto" else None
+    for link, host, which in ((50.0, 5.0, "GPU"), (2.0, 20.0, "CPU")):
+        rates(link, host)
+        caplog.clear()
+        with caplog.at_level("INFO", "bigload"):
+            made = plan(budget, device_map, execute="auto")
+        assert bool(by_cpu(made)) == (which == "CPU")
+        assert made.offloaded
+        said = f"experts in host memory are computed on the {which}: for a token that visits 2 of each module, a GPU"
+        assert said in caplog.text
+        assert f"at {link} GB/s, the CPU computes" in caplog.text
+
+
+def test_what_need_not_be_copied_counts_for_the_gpu(rates):
+    """With a cache of half, half of the visited experts are copied."""
+    away = {"": 0, "model.layers.1.mlp.experts": "cpu"}
+    rates(10.0, 15.0)
+    assert by_cpu(plan(None, away, execute="auto", expert_cache=0))
+    assert not by_cpu(plan(None, away, execute="auto", expert_cache=0.5))
+
+
+def test_without_a_gpu_to_measure_nothing_is_decided_for_the_cpu(monkeypatch):
+    monkeypatch.setattr("bigload.planning.placing.cpu_or_gpu._link_rate", lambda device: None)
+    assert not by_cpu(plan(None, {"": 0, "model.layers.1.mlp.experts": "cpu"}, execute="auto"))
+
+
+def test_the_rate_of_the_cpu_is_measured():
+    for dtype in (torch.bfloat16, torch.float32):
+        assert 0.01 < experts_gb_per_s(dtype) < 1000
+
+
+@pytest.mark.parametrize("share", [0, 0.0625, 0.25, 0.5, 1.0])
+def test_bytes_of_a_token_are_what_a_cache_lacks_of_two_visited_experts(share):
+    made = plan(
+        None, {"": 0, "model.layers.1.mlp.experts": "cpu", "model.layers.2.mlp.experts": "cpu"}, expert_cache=share
+    )
+    record = made.offloaded[0].unit.experts[0][1]
+    assert RECORD - 4096 < record <= RECORD
+    hits = share if share * 16 >= 2 else 0  # of a cache that does not hold both, none is used
+    assert made.token_bytes == pytest.approx(2 * 2 * record * (1 - hits))
+    assert made.experts_per_token == 2
+    assert f"since {hits:.0%} of those are there" in str(made)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_hits_foretold_are_those_of_a_simulated_cache(share):
+    generator, there, hits, wanted = torch.Generator().manual_seed(0), [], 0, 0
+    for _ in range(4000):
+        visited = torch.randperm(16, generator=generator)[:2].tolist()
+        hits, wanted = hits + len(set(visited) & set(there)), wanted + 2
+        there = ([each for each in there if each not in visited] + visited)[-int(16 * share) :]
+    made = plan(None, {"": 0, "model.layers.1.mlp.experts": "cpu"}, expert_cache=share)
+    (placed,) = made.offloaded
+    assert 1 - placed.token_bytes(2) / placed.visited_bytes(2) == pytest.approx(hits / wanted, abs=0.02)
+
+
+def test_a_token_that_visits_more_than_half_gets_all():
+    (placed,) = plan(None, {"": 0, "model.layers.1.mlp.experts": "cpu"}, expert_cache=0.25).offloaded
+    ((number, each),) = placed.unit.experts
+    assert placed.token_bytes(9) == number * each
+    assert placed.token_bytes(8) == 8 * each
+    assert placed.token_bytes(None) == placed.streamed_bytes
+
+
+def test_verdict_of_experts_says_what_a_token_waits_for():
+    away, rates = {"": 0, "model.layers.1.mlp.experts": "cpu"}, Rates(10.0, 1.0)
+    made = plan("9GiB", away, expert_cache=0.25)
+    said = verdict(made, rates)
+    assert "fits if the experts of 1 of 12 blocks are streamed" in said
+    assert f"Each token waits for {show(round(made.token_bytes))}: " in said
+    assert f"about {1e10 / made.token_bytes:.0f} tokens a second" in said
+    assert step_seconds(made, rates) == made.token_bytes / 1e10
+    full = verdict(plan("9GiB", away, expert_cache=1.0), rates)
+    assert full.endswith("Each expert is copied when it is first visited, and stays.")
+    on_cpu = verdict(plan("9GiB", away, execute="cpu"), rates)
+    assert "fits if the CPU computes the experts of 1 of 12 blocks: it needs" in on_cpu
+    assert on_cpu.endswith("Nothing is streamed.")
+
+
+def test_sequences_share_some_of_the_experts_that_their_tokens_visit():
+    made = plan(None, {"": 0, "model.layers.1.mlp.experts": "cpu"}, expert_cache=0.5)
+    (placed,) = made.offloaded
+    ((number, each),) = placed.unit.experts
+    one, two, many = (placed.token_bytes(2, tokens) for tokens in (1, 2, 64))
+    assert one < two < 2 * one
+    assert two == pytest.approx(16 * (1 - (14 / 16) ** 2) * each / 2)
+    assert many == number * each
+    assert step_bytes(made, 2) == two
+
+
+def test_biases_that_stay_beside_the_cache_are_not_warned_of(caplog, monkeypatch):
+    monkeypatch.setattr("bigload.planning.placement.RESIDENT_BYTES", 2000)
+    monkeypatch.setattr("bigload.planning.units.RESIDENT_BYTES", 2000)
+    fields = {"hidden_size": 128, "intermediate_size": 128, "num_local_experts": 16}
+    model = empty(lambda: MIXTURES["gpt_oss"][0](config("gpt_oss", **fields)))
+    made = plan_device_map(model, "nf4", device_map={"": 0, "model.layers.1.mlp.experts": "cpu"})
+    away = [planned.tensor.name for planned in made.tensors if planned.home is not None]
+    assert sorted(name.rpartition(".")[2] for name in away) == ["down_proj", "gate_up_proj"]
+    assert "which stay on the device" not in caplog.text

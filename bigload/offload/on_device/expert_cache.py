@@ -82,9 +82,13 @@ class ExpertCache(NonCopyable):
         memory = layout.views(allocate((layout.nbytes,), torch.uint8, device))
         self._copies = CudaExpertCopies(device, copier.stream) if isinstance(copier, CudaSlotCopier) else ExpertCopies()
         self._table = self._copies.make_table(self._experts)
-        self._rows = {part: [row.view(torch.uint8) for row in memory[part].unbind()] for part in self._sliced}
+        self._rows = {
+            self._prefix + part: memory[part].view(self.slots, -1).view(torch.uint8).unbind() for part in self._sliced
+        }
         self._shared = {
-            part: memory[part].view(-1).view(torch.uint8) for part in memory if part not in self._rows and part != TABLE
+            self._prefix + part: memory[part].view(-1).view(torch.uint8)
+            for part in memory
+            if part not in self._sliced and part != TABLE
         }
         self._there.clear()
         self._changes_seen = self._changes - 1
@@ -163,7 +167,7 @@ class ExpertCache(NonCopyable):
         slices: list[Slice] = []
         if changes != self._changes_seen:
             there.clear()
-            slices += [Slice(self._prefix + part, 0, 1, target) for part, target in self._shared.items()]
+            slices += [Slice(name, 0, 1, target) for name, target in self._shared.items()]
         missing = [expert for expert in wanted if expert not in there]
         for expert in wanted:
             if expert in there:
@@ -173,9 +177,7 @@ class ExpertCache(NonCopyable):
             self._copies.finish()
             for expert, slot in zip(missing, slots, strict=True):
                 self._table[expert] = slot
-                slices += [
-                    Slice(self._prefix + part, expert, self._experts, rows[slot]) for part, rows in self._rows.items()
-                ]
+                slices += [Slice(name, expert, self._experts, rows[slot]) for name, rows in self._rows.items()]
             memory = self._memory
             assert memory is not None
             self._copies.copy(self._store, slices, self._table, memory[TABLE])
@@ -200,6 +202,11 @@ class ExpertCache(NonCopyable):
     def forget(self) -> None:
         """Have all copied again from the next call on: the weights at rest may have changed."""
         self._changes += 1
+
+    def discard(self) -> None:
+        """Let the memory be freed when the calls that use it have ended, on the device too."""
+        if self._memory is not None:
+            self._copies.discard(self._memory[TABLE])
 
     def free(self) -> None:
         """Free the memory; calls want the whole module until `allocate`. All copies have ended.
@@ -260,7 +267,9 @@ class ExpertCaches:
     def drop(self, group: Group) -> None:
         """Stop caching a group's experts."""
         for leaf in group.leaves:
-            self._caches.pop(leaf, None)
+            cache = self._caches.pop(leaf, None)
+            if cache is not None:
+                cache.discard()
 
     def free(self) -> None:
         """Free all memory.

@@ -8,7 +8,7 @@ import torch
 
 from ...hardware.pinned import Store, pinned_memory
 from ..files import Staging
-from .slots import Slice, copy_slices
+from .slots import Slice, copy_slices, read_slices
 
 
 class ExpertCopies:
@@ -33,12 +33,14 @@ class ExpertCopies:
         Raises:
             OffloadError: a file cannot be read.
         """
-        for part, number, of, memory in slices:
-            store.read_slice(part, number, of, memory)
+        read_slices(store, slices)
         target.copy_(table)
 
     def await_copies(self) -> None:
         """Let what is computed from here on wait for the copies so far."""
+
+    def discard(self, memory: torch.Tensor) -> None:
+        """Let the memory that was copied into be freed as soon as the copies and computations with it are done."""
 
 
 class CudaExpertCopies(ExpertCopies):
@@ -88,3 +90,8 @@ class CudaExpertCopies(ExpertCopies):
         except BaseException:
             self._streams.pop(current.cuda_stream, None)
             raise
+
+    def discard(self, memory: torch.Tensor) -> None:
+        """Let torch's allocator wait for the streams that have used it; earlier ones, the copies have waited for."""
+        for stream in (self._stream, *self._streams.values()):
+            memory.record_stream(stream)

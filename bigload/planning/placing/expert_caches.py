@@ -12,9 +12,9 @@ import torch
 from ...errors import PlacementError, listed
 from ...hardware.devices import CPU, Place
 from ..offload_config import OffloadConfig
-from ..plan import PlacedUnit
 from ..request import PlacementRequest
 from ..units import Unit
+from .accounts import PlacedUnit
 from .solver import Item, OffPlace, Rules, slots_bytes, solve_partly
 
 logger = logging.getLogger(__name__)
@@ -35,26 +35,30 @@ def place_by_expert(
     """Offload experts, and nothing else, to the CPU; None if that does not fit.
 
     As few units leave theirs as let each of these have the cache that is asked for: by default half of its experts. If
-    all must leave theirs, the caches take what is left.
+    all must leave theirs, the caches take what is left. With `execute="cpu"` there are no caches: the CPU computes the
+    experts.
 
     Raises:
         PlacementError: there is no room for the `expert_cache` that is asked for.
     """
+    by_cpu = offload.execute == "cpu"
     parts = {index: unit.by_expert() for index, unit in enumerate(units) if unit.fused}
+    if by_cpu:
+        parts = {index: part for index, part in parts.items() if part.can_stay_with_cpu}
     if not parts or "cpu" not in homes:
         return None
     share, limit = offload.expert_share, offload.expert_bytes
 
     def solved(cached: Callable[[Unit, int], int], least: int = 1) -> list[PlacedUnit] | None:
         def sizes(count: int) -> dict[int, Item]:
-            return {index: _part_item(part, cached(part, count)) for index, part in parts.items()}
+            return {index: _part_item(part, cached(part, count), by_cpu) for index, part in parts.items()}
 
         found = solve_partly(items, sizes, room, homes["cpu"], rules, least)
         if found is None:
             return None
         count = sum(one.away is not None for one in found)
         return [
-            PlacedUnit(parts[index], devices[one.device], CPU, cached(parts[index], count))
+            PlacedUnit(parts[index], devices[one.device], CPU, cached(parts[index], count), by_cpu)
             if one.away
             else PlacedUnit(units[index], devices[one.device])
             for index, one in enumerate(found)
@@ -65,6 +69,8 @@ def place_by_expert(
             return _most_cached(part, limit // -(-count // len(devices)))
         return int((_SHARE if share is None else share) * part.most_experts)
 
+    if by_cpu:
+        return solved(lambda part, count: 0)
     placed = solved(asked)
     if placed is None:
         placed = solved(lambda part, count: 0, len(parts))
@@ -79,9 +85,10 @@ def place_by_expert(
     return _filled(placed, left)
 
 
-def _part_item(part: Unit, cached: int) -> Item:
+def _part_item(part: Unit, cached: int, by_cpu: bool) -> Item:
     staying = part.staying_bytes + part.cache_bytes(cached)
-    return Item(part.gpu_bytes, staying, part.group_bytes, part.streamed_bytes, is_block=part.is_block)
+    streamed = 0 if by_cpu else part.streamed_bytes
+    return Item(part.gpu_bytes, staying, part.group_bytes, streamed, is_block=part.is_block)
 
 
 def _used(placed: Sequence[PlacedUnit], device: torch.device, slots: int) -> int:
@@ -100,7 +107,7 @@ def _filled(placed: Sequence[PlacedUnit], left: Mapping[torch.device, int]) -> l
     """
     found = list(placed)
     for device, room in left.items():
-        own = [index for index, one in enumerate(found) if one.device == device and one.is_by_expert]
+        own = [i for i, one in enumerate(found) if one.device == device and one.is_by_expert and not one.by_cpu]
 
         def needed(cached: int, own: Sequence[int] = own) -> int:
             return sum(replace(found[index], cached=cached).cache_bytes for index in own)
@@ -137,16 +144,16 @@ def with_caches(
     share, limit = request.offload.expert_share, request.offload.expert_bytes
     left: dict[torch.device, int] = {}
     found = list(placed)
-    for device in dict.fromkeys(one.device for one in placed if one.is_by_expert):
+    for device in dict.fromkeys(one.device for one in placed if one.is_by_expert and not one.by_cpu):
         on_gpu = device.type == "cuda"
-        usual = 0.25 if on_gpu and device not in request.budgets else None
+        usual = 0.25 if on_gpu and device not in request.budgets else 0.0
         for index, one in enumerate(found):
-            if one.is_by_expert and one.device == device:
-                found[index] = replace(one, cached=int((share or usual or 0) * one.unit.most_experts))
+            if one.is_by_expert and one.device == device and not one.by_cpu:
+                found[index] = replace(one, cached=int((usual if share is None else share) * one.unit.most_experts))
         if share is not None or (limit is None and not on_gpu):
             continue
         bounds = [] if limit is None else [limit]
-        if limit is None and usual is not None:
+        if limit is None and usual:
             bounds.append(sum(one.cache_bytes for one in found if one.device == device))
         if device in budgets:
             reserve = request.reserve if on_gpu else 0
@@ -157,7 +164,10 @@ def with_caches(
 
 def warn_of_unused_cache(offloaded: Sequence[PlacedUnit], offload: OffloadConfig) -> None:
     """Warn of an `expert_cache` that was asked for and that nothing of what is offloaded has."""
-    if not offload.expert_cache or not offloaded or any(one.is_by_expert for one in offloaded):
+    if not offload.expert_cache or not offloaded or any(one.is_by_expert and not one.by_cpu for one in offloaded):
+        return
+    if any(one.by_cpu for one in offloaded):
+        logger.warning("expert_cache has no effect: the CPU computes the experts, of which none is copied to a GPU")
         return
     with_experts = [one.unit.name for one in offloaded if one.unit.fused]
     if with_experts:
