@@ -105,7 +105,7 @@ def load_and_quantize_model(
             with a warning. Neither is quantized.
         strict: raise instead of warning, for checkpoint tensors without a place in the model, and for real parameters
             that the checkpoint lacks.
-        progress: show a progress bar in bytes; by default if standard error is a terminal.
+        progress: show a progress bar in bytes; by default on a terminal and in a notebook.
 
     Returns:
         The same model, with `load_report`, `hf_device_map`, `is_loaded_in_4bit` and `is_loaded_in_8bit` set, and for a
