@@ -54,7 +54,7 @@ ON_GPU = {
 NOT_RUN = {
     "pip install": "it installs packages: CI runs the README's",
     "hf upload": "it needs the hub and an account",
-    "python -m benchmarks": "it measures for minutes: tests/test_benchmarks.py runs each on small models",
+    "python -m benchmarks": "it measures for minutes: tests/test_benchmarks.py runs such on small models",
 }
 FIGURES = (
     (r"in \d+\.\d+ s at \d+\.\d+ GB/s", "in # s at # GB/s"),
@@ -167,6 +167,23 @@ def test_each_block_has_a_language_that_is_tried():
     assert [start for start in NOT_RUN if f"\n{start}" not in f"\n{code}"] == [], "no page has it any more"
 
 
+def test_commands_of_the_benchmarks_have_arguments_that_exist():
+    from benchmarks.__main__ import _parser
+
+    text = "".join(path.read_text() for path in PAGES.values())
+    commands = re.findall(r"^`?python -m benchmarks (.+?)(?:$|`)", text.replace("`python", "\n`python"), re.MULTILINE)
+    assert len(commands) >= 15
+    for command in commands:
+        _parser().parse_args(shlex.split(command))
+
+
+def test_options_of_the_command_line_exist():
+    helps = (ROOT / "tests/cli/transcripts/help.txt").read_text()
+    options = set(re.findall(r"--[a-z][a-z-]+", PAGES["command-line.md"].read_text()))
+    assert len(options) >= 15
+    assert options <= set(re.findall(r"--[a-z][a-z-]+", helps))
+
+
 def anchors(page):
     """Return the anchors of a page, as the site makes them: of its headings, and of what the reference describes."""
     described = re.findall(r"^::: ([\w.]+)$", PAGES[page].read_text(), re.MULTILINE)
@@ -184,8 +201,9 @@ def test_links_lead_to_pages_and_their_headings():
 
 
 def test_what_speaks_of_a_page_names_one_that_exists():
-    files = [path for path in ROOT.rglob("*") if path.suffix in (".py", ".md", ".cfg", ".yml", ".toml")]
-    for path in files:
+    folders = ("bigload", "benchmarks", "docs", "examples", "tests")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".md")]
+    for path in [*files, *ROOT.glob("*.md"), *ROOT.glob("*.cfg")]:
         for page in re.findall(r"docs/([\w-]+\.md)", path.read_text()):
             assert page in PAGES, f"{path.relative_to(ROOT)} speaks of docs/{page}"
 
