@@ -61,7 +61,7 @@ class BnbQuantizationConfig(FieldsAsHtml):
     Raises:
         ConfigError: a field has the wrong type or an unknown value, or not exactly one of 4 and 8 bit is chosen.
 
-    Example:
+    Examples:
         >>> from bigload import BnbQuantizationConfig
         >>> config = BnbQuantizationConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", torch_dtype="bf16")
         >>> config.mode, config.torch_dtype

@@ -93,7 +93,7 @@ def quantize_checkpoint(
         ConfigError: an argument has an invalid value.
         QuantizationError: a weight has values that the format cannot hold.
 
-    Example:
+    Examples:
         >>> import bigload, torch
         >>> from safetensors.torch import save_file
         >>> def build():

@@ -119,7 +119,7 @@ def load_and_quantize_model(
         QuantizationError: a weight has values that the format cannot represent.
         OffloadError: a weight cannot be streamed, or `offload_folder` cannot be written.
 
-    Example:
+    Examples:
         >>> import tempfile, bigload
         >>> from safetensors.torch import save_model
         >>> from torch import nn
@@ -223,7 +223,7 @@ def _with_context(context: str) -> Iterator[None]:
 def release_buffers() -> None:
     """Free the buffers kept between loads: 128 MiB of pinned host memory, and small tables on the GPUs.
 
-    Example:
+    Examples:
         >>> import bigload
         >>> bigload.release_buffers()
     """

@@ -47,7 +47,7 @@ class BitsandbytesPrecision(_Precision):  # type: ignore[misc]
     Raises:
         ConfigError: there is no such mode or dtype, or `ignore_modules` is no list of names.
 
-    Example:
+    Examples:
         >>> from bigload.lightning import BitsandbytesPrecision  # doctest: +SKIP
         >>> from lightning.fabric import Fabric  # doctest: +SKIP
         >>> fabric = Fabric(plugins=BitsandbytesPrecision("nf4-dq", ignore_modules={"head"}))  # doctest: +SKIP

@@ -33,7 +33,7 @@ class LoadReport:
             had used more of it before the load.
         source: the folder of the checkpoint, if one was named.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from bigload.pipeline.report import LoadReport
         >>> LoadReport("nf4", 2 * 10**9, 0.5, {torch.device("cpu"): 2**29})

@@ -319,7 +319,7 @@ def plan_device_map(
         CheckpointError: the checkpoint is damaged, or does not fit the model.
         PlacementError: the device map or the budgets cannot be met.
 
-    Example:
+    Examples:
         >>> import bigload
         >>> from torch import nn
         >>> with bigload.init_empty_weights():
