@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from mixtures import mixture
 from models import LLAMA_8B, llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -61,7 +60,6 @@ FIGURES = (
     (r", at most [\d.]+ \w+ on cpu on the way", ""),
     (r"[\d.]+ \w+ so far", "# so far"),
     (r"^(\S+ +[\d.]+ MiB) +[\d.]+ +[\d.]+ +[\d.]+(?=   )", r"\1 # # #"),  # of the demo
-    (r"^(w3 w4 w5)( w\d+){4}$", r"\1 # # # #"),  # of random weights
 )
 
 
@@ -99,10 +97,6 @@ def write_config_of_8b():
     Path("llama-8b/config.json").write_text(json.dumps(LLAMA_8B))
 
 
-def write_mixture():
-    mixture("qwen3_moe").save_pretrained("mixture")
-
-
 def write_flux():
     from pipelines import pipeline
 
@@ -110,7 +104,7 @@ def write_flux():
 
 
 # What a page speaks of -> what writes it.
-FOLDERS = {"checkpoint": write_llama, "llama-8b": write_config_of_8b, "mixture/": write_mixture, "flux/": write_flux}
+FOLDERS = {"checkpoint": write_llama, "llama-8b": write_config_of_8b, "flux/": write_flux}
 
 
 @pytest.fixture
