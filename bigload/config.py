@@ -60,7 +60,7 @@ class BnbQuantizationConfig(FieldsAsHtml):
     Raises:
         ConfigError: a field has the wrong type or an unknown value, or not exactly one of 4 and 8 bit is chosen.
 
-    Example:
+    Examples:
         >>> from bigload import BnbQuantizationConfig
         >>> config = BnbQuantizationConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", torch_dtype="bf16")
         >>> config.mode, config.load_dtype
@@ -130,7 +130,7 @@ class BnbQuantizationConfig(FieldsAsHtml):
     def resolved(self, checkpoint_dtype: torch.dtype) -> BnbQuantizationConfig:
         """Copy the config, with each "auto" replaced; `torch_dtype` becomes the checkpoint's dominant dtype.
 
-        Example:
+        Examples:
             >>> import bigload, torch
             >>> bigload.BnbQuantizationConfig.from_mode("nf4").resolved(torch.bfloat16).bnb_4bit_compute_dtype
             torch.bfloat16
@@ -156,7 +156,7 @@ class BnbQuantizationConfig(FieldsAsHtml):
         Raises:
             ConfigError: there is no such mode or field.
 
-        Example:
+        Examples:
             >>> import bigload
             >>> bigload.BnbQuantizationConfig.from_mode("nf4-dq", skip_modules=["lm_head", "router"])
             BnbQuantizationConfig.from_mode('nf4-dq', skip_modules=['lm_head', 'router'])
@@ -176,7 +176,7 @@ class BnbQuantizationConfig(FieldsAsHtml):
     def from_accelerate(cls, config: Any) -> BnbQuantizationConfig:
         """Copy accelerate's `BnbQuantizationConfig`.
 
-        Example:
+        Examples:
             >>> from accelerate.utils import BnbQuantizationConfig as OfAccelerate
             >>> from bigload import BnbQuantizationConfig
             >>> BnbQuantizationConfig.from_accelerate(OfAccelerate(load_in_8bit=True)).mode
@@ -194,7 +194,7 @@ class BnbQuantizationConfig(FieldsAsHtml):
             config: the `BitsAndBytesConfig`, or its dict.
             torch_dtype: the `dtype` of `from_pretrained`; "auto" is that of the checkpoint.
 
-        Example:
+        Examples:
             >>> from bigload import BnbQuantizationConfig
             >>> from transformers import BitsAndBytesConfig
             >>> BnbQuantizationConfig.from_transformers(BitsAndBytesConfig(load_in_8bit=True)).mode
@@ -227,7 +227,7 @@ class BnbQuantizationConfig(FieldsAsHtml):
         Raises:
             MissingDependencyError: transformers is not installed.
 
-        Example:
+        Examples:
             >>> import bigload
             >>> bigload.BnbQuantizationConfig.from_mode("nf4").to_transformers().bnb_4bit_quant_type
             'nf4'
@@ -240,7 +240,7 @@ class BnbQuantizationConfig(FieldsAsHtml):
         Raises:
             MissingDependencyError: diffusers is not installed.
 
-        Example:
+        Examples:
             >>> import bigload
             >>> bigload.BnbQuantizationConfig.from_mode("int8").to_diffusers().load_in_8bit
             True
@@ -266,7 +266,7 @@ class BnbQuantizationConfig(FieldsAsHtml):
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as values for JSON; dtypes are torch's names, such as "float16".
 
-        Example:
+        Examples:
             >>> import bigload
             >>> bigload.BnbQuantizationConfig(load_in_8bit=True).to_dict()["torch_dtype"]
             'float16'
@@ -284,7 +284,7 @@ class BnbQuantizationConfig(FieldsAsHtml):
         Raises:
             ConfigError: a field that none of them has.
 
-        Example:
+        Examples:
             >>> import bigload
             >>> bigload.BnbQuantizationConfig.from_dict({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}).mode
             'nf4'

@@ -85,7 +85,7 @@ def quantize_checkpoint(
         quantizable: as in `load_and_quantize_model`.
         initialize_missing: as in `load_and_quantize_model`.
         overwrite: replace a folder that is not empty.
-        progress: show a progress bar; by default if standard error is a terminal.
+        progress: show a progress bar; by default on a terminal and in a notebook.
 
     Raises:
         CheckpointError: `src` cannot be read, is quantized already or does not fit the model; `dst` is not empty,
@@ -94,7 +94,7 @@ def quantize_checkpoint(
         PlacementError: `device` is no device of this machine.
         QuantizationError: a weight has values that the format cannot hold.
 
-    Example:
+    Examples:
         >>> import bigload, torch
         >>> from safetensors.torch import save_file
         >>> def build():

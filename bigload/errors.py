@@ -18,7 +18,7 @@ class BigloadError(Exception):
     Attributes:
         context: what was being done, such as "loading 'model/' with device_map='auto'"; shown after the message.
 
-    Example:
+    Examples:
         >>> import bigload
         >>> try:
         ...     bigload.BnbQuantizationConfig.from_mode("nf5")
@@ -37,7 +37,7 @@ class BigloadError(Exception):
 class ConfigError(BigloadError, ValueError):
     """A quantization config or an argument is invalid.
 
-    Example:
+    Examples:
         >>> import bigload
         >>> bigload.BnbQuantizationConfig(load_in_4bit=True, bnb_4bit_blocksize=48)
         Traceback (most recent call last):
@@ -53,7 +53,7 @@ class CheckpointError(BigloadError, RuntimeError):
         unexpected_keys: the checkpoint's tensors that are not in the model.
         mismatched_shapes: parameter -> (shape in the checkpoint, shape in the model).
 
-    Example:
+    Examples:
         >>> import bigload, torch
         >>> from safetensors.torch import save_file
         >>> save_file({"weight": torch.ones(8, 8)}, "no-bias.safetensors")
@@ -83,7 +83,7 @@ class CheckpointError(BigloadError, RuntimeError):
 class PlacementError(BigloadError, ValueError):
     """A device map or a memory budget cannot be met.
 
-    Example:
+    Examples:
         >>> import bigload, torch
         >>> layers = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8))
         >>> bigload.load_and_quantize_model(layers, "nf4", device_map="cpu", max_memory={"cpu": "1KiB"})
@@ -95,7 +95,7 @@ class PlacementError(BigloadError, ValueError):
 class QuantizationError(BigloadError, RuntimeError):
     """A weight cannot be quantized as asked, or a quantized layer cannot be used as asked.
 
-    Example:
+    Examples:
         >>> import bigload, torch
         >>> layers = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8))
         >>> layers[0].weight.data[0, 0] = torch.nan
@@ -108,7 +108,7 @@ class QuantizationError(BigloadError, RuntimeError):
 class OffloadError(BigloadError, RuntimeError):
     """Offloaded weights cannot be stored, read or streamed.
 
-    Example:
+    Examples:
         >>> import bigload, copy, torch
         >>> layers = torch.nn.Sequential(torch.nn.Linear(1024, 2048), torch.nn.Linear(2048, 8))
         >>> model = bigload.load_and_quantize_model(
@@ -123,7 +123,7 @@ class OffloadError(BigloadError, RuntimeError):
 class MissingDependencyError(BigloadError, ImportError):
     """A library that this function needs is not installed.
 
-    Example:
+    Examples:
         >>> from bigload.errors import import_optional
         >>> import_optional("no_such_library", "pip install no-such-library")
         Traceback (most recent call last):

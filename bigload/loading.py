@@ -106,7 +106,7 @@ def load_and_quantize_model(
             with a warning. Neither is quantized.
         strict: raise instead of warning, for checkpoint tensors without a place in the model, and for real parameters
             that the checkpoint lacks.
-        progress: show a progress bar in bytes; by default if standard error is a terminal.
+        progress: show a progress bar in bytes; by default on a terminal and in a notebook.
 
     Returns:
         The same model, with `load_report`, `hf_device_map`, `is_loaded_in_4bit` and `is_loaded_in_8bit` set, and for a
@@ -120,7 +120,7 @@ def load_and_quantize_model(
         QuantizationError: a weight has values that the format cannot represent.
         OffloadError: a weight cannot be streamed, or `offload_folder` cannot be written.
 
-    Example:
+    Examples:
         >>> import tempfile, bigload
         >>> from safetensors.torch import save_model
         >>> from torch import nn
@@ -235,7 +235,7 @@ def _with_context(context: str) -> Iterator[None]:
 def release_buffers() -> None:
     """Free the buffers kept between loads: 128 MiB of pinned host memory, and small tables on the GPUs.
 
-    Example:
+    Examples:
         >>> import bigload
         >>> bigload.release_buffers()
     """

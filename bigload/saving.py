@@ -83,7 +83,7 @@ def save_quantized_model(
             formats, weights that bitsandbytes has packed for the CPU, hooks that change the names of quantized ones, or
             attributes that a module's own loading has set and that no JSON can hold.
 
-    Example:
+    Examples:
         >>> import bigload, torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
         >>> model = bigload.load_and_quantize_model(net, "nf4", device_map="cpu")

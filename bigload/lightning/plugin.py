@@ -47,7 +47,7 @@ class BitsandbytesPrecision(_Precision):  # type: ignore[misc]
     Raises:
         ConfigError: there is no such mode or dtype, or `ignore_modules` is no list of names.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from bigload.lightning import BitsandbytesPrecision
         >>> from lightning.fabric import Fabric
@@ -104,7 +104,7 @@ class BitsandbytesPrecision(_Precision):  # type: ignore[misc]
             QuantizationError: it has PEFT's adapters, or values that the format cannot represent.
             CheckpointError: it was given a state_dict that is quantized in another way.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from bigload.lightning import BitsandbytesPrecision
             >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU())

@@ -63,7 +63,7 @@ def init_empty_weights(include_buffers: bool = False) -> Iterator[None]:
     Args:
         include_buffers: create buffers, and all other tensors, on meta too.
 
-    Example:
+    Examples:
         >>> import bigload
         >>> from torch import nn
         >>> with bigload.init_empty_weights():

@@ -37,7 +37,7 @@ class Experts:
         kind: "routed" for such a forward; "sorted" for Llama-4's, which takes (E * T, H): all tokens, multiplied by
             their scores, once for each expert.
 
-    Example:
+    Examples:
         >>> experts = Experts("gate_up_proj", "down_proj", 8, 64, 32, 64)
         >>> experts.weights
         ('gate_up_proj', 'down_proj')

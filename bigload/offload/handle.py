@@ -41,7 +41,7 @@ class Offload:
     Attributes:
         plan: where each weight is stored and computed.
 
-    Example:
+    Examples:
         >>> import bigload, torch
         >>> layers = torch.nn.Sequential(torch.nn.Linear(1024, 2048), torch.nn.Linear(2048, 8))
         >>> model = bigload.load_and_quantize_model(
@@ -112,7 +112,7 @@ class Offload:
     def stats(self) -> StreamStats:
         """Return what has been streamed since the load, summed over all devices; the rate is their mean.
 
-        Example:
+        Examples:
             >>> import bigload, torch
             >>> layers = torch.nn.Sequential(torch.nn.Linear(1024, 2048), torch.nn.Linear(2048, 8))
             >>> model = bigload.load_and_quantize_model(
@@ -145,7 +145,7 @@ class Offload:
             ConfigError: `module` is not an nn.Module.
             torch.OutOfMemoryError: the device has no room for the weights.
 
-        Example:
+        Examples:
             >>> import bigload, torch
             >>> layers = torch.nn.Sequential(torch.nn.Linear(1024, 2048), torch.nn.Linear(2048, 8))
             >>> model = bigload.load_and_quantize_model(
@@ -170,7 +170,7 @@ class Offload:
             OffloadError: the model is running, or a file with offloaded weights has changed.
             torch.OutOfMemoryError: a device has no room for the weights; the model is still offloaded.
 
-        Example:
+        Examples:
             >>> import bigload, torch
             >>> layers = torch.nn.Sequential(torch.nn.Linear(1024, 2048), torch.nn.Linear(2048, 8))
             >>> model = bigload.load_and_quantize_model(

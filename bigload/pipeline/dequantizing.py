@@ -49,7 +49,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
         ConfigError: `dtype` is no floating dtype, or the model has no quantized layer.
         QuantizationError: a layer holds adapters, is offloaded, or was packed by bitsandbytes for the CPU.
 
-    Example:
+    Examples:
         >>> import bigload, torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
         >>> model = bigload.load_and_quantize_model(net, "nf4", device_map="cpu")

@@ -35,7 +35,7 @@ class LoadReport:
         source: the folder of the checkpoint, if one was named.
         timeline: what was done when: the plan, waits for files, copies to GPUs, quantizing.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from bigload.pipeline.report import LoadReport
         >>> report = LoadReport("nf4", 2 * 10**9, 0.5, {torch.device("cpu"): 2**29})  # as model.load_report is

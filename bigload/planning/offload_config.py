@@ -33,7 +33,7 @@ class OffloadConfig(FieldsAsHtml):
             of the GPU or, where a device map is given without `max_memory`, a quarter of the experts at most. On the
             CPU, to which experts come from the disk, None stands for 0.
 
-    Example:
+    Examples:
         >>> from bigload import OffloadConfig
         >>> OffloadConfig(slots=3, reserve="1GiB")
         OffloadConfig(execute='gpu', slots=3, pin=True, reserve='1GiB', expert_cache=None)
@@ -84,7 +84,7 @@ class OffloadConfig(FieldsAsHtml):
         Args:
             dequantized: bytes of the largest 4-bit layer when it is dequantized; used if `reserve` is None.
 
-        Example:
+        Examples:
             >>> import bigload
             >>> bigload.OffloadConfig(reserve="1MiB").reserve_bytes(0)
             1048576

@@ -59,7 +59,7 @@ class Plan:
         plain_experts: path -> why the fused experts there stay as they are, although nobody asked for that.
         experts_per_token: how many experts of each module a token visits, if the model's config says so.
 
-    Example:
+    Examples:
         >>> import bigload, torch
         >>> layers = torch.nn.Sequential(torch.nn.Linear(1024, 2048), torch.nn.Linear(2048, 8))
         >>> plan = bigload.plan_device_map(layers, "nf4", device_map={"": "cuda:0", "0": "cpu"})
@@ -128,7 +128,7 @@ class Plan:
     def device_of(self, path: str) -> torch.device | None:
         """Return the device that computes the first parameters of the module at `path`; None if it has none.
 
-        Example:
+        Examples:
             >>> import bigload, torch
             >>> layers = torch.nn.Sequential(torch.nn.Linear(1024, 2048), torch.nn.Linear(2048, 8))
             >>> plan = bigload.plan_device_map(layers, "nf4", device_map={"": "cuda:0", "0": "cpu"})

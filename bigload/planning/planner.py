@@ -329,17 +329,26 @@ def plan_device_map(
         model: on meta or with weights; not changed.
         bnb_quantization_config: as for `load_and_quantize_model`.
         weights_location: the checkpoint; None plans from the model alone, as if a checkpoint held all of its tensors.
-        device_map, no_split_module_classes, max_memory, offload_folder, offload, key_mapping, tied_parameters,
-            quantizable, initialize_missing: as for `load_and_quantize_model`. The devices need not exist here.
+        device_map: as for `load_and_quantize_model`; the devices need not exist here.
+        no_split_module_classes: as for `load_and_quantize_model`.
+        max_memory: as for `load_and_quantize_model`.
+        offload_folder: as for `load_and_quantize_model`.
+        offload: as for `load_and_quantize_model`.
+        key_mapping: as for `load_and_quantize_model`.
+        tied_parameters: as for `load_and_quantize_model`.
+        quantizable: as for `load_and_quantize_model`.
+        initialize_missing: as for `load_and_quantize_model`.
 
     Returns:
         The plan. `accounts` holds the bytes needed on each device and on the disk, `device_map` and `units` the places,
         `streamed_bytes` the traffic of each forward. Printing it shows a table.
 
     Raises:
-        ConfigError, CheckpointError, PlacementError: as `load_and_quantize_model` does.
+        ConfigError: the config or an argument is invalid.
+        CheckpointError: the checkpoint is damaged, or does not fit the model.
+        PlacementError: the device map or the budgets cannot be met.
 
-    Example:
+    Examples:
         >>> import bigload
         >>> from torch import nn
         >>> with bigload.init_empty_weights():

@@ -25,7 +25,7 @@ class ExpertLimits:
             Above, and where gradients are wanted, the experts that have pairs are dequantized into memory.
         scratch_bytes: the most memory that they are dequantized into; more is done in several steps.
 
-    Example:
+    Examples:
         >>> from bigload.quantization.expert_linears import expert_limits
         >>> expert_limits.grouped_tokens
         256
@@ -46,7 +46,7 @@ def most_scratch_bytes(shapes: Iterable[tuple[int, int, int]], dtype: torch.dtyp
         shapes: of the weights of experts, (E, out_features, in_features).
         dtype: that is computed in.
 
-    Example:
+    Examples:
         >>> most_scratch_bytes([(128, 1536, 2048), (128, 2048, 768)], torch.bfloat16) // 2**20
         384
         >>> most_scratch_bytes([(8, 64, 64)], torch.bfloat16)

@@ -130,7 +130,7 @@ def cache_layout(weights: Mapping[str, tuple[FourBit, tuple[int, ...]]], slots: 
         Of each weight the packed bytes, (slots, bytes), uint8, under its name; the scales, (slots, blocks), and the
         other parts of its format by `part_name`; and "table", (E,), int32: the slots of the experts.
 
-    Example:
+    Examples:
         >>> nf4 = FourBit("nf4", 64, False, torch.uint8)
         >>> weights = {"gate_up_proj": (nf4, (128, 1536, 2048)), "down_proj": (nf4, (128, 2048, 768))}
         >>> [cache_layout(weights, slots).nbytes for slots in (0, 1, 2)]

@@ -131,13 +131,13 @@ def inputs(name: str) -> dict[str, torch.Tensor]:
 DOCUMENT = Path(__file__).parents[2] / "docs" / "architectures.md"
 _INTRODUCTION = """# What is quantized by default, family by family
 
-Given the same explicit list of modules to skip, bigload and transformers' own loader make the same bits for each of
-these families (`tests/interop/test_architectures.py`). Without a list each follows its own rules, and this is where
-they differ; "the rest" is quantized by both. This table is made by `python tests/helpers/architectures.py`.
+If you pass the same list of modules to skip, bigload and transformers' own loader make the same bits for each of these
+families (`tests/interop/test_architectures.py`). Without a list, each library follows its own rules. The table shows
+the layers that only one of them quantizes. It is made by `python tests/helpers/architectures.py`.
 
 Falcon is made of `FalconLinear`, a subclass of `nn.Linear` with the same arithmetic. bigload quantizes such subclasses,
-as accelerate does and transformers 5.0 did; transformers from 5.17 on leaves them in 16 bit. The bits are those that it
-makes when the model is built of `nn.Linear`.
+as accelerate does and transformers 5.0 did. transformers from 5.17 on leaves them in 16 bit. The bits are those that
+transformers makes if the model is built of `nn.Linear`.
 
 | family | model | quantized by bigload only | by transformers only |
 |---|---|---|---|

@@ -22,7 +22,7 @@ CELLS += [pytest.param("cuda", "two", mode, marks=[pytest.mark.multi_gpu, pytest
 IMPOSSIBLE = dict.fromkeys(
     [("cast_to_float32", "nf4"), ("cast_to_float32", "int8")], "not supported for quantized model"
 )
-# Job and mode -> what it is refused with where parts are offloaded; docs/usage.md says so.
+# Job and mode -> what it is refused with where parts are offloaded; docs/offload.md says so.
 REFUSED = {("vocabulary_enlarged", mode): "is streamed and cannot be resized.*remove" for mode in MODES}
 REFUSED[("cast_to_float32", "none")] = "cannot be cast to torch.float32.*remove"
 # The same where the model is on two GPUs.

@@ -30,7 +30,7 @@ class StreamStats:
         expert_hits: experts that a call wanted and that had stayed on the device, each once for a call.
         expert_misses: experts that were copied by themselves.
 
-    Example:
+    Examples:
         >>> from bigload.offload.on_device.slot_pool import StreamStats
         >>> stats = StreamStats(nbytes=2**20, fetches=4, demand_fetches=1, slots=2, gb_per_s=25.0)
         >>> f"{stats.nbytes / stats.fetches / 2**10:.0f} KiB in each copy"  # of what model.offload.stats() returns

@@ -30,7 +30,7 @@ class PlacedUnit:
         by_cpu: whether the CPU computes its experts where they are stored, so that none is copied, if nothing but
             experts is offloaded.
 
-    Example:
+    Examples:
         >>> import bigload, torch
         >>> layers = torch.nn.Sequential(torch.nn.Linear(1024, 2048), torch.nn.Linear(2048, 8))
         >>> plan = bigload.plan_device_map(layers, "nf4", device_map={"": "cuda:0", "0": "cpu"})
@@ -104,7 +104,7 @@ class Account:
         cache: on the device that computes, for offloaded experts that stay there, those used last.
         kv_cache: keys and values of the tokens; 0 unless they were asked for.
 
-    Example:
+    Examples:
         >>> import bigload, torch
         >>> layers = torch.nn.Sequential(torch.nn.Linear(1024, 2048), torch.nn.Linear(2048, 8))
         >>> (account,) = bigload.plan_device_map(layers, "nf4", device_map="cpu", max_memory={"cpu": "1GiB"}).accounts
