@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,7 @@ from ..model.quantizable_experts import weights_of
 from ..model.tensors import ModelTensor
 from ..model.view import ModelView, view_of
 from ..quantization import formats
+from ..quantization.expert_linears import most_scratch_bytes
 from ..quantization.formats import Format, FourBit, Int8, Plain
 from .sources import Source
 
@@ -230,3 +232,18 @@ def _require_divisible(fmt: Format, shape: tuple[int, ...], name: str) -> None:
             f"'{name}' of shape {shape} cannot be stored as asked: {error}; use bnb_4bit_quant_storage='uint8' or add "
             f"'{name.removesuffix('.weight')}' to skip_modules"
         ) from error
+
+
+def dequantized_bytes(tensors: Sequence[PlannedTensor], config: BnbQuantizationConfig) -> int:
+    """Return the bytes of what is dequantized at once at most: a 4-bit layer, or some of a module's experts."""
+    shapes = [planned.shape for planned in tensors if isinstance(planned.format, FourBit)]
+    dtype = compute_dtype_of(config)
+    layers = max((math.prod(shape) for shape in shapes if len(shape) != 3), default=0)
+    experts = [shape for shape in shapes if len(shape) == 3]
+    return max(layers * dtype.itemsize, most_scratch_bytes(experts, dtype))
+
+
+def compute_dtype_of(config: BnbQuantizationConfig) -> torch.dtype:
+    """Return the dtype that 4-bit layers and experts compute in."""
+    computed = config.bnb_4bit_compute_dtype
+    return computed if isinstance(computed, torch.dtype) else config.load_dtype

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -30,8 +29,7 @@ from ..model.quantizable_experts import (
 )
 from ..model.tensors import ModelTensor, tensors_of
 from ..model.view import ModelView
-from ..quantization.expert_linears import most_scratch_bytes
-from ..quantization.formats import FourBit, dominant_dtype
+from ..quantization.formats import dominant_dtype
 from ..sizes import show
 from .advice import check_accounts
 from .leftover import warn_of_leftover
@@ -43,7 +41,7 @@ from .placing.accounts import accounts_of
 from .placing.cpu_or_gpu import experts_are_faster_on_cpu, is_faster_on_cpu
 from .placing.expert_caches import warn_of_unused_cache
 from .plan import AfterLoad, Plan
-from .planned_tensors import PlannedTensor, formatted_tensors
+from .planned_tensors import PlannedTensor, compute_dtype_of, dequantized_bytes, formatted_tensors
 from .request import LoadRequest, PlacementRequest, check_map, load_request, only_device
 from .sources import KeyMapping, Source, sources_in_checkpoint
 
@@ -71,11 +69,11 @@ def plan_load(view: ModelView, request: LoadRequest) -> Plan:
     device = only_device(placement) if placement.must_exist else None  # a plan to be inspected lists its units
     _require_extra_state_kept(layers, after)
     planned = formatted_tensors(view, config, tensors, layers, sources, class_dtypes, device or CPU, experts.quantized)
-    reserve = placement.offload.reserve_bytes(_dequantized_bytes(planned, config))
+    reserve = placement.offload.reserve_bytes(dequantized_bytes(planned, config))
     placement = replace(placement, reserve=max(reserve, WINDOW_BYTES))
     placed = None if device is None else place_whole(planned, device, placement)
     visited = transformers_facts.experts_per_token(view.model) if experts.quantized else None
-    placed = placed or _placement(view, planned, placement, visited, _compute_dtype(config))
+    placed = placed or _placement(view, planned, placement, visited, compute_dtype_of(config))
     plan = _placed(planned, layers, experts, config, placed, placement)
     _require_scripts_at_hand(view, plan)
     warn_of_unused_cache(plan.offloaded, placement.offload)
@@ -188,20 +186,6 @@ def _require_extra_state_kept(layers: Mapping[str, nn.Module], after: AfterLoad)
             f"{listed(lost)}: their extra state is in the checkpoint, and a quantized layer has none: add them to "
             "skip_modules"
         )
-
-
-def _dequantized_bytes(tensors: Sequence[PlannedTensor], config: BnbQuantizationConfig) -> int:
-    """Return the bytes of what is dequantized at once at most: a 4-bit layer, or some of a module's experts."""
-    shapes = [planned.shape for planned in tensors if isinstance(planned.format, FourBit)]
-    dtype = _compute_dtype(config)
-    layers = max((math.prod(shape) for shape in shapes if len(shape) != 3), default=0)
-    experts = [shape for shape in shapes if len(shape) == 3]
-    return max(layers * dtype.itemsize, most_scratch_bytes(experts, dtype))
-
-
-def _compute_dtype(config: BnbQuantizationConfig) -> torch.dtype:
-    computed = config.bnb_4bit_compute_dtype
-    return computed if isinstance(computed, torch.dtype) else config.load_dtype
 
 
 def _placement(
