@@ -41,8 +41,8 @@ class Unit:
 
     paths: tuple[str, ...]
     is_block: bool
-    tensors: tuple[PlannedTensor, ...]
-    offloaded: tuple[PlannedTensor, ...]
+    tensors: tuple[PlannedTensor, ...] = field(repr=False)
+    offloaded: tuple[PlannedTensor, ...] = field(repr=False)
     is_embedding: bool
 
     @property
