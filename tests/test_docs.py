@@ -1,7 +1,7 @@
 """The pages of docs/: their code runs as it stands, their outputs, links, names and quoted messages are true.
 
-The blocks of a page run in order, in one folder and one set of names: Python, commands of bigload, and the imports that a
-`diff` adds. A block marked `text` is what the block before it prints; times and speeds may differ.
+The blocks of a page run in order, in one folder and one set of names: Python, commands of bigload, and the imports that
+a `diff` adds. A block marked `text` is what the block before it prints; times and speeds may differ.
 `BIGLOAD_RECORD=1 pytest tests/test_docs.py` writes these outputs anew: look at the difference.
 """
 
