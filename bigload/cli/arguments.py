@@ -56,13 +56,13 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--offload-folder",
         metavar="FOLDER",
-        help="folder for what is offloaded to the disk (default: nothing is)",
+        help="folder for blocks that are offloaded to the disk (default: none are)",
     )
     parser.add_argument(
         "--reserve",
         type=size,
         metavar="SIZE",
-        help="memory of each GPU left for activations (default: 128MiB and the largest 4-bit layer, dequantized)",
+        help="memory of each GPU left for activations (default: 128MiB plus the largest 4-bit layer when dequantized)",
     )
 
 

@@ -46,7 +46,7 @@ def add_to(commands: Any) -> None:
         help="say whether a model fits, and what it needs of GPUs, CPU and disk",
         description=(
             "Say whether a model fits, and what it needs of GPUs, CPU and disk, without loading it: from the headers "
-            "of the weights if they are here, otherwise from config.json, the only file that is fetched of a "
+            "of the weights if they are here, otherwise from config.json, the only file that is fetched from a "
             "repository. The GPUs that --max-memory names need not be in this machine."
         ),
         examples=(
@@ -56,7 +56,7 @@ def add_to(commands: Any) -> None:
         ),
     )
     parser.add_argument("path", help=f"{PATH}, with or without weights, or a config.json")
-    add_quant(parser, "nf4, beside a table of all; a quantized checkpoint stays as it is")
+    add_quant(parser, "nf4, and a table that compares all; a quantized checkpoint stays as it is")
     add_placement(parser)
     parser.add_argument("--context", type=positive, metavar="N", help="tokens in the KV cache (default: not counted)")
     parser.add_argument(
@@ -75,7 +75,7 @@ def add_to(commands: Any) -> None:
         help=f"speed of the disk that blocks are offloaded to (default: {_USUAL_DISK:g})",
     )
     parser.add_argument("--blocks", action="store_true", help="a row for each block (default: equal ones share one)")
-    parser.add_argument("--plot", metavar="FILE", help="draw the plan into a picture, which needs matplotlib")
+    parser.add_argument("--plot", metavar="FILE", help="draw the plan as a picture (needs matplotlib; default: none)")
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes and seconds (default: tables)")
 
 

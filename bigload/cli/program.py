@@ -106,7 +106,7 @@ def _unexpected(error: Exception) -> str:
     said = (str(error).splitlines() or [""])[0]
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return f"out of memory: {said or 'none is left'}; a smaller --quant or --max-memory takes less"
-    return f"{type(error).__name__}: {said}; this was not foreseen: BIGLOAD_TRACEBACK=1 shows where it happened"
+    return f"{type(error).__name__}: {said}; an unexpected error: BIGLOAD_TRACEBACK=1 shows where it happened"
 
 
 def _complain(text: str, options: argparse.Namespace) -> None:

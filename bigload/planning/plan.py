@@ -371,8 +371,8 @@ def summary(plan: Plan) -> Iterator[str]:
         one = max(placed.streamed_bytes // placed.unit.most_experts for placed in by_expert)
         held = sum(placed.cached for placed in by_expert) / sum(placed.unit.most_experts for placed in by_expert)
         yield (
-            f"of {len(by_expert)} nothing but the experts, {held:.0%} of which stay on the device, those used last; "
-            f"copied for each of the others that a token visits: {show(one)}"
+            f"only the experts of {len(by_expert)} of them: {held:.0%} are cached on the device, those used last; "
+            f"each other expert that a token visits is copied, {show(one)}"
         )
     from_disk = sum(placed.streamed_bytes for placed in plan.units if placed.home == "disk")
     share = "all" if from_disk == plan.streamed_bytes else show(from_disk)
