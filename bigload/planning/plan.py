@@ -33,8 +33,7 @@ class PlacedUnit:
         unit: the unit.
         device: the device that computes it.
         home: where its weights are stored if it is offloaded, else None.
-        cached: how many experts of each of its modules stay on the device, those used last, if nothing but experts is
-            offloaded.
+        cached: how many experts of each of its modules are cached on the device, if only experts are offloaded.
 
     Example:
         >>> import bigload, torch
@@ -53,7 +52,7 @@ class PlacedUnit:
 
     @property
     def streamed_bytes(self) -> int:
-        """Bytes copied to the device for each forward; for one that wants few experts less, if some stay there."""
+        """Bytes copied to the device in each forward; fewer if it needs few experts and some are cached there."""
         return 0 if self.home is None else self.unit.streamed_bytes
 
     @property
@@ -63,7 +62,7 @@ class PlacedUnit:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes on the device for the experts that stay there."""
+        """Bytes of the cache of experts on the device."""
         return self.unit.cache_bytes(self.cached, GPU_BYTES if is_gpu(self.device) else 1)
 
     def __repr__(self) -> str:
@@ -83,7 +82,7 @@ class Account:
             through.
         reserve: on a GPU, kept free for activations, or for the transfers of the load if they need more.
         budget: what may be used; None if unknown.
-        cache: on the device that computes, for offloaded experts that stay there, those used last.
+        cache: on the device that computes, of the offloaded experts that were used last.
         kv_cache: keys and values of the tokens; 0 unless they were asked for.
 
     Example:
@@ -145,7 +144,7 @@ class Plan:
         read_weights: path -> "values", "dtype", "shape" or "cast": layers that are not quantized because other code
             reads this of their weight without calling them, or casts it.
         experts: the modules whose fused experts are quantized, by path.
-        plain_experts: path -> why the fused experts there stay as they are, although nobody asked for that.
+        plain_experts: path -> why the fused experts there are not quantized, although no argument excludes them.
 
     Example:
         >>> import bigload, torch
