@@ -18,20 +18,20 @@ class OffloadConfig(FieldsAsHtml):
     """How offloaded blocks are stored and computed.
 
     Attributes:
-        execute: what computes blocks in host memory. "gpu": their weights are streamed to the GPU. "cpu": the CPU
-            computes them, in float32. Of a mixture with fused experts in 4 bit "cpu" offloads the experts alone, if that
-            is enough: the CPU computes those that the tokens visit, in 4 bit, and the GPU all else. "auto": whichever
-            takes less time for one token, by measured rates; the log says why.
+        execute: the device that computes blocks in host memory: "gpu" (their weights are streamed to it), "cpu" (in
+            float32), or "auto": the one that takes less time for one token, by a short measurement that is logged. Of a
+            mixture with fused experts in 4 bit "cpu" offloads the experts alone, if that is enough: the CPU computes
+            those that the tokens visit, in 4 bit, and the GPU all else.
         slots: the number of blocks whose weights a GPU holds at once, 1 or more. With two, one is copied while the
             other computes.
         pin: whether to pin host memory, which the full speed of the link needs.
-        reserve: memory of each GPU to keep free for activations, in bytes or as "512MiB". None keeps 128 MiB, and what
-            the largest 4-bit layer takes when bitsandbytes dequantizes it, as it does for more than a few tokens. At
-            least the 144 MiB that the load itself needs are kept free.
-        expert_cache: memory of each GPU for experts, if the fused experts of a block are all that is offloaded of it.
-            Those that were used last stay there. A share of the experts, from 0 to 1, or bytes, or "2GiB". None takes
-            what the plan leaves of the GPU. With a device map and no `max_memory`, it takes a quarter of the experts at
-            most. If the CPU computes, and experts come from the disk, None means 0.
+        reserve: memory of each GPU to keep free for activations, in bytes or as "512MiB". None keeps 128 MiB plus the
+            size of the largest 4-bit layer when dequantized, as bitsandbytes does for more than a few tokens. At least
+            the 144 MiB that the load itself needs are kept free.
+        expert_cache: the size of the cache on each GPU that keeps the experts that were used last, for blocks of which
+            only the fused experts are offloaded: a share of these experts, from 0 to 1, or bytes, or "2GiB". None takes
+            what the plan leaves of the GPU or, for a device map without `max_memory`, at most a quarter of the experts.
+            If the CPU computes, and experts come from the disk, None means 0.
 
     Examples:
         >>> from bigload import OffloadConfig
