@@ -214,7 +214,8 @@ def _generation(
     prompt = torch.randint(1, 120, (1, lengths.prompt), generator=generator).to(device)
 
     def generate(number: int, clock: _Clock | None = None) -> torch.Tensor:
-        how = {"max_new_tokens": number, "min_new_tokens": number, "do_sample": False}
+        torch.manual_seed(0)  # drawn, not the likeliest: a model of random weights would repeat itself, and its experts
+        how = {"max_new_tokens": number, "min_new_tokens": number, "do_sample": True, "top_k": 1000}
         found: torch.Tensor = model.generate(prompt, stopping_criteria=[clock] if clock else None, **how)
         return found[0, lengths.prompt :]
 
@@ -266,7 +267,7 @@ def _beside_experts(model: Any, lengths: Lengths, device: torch.device) -> dict[
 
     def generate() -> None:
         count = lengths.generated
-        model.generate(prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+        model.generate(prompt, max_new_tokens=count, min_new_tokens=count, do_sample=True, top_k=1000)
 
     with _without_experts(model):
         generate()
