@@ -57,7 +57,7 @@ NOT_RUN = {
 }
 FIGURES = (
     (r"in \d+\.\d+ s at \d+\.\d+ GB/s", "in # s at # GB/s"),
-    (r", at most [\d.]+ \w+ on cpu on the way", ""),
+    (r", peak [\d.]+ \w+ on cpu", ""),
     (r"[\d.]+ \w+ so far", "# so far"),
     (r"^(\S+ +[\d.]+ MiB) +[\d.]+ +[\d.]+ +[\d.]+(?=   )", r"\1 # # #"),  # of the demo
 )

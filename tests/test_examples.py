@@ -11,7 +11,8 @@ import bigload
 
 # What users hold in their hands without having made it: `plan`, `model.load_report`, `model.offload` and their parts.
 RETURNED = {
-    "bigload.planning.plan": ("Plan", "Account", "PlacedUnit"),
+    "bigload.planning.plan": ("Plan",),
+    "bigload.planning.placing.accounts": ("Account", "PlacedUnit"),
     "bigload.pipeline.report": ("LoadReport",),
     "bigload.offload.handle": ("Offload",),
     "bigload.offload.on_device.slot_pool": ("StreamStats",),

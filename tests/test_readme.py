@@ -26,7 +26,7 @@ def blocks(language):
 def without_times(text):
     """Leave out what differs from run to run: seconds, rates and peaks of memory."""
     text = re.sub(r"in \d+\.\d+ s at \d+\.\d+ GB/s", "in # s at # GB/s", text)
-    return re.sub(r", at most [\d.]+ \w+ on cpu on the way", "", text).strip()
+    return re.sub(r", peak [\d.]+ \w+ on cpu", "", text).strip()
 
 
 def test_it_gives_the_two_commands_and_ci_runs_the_second():

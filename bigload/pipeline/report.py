@@ -37,12 +37,17 @@ class LoadReport:
 
     Examples:
         >>> import torch
+        >>> from bigload.io.timeline import Span
         >>> from bigload.pipeline.report import LoadReport
-        >>> report = LoadReport("nf4", 2 * 10**9, 0.5, {torch.device("cpu"): 2**29})  # as model.load_report is
+        >>> cpu = torch.device("cpu")
+        >>> spans = Span("plan", cpu, 0.0, 0.25), Span("read", cpu, 0.25, 0.375), Span("read", cpu, 0.4, 0.525)
+        >>> report = LoadReport("nf4", 2 * 10**9, 0.5, {cpu: 2**29}, timeline=spans)  # as model.load_report is
         >>> report
         LoadReport(read 2.000 GB in 0.50 s at 4.00 GB/s into 512.00 MiB on cpu as nf4)
         >>> report.gb_per_s, report.nbytes
         (4.0, 536870912)
+        >>> report.stage_s
+        {'plan': 0.25, 'read': 0.25}
     """
 
     mode: str

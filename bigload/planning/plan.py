@@ -67,6 +67,8 @@ class Plan:
         Plan(nf4: 145.20 MiB on cuda:0, 129.13 MiB on cpu, 1.13 MiB streamed for each forward)
         >>> plan.source_bytes, plan.nbytes, plan.streamed_bytes  # read, kept, and copied in each forward
         (8462368, 1253472, 1179904)
+        >>> plan.token_bytes  # the same, as it has no experts
+        1179904
         >>> plan.device_bytes
         {device(type='cpu'): 1179712, device(type='cuda', index=0): 73760}
         >>> plan.device_map["0"], plan.execution_map[""], plan.is_mixed  # stored, computed, on a GPU

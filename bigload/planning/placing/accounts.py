@@ -51,7 +51,15 @@ class PlacedUnit:
         return 0 if self.home is None or self.by_cpu else self.unit.streamed_bytes
 
     def visited_bytes(self, visited: int) -> int:
-        """Return the bytes of the experts that a token visits, if they are so many of each of its modules."""
+        """Return the bytes of the experts that a token visits, if they are so many of each of its modules.
+
+        Examples:
+            >>> import bigload, torch
+            >>> layers = torch.nn.Sequential(torch.nn.Linear(1024, 2048), torch.nn.Linear(2048, 8))
+            >>> plan = bigload.plan_device_map(layers, "nf4", device_map={"": "cuda:0", "0": "cpu"})
+            >>> plan.offloaded[0].visited_bytes(8)  # it has no experts
+            0
+        """
         return sum(min(visited, number) * each for number, each in self.unit.experts)
 
     def token_bytes(self, visited: int | None, tokens: int = 1) -> float:
@@ -60,6 +68,13 @@ class PlacedUnit:
         Args:
             visited: how many experts of each module a token visits, each as often as any other; None if not known.
             tokens: that are computed at once, which may visit the same experts.
+
+        Examples:
+            >>> import bigload, torch
+            >>> layers = torch.nn.Sequential(torch.nn.Linear(1024, 2048), torch.nn.Linear(2048, 8))
+            >>> plan = bigload.plan_device_map(layers, "nf4", device_map={"": "cuda:0", "0": "cpu"})
+            >>> plan.offloaded[0].token_bytes(visited=8)  # it has no experts: all of it
+            1179904
         """
         if not self.is_by_expert or self.by_cpu or visited is None:
             return self.streamed_bytes
