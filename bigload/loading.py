@@ -82,7 +82,7 @@ def load_and_quantize_model(
         model: on meta or real. A real one without `weights_location` is quantized from its own weights.
         bnb_quantization_config: a `BnbQuantizationConfig` (ours or accelerate's), transformers'
             `BitsAndBytesConfig`, a dict of any of them, or a mode such as "nf4-dq"; not changed. For a checkpoint that
-            is quantized already it may be None, and may only choose how the layers compute.
+            is quantized already pass None, or a config that changes only how the layers compute.
         weights_location: a .safetensors, .bin, .pt or .pth file, an .index.json, a folder with one of them, or a
             repository of the Hugging Face hub, "org/name" or "org/name@revision".
         device_map: None (the current GPU, or the CPU if there is none), a device, {block path: device, "cpu" or

@@ -287,8 +287,8 @@ def _write_diffusers_config(
     otherwise = diffusers_facts.made_otherwise(modules, layers.values(), quantization)
     if otherwise:
         logger.warning(
-            "from_pretrained cannot load this saved %s: diffusers takes a name without dots in its list of layers to "
-            "skip for that of any layer, so that it cannot tell %s from others of that name; load it with "
+            "from_pretrained cannot load this saved %s: diffusers takes a name without dots in its list of skipped "
+            "layers for all layers of that name, and so cannot tell %s from the others; load it with "
             "load_and_quantize_model(model, None, folder)",
             type(model).__name__,
             listed(otherwise),
@@ -377,6 +377,6 @@ def _require_weights_as_held(
         for path in above
     }
     raise QuantizationError(
-        f"{listed(changed)}: quantized, but the state_dict holds their weights changed, or under names that loading "
-        f"does not take back: {'; '.join(rules)}. Remove such hooks for the save, or let them leave these weights alone"
+        f"{listed(changed)}: quantized, but hooks change their weights or names in the state_dict, and loading does "
+        f"not undo that: {'; '.join(rules)}. Remove such hooks for the save, or let them leave these weights alone"
     )

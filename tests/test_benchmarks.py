@@ -545,11 +545,11 @@ def test_charts_without_matplotlib_say_what_to_install(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dark", [False, True])
 def test_bars_are_as_long_as_the_loads_and_the_floor_is_drawn(dark):
-    from benchmarks.pictures import load_figure
+    from benchmarks.pictures import bars_figure
     from bigload.cli.pictures import theme
 
     colours = theme(dark=dark)
-    (axes,) = load_figure(result(), colours).axes
+    (axes,) = bars_figure(result(), colours).axes
     assert [bar.get_width() for bar in axes.patches] == [0.5, 0.0012]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["nf4  bigload", "16 bit  safetensors"]
     texts = [text.get_text() for text in axes.texts]

@@ -360,3 +360,10 @@ def test_what_the_warning_of_float32_names_is_not_warned_of(monkeypatch, warned)
     for remedy in remedies:
         as_config(remedy)
     assert not warned()
+
+
+@pytest.mark.parametrize(("word", "mode"), [("int4", "nf4"), ("4-bit", "nf4"), ("8bit", "int8"), ("BF16", "none")])
+def test_a_mode_by_another_librarys_name_is_told_and_works(word, mode):
+    with pytest.raises(ConfigError, match=f"did you mean '{mode}'"):
+        BnbQuantizationConfig.from_mode(word)
+    assert BnbQuantizationConfig.from_mode(mode).mode == mode

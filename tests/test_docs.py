@@ -1,7 +1,7 @@
 """The pages of docs/: their code runs as it stands, their outputs, links, names and quoted messages are true.
 
-The blocks of a page run in order, in one folder and one set of names: Python, and commands of bigload. A block marked
-`text` is what the block before it prints; times and speeds may differ.
+The blocks of a page run in order, in one folder and one set of names: Python, commands of bigload, and the imports that
+a `diff` adds. A block marked `text` is what the block before it prints; times and speeds may differ.
 `BIGLOAD_RECORD=1 pytest tests/test_docs.py` writes these outputs anew: look at the difference.
 """
 
@@ -75,6 +75,8 @@ def without_figures(text):
 
 
 def run(language, code, names):
+    if language == "diff":  # what is imported instead
+        language, code = "python", "\n".join(re.findall(r"^\+(from .*)", code, re.MULTILINE))
     if language == "python":
         exec(compile(code, "the block", "exec"), names)
     for line in code.splitlines() if language == "sh" else ():

@@ -122,3 +122,9 @@ def test_the_picture_of_load_times_has_the_figures_of_the_result(colour):
     for row in drawn:
         assert f"{row['second_s']:.2f} s (the first load {row['first_s']:.2f} s)" in text
     assert f"the floor, {RESULT['rows'][0]['floor_s']:.2f} s" in text
+
+
+@pytest.mark.parametrize("colour", ["light", "dark"])
+def test_the_picture_of_a_load_has_its_stages(colour):
+    text = (ROOT / f"docs/pictures/timeline-{colour}.svg").read_text()
+    assert all(stage in text for stage in ("all-MiniLM-L6-v2", ">plan  0.", ">read  0.", ">quantize  0.", "as nf4"))

@@ -33,14 +33,14 @@ TRIED = {
         "say where the weights are": CHECKPOINT + "test_file_that_is_named_is_loaded",
         "download the checkpoint again": CHECKPOINT + "test_file_that_is_fetched_again_is_loaded",
         "name the one to load": CHECKPOINT + "test_file_that_is_named_is_loaded",
-        "is that of a pipeline": "checkpoint/test_checkpoint.py::"
+        "is a pipeline of diffusers": "checkpoint/test_checkpoint.py::"
         "test_folder_of_a_pipeline_names_the_folders_with_weights",
     },
     "checkpoint/folders.py": {
         "is a file: name a folder": CHECKPOINT + "test_folder_of_another_name_is_written",
         "name a folder inside it": "checkpoint/test_folders.py::test_overwriting_what_is_no_checkpoint_is_refused",
         "pass overwrite=True": "checkpoint/test_folders.py::test_folder_that_is_not_empty_is_replaced_only_when_asked",
-        "something else; name another folder": CHECKPOINT + "test_folder_of_another_name_is_written",
+        "replaces checkpoints only; name another folder": CHECKPOINT + "test_folder_of_another_name_is_written",
     },
     "checkpoint/foreign.py": {
         "Use the original checkpoint": CHECKPOINT + "test_original_of_what_another_method_quantized_is_loaded",
@@ -372,7 +372,7 @@ TRIED = {
 # File -> words -> why no test tries it.
 NOT_TRIED = {
     "hardware/pinned.py": {"Raise the limit of locked memory": "a setting of the machine"},
-    "planning/missing.py": {"build the model by the version": "needs another version of transformers"},
+    "planning/missing.py": {"build the model with the version": "needs another version of transformers"},
 }
 
 

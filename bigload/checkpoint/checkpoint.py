@@ -133,8 +133,8 @@ def _find_in_folder(folder: Path) -> Path:
     inside = [name for name in held if any((folder / name).glob("*.safetensors"))]
     if (folder / "model_index.json").is_file() and inside:
         raise CheckpointError(
-            f"folder '{folder}' is that of a pipeline of diffusers, with the weights of {listed(inside)}: name one, "
-            f"such as '{folder / inside[0]}'"
+            f"folder '{folder}' is a pipeline of diffusers, with the weights of {listed(inside)}: name one, such "
+            f"as '{folder / inside[0]}'"
         )
     raise CheckpointError(
         f"folder '{folder}' has no weights: expected model.safetensors, an .index.json or one .safetensors, .bin, .pt "

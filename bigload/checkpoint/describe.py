@@ -47,7 +47,8 @@ def _lines(checkpoint: Checkpoint) -> Iterator[str]:
             yield f"  fused experts among them: {_sizes(experts)}"
         if isinstance(quantized[0].format, FourBit):
             computes = config.bnb_4bit_compute_dtype
-            yield f"  computes in: {_name(computes) if isinstance(computes, torch.dtype) else 'what it is loaded in'}"
+            said = _name(computes) if isinstance(computes, torch.dtype) else "the dtype that it is loaded in"
+            yield f"  computes in: {said}"
         else:
             yield f"  outliers computed in 16 bit: above {config.llm_int8_threshold:g}"
     plain: defaultdict[torch.dtype, list[StoredTensor]] = defaultdict(list)
@@ -58,7 +59,7 @@ def _lines(checkpoint: Checkpoint) -> Iterator[str]:
         yield f"  {_name(dtype)}: {_sizes(alike)}"
     if checkpoint.record is not None:
         kept, ties = checkpoint.record.kept, checkpoint.record.ties
-        yield f"  layers left as they were: {', '.join(kept) or 'none'}"
+        yield f"  layers not quantized: {', '.join(kept) or 'none'}"
         yield from (f"  tied: {' = '.join(names)}" for names in ties)
 
 

@@ -81,8 +81,8 @@ def checked_target(given: str | os.PathLike[str], *, overwrite: bool) -> Path:
     inner = [path.name for path in held if path.is_dir()]
     if inner or (held and not any(WEIGHTS.fullmatch(path.name) for path in held)):
         raise CheckpointError(
-            f"'{target}' holds {listed(inner or [path.name for path in held])}: overwrite=True replaces a checkpoint, "
-            "and that is something else; name another folder"
+            f"'{target}' holds {listed(inner or [path.name for path in held])}, which no checkpoint has: "
+            "overwrite=True replaces checkpoints only; name another folder"
         )
     return target
 

@@ -61,7 +61,7 @@ def config_of(checkpoint: Checkpoint, given: BnbQuantizationConfig | None) -> Bn
     wrong = [f"{name}={asked[name]}, not {value}" for name, value in fields.items() if asked[name] != value]
     if wrong:
         raise ConfigError(
-            f"'{checkpoint.location}' is quantized already, otherwise than the config says ({'; '.join(wrong)}): pass "
+            f"'{checkpoint.location}' is quantized already, not as the config says ({'; '.join(wrong)}): pass "
             "None for the checkpoint's own config, or give the original checkpoint"
         )
     return given

@@ -59,13 +59,13 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--offload-folder",
         metavar="FOLDER",
-        help="folder for what is offloaded to the disk (default: nothing is)",
+        help="folder for blocks that are offloaded to the disk (default: none are)",
     )
     parser.add_argument(
         "--reserve",
         type=size,
         metavar="SIZE",
-        help="memory of each GPU left for activations (default: 128MiB and the largest 4-bit layer, dequantized)",
+        help="memory of each GPU left for activations (default: 128MiB plus the largest 4-bit layer when dequantized)",
     )
     parser.add_argument(
         "--expert-cache",
@@ -183,8 +183,8 @@ def rate(text: str) -> float:
 
 def add_plot(parser: argparse.ArgumentParser, what: str) -> None:
     """Add `--plot` and `--dark`."""
-    parser.add_argument("--plot", metavar="FILE", help=f"draw {what} into a picture, which needs matplotlib")
-    parser.add_argument("--dark", action="store_true", help="draw it for a dark background (default: a light one)")
+    parser.add_argument("--plot", metavar="FILE", help=f"draw {what} as a picture (needs matplotlib; default: none)")
+    parser.add_argument("--dark", action="store_true", help="draw it for a dark background (default: for a light one)")
 
 
 def require_picture(target: str | None) -> None:

@@ -56,7 +56,7 @@ def add_to(commands: Any) -> None:
         help="say whether a model fits, and what it needs of GPUs, CPU and disk",
         description=(
             "Say whether a model fits, and what it needs of GPUs, CPU and disk, without loading it: from the headers "
-            "of the weights if they are here, otherwise from config.json, the only file that is fetched of a "
+            "of the weights if they are here, otherwise from config.json, the only file that is fetched from a "
             "repository. The GPUs that --max-memory names need not be in this machine."
         ),
         examples=(
@@ -66,7 +66,7 @@ def add_to(commands: Any) -> None:
         ),
     )
     parser.add_argument("path", help=f"{PATH}, with or without weights, or a config.json")
-    add_quant(parser, "nf4, beside a table of all; a quantized checkpoint stays as it is")
+    add_quant(parser, "nf4, and a table that compares all; a quantized checkpoint stays as it is")
     add_placement(parser)
     parser.add_argument("--context", type=positive, metavar="N", help="tokens in the KV cache (default: not counted)")
     parser.add_argument(

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from .. import __version__
-from ..errors import BigloadError
+from ..errors import BigloadError, reason
 from . import load, plan, quantize, show
 from .messages import for_the_shell
 from .parser import Parser, add_command
@@ -36,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = argparse.Namespace(shown={}, quiet=False)
     try:
         try:
-            _run(options, arguments)
+            with _any_text():
+                _run(options, arguments)
         finally:
             _flush()
         status = OK
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain(Exception.__str__(error), options)  # without what was being loaded, which was typed
         status = FAILED
     except OSError as error:
-        _complain(str(error), options)
+        _complain(reason(error), options)
         status = FAILED
     except Exception as error:
         if "BIGLOAD_TRACEBACK" in os.environ:
@@ -105,7 +106,7 @@ def _unexpected(error: Exception) -> str:
     said = (str(error).splitlines() or [""])[0]
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return f"out of memory: {said or 'none is left'}; a smaller --quant or --max-memory takes less"
-    return f"{type(error).__name__}: {said}; this was not foreseen: BIGLOAD_TRACEBACK=1 shows where it happened"
+    return f"{type(error).__name__}: {said}; an unexpected error: BIGLOAD_TRACEBACK=1 shows where it happened"
 
 
 def _complain(text: str, options: argparse.Namespace) -> None:
@@ -133,6 +134,22 @@ def _warnings(options: argparse.Namespace) -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
+
+
+@contextmanager
+def _any_text() -> Iterator[None]:
+    """Write a question mark for what the output's encoding lacks, such as a letter of a generated text in ASCII."""
+    stream: Any = sys.stdout
+    usual = getattr(stream, "errors", None)
+    if usual != "strict" or not hasattr(stream, "reconfigure"):
+        yield
+        return
+    stream.reconfigure(errors="replace")
+    try:
+        yield
+    finally:
+        with suppress(OSError, ValueError):  # it is flushed first, which fails where nobody reads
+            stream.reconfigure(errors=usual)
 
 
 def _flush() -> None:

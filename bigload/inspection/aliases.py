@@ -127,7 +127,7 @@ class _Search:
                 try:
                     self.look_into(name, atom, depth + 1)
                 except Exception as error:  # their code may raise anything: a database without a connection, a request
-                    logger.debug("%s, a %s, cannot be looked into: %r", name, type(atom).__name__, error)
+                    logger.debug("%s, a %s, cannot be inspected: %r", name, type(atom).__name__, error)
 
     def look_into(self, name: str, value: Any, depth: int) -> None:
         """Look into what one object holds."""

@@ -103,7 +103,7 @@ class Reader(AbstractContextManager["Reader"]):
             raise _failed(extent, error) from error
         if received < extent.nbytes:
             name = extent.name_at(extent.offset + received)
-            raise CheckpointError(f"'{extent.file}' ended while '{name}' was read: it was cut meanwhile")
+            raise CheckpointError(f"'{extent.file}' ended while '{name}' was read: it was truncated meanwhile")
 
     def __exit__(self, *raised: object) -> None:
         self.stop()

@@ -77,7 +77,7 @@ def read_whole(tensor: StoredTensor) -> torch.Tensor:
         return tensor.load()
     raw = read_bytes(tensor.file, tensor.offset, tensor.nbytes)
     if len(raw) < tensor.nbytes:
-        raise CheckpointError(f"'{tensor.file}' ended while '{tensor.name}' was read: it was cut meanwhile")
+        raise CheckpointError(f"'{tensor.file}' ended while '{tensor.name}' was read: it was truncated meanwhile")
     return in_mapping(raw, tensor.dtype, 0, tensor.shape)
 
 

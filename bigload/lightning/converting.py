@@ -29,8 +29,8 @@ from .in_place import Waiting, become, load_stored, quantized, stay_plain, unfil
 logger = logging.getLogger(__name__)
 
 _ADVICE = (
-    "This plugin quantizes nn.Linear and subclasses that do what it does, load_and_quantize_model more; name modules "
-    "to leave in ignore_modules"
+    "This plugin quantizes nn.Linear and subclasses that compute the same; load_and_quantize_model quantizes more; "
+    "name modules to leave in ignore_modules"
 )
 
 

@@ -56,8 +56,8 @@ def _why_not(view: ModelView, name: str) -> str:
         )
     cls = type(view.modules[owner]).__name__
     return (
-        f"{listed([name])}: its class {cls} has no reset_parameters, nor has a module that contains it, which would "
-        "initialise it: give it values before the load"
+        f"{listed([name])}: neither its class {cls} nor a module that contains it has a reset_parameters that "
+        "initialises it: give it values before the load"
     )
 
 

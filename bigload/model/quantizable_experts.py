@@ -143,8 +143,8 @@ def _require_turned(path: str, experts: Experts, stored: Mapping[str, tuple[int,
     if not (is_turned and can_tell):
         raise CheckpointError(
             f"{listed(weights)}: stored quantized as (E, in_features, out_features), the layout of this model's "
-            "experts; in 4 bit they are computed as (E, out_features, in_features), and turned they would have other "
-            "values: use the original checkpoint"
+            "experts; in 4 bit they are computed as (E, out_features, in_features), and transposed they would have "
+            "other values: use the original checkpoint"
         )
 
 

@@ -38,9 +38,9 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
 
     Args:
         model: changed in place.
-        dtype: of the dequantized weights and their biases. None means the dtype that a 4-bit weight was quantized from;
-            int8 does not store that: there it means the `torch_dtype` that bigload loaded the layer in, and for layers
-            that others made the dtype in the model's config, or the dominant one of its other weights.
+        dtype: of the dequantized weights and their biases. None means the dtype that a 4-bit weight was quantized from.
+            int8 does not store it: None then means the `torch_dtype` that bigload loaded the layer in or, if another
+            library quantized it, the dtype in the model's config, else the dominant dtype of its other weights.
 
     Returns:
         The same model. If the model itself is a quantized layer, the layer that replaces it.

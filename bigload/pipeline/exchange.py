@@ -40,8 +40,8 @@ class HeldElsewhere:
         for alias in self._aliases:
             for path in (path for held in alias.held if (path := weights.get(id(self._whole(held))))):
                 raise ConfigError(
-                    f"{alias.name!r} holds the weight of {path!r}, which would not be the quantized one: name {path!r} "
-                    "in skip_modules"
+                    f"{alias.name!r} holds the weight of {path!r}, and would go on to hold the unquantized one: name "
+                    f"{path!r} in skip_modules"
                 )
 
     @cached_property

@@ -30,8 +30,8 @@ class LoadReport:
         elapsed_s: seconds that the call took, without the import of bitsandbytes.
         device_bytes: bytes of the loaded model on each device.
         peak_bytes: the most memory that the load held on each device at once, including the model: for a GPU what torch
-            allocated, for "cpu" the resident memory. A device is left out if it cannot be known, as where the process
-            had used more of it before the load.
+            allocated, for "cpu" the resident memory. A device whose peak cannot be known is left out, for example if
+            the process had used more of it before the load.
         source: the folder of the checkpoint, if one was named.
         timeline: what was done when: the plan, waits for files, copies to GPUs, quantizing.
 

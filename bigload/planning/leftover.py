@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 # The warning names at most _NAMED classes, each with at least _SHARE of the unquantized elements.
 _NAMED, _SHARE = 4, 0.01
 _ADVICE = (
-    "Only nn.Linear is quantized, subclasses that do what it does or are named in quantizable=(...), and in 4 bit the "
+    "bigload quantizes nn.Linear, subclasses that compute the same or are named in quantizable=(...), and in 4 bit the "
     "experts of transformers' classes and those named in experts_modules; name modules to leave in skip_modules"
 )
 

@@ -60,7 +60,7 @@ def never_absent(lack: Lack) -> dict[str, torch.Tensor]:
         "initialize_missing",
     ]
     raise CheckpointError(
-        f"{counted(len(names), 'tensor')} of the model without a source in '{lack.checkpoint.location}': "
+        f"{counted(len(names), 'tensor')} of the model not found in '{lack.checkpoint.location}': "
         + "; ".join([listed(names, limit=100), hints[0]])
         + "".join(f". {hint}" if hint[0].isupper() else f"; {hint}" for hint in hints[1:]),
         missing_keys=names,
@@ -95,7 +95,7 @@ def new_values(
     if real:
         ties = "; ".join(_likely_ties(replace(lack, missing=real)))
         logger.warning(
-            "%s of the model without a source in '%s': %s; the model's own values are kept, and not quantized: train "
+            "%s of the model not found in '%s': %s; they keep the values that they have and are not quantized: train "
             "them%s",
             counted(len(real), "tensor"),
             lack.checkpoint.location,
@@ -129,13 +129,13 @@ def _expert_hint(lack: Lack) -> Iterator[str]:
     fused = re.compile(r"(^|\.)experts\.[^.\d]\w*$")
     names = [tensor.name for tensor in lack.missing]
     for mine, theirs, how in (
-        (fused, one_by_one, "each expert by itself, as transformers 4 does, where the model has all in one tensor"),
-        (one_by_one, fused, "all experts in one tensor, where the model has each by itself"),
+        (fused, one_by_one, "each expert by itself, as transformers 4 does, but the model has all in one tensor"),
+        (one_by_one, fused, "all experts in one tensor, but the model has each by itself"),
     ):
         if any(map(mine.search, names)) and (key := next(filter(theirs.search, lack.spare), None)):
             yield (
-                f"the checkpoint stores {how} ('{key}'): build the model by the version of transformers that wrote the "
-                "checkpoint, or read and save it again by the from_pretrained of the model's own version"
+                f"the checkpoint stores {how} ('{key}'): build the model with the version of transformers that wrote "
+                "the checkpoint, or load it with from_pretrained of the model's own version and save it again"
             )
 
 
@@ -194,8 +194,8 @@ def buffer_values(
     different = [t for t in doubtful if t.name in made and not _is_same(t.value, made[t.name])]
     if different:
         logger.warning(
-            "buffers that are in no checkpoint are not as their classes make them, as after to_empty(), and are made "
-            "anew: %s; if you changed them, do so after the load",
+            "buffers that are in no checkpoint differ from what their classes compute, as after to_empty(), and were "
+            "computed again: %s; if you changed them yourself, do so after the load",
             listed(tensor.name for tensor in different),
         )
     unsure = [t.name for t in doubtful if t.name not in made and not t.value._version]
@@ -225,8 +225,8 @@ def require_whole_series(series: Mapping[str, tuple[Iterable[str], int]]) -> Non
     lacking = {name: target for target, (names, count) in series.items() for name in _lacking(names, count)}
     if lacking:
         raise CheckpointError(
-            f"{listed(lacking)}: not in the checkpoint, which holds others of the kind, where "
-            f"{listed(dict.fromkeys(lacking.values()))} is made of all of them",
+            f"{listed(lacking)}: not in the checkpoint, which has only others of the series that "
+            f"{listed(dict.fromkeys(lacking.values()))} is made of",
             missing_keys=list(lacking),
         )
 

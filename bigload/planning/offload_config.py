@@ -18,20 +18,20 @@ class OffloadConfig(FieldsAsHtml):
     """How offloaded blocks are stored and computed.
 
     Attributes:
-        execute: what computes blocks in host memory: "gpu", to which their weights are streamed, "cpu", in float32, or
-            "auto", whichever takes less time for one token by rates that are measured; the log says why. Of a mixture
-            with fused experts in 4 bit "cpu" offloads the experts alone, where that is enough: the CPU computes those
-            that the tokens visit, in 4 bit, and the GPU all else.
-        slots: the number of blocks whose weights a GPU holds at once, 1 or more; with two, one is copied while the
+        execute: the device that computes blocks in host memory: "gpu" (their weights are streamed to it), "cpu" (in
+            float32), or "auto": the one that takes less time for one token, by a short measurement that is logged. Of a
+            mixture with fused experts in 4 bit "cpu" offloads the experts alone, if that is enough: the CPU computes
+            those that the tokens visit, in 4 bit, and the GPU all else.
+        slots: the number of blocks whose weights a GPU holds at once, 1 or more. With two, one is copied while the
             other computes.
-        pin: whether to pin host memory, which is needed for the full speed of the link.
-        reserve: memory of each GPU that is left for activations, in bytes or as "512MiB". None leaves 128 MiB, and what
-            the largest 4-bit layer needs when bitsandbytes dequantizes it, as it does for more than a few tokens. It is
-            at least the 144 MiB that the transfers of the load pass through.
-        expert_cache: where nothing but the fused experts of a block is offloaded, the memory of each GPU in which those
-            that were used last stay: a share of them, from 0 to 1, or bytes, or "2GiB". None takes what the plan leaves
-            of the GPU or, where a device map is given without `max_memory`, a quarter of the experts at most. On the
-            CPU, to which experts come from the disk, None stands for 0.
+        pin: whether to pin host memory, which the full speed of the link needs.
+        reserve: memory of each GPU to keep free for activations, in bytes or as "512MiB". None keeps 128 MiB plus the
+            size of the largest 4-bit layer when dequantized, as bitsandbytes does for more than a few tokens. At least
+            the 144 MiB that the load itself needs are kept free.
+        expert_cache: the size of the cache on each GPU that keeps the experts that were used last, for blocks of which
+            only the fused experts are offloaded: a share of these experts, from 0 to 1, or bytes, or "2GiB". None takes
+            what the plan leaves of the GPU or, for a device map without `max_memory`, at most a quarter of the experts.
+            If the CPU computes, and experts come from the disk, None means 0.
 
     Examples:
         >>> from bigload import OffloadConfig

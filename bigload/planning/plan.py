@@ -56,7 +56,7 @@ class Plan:
         read_weights: path -> "values", "dtype", "shape" or "cast": layers that are not quantized because other code
             reads this of their weight without calling them, or casts it.
         experts: the modules whose fused experts are quantized, by path.
-        plain_experts: path -> why the fused experts there stay as they are, although nobody asked for that.
+        plain_experts: path -> why the fused experts there are not quantized, although no argument excludes them.
         experts_per_token: how many experts of each module a token visits, if the model's config says so.
 
     Examples:
@@ -301,16 +301,16 @@ def _of_cached(units: Sequence[PlacedUnit], visited: int | None) -> str:
     one = max(each for placed in units for _, each in placed.unit.experts)
     held, number = sum(placed.cached for placed in units), sum(placed.unit.most_experts for placed in units)
     said = (
-        f"of {len(units)} nothing but the experts, {held / number:.0%} of which stay on the device, those used last; "
-        f"copied for each of the others that a token visits: {show(one)}"
+        f"only the experts of {len(units)} of them: {held / number:.0%} are cached on the device, those used last; "
+        f"each other expert that a token visits is copied, {show(one)}"
     )
     if visited is None:
         return said
     copied, wanted = sum(one.token_bytes(visited) for one in units), sum(one.visited_bytes(visited) for one in units)
     hits = max(0.0, 1 - copied / wanted)
     return (
-        f"{said}; for a token, which visits {visited} in each, {show(round(copied))}, since {hits:.0%} of those are "
-        "there if each is visited as often as any other"
+        f"{said}; a token visits {visited} in each, and {show(round(copied))} are copied for it if each is visited as "
+        f"often as any other: {hits:.0%} are cached then"
     )
 
 
@@ -318,9 +318,9 @@ def _of_cpu(units: Sequence[PlacedUnit], visited: int | None) -> str:
     """Say what of experts the CPU reads for a token."""
     one = max(each for placed in units for _, each in placed.unit.experts)
     said = (
-        f"of {len(units)} nothing but the experts, which the CPU computes where they are, in 4 bit; read for each that "
-        f"a token visits: {show(one)}"
+        f"only the experts of {len(units)} of them: the CPU computes them where they are, in 4 bit; for each "
+        f"expert that a token visits it reads {show(one)}"
     )
     if visited is None:
         return said
-    return f"{said}; for a token, which visits {visited} in each, {show(sum(p.visited_bytes(visited) for p in units))}"
+    return f"{said}; a token visits {visited} in each: {show(sum(p.visited_bytes(visited) for p in units))}"

@@ -244,9 +244,9 @@ def check_map(
         close = [difflib.get_close_matches(path, known, 1, 0.8) for path in unknown[:10]]
         meant = listed(path for found in close for path in found)
         logger.warning(
-            "device_map names %s, which are no modules or parameters of the model, and without effect%s",
+            "device_map names %s, which the model does not have%s; ignored",
             listed(unknown),
-            f": did you mean {meant}?" if meant else "",
+            f" (did you mean {meant}?)" if meant else "",
         )
     if "" in device_map:
         return

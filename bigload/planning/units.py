@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from torch import nn
@@ -41,8 +41,8 @@ class Unit:
 
     paths: tuple[str, ...]
     is_block: bool
-    tensors: tuple[PlannedTensor, ...]
-    offloaded: tuple[PlannedTensor, ...]
+    tensors: tuple[PlannedTensor, ...] = field(repr=False)
+    offloaded: tuple[PlannedTensor, ...] = field(repr=False)
     is_embedding: bool
 
     @property

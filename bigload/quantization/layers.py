@@ -185,7 +185,7 @@ def require_whole_layers(model: nn.Module, layers: Mapping[str, Any]) -> None:
     if packed:
         raise QuantizationError(
             f"{listed(packed)}: packed by bitsandbytes for this CPU when it ran, which rounds the scales for good; "
-            "load the model again (loaded by bigload, it may run before)"
+            "load the model again (one that bigload loaded may run before)"
         )
     if empty:
         raise QuantizationError(f"{listed(empty)}: not quantized yet; move the model to its device first")

@@ -259,6 +259,6 @@ def test_folder_of_a_pipeline_names_the_folders_with_weights(tmp_path):
         (tmp_path / name).mkdir()
     for name in ("transformer", "vae"):
         _write_weights(tmp_path / name, ["diffusion_pytorch_model.safetensors"], name)
-    with pytest.raises(CheckpointError, match="of a pipeline of diffusers, with the weights of 'transformer', 'vae'"):
+    with pytest.raises(CheckpointError, match="is a pipeline of diffusers, with the weights of 'transformer', 'vae'"):
         open_checkpoint(tmp_path)
     assert open_checkpoint(tmp_path / "transformer").tensors.keys() == {"transformer"}  # the remedy

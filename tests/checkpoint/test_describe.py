@@ -57,7 +57,7 @@ def test_quantized_checkpoint(tmp_path, capsys, mode, fields, how, computes):
     assert lines[3].endswith(f" as {how}")
     assert lines[4] == f"  {computes}"
     assert lines[5].startswith(f"  bfloat16: {9 - count} tensors, {VALUES - values:,} values, ")
-    assert lines[6] == "  layers left as they were: " + ("odd, head" if skipped else "head")
+    assert lines[6] == "  layers not quantized: " + ("odd, head" if skipped else "head")
 
 
 def test_pickled_checkpoint_and_several_dtypes(tmp_path, capsys):

@@ -92,7 +92,7 @@ def test_overwriting_what_is_no_checkpoint_is_refused(tmp_path, device, monkeypa
     (tmp_path / "notes" / "mine.txt").write_text("mine")
     (tmp_path / "here").mkdir()
     for target in (tmp_path / "notes", tmp_path):
-        with pytest.raises(CheckpointError, match="something else"):
+        with pytest.raises(CheckpointError, match="replaces checkpoints only"):
             save_quantized_model(model, target, overwrite=True)
     monkeypatch.chdir(tmp_path / "here")
     for target in (".", tmp_path / "here"):

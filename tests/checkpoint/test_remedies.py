@@ -113,7 +113,7 @@ def test_folder_of_another_name_is_written(tmp_path):
         save_quantized_model(model, tmp_path / "file")
     with pytest.raises(CheckpointError, match="not empty: name another folder"):
         save_quantized_model(model, tmp_path / "full")
-    with pytest.raises(CheckpointError, match="something else; name another folder"):
+    with pytest.raises(CheckpointError, match="replaces checkpoints only; name another folder"):
         save_quantized_model(model, tmp_path / "full", overwrite=True)
     save_quantized_model(model, tmp_path / "another")
     assert load_and_quantize_model(empty(Pair), None, tmp_path / "another")

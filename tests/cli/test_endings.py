@@ -1,5 +1,7 @@
 """However a command ends, it is one line and the right exit status: Ctrl-C, a closed pipe, a full disk, a bug."""
 
+import errno
+import io
 import os
 import shlex
 import signal
@@ -157,3 +159,24 @@ def test_memory_that_is_not_there_is_one_line_with_what_takes_less(place, capsys
     assert "out of memory" in said
     assert "--max-memory" in said
     assert said.count("\n") == 1
+
+
+def test_output_in_ascii_has_question_marks_for_other_letters(place, monkeypatch):
+    """As in the C locale: a shortened name of a block has an ellipsis, and a generated text may have any letter."""
+    written = io.BytesIO()
+    monkeypatch.setenv("COLUMNS", "40")
+    with monkeypatch.context() as patch:
+        stream = io.TextIOWrapper(written, encoding="ascii")
+        patch.setattr(sys, "stdout", stream)
+        assert main(["plan", "model", "--quant", "nf4", "--max-memory", "0=1GiB"]) == 0
+        assert stream.errors == "strict"
+    assert b"mode?ens" in written.getvalue()
+
+
+def test_a_full_disk_is_told_without_its_number(place, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("bigload.checkpoint.describe.open_checkpoint", full)
+    assert main(["show", "model"]) == 1
+    assert capsys.readouterr().err == "bigload: No space left on device\n"

@@ -44,7 +44,10 @@ def test_paths_are_as_they_were_typed():
         ("x: name an offload_folder too", "x: pass --offload-folder too"),
         ("would help: an offload_folder, or", "would help: --offload-folder, or"),
         ("max_memory: 'x' is not a device", "--max-memory: 'x' is not a device"),
-        ("max_memory holds '3Gb'; expected bytes as an int, or a string such as '10GiB'", "'3Gb' is no size; expected"),
+        (
+            "max_memory holds '3Gb'; expected bytes as an int, or a string such as '10GiB'",
+            "'3Gb' is not a size; write bytes",
+        ),
         ("device_map['a.b']: no", "--device-map, 'a.b': no"),
         ("pass overwrite=True (--overwrite) to replace it", "pass --overwrite to replace it"),
         ("two\nlines", "two lines"),

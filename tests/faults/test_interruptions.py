@@ -95,7 +95,7 @@ def test_file_that_is_cut_while_it_is_read(model, folder, monkeypatch):
         return opened(self, path)
 
     monkeypatch.setattr(Reads, "_descriptors", cutting)
-    with pytest.raises(CheckpointError, match="cut meanwhile"):
+    with pytest.raises(CheckpointError, match="truncated meanwhile"):
         load_and_quantize_model(model, "nf4", folder, device_map="cpu")
     monkeypatch.undo()
     shard.write_bytes(whole)

@@ -269,7 +269,7 @@ def test_command_line_quantizes_a_folder_of_a_pipeline(folder_of, tmp_path, name
     assert (tmp_path / name / "README.md").is_file()
     capsys.readouterr()
     assert main(["quantize", str(folder_of("flux")), str(tmp_path / "all"), "--device", "cpu"]) == 1
-    assert "of a pipeline of diffusers" in capsys.readouterr().err
+    assert "is a pipeline of diffusers" in capsys.readouterr().err
 
 
 @pytest.mark.cuda

@@ -165,7 +165,7 @@ def test_parametrized_experts_in_the_other_layout_are_refused(tmp_path, name):
             for weight in ("gate_up_proj", "down_proj"):
                 replace_parameter_4bit(module, weight)
     state = {key: tensor.clone().contiguous() for key, tensor in full.state_dict().items()}
-    with pytest.raises(CheckpointError, match=r"turned they would have other values: use the original checkpoint"):
+    with pytest.raises(CheckpointError, match=r"transposed they would have other values: use the original checkpoint"):
         load_and_quantize_model(built(name), None, save(state, tmp_path / "quantized"), device_map="cpu")
     assert weights_of_experts(load_and_quantize_model(built(name), "nf4", tmp_path / "original", device_map="cpu"))
 
@@ -182,7 +182,7 @@ def test_experts_with_a_square_weight_are_told_by_the_other(tmp_path):
         for name in ("gate_up_proj", "down_proj"):
             replace_parameter_4bit(layer.mlp.experts, name)
     state = {key: tensor.clone().contiguous() for key, tensor in full.state_dict().items()}
-    with pytest.raises(CheckpointError, match="turned they would have other values"):
+    with pytest.raises(CheckpointError, match="transposed they would have other values"):
         load_and_quantize_model(empty(build), None, save(state, tmp_path / "not turned"), device_map="cpu")
 
 

@@ -320,7 +320,7 @@ def test_file_that_was_cut_names_a_tensor_that_it_lacks(odd, tiny, nothing_left,
     tensors = stored_in(odd)
     by_name = {tensor.name: tensor for tensor in tensors}
     os.truncate(odd, by_name["more bytes"].offset + 150)
-    with pytest.raises(CheckpointError, match=r"'(more bytes|large|last byte)'.*cut meanwhile"):
+    with pytest.raises(CheckpointError, match=r"'(more bytes|large|last byte)'.*truncated meanwhile"):
         received(tensors, way)
 
 
@@ -329,7 +329,7 @@ def test_file_that_was_cut_names_a_tensor_that_it_lacks(odd, tiny, nothing_left,
 def test_file_that_is_cut_while_it_is_read_is_an_error(odd, monkeypatch, tiny, nothing_left, way, call):
     tensors = stored_in(odd)
     act_at(monkeypatch, async_reads.Reads, "begin", call, lambda: os.truncate(odd, tensors[0].offset))
-    with pytest.raises(CheckpointError, match="cut meanwhile"):
+    with pytest.raises(CheckpointError, match="truncated meanwhile"):
         received(tensors, way)
 
 

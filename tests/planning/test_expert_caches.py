@@ -232,7 +232,7 @@ def test_the_cpu_gets_the_experts_in_4_bit_and_none_is_copied_or_cached():
     on_cpu = account(made, torch.device("cpu"))
     assert on_cpu.weights + on_cpu.quant_state == sum(placed.unit.group_bytes for placed in away)
     assert not made.plain_experts
-    assert f"of {len(away)} nothing but the experts, which the CPU computes where they are, in 4 bit" in str(made)
+    assert f"only the experts of {len(away)} of them: the CPU computes them where they are, in 4 bit" in str(made)
     again = plan(budget, dict(made.device_map), execute="cpu")
     assert [(one.home, one.by_cpu) for one in again.units] == [(one.home, one.by_cpu) for one in made.units]
     assert again.accounts == made.accounts

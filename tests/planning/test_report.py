@@ -116,6 +116,7 @@ def test_plan_shows_itself_in_a_line_and_in_notebooks_as_its_table(small_parts_s
     plan = plan_device_map(empty(GPT, layers=24), "nf4", device_map={"": 0, "transformer.h.1": "cpu"})
     assert repr(plan).startswith("Plan(nf4: ")
     assert len(repr(plan)) < 200
+    assert all(len(repr(one)) < 300 for one in (*plan.units, *plan.accounts))
     assert "streamed" in repr(plan)
     html = plan._repr_html_()
     assert html.count("<table>") == 2

@@ -46,7 +46,7 @@ def test_callers_map_is_not_changed(two_gpus):
 def test_unknown_blocks_are_warned_of_and_all_named(caplog, paths, named):
     with caplog.at_level("WARNING"):
         resolve(Blocks(), {"": "cpu"} | dict.fromkeys(paths, "cpu"))
-    assert f"device_map names {named}, which are no modules" in caplog.text
+    assert f"device_map names {named}, which the model does not have" in caplog.text
 
 
 def test_tensors_left_out_are_refused_and_all_named():

@@ -27,8 +27,8 @@ class StreamStats:
         demand_fetches: the fetches that a forward had to wait for, because they had not been predicted.
         slots: the slots on the device now.
         gb_per_s: the rate of the copies that were timed, in 10**9 bytes per second; 0 if none was.
-        expert_hits: experts that a call wanted and that had stayed on the device, each once for a call.
-        expert_misses: experts that were copied by themselves.
+        expert_hits: experts that a call needed and found in the cache on the device, each counted once for a call.
+        expert_misses: experts that were not in the cache and were copied one by one.
 
     Examples:
         >>> from bigload.offload.on_device.slot_pool import StreamStats

@@ -25,10 +25,9 @@ class PlacedUnit:
         unit: the unit.
         device: the device that computes it.
         home: where its weights are stored if it is offloaded, else None.
-        cached: how many experts of each of its modules stay on the device, those used last, if nothing but experts is
+        cached: how many experts of each of its modules are cached on the device, if only experts are offloaded.
+        by_cpu: whether the CPU computes its experts where they are stored, so that none is copied, if only experts are
             offloaded.
-        by_cpu: whether the CPU computes its experts where they are stored, so that none is copied, if nothing but
-            experts is offloaded.
 
     Examples:
         >>> import bigload, torch
@@ -48,7 +47,7 @@ class PlacedUnit:
 
     @property
     def streamed_bytes(self) -> int:
-        """Bytes copied to the device for each forward; for one that wants few experts less, if some stay there."""
+        """Bytes copied to the device in each forward; fewer if it needs few experts and some are cached there."""
         return 0 if self.home is None or self.by_cpu else self.unit.streamed_bytes
 
     def visited_bytes(self, visited: int) -> int:
@@ -81,7 +80,7 @@ class PlacedUnit:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes on the device for the experts that stay there."""
+        """Bytes of the cache of experts on the device."""
         return self.unit.cache_bytes(self.cached, GPU_BYTES if _is_gpu(self.device) else 1)
 
     def __repr__(self) -> str:
