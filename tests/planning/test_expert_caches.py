@@ -202,7 +202,7 @@ def test_the_table_shows_them():
     assert head == ["place", "budget", "weights", "quant", "state", "ring", "cache", "reserve", "free"]
     assert "cuda:0, experts on cpu (" in text
     assert " of 16 cached)" in text
-    assert "copied for each of the others that a token visits" in text
+    assert "each other expert that a token visits is copied" in text
     assert "cache" not in str(plan("9GiB")).partition("\n")[0]
 
 
@@ -304,7 +304,7 @@ def test_bytes_of_a_token_are_what_a_cache_lacks_of_two_visited_experts(share):
     hits = share if share * 16 >= 2 else 0  # of a cache that does not hold both, none is used
     assert made.token_bytes == pytest.approx(2 * 2 * record * (1 - hits))
     assert made.experts_per_token == 2
-    assert f"since {hits:.0%} of those are there" in str(made)
+    assert f"as any other: {hits:.0%} are cached then" in str(made)
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5])
