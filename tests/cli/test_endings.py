@@ -106,9 +106,9 @@ def test_ctrl_c_in_a_process_of_its_own(place):
     ]
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["plan", "--help"], ["show", "model"], ["plan", "model"]], ids=" ".join
+    ("arguments", "unbuffered"),
+    [(["--help"], ""), (["plan", "--help"], "1"), (["show", "model"], "1"), (["plan", "model"], "")],
 )
 def test_a_pipe_that_is_closed_ends_it_without_a_word(place, arguments, unbuffered):
     reads, writes = os.pipe()

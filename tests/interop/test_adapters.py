@@ -83,9 +83,21 @@ def assert_refused(found, *cell):
     return reason is not None
 
 
-@pytest.mark.parametrize("place", ["resident", "experts"])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("method", METHODS)
+def cells(*places):
+    """Return each method in each place unquantized, in int8 and in one of the modes of 4 bit, in turn.
+
+    Between them the places have a method in all of these modes, which differ in how they store values alone.
+    """
+    every, four_bit = ("resident", "disk", "experts", "cpu", "two"), ("nf4", "nf4-dq", "fp4")
+    return [
+        (method, place, mode)
+        for number, method in enumerate(METHODS)
+        for place in places
+        for mode in ("none", "int8", four_bit[(number + every.index(place)) % 3])
+    ]
+
+
+@pytest.mark.parametrize(("method", "place", "mode"), cells("resident", "experts"))
 def test_resident_model_gives_what_a_plain_model_of_the_same_values_gives(found, device, method, mode, place):
     if assert_refused(found, method, place, mode, device):
         return
@@ -102,13 +114,14 @@ def test_resident_model_gives_what_a_plain_model_of_the_same_values_gives(found,
             assert not made[name].any(), name
 
 
-ON_A_GPU = [pytest.param("cuda:0", place, marks=pytest.mark.cuda) for place in ("disk", "cpu")]
-ON_A_GPU += [pytest.param("cuda:0", "two", marks=[pytest.mark.cuda, pytest.mark.multi_gpu])]
+ELSEWHERE = [
+    *[("cpu", *cell) for cell in cells("disk")],
+    *[pytest.param("cuda:0", *cell, marks=pytest.mark.cuda) for cell in cells("disk", "cpu")],
+    *[pytest.param("cuda:0", *cell, marks=[pytest.mark.cuda, pytest.mark.multi_gpu]) for cell in cells("two")],
+]
 
 
-@pytest.mark.parametrize(("kind", "place"), [("cpu", "disk"), *ON_A_GPU])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("kind", "method", "place", "mode"), ELSEWHERE)
 def test_model_elsewhere_gives_what_the_resident_one_gives(found, kind, method, mode, place):
     if assert_refused(found, method, place, mode, kind):
         return

@@ -54,6 +54,10 @@ MODELS = {
     "PixArtTransformer2DModel": _PIXART,
     "UNet2DConditionModel": _UNET,
 }
+# Each model in int8 and in one of the modes of 4 bit, in turn: they differ in how they store values alone.
+IN_TWO_MODES = pytest.mark.parametrize(
+    ("name", "mode"), [(name, mode) for number, name in enumerate(MODELS) for mode in ("int8", MODES[number % 3])]
+)
 KEEPS_FP32 = [name for name in MODELS if getattr(diffusers, name)._keep_in_fp32_modules]
 
 
@@ -129,6 +133,7 @@ def test_a_model_inside_another_keeps_its_own_in_fp32(tmp_path):
     assert_same_bits(model.state_dict(), state)
 
 
+@IN_TWO_MODES
 def test_the_same_layers_are_quantized_to_the_same_bits(tmp_path, name, mode, device, as_on_gpu):
     saved(name, tmp_path)
     theirs = read_by_diffusers(name, tmp_path, device, quantization_config=of_diffusers(mode))
@@ -151,6 +156,7 @@ def test_buffers_that_no_checkpoint_has_are_as_diffusers_computes_them(tmp_path,
     assert_same_bits(dict(ours.named_buffers()), dict(theirs.named_buffers()))
 
 
+@IN_TWO_MODES
 def test_diffusers_reads_what_its_save_pretrained_writes_of_our_model(tmp_path, name, mode, device, as_on_gpu):
     model = loaded(name, saved(name, tmp_path / "full"), BnbQuantizationConfig.from_mode(mode), device)
     model.save_pretrained(tmp_path / "saved")
@@ -162,14 +168,15 @@ def test_diffusers_reads_what_its_save_pretrained_writes_of_our_model(tmp_path, 
     assert_same_bits(loaded(name, tmp_path / "saved", None, device, strict=True).state_dict(), model.state_dict())
 
 
-@pytest.mark.parametrize("size", ["1GB", "9KB"])
-def test_diffusers_reads_what_save_quantized_model_writes(tmp_path, name, mode, device, as_on_gpu, size):
+@IN_TWO_MODES
+def test_diffusers_reads_what_save_quantized_model_writes(tmp_path, name, mode, device, as_on_gpu):
     model = loaded(name, saved(name, tmp_path / "full"), BnbQuantizationConfig.from_mode(mode), device)
-    save_quantized_model(model, tmp_path / "saved", size)
+    save_quantized_model(model, tmp_path / "saved", "9KB" if mode == "int8" else "1GB")
     assert_same_bits(read_by_diffusers(name, tmp_path / "saved", device).state_dict(), model.state_dict())
     assert_same_bits(loaded(name, tmp_path / "saved", None, device, strict=True).state_dict(), model.state_dict())
 
 
+@IN_TWO_MODES
 def test_diffusers_reads_what_is_quantized_from_files_to_files(tmp_path, name, mode, device, as_on_gpu):
     config = BnbQuantizationConfig.from_mode(mode, torch_dtype=torch.bfloat16)
     folder = saved(name, tmp_path / "full")
@@ -198,6 +205,7 @@ def test_a_config_that_diffusers_cannot_build_is_one_message(tmp_path, capsys, f
     assert "diffusers cannot build a model" in capsys.readouterr().err
 
 
+@IN_TWO_MODES
 def test_we_read_what_diffusers_has_quantized(tmp_path, name, mode, device, as_on_gpu):
     folder = saved(name, tmp_path / "full")
     theirs = read_by_diffusers(name, folder, device, quantization_config=of_diffusers(mode))
@@ -266,6 +274,7 @@ def test_attributes_are_those_that_diffusers_sets_and_go_with_the_quantization(t
     assert_same_bits(again.state_dict(), plain.state_dict())
 
 
+@IN_TWO_MODES
 def test_config_that_is_saved_is_that_of_diffusers_but_for_the_list_of_plain_layers(
     tmp_path, name, mode, device, as_on_gpu
 ):
