@@ -2,10 +2,8 @@
 
 import ast
 import json
-import os
 import re
 import runpy
-import subprocess
 import sys
 from contextlib import redirect_stdout
 from io import StringIO
@@ -13,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from children import Forking
 from models import llama
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -32,20 +31,21 @@ def here(script, *arguments):
         runpy.run_path(str(script), run_name="__main__")
 
 
-def in_a_process(script):
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    ran = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    print(ran.stdout)
+@pytest.fixture(scope="module")
+def forking():
+    libraries = ("bitsandbytes", "transformers", "peft", "trl", "lightning.fabric", "lightning.pytorch", "diffusers")
+    with Forking(*libraries) as forking:
+        yield forking
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
-def test_script_runs(script, tmp_path, monkeypatch, capsys):
+def test_script_runs(script, tmp_path, monkeypatch, capsys, request):
     monkeypatch.chdir(tmp_path)
-    run = in_a_process if script.stem in OF_THEIR_OWN else here
-    run(script)
-    printed = capsys.readouterr().out
+    if script.stem in OF_THEIR_OWN:
+        printed = request.getfixturevalue("forking").run(script.read_text(), tmp_path)
+    else:
+        here(script)
+        printed = capsys.readouterr().out
     assert printed.strip(), "an example shows what it did"
     assert "False" not in printed, printed
     assert list(tmp_path.iterdir()) == [], "an example leaves nothing behind"

@@ -1,20 +1,17 @@
 """What others do wrong with quantized layers is refused in each process that holds some, however they came there."""
 
-import json
-import subprocess
-import sys
 from textwrap import dedent
 
 import pytest
+from children import Forking
 
 pytest.importorskip("peft")
+pytest.importorskip("lightning")
 
 COMMON = """
-    import sys, torch
+    import torch
     from torch import nn
     from bigload.errors import QuantizationError
-
-    folder = sys.argv[1]
 
     class Net(nn.Module):
         def __init__(self):
@@ -56,7 +53,7 @@ MAKING = {
     """,
     "unpickled": """
         def made(mode):
-            return torch.load(f"{folder}/{mode}.pt", weights_only=False)
+            return torch.load(f"{mode}.pt", weights_only=False)
     """,
 }
 USES = {
@@ -75,38 +72,18 @@ USES = {
 }
 
 
-# Each case runs in a process that has done nothing before: a child of one that has only imported the libraries.
-FORKING = """
-    import importlib, json, os, sys, traceback
-    for name in ("torch", "bitsandbytes", "transformers", "peft", "lightning.fabric"):
-        importlib.import_module(name)
-    failed = {}
-    for name, code in json.loads(sys.stdin.read()).items():
-        reads, writes = os.pipe()
-        child = os.fork()
-        if child == 0:
-            try:
-                exec(code, globals())  # pickle looks for classes there
-            except BaseException:
-                os.write(writes, traceback.format_exc()[-4000:].encode())
-                os._exit(1)
-            os._exit(0)
-        os.close(writes)
-        if os.waitpid(child, 0)[1]:
-            failed[name] = os.read(reads, 4000).decode()
-        os.close(reads)
-    print(json.dumps(failed))
-"""
+@pytest.fixture(scope="module")
+def forking():
+    with Forking("bitsandbytes", "transformers", "peft", "lightning.fabric") as forking:
+        yield forking
 
 
-def test_each_way_to_a_quantized_model_refuses_what_others_do_wrong(tmp_path):
-    pytest.importorskip("lightning")
-    cases = {
-        f"{mode}, to be unpickled": (MAKING["loaded"], f'torch.save(made("{mode}"), f"{{folder}}/{mode}.pt")')
-        for mode in USES
-    }
-    cases |= {f"{mode}, {how}": (make, use) for mode, use in USES.items() for how, make in MAKING.items()}
-    codes = {name: "\n".join(map(dedent, (COMMON, *parts))) for name, parts in cases.items()}
-    command = [sys.executable, "-c", dedent(FORKING), str(tmp_path)]
-    done = subprocess.run(command, input=json.dumps(codes), stdout=subprocess.PIPE, text=True, check=True)
-    assert json.loads(done.stdout.splitlines()[-1]) == {}
+@pytest.mark.parametrize("how", MAKING)
+@pytest.mark.parametrize("mode", USES)
+def test_each_way_to_a_quantized_model_refuses_what_others_do_wrong(mode, how, tmp_path, forking):
+    def run(*parts):
+        forking.run("\n".join(map(dedent, (COMMON, *parts))), tmp_path)
+
+    if how == "unpickled":
+        run(MAKING["loaded"], f'torch.save(made("{mode}"), "{mode}.pt")')
+    run(MAKING[how], USES[mode])
