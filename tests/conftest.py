@@ -24,7 +24,7 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 
 # What a user may have set, and each test sets for itself if it needs it.
-SETTINGS = ("BIGLOAD_THREADS", "BIGLOAD_RING_BYTES", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+SETTINGS = ("COLUMNS", "BIGLOAD_THREADS", "BIGLOAD_RING_BYTES", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 LEFT_OUT = pytest.StashKey[int]()
 
 USUAL_THREADS = torch.get_num_threads()

@@ -99,7 +99,7 @@ def test_new_part_whose_class_does_not_initialise_it_is_loaded_with_values_of_it
 
     folder = save_checkpoint(net(), tmp_path)
     model = empty(lambda: Net(**dict(net().named_children()), table=Table()))
-    with pytest.raises(CheckpointError, match="which would initialise it: give it values before the load"):
+    with pytest.raises(CheckpointError, match="that initialises it: give it values before the load"):
         load_and_quantize_model(model, "nf4", folder, initialize_missing=["table"])
     model.table.rows = nn.Parameter(torch.full((4, 64), 2.0))
     assert torch.equal(load_and_quantize_model(model, "nf4", folder, device_map="cpu").table.rows, model.table.rows)
