@@ -244,6 +244,7 @@ def _place_by_map(units: Sequence[Unit], places: Mapping[str, Place], request: P
             placed.append(PlacedUnit(unit, devices[0]))
         elif by_cpu and part is not None:
             placed.append(PlacedUnit(part, devices[0], CPU, by_cpu=True))
+            _note_staying(part, CPU, places, staying)
         elif on_cpu and away[0] == CPU:
             placed.append(PlacedUnit(unit, CPU))
         else:
