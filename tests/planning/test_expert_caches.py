@@ -295,6 +295,25 @@ def test_the_faster_of_link_and_cpu_computes_the_experts_and_the_log_says_why(de
         assert f"at {link} GB/s, the CPU computes" in caplog.text
 
 
+@pytest.mark.parametrize("link", [50.0, 2.0])
+@pytest.mark.parametrize("device_map", ["auto", {"": 0, "model.layers.1.mlp": "cpu", "model.norm": "cpu"}])
+def test_what_is_asked_in_vain_is_warned_of_once_though_both_ways_are_tried(device_map, link, rates, caplog):
+    rates(link, 10.0)
+    budgets = {0: WHOLE + RESERVE - 6 * ONE, "cpu": "10GiB", "disk": "1GiB"} if device_map == "auto" else None
+    made = plan_device_map(
+        build(),
+        "nf4",
+        device_map=device_map,
+        max_memory=budgets,
+        no_split_module_classes=["Qwen3MoeDecoderLayer", "Absent"],
+        offload=OffloadConfig(execute="auto", reserve=RESERVE),
+    )
+    assert made.offloaded
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(said) == len(set(said)) == 2
+    assert said[0].startswith("no_split_module_classes names 'Absent'")
+
+
 def test_what_need_not_be_copied_counts_for_the_gpu(rates):
     """With a cache of half, half of the visited experts are copied."""
     away = {"": 0, "model.layers.1.mlp.experts": "cpu"}
