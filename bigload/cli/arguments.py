@@ -98,6 +98,8 @@ def _share_or_size(text: str) -> float | str:
         share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         return text
+    if share > 1 and not text.endswith("%"):
+        return size(text)
     return share if 0 <= share <= 1 else text
 
 
@@ -157,8 +159,9 @@ def size(text: str) -> str:
         meant = f"{number}{unit}iB" if unit and number.replace(".", "", 1).isdecimal() else ""
         hint = f" (did you mean '{meant}'?)" if meant else ""
         raise argparse.ArgumentTypeError(f"{text!r} is not a size{hint}; write bytes, or a unit as in 10GiB") from None
-    if 0 < nbytes < _FEW and text.strip().isdecimal():
-        meant = f"{text.strip()}{'GiB' if nbytes < _MANY_GIB else 'MiB'}"
+    number = text.strip()
+    if nbytes < _FEW and not number[-1].isalpha() and float(number):
+        meant = f"{number}{'GiB' if nbytes < _MANY_GIB else 'MiB'}"
         raise argparse.ArgumentTypeError(f"{text!r} means so many bytes (did you mean '{meant}'?); add a unit")
     return text
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -236,6 +236,6 @@ def load_figure(report: LoadReport, title: str, colours: Theme) -> Any:
     axes.set_ylim(len(lanes) - 0.4, -0.6)
     axes.set_xlim(0, report.elapsed_s)
     axes.xaxis.set_major_formatter("{x:g} s")
-    heading = str(report).partition(", at most")[0]
+    heading = str(replace(report, peak_bytes={}))
     axes.set_title("\n".join(filter(None, (title, heading))), fontsize=10, color=colours.ink, loc="left")
     return figure

@@ -163,7 +163,10 @@ def config_dtype(model: nn.Module) -> torch.dtype | None:
 def experts_per_token(model: Any) -> int | None:
     """Return how many experts of each layer a token visits, as the config says; None if it does not."""
     config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    try:
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    except ValueError:  # it has several, for models that may visit different numbers
+        return None
     found = [getattr(text, name, None) for name in _EXPERTS_PER_TOKEN]
     found = [max(each, default=None) if isinstance(each, (list, tuple)) else each for each in found]
     return next((each for each in found if isinstance(each, int) and not isinstance(each, bool) and each > 0), None)

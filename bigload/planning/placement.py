@@ -80,7 +80,7 @@ def place_units(view: ModelView, tensors: Sequence[PlannedTensor], request: Plac
     Raises:
         PlacementError: the device map or the budgets cannot be met.
     """
-    units = units_of(view, tensors, request.no_split_module_classes)
+    units = units_of(view, tensors, request.no_split_module_classes, warns=request.warns)
     device_map = request.device_map
     if is_strategy(device_map):
         return _place_by_strategy(units, str(device_map), request)
@@ -128,7 +128,7 @@ def _place_by_strategy(units: Sequence[Unit], strategy: str, request: PlacementR
     if request.offload_folder is not None:
         free = free_disk_bytes(request.offload_folder)
         budgets["disk"] = homes["disk"] = request.budgets.get("disk", free)
-    elif "disk" in request.budgets:
+    elif "disk" in request.budgets and request.warns:
         logger.warning("max_memory has a budget for 'disk', which nothing goes to: name an offload_folder too")
     fp32 = request.fp32_on_cpu and on_gpu
     if fp32:
@@ -244,6 +244,7 @@ def _place_by_map(units: Sequence[Unit], places: Mapping[str, Place], request: P
             placed.append(PlacedUnit(unit, devices[0]))
         elif by_cpu and part is not None:
             placed.append(PlacedUnit(part, devices[0], CPU, by_cpu=True))
+            _note_staying(part, CPU, places, staying)
         elif on_cpu and away[0] == CPU:
             placed.append(PlacedUnit(unit, CPU))
         else:
@@ -252,7 +253,8 @@ def _place_by_map(units: Sequence[Unit], places: Mapping[str, Place], request: P
             mapped = _unit_offloading(unit, away[0], places)
             placed.append(PlacedUnit(mapped, device, away[0]) if mapped.offloaded else PlacedUnit(unit, device))
             _note_staying(mapped, away[0], places, staying)
-    _warn_of_staying(staying)
+    if request.warns:
+        _warn_of_staying(staying)
     used = {one.device for one in placed} | {CPU for one in placed if one.home == CPU}
     budgets: dict[Place, int] = dict(request.budgets)
     if request.must_exist:

@@ -207,7 +207,7 @@ def _placement(
     placement = place_units(view, tensors, request)
     if request.offload.execute != "auto" or request.fp32_on_cpu:
         return placement
-    by_cpu = replace(request, fp32_on_cpu=True, offload=replace(request.offload, execute="cpu"))
+    by_cpu = replace(request, fp32_on_cpu=True, offload=replace(request.offload, execute="cpu"), warns=False)
     if any(placed.is_by_expert for placed in placement.units):
         with suppress(PlacementError):
             other = place_units(view, tensors, by_cpu)

@@ -43,6 +43,7 @@ class PlacementRequest:
         host_ring: bytes of the host buffer that files are read through on their way to a GPU.
         may_offload: whether a strategy may offload weights; not so those that are trained themselves.
         must_exist: whether the devices must exist on this machine; not so for a plan that is not executed.
+        warns: whether to warn of what is asked in vain; not where the same is placed a second time, in another way.
     """
 
     device_map: DeviceMap = None
@@ -55,6 +56,7 @@ class PlacementRequest:
     host_ring: int = 0
     may_offload: bool = True
     must_exist: bool = True
+    warns: bool = True
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,11 @@ def bytes_of(tensors: Sequence[PlannedTensor], multiple: int = 1) -> int:
 
 
 def units_of(
-    view: ModelView, tensors: Sequence[PlannedTensor], no_split_module_classes: Collection[str] | None = None
+    view: ModelView,
+    tensors: Sequence[PlannedTensor],
+    no_split_module_classes: Collection[str] | None = None,
+    *,
+    warns: bool = True,
 ) -> list[Unit]:
     """Split a model into units, in the order of its modules.
 
@@ -162,6 +166,7 @@ def units_of(
         tensors: all of the model's, with their formats.
         no_split_module_classes: names of the classes of blocks; by default the model's own `_no_split_modules`, else
             the classes in its largest list of modules.
+        warns: whether to warn of names that no class of the model has.
     """
     by_name = {name: planned for planned in tensors for name in planned.tensor.names}
     if no_split_module_classes is None:
@@ -171,7 +176,7 @@ def units_of(
     else:
         blocks = set(no_split_module_classes)
         unknown = blocks - {type(module).__name__ for module in view.modules.values()}
-        if unknown:
+        if unknown and warns:
             logger.warning(
                 "no_split_module_classes names %s, but no module of the model is of that class", listed(sorted(unknown))
             )

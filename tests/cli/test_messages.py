@@ -82,6 +82,10 @@ WORDS = {
     "cpu=8Gb": (["load", "model", "--max-memory", "cpu=8Gb"], "8GiB"),
     "cpu=8": (["load", "model", "--max-memory", "cpu=8"], "8GiB"),
     "4": (["load", "model", "--reserve", "4"], "4GiB"),
+    "1.5": (["load", "model", "--reserve", "1.5"], "1.5GiB"),
+    "cpu=8.5": (["load", "model", "--max-memory", "cpu=8.5"], "8.5GiB"),
+    "2": (["load", "model", "--expert-cache", "2"], "2GiB"),
+    "512.": (["load", "model", "--expert-cache", "512."], "512.MiB"),
     "5g": (["quantize", "model", "made", "--max-shard-size", "5g"], "5GiB"),
 }
 

@@ -81,7 +81,8 @@ def test_a_load_has_a_lane_for_each_stage_of_each_device(dark):
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     spans = [("plan", cpu, 0.0, 0.5), ("read", cpu, 0.5, 1.0), ("read", gpu, 1.0, 1.25), ("read", gpu, 1.5, 2.0)]
     spans += [("copy", gpu, 1.25, 2.5), ("quantize", gpu, 1.5, 3.0), ("quantize", cpu, 1.0, 1.1)]
-    report = LoadReport("nf4", 8 * 10**9, 4.0, {gpu: 2**31}, {}, None, tuple(Span(*span) for span in spans))
+    peaks = {gpu: 3 * 2**30}  # which the heading has no room for
+    report = LoadReport("nf4", 8 * 10**9, 4.0, {gpu: 2**31}, peaks, None, tuple(Span(*span) for span in spans))
     (axes,) = load_figure(report, "A title", theme(dark=dark)).axes
     lanes = [text.get_text() for text in axes.get_yticklabels()]
     assert lanes == [

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from mixtures import MIXTURES, config
 from models import GPT
 from plans import planned
+from torch import nn
+from transformers import EncodecConfig, MusicgenConfig, T5Config
 
 from bigload import ConfigError, OffloadConfig, PlacementError, plan_device_map
 from bigload.planning.placing.cpu_or_gpu import experts_gb_per_s
@@ -244,6 +246,23 @@ def test_where_leaving_the_experts_is_not_enough_the_cpu_gets_whole_blocks():
     assert any(placed.device == torch.device("cpu") for placed in made.units)
 
 
+@pytest.mark.parametrize("execute", ["gpu", "cpu"])
+def test_what_a_map_sends_away_beside_the_experts_and_stays_is_warned_of(execute, caplog):
+    class Scaled(nn.Module):
+        """Holds the experts, and a large parameter of its own, which cannot leave as its module is no leaf."""
+
+        def __init__(self, mlp):
+            super().__init__()
+            self.experts, self.scales = mlp.experts, nn.Parameter(torch.empty(2**20, device="meta"))
+
+    model = empty(lambda: MIXTURES["qwen3_moe"][0](config("qwen3_moe", **FIELDS)))
+    model.model.layers[1].mlp = Scaled(model.model.layers[1].mlp)
+    away = {"": 0, "model.layers.1.mlp": "cpu"}
+    made = plan_device_map(model, "nf4", device_map=away, offload=OffloadConfig(execute=execute))
+    assert [placed.is_by_expert for placed in made.offloaded] == [True]
+    assert "device_map offloads 'model.layers.1.mlp.scales', which stay on the device" in caplog.text
+
+
 def test_a_cache_that_the_cpu_makes_useless_is_warned_of(caplog):
     assert by_cpu(plan(WHOLE + RESERVE - 2 * ONE, execute="cpu", expert_cache=0.5))
     assert "expert_cache has no effect: the CPU computes the experts" in caplog.text
@@ -274,6 +293,25 @@ def test_the_faster_of_link_and_cpu_computes_the_experts_and_the_log_says_why(de
         said = f"experts in host memory are computed on the {which}: for a token that visits 2 of each module, a GPU"
         assert said in caplog.text
         assert f"at {link} GB/s, the CPU computes" in caplog.text
+
+
+@pytest.mark.parametrize("link", [50.0, 2.0])
+@pytest.mark.parametrize("device_map", ["auto", {"": 0, "model.layers.1.mlp": "cpu", "model.norm": "cpu"}])
+def test_what_is_asked_in_vain_is_warned_of_once_though_both_ways_are_tried(device_map, link, rates, caplog):
+    rates(link, 10.0)
+    budgets = {0: WHOLE + RESERVE - 6 * ONE, "cpu": "10GiB", "disk": "1GiB"} if device_map == "auto" else None
+    made = plan_device_map(
+        build(),
+        "nf4",
+        device_map=device_map,
+        max_memory=budgets,
+        no_split_module_classes=["Qwen3MoeDecoderLayer", "Absent"],
+        offload=OffloadConfig(execute="auto", reserve=RESERVE),
+    )
+    assert made.offloaded
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(said) == len(set(said)) == 2
+    assert said[0].startswith("no_split_module_classes names 'Absent'")
 
 
 def test_what_need_not_be_copied_counts_for_the_gpu(rates):
@@ -317,6 +355,19 @@ def test_hits_foretold_are_those_of_a_simulated_cache(share):
     made = plan(None, {"": 0, "model.layers.1.mlp.experts": "cpu"}, expert_cache=share)
     (placed,) = made.offloaded
     assert 1 - placed.token_bytes(2) / placed.visited_bytes(2) == pytest.approx(hits / wanted, abs=0.02)
+
+
+def test_a_config_of_several_texts_does_not_say_how_many_a_token_visits():
+    class Several(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.decoder = MIXTURES["qwen3_moe"][0](config("qwen3_moe", **FIELDS))
+            parts = {"text_encoder": T5Config().to_dict(), "audio_encoder": EncodecConfig().to_dict()}
+            self.config = MusicgenConfig(**parts, decoder={"model_type": "musicgen_decoder"})
+
+    made = plan_device_map(empty(Several), "nf4", device_map={"": 0, "decoder.model.layers.1.mlp.experts": "cpu"})
+    assert [placed.is_by_expert for placed in made.offloaded] == [True]
+    assert made.experts_per_token is None
 
 
 def test_a_token_that_visits_more_than_half_gets_all():
