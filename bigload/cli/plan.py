@@ -117,7 +117,7 @@ def run(options: argparse.Namespace) -> None:
         print("\n".join(table), end="\n" if table else "")
         raise chosen
     if options.json:
-        made = {"verdict": verdict(chosen, rates, said, options.batch), **plan_json(chosen, rates)}
+        made = {"verdict": verdict(chosen, rates, said, options.batch), **plan_json(chosen, rates, options.batch)}
         made["gb_per_s"] = vars(rates)
         if compared:
             made["modes"] = {mode: _mode_json(plan) for mode, plan in compared.items()}

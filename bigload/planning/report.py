@@ -134,8 +134,14 @@ def with_kv_cache(plan: Plan, layers: Sequence[int], reserved: int = 0) -> Plan:
 _PARTS = ("weights", "quant_state", "ring", "cache", "reserve", "kv_cache")
 
 
-def plan_json(plan: Plan, rates: Rates | None = None) -> dict[str, Any]:
-    """Return a plan as a dict that can be written as JSON; sizes in bytes, `step_s` in seconds."""
+def plan_json(plan: Plan, rates: Rates | None = None, sequences: int = 1) -> dict[str, Any]:
+    """Return a plan as a dict that can be written as JSON; sizes in bytes, `step_s` in seconds.
+
+    Args:
+        plan: the plan.
+        rates: of the link and the disk; without them `step_s` is None.
+        sequences: that are generated at once, which may visit other experts.
+    """
     return {
         "mode": plan.config.mode,
         "places": [
@@ -168,5 +174,5 @@ def plan_json(plan: Plan, rates: Rates | None = None) -> dict[str, Any]:
         "streamed_bytes": plan.streamed_bytes,
         "experts_per_token": plan.experts_per_token,
         "token_bytes": round(plan.token_bytes),
-        "step_s": None if rates is None else step_seconds(plan, rates),
+        "step_s": None if rates is None else step_seconds(plan, rates, sequences),
     }

@@ -36,7 +36,7 @@ def test_report_has_the_times_of_all_stages(tmp_path, device, mode):
     assert ("quantize" in stages) == (mode != "none")
     for stage in stages:
         spans = [span for span in report.timeline if span.stage == stage]
-        assert all(0 <= span.begin_s <= span.end_s <= report.elapsed_s + 0.01 for span in spans)
+        assert all(0 <= span.begin_s <= span.end_s <= report.elapsed_s + 1 for span in spans)
         assert all(one.end_s <= other.begin_s + 1e-3 for one, other in itertools.pairwise(spans))
         assert report.stage_s[stage] == pytest.approx(sum(span.end_s - span.begin_s for span in spans))
     assert list(report.stage_s) == [stage for stage in ("plan", "read", "copy", "quantize") if stage in stages]

@@ -15,7 +15,7 @@ from transformers import EncodecConfig, MusicgenConfig, T5Config
 
 from bigload import ConfigError, OffloadConfig, PlacementError, plan_device_map
 from bigload.planning.placing.cpu_or_gpu import experts_gb_per_s
-from bigload.planning.report import Rates, step_bytes, step_seconds, verdict
+from bigload.planning.report import Rates, plan_json, step_bytes, step_seconds, verdict
 from bigload.sizes import show
 
 GPU = torch.device("cuda", 0)
@@ -402,6 +402,7 @@ def test_sequences_share_some_of_the_experts_that_their_tokens_visit():
     assert two == pytest.approx(16 * (1 - (14 / 16) ** 2) * each / 2)
     assert many == number * each
     assert step_bytes(made, 2) == two
+    assert plan_json(made, Rates(10.0, 1.0), 2)["step_s"] == two / 1e10
 
 
 def test_biases_that_stay_beside_the_cache_are_not_warned_of(caplog, monkeypatch):
