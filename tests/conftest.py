@@ -12,6 +12,7 @@ starts another process.
 import gc
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -30,6 +31,11 @@ LEFT_OUT = pytest.StashKey[int]()
 USUAL_THREADS = torch.get_num_threads()
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(1)
+
+
+# A shell has what it starts in the background ignore Ctrl-C, and so would the processes of the tests.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 MOST_PROCESSES = 8  # each takes over 1 GB
