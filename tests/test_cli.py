@@ -8,9 +8,8 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
-from models import llama
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from models import llama, save_tokenizer
+from transformers import BertConfig, BertModel
 
 from bigload import ConfigError
 from bigload.cli import main
@@ -31,13 +30,6 @@ def never_loaded(monkeypatch):
         raise AssertionError("the weights were loaded")
 
     monkeypatch.setattr("bigload.loading.load_and_quantize_model", load)
-
-
-def save_tokenizer(folder):
-    words = {f"w{i}": i for i in range(127)} | {"<unk>": 127}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
 
 
 def message_of(arguments, capsys):

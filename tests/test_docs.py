@@ -15,9 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import LLAMA_8B, llama
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from models import LLAMA_8B, llama, save_tokenizer
+from printed import without_figures
 
 import bigload
 from bigload.cli import main
@@ -55,12 +54,7 @@ NOT_RUN = {
     "hf upload": "it needs the hub and an account",
     "python -m benchmarks": "it measures for minutes: tests/test_benchmarks.py runs such on small models",
 }
-FIGURES = (
-    (r"in \d+\.\d+ s at \d+\.\d+ GB/s", "in # s at # GB/s"),
-    (r", peak [\d.]+ \w+ on cpu", ""),
-    (r"[\d.]+ \w+ so far", "# so far"),
-    (r"^(\S+ +[\d.]+ MiB) +[\d.]+ +[\d.]+ +[\d.]+(?=   )", r"\1 # # #"),  # of the demo
-)
+STREAMED = (r"[\d.]+ \w+ so far", "# so far")
 
 
 def blocks(page):
@@ -68,10 +62,8 @@ def blocks(page):
     return [match.groups() for match in BLOCK.finditer(PAGES[page].read_text())]
 
 
-def without_figures(text):
-    for pattern, said in FIGURES:
-        text = re.sub(pattern, said, text, flags=re.MULTILINE)
-    return text.rstrip().splitlines()
+def lines_of(text):
+    return without_figures(text, STREAMED).rstrip().splitlines()
 
 
 def run(language, code, names):
@@ -88,10 +80,7 @@ def run(language, code, names):
 
 def write_llama():
     llama(eos_token_id=None).bfloat16().save_pretrained("checkpoint")
-    words = {f"w{i}": i for i in range(127)} | {"<unk>": 127}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained("checkpoint")
+    save_tokenizer("checkpoint")
 
 
 def write_config_of_8b():
@@ -145,13 +134,13 @@ def test_blocks_run_and_print_what_is_shown(page, device, request, capfd):
         printed = capfd.readouterr().out
         if shown is None or device.type != "cpu":
             continue
-        if os.environ.get("BIGLOAD_RECORD") and without_figures(printed) != without_figures(shown):
+        if os.environ.get("BIGLOAD_RECORD") and lines_of(printed) != lines_of(shown):
             text = PAGES[page].read_text()
             old = f"{code}```\n\n```text\n{shown}```"
             assert old in text, "an output follows its block after an empty line"
             PAGES[page].write_text(text.replace(old, f"{code}```\n\n```text\n{printed.rstrip()}\n```"))
             shown = printed
-        assert without_figures(printed) == without_figures(shown), code
+        assert lines_of(printed) == lines_of(shown), code
 
 
 def test_each_block_has_a_language_that_is_tried():

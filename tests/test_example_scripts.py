@@ -12,9 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from children import Forking
-from models import llama
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from models import llama, save_tokenizer
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
@@ -53,8 +51,7 @@ def test_script_runs(script, tmp_path, monkeypatch, capsys, request):
 
 def test_generate_takes_a_real_model_by_its_folder(tmp_path, capsys):
     llama(False, eos_token_id=None).to(torch.bfloat16).save_pretrained(tmp_path)
-    tokenizer = Tokenizer(models.WordLevel({f"w{n}": n for n in range(127)} | {"<unk>": 127}, unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
     here(ROOT / "examples/generate.py", str(tmp_path))
     printed = capsys.readouterr().out
     assert "nothing is offloaded" in printed

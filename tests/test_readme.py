@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import llama
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from models import llama, save_tokenizer
+from printed import without_figures
 
 from bigload.cli import main
 
@@ -21,12 +20,6 @@ PICTURES = sorted((ROOT / "docs/pictures").iterdir())
 
 def blocks(language):
     return re.findall(rf"```{language}\n(.*?)\n```", README, re.DOTALL)
-
-
-def without_times(text):
-    """Leave out what differs from run to run: seconds, rates and peaks of memory."""
-    text = re.sub(r"in \d+\.\d+ s at \d+\.\d+ GB/s", "in # s at # GB/s", text)
-    return re.sub(r", peak [\d.]+ \w+ on cpu", "", text).strip()
 
 
 def test_it_gives_the_two_commands_and_ci_runs_the_second():
@@ -47,17 +40,14 @@ def test_its_python_runs_as_pasted_and_prints_what_it_says(tmp_path, monkeypatch
             exec(part, names)
             printed = capsys.readouterr().out
         else:
-            assert without_times(printed) == without_times(part)
+            assert without_figures(printed).strip() == without_figures(part).strip()
     assert type(names["net"].blocks[0][0]).__name__ == "Linear4bit"
 
 
 def test_its_commands_run_as_pasted(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     llama(False, eos_token_id=None).save_pretrained("llama")
-    words = {word: number for number, word in enumerate(["<unk>", "The", "capital", "of", "France", "is"])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained("llama")
+    save_tokenizer("llama", ["<unk>", "The", "capital", "of", "France", "is"])
     ran = []
     for line in "\n".join(blocks("sh")).splitlines():
         if line.startswith("bigload "):

@@ -14,21 +14,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import LLAMA_8B, QWEN3_30B, llama
+from models import LLAMA_8B, QWEN3_30B, llama, save_tokenizer
+from printed import without_figures
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from bigload.cli import main
 
 TRANSCRIPTS = sorted((Path(__file__).parent / "transcripts").glob("*.txt"))
 VARYING = (
-    (r"in \d+\.\d+ s at \d+\.\d+ GB/s", "in # s at # GB/s"),
-    (r", peak [\d.]+ \w+ on cpu", ""),
-    (r"^(\S+ +[\d.]+ MiB) +[\d.]+ +[\d.]+ +[\d.]+(?=   )", r"\1 # # #"),  # of the demo
     (r"^(w3 w4 w5)( w\d+){4}$", r"\1 # # # #"),  # of random weights
     (r"OSError: .*", "OSError: #"),  # in transformers' words
-    (r"usage: .*?\n\n", ""),  # wrapped otherwise by each version of Python
+    (r"(?s:usage: .*?\n\n)", ""),  # wrapped otherwise by each version of Python
     (r"cannot be downloaded: .*?; check", "cannot be downloaded: #; check"),
 )
 
@@ -45,10 +41,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr("bigload.planning.placement.free_disk_bytes", lambda folder: 100 * 2**30)
     torch.manual_seed(0)
     llama(False, eos_token_id=None).to(torch.bfloat16).save_pretrained("model")
-    words = {f"w{i}": i for i in range(127)} | {"<unk>": 127}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained("model")
+    save_tokenizer("model")
     llama(False).config.save_pretrained("no-weights")
     sizes = {"hidden_size": 256, "intermediate_size": 8192, "num_hidden_layers": 3}
     llama(False, **sizes).to(torch.bfloat16).save_pretrained("streamed")
@@ -84,8 +77,7 @@ def printed(line, capfd, monkeypatch):
     text = captured.out + "".join(errors) + (f"[{status}]\n" if status else "")
     assert "Traceback" not in captured.err
     assert "Path(" not in text
-    for pattern, said in VARYING:
-        text = re.sub(pattern, said, text, flags=re.MULTILINE | re.DOTALL if "usage" in pattern else re.MULTILINE)
+    text = without_figures(text, *VARYING)
     width = os.environ.get("COLUMNS")
     if width and not status:
         too_long = [line for line in text.splitlines() if len(line) > int(width) and " " in line.strip()]

@@ -1,6 +1,7 @@
 """Programs in processes that have done nothing yet, without the seconds that each import of the libraries takes.
 
-A process imports the libraries and nothing else. Each program runs in a child that is forked from it.
+A process imports the libraries and nothing else. Each program runs in a child that is forked from it. Where there is a
+GPU each is a process of its own: bitsandbytes makes a context of CUDA when it is imported, which survives no fork.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import types
 from pathlib import Path
 from typing import IO, Any
 
+import torch
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -26,16 +29,19 @@ class Forking:
         # One thread: what OpenMP has started does not survive a fork.
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        command = [sys.executable, __file__, *libraries]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
+        self._environment, self._process = environment, None
+        if not torch.cuda.is_available():
+            command = [sys.executable, __file__, *libraries]
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            )
 
     def __enter__(self) -> Forking:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        self._process.communicate()
+        if self._process is not None:
+            self._process.communicate()
 
     def run(self, code: str, folder: Path) -> str:
         """Run a program in a folder. Returns what it prints.
@@ -43,6 +49,11 @@ class Forking:
         Raises:
             AssertionError: it has failed; the message is what it said.
         """
+        if self._process is None:
+            command = [sys.executable, "-c", code]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=self._environment)
+            assert done.returncode == 0, done.stderr
+            return done.stdout
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps([code, str(folder)]) + "\n")

@@ -171,6 +171,17 @@ def llama(tied: bool = False, **sizes):
     return LlamaForCausalLM(LlamaConfig(tie_word_embeddings=tied, **(options | sizes)))
 
 
+def save_tokenizer(folder, words=None):
+    """Write a tokenizer of words: by default of `llama`'s tokens, "w0" to "w126" and "<unk>"."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    numbers = {word: number for number, word in enumerate(words or [*(f"w{n}" for n in range(127)), "<unk>"])}
+    tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+
+
 def t5(**options):
     from transformers import T5Config, T5ForConditionalGeneration
 
