@@ -226,10 +226,12 @@ def _experts(options: argparse.Namespace) -> None:
     tokens = options.tokens or (offloaded_experts.TOKENS if options.offload else TOKENS)
     measure = offloaded_experts.measure_offloaded_experts if options.offload else measure_experts
     whole = {"layers": options.layers} if options.offload and not options.alone else None
-    how = {"models": whole} if options.offload else {}
+    how, shown = {"models": whole} if options.offload else {}, None
     for result in measure(shapes, tokens, _device(options.device), options.commit, options.seconds, **how):
-        if latest := (result["rows"] or result.get("models") or [None])[-1]:
+        latest = (result["rows"] or result.get("models") or [None])[-1]
+        if latest is not shown:  # some are left out
             print(json.dumps(latest), file=sys.stderr, flush=True)
+            shown = latest
         if options.out is not None:
             _give(result, options.out)
     if options.out is None:

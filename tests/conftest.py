@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from packaging.version import Version
 
 # On a busy machine any example may take its time.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -36,6 +37,14 @@ if "OMP_NUM_THREADS" not in os.environ:
 # A shell has what it starts in the background ignore Ctrl-C, and so would the processes of the tests.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Dynamo of torch 2.11 can crash the process when a module is freed that it has compiled. 2.12 has it set so.
+if Version(torch.__version__) < Version("2.12"):
+    import torch._dynamo.config
+
+    if hasattr(torch._dynamo.config, "use_recursive_dict_tags_for_guards"):
+        torch._dynamo.config.use_recursive_dict_tags_for_guards = False
 
 
 MOST_PROCESSES = 8  # each takes over 1 GB

@@ -181,9 +181,14 @@ def _refuse_export() -> NoReturn:
 _refuse_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _run_uncompiled(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def is_exporting() -> bool:
+    """Whether torch.export runs or traces the model now."""
     # Not torch.compiler.is_exporting(): until torch 2.12, Dynamo took it for true in whatever it traces.
-    if getattr(torch.compiler, "_is_exporting_flag", False):  # since torch 2.7
+    return bool(getattr(torch.compiler, "_is_exporting_flag", False))  # since torch 2.7
+
+
+def _run_uncompiled(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if is_exporting():
         _refuse_export()
     return _run_eagerly(forward, args, kwargs)
 

@@ -28,7 +28,7 @@ from ..tables import html_table
 from .device_hooks import attach
 from .engine import Engine
 from .files import FileGroup, limit_page_cache
-from .forwards import forward_override_of
+from .forwards import forward_override_of, is_exporting
 from .leaves import Group, Leaf, NonCopyable, remove_all
 from .model_device import ApplyGuards, ModelDevices, entries_of_whole
 from .on_device.slot_pool import StreamStats
@@ -275,7 +275,9 @@ class MoveAddedParameters(NonCopyable):
             return
         self._seen = _registrations.count
         model = self._model()
-        if model is None:
+        # torch.export goes on to an offloaded weight, which says that it cannot be exported. The Dynamo of torch 2.11,
+        # which knows no id() of a parameter, would end here.
+        if model is None or is_exporting():
             return
         away = {id(leaf.module._parameters.get(name)) for leaf in self._leaves for name in leaf.parameters}
         for parameter in model.get_submodule(self._path).parameters():

@@ -202,8 +202,8 @@ def test_a_mixture_that_does_not_fit_runs_within_its_budget(tmp_path):
     mixture(name, **fields).save_pretrained(tmp_path)
     whole = load_and_quantize_model(empty(large), "nf4", tmp_path, device_map={"": 0}).eval()
     needed = plan_device_map(empty(large), "nf4", tmp_path, device_map=0).accounts[0].needed
-    part = load_and_quantize_model(empty(large), "nf4", tmp_path, max_memory={0: needed - 20 * 2**20, "cpu": "8GiB"})
-    part.eval()
+    budgets = {0: needed - 20 * 2**20, "cpu": "8GiB"}
+    part = load_and_quantize_model(empty(large), "nf4", tmp_path, device_map="auto", max_memory=budgets).eval()
     assert any(placed.cached for placed in part.offload.plan.units)
     options = {"max_new_tokens": 32, "do_sample": False}
     prompt = TOKENS[:1].to(gpu)
