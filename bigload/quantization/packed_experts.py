@@ -116,7 +116,11 @@ class PackedExperts:
 
 
 _PARTS = ("absmax", "quant_map", "nested_offset", "nested_absmax", "nested_quant_map")
-TABLE = "table"
+TABLE, BOOK = "table", "book"
+
+
+# Numbers of the book: of all, of each slot, and of each part of which experts have their own.
+BOOK_HEAD, BOOK_SLOT, BOOK_PART = 4, 4, 3
 
 
 def cache_layout(weights: Mapping[str, tuple[FourBit, tuple[int, ...]]], slots: int) -> Layout:
@@ -128,7 +132,8 @@ def cache_layout(weights: Mapping[str, tuple[FourBit, tuple[int, ...]]], slots: 
 
     Returns:
         Of each weight the packed bytes, (slots, bytes), uint8, under its name; the scales, (slots, blocks), and the
-        other parts of its format by `part_name`; and "table", (E,), int32: the slots of the experts.
+        other parts of its format by `part_name`; "table", (E,), int32: the slots of the experts; and "book", int64:
+        what a GPU notes that keeps the cache itself.
 
     Examples:
         >>> nf4 = FourBit("nf4", 64, False, torch.uint8)
@@ -144,6 +149,7 @@ def cache_layout(weights: Mapping[str, tuple[FourBit, tuple[int, ...]]], slots: 
         own["absmax"] = TensorSpec(own["absmax"].dtype, (slots, rows * columns // fmt.blocksize))
         parts |= {part_name(name, part): spec for part, spec in own.items()}
         parts[TABLE] = TensorSpec(torch.int32, shape[:1])
+    parts[BOOK] = TensorSpec(torch.int64, (BOOK_HEAD + BOOK_SLOT * slots + BOOK_PART * 2 * len(weights),))
     return Layout(parts)
 
 

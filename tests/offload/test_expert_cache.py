@@ -17,14 +17,30 @@ from bigload.hardware.pinned import HostGroup
 from bigload.offload.engine import Engine
 from bigload.offload.files import FileGroup
 from bigload.offload.leaves import Group, Leaf
-from bigload.offload.on_device.expert_cache import ExpertCache
+from bigload.offload.on_device.gpu_book import GpuBook
 
 EXPERTS = 6
+GPU_BOOK = "bigload.offload.on_device.gpu_book.GpuBook"
 # The scales of an expert's down_proj begin in the middle of a block of scales: 128 x 64 weights, 128 scales.
 KINDS = [("qwen3", "nf4"), ("gpt_oss", "nf4-dq"), ("nemotron", "nf4-dq"), ("gpt_oss", "fp4")]
 
 
 KEPT: list[Engine] = []  # as a loaded model keeps its own: what is written is noticed by it
+
+
+@pytest.fixture(params=["cpu", *(pytest.param(by, marks=pytest.mark.cuda) for by in ("cuda", "cuda-by-the-host"))])
+def device(request, monkeypatch):
+    """Where it may, a GPU keeps the books itself."""
+    if request.param == "cuda-by-the-host":
+        monkeypatch.setattr(f"{GPU_BOOK}.suits", lambda *_: False)
+    return torch.device("cpu") if request.param == "cpu" else torch.device("cuda", 0)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device_of_host(request, monkeypatch):
+    """A device whose books the host keeps."""
+    monkeypatch.setattr(f"{GPU_BOOK}.suits", lambda *_: False)
+    return torch.device("cpu") if request.param == "cpu" else torch.device("cuda", 0)
 
 
 @pytest.fixture(autouse=True)
@@ -75,8 +91,9 @@ def stream(model, device, cached, folder=None, slots=1):
     for slot in engine.pool.slots:
         slot.memory.fill_(0xFF)
     for cache in caches_of(engine):
-        for memory in (cache._memory or {}).values():
-            memory.view(-1).view(torch.uint8).fill_(0xFF)
+        for name, memory in cache._book._memory.tensors.items() if cache._book else ():
+            if name != "book":  # it says whether anything else counts
+                memory.view(-1).view(torch.uint8).fill_(0xFF)
     return engine
 
 
@@ -168,7 +185,8 @@ def test_what_was_used_last_stays(device):
     one = sum(slices.nbytes // EXPERTS for name, slices in engine.groups[0].store.tensors.items() if _is_sliced(name))
     shared = sum(tensor.nbytes for name, tensor in engine.groups[0].store.tensors.items() if not _is_sliced(name))
     assert engine.stats().nbytes == 5 * one + shared
-    assert len(set(cache._there.values())) == 3
+    assert 1 in cache._book.places
+    assert len(cache._book.places) == len(set(cache._book.places.values())) == 3
 
 
 def _is_sliced(name):
@@ -261,7 +279,8 @@ def failing_reads(monkeypatch, at):
 
 
 @pytest.mark.parametrize("at", [1, 8, 12, 16, 17, 18, 20, 21, 24, 25, 28])  # of the first call, and of others
-def test_a_call_that_is_interrupted_leaves_what_the_next_can_use(at, device, monkeypatch):
+def test_a_call_that_is_interrupted_leaves_what_the_next_can_use(at, device_of_host, monkeypatch):
+    device = device_of_host
     model = resident("gpt_oss", "nf4-dq", device)
     calls = [choose(*experts, device=device, model=model) for experts in ((0, 1), (2, 0), (1, 3), (0, 2))]
     with torch.no_grad():
@@ -280,7 +299,8 @@ def test_a_call_that_is_interrupted_leaves_what_the_next_can_use(at, device, mon
 
 @pytest.mark.parametrize("at", [1, 2, 3, 4])
 @pytest.mark.parametrize("done", [0, 0.5, 1])
-def test_a_copy_that_is_interrupted_half_way_leaves_what_the_next_call_can_use(at, done, device, monkeypatch):
+def test_a_copy_that_is_interrupted_half_way_leaves_what_the_next_call_can_use(at, done, device_of_host, monkeypatch):
+    device = device_of_host
     model = resident("gpt_oss", "nf4-dq", device)
     calls = [choose(*experts, device=device, model=model) for experts in ((0, 1), (2, 0), (1, 3), (0, 2))]
     own, count = torch._foreach_copy_, [0]
@@ -302,6 +322,40 @@ def test_a_copy_that_is_interrupted_half_way_leaves_what_the_next_call_can_use(a
                 _ = [model(*call) for call in calls]
         for call, right in [*zip(calls, expected, strict=True)] * 2:
             assert torch.equal(model(*call), right)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("step", ["_follow", "_empty", "_fetch", "ends"])
+@pytest.mark.parametrize("is_done", [False, True])
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_a_gpu_that_keeps_the_book_and_is_interrupted_leaves_what_the_next_call_can_use(step, is_done, at, monkeypatch):
+    device = torch.device("cuda", 0)
+    model = resident("gpt_oss", "nf4-dq", device)
+    calls = [choose(*experts, device=device, model=model) for experts in ((0, 1), (2, 0), (1, 3), (0, 2))]
+    count = [0]
+    with torch.no_grad():
+        expected = [model(*call) for call in calls]
+        engine = stream(model, device, 2)
+        (cache,) = caches_of(engine)
+        name = "bring" if step == "ends" else step
+        own = getattr(cache._book, name)
+
+        def interrupted(*given):
+            count[0] += 1
+            is_it = count[0] == at or step == "_empty"  # which runs once
+            if is_done or not is_it:
+                own(*given)
+            if is_it:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(cache._book, name, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                _ = [model(*call) for call in calls]
+        for call, right in [*zip(calls, expected, strict=True)] * 2:
+            assert torch.equal(model(*call), right)
+    assert not cache._running
+    assert engine.stats().fetches == 0
 
 
 @pytest.mark.timeout(method="thread")  # the other way has the signal that this takes
@@ -441,15 +495,16 @@ def test_removed_experts_are_resident(device):
             engine.remove()
         seen.append(True)
 
-    own = ExpertCache._bring
+    (cache,) = caches_of(engine)
+    book = type(cache._book)
+    own = book.bring
 
     def bring(self, wanted):
-        found = own(self, wanted)
+        own(self, wanted)
         remove_within()
-        return found
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(ExpertCache, "_bring", bring)
+        patch.setattr(book, "bring", bring)
         assert torch.equal(model(x, ids, weights), expected)
     assert seen
     engine.remove()
@@ -618,3 +673,25 @@ def test_memory_stays_what_it_was():
         for call in calls * 4:
             model(*call)
         assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("seed", range(6))
+def test_a_gpu_keeps_what_was_used_last(seed):
+    """Against a list in Python: calls of one expert, so that the order of use is told."""
+    device, draw = torch.device("cuda", 0), random.Random(seed)
+    model = resident(device=device, dtype=torch.bfloat16)
+    engine = stream(model, device, cached := draw.randint(1, EXPERTS))
+    (cache,) = caches_of(engine)
+    assert isinstance(cache._book, GpuBook)
+    used, hits = [], 0
+    with torch.no_grad():
+        for number in range(60):
+            expert = draw.randrange(EXPERTS)
+            x, ids, weights = choose(expert, device=device, model=model)
+            model(x.bfloat16(), ids, weights.bfloat16())
+            hits += expert in used
+            used = [*(each for each in used if each != expert), expert][-cached:]
+            assert sorted(cache._book.places) == sorted(used)
+            assert engine.stats().expert_hits == hits
+            assert engine.stats().expert_misses == number + 1 - hits

@@ -247,7 +247,7 @@ def test_a_cache_that_is_dropped_is_not_overwritten_while_a_stream_computes_with
             torch.cuda._sleep(200_000_000)
             out = model(*call)
         (cache,) = engine.pool.caches._caches.values()
-        nbytes = cache._memory["table"].untyped_storage().nbytes()
+        nbytes = cache._book._memory.whole.nbytes
         with engine.pool.lock:
             engine.pool.caches.drop(engine.groups[0])
         del cache

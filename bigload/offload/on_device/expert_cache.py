@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
 from ...errors import OffloadError
 from ...hardware.allocation import allocate
-from ...hardware.pinned import Store
+from ...hardware.pinned import HostGroup, Store
 from ...quantization.formats import FourBit, part_name
 from ...quantization.packed_experts import TABLE, PackedExperts, Places, cache_layout
 from ..leaves import Group, Leaf, NonCopyable
-from .expert_copies import CudaExpertCopies, ExpertCopies
-from .slots import CudaSlotCopier, Slice, SlotCopier
+from .expert_books import CacheMemory, ExpertBook, HostBook, Wanted
+from .gpu_book import GpuBook
+from .slots import Slice, SlotCopier
 
+logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 # So few choices are read one by one; of more, a GPU tells first which differ.
 _FEW_CHOICES = 1024
@@ -27,14 +29,10 @@ _FEW_CHOICES = 1024
 class ExpertCache(NonCopyable):
     """Memory for some experts of one module, least recently used first to go.
 
-    A thread that computes with it locks it until all is launched. Ctrl-C may come at any time: an expert counts as
-    there only when its copy and what orders it are under way.
+    A thread that computes with it locks it until all is launched.
 
     Attributes:
         slots: how many experts it holds at most.
-        hits: experts that calls found there, each once for a call.
-        misses: experts that were copied by themselves.
-        nbytes: bytes copied into the cache.
     """
 
     def __init__(self, leaf: Leaf, store: Store, slots: int, copier: SlotCopier) -> None:
@@ -58,14 +56,13 @@ class ExpertCache(NonCopyable):
         self._weights = {name: _format_of(module._parameters[name]) for name in experts.weights}
         # What each expert has of its own; the rest belongs to all.
         self._sliced = [part for name in experts.weights for part in (name, part_name(name, "absmax"))]
-        self.hits = self.misses = self.nbytes = 0
+        self._copied_elsewhere = 0
+        self._counted = 0, 0, 0  # by books that are no more
         self._lock = threading.RLock()
         self._running: set[object] = set()
-        self._there: OrderedDict[int, int] = OrderedDict()
-        self._changes, self._changes_seen = 0, -1
         # From so many pairs on a call will probably want all experts.
         self._too_many_pairs = _pairs_that_choose(max(self.slots, self._experts // 2), self._experts)
-        self._memory: dict[str, torch.Tensor] | None = None
+        self._book: ExpertBook | None = None
         self.allocate()
 
     @torch.inference_mode(False)
@@ -75,34 +72,33 @@ class ExpertCache(NonCopyable):
         Raises:
             torch.OutOfMemoryError: the device has no room.
         """
-        if self._memory is not None or not self.slots:
+        if self._book is not None or not self.slots:
             return
         layout = cache_layout(self._weights, self.slots)
-        device, copier = self._copier.device, self._copier
-        memory = layout.views(allocate((layout.nbytes,), torch.uint8, device))
-        self._copies = CudaExpertCopies(device, copier.stream) if isinstance(copier, CudaSlotCopier) else ExpertCopies()
-        self._table = self._copies.make_table(self._experts)
-        self._rows = {
-            self._prefix + part: memory[part].view(self.slots, -1).view(torch.uint8).unbind() for part in self._sliced
-        }
-        self._shared = {
-            self._prefix + part: memory[part].view(-1).view(torch.uint8)
-            for part in memory
-            if part not in self._sliced and part != TABLE
-        }
-        self._there.clear()
-        self._changes_seen = self._changes - 1
-        places = Places(self._there, memory[TABLE])
+        whole = allocate((layout.nbytes,), torch.uint8, self._copier.device)
+        tensors = layout.views(whole)
+        memory = CacheMemory(whole, layout, tensors, self._prefix, self._sliced, self.slots, self._experts)
+        book = _book_of(memory, self._store, self._copier)
+        places = Places(book.places, tensors[TABLE])
         states = {name: self._module._parameters[name].quant_state for name in self._weights}
-        self._packed = [PackedExperts.cached(name, state, memory, places) for name, state in states.items()]
-        self._memory = memory
+        self._packed = [PackedExperts.cached(name, state, tensors, places) for name, state in states.items()]
+        self._book = book
 
-    def wanted(self, ids: torch.Tensor) -> list[int] | None:
+    def wanted(self, ids: torch.Tensor) -> Wanted | None:
         """Return the experts that a call wants; None if these are so many that all should be copied.
 
         Args:
-            ids: their numbers; those that are no expert's count for nothing. A GPU is waited for, to read them.
+            ids: their numbers; those that are no expert's count for nothing. A GPU that does not keep the book itself
+                is waited for, to read them.
+
+        Raises:
+            OffloadError: a CUDA graph is being captured.
         """
+        if ids.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise OffloadError(_NO_GRAPH)
+        book = self._book
+        if book is not None and book.takes_unread(ids):
+            return ids
         found = _distinct(ids, self._experts)
         if len(found) > max(self.slots, self._experts // 2):
             self._too_many_pairs = ids.numel()
@@ -110,11 +106,11 @@ class ExpertCache(NonCopyable):
         self._too_many_pairs = max(self._too_many_pairs, ids.numel() + 1)
         return found
 
-    def run(self, wanted: Sequence[int], compute: Callable[[Sequence[PackedExperts]], _T]) -> _T | None:
+    def run(self, wanted: Wanted, compute: Callable[[Sequence[PackedExperts]], _T]) -> _T | None:
         """Call `compute` with the module's two weights, which hold the experts that are wanted.
 
         Args:
-            wanted: their numbers.
+            wanted: from `wanted`.
             compute: has launched all that reads the weights when it returns.
 
         Returns:
@@ -123,34 +119,36 @@ class ExpertCache(NonCopyable):
         Raises:
             OffloadError: a file cannot be read.
         """
-        if len(wanted) > self.slots:
+        if not isinstance(wanted, torch.Tensor) and len(wanted) > self.slots:
             return None
         with self._lock:
-            if self._memory is None or self._running:  # a hook within the experts calls them again
+            if self._book is None or self._running:  # a hook within the experts calls them again
                 return None
             running = object()
             try:
                 self._running.add(running)
-                return compute(self._bring(wanted))
+                self._book.bring(wanted)
+                return compute(self._packed)
             finally:
                 self._running.discard(running)
 
-    def slices(self, wanted: Sequence[int], parts: Mapping[str, torch.Tensor]) -> list[Slice]:
+    def slices(self, wanted: Wanted, parts: Mapping[str, torch.Tensor]) -> list[Slice]:
         """Return what is copied of experts into memory that has room for all of them.
 
         Args:
-            wanted: their numbers.
+            wanted: from `wanted`.
             parts: of the weights in that memory, by name.
         """
+        numbers = _distinct(wanted, self._experts) if isinstance(wanted, torch.Tensor) else wanted
         found = []
         for name in self._parts():
             memory = parts[self._prefix + name].view(-1).view(torch.uint8)
             if name in self._sliced:
                 rows = memory.view(self._experts, -1)
-                found += [Slice(self._prefix + name, expert, self._experts, rows[expert]) for expert in wanted]
+                found += [Slice(self._prefix + name, expert, self._experts, rows[expert]) for expert in numbers]
             else:
                 found.append(Slice(self._prefix + name, 0, 1, memory))
-        self.misses += len(wanted)
+        self._copied_elsewhere += len(numbers)
         return found
 
     def packed_in(self, parts: Mapping[str, torch.Tensor]) -> list[PackedExperts]:
@@ -162,51 +160,29 @@ class ExpertCache(NonCopyable):
     def _parts(self) -> list[str]:
         return [part_name(name, part) for name, (fmt, shape) in self._weights.items() for part in fmt.parts(shape)]
 
-    def _bring(self, wanted: Sequence[int]) -> Sequence[PackedExperts]:
-        there, changes = self._there, self._changes
-        slices: list[Slice] = []
-        if changes != self._changes_seen:
-            there.clear()
-            slices += [Slice(name, 0, 1, target) for name, target in self._shared.items()]
-        missing = [expert for expert in wanted if expert not in there]
-        for expert in wanted:
-            if expert in there:
-                there.move_to_end(expert)
-        if missing or slices:
-            slots = self._free_slots(len(missing))
-            self._copies.finish()
-            for expert, slot in zip(missing, slots, strict=True):
-                self._table[expert] = slot
-                slices += [Slice(name, expert, self._experts, rows[slot]) for name, rows in self._rows.items()]
-            memory = self._memory
-            assert memory is not None
-            self._copies.copy(self._store, slices, self._table, memory[TABLE])
-            there.update(zip(missing, slots, strict=True))
-            self._changes_seen = changes
-            self.nbytes += sum(each.target.numel() for each in slices)
-        self._copies.await_copies()
-        self.hits += len(wanted) - len(missing)
-        self.misses += len(missing)
-        return self._packed
-
-    def _free_slots(self, count: int) -> list[int]:
-        """Return slots that hold nothing, then those of the experts whose last use is longest ago."""
-        used = set(self._there.values())
-        free = [slot for slot in range(self.slots) if slot not in used][:count]
-        return free + [self._there.popitem(last=False)[1] for _ in range(count - len(free))]
-
     def expects_too_many(self, pairs: int) -> bool:
         """Whether a call with so many pairs of token and expert will probably want all experts."""
         return pairs >= self._too_many_pairs
 
     def forget(self) -> None:
         """Have all copied again from the next call on: the weights at rest may have changed."""
-        self._changes += 1
+        if self._book is not None:
+            self._book.forget()
+
+    def count(self) -> tuple[int, int, int]:
+        """Return the experts that calls found here, each once for a call; those copied by themselves; and the bytes
+        copied here.
+        """
+        hits, misses, nbytes = self._counted
+        if self._book is not None:
+            own = self._book.count()
+            hits, misses, nbytes = hits + own[0], misses + own[1], nbytes + own[2]
+        return hits, misses + self._copied_elsewhere, nbytes
 
     def discard(self) -> None:
         """Let the memory be freed when the calls that use it have ended, on the device too."""
-        if self._memory is not None:
-            self._copies.discard(self._memory[TABLE])
+        if self._book is not None:
+            self._book.discard()
 
     def free(self) -> None:
         """Free the memory; calls want the whole module until `allocate`. All copies have ended.
@@ -219,13 +195,33 @@ class ExpertCache(NonCopyable):
         try:
             if self._running:
                 raise OffloadError(_IN_USE)
-            self._memory = None
-            self._packed, self._rows, self._shared = [], {}, {}
+            hits, misses, nbytes = self.count()
+            self._counted = hits, misses - self._copied_elsewhere, nbytes
+            self._book, self._packed = None, []
         finally:
             self._lock.release()
 
 
 _IN_USE = "experts on the device are in use: call remove() outside of forward"
+_NO_GRAPH = (
+    "offloaded experts are copied as the router chooses them, which no CUDA graph can capture: run the model without "
+    "one"
+)
+
+
+def _book_of(memory: CacheMemory, store: Store, copier: SlotCopier) -> ExpertBook:
+    """Let the GPU keep the book where it can."""
+    if GpuBook.suits(memory, store, copier.device):
+        try:
+            return GpuBook(memory, cast(HostGroup, store), copier.device)
+        except Exception as error:
+            logger.warning(
+                "%s cannot read pinned memory by itself, so that the host reads each choice of experts, which takes "
+                "longer: %s",
+                copier.device,
+                error,
+            )
+    return HostBook(memory, store, copier)
 
 
 class ExpertCaches:
@@ -291,8 +287,8 @@ class ExpertCaches:
 
     def count(self) -> tuple[int, int, int]:
         """Return the hits, the misses and the bytes copied, of all caches."""
-        caches = self._caches.values()
-        return sum(c.hits for c in caches), sum(c.misses for c in caches), sum(c.nbytes for c in caches)
+        counts = [cache.count() for cache in self._caches.values()]
+        return sum(count[0] for count in counts), sum(count[1] for count in counts), sum(count[2] for count in counts)
 
 
 def _format_of(parameter: Any) -> tuple[FourBit, tuple[int, ...]]:
@@ -301,16 +297,7 @@ def _format_of(parameter: Any) -> tuple[FourBit, tuple[int, ...]]:
 
 
 def _distinct(ids: torch.Tensor, experts: int) -> list[int]:
-    """Return the experts among `ids`, in order.
-
-    Raises:
-        OffloadError: a CUDA graph is being captured, which cannot wait for them.
-    """
-    if ids.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise OffloadError(
-            "offloaded experts are copied as the router chooses them, which no CUDA graph can capture: run the model "
-            "without one"
-        )
+    """Return the experts among `ids`, in order."""
     flat = ids.detach().reshape(-1)
     found = set(flat.tolist()) if flat.numel() <= _FEW_CHOICES else torch.unique(flat).tolist()
     return sorted(expert for expert in found if 0 <= expert < experts)

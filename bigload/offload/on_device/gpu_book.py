@@ -1,0 +1,171 @@
+"""Which experts are in a cache, kept by the GPU itself: the host waits for no router's choice and for no copy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import ModuleType
+
+import torch
+
+from ...hardware.pinned import HostGroup, Store
+from ...quantization.expert_launches import runs_kernels
+from ...quantization.packed_experts import BOOK, BOOK_HEAD, BOOK_SLOT, TABLE
+from .expert_books import CacheMemory, ExpertBook, Wanted
+
+# The most pairs of token and expert that a call may have: one program looks through them.
+_MAX_PAIRS = 64
+_WORD = 4  # bytes that the kernels copy at once; a thread reads four of them
+# Programs for each missing expert, words that each copies at a time, and warps.
+_FETCH = {"programs": 16, "block": 4096, "num_warps": 8}
+
+
+class GpuBook(ExpertBook):
+    """A book that the GPU keeps, in two launches a call.
+
+    The first notes what a call wants and chooses where that goes which is missing; the second copies it from host
+    memory, which kernels can read if it is pinned. Calls on one stream follow each other, and a call on another stream
+    waits for the last one.
+    """
+
+    def __init__(self, memory: CacheMemory, store: HostGroup, device: torch.device) -> None:
+        """Begin with nothing there.
+
+        Raises:
+            RuntimeError: the kernels cannot read the store.
+        """
+        self._memory, self._store, self._device = memory, store, device
+        self._kernels = _kernels()
+        self._table, self._book = memory.tensors[TABLE], memory.tensors[BOOK]
+        self._parts_begin = BOOK_HEAD + BOOK_SLOT * memory.slots
+        self._target, self._source = _words(memory.whole), _words(store.source)
+        self._expert_nbytes = sum(memory.tensors[part][0].nbytes for part in memory.sliced)
+        self.places: Mapping[int, int] = _PlacesInTable(self._table)
+        self._changes, self._changes_seen = 0, -1
+        self._shared_nbytes = 0
+        self._last = torch.cuda.current_stream(device)
+        with torch.cuda.device(device):
+            self._book.zero_()
+            self._book[self._parts_begin :].copy_(torch.tensor(_parts(memory, store), device="cpu"))
+            self._fetch(1)  # of nothing: this finds out whether it can
+
+    @classmethod
+    def suits(cls, memory: CacheMemory, store: Store, device: torch.device) -> bool:
+        """Whether the GPU can keep it: there are kernels, and they can read each expert 16 bytes at a time."""
+        if device.type != "cuda" or not isinstance(store, HostGroup) or not store.is_pinned or not memory.slots:
+            return False
+        is_even = all(not number % 4 for number in _parts(memory, store))
+        return is_even and runs_kernels(device)
+
+    def takes_unread(self, ids: torch.Tensor) -> bool:
+        """Whether there is a slot for each pair, and so for each expert."""
+        return ids.numel() <= min(self._memory.slots, _MAX_PAIRS) and ids.device == self._device
+
+    def bring(self, wanted: Wanted) -> None:
+        """Launch what keeps the book and copies."""
+        if not isinstance(wanted, torch.Tensor):
+            wanted = torch.tensor(wanted, dtype=torch.int64, device=self._device)
+        changes, memory, pairs = self._changes, self._memory, wanted.numel()
+        self._follow()
+        with torch.cuda.device(self._device):  # Triton launches on the current one
+            if changes != self._changes_seen:
+                self._empty()
+            if pairs:
+                # Whatever ends this between the two launches, the next call empties the table.
+                self._changes_seen = -1
+                self._kernels.admit[(1,)](
+                    wanted.contiguous(),
+                    self._table,
+                    self._book,
+                    pairs,
+                    memory.experts,
+                    memory.slots,
+                    _next_power_of_2(pairs),
+                    _next_power_of_2(memory.experts),
+                    _next_power_of_2(memory.slots),
+                    num_warps=1,
+                )
+                self._fetch(pairs)
+            self._changes_seen = changes
+
+    def _fetch(self, pairs: int) -> None:
+        self._kernels.fetch[(_FETCH["programs"], pairs)](
+            self._source,
+            self._target,
+            self._book,
+            self._memory.slots,
+            len(self._memory.sliced),
+            _FETCH["block"],
+            num_warps=_FETCH["num_warps"],
+        )
+
+    def _empty(self) -> None:
+        self._table.fill_(-1)
+        self._book[BOOK_HEAD : self._parts_begin].zero_()
+        for name, target in self._memory.shared().items():
+            target.copy_(self._store.slice_of(name, 0, 1), non_blocking=True)
+            self._shared_nbytes += target.numel()
+
+    def _follow(self) -> None:
+        """Have the current stream wait for the last call, if that was on another one."""
+        current = torch.cuda.current_stream(self._device)
+        if current != self._last:
+            current.wait_stream(self._last)
+            self._last = current
+
+    def forget(self) -> None:
+        """Have the next call find nothing."""
+        self._changes += 1
+
+    def count(self) -> tuple[int, int, int]:
+        """Read the counts from the GPU, which is waited for."""
+        _, hits, misses, _ = self._book[:BOOK_HEAD].tolist()
+        return hits, misses, misses * self._expert_nbytes + self._shared_nbytes
+
+    def discard(self) -> None:
+        """Let torch's allocator wait for the last call's stream, which has waited for the others."""
+        self._table.record_stream(self._last)
+
+
+class _PlacesInTable(Mapping[int, int]):
+    """Reads a table on the GPU each time: only ways to compute that wait for the GPU anyway ask for it."""
+
+    def __init__(self, table: torch.Tensor) -> None:
+        self._table = table
+
+    def __getitem__(self, expert: int) -> int:
+        return self._there()[expert]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._there())
+
+    def __len__(self) -> int:
+        return len(self._there())
+
+    def _there(self) -> dict[int, int]:
+        return {expert: slot for expert, slot in enumerate(self._table.tolist()) if slot >= 0}
+
+
+def _parts(memory: CacheMemory, store: HostGroup) -> list[int]:
+    """Return for each part, in words: where it begins in the store, its size in each expert, where it goes.
+
+    What does not fit into words is odd, so that it is not taken for four of them.
+    """
+    found = []
+    for part in memory.sliced:
+        each = memory.tensors[part][0].nbytes
+        found += [store.layout.offsets[memory.prefix + part], each, memory.layout.offsets[part]]
+    return [number // _WORD if number % _WORD == 0 else 1 for number in found]
+
+
+def _words(memory: torch.Tensor) -> torch.Tensor:
+    return memory[: memory.numel() // _WORD * _WORD].view(torch.int32)
+
+
+def _next_power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def _kernels() -> ModuleType:
+    from . import cache_kernels
+
+    return cache_kernels
