@@ -64,7 +64,7 @@ class Offload:
             OffloadError: a weight cannot be streamed.
             torch.OutOfMemoryError: a device has no room for the slots.
         """
-        self.plan = plan
+        self.plan = plan.without_values()
         self._model = weakref.ref(model)
         self._engines: list[Engine] = []
         self._handles: list[Any] = []
@@ -86,7 +86,7 @@ class Offload:
             for device, units in by_device.items():
                 self._engines.append(_make_engine(model, units, device, config, targets))
             self._spare_page_cache()
-            self._handles.append(ModelDevices(model, plan))
+            self._handles.append(ModelDevices(model, self.plan))
             self._handles.append(ApplyGuards(model, device_of))
         except BaseException:
             self.remove()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from html import escape
 from typing import Any
@@ -162,6 +162,31 @@ class Plan:
             if dtype.is_floating_point:
                 dtypes.update(dict.fromkeys(planned.tensor.names, dtype))
         return dtypes
+
+    def without_values(self) -> Plan:
+        """Return a plan to keep with the loaded model: it names the tensors and layers that the model had before, with
+        their shapes, and keeps none of them in memory.
+        """
+        made = {id(planned): planned.without_values() for planned in self.tensors}
+
+        def bare(tensors: Sequence[PlannedTensor]) -> tuple[PlannedTensor, ...]:
+            return tuple(made.get(id(planned)) or planned.without_values() for planned in tensors)
+
+        units = {
+            id(placed.unit): replace(
+                placed.unit, tensors=bare(placed.unit.tensors), offloaded=bare(placed.unit.offloaded)
+            )
+            for placed in self.units
+        }
+        plan = replace(
+            self,
+            tensors=tuple(made.values()),
+            layers=dict.fromkeys(self.layers, nn.Identity()),
+            units=tuple(replace(placed, unit=units[id(placed.unit)]) for placed in self.units),
+            after=AfterLoad(),
+        )
+        vars(plan)["held_bytes"] = self.held_bytes
+        return plan
 
     @property
     def offloaded(self) -> list[PlacedUnit]:

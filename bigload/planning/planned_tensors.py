@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -67,12 +68,28 @@ class PlannedTensor:
         is_the_same = (tensor.dtype, tuple(tensor.shape)) == tuple(self.format.parts(self.shape)["weight"])
         return tensor if is_the_same else None
 
+    def without_values(self) -> PlannedTensor:
+        """Return it with the shapes and dtypes of tensors in memory, here and in its sources, but not the tensors."""
+        sources = tuple(replace(source, tensor=_without_values(source.tensor)) for source in self.sources)
+        value = _on_meta(self.tensor.value)
+        return replace(self, tensor=replace(self.tensor, value=value), sources=sources)
+
     def on_cpu(self) -> PlannedTensor:
         """Return the tensor as the CPU computes with it: in float32, not quantized."""
         is_floating = not isinstance(self.format, Plain) or self.format.dtype.is_floating_point
         fmt = Plain(torch.float32) if is_floating else self.format
         sources = tuple(source.transpose() for source in self.sources) if self.is_transposed else self.sources
         return PlannedTensor(self.tensor, self.tensor.shape, sources, fmt, CPU)
+
+
+def _without_values(tensor: StoredTensor | torch.Tensor) -> StoredTensor | torch.Tensor:
+    if isinstance(tensor, LazyTensor):  # what loads it may hold it
+        return replace(tensor, load=partial(torch.empty, tensor.shape, dtype=tensor.dtype, device="meta"))
+    return _on_meta(tensor) if isinstance(tensor, torch.Tensor) else tensor
+
+
+def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def formatted_tensors(

@@ -6,6 +6,7 @@ On the CPU the "device" is the CPU too: a plan is changed so that blocks rest in
 import copy
 import dataclasses
 import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -18,7 +19,7 @@ from streaming import engines_of, hooks_of
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from bigload import ConfigError, OffloadConfig, OffloadError, PlacementError, load_and_quantize_model
+from bigload import ConfigError, OffloadConfig, OffloadError, PlacementError, load_and_quantize_model, loading
 from bigload.pipeline.assembly import Assembly
 from bigload.planning import planner
 from bigload.planning.placing.accounts import PlacedUnit
@@ -100,6 +101,31 @@ def test_weights_that_come_from_memory_are_streamed(tmp_path, device, options, k
     assert_same_bits(model.state_dict(), whole.state_dict())
     model.offload.remove()
     assert torch.equal(logits(model, device), logits(whole, device))
+
+
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
+def test_a_models_own_weights_are_freed_when_they_are_loaded(device, options, mode):
+    """Its plan stays, and says what it said before."""
+    model = GPT(layers=4).bfloat16()
+    own = [weakref.ref(parameter) for name, parameter in model.named_parameters() if "c_fc" in name]
+    layers = [weakref.ref(module) for name, module in model.named_modules() if "c_fc" in name]
+    seen = []
+
+    def plan_of_load(view, request):
+        plan = planner.plan_load(view, request)
+        seen.append((plan.held_bytes, plan.source_bytes, plan.nbytes, str(plan), plan.device_bytes))
+        return plan
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "plan_load", plan_of_load)
+        model = load_and_quantize_model(model, mode, None, **options("transformer.h.1", "transformer.h.2"))
+    gc.collect()
+    assert own
+    assert layers
+    assert not any(reference() is not None for reference in (*own, *layers))
+    plan = model.offload.plan
+    assert [(plan.held_bytes, plan.source_bytes, plan.nbytes, str(plan), plan.device_bytes)] == seen
+    assert plan.held_bytes
 
 
 def test_what_is_offloaded_rests_in_host_memory(tmp_path, device, options):
