@@ -25,8 +25,10 @@ from bigload.hardware.bandwidth import link_gb_per_s
 
 from .experts import SHAPES, TINY, Shape
 
-SHARES = (0.1, 0.25, 0.5)
 SKEW = 0.6
+CACHED = ("10% cached", "25% cached", "50% cached")
+# Of the largest model two caches: what "auto" makes of so much GPU memory, and the share that its users ask about.
+_CACHED = {"Qwen3-30B-A3B": ("in 4 GiB", "25% cached")}
 BY_CPU = "by the CPU"  # the experts, which it computes otherwise than a GPU in the last bits
 
 
@@ -75,7 +77,7 @@ def measure_models(
     for name in shapes:
         model = _Model(name, (SHAPES | TINY)[name], layers or _BESIDE[name][1], where)
         resident: dict[str, Any] = {}
-        ways = ["resident", *(f"{share:.0%} cached" for share in SHARES), "whole blocks", "25% cached, on disk"]
+        ways = ["resident", *_CACHED.get(name, CACHED), "whole blocks", "25% cached, on disk"]
         for way in [*ways, BY_CPU] if where.type == "cuda" else ways:
             row: dict[str, Any] = {"shape": name, "layers": model.layers, "skew": SKEW, "way": way}
             if time.perf_counter() > deadline:
@@ -119,10 +121,12 @@ class _Model:
         if way != "resident":
             device_map |= {f"model.layers.{layer}{part}": away for layer in range(self.layers)}
         share = float(way.partition("%")[0]) / 100 if "%" in way else None
-        offload = OffloadConfig("cpu" if way == BY_CPU else "gpu", expert_cache=share)
-        made = load_and_quantize_model(
-            model, "nf4", None, device_map=device_map, offload=offload, offload_folder=folder
-        )
+        how: dict[str, Any] = {"device_map": device_map, "offload_folder": folder}
+        how["offload"] = OffloadConfig("cpu" if way == BY_CPU else "gpu", expert_cache=share)
+        if way.startswith("in "):
+            budgets = {self.device.index or 0: way.removeprefix("in ").replace(" ", ""), "cpu": "100GiB"}
+            how |= {"device_map": "auto", "max_memory": budgets}
+        made = load_and_quantize_model(model, "nf4", None, **how)
         _skew_routers(made)
         return made.eval()
 
@@ -136,11 +140,20 @@ class _Model:
         if key not in self._memory:
             generator = torch.Generator(self.device).manual_seed(len(self._memory))
             drawn = torch.empty(size + 64 * self.layers, dtype=torch.bfloat16, device=self.device)
-            self._memory[key] = drawn.normal_(0, 0.02, generator=generator).cpu()
+            self._memory[key] = drawn.normal_(0, self._spread(path), generator=generator).cpu()
         if key not in self._on_device:
             self._on_device[key] = self._memory[key].to(self.device)
         begin = 64 * int(layer)
         return self._on_device[key][begin : begin + size].view(parameter.shape)
+
+    def _spread(self, path: str) -> float:
+        """Return the standard deviation of a weight's values. As in a trained model, what a router is given differs
+        from token to token: it is made of the token, and each layer adds little to it.
+        """
+        if "embed_tokens" in path:
+            return 1.0
+        adds = "o_proj" in path or "down_proj" in path
+        return 0.02 / (2 * self.layers) ** 0.5 if adds else 0.02
 
 
 def _skew_routers(model: Any) -> None:

@@ -22,7 +22,7 @@ class ExpertLimits:
     Attributes:
         gemv_tokens: up to so many tokens each pair is multiplied by itself.
         grouped_tokens: up to so many the pairs of an expert are multiplied together, its weight dequantized on the way.
-            Above, and where gradients are wanted, the experts that have pairs are dequantized into memory.
+            Above, and in backward, the experts that have pairs are dequantized into memory.
         scratch_bytes: the most memory that they are dequantized into; more is done in several steps.
 
     Examples:
@@ -85,6 +85,11 @@ class Routing:
     def num_experts(self) -> int:
         """E."""
         return len(self.ends)
+
+    @cached_property
+    def in_order(self) -> torch.Tensor:
+        """The numbers of the pairs when they are in the order of the experts."""
+        return torch.arange(len(self.order), device=self.order.device)
 
     @cached_property
     def tokens(self) -> torch.Tensor:
@@ -185,6 +190,8 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: PackedExperts, routing: Routing) -> torch.Tensor:
         ctx.weight, ctx.routing = weight, routing
+        if routing.by_kernels and len(routing.ids) <= expert_limits.grouped_tokens:
+            return launches.grouped(x.contiguous(), weight, routing.in_order, routing.ends, 1, None)
         return _multiplied(x, weight, routing, transposed=False)
 
     @staticmethod

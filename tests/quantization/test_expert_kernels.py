@@ -196,7 +196,11 @@ def test_limits_choose_the_way(monkeypatch):
     assert ways(expert_limits.gemv_tokens + 1) == {"grouped"}
     assert ways(expert_limits.grouped_tokens) == {"grouped"}
     assert ways(expert_limits.grouped_tokens + 1) == {"dequantize_visited"}
-    assert ways(2, grad=True) == {"dequantize_visited"}
+    assert ways(expert_limits.grouped_tokens + 1, grad=True) == {"dequantize_visited"}
+    assert ways(2, grad=True) == {"grouped"}
+    called.clear()
+    outputs[2].sum().backward()
+    assert set(called) == {"dequantize_visited"}
     by_values = outputs[2].detach()
     assert ways(2) == {"gemv", "gemv_combined"}
     assert close(outputs[2], by_values.float(), torch.bfloat16)
