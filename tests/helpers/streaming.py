@@ -73,7 +73,8 @@ class Poisoned(HostGroup):
 
 def poison(group):
     store = group.store
-    store.truth = store._memory.clone()
+    truth = store._memory.clone()
+    store.truth = truth.pin_memory() if store.is_pinned else truth
     store._memory.fill_(0xFF)
     store.__class__ = Poisoned
 
