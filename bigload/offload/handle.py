@@ -22,7 +22,7 @@ from ..hardware.free_memory import free_bytes
 from ..hardware.pinned import Store
 from ..planning.offload_config import OffloadConfig
 from ..planning.placing.accounts import PlacedUnit
-from ..planning.plan import Plan
+from ..planning.plan import Plan, without_values
 from ..sizes import show
 from ..tables import html_table
 from .device_hooks import attach
@@ -64,7 +64,7 @@ class Offload:
             OffloadError: a weight cannot be streamed.
             torch.OutOfMemoryError: a device has no room for the slots.
         """
-        self.plan = plan.without_values()
+        self.plan = without_values(plan)
         self._model = weakref.ref(model)
         self._engines: list[Engine] = []
         self._handles: list[Any] = []

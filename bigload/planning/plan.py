@@ -163,31 +163,6 @@ class Plan:
                 dtypes.update(dict.fromkeys(planned.tensor.names, dtype))
         return dtypes
 
-    def without_values(self) -> Plan:
-        """Return a plan to keep with the loaded model: it names the tensors and layers that the model had before, with
-        their shapes, and keeps none of them in memory.
-        """
-        made = {id(planned): planned.without_values() for planned in self.tensors}
-
-        def bare(tensors: Sequence[PlannedTensor]) -> tuple[PlannedTensor, ...]:
-            return tuple(made.get(id(planned)) or planned.without_values() for planned in tensors)
-
-        units = {
-            id(placed.unit): replace(
-                placed.unit, tensors=bare(placed.unit.tensors), offloaded=bare(placed.unit.offloaded)
-            )
-            for placed in self.units
-        }
-        plan = replace(
-            self,
-            tensors=tuple(made.values()),
-            layers=dict.fromkeys(self.layers, nn.Identity()),
-            units=tuple(replace(placed, unit=units[id(placed.unit)]) for placed in self.units),
-            after=AfterLoad(),
-        )
-        vars(plan)["held_bytes"] = self.held_bytes
-        return plan
-
     @property
     def offloaded(self) -> list[PlacedUnit]:
         """The units whose weights are stored elsewhere than on the device that computes them."""
@@ -222,6 +197,30 @@ class Plan:
     def _repr_html_(self) -> str:
         said = "".join(f"<div>{escape(line)}</div>" for line in summary(self))
         return html_table(_account_rows(self.accounts)) + html_table(_unit_rows(self.units)) + said
+
+
+def without_values(plan: Plan) -> Plan:
+    """Return a plan to keep with the loaded model: it names the tensors and layers that the model had before, with their
+    shapes, and keeps none of them in memory.
+    """
+    made = {id(planned): planned.without_values() for planned in plan.tensors}
+
+    def bare(tensors: Sequence[PlannedTensor]) -> tuple[PlannedTensor, ...]:
+        return tuple(made.get(id(planned)) or planned.without_values() for planned in tensors)
+
+    units = {
+        id(unit): replace(unit, tensors=bare(unit.tensors), offloaded=bare(unit.offloaded))
+        for unit in (placed.unit for placed in plan.units)
+    }
+    kept = replace(
+        plan,
+        tensors=tuple(made.values()),
+        layers=dict.fromkeys(plan.layers, nn.Identity()),
+        units=tuple(replace(placed, unit=units[id(placed.unit)]) for placed in plan.units),
+        after=AfterLoad(),
+    )
+    vars(kept)["held_bytes"] = plan.held_bytes
+    return kept
 
 
 def _is_in(path: str, other: str) -> bool:
