@@ -200,8 +200,8 @@ class Plan:
 
 
 def without_values(plan: Plan) -> Plan:
-    """Return a plan to keep with the loaded model: it names the tensors and layers that the model had before, with their
-    shapes, and keeps none of them in memory.
+    """Return a plan to keep with the loaded model: it names the tensors and layers that the model had before, with
+    their shapes, and keeps none of them in memory.
     """
     made = {id(planned): planned.without_values() for planned in plan.tensors}
 
