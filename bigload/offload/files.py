@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -216,9 +217,14 @@ class Mappings:
 
 
 class Staging:
-    """Two pinned buffers that are used in turn, each when the copy out of it is done."""
+    """Two pinned buffers that are used in turn, each when the copy out of it is done.
+
+    Attributes:
+        lock: of those who share them, from `take` until the event is recorded.
+    """
 
     def __init__(self) -> None:
+        self.lock = threading.Lock()
         self._buffers: list[tuple[torch.Tensor, torch.cuda.Event]] = []
 
     def take(self, nbytes: int) -> tuple[torch.Tensor, torch.cuda.Event]:

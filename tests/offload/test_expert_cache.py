@@ -552,6 +552,20 @@ def test_experts_are_read_from_files_one_by_one(device, tmp_path):
     assert engine.stats().expert_misses
 
 
+@pytest.mark.cuda
+def test_caches_of_experts_in_files_share_what_these_pass_through(tmp_path):
+    """Two pinned buffers for each would be 190 MiB for 48 layers of Qwen3-30B-A3B."""
+    device = torch.device("cuda", 0)
+    model = resident(device=device, layers=3)
+    engine = stream(model, device, 2, tmp_path)
+    calls = [choose(e, (e + 1) % 5, device=device, model=model) for e in range(5)]
+    with torch.no_grad():
+        for call in calls:
+            model(*call)
+    assert all(cache._book._copies._staging is engine.pool.copier.staging for cache in caches_of(engine))
+    assert len(engine.pool.copier.staging._buffers) == 2
+
+
 def test_a_file_that_changed_is_not_read(device, tmp_path):
     model = resident(device=device)
     stream(model, device, 2, tmp_path)

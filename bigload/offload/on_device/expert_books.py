@@ -91,8 +91,7 @@ class HostBook(ExpertBook):
     def __init__(self, memory: CacheMemory, store: Store, copier: SlotCopier) -> None:
         """Begin with nothing there."""
         self._memory, self._store = memory, store
-        device = copier.device
-        self._copies = CudaExpertCopies(device, copier.stream) if isinstance(copier, CudaSlotCopier) else ExpertCopies()
+        self._copies = CudaExpertCopies(copier) if isinstance(copier, CudaSlotCopier) else ExpertCopies()
         self._table = self._copies.make_table(memory.experts)
         self._rows = {
             memory.prefix + part: memory.tensors[part].view(memory.slots, -1).view(torch.uint8).unbind()

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ...hardware.pinned import Store, pinned_memory
-from ..files import Staging
-from .slots import Slice, copy_slices, read_slices
+from .slots import CudaSlotCopier, Slice, copy_slices, read_slices
 
 
 class ExpertCopies:
@@ -46,14 +45,14 @@ class ExpertCopies:
 class CudaExpertCopies(ExpertCopies):
     """Copies slices into one memory on a GPU, on a stream that only copies; the host waits for nothing but files."""
 
-    def __init__(self, device: torch.device, stream: torch.cuda.Stream) -> None:
-        """Copy on a stream; the memory has just been allocated on the current one."""
-        self._device, self._stream, self._staging = device, stream, Staging()
+    def __init__(self, copier: CudaSlotCopier) -> None:
+        """Copy on a copier's stream; the memory has just been allocated on the current one."""
+        self._device, self._stream, self._staging = copier.device, copier.stream, copier.staging
         self._ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._events: dict[int, torch.cuda.Event] = {}
         # The streams that have waited for the latest copies, and so may use the memory. The current one may still use a
         # tensor that had it before.
-        current = torch.cuda.current_stream(device)
+        current = torch.cuda.current_stream(self._device)
         self._streams: dict[int, torch.cuda.Stream] = {current.cuda_stream: current}
 
     def make_table(self, experts: int) -> torch.Tensor:

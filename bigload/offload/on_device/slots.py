@@ -209,13 +209,14 @@ class CudaSlotCopier(SlotCopier):
 
     Attributes:
         stream: the stream, on which nothing but copies runs.
+        staging: what slices pass through that are not in pinned memory, for slots and for caches of experts alike.
     """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._index = torch.cuda.current_device() if device.index is None else device.index
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._staging, self._staging_of_slices = Staging(), Staging()
+        self._staging_of_groups, self.staging = Staging(), Staging()
         self._turn = 0
 
     def make_slot(self, nbytes: int) -> Slot:
@@ -268,11 +269,11 @@ class CudaSlotCopier(SlotCopier):
         self._add_timing(slot)
         self._wait_for_users(slot)
         with torch.cuda.stream(self.stream):
-            copy_slices(store, slices, self.stream, self._staging_of_slices)
+            copy_slices(store, slices, self.stream, self.staging)
             slot.ready.record(self.stream)
 
     def _read(self, store: Store, slot: Slot) -> None:
-        memory, copied = self._staging.take(aligned(store.layout.nbytes))
+        memory, copied = self._staging_of_groups.take(aligned(store.layout.nbytes))
         store.read_into(memory)
         with torch.inference_mode(False):
             self._copy(memory[: store.layout.nbytes], slot)
@@ -351,10 +352,11 @@ def copy_slices(store: Store, slices: Sequence[Slice], stream: torch.cuda.Stream
         _copy_all(store, slices)
         return
     for part, number, of, memory in slices:
-        staged, copied = staging.take(memory.numel())
-        store.read_slice(part, number, of, staged[: memory.numel()])
-        memory.copy_(staged[: memory.numel()], non_blocking=True)
-        copied.record(stream)
+        with staging.lock:
+            staged, copied = staging.take(memory.numel())
+            store.read_slice(part, number, of, staged[: memory.numel()])
+            memory.copy_(staged[: memory.numel()], non_blocking=True)
+            copied.record(stream)
 
 
 def copier_to(device: torch.device) -> SlotCopier:
