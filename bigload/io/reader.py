@@ -90,10 +90,12 @@ class Reader(AbstractContextManager["Reader"]):
             memory = [self._ring.buffers[slot][: extent.nbytes]]
         begun = time.perf_counter()
         try:
-            self._going.append((self._reads.begin(extent.file, memory, extent.offset), slot))
+            read = self._reads.begin(extent.file, memory, extent.offset)
         except OSError as error:
             raise _failed(extent, error) from error
-        self._timeline.add("read", extent.device, begun)  # what is small is read at once
+        if read.is_small:  # and was read at once
+            self._timeline.add("read", extent.device, begun)
+        self._going.append((read, slot))
         return True
 
     def _finish(self, extent: Extent, read: Read) -> None:

@@ -69,6 +69,8 @@ def execute(
             _synchronize(plan)  # the CPU looks at what was copied into host memory
         _require_finite(loader.loaded, plan)
     _synchronize(plan)
+    if timeline is not None:
+        timeline.end()
     return loader.loaded
 
 
