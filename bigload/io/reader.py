@@ -65,7 +65,7 @@ class Reader(AbstractContextManager["Reader"]):
             self._timeline.add("read", extent.device, waited)
             if self._last_of[extent.file] == index:
                 self._reads.close(extent.file)
-            yield extent, slot, None if slot is None else self._ring.slots[slot][: extent.nbytes]
+            yield extent, slot, None if slot is None else self._ring.filled(slot, extent.nbytes)
 
     def release(self, slot: int | None, copied: torch.cuda.Event | None) -> None:
         """Let a slot be reused, once the event has happened."""

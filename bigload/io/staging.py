@@ -21,8 +21,14 @@ class Copies:
     While another thread computes, each call of torch may wait for the interpreter's lock.
     """
 
-    def __init__(self, filled: torch.Tensor) -> None:
-        self._filled = filled
+    def __init__(self, filled: torch.Tensor, nbytes: int) -> None:
+        """Copy out of a slot.
+
+        Args:
+            filled: the extent's bytes, (nbytes,), uint8.
+            nbytes: their number.
+        """
+        self._filled, self._nbytes = filled, nbytes
         self._targets: list[torch.Tensor] = []
         self._sources: list[torch.Tensor] = []
         self._run: tuple[torch.Tensor, int, int, int] | None = None
@@ -30,13 +36,14 @@ class Copies:
     def add(self, target: torch.Tensor, begin: int, nbytes: int) -> None:
         """Copy bytes from `begin` on to `target`, which has as many."""
         self._targets.append(target)
-        self._sources.append(self._filled[begin : begin + nbytes])
+        is_all = nbytes == self._nbytes
+        self._sources.append(self._filled if is_all else self._filled[begin : begin + nbytes])
 
     def add_run(self, memory: torch.Tensor, at: int, begin: int, nbytes: int) -> None:
         """Copy bytes from `begin` on to where `memory` has them from `at` on."""
         if self._run is not None:
             known, known_at, known_begin, count = self._run
-            if known is memory and (known_at + count, known_begin + count) == (at, begin):
+            if known is memory and known_at + count == at and known_begin + count == begin:
                 self._run = known, known_at, known_begin, count + nbytes
                 return
             self._end_run()
@@ -53,7 +60,7 @@ class Copies:
         self._end_run()
         if self._targets:
             torch._foreach_copy_(self._targets, self._sources, non_blocking=True)
-        self._targets, self._sources = [], []
+            self._targets, self._sources = [], []
 
 
 class StagingBuffer:

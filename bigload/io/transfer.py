@@ -250,7 +250,7 @@ class CudaTransfer(Transfer):
         assert filled is not None
         torch.cuda.set_stream(self._stream)  # of this thread; a context manager would take ten times as long
         begun = time.perf_counter()
-        at_home, copies = list[ExtentSlice](), Copies(filled)
+        at_home, copies = list[ExtentSlice](), Copies(filled, extent.nbytes)
         for part in extent.parts:
             home = part.home
             if home is None:
