@@ -19,6 +19,7 @@ from queue import SimpleQueue
 
 import torch
 
+from ..hardware.devices import current_gpu
 from .extents import Extent, ExtentSlice, ReadTask, cut
 from .reader import Reader
 from .ring import take_ring
@@ -265,9 +266,11 @@ class CudaTransfer(Transfer):
         if at_home:
             self._timeline.add_copy(self._device, begun, copied)
             yield partial(self._arrive, at_home, copied)
+        if len(at_home) == len(extent.parts):
+            yield from self.flush()  # what is staged shall not wait for the end of a large home
 
     def _arrive(self, at_home: Sequence[ExtentSlice], copied: torch.cuda.Event) -> None:
-        with torch.cuda.device(self._device):
+        with current_gpu(self._device):
             self._default.wait_event(copied)  # work on tensors that are complete is done there
             for part in at_home:
                 part.task.arrived(part.count)
@@ -301,7 +304,7 @@ class CudaTransfer(Transfer):
             yield None
 
     def _hand_over(self, buffer: StagingBuffer) -> None:
-        with torch.cuda.device(self._device):  # the caller's current GPU may be another
+        with current_gpu(self._device):  # the caller's may be another
             self._default.wait_event(buffer.copied)
             for part in buffer.parts:
                 part.task.take(buffer.values_of(part), part.begin)
