@@ -32,7 +32,7 @@ class Reader(AbstractContextManager["Reader"]):
             timeline: gets the times of waiting for reads.
         """
         self._extents, self._ring, self._timeline = extents, ring, timeline or Timeline()
-        self._last_of = {extent.file: index for index, extent in enumerate(extents)}
+        self._last_of_file = {*{extent.file: index for index, extent in enumerate(extents)}.values()}
         self._ahead = max(1, ring.count - copied)
         self._reads = Reads(reader_threads())
         self._going: deque[tuple[Read, int | None]] = deque()
@@ -63,7 +63,7 @@ class Reader(AbstractContextManager["Reader"]):
             waited = time.perf_counter()
             self._finish(extent, read)
             self._timeline.add("read", extent.device, waited)
-            if self._last_of[extent.file] == index:
+            if index in self._last_of_file:
                 self._reads.close(extent.file)
             yield extent, slot, None if slot is None else self._ring.filled(slot, extent.nbytes)
 

@@ -52,7 +52,7 @@ class LoadReport:
             allocated, for "cpu" the resident memory. A device whose peak cannot be known is left out, for example if
             the process had used more of it before the load.
         source: the folder of the checkpoint, if one was named.
-        timeline: what was done when: the plan, waits for files, copies to GPUs, quantizing.
+        timeline: what was done when: the plan, waits for files, copies to GPUs, quantizing. Computed when first read.
 
     Examples:
         >>> import torch
