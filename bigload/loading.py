@@ -184,7 +184,8 @@ def _report(
 ) -> LoadReport:
     elapsed_s, bytes_read = timeline.elapsed_s, plan.source_bytes - targets.spared_bytes
     mode, held = request.config.mode, plan.device_bytes
-    return LoadReport(mode, bytes_read, elapsed_s, held, peaks.since(), request.source, timeline.spans())
+    spans: Any = timeline.spans  # are computed when the report is asked for them
+    return LoadReport(mode, bytes_read, elapsed_s, held, peaks.since(), request.source, spans)
 
 
 def _described(weights_location: WeightsLocation | None, device_map: DeviceMap) -> str:

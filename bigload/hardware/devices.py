@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from typing import Literal
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
 
 import torch
 
@@ -25,6 +25,11 @@ def on_cpu_unless_named() -> Iterator[None]:
     is_cpu = torch.get_default_device().type == "cpu"
     with nullcontext() if is_cpu else CPU:  # each call of torch is slower within a device's context
         yield
+
+
+def current_gpu(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a GPU the current one. It almost always is: to ask takes a tenth of the time."""
+    return nullcontext() if torch.cuda.current_device() == device.index else torch.cuda.device(device)
 
 
 def is_strategy(device_map: DeviceMap) -> bool:

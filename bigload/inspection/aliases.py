@@ -172,10 +172,11 @@ class _Search:
         if id(cls) in self._seen or is_foreign(cls):
             return
         self._seen[id(cls)] = cls
-        for key, held in list(vars(cls).items()):
+        members = list(vars(cls).items())
+        if not is_of_user(cls):
+            members = [(key, held) for key, held in members if is_a(held, *_MUTABLE)]
+        for key, held in members:
             name, functions = f"{cls.__name__}.{key}", functions_in(held)
-            if not is_of_user(cls):
-                functions, held = [], held if is_a(held, *_MUTABLE) else None
             for function in functions:
                 self.look_into(name, function, depth)
             if not functions:

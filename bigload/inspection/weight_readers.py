@@ -91,11 +91,17 @@ def reader(owner: nn.Module) -> Reader | None:
     attributes = vars(owner)
     functions = [
         *(_own_function(hook, (owner,)) for hooks in _hooks_of(owner) for hook in hooks.values()),
-        *(_own_function(attributes[name], ()) for name in attributes.keys() - _USUAL_ATTRIBUTES),
+        *(
+            _own_function(attributes[name], ())
+            for name in attributes.keys() - _USUAL_ATTRIBUTES
+            if callable(attributes[name])
+        ),
     ]
     kept = tuple(function for function in functions if function is not None)
-    own = {**attributes, **owner._modules}
-    held = [name for name in _names_of_attributes(cls).intersection(own) if _is_reading_class(own[name].__class__)]
+    named = _names_of_attributes(cls)
+    own = {name: attributes[name] for name in named.intersection(attributes)}
+    own |= {name: owner._modules[name] for name in named.intersection(owner._modules)}
+    held = [name for name in own if _is_reading_class(own[name].__class__)]
     if held:
         users = [method for _, method in _methods_in_question(cls) if names_in(method.__code__).intersection(held)]
         methods = tuple(dict.fromkeys([*methods, *users]))

@@ -213,7 +213,13 @@ def _without(buffers: Sequence[memoryview], count: int) -> Sequence[memoryview]:
 
 
 class Read:
-    """One read; this class is for one that is already done."""
+    """One read; this class is for one that is already done.
+
+    Attributes:
+        is_small: it was done at once.
+    """
+
+    is_small = True
 
     def __init__(self, received: int) -> None:
         self._received = received
@@ -232,6 +238,8 @@ class Read:
 
 class _ReadByLibrary(Read):
     """A read by the C library's threads."""
+
+    is_small = False
 
     def __init__(self, library: _Library, descriptors: Sequence[int], pieces: Sequence[tuple[memoryview, int]]) -> None:
         self._library = library
@@ -272,6 +280,8 @@ class _ReadByLibrary(Read):
 
 class _ReadByPool(Read):
     """A read by Python threads."""
+
+    is_small = False
 
     def __init__(self, pool: ThreadPoolExecutor, descriptor: int, pieces: Sequence[tuple[memoryview, int]]) -> None:
         self._pieces = pieces

@@ -96,7 +96,7 @@ class Extent:
     def continues_with(self, task: ReadTask, offset: int) -> bool:
         """Whether a tensor's bytes, from `offset` in its file on, can be appended to this extent."""
         return (
-            self.file == task.tensor.file
+            (self.file is task.tensor.file or self.file == task.tensor.file)  # paths are slow to compare
             and self.offset + self.nbytes == offset
             and self.device == task.device
             and self.is_direct == _is_direct(task)
@@ -140,9 +140,8 @@ def cut(tasks: Sequence[ReadTask], room: int) -> list[Extent]:
                 file, device = task.tensor.file, task.device
                 extent = Extent(file, offset + begin * itemsize, device, _is_direct(task))
                 extents.append(extent)
-            count = extent.append(task, begin, room)
-            begin += count
-            if not count:
+            begin += extent.append(task, begin, room)
+            if begin < total:
                 extent = None  # full
     return extents
 

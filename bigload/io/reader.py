@@ -32,7 +32,7 @@ class Reader(AbstractContextManager["Reader"]):
             timeline: gets the times of waiting for reads.
         """
         self._extents, self._ring, self._timeline = extents, ring, timeline or Timeline()
-        self._last_of = {extent.file: index for index, extent in enumerate(extents)}
+        self._last_of_file = {*{extent.file: index for index, extent in enumerate(extents)}.values()}
         self._ahead = max(1, ring.count - copied)
         self._reads = Reads(reader_threads())
         self._going: deque[tuple[Read, int | None]] = deque()
@@ -63,9 +63,9 @@ class Reader(AbstractContextManager["Reader"]):
             waited = time.perf_counter()
             self._finish(extent, read)
             self._timeline.add("read", extent.device, waited)
-            if self._last_of[extent.file] == index:
+            if index in self._last_of_file:
                 self._reads.close(extent.file)
-            yield extent, slot, None if slot is None else self._ring.slots[slot][: extent.nbytes]
+            yield extent, slot, None if slot is None else self._ring.filled(slot, extent.nbytes)
 
     def release(self, slot: int | None, copied: torch.cuda.Event | None) -> None:
         """Let a slot be reused, once the event has happened."""
@@ -90,10 +90,12 @@ class Reader(AbstractContextManager["Reader"]):
             memory = [self._ring.buffers[slot][: extent.nbytes]]
         begun = time.perf_counter()
         try:
-            self._going.append((self._reads.begin(extent.file, memory, extent.offset), slot))
+            read = self._reads.begin(extent.file, memory, extent.offset)
         except OSError as error:
             raise _failed(extent, error) from error
-        self._timeline.add("read", extent.device, begun)  # what is small is read at once
+        if read.is_small:  # and was read at once
+            self._timeline.add("read", extent.device, begun)
+        self._going.append((read, slot))
         return True
 
     def _finish(self, extent: Extent, read: Read) -> None:

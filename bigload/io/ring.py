@@ -90,8 +90,13 @@ class Ring:
             else torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         )
         self.count = len(memory) // self.slot_bytes
-        self.slots = list(memory[: self.count * self.slot_bytes].view(self.count, self.slot_bytes))
+        self.slots: list[torch.Tensor] = list(memory[: self.count * self.slot_bytes].view(self.count, self.slot_bytes))
         self.buffers = [as_bytes(slot) for slot in self.slots]
+
+    def filled(self, slot: int, nbytes: int) -> torch.Tensor:
+        """Return the first bytes of a slot, (nbytes,), uint8."""
+        whole = self.slots[slot]
+        return whole if nbytes == self.slot_bytes else whole[:nbytes]  # a view takes longer than the question
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 from .extents import ExtentSlice, ReadTask
-from .timeline import timed_event
+from .timeline import plain_event
 
 # The size of a buffer.
 BUFFER_BYTES = 48 * 2**20
@@ -19,22 +21,29 @@ class Copies:
     While another thread computes, each call of torch may wait for the interpreter's lock.
     """
 
-    def __init__(self, filled: torch.Tensor) -> None:
-        self._filled = filled
+    def __init__(self, filled: torch.Tensor, nbytes: int) -> None:
+        """Copy out of a slot.
+
+        Args:
+            filled: the extent's bytes, (nbytes,), uint8.
+            nbytes: their number.
+        """
+        self._filled, self._nbytes = filled, nbytes
         self._targets: list[torch.Tensor] = []
         self._sources: list[torch.Tensor] = []
         self._run: tuple[torch.Tensor, int, int, int] | None = None
 
-    def add(self, target: torch.Tensor, begin: int) -> None:
-        """Copy as many bytes as `target` has, from `begin` on."""
+    def add(self, target: torch.Tensor, begin: int, nbytes: int) -> None:
+        """Copy bytes from `begin` on to `target`, which has as many."""
         self._targets.append(target)
-        self._sources.append(self._filled[begin : begin + len(target)])
+        is_all = nbytes == self._nbytes
+        self._sources.append(self._filled if is_all else self._filled[begin : begin + nbytes])
 
     def add_run(self, memory: torch.Tensor, at: int, begin: int, nbytes: int) -> None:
         """Copy bytes from `begin` on to where `memory` has them from `at` on."""
         if self._run is not None:
             known, known_at, known_begin, count = self._run
-            if known is memory and (known_at + count, known_begin + count) == (at, begin):
+            if known is memory and known_at + count == at and known_begin + count == begin:
                 self._run = known, known_at, known_begin, count + nbytes
                 return
             self._end_run()
@@ -43,7 +52,7 @@ class Copies:
     def _end_run(self) -> None:
         if self._run is not None:
             memory, at, begin, nbytes = self._run
-            self.add(memory[at : at + nbytes], begin)
+            self.add(memory[at : at + nbytes], begin, nbytes)
             self._run = None
 
     def begin(self) -> None:
@@ -51,7 +60,7 @@ class Copies:
         self._end_run()
         if self._targets:
             torch._foreach_copy_(self._targets, self._sources, non_blocking=True)
-        self._targets, self._sources = [], []
+            self._targets, self._sources = [], []
 
 
 class StagingBuffer:
@@ -59,6 +68,7 @@ class StagingBuffer:
 
     Attributes:
         parts: the pieces of tensors that it holds, each aligned as kernels want it.
+        begun: the value of `time.perf_counter` when the first of them came.
         copied: recorded when all of them have been copied.
         worked: recorded when they have been worked on.
     """
@@ -66,7 +76,8 @@ class StagingBuffer:
     def __init__(self, device: torch.device) -> None:
         self.memory = torch.empty(BUFFER_BYTES, dtype=torch.uint8, device=device)
         self.parts: list[ExtentSlice] = []
-        self.copied, self.worked = timed_event(), timed_event()
+        self.begun = 0.0
+        self.copied, self.worked = plain_event(), plain_event()
         self._views: dict[torch.dtype, torch.Tensor] = {}
 
     def values_of(self, part: ExtentSlice) -> torch.Tensor:
@@ -78,35 +89,28 @@ class StagingBuffer:
         first = part.at // dtype.itemsize
         return view[first : first + part.count]
 
-    @property
-    def _free_at(self) -> int:
-        end = self.parts[-1].at + self.parts[-1].nbytes if self.parts else 0
-        return -(-end // _ALIGNMENT) * _ALIGNMENT
+    def take(self, task: ReadTask, begin: int, nbytes: int) -> tuple[int, int] | None:
+        """Make room for a tensor's bytes from `begin` on, after those that it holds already.
 
-    def has_room_for(self, task: ReadTask, begin: int) -> bool:
-        """Whether a tensor's bytes from `begin` on can go on here: a tensor that fits into a buffer is not divided."""
-        if self._continues(task, begin):
-            return self.parts[-1].nbytes < self._room(task)
-        return not self.parts or self._free_at + task.tensor.nbytes <= BUFFER_BYTES
+        A tensor that fits into a buffer is not divided.
 
-    def take(self, task: ReadTask, begin: int, nbytes: int) -> tuple[int, int]:
-        """Return where in the memory a tensor's bytes from `begin` on go, and how many of `nbytes` fit there."""
+        Returns:
+            Where in the memory they go, and how many of `nbytes` fit there; None if this needs another buffer.
+        """
         itemsize = task.tensor.dtype.itemsize
-        if not self._continues(task, begin):
-            self.parts.append(ExtentSlice(task, begin // itemsize, 0, self._free_at, 0))
-        part = self.parts[-1]
-        count = min(nbytes, self._room(task) - part.nbytes)
-        at = part.at + part.nbytes
-        part.nbytes += count
-        part.count += count // itemsize
-        return at, count
-
-    def _continues(self, task: ReadTask, begin: int) -> bool:
-        """Whether the last piece is of this tensor and ends there."""
+        room = BUFFER_BYTES // itemsize // task.values_per_scale * task.values_per_scale * itemsize  # for whole scales
         last = self.parts[-1] if self.parts else None
-        return last is not None and last.task is task and last.begin * task.tensor.dtype.itemsize + last.nbytes == begin
-
-    def _room(self, task: ReadTask) -> int:
-        """Return the size of a tensor's piece at most: it ends with a scale."""
-        itemsize = task.tensor.dtype.itemsize
-        return BUFFER_BYTES // itemsize // task.values_per_scale * task.values_per_scale * itemsize
+        if last is None or last.task is not task or last.begin * itemsize + last.nbytes != begin:
+            free = 0 if last is None else -(-(last.at + last.nbytes) // _ALIGNMENT) * _ALIGNMENT
+            if last is None:
+                self.begun = time.perf_counter()
+            elif free + task.tensor.nbytes > BUFFER_BYTES:
+                return None
+            last = ExtentSlice(task, begin // itemsize, 0, free, 0)
+            self.parts.append(last)
+        elif last.nbytes >= room:
+            return None
+        at, count = last.at + last.nbytes, min(nbytes, room - last.nbytes)
+        last.nbytes += count
+        last.count += count // itemsize
+        return at, count

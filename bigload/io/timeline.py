@@ -32,25 +32,30 @@ class Span:
 
 
 class Timeline:
-    """Collects spans. On a GPU it only keeps the events by which the stages wait for each other anyway."""
+    """Collects what a load's spans follow from, and computes them only when they are asked for.
+
+    On a GPU it keeps events that the streams happen to reach: to ask when each of thousands was takes 10 ms.
+    """
 
     def __init__(self, begun: float | None = None) -> None:
         """Begin now, or at a value of `time.perf_counter`."""
         self._begun = time.perf_counter() if begun is None else begun
-        self._spans: list[Span] = []
+        self._spans: list[tuple[str, torch.device, float, float]] = []
         # By device: when bytes were read, or copied, and when the stage was done with them.
         self._copies: dict[torch.device, list[tuple[float, torch.cuda.Event]]] = {}
         self._work: dict[torch.device, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {}
+        # By device: an event of a known time.
+        self._known: dict[torch.device, tuple[float, torch.cuda.Event]] = {}
 
     def add(self, stage: str, device: torch.device, begin: float) -> None:
         """Add what began at a value of `time.perf_counter` and ends now, unless it is too short to be seen."""
         now = time.perf_counter()
         if now - begin > _SHORTEST_S:
-            self._spans.append(Span(stage, device, begin - self._begun, now - self._begun))
+            self._spans.append((stage, device, begin, now))
 
-    def add_copy(self, device: torch.device, copied: torch.cuda.Event) -> None:
-        """Add a copy of what has been read now."""
-        self._copies.setdefault(device, []).append((time.perf_counter(), copied))
+    def add_copy(self, device: torch.device, begin: float, copied: torch.cuda.Event) -> None:
+        """Add a copy of what has been read since a value of `time.perf_counter`."""
+        self._copies.setdefault(device, []).append((begin, copied))
 
     def add_work(self, device: torch.device, copied: torch.cuda.Event, worked: torch.cuda.Event) -> None:
         """Add the work between two events on values that were copied."""
@@ -61,21 +66,27 @@ class Timeline:
         """Seconds since the beginning."""
         return time.perf_counter() - self._begun
 
-    def spans(self) -> tuple[Span, ...]:
-        """Return all spans by their beginnings; waits for the GPUs."""
-        found = list(self._spans)
+    def end(self) -> None:
+        """Compare the clocks of the GPUs, which must be idle, with the host's; before `spans`."""
         for device in {**self._copies, **self._work}:
+            now = timed_event()
+            now.record(torch.cuda.default_stream(device))
+            self._known[device] = time.perf_counter(), now
+
+    def spans(self) -> tuple[Span, ...]:
+        """Return all spans by their beginnings."""
+        begun = self._begun
+        found = [Span(stage, device, begin - begun, end - begun) for stage, device, begin, end in self._spans]
+        for device in self._known:
             found += self._spans_on_gpu(device)
         return tuple(sorted(found, key=lambda span: span.begin_s))
 
     def _spans_on_gpu(self, device: torch.device) -> list[Span]:
-        now = timed_event()
-        now.record(torch.cuda.default_stream(device))
-        now.synchronize()
-        now_s = self.elapsed_s
+        known_s, known = self._known[device]
+        known.synchronize()
 
         def at(event: torch.cuda.Event) -> float:
-            return now_s - float(event.elapsed_time(now)) / 1000
+            return known_s - self._begun - float(event.elapsed_time(known)) / 1000
 
         found, last_s = list[Span](), 0.0
         for read, copied in self._copies.get(device, ()):  # one after the other, on one stream
@@ -93,3 +104,8 @@ class Timeline:
 def timed_event() -> torch.cuda.Event:
     """Return an event of CUDA that knows when it happened."""
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def plain_event() -> torch.cuda.Event:
+    """Return an event of CUDA that streams are ordered by."""
+    return torch.cuda.Event()  # type: ignore[no-untyped-call]

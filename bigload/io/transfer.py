@@ -19,11 +19,12 @@ from queue import SimpleQueue
 
 import torch
 
+from ..hardware.devices import current_gpu
 from .extents import Extent, ExtentSlice, ReadTask, cut
 from .reader import Reader
 from .ring import take_ring
 from .staging import BUFFER_BYTES, Copies, StagingBuffer
-from .timeline import Timeline, timed_event
+from .timeline import Timeline, plain_event, timed_event
 
 # Staging buffers on each GPU, for what its default stream has yet to work on.
 _WINDOW = 3
@@ -235,6 +236,7 @@ class CudaTransfer(Transfer):
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._free: SimpleQueue[StagingBuffer | None] = SimpleQueue()
         self._buffer: StagingBuffer | None = None
+        self._emptied: defaultdict[int, torch.cuda.Event] = defaultdict(plain_event)  # by slot
 
     def __enter__(self) -> CudaTransfer:
         self.is_done = False
@@ -248,43 +250,47 @@ class CudaTransfer(Transfer):
         assert slot is not None
         assert filled is not None
         torch.cuda.set_stream(self._stream)  # of this thread; a context manager would take ten times as long
-        at_home, copies = list[ExtentSlice](), Copies(filled)
+        begun = time.perf_counter()
+        at_home, copies = list[ExtentSlice](), Copies(filled, extent.nbytes)
         for part in extent.parts:
             home = part.home
             if home is None:
                 yield from self._stage(part, copies)
             else:
-                copies.add(home, part.at)
+                copies.add(home, part.at, part.nbytes)
                 at_home.append(part)
         copies.begin()
-        copied = timed_event()
+        copied = timed_event() if at_home else self._emptied[slot]  # copies into a buffer are timed with it
         copied.record(self._stream)
-        self._timeline.add_copy(self._device, copied)
         reader.release(slot, copied)
         if at_home:
+            self._timeline.add_copy(self._device, begun, copied)
             yield partial(self._arrive, at_home, copied)
+        if len(at_home) == len(extent.parts):
+            yield from self.flush()  # what is staged shall not wait for the end of a large home
 
     def _arrive(self, at_home: Sequence[ExtentSlice], copied: torch.cuda.Event) -> None:
-        with torch.cuda.device(self._device):
+        with current_gpu(self._device):
             self._default.wait_event(copied)  # work on tensors that are complete is done there
             for part in at_home:
                 part.task.arrived(part.count)
 
     def _stage(self, part: ExtentSlice, copies: Copies) -> Iterator[_Step]:
         """Add the copies of a piece's bytes into staging buffers; one that is full goes to the caller's thread."""
-        task, copied = part.task, 0
+        task, copied, begin = part.task, 0, part.begin * part.task.tensor.dtype.itemsize
         while copied < part.nbytes:
-            begin = part.begin * task.tensor.dtype.itemsize + copied
-            if self._buffer is not None and not self._buffer.has_room_for(task, begin):
-                copies.begin()
-                yield from self.flush()
             if self._buffer is None:
                 self._buffer = self._free.get()
                 if self._buffer is None:
                     self.stop()  # the next call shall not wait either
                     return
                 self._stream.wait_event(self._buffer.worked)
-            at, count = self._buffer.take(task, begin, part.nbytes - copied)
+            taken = self._buffer.take(task, begin + copied, part.nbytes - copied)
+            if taken is None:
+                copies.begin()
+                yield from self.flush()
+                continue
+            at, count = taken
             copies.add_run(self._buffer.memory, at, part.at + copied, count)
             copied += count
 
@@ -293,11 +299,12 @@ class CudaTransfer(Transfer):
         if buffer is not None:
             buffer.copied = timed_event()
             buffer.copied.record(self._stream)
+            self._timeline.add_copy(self._device, buffer.begun, buffer.copied)
             yield partial(self._hand_over, buffer)
             yield None
 
     def _hand_over(self, buffer: StagingBuffer) -> None:
-        with torch.cuda.device(self._device):  # the caller's current GPU may be another
+        with current_gpu(self._device):  # the caller's may be another
             self._default.wait_event(buffer.copied)
             for part in buffer.parts:
                 part.task.take(buffer.values_of(part), part.begin)

@@ -55,7 +55,7 @@ def entries(model: nn.Module, plan: Plan) -> Mapping[str, torch.device | nn.Modu
     """
     if not plan.offloaded and len(set(plan.execution_map.values())) == 1:
         return entries_of_whole(model) if plan.layers else {}
-    return {path: device for path in _called(model) if (device := plan.device_of(path)) is not None}
+    return {path: device for path in _called(first_paths(model)) if (device := plan.device_of(path)) is not None}
 
 
 def entries_of_whole(model: nn.Module) -> dict[str, nn.Module]:
@@ -65,13 +65,19 @@ def entries_of_whole(model: nn.Module) -> dict[str, nn.Module]:
         Path -> a quantized layer in the module, which tells the device. Modules without one are left out: torch itself
         refuses an input on another device there.
     """
-    layers = {path: module for module, path in first_paths(model).items() if is_quantized(module)}
-    first = {above: path for path in reversed(layers) for above in [path, *paths_above(path)]}
-    return {path: layers[first[path]] for path in _called(model) if path in first}
+    paths = first_paths(model)
+    first = {path: _first_quantized(paths, path) for path in _called(paths)}
+    return {path: layer for path, layer in first.items() if layer is not None}
 
 
-def _called(model: nn.Module) -> list[str]:
-    return [path for module, path in first_paths(model).items() if not path or _has_device_property(module)]
+def _first_quantized(paths: Mapping[nn.Module, str], inside: str) -> nn.Module | None:
+    prefix = f"{inside}." if inside else ""
+    below = (module for module, path in paths.items() if path == inside or path.startswith(prefix))
+    return next(filter(is_quantized, below), None)
+
+
+def _called(paths: Mapping[nn.Module, str]) -> list[str]:
+    return [path for module, path in paths.items() if not path or _has_device_property(module)]
 
 
 class ModelDevices:

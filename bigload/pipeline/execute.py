@@ -69,6 +69,8 @@ def execute(
             _synchronize(plan)  # the CPU looks at what was copied into host memory
         _require_finite(loader.loaded, plan)
     _synchronize(plan)
+    if timeline is not None:
+        timeline.end()
     return loader.loaded
 
 
@@ -282,6 +284,7 @@ def _require_finite(loaded: dict[str, LoadedTensor], plan: Plan) -> None:
 
 def _not_finite(checked: Sequence[tuple[str, torch.Tensor]], device: torch.device) -> list[str]:
     on_device = [(name, values) for name, values in checked if values.device == device]
-    # The largest absolute value of each, in one kernel; NaN propagates.
-    largest = torch.stack([torch.linalg.vector_norm(values, math.inf).float() for _, values in on_device]).tolist()
+    # The largest absolute value of each, all of them in few kernels; NaN propagates.
+    norms = torch._foreach_norm([values for _, values in on_device], math.inf)
+    largest = torch.stack([norm.float() for norm in norms]).tolist()
     return [name for (name, _), value in zip(on_device, largest, strict=True) if not math.isfinite(value)]

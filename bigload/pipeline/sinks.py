@@ -105,8 +105,8 @@ class PieceSink(Sink):
         return self.finish()
 
     def _begins(self) -> list[int] | None:
-        whole, multiple, room = torch.empty(self.planned.shape, device="meta"), self._values_per_scale, slot_bytes()
-        begins = [_begin_of_run(source, whole, multiple) for source in self.planned.sources]
+        shape, multiple, room = self.planned.shape, self._values_per_scale, slot_bytes()
+        begins = [_begin_of_run(source, shape, multiple) for source in self.planned.sources]
         fits = all(multiple * source.tensor.dtype.itemsize <= room for source in self.planned.sources)
         return [begin for begin in begins if begin is not None] if fits and None not in begins else None
 
@@ -194,12 +194,13 @@ def gathered_if_needed(sink: PieceSink) -> Sink:
     return sink if sink.begins is not None else GatherSink(sink)
 
 
-def _begin_of_run(source: Source, whole: torch.Tensor, multiple: int) -> int | None:
-    """Return where a source begins in the flattened `whole`, if its values are contiguous there and split no scale."""
+def _begin_of_run(source: Source, shape: tuple[int, ...], multiple: int) -> int | None:
+    """Return where a source begins in the flattened tensor, if its values are contiguous there and split no scale."""
     if source.transposed:
         return None
     if not source.region:  # almost always
         return 0
+    whole = torch.empty(shape, device="meta")
     part = whole[source.region]
     begin = int(part.storage_offset())
     is_run = part.is_contiguous() and begin % multiple == 0
@@ -209,6 +210,8 @@ def _begin_of_run(source: Source, whole: torch.Tensor, multiple: int) -> int | N
 
 def _joined(runs: list[tuple[int, StoredTensor]]) -> list[tuple[int, StoredTensor]]:
     """Join runs that follow each other both in the tensor and in their file, as gate and up of an expert do."""
+    if len(runs) == 1:  # almost always
+        return runs
     joined: list[tuple[int, StoredTensor]] = []
     for begin, tensor in sorted(runs, key=itemgetter(0)):
         before, last = joined[-1] if joined else (0, tensor)

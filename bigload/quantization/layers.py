@@ -251,7 +251,7 @@ def _make_4bit(weight: Any, has_bias: bool, shape: tuple[int, ...], config: BnbQ
         bnb_quantized=True,
         **options,
     )
-    new.quant_state = weight.quant_state
+    new.__dict__["quant_state"] = weight.quant_state  # as an assignment does, which looks for modules and tensors first
     return new
 
 
@@ -277,12 +277,12 @@ def _made(class_name: str, shape: tuple[int, ...], has_bias: bool, **options: An
     The constructor, which takes half a millisecond, runs once for equal arguments. Each layer is a copy of what it
     made, with its own containers and state.
     """
-    prototype = _prototype(class_name, shape, has_bias, **options)
+    prototype, state = _prototype(class_name, shape, has_bias, **options), library().MatmulLtState
     new = object.__new__(type(prototype))
     for key, value in vars(prototype).items():
         if isinstance(value, (dict, set)):
             value = value.copy()  # several times faster than copy.copy, for some fifteen attributes
-        elif isinstance(value, library().MatmulLtState):
+        elif isinstance(value, state):
             value = copy.copy(value)
         new.__dict__[key] = value
     return new
@@ -300,10 +300,10 @@ def carry_over(new: nn.Module, old: nn.Module) -> None:
 
     Attributes that bitsandbytes or this package set on `old` are not copied.
     """
-    new.training = old.training
+    new.__dict__["training"] = old.training
     own = _LAYER_ATTRIBUTES if type(old).__module__.startswith("bitsandbytes.") else set()
     for name, value in old.__dict__.items():
-        is_hooks = "_hook" in name and re.search("_hook(s|$)", name) and name in new.__dict__
+        is_hooks = name in new.__dict__ and _holds_hooks(name)
         if name in own:
             continue
         if name == "_load_state_dict_pre_hooks":
@@ -313,3 +313,8 @@ def carry_over(new: nn.Module, old: nn.Module) -> None:
         elif is_hooks or name not in new.__dict__:
             # The same dict of hooks, so that the caller's handles still remove them.
             new.__dict__[name] = value
+
+
+@functools.cache
+def _holds_hooks(attribute: str) -> bool:
+    return re.search("_hook(s|$)", attribute) is not None

@@ -32,7 +32,7 @@ from .quantized_weight import keep_row_scales
 
 def set_forward(layer: Any, forward: Callable[[Any, torch.Tensor], torch.Tensor]) -> None:
     """Give one layer another forward. As a partial of a module-level function it is copied and pickled with it."""
-    layer.forward = functools.partial(forward, layer)
+    vars(layer)["forward"] = functools.partial(forward, layer)
 
 
 def own_forward(layer: Any) -> Callable[[Any, torch.Tensor], torch.Tensor]:

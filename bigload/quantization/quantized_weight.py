@@ -76,10 +76,10 @@ class QuantizedWeight:
     @property
     def scales(self) -> list[torch.Tensor]:
         """The floating parts that are not finite if any value was not finite."""
-        parts = self.parts
-        if "nested_absmax" in parts:
-            return [parts["nested_offset"], parts["nested_absmax"]]
-        return [parts["SCB"] if self.row_scales is not None else parts["absmax"]]
+        if self.row_scales is not None:
+            return [self.row_scales]
+        state = self.quant_state
+        return [state.offset, state.state2.absmax] if state.nested else [state.absmax]
 
 
 def state_holders(state: Any) -> dict[str, tuple[Any, str]]:

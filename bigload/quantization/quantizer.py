@@ -35,7 +35,7 @@ class Quantizer:
             device: of the values and of the weight.
         """
         self._shape, self._format, self._dtype, self._device = shape, fmt, dtype, device
-        self._data = self._bytes = self._scales = torch.empty(0)
+        self._is_allocated = False
 
     @property
     def values_per_scale(self) -> int:
@@ -50,7 +50,7 @@ class Quantizer:
                 default stream.
             begin: the index of the first value in the flattened weight.
         """
-        if not self._scales.numel():
+        if not self._is_allocated:
             self._allocate()
         if isinstance(self._format, Int8):
             self._add_rows(values.view(-1, self._shape[-1]), begin // self._shape[-1])
@@ -65,6 +65,7 @@ class Quantizer:
             self._shape[0] if isinstance(self._format, Int8) else -(-math.prod(self._shape) // self.values_per_scale)
         )
         self._scales = torch.empty(scales, dtype=torch.float32, device=self._device)
+        self._is_allocated = True
 
     def _add_rows(self, rows: torch.Tensor, begin: int) -> None:
         # On the CPU, the kernel is 8 times faster on what fits in the cache.
@@ -95,10 +96,11 @@ class Quantizer:
 
     def finish(self) -> QuantizedWeight:
         """Return the weight, after all pieces were added."""
-        if not self._scales.numel():
+        if not self._is_allocated:
             self._allocate()
         data, scales = self._data, self._scales
-        self._data = self._bytes = self._scales = torch.empty(0)
+        del self._data, self._bytes, self._scales  # what becomes of the weight decides when its memory is free
+        self._is_allocated = False
         parts = {"weight": data}
         if isinstance(self._format, Int8):
             parts["SCB"] = scales

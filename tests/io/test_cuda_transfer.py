@@ -58,9 +58,11 @@ def log(monkeypatch):
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: default)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("copies", log))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: log.append(("set", stream.name)))
     monkeypatch.setattr(transfer, "timed_event", lambda: Event(log))
-    monkeypatch.setattr(staging, "timed_event", lambda: Event(log))
+    monkeypatch.setattr(transfer, "plain_event", lambda: Event(log))
+    monkeypatch.setattr(staging, "plain_event", lambda: Event(log))
     monkeypatch.setattr(transfer, "_transfer", transfer.CudaTransfer)
     monkeypatch.setattr("bigload.io.extents._is_direct", lambda task: False)
     monkeypatch.setattr(staging, "BUFFER_BYTES", 1024)
@@ -196,6 +198,16 @@ def test_what_came_home_is_announced_only_when_the_default_stream_waits_for_its_
         assert home < record < wait
         assert log[record][2] is log[wait][2]
     assert min(at for at, entry in enumerate(log) if entry[0] == "arrived") > waits[0]
+
+
+def test_what_is_staged_does_not_wait_for_the_end_of_a_large_home_behind_it(log, tmp_path):
+    save_file({"a": torch.randn(8), "b": torch.randn(4000)}, tmp_path / "w.safetensors")
+    stored = {"a": torch.zeros(8), "b": torch.zeros(4000)}, open_checkpoint(tmp_path / "w.safetensors").tensors
+    assert stored[1]["a"].offset < stored[1]["b"].offset
+    delivered(stored, log, taken=("a",))
+    steps = [entry for entry in log if entry[0] in ("take", "arrived")]
+    assert steps.index(("take", "a")) < len(steps) - 3  # of the home, most has yet to come
+    assert steps[-1] == ("arrived", "b")
 
 
 def test_streams_meet_before_the_first_copy_and_after_the_last(stored, log):

@@ -33,9 +33,10 @@ class Event:
 
     def record(self, stream):
         assert stream == "default"
+        self.at = module.time.perf_counter()
 
     def synchronize(self):
-        self.at = module.time.perf_counter()
+        assert self.at is not None
 
     def elapsed_time(self, later):
         return 1000 * (later.at - self.at)
@@ -59,14 +60,14 @@ def test_copies_and_work_on_a_gpu_are_timed_by_the_events_that_order_them(clock,
     monkeypatch.setattr(module, "timed_event", Event)
     begun = clock.now
     line = Timeline(begun)
-    clock.now = begun + 1
-    line.add_copy(GPU, Event(begun + 3))  # read at 1
-    clock.now = begun + 2
-    line.add_copy(GPU, Event(begun + 4))  # read at 2: waits for the first copy
+    line.add_copy(GPU, begun + 1, Event(begun + 3))
+    line.add_copy(GPU, begun + 2, Event(begun + 4))  # waits for the first copy
     line.add_work(GPU, Event(begun + 4), Event(begun + 6))
     line.add_work(GPU, Event(begun + 5), Event(begun + 7))  # waits for the first work
     line.add_work(GPU, Event(begun + 8), Event(begun + 9))  # waits for its copy
     clock.now = begun + 10
+    line.end()
+    clock.now = begun + 20  # whenever they are asked for
     found = [(span.stage, span.begin_s, span.end_s) for span in line.spans()]
     expected = [("copy", 1, 3), ("copy", 3, 4), ("quantize", 4, 6), ("quantize", 6, 7), ("quantize", 8, 9)]
     assert [stage for stage, *_ in found] == [stage for stage, *_ in expected]

@@ -1,6 +1,9 @@
 """What a load reports of itself."""
 
+import copy
+import dataclasses
 import itertools
+import pickle
 import subprocess
 import sys
 
@@ -10,6 +13,7 @@ from checkpoints import empty, save_checkpoint
 from models import GPT
 
 from bigload import load_and_quantize_model
+from bigload.io.timeline import Span, Timeline
 from bigload.pipeline.report import LoadReport, PeakMemory
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -43,6 +47,38 @@ def test_report_has_the_times_of_all_stages(tmp_path, device, mode):
     assert "<td" in report._repr_html_()
     assert all(stage in report._repr_html_() for stage in stages)
     assert "Span" not in repr(report)
+
+
+def test_spans_are_computed_when_they_are_first_asked_for_or_the_report_is_copied():
+    asked = []
+
+    def spans():
+        asked.append(1)
+        return (Span("plan", CPU, 0.0, 0.25),)
+
+    report = LoadReport("nf4", 10**9, 1.0, timeline=spans)
+    assert "nf4" in str(report)
+    assert report == LoadReport("nf4", 10**9, 1.0)
+    assert not asked
+    assert pickle.loads(pickle.dumps(report)).timeline == copy.deepcopy(report).timeline == spans()
+    assert report.stage_s == {"plan": 0.25}
+    assert len(asked) == 2  # once by us
+    assert LoadReport("nf4", 10**9, 1.0).timeline == ()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        report.timeline = ()
+
+
+def test_a_load_asks_for_no_times_and_its_report_for_all(tmp_path, device, monkeypatch):
+    asked = []
+    spans = Timeline.spans
+    monkeypatch.setattr(Timeline, "spans", lambda self: asked.append(1) or spans(self))
+    folder = save_checkpoint(GPT(layers=4), tmp_path)
+    model = load_and_quantize_model(empty(GPT, layers=4), "nf4", folder, device_map={"": device})
+    str(model.load_report)
+    assert not asked
+    copied = copy.deepcopy(model)
+    assert copied.load_report.timeline == model.load_report.timeline != ()
+    assert len(asked) == 1
 
 
 def test_report_gives_a_peak_only_where_the_load_set_a_new_one(measured):

@@ -40,7 +40,7 @@ def test_functions_that_know_only_pointers_run_on_the_gpu_of_their_tensors(monke
     monkeypatch.setattr(torch.cuda, "device", entered)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
     values = torch.zeros(2, 64)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: values.get_device() if is_current else 7)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: values.device.index if is_current else 7)
     monkeypatch.setattr(bnb, "_own_kernel", lambda *names: lambda *pointers: launched.append(current[0]))
     if kernel == "int8":
         bnb.quantize_int8_into(values, torch.zeros(2, 64, dtype=torch.int8), torch.zeros(2))
