@@ -29,7 +29,6 @@ SKEW = 0.6
 CACHED = ("10% cached", "25% cached", "50% cached")
 # Of the largest model two caches: what "auto" makes of so much GPU memory, and the share that its users ask about.
 _CACHED = {"Qwen3-30B-A3B": ("in 4 GiB", "25% cached")}
-_UNCACHED = ("whole blocks", "25% cached, on disk")
 BY_CPU = "by the CPU"  # the experts, which it computes otherwise than a GPU in the last bits
 
 
@@ -78,7 +77,7 @@ def measure_models(
     for name in shapes:
         model = _Model(name, (SHAPES | TINY)[name], layers or _BESIDE[name][1], where)
         resident: dict[str, Any] = {}
-        ways = ["resident", *_CACHED.get(name, CACHED), *_UNCACHED]
+        ways = ["resident", "whole blocks", *_CACHED.get(name, CACHED), "25% cached, on disk"]
         for way in [*ways, BY_CPU] if where.type == "cuda" else ways:
             row: dict[str, Any] = {"shape": name, "layers": model.layers, "skew": SKEW, "way": way}
             if time.perf_counter() > deadline:
