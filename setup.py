@@ -3,10 +3,13 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 readme = Path(__file__).with_name("README.md").read_text()
 readme = re.sub(r"<picture>.*?</picture>\n\n", "", readme, flags=re.DOTALL)
 readme = re.sub(r"\[([^]]+)\]\((?!http)[^)]*\)", r"\1", readme)  # links into the repository
 
-setup(long_description=readme)
+# Without a compiler bigload reads by Python. It is no module of Python: ctypes loads it.
+feed = Extension("bigload.io._feed", ["bigload/io/feed.c"], extra_compile_args=["-std=gnu11", "-O2"], optional=True)
+
+setup(long_description=readme, ext_modules=[feed])

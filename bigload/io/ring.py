@@ -74,6 +74,7 @@ class Ring:
         is_quiet: whether nothing reads or writes it, so that another load may use it.
         slot_bytes: size of a slot.
         count: number of slots.
+        memory: all of it, (bytes,), uint8.
         slots: each (slot_bytes,), uint8.
         buffers: the same memory, to read into.
     """
@@ -89,6 +90,7 @@ class Ring:
             if pinned
             else torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         )
+        self.memory = memory
         self.count = len(memory) // self.slot_bytes
         self.slots: list[torch.Tensor] = list(memory[: self.count * self.slot_bytes].view(self.count, self.slot_bytes))
         self.buffers = [as_bytes(slot) for slot in self.slots]

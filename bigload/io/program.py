@@ -1,0 +1,163 @@
+"""What a load reads and where it goes, laid out as flat tables before the first byte. Pure: no file is read."""
+
+from __future__ import annotations
+
+import itertools
+from array import array
+from collections import defaultdict, deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .extents import ReadTask
+
+# Where pieces begin in a window, in bytes: as in memory of their own.
+_ALIGNMENT = 512
+
+
+class Piece(NamedTuple):
+    """Values of one tensor that arrive together.
+
+    Attributes:
+        task: the tensor.
+        begin: index in the tensor of the first value.
+        count: number of values.
+        at: offset in the window, in bytes; None if they go to the task's home.
+    """
+
+    task: ReadTask
+    begin: int
+    count: int
+    at: int | None
+
+
+@dataclass(eq=False, slots=True)
+class Batch:
+    """What is worked on at once: pieces for one device.
+
+    Attributes:
+        device: where they go.
+        pieces: in the order of reading.
+        spans: their runs of bytes: (task, offset in its file, nbytes, address).
+        nbytes: of all of them.
+        after: the last batch that had any of its memory in the window, which must have been worked on.
+        number: in the program.
+    """
+
+    device: torch.device
+    pieces: list[Piece] = field(default_factory=list)
+    spans: list[tuple[ReadTask, int, int, int]] = field(default_factory=list)
+    nbytes: int = 0
+    after: Batch | None = None
+    number: int = -1
+
+
+class Window:
+    """Memory on a device that batches use in turns, round and round."""
+
+    def __init__(self, address: int, nbytes: int, batch_bytes: int) -> None:
+        """Begin with all of it free.
+
+        Args:
+            address: where it begins.
+            nbytes: its size; 0 if everything goes home.
+            batch_bytes: the most that a batch takes of it.
+        """
+        self.address, self.nbytes, self.batch_bytes = address, nbytes, batch_bytes
+        self._at = 0
+        self._live: deque[tuple[int, int, Batch]] = deque()  # begin and end, in the order of their use
+
+    def take(self, nbytes: int, batch: Batch) -> int:
+        """Return where bytes of a batch may lie, and have the batch wait for those that lay there."""
+        begins = [self._at] if self._at + nbytes <= self.nbytes else [self._at, 0]
+        begin = begins[-1]
+        passed = [(self._at, self.nbytes), (0, nbytes)] if len(begins) == 2 else [(begin, begin + nbytes)]
+        while self._live and any(self._live[0][0] < end and first < self._live[0][1] for first, end in passed):
+            batch.after = self._live.popleft()[2]
+            assert batch.after is not batch, "a batch is larger than its window"
+        self._live.append((begin, begin + nbytes, batch))
+        self._at = -(-(begin + nbytes) // _ALIGNMENT) * _ALIGNMENT
+        return begin
+
+
+@dataclass
+class Program:
+    """Everything that is read, in order.
+
+    Attributes:
+        files: that are read.
+        batches: in the order in which they are worked on.
+        spans: five numbers each: the file's, the offset in it, nbytes, the address, the batch's.
+        tasks: of the spans.
+    """
+
+    files: list[Path]
+    batches: list[Batch]
+    spans: array[int]
+    tasks: list[ReadTask]
+
+
+def lay_out(tasks: Sequence[ReadTask], windows: Mapping[torch.device, Window]) -> Program:
+    """Lay out what tasks read.
+
+    Args:
+        tasks: in the order of reading.
+        windows: of each device.
+
+    Returns:
+        Batches of the devices in turns: each device has its own link, and all shall be busy.
+    """
+    of_device: dict[torch.device, list[ReadTask]] = defaultdict(list)
+    for task in tasks:
+        of_device[task.device].append(task)
+    each = [_batches(own, windows[device]) for device, own in of_device.items()]
+    batches = [batch for turn in itertools.zip_longest(*each) for batch in turn if batch is not None]
+    numbers = {file: number for number, file in enumerate(dict.fromkeys(task.tensor.file for task in tasks))}
+    spans, owners = array("q"), list[ReadTask]()
+    for number, batch in enumerate(batches):
+        batch.number = number
+        for task, offset, nbytes, address in batch.spans:
+            spans.extend((numbers[task.tensor.file], offset, nbytes, address, number))
+            owners.append(task)
+    return Program(list(numbers), batches, spans, owners)
+
+
+def _batches(tasks: Iterable[ReadTask], window: Window) -> list[Batch]:
+    found: list[Batch] = []
+    batch: Batch | None = None
+    for task in tasks:
+        tensor, home = task.tensor, task.home
+        itemsize, begin = tensor.dtype.itemsize, 0
+        total, address = tensor.nbytes // itemsize, 0 if home is None else home.data_ptr()
+        while begin < total:
+            room = window.batch_bytes - (batch.nbytes if batch is not None else 0)
+            count = _fitting(task, total - begin, room, is_first=begin == 0, limit=window.batch_bytes)
+            if batch is None or not count:
+                batch = Batch(task.device)
+                found.append(batch)
+                room = window.batch_bytes
+                count = _fitting(task, total - begin, room, is_first=False, limit=room)
+            nbytes = count * itemsize
+            at = None if home is not None else window.take(nbytes, batch)
+            to = address + begin * itemsize if at is None else window.address + at
+            batch.pieces.append(Piece(task, begin, count, at))
+            batch.spans.append((task, tensor.offset + begin * itemsize, nbytes, to))
+            batch.nbytes += nbytes if at is None else -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+            begin += count
+            if batch.nbytes >= window.batch_bytes:
+                batch = None
+    return found
+
+
+def _fitting(task: ReadTask, left: int, room: int, *, is_first: bool, limit: int) -> int:
+    """Return how many of a tensor's values go on in a batch: whole scales, and what fits into one is not divided."""
+    itemsize = task.tensor.dtype.itemsize
+    count = min(left, room // itemsize)
+    if count == left:
+        return count
+    if is_first and task.home is None and left * itemsize <= limit:
+        return 0
+    return count - count % (1 if task.home is not None else task.values_per_scale)

@@ -1,0 +1,79 @@
+/* The threads of feed.c on fake devices that work late. Exits with 0 if all bytes arrive, each where and when it may.
+ *
+ * cc -g -O1 -fsanitize=thread -I bigload/io test_feed.c -lpthread && ./a.out FILE */
+#include "feed.c"
+
+#include "fake_device.h"
+#include <fcntl.h>
+#include <stdio.h>
+
+enum { LANES = 3, LIVE = 4, FILES = 2 };
+
+static const feed_functions functions = {
+    fake_set_current, fake_copy, fake_event_create, fake_event_destroy, fake_event_record, fake_event_query,
+    fake_stream_wait,
+};
+
+/* Batches of several spans, in turns on the host and two devices, LIVE of each lane at once in its window. What the
+ * caller does with a batch is to copy it away, on the lane's work stream or by itself. */
+static int try(const char *path, unsigned seed, int64_t thread_count, int64_t slot_bytes, int64_t batch_count, int64_t stop_at, int fails) {
+    int64_t size = 40000, total = batch_count * size;
+    char *data = malloc((size_t)total), *got = calloc(1, (size_t)total);
+    char *window = malloc((size_t)(LANES * LIVE * size)), *ring = malloc((size_t)(12 * slot_bytes));
+    for (int64_t i = 0; i < total; i++) data[i] = (char)(((uint64_t)i * 2654435761u + seed) >> 13);
+    int fd = open(path, O_RDWR | O_CREAT | O_TRUNC, 0600);
+    if (fd < 0 || write(fd, data, (size_t)(fails == 2 ? total / 2 : total)) < 0) return 2;
+    feed_lane lanes[LANES] = {{NULL, NULL, NULL, NULL}};
+    for (int lane = 1; lane < LANES; lane++) lanes[lane] = (feed_lane){&functions, NULL, fake_begin(150), fake_begin(80)};
+    feed_span *spans = malloc((size_t)(batch_count * 64) * sizeof *spans);
+    feed_batch *batches = calloc((size_t)batch_count, sizeof *batches);
+    int64_t span_count = 0;
+    for (int64_t i = 0; i < batch_count; i++) {
+        batches[i] = (feed_batch){i % LANES, i < LANES * LIVE ? -1 : i - LANES * LIVE, 0, 0};
+        int64_t at = (i % LANES * LIVE + i / LANES % LIVE) * size;
+        for (int64_t begin = 0; begin < size;) {
+            int64_t count = 1 + rand_r(&seed) % 9000;
+            if (count > size - begin || span_count % 63 == 62) count = size - begin;
+            spans[span_count++] = (feed_span){fd, i * size + begin, count, (int64_t)(uintptr_t)(window + at + begin), i};
+            begin += count;
+        }
+    }
+    atomic_store(&fake_copies, 0);
+    atomic_store(&fake_copies_until_one_fails, fails == 1 ? 40 : -1);
+    feed_order order = {lanes, LANES, spans, span_count, batches, batch_count, ring, slot_bytes, 12, thread_count};
+    feed *f = feed_begin(&order);
+    feed_state state = {0};
+    for (int64_t known = 0; f && known < stop_at && !state.error;) {
+        feed_wait(f, known, 100, &state);
+        for (; known < state.complete && !state.error; known++) {
+            const feed_lane *lane = lanes + batches[known].lane;
+            char *from = (char *)(uintptr_t)(window + (known % LANES * LIVE + known / LANES % LIVE) * size);
+            if (feed_take(f, known)) return 3;
+            if (lane->device) fake_ask(lane->work_stream, (task){COPY, got + known * size, from, (size_t)size, NULL, 0, NULL});
+            else memcpy(got + known * size, from, (size_t)size);
+            if (feed_done(f)) return 3;
+        }
+    }
+    int failed = !f || feed_end(f, 10000);
+    for (int lane = 1; lane < LANES; lane++) { fake_end(lanes[lane].copy_stream); fake_end(lanes[lane].work_stream); }
+    fake_free_events();
+    if (fails == 0) failed |= state.error || (stop_at == batch_count && memcmp(got, data, (size_t)total));
+    if (fails == 1) failed |= state.error != ERROR_DEVICE || state.code != 719;
+    if (fails == 2) failed |= state.error != ERROR_ENDED || state.at != total / 2;
+    free(data); free(got); free(window); free(ring); free(spans); free(batches);
+    close(fd);
+    return failed;
+}
+
+int main(int argc, char **argv) {
+    if (argc < 2) return 2;
+    for (unsigned seed = 1; seed <= 6; seed++) {
+        int64_t batches = 60, slots[] = {4096, 16384, 65536};
+        int code = try(argv[1], seed, 1 + seed % 5, slots[seed % 3], batches, batches, 0);
+        if (!code && seed < 3) code = try(argv[1], seed, 3, 16384, batches, 20, 0); /* the caller gives up */
+        if (!code && seed < 3) code = try(argv[1], seed, 4, 16384, batches, batches, 1); /* a copy fails */
+        if (!code && seed < 3) code = try(argv[1], seed, 4, 16384, batches, batches, 2); /* the file ends */
+        if (code) { fprintf(stderr, "seed %u: %d\n", seed, code); return 1; }
+    }
+    return 0;
+}
