@@ -43,6 +43,7 @@ class Batch:
         pieces: in the order of reading.
         spans: their runs of bytes: (task, offset in its file, nbytes, address).
         nbytes: of all of them.
+        used: bytes in the window.
         after: the last batch that had any of its memory in the window, which must have been worked on.
         number: in the program.
     """
@@ -51,6 +52,7 @@ class Batch:
     pieces: list[Piece] = field(default_factory=list)
     spans: list[tuple[ReadTask, int, int, int]] = field(default_factory=list)
     nbytes: int = 0
+    used: int = 0
     after: Batch | None = None
     number: int = -1
 
@@ -68,6 +70,7 @@ class Window:
         """
         self.address, self.nbytes, self.batch_bytes = address, nbytes, batch_bytes
         self._at = 0
+        self._passed: Batch | None = None  # the last one whose memory has been given to another
         self._live: deque[tuple[int, int, Batch]] = deque()  # begin and end, in the order of their use
 
     def take(self, nbytes: int, batch: Batch) -> int:
@@ -76,8 +79,9 @@ class Window:
         begin = begins[-1]
         passed = [(self._at, self.nbytes), (0, nbytes)] if len(begins) == 2 else [(begin, begin + nbytes)]
         while self._live and any(self._live[0][0] < end and first < self._live[0][1] for first, end in passed):
-            batch.after = self._live.popleft()[2]
-            assert batch.after is not batch, "a batch is larger than its window"
+            self._passed = self._live.popleft()[2]
+            assert self._passed is not batch, "a batch is larger than its window"
+        batch.after = self._passed  # another batch may have got the first part of that memory: this one waits too
         self._live.append((begin, begin + nbytes, batch))
         self._at = -(-(begin + nbytes) // _ALIGNMENT) * _ALIGNMENT
         return begin
@@ -133,7 +137,7 @@ def _batches(tasks: Iterable[ReadTask], window: Window) -> list[Batch]:
         itemsize, begin = tensor.dtype.itemsize, 0
         total, address = tensor.nbytes // itemsize, 0 if home is None else home.data_ptr()
         while begin < total:
-            room = window.batch_bytes - (batch.nbytes if batch is not None else 0)
+            room = window.batch_bytes - (0 if batch is None else max(batch.nbytes, batch.used))
             count = _fitting(task, total - begin, room, is_first=begin == 0, limit=window.batch_bytes)
             if batch is None or not count:
                 batch = Batch(task.device)
@@ -145,9 +149,10 @@ def _batches(tasks: Iterable[ReadTask], window: Window) -> list[Batch]:
             to = address + begin * itemsize if at is None else window.address + at
             batch.pieces.append(Piece(task, begin, count, at))
             batch.spans.append((task, tensor.offset + begin * itemsize, nbytes, to))
-            batch.nbytes += nbytes if at is None else -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+            batch.nbytes += nbytes
+            batch.used += 0 if at is None else -(-nbytes // _ALIGNMENT) * _ALIGNMENT
             begin += count
-            if batch.nbytes >= window.batch_bytes:
+            if max(batch.nbytes, batch.used) >= window.batch_bytes:
                 batch = None
     return found
 
