@@ -17,6 +17,7 @@ from bigload.hardware.pinned import HostGroup
 from bigload.offload.engine import Engine
 from bigload.offload.files import FileGroup
 from bigload.offload.leaves import Group, Leaf
+from bigload.offload.on_device import expert_cache
 from bigload.offload.on_device.gpu_book import GpuBook
 
 EXPERTS = 6
@@ -687,6 +688,27 @@ def test_memory_stays_what_it_was():
         for call in calls * 4:
             model(*call)
         assert torch.cuda.memory_allocated() == before
+
+
+def test_where_a_gpu_cannot_read_pinned_memory_the_host_keeps_the_book(monkeypatch, caplog):
+    """As where the system maps none, or Triton cannot compile."""
+    model = resident(layers=2)
+    calls = list(routings(model, torch.device("cpu")))
+
+    def refused(*_):
+        raise ValueError("Pointer argument (at 0) cannot be accessed from Triton (cpu tensor?)")
+
+    monkeypatch.setattr(f"{GPU_BOOK}.suits", lambda *_: True)
+    monkeypatch.setattr(f"{GPU_BOOK}.__init__", refused)
+    expert_cache._warn_of_host.cache_clear()
+    with torch.no_grad():
+        expected = [model(*call) for call in calls]
+        engine = stream(model, torch.device("cpu"), 2)
+        for call, right in zip(calls, expected, strict=True):
+            assert torch.equal(model(*call), right)
+    assert engine.stats().expert_misses
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "the host reads each choice of experts, which takes longer: Pointer argument" in caplog.text
 
 
 @pytest.mark.cuda
