@@ -28,6 +28,7 @@ settings.load_profile("any machine")
 # What a user may have set, and each test sets for itself if it needs it.
 SETTINGS = ("COLUMNS", "BIGLOAD_THREADS", "BIGLOAD_RING_BYTES", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 LEFT_OUT = pytest.StashKey[int]()
+IMPORTED = pytest.StashKey[int]()
 
 USUAL_THREADS = torch.get_num_threads()
 if "OMP_NUM_THREADS" not in os.environ:
@@ -91,10 +92,22 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(f"left out (deselected), for want of a GPU or of a second one: {count}")
 
 
-def pytest_collection_finish():
+def spare_the_collector():
     """Spare the collector of cycles what was imported, half a million objects, each time that it runs."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_finish(session):
+    spare_the_collector()
+    session.config.stash[IMPORTED] = len(sys.modules)
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Spare it too what a test has imported: the libraries import most of what they are when it is first used."""
+    if len(sys.modules) > item.config.stash[IMPORTED] + 50:
+        spare_the_collector()
+        item.config.stash[IMPORTED] = len(sys.modules)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
@@ -119,8 +132,18 @@ def usual_settings():
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_seeds_for_later():
+    """For each kind of device that is not there, torch.manual_seed notes the seed and the whole stack: in 2 ms."""
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (torch.cuda, torch.xpu, torch.mtia):
+            if not kind.is_available():
+                patch.setattr(kind, "manual_seed_all", lambda seed: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
-def seeded():
+def seeded(no_seeds_for_later):
     torch.manual_seed(0)
 
 
