@@ -14,10 +14,12 @@ import logging
 import os
 import signal
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from children import Forking
 from hypothesis import HealthCheck, settings
 from packaging.version import Version
 
@@ -151,6 +153,17 @@ def seeded(no_seeds_for_later):
 def quiet_bitsandbytes():
     """It warns at every int8 forward of another dtype than float16."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+@pytest.fixture(scope="session")
+def programs():
+    """Programs in processes that have done nothing yet, and reach no hub."""
+    libraries = ("bitsandbytes", "transformers.modeling_utils", "transformers.models.llama", "peft", "lightning.fabric")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        forking = Forking(*[name for name in libraries if find_spec(name.partition(".")[0])])
+    with forking:
+        yield forking
 
 
 @pytest.fixture
