@@ -73,7 +73,11 @@ def pytest_sessionfinish(session):
 
 @pytest.hookimpl(trylast=True)  # of what -m and -k have left
 def pytest_collection_modifyitems(config, items):
-    """Leave out what needs more GPUs than there are, all at once: skipped, each would have a line of its own."""
+    """Leave out what needs more GPUs than there are, all at once: skipped, each would have a line of its own.
+
+    Begin with what is slow, so that no process ends with it while the others have nothing left to do.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     left_out = [item for item in items if gpus_needed(item) > gpus]
     config.stash[LEFT_OUT] = len(left_out)

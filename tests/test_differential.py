@@ -17,6 +17,7 @@ COMMAND = Path(__file__).parent / "differential"
 SECONDS = 30  # some 150 cases on a core that does nothing else
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "devices",
     [
