@@ -104,6 +104,16 @@ def spare_the_collector():
     gc.freeze()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Let it rest until then: what is imported stays."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
 def pytest_collection_finish(session):
     spare_the_collector()
     session.config.stash[IMPORTED] = len(sys.modules)
