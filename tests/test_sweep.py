@@ -99,13 +99,12 @@ def test_the_committed_result_covers_what_is_promised():
     assert not [row for row in rows if row["outcome"] == "differs"]
 
 
-def test_coverage_tells_what_4_bit_takes_and_why_not_the_rest(tmp_path, capsys):
-    from benchmarks.__main__ import main
-
+def test_coverage_tells_what_4_bit_takes_and_why_not_the_rest(tmp_path, programs):
     command = ["coverage", "MixtralForCausalLM", "JetMoeForCausalLM", "NoSuchModel"]
-    main([*command, "--out", str(tmp_path / "coverage.json")])
+    command += ["--out", str(tmp_path / "coverage.json")]
+    printed = programs.run(f"from benchmarks.__main__ import main; main({command})", tmp_path)
     mixtral, other, missing = json.loads((tmp_path / "coverage.json").read_text())
     assert mixtral["share"] > 0.99
     assert any("a way of its own" in each.get("why", "") for each in other["left"])
     assert "error" in missing
-    assert "MixtralForCausalLM: 99.4% of 46,702,792,704 in 4 bit" in capsys.readouterr().out
+    assert "MixtralForCausalLM: 99.4% of 46,702,792,704 in 4 bit" in printed
