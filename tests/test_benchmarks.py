@@ -324,6 +324,7 @@ def in_this_process(monkeypatch):
     return lambda: monkeypatch.setattr("benchmarks.load._row", row)
 
 
+@pytest.mark.slow
 def test_load_measures_each_peer_in_each_mode_and_appends(many, tmp_path, in_this_process):
     from benchmarks.files import shards
     from benchmarks.limits import floor
