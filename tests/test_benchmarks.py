@@ -175,10 +175,10 @@ def test_whole_models_with_offloaded_experts_compute_what_resident_ones_do(tmp_p
     rows = {row["way"]: row for row in found["models"]}
     assert list(rows) == [
         "resident",
+        "whole blocks",
         "10% cached",
         "25% cached",
         "50% cached",
-        "whole blocks",
         "25% cached, on disk",
     ]
     assert found["rows"]

@@ -731,3 +731,23 @@ def test_a_gpu_keeps_what_was_used_last(seed):
             assert sorted(cache._book.places) == sorted(used)
             assert engine.stats().expert_hits == hits
             assert engine.stats().expert_misses == number + 1 - hits
+
+
+@pytest.mark.cuda
+def test_a_gpu_brings_more_experts_than_one_program_compares():
+    device = torch.device("cuda", 0)
+    layer = made("qwen3", 72, dtype=torch.bfloat16, device=device)
+    model = Model([layer])
+    pack(model, "nf4", torch.bfloat16)
+    model.requires_grad_(False)
+    calls = [routed(tokens, 8, layer.experts, torch.bfloat16, seed=tokens, device=device) for tokens in (1, 3, 6, 8, 5)]
+    calls = [(x, ids % 40, weights) for x, ids, weights in calls]
+    with torch.no_grad():
+        expected = [model(*call) for call in calls]
+        engine = stream(model, device, 40)
+        (cache,) = caches_of(engine)
+        assert isinstance(cache._book, GpuBook)
+        for number in [*range(len(calls))] * 3:
+            assert torch.equal(model(*calls[number]), expected[number])
+            assert set(calls[number][1].flatten().tolist()) <= set(cache._book.places)
+    assert engine.stats().fetches == 0

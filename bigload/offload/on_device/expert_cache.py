@@ -214,7 +214,7 @@ def _book_of(memory: CacheMemory, store: Store, copier: SlotCopier) -> ExpertBoo
     """Let the GPU keep the book where it can."""
     if GpuBook.suits(memory, store, copier.device):
         try:
-            return GpuBook(memory, cast(HostGroup, store), copier.device)
+            return GpuBook(memory, cast(HostGroup, store))
         except Exception as error:
             _warn_of_host(copier.device, str(error))
     return HostBook(memory, store, copier)
