@@ -197,6 +197,10 @@ def test_whole_models_with_offloaded_experts_compute_what_resident_ones_do(tmp_p
     run("report", out)
     said = capsys.readouterr().out
     assert "| tiny-gpt-oss, 3 layers, " in said
+    run("report", "--brief", out)
+    brief = capsys.readouterr().out.splitlines()
+    assert brief[0].startswith("| tiny-gpt-oss, 3 layers, ")
+    assert [line.split(" | ")[0] for line in brief[2:]] == [f"| {way}" for way in rows]
     assert "NOT EQUAL" not in said
     assert "GROWS" not in said
 
