@@ -128,6 +128,7 @@ class GpuBook(ExpertBook):
 
     def count(self) -> tuple[int, int, int]:
         """Read the counts from the GPU, which is waited for."""
+        torch.cuda.current_stream(self._device).wait_stream(self._last)
         _, hits, misses, _ = self._book[:BOOK_HEAD].tolist()
         return hits, misses, misses * self._expert_nbytes + self._shared_nbytes
 
