@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -375,6 +375,27 @@ def models_table(rows: Sequence[dict[str, Any]]) -> str:
         lines += [f"| {shape}, {own[0]['layers']} layers{beside} | {' | '.join(heads)} |", "|---" * 8 + "|"]
         lines += [f"| {row['way']} | {' | '.join(_cells(row, own[0]))} |" for row in own] + [""]
     return "\n".join(lines).rstrip()
+
+
+def models_summary(result: Mapping[str, Any]) -> str:
+    """Write the same in few columns: how fast each way is, and in how much memory."""
+    heads = ["tokens a second", "GPU memory", "2048 tokens", "a step of QLoRA"]
+    lines = []
+    for shape in dict.fromkeys(row["shape"] for row in result["models"]):
+        own = [row for row in result["models"] if row["shape"] == shape]
+        lines += [f"| {shape}, {own[0]['layers']} layers, {result['device']} | {' | '.join(heads)} |", "|---" * 5 + "|"]
+        for row in own:
+            assert not _is_wrong(row), row
+            prompt = f"{row['prompt_s']:.2f} s" if "prompt_s" in row else "-"
+            step = f"{row['step_s']:.2f} s" if "step_s" in row else "-"
+            memory = f"{row['peak_gib']:.1f} GiB"
+            lines.append(f"| {row['way']} | {row['tokens_per_s']:.1f} | {memory} | {prompt} | {step} |")
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def _is_wrong(row: Mapping[str, Any]) -> bool:
+    return False in (row["is_equal"], row.get("is_prompt_equal"), row.get("are_losses_equal"))
 
 
 def _cells(row: dict[str, Any], first: dict[str, Any]) -> list[str]:

@@ -76,11 +76,15 @@ def offload_table(result: Result) -> str:
 
 
 # Benchmarks that have a brief form.
-BRIEF = ("load", "offload", "experts")
+BRIEF = ("load", "offload", "experts", "offloaded-experts")
 
 
 def brief(result: Result) -> str:
-    """Write what the README has of a `load`, an `offload` or `experts`."""
+    """Write what documents have of a `load`, an `offload`, `experts`, or whole mixtures of `experts --offload`."""
+    if result["benchmark"] == "offloaded-experts":
+        from .offloaded_models import models_summary  # imports torch
+
+        return models_summary(result)
     if result["benchmark"] == "experts":
         from .experts import experts_summary  # imports torch
 

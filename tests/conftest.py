@@ -14,10 +14,12 @@ import logging
 import os
 import signal
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from children import Forking
 from hypothesis import HealthCheck, settings
 from packaging.version import Version
 
@@ -28,6 +30,7 @@ settings.load_profile("any machine")
 # What a user may have set, and each test sets for itself if it needs it.
 SETTINGS = ("COLUMNS", "BIGLOAD_THREADS", "BIGLOAD_RING_BYTES", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 LEFT_OUT = pytest.StashKey[int]()
+IMPORTED = pytest.StashKey[int]()
 
 USUAL_THREADS = torch.get_num_threads()
 if "OMP_NUM_THREADS" not in os.environ:
@@ -70,7 +73,11 @@ def pytest_sessionfinish(session):
 
 @pytest.hookimpl(trylast=True)  # of what -m and -k have left
 def pytest_collection_modifyitems(config, items):
-    """Leave out what needs more GPUs than there are, all at once: skipped, each would have a line of its own."""
+    """Leave out what needs more GPUs than there are, all at once: skipped, each would have a line of its own.
+
+    Begin with what is slow, so that no process ends with it while the others have nothing left to do.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     left_out = [item for item in items if gpus_needed(item) > gpus]
     config.stash[LEFT_OUT] = len(left_out)
@@ -91,10 +98,32 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(f"left out (deselected), for want of a GPU or of a second one: {count}")
 
 
-def pytest_collection_finish():
+def spare_the_collector():
     """Spare the collector of cycles what was imported, half a million objects, each time that it runs."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Let it rest until then: what is imported stays."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
+def pytest_collection_finish(session):
+    spare_the_collector()
+    session.config.stash[IMPORTED] = len(sys.modules)
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Spare it too what a test has imported: the libraries import most of what they are when it is first used."""
+    if len(sys.modules) > item.config.stash[IMPORTED] + 50:
+        spare_the_collector()
+        item.config.stash[IMPORTED] = len(sys.modules)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
@@ -119,8 +148,18 @@ def usual_settings():
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_seeds_for_later():
+    """For each kind of device that is not there, torch.manual_seed notes the seed and the whole stack: in 2 ms."""
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (torch.cuda, torch.xpu, torch.mtia):
+            if not kind.is_available():
+                patch.setattr(kind, "manual_seed_all", lambda seed: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
-def seeded():
+def seeded(no_seeds_for_later):
     torch.manual_seed(0)
 
 
@@ -128,6 +167,17 @@ def seeded():
 def quiet_bitsandbytes():
     """It warns at every int8 forward of another dtype than float16."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+@pytest.fixture(scope="session")
+def programs():
+    """Programs in processes that have done nothing yet, and reach no hub."""
+    libraries = ("bitsandbytes", "transformers.modeling_utils", "transformers.models.llama", "peft", "lightning.fabric")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        forking = Forking(*[name for name in libraries if find_spec(name.partition(".")[0])])
+    with forking:
+        yield forking
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_both_checkouts_are_timed_in_each_round(tmp_path, capsys):
     from benchmarks.__main__ import main
     from benchmarks.against import Case

@@ -175,10 +175,10 @@ def test_whole_models_with_offloaded_experts_compute_what_resident_ones_do(tmp_p
     rows = {row["way"]: row for row in found["models"]}
     assert list(rows) == [
         "resident",
+        "whole blocks",
         "10% cached",
         "25% cached",
         "50% cached",
-        "whole blocks",
         "25% cached, on disk",
     ]
     assert found["rows"]
@@ -197,6 +197,10 @@ def test_whole_models_with_offloaded_experts_compute_what_resident_ones_do(tmp_p
     run("report", out)
     said = capsys.readouterr().out
     assert "| tiny-gpt-oss, 3 layers, " in said
+    run("report", "--brief", out)
+    brief = capsys.readouterr().out.splitlines()
+    assert brief[0].startswith("| tiny-gpt-oss, 3 layers, ")
+    assert [line.split(" | ")[0] for line in brief[2:]] == [f"| {way}" for way in rows]
     assert "NOT EQUAL" not in said
     assert "GROWS" not in said
 
@@ -324,6 +328,7 @@ def in_this_process(monkeypatch):
     return lambda: monkeypatch.setattr("benchmarks.load._row", row)
 
 
+@pytest.mark.slow
 def test_load_measures_each_peer_in_each_mode_and_appends(many, tmp_path, in_this_process):
     from benchmarks.files import shards
     from benchmarks.limits import floor

@@ -4,8 +4,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -215,7 +213,7 @@ for function, call in (("pwrite", 250), ("fsync", 10), ("pwrite", 250)):
 
 
 @needs_fork
-def test_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(tmp_path):
+def test_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(tmp_path, programs):
     folder, target = source(tmp_path / "source", partial(GPT, layers=24)), tmp_path / "made"
 
     def run(target):
@@ -225,9 +223,9 @@ def test_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(tmp_path):
     run(tmp_path / "expected")
     paths = {"source": str(folder), "target": str(target), "partial": str(tmp_path / ".made.partial")}
     code = KILLED.format(helpers=str(Path(__file__).parent / "helpers"), **paths)
-    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    printed = programs.run(code, tmp_path)
     # In the midst of it each time: a few of the files that are whole wait for the disk still, and are lost.
-    first, second, third = map(int, done.stdout.split())
+    first, second, third = map(int, printed.split())
     assert 0 < first < second < third
     run(target)
     assert contents(target) == contents(tmp_path / "expected")

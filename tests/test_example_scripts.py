@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from children import Forking
 from models import llama, save_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -19,6 +18,7 @@ SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 # Trainers and pipelines leave seeds, hooks and loggers behind: they get a process of their own, which takes seconds.
 OF_THEIR_OWN = ("diffusers_flux", "lightning_fabric", "lightning_trainer", "optimizers", "qlora_trainer", "qlora_trl")
+LAST_WORDS = {"diffusers_flux": "the same from the saved folder"}
 MOST_LINES = 60
 
 
@@ -29,23 +29,17 @@ def here(script, *arguments):
         runpy.run_path(str(script), run_name="__main__")
 
 
-@pytest.fixture(scope="module")
-def forking():
-    libraries = ("bitsandbytes", "transformers", "peft", "trl", "lightning.fabric", "lightning.pytorch", "diffusers")
-    with Forking(*libraries) as forking:
-        yield forking
-
-
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_script_runs(script, tmp_path, monkeypatch, capsys, request):
     monkeypatch.chdir(tmp_path)
     if script.stem in OF_THEIR_OWN:
-        printed = request.getfixturevalue("forking").run(script.read_text(), tmp_path)
+        printed = request.getfixturevalue("programs").run(script.read_text(), tmp_path)
     else:
         here(script)
         printed = capsys.readouterr().out
     assert printed.strip(), "an example shows what it did"
     assert "False" not in printed, printed
+    assert LAST_WORDS.get(script.stem, "") in printed
     assert list(tmp_path.iterdir()) == [], "an example leaves nothing behind"
 
 

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,12 +11,11 @@ from torch import nn
 import bigload
 
 
-def test_two_classes_by_the_command_line(tmp_path):
-    command = [sys.executable, "-m", "benchmarks", "sweep", "GPT2LMHeadModel", "ViTForImageClassification"]
+def test_two_classes_by_the_command_line(tmp_path, programs):
+    command = ["sweep", "GPT2LMHeadModel", "ViTForImageClassification"]
     command += ["--libraries", "transformers", "--out", str(tmp_path / "sweep.json")]
-    root = Path(__file__).parent.parent
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
-    assert "| transformers | nf4 | 2 | 2 | none |" in done.stdout
+    printed = programs.run(f"from benchmarks.__main__ import main; main({command})", tmp_path)
+    assert "| transformers | nf4 | 2 | 2 | none |" in printed
     result = json.loads((tmp_path / "sweep.json").read_text())
     found = {(row["class"], row["mode"]): row for row in result["rows"]}
     assert len(found) == 4
@@ -102,12 +99,12 @@ def test_the_committed_result_covers_what_is_promised():
     assert not [row for row in rows if row["outcome"] == "differs"]
 
 
-def test_coverage_tells_what_4_bit_takes_and_why_not_the_rest(tmp_path):
-    command = [sys.executable, "-m", "benchmarks", "coverage", "MixtralForCausalLM", "JetMoeForCausalLM", "NoSuchModel"]
+def test_coverage_tells_what_4_bit_takes_and_why_not_the_rest(tmp_path, programs):
+    command = ["coverage", "MixtralForCausalLM", "JetMoeForCausalLM", "NoSuchModel"]
     command += ["--out", str(tmp_path / "coverage.json")]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, check=True, capture_output=True, text=True)
+    printed = programs.run(f"from benchmarks.__main__ import main; main({command})", tmp_path)
     mixtral, other, missing = json.loads((tmp_path / "coverage.json").read_text())
     assert mixtral["share"] > 0.99
     assert any("a way of its own" in each.get("why", "") for each in other["left"])
     assert "error" in missing
-    assert "MixtralForCausalLM: 99.4% of 46,702,792,704 in 4 bit" in done.stdout
+    assert "MixtralForCausalLM: 99.4% of 46,702,792,704 in 4 bit" in printed

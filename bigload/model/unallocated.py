@@ -27,6 +27,8 @@ _PLACES = {"device", "out", "pin_memory"}
 _LOOKS = {"size", "dim", "numel", "element_size", "is_floating_point", "is_complex", "requires_grad_", "__len__"}
 _READS = {"shape", "dtype", "ndim", "requires_grad", "is_leaf", "layout", "nbytes", "itemsize"}
 _FILLS = {"zero_", "fill_", "normal_", "uniform_"}
+# While transformers initializes a model, those of torch are replaced by functions of its own, which call them.
+_INITS = {"torch.nn.init", "transformers.initialization"}
 
 
 class Unallocated(TorchFunctionMode):
@@ -41,10 +43,10 @@ class Unallocated(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
+        if getattr(func, "__module__", None) in _INITS:
             tensor = args[0] if args else kwargs["tensor"]
             if tensor.is_meta and id(tensor) not in self._waiting:
-                return tensor  # a parameter: it has no values, and this takes half of the time
+                return tensor  # a parameter: it has no values, and this takes most of the time
         elif func in _FACTORIES and not self._is_making and _is_large(args, kwargs) and not kwargs.keys() & _PLACES:
             return self._planned(func, args, kwargs)
         if self._waiting and not self._is_making and func not in _FACTORIES and not self._is_look(func):

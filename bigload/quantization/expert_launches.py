@@ -133,7 +133,7 @@ def gemv_combined(
     experts, rows, columns = weight.shape
     tokens, top_k = ids.shape
     out = x.new_empty(tokens, rows)
-    choices = _next_power_of_2(top_k)
+    choices = next_power_of_2(top_k)
     block_rows = max(1, _GEMV["block_rows"] // choices)
     _module().gemv_combined[(-(-rows // block_rows), tokens)](
         _two_at_a_time(x),
@@ -160,7 +160,7 @@ def gemv_combined(
 
 def _gemv_columns(weight: PackedExperts) -> int:
     blocksize: int = weight.state.blocksize
-    return max(blocksize, min(_GEMV["block_columns"], _next_power_of_2(weight.shape[2])))
+    return max(blocksize, min(_GEMV["block_columns"], next_power_of_2(weight.shape[2])))
 
 
 def grouped(
@@ -200,7 +200,7 @@ def grouped(
         rows,
         columns,
         state.blocksize,
-        _next_power_of_2(experts),
+        next_power_of_2(experts),
         block_pairs,
         block_rows,
         max(state.blocksize, block_columns),
@@ -218,8 +218,8 @@ def route(ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tens
     pairs = ids.numel()
     order = torch.empty(pairs, dtype=torch.int32, device=ids.device)
     ends = torch.empty(num_experts, dtype=torch.int32, device=ids.device)
-    padded = _next_power_of_2(max(pairs, 16))
-    _module().route[(1,)](ids, order, ends, pairs, num_experts, padded, _next_power_of_2(num_experts), 16, num_warps=4)
+    padded = next_power_of_2(max(pairs, 16))
+    _module().route[(1,)](ids, order, ends, pairs, num_experts, padded, next_power_of_2(num_experts), 16, num_warps=4)
     return order, ends
 
 
@@ -352,5 +352,6 @@ def _two_at_a_time(x: torch.Tensor) -> torch.Tensor:
     return (x.clone() if x.storage_offset() % 2 else x).view(torch.int32)
 
 
-def _next_power_of_2(number: int) -> int:
+def next_power_of_2(number: int) -> int:
+    """Return the least power of 2 that is not below a number from 1 on: the size of what one program holds."""
     return 1 << (number - 1).bit_length()

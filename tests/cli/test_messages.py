@@ -1,12 +1,6 @@
 """The library's messages in the words of the command line, and what they tell to do works there."""
 
-import fcntl
-import os
-import pty
 import re
-import struct
-import sys
-import termios
 
 import pytest
 import torch
@@ -237,26 +231,35 @@ def test_cache_that_does_not_fit_is_refused_with_what_is_lacking(place, capsys):
     assert main([*arguments, "0=150MiB", "cpu=1GiB", "--context", "1000"]) == 0
 
 
-def test_a_plan_fits_a_terminal_of_60_columns(place):
+IN_A_TERMINAL = """
+import fcntl, os, pty, struct, sys, termios
+from bigload.cli import main
+
+for name in ("COLUMNS", "LINES"):
+    os.environ.pop(name, None)
+pid, terminal = pty.fork()
+if pid == 0:
+    fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 60, 0, 0))
+    status = main(["plan", "model", "--max-memory", "0=1GiB", "cpu=1GiB"])
+    sys.stdout.flush()
+    os._exit(status)
+shown = b""
+while True:
+    try:
+        read = os.read(terminal, 4096)
+    except OSError:  # Linux says so when the other side has ended
+        break
+    if not read:
+        break
+    shown += read
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, shown
+print(shown.decode().replace("\\r", ""))
+"""
+
+
+def test_a_plan_fits_a_terminal_of_60_columns(place, programs):
     """In a terminal of its own, whose width is asked for."""
-    pid, terminal = pty.fork()
-    if pid == 0:
-        fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 60, 0, 0))
-        environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
-        command = ["-m", "bigload", "plan", "model", "--max-memory", "0=1GiB", "cpu=1GiB"]
-        os.execve(sys.executable, [sys.executable, *command], environment | {"TRANSFORMERS_VERBOSITY": "error"})
-    shown = b""
-    while True:
-        try:
-            read = os.read(terminal, 4096)
-        except OSError:  # Linux says so when the other side has ended
-            break
-        if not read:
-            break
-        shown += read
-    os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, shown
-    lines = shown.decode().replace("\r", "").splitlines()
+    lines = programs.run(IN_A_TERMINAL, place).splitlines()
     assert any("fits" in line for line in lines)
     assert max(map(len, lines)) <= 60
 

@@ -7,6 +7,7 @@ that one that is killed, as CUDA's faults do, takes no other case along: it coun
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -102,7 +103,11 @@ def _work(seed: int, step: int, seconds: float, device: str, log: Path) -> None:
     """Run cases until the time is up, and write each into the log when it begins and when it ends."""
     import traceback
 
+    import bitsandbytes  # noqa: F401
+    import checking  # noqa: F401
+
     until = time.monotonic() + seconds
+    gc.freeze()  # what is imported is not looked through at each collection of cycles
     with log.open("a", buffering=1) as out:
         while time.monotonic() < until:
             out.write(json.dumps({"seed": seed, "case": _described(seed, device)}) + "\n")

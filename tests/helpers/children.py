@@ -6,6 +6,7 @@ GPU each is a process of its own: bitsandbytes makes a context of CUDA when it i
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -101,4 +102,5 @@ if __name__ == "__main__":
     os.dup2(2, 1)  # what libraries print when they are imported is no answer
     for library in sys.argv[1:]:
         importlib.import_module(library)
+    gc.freeze()  # no child looks through what is imported
     _serve(own)

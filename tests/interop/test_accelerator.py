@@ -1,8 +1,5 @@
 """accelerate's Accelerator takes a loaded model with its optimizer and data, in this process and in one it launches."""
 
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -149,7 +146,16 @@ def test_a_state_is_not_loaded_into_files_and_the_remedy_works(load, device, tmp
     accelerator.load_state(tmp_path / "state")
 
 
-def test_accelerate_launch_runs_a_script_that_loads_and_trains(tmp_path):
+LAUNCH = """
+import os, sys
+from accelerate.commands.launch import main
+os.environ["PYTHONPATH"] = os.pathsep.join([{helpers!r}, os.environ["PYTHONPATH"]])
+sys.argv = {words!r}
+main()
+"""
+
+
+def test_accelerate_launch_runs_a_script_that_loads_and_trains(tmp_path, programs):
     script = tmp_path / "train.py"
     script.write_text(
         """
@@ -175,23 +181,8 @@ assert accelerator.state.num_processes == 1, accelerator.state
 print("loss", loss.item(), file=open(sys.argv[1], "w"))
 """
     )
-    root = Path(__file__).parents[2]
-    paths = [str(root), str(root / "tests" / "helpers"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "1",
-        "--num_machines",
-        "1",
-    ]
-    done = subprocess.run(
-        [*launch, "--mixed_precision", "no", "--dynamo_backend", "no", str(script), str(tmp_path / "out")],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    helpers = str(Path(__file__).parents[1] / "helpers")
+    options = ["--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no"]
+    words = ["accelerate launch", *options, "--dynamo_backend", "no", str(script), str(tmp_path / "out")]
+    programs.run(LAUNCH.format(words=words, helpers=helpers), tmp_path)
     assert float((tmp_path / "out").read_text().split()[1]) < 4.97

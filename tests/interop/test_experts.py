@@ -92,6 +92,7 @@ def test_transformers_choice_of_an_implementation_does_not_undo_it(implementatio
         assert close(model(tokens(device)).logits, plain(tokens(device)).logits, torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_a_compiled_model_computes_the_same(name, device):
     model = family(name, device=device)

@@ -319,6 +319,7 @@ def _each_leaf(model):
     return {path: "cpu" for path, module in model.named_modules() if not list(module.children())}
 
 
+@pytest.mark.slow
 def test_work_for_20000_keys_grows_with_their_number_only(tmp_path):
     # accelerate: compares every name with every entry of the map.
     models = [empty(Wide, tensors) for tensors in (250, 1000)]

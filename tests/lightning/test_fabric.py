@@ -1,9 +1,6 @@
 """`BitsandbytesPrecision` in Fabric: which layers it quantizes, to what, and that a loop trains and infers."""
 
 import copy
-import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -92,6 +89,7 @@ def test_an_8_bit_optimizer_trains_what_is_trained(device, mode):
 
 SCRIPT = """
 import sys
+sys.path.append({helpers!r})
 import torch
 from lightning.fabric import Fabric
 from lightning_loops import Net, inputs
@@ -113,22 +111,16 @@ if __name__ == "__main__":
         found = fabric.all_gather(net.norm.bias.detach())
         assert found.any() and torch.equal(found[0], found[1])
         if fabric.global_rank == 0:
-            torch.save(found[0], f"{mode}.pt")
+            torch.save(found[0], f"{{mode}}.pt")
 """
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_same_model_as_one(tmp_path):
+def test_two_processes_train_the_same_model_as_one(tmp_path, programs):
     modes = ["nf4", "int8-training"]
-    (tmp_path / "train.py").write_text(SCRIPT)
-    root = Path(__file__).parents[2]
-    places = os.pathsep.join([str(root), str(root / "tests/helpers")])
-    subprocess.run(
-        [sys.executable, "train.py", *modes],
-        cwd=tmp_path,
-        check=True,
-        env={**os.environ, "PYTHONPATH": places},
-    )
+    helpers = str(Path(__file__).parents[1] / "helpers")
+    (tmp_path / "train.py").write_text(SCRIPT.format(helpers=helpers))
+    programs.run(f"import sys; sys.argv = ['train.py', *{modes}]\n{SCRIPT.format(helpers=helpers)}", tmp_path)
     for mode in modes:
         fabric = fabric_of(torch.device("cpu"), mode, dtype=torch.float32)
         torch.manual_seed(0)

@@ -3,12 +3,14 @@
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
-from models import Net
+from models import Net, llama, t5
 from torch import nn
 from torch.nn.modules import module as torch_module
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigload import init_empty_weights
 
@@ -215,6 +217,29 @@ def test_parameters_are_never_allocated_and_everything_else_is(make):
     real = {name: value.unique().tolist() for name, value in model.named_buffers()}
     assert real == {"table": [0, 5], "quarter": [0.5], "filled": [7]}
     assert model.later.sum() == 2**18
+
+
+class Filled(TorchDispatchMode):
+    """Notes what fills tensors on meta."""
+
+    def __init__(self):
+        super().__init__()
+        self.noted = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("normal_", "uniform_", "fill_") and args[0].is_meta:
+            self.noted.add(name)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("build", [lambda: nn.Linear(4, 4), partial(llama, False), t5])
+def test_parameters_on_meta_are_not_initialized(build):
+    """transformers replaces torch's functions by its own meanwhile: a model took four times as long to build."""
+    with Filled() as filled, init_empty_weights():
+        model = build()
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert filled.noted <= {"fill_"}  # by zeros_ and ones_, which tell no mode
 
 
 def test_large_tensors_of_nested_blocks_and_dtypes_are_as_without():

@@ -17,6 +17,7 @@ from bigload.hardware.pinned import HostGroup
 from bigload.offload.engine import Engine
 from bigload.offload.files import FileGroup
 from bigload.offload.leaves import Group, Leaf
+from bigload.offload.on_device import expert_cache
 from bigload.offload.on_device.gpu_book import GpuBook
 
 EXPERTS = 6
@@ -689,6 +690,27 @@ def test_memory_stays_what_it_was():
         assert torch.cuda.memory_allocated() == before
 
 
+def test_where_a_gpu_cannot_read_pinned_memory_the_host_keeps_the_book(monkeypatch, caplog):
+    """As where the system maps none, or Triton cannot compile."""
+    model = resident(layers=2)
+    calls = list(routings(model, torch.device("cpu")))
+
+    def refused(*_):
+        raise ValueError("Pointer argument (at 0) cannot be accessed from Triton (cpu tensor?)")
+
+    monkeypatch.setattr(f"{GPU_BOOK}.suits", lambda *_: True)
+    monkeypatch.setattr(f"{GPU_BOOK}.__init__", refused)
+    expert_cache._warn_of_host.cache_clear()
+    with torch.no_grad():
+        expected = [model(*call) for call in calls]
+        engine = stream(model, torch.device("cpu"), 2)
+        for call, right in zip(calls, expected, strict=True):
+            assert torch.equal(model(*call), right)
+    assert engine.stats().expert_misses
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "the host reads each choice of experts, which takes longer: Pointer argument" in caplog.text
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("seed", range(6))
 def test_a_gpu_keeps_what_was_used_last(seed):
@@ -709,3 +731,23 @@ def test_a_gpu_keeps_what_was_used_last(seed):
             assert sorted(cache._book.places) == sorted(used)
             assert engine.stats().expert_hits == hits
             assert engine.stats().expert_misses == number + 1 - hits
+
+
+@pytest.mark.cuda
+def test_a_gpu_brings_more_experts_than_one_program_compares():
+    device = torch.device("cuda", 0)
+    layer = made("qwen3", 72, dtype=torch.bfloat16, device=device)
+    model = Model([layer])
+    pack(model, "nf4", torch.bfloat16)
+    model.requires_grad_(False)
+    calls = [routed(tokens, 8, layer.experts, torch.bfloat16, seed=tokens, device=device) for tokens in (1, 3, 6, 8, 5)]
+    calls = [(x, ids % 40, weights) for x, ids, weights in calls]
+    with torch.no_grad():
+        expected = [model(*call) for call in calls]
+        engine = stream(model, device, 40)
+        (cache,) = caches_of(engine)
+        assert isinstance(cache._book, GpuBook)
+        for number in [*range(len(calls))] * 3:
+            assert torch.equal(model(*calls[number]), expected[number])
+            assert set(calls[number][1].flatten().tolist()) <= set(cache._book.places)
+    assert engine.stats().fetches == 0

@@ -1,10 +1,8 @@
 """What others do wrong with quantized layers is refused in each process that holds some, however they came there."""
 
-from importlib.util import find_spec
 from textwrap import dedent
 
 import pytest
-from children import Forking
 
 pytest.importorskip("peft")
 
@@ -72,21 +70,14 @@ USES = {
 }
 
 
-@pytest.fixture(scope="module")
-def forking():
-    lightning = ["lightning.fabric"] if find_spec("lightning") else []
-    with Forking("bitsandbytes", "transformers", "peft", *lightning) as forking:
-        yield forking
-
-
 @pytest.mark.parametrize("how", MAKING)
 @pytest.mark.parametrize("mode", USES)
-def test_each_way_to_a_quantized_model_refuses_what_others_do_wrong(mode, how, tmp_path, forking):
+def test_each_way_to_a_quantized_model_refuses_what_others_do_wrong(mode, how, tmp_path, programs):
     if "lightning" in MAKING[how]:
         pytest.importorskip("lightning")
 
     def run(*parts):
-        forking.run("\n".join(map(dedent, (COMMON, *parts))), tmp_path)
+        programs.run("\n".join(map(dedent, (COMMON, *parts))), tmp_path)
 
     if how == "unpickled":
         run(MAKING["loaded"], f'torch.save(made("{mode}"), "{mode}.pt")')

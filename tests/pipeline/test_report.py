@@ -104,9 +104,9 @@ import sys, torch
 from torch import nn
 from bigload import load_and_quantize_model
 plain = {"load_in_4bit": True, "skip_modules": ["*"], "torch_dtype": "fp32"}
-build = lambda: nn.Sequential(*[nn.Linear(128, 128) for _ in range(3000)])
+build = lambda: nn.Sequential(*[nn.Linear(128, 128) for _ in range(1000)])
 load_and_quantize_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), "nf4", device_map="cpu")  # imports
-freed = [torch.ones(128, 128) for _ in range(2000)]
+freed = [torch.ones(128, 128) for _ in range(700)]
 last = freed[-1]  # keeps the heap from shrinking
 freed.clear()
 with torch.device("meta"):
@@ -119,7 +119,7 @@ assert report.peak_bytes or sys.platform != "linux", "not known"
 
 
 def test_memory_that_was_freed_before_the_load_is_counted_when_it_is_used_again(tmp_path):
-    folder = save_checkpoint(torch.nn.Sequential(*[torch.nn.Linear(128, 128) for _ in range(3000)]), tmp_path)
+    folder = save_checkpoint(torch.nn.Sequential(*[torch.nn.Linear(128, 128) for _ in range(1000)]), tmp_path)
     subprocess.run([sys.executable, "-c", REUSED, str(folder)], check=True)
 
 

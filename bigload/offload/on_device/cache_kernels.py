@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["pairs"])
+@triton.jit(do_not_specialize=["pairs", "is_first"])
 def admit(
-    ids, table, book, pairs, num_experts, slots,
+    ids, table, book, pairs, is_first, num_experts, slots,
     block_pairs: tl.constexpr, block_experts: tl.constexpr, block_slots: tl.constexpr,
 ):  # fmt: skip
     owners, uses, missing = book + 4, book + 4 + slots, book + 4 + 2 * slots
-    call = tl.load(book) + 1
+    call = tl.load(book) + is_first  # a call comes in turns, and counts an expert once
     pair = tl.arange(0, block_pairs)
     given = tl.load(ids + pair, mask=pair < pairs, other=-1).to(tl.int64)
     expert = tl.arange(0, block_experts).to(tl.int64)
@@ -26,6 +26,7 @@ def admit(
     is_wanted = is_given & (expert < num_experts)
     slot = tl.load(table + expert, mask=is_wanted, other=-1)
     is_there, lacks = is_wanted & (slot >= 0), is_wanted & (slot < 0)
+    is_hit = is_there & (tl.load(uses + slot, mask=is_there, other=0) != call)
     tl.store(uses + slot, call, mask=is_there)
     tl.debug_barrier()
     each = tl.arange(0, block_slots)
@@ -43,7 +44,7 @@ def admit(
         tl.store(missing + 2 * at, new)
         tl.store(missing + 2 * at + 1, free)
     tl.store(book, call)
-    tl.store(book + 1, tl.load(book + 1) + tl.sum(is_there.to(tl.int64), 0))
+    tl.store(book + 1, tl.load(book + 1) + tl.sum(is_hit.to(tl.int64), 0))
     tl.store(book + 2, tl.load(book + 2) + count)
     tl.store(book + 3, count.to(tl.int64))
 

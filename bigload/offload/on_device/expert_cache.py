@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import threading
@@ -213,15 +214,19 @@ def _book_of(memory: CacheMemory, store: Store, copier: SlotCopier) -> ExpertBoo
     """Let the GPU keep the book where it can."""
     if GpuBook.suits(memory, store, copier.device):
         try:
-            return GpuBook(memory, cast(HostGroup, store), copier.device)
+            return GpuBook(memory, cast(HostGroup, store))
         except Exception as error:
-            logger.warning(
-                "%s cannot read pinned memory by itself, so that the host reads each choice of experts, which takes "
-                "longer: %s",
-                copier.device,
-                error,
-            )
+            _warn_of_host(copier.device, str(error))
     return HostBook(memory, store, copier)
+
+
+@functools.cache  # once, not for each module
+def _warn_of_host(device: torch.device, error: str) -> None:
+    logger.warning(
+        "%s cannot read pinned memory by itself, so that the host reads each choice of experts, which takes longer: %s",
+        device,
+        error,
+    )
 
 
 class ExpertCaches:

@@ -7,13 +7,14 @@ from types import ModuleType
 
 import torch
 
+from ...hardware.devices import current_gpu
 from ...hardware.pinned import HostGroup, Store
-from ...quantization.expert_launches import runs_kernels
+from ...quantization.expert_launches import next_power_of_2, runs_kernels
 from ...quantization.packed_experts import BOOK, BOOK_HEAD, BOOK_SLOT, TABLE
 from .expert_books import CacheMemory, ExpertBook, Wanted
 
-# The most pairs of token and expert that a call may have: one program looks through them.
-_MAX_PAIRS = 64
+# The most pairs of token and expert of a call that are taken unread, and that one program compares with all experts.
+_MAX_PAIRS, _AT_ONCE = 64, 16
 _WORD = 4  # bytes that the kernels copy at once; a thread reads four of them
 # Programs for each missing expert, words that each copies at a time, and warps.
 _FETCH = {"programs": 16, "block": 4096, "num_warps": 8}
@@ -27,13 +28,14 @@ class GpuBook(ExpertBook):
     waits for the last one.
     """
 
-    def __init__(self, memory: CacheMemory, store: HostGroup, device: torch.device) -> None:
+    def __init__(self, memory: CacheMemory, store: HostGroup) -> None:
         """Begin with nothing there.
 
         Raises:
             RuntimeError: the kernels cannot read the store.
         """
-        self._memory, self._store, self._device = memory, store, device
+        self._memory, self._store, self._device = memory, store, memory.whole.device
+        self._index = self._device.index or 0
         self._kernels = _kernels()
         self._table, self._book = memory.tensors[TABLE], memory.tensors[BOOK]
         self._parts_begin = BOOK_HEAD + BOOK_SLOT * memory.slots
@@ -42,8 +44,9 @@ class GpuBook(ExpertBook):
         self.places: Mapping[int, int] = _PlacesInTable(self._table)
         self._changes, self._changes_seen = 0, -1
         self._shared_nbytes = 0
-        self._last = torch.cuda.current_stream(device)
-        with torch.cuda.device(device):
+        self._last = torch.cuda.current_stream(self._device)
+        self._blocks = next_power_of_2(memory.experts), next_power_of_2(memory.slots)
+        with current_gpu(self._device):
             self._book.zero_()
             self._book[self._parts_begin :].copy_(torch.tensor(_parts(memory, store), device="cpu"))
             self._fetch(1)  # of nothing: this finds out whether it can
@@ -61,31 +64,38 @@ class GpuBook(ExpertBook):
         return ids.numel() <= min(self._memory.slots, _MAX_PAIRS) and ids.device == self._device
 
     def bring(self, wanted: Wanted) -> None:
-        """Launch what keeps the book and copies."""
+        """Launch what keeps the book and copies.
+
+        What a call wants is brought in turns, which leave each other alone: there are slots for all, and the oldest go.
+        """
         if not isinstance(wanted, torch.Tensor):
             wanted = torch.tensor(wanted, dtype=torch.int64, device=self._device)
-        changes, memory, pairs = self._changes, self._memory, wanted.numel()
+        changes = self._changes
         self._follow()
-        with torch.cuda.device(self._device):  # Triton launches on the current one
+        with current_gpu(self._device):  # on which Triton launches
             if changes != self._changes_seen:
                 self._empty()
-            if pairs:
-                # Whatever ends this between the two launches, the next call empties the table.
-                self._changes_seen = -1
-                self._kernels.admit[(1,)](
-                    wanted.contiguous(),
-                    self._table,
-                    self._book,
-                    pairs,
-                    memory.experts,
-                    memory.slots,
-                    _next_power_of_2(pairs),
-                    _next_power_of_2(memory.experts),
-                    _next_power_of_2(memory.slots),
-                    num_warps=1,
-                )
-                self._fetch(pairs)
+            # Whatever ends this between two launches, the next call empties the table.
+            self._changes_seen = -1
+            for turn, ids in enumerate(torch.split(wanted.reshape(-1), _AT_ONCE)):
+                if pairs := ids.numel():
+                    self._admit(ids, pairs, turn == 0)
+                    self._fetch(pairs)
             self._changes_seen = changes
+
+    def _admit(self, ids: torch.Tensor, pairs: int, is_first: bool) -> None:
+        self._kernels.admit[(1,)](
+            ids,
+            self._table,
+            self._book,
+            pairs,
+            int(is_first),
+            self._memory.experts,
+            self._memory.slots,
+            next_power_of_2(pairs),
+            *self._blocks,
+            num_warps=1,
+        )
 
     def _fetch(self, pairs: int) -> None:
         self._kernels.fetch[(_FETCH["programs"], pairs)](
@@ -107,8 +117,8 @@ class GpuBook(ExpertBook):
 
     def _follow(self) -> None:
         """Have the current stream wait for the last call, if that was on another one."""
-        current = torch.cuda.current_stream(self._device)
-        if current != self._last:
+        if torch._C._cuda_getCurrentRawStream(self._index) != self._last.cuda_stream:
+            current = torch.cuda.current_stream(self._device)  # which takes ten times as long
             current.wait_stream(self._last)
             self._last = current
 
@@ -118,6 +128,7 @@ class GpuBook(ExpertBook):
 
     def count(self) -> tuple[int, int, int]:
         """Read the counts from the GPU, which is waited for."""
+        torch.cuda.current_stream(self._device).wait_stream(self._last)
         _, hits, misses, _ = self._book[:BOOK_HEAD].tolist()
         return hits, misses, misses * self._expert_nbytes + self._shared_nbytes
 
@@ -159,10 +170,6 @@ def _parts(memory: CacheMemory, store: HostGroup) -> list[int]:
 
 def _words(memory: torch.Tensor) -> torch.Tensor:
     return memory[: memory.numel() // _WORD * _WORD].view(torch.int32)
-
-
-def _next_power_of_2(number: int) -> int:
-    return 1 << (number - 1).bit_length()
 
 
 def _kernels() -> ModuleType:
