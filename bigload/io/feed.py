@@ -1,4 +1,4 @@
-"""Reads by `feed.c`, which needs no interpreter's lock: the tables of a program, and the device's functions, by ctypes."""
+"""Reads by `feed.c`, which needs no interpreter's lock: a program's tables and a device's functions, by ctypes."""
 
 from __future__ import annotations
 

@@ -24,13 +24,13 @@ class Piece(NamedTuple):
     Attributes:
         task: the tensor.
         begin: index in the tensor of the first value.
-        count: number of values.
+        numel: number of values.
         at: offset in the window, in bytes; None if they go to the task's home.
     """
 
     task: ReadTask
     begin: int
-    count: int
+    numel: int
     at: int | None
 
 
