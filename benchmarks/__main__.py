@@ -261,11 +261,13 @@ def _against(options: argparse.Namespace) -> None:
     device, parts = _device(options.device), [text.split(":") for text in options.cases]
     cases = [Case(Path(folder), mode, *map(int, blocks)) for folder, mode, *blocks in parts]
     result = {"benchmark": "against", **describe_machine(device, options.commit), "other_commit": options.other_commit}
-    result["rows"] = []
-    for row in compare_checkouts(options.other, cases, device, options.rounds):
-        print(json.dumps({name: row[name] for name in ("case", "ratio")}), file=sys.stderr, flush=True)
-        result["rows"].append(row)
-        _give(result, options.out)
+    for rows in compare_checkouts(options.other, cases, device, options.rounds):
+        result["rows"] = rows
+        print(json.dumps({row["case"]: row["ratio"] for row in rows}), file=sys.stderr, flush=True)
+        if options.out is not None:
+            _give(result, options.out)
+    if options.out is None:
+        _give(result, None)
 
 
 def _add_sweep(parser: argparse.ArgumentParser) -> None:

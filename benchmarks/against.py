@@ -40,43 +40,51 @@ class Case(NamedTuple):
         return f"{self.folder.name} {self.mode}: {what}"
 
 
-def compare_checkouts(other: Path, cases: Sequence[Case], device: str, rounds: int) -> Iterator[dict[str, Any]]:
+def compare_checkouts(other: Path, cases: Sequence[Case], device: str, rounds: int) -> Iterator[list[dict[str, Any]]]:
     """Time cases in this checkout and in another.
 
     Args:
         other: the root of the other checkout.
-        cases: what is timed.
+        cases: what is timed, one after the other in each process: imports can take longer than they do.
         device: "cpu" or "cuda:N".
-        rounds: processes for each checkout and case.
+        rounds: processes for each checkout.
 
     Yields:
-        A row for each case: the seconds of all runs of each checkout, their medians, and ours over theirs.
+        After each round a row for each case: the seconds of all runs of each checkout so far, their medians, and ours
+        over theirs.
     """
     roots = {"other": other, "ours": HERE}
-    for case in cases:
-        seconds: dict[str, list[float]] = {"other": [], "ours": []}
-        for turn in range(rounds):
-            for name in ("other", "ours") if turn % 2 else ("ours", "other"):  # neither is always the first
-                seconds[name] += _run(roots[name], case, device)
-        medians = {name: statistics.median(each) for name, each in seconds.items()}
-        yield {
-            "case": case.name,
-            **{f"{name}_s": [round(each, 5) for each in seconds[name]] for name in seconds},
-            **{f"{name}_median_s": round(median, 5) for name, median in medians.items()},
-            "ratio": round(medians["ours"] / medians["other"], 4),
-        }
+    seconds: dict[str, list[list[float]]] = {name: [[] for _ in cases] for name in roots}
+    for turn in range(rounds):
+        for name in ("other", "ours") if turn % 2 else ("ours", "other"):  # neither is always the first
+            for known, found in zip(seconds[name], _run(roots[name], cases, device), strict=True):
+                known += found
+        yield [_row(case, other_s, ours_s) for case, other_s, ours_s in zip(cases, *seconds.values(), strict=True)]
 
 
-def _run(root: Path, case: Case, device: str) -> list[float]:
+def _row(case: Case, other_s: Sequence[float], ours_s: Sequence[float]) -> dict[str, Any]:
+    other_median_s, ours_median_s = statistics.median(other_s), statistics.median(ours_s)
+    return {
+        "case": case.name,
+        "other_s": [round(each, 5) for each in other_s],
+        "ours_s": [round(each, 5) for each in ours_s],
+        "other_median_s": round(other_median_s, 5),
+        "ours_median_s": round(ours_median_s, 5),
+        "ratio": round(ours_median_s / other_median_s, 4),
+    }
+
+
+def _run(root: Path, cases: Sequence[Case], device: str) -> list[list[float]]:
     paths = [str(root.absolute()), *filter(None, [os.environ.get("PYTHONPATH")])]
-    command = [sys.executable, Path(__file__), case.folder.absolute(), case.mode, device, str(case.blocks)]
+    asked = json.dumps([(str(case.folder.absolute()), case.mode, device, case.blocks) for case in cases])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, Path(__file__), asked]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    seconds: list[float] = json.loads(done.stdout.splitlines()[-1])
+    seconds: list[list[float]] = json.loads(done.stdout.splitlines()[-1])
     return seconds
 
 
-def _time(folder: Path, mode: str, device: str, blocks: int) -> list[float]:
+def _time(folder: str, mode: str, device: str, blocks: int) -> list[float]:
     """Time loads, or forwards of one token, in the checkout that is imported; the first ones do not count."""
     import gc
     import time
@@ -92,7 +100,7 @@ def _time(folder: Path, mode: str, device: str, blocks: int) -> list[float]:
     device_map = {"": device} | {f"model.layers.{index}": "cpu" for index in range(blocks)}
 
     def load() -> tuple[Any, float]:
-        model = build(folder)
+        model = build(Path(folder))
         gc.collect()  # the last model goes before the clock runs
         begun = time.perf_counter()
         model = load_and_quantize_model(model, config, folder, device_map=device_map, progress=False)
@@ -115,4 +123,4 @@ def _time(folder: Path, mode: str, device: str, blocks: int) -> list[float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_time(Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]))))
+    print(json.dumps([_time(*case) for case in json.loads(sys.argv[1])]))

@@ -15,9 +15,12 @@ def test_both_checkouts_are_timed_in_each_round(tmp_path, capsys):
     from benchmarks.checkpoints import make_checkpoint
 
     folder, out = make_checkpoint("many-20", tmp_path / "many-20"), tmp_path / "out.json"
-    main(["against", str(ROOT), f"{folder}:none", "--device", "cpu", "--rounds", "1", "--out", str(out)])
+    cases = f"{folder}:none", f"{folder}:nf4"
+    main(["against", str(ROOT), *cases, "--device", "cpu", "--rounds", "1", "--out", str(out)])
     result = json.loads(out.read_text())
-    (row,) = result["rows"]
+    row, other = result["rows"]
+    assert other["case"] == "many-20 nf4: a load"
+    assert len(other["ours_s"]) == len(other["other_s"]) == 6
     assert row["case"] == "many-20 none: a load"
     assert len(row["ours_s"]) == len(row["other_s"]) == 6  # of the loads of a process the first does not count
     assert row["ratio"] == pytest.approx(row["ours_median_s"] / row["other_median_s"], rel=0.1)

@@ -79,7 +79,13 @@ class Experts:
         return (number, columns, rows) if self.is_transposed else (number, rows, columns)
 
     def activate(self, module: Any, h: torch.Tensor) -> torch.Tensor:
-        """Return what `down` takes, (pairs, I), of what `up` made, (pairs, up_features), by the module's own code."""
+        """Return what `down` takes, (pairs, I), of what `up` made, (pairs, up_features), by the module's own code.
+
+        It is of the dtype that is computed in: autocast makes float32 of what a power is part of, as in "gelu_new".
+        """
+        return self._activated(module, h).to(h.dtype)
+
+    def _activated(self, module: Any, h: torch.Tensor) -> torch.Tensor:
         if not self.has_gate:
             return module.act_fn(h)  # type: ignore[no-any-return]
         if hasattr(module, "_apply_gate"):  # of each decorated class; GPT-OSS's takes gates and ups in turns

@@ -221,6 +221,10 @@ class _Registrations:
             register_module_parameter_registration_hook(self._add)
 
     def _add(self, module: nn.Module, name: str, added: object) -> None:
+        # A compiled forward registers nothing but slices of lists. Dynamo would guard each module that is listed here,
+        # and end in an error where one of them is freed while it compiles.
+        if torch.compiler.is_compiling():
+            return
         if isinstance(module, nn.ModuleList) and isinstance(added, nn.Module):
             if added in self._listed:
                 return  # models of transformers make a slice of their blocks in each forward

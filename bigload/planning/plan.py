@@ -46,7 +46,8 @@ class Plan:
 
     Attributes:
         tensors: one entry for each tensor of the model, tied ones once.
-        layers: the layers that bitsandbytes' layers replace, by path.
+        layers: the layers that bitsandbytes' layers replace, by path; placeholders in the plan that a loaded model
+            keeps.
         device_map: block path -> the place that stores its weights.
         config: the config, with every "auto" resolved.
         devices: block path -> the device that computes it; None where that is the device map.

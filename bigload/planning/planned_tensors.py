@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.bitsandbytes import QuantizedTensor
+from ..checkpoint.merged import MergedTensor
 from ..config import BnbQuantizationConfig
 from ..errors import CheckpointError, ConfigError
 from ..hardware.devices import CPU, Place
@@ -83,9 +84,18 @@ class PlannedTensor:
 
 
 def _without_values(tensor: StoredTensor | torch.Tensor) -> StoredTensor | torch.Tensor:
+    if isinstance(tensor, MergedTensor):
+        parts = {name: _stored_without_values(part) for name, part in tensor.parts.items()}
+        return replace(tensor, parts=parts, pieces=())
+    if isinstance(tensor, QuantizedTensor):
+        return replace(tensor, parts={name: _stored_without_values(part) for name, part in tensor.parts.items()})
+    return _stored_without_values(tensor) if isinstance(tensor, StoredTensor) else _on_meta(tensor)
+
+
+def _stored_without_values(tensor: StoredTensor) -> StoredTensor:
     if isinstance(tensor, LazyTensor):  # what loads it may hold it
         return replace(tensor, load=partial(torch.empty, tensor.shape, dtype=tensor.dtype, device="meta"))
-    return _on_meta(tensor) if isinstance(tensor, torch.Tensor) else tensor
+    return tensor
 
 
 def _on_meta(tensor: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 What they give is, bit for bit, what the model gives that is wholly on the device.
 """
 
+import gc
 from functools import partial
 
 import pytest
@@ -243,6 +244,25 @@ def test_compiled_it_gives_what_it_gives(models, device, there):
         found = compiled(tokens).logits
         assert found.device == tokens.device
         assert same(found, whole(TOKENS.to(device)).logits)
+
+
+def test_compiling_asks_nothing_of_modules_that_are_freed_meanwhile(models, device):
+    """What lists of modules have held, anywhere in the process, is no concern of a compiled forward."""
+    _, part = models
+    others = [torch.nn.ModuleList([torch.nn.Linear(1, 1) for _ in range(20)]) for _ in range(40)]
+    before = len(others)
+
+    def backend(graph, inputs):
+        others.pop()
+        gc.collect()
+        return graph.forward
+
+    tokens = TOKENS.to(device)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = part(tokens).logits
+        assert same(torch.compile(part, backend=backend)(tokens).logits, expected)
+    assert len(others) < before
 
 
 @pytest.mark.cuda

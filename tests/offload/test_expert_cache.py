@@ -5,6 +5,7 @@ import random
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from bigload.offload.engine import Engine
 from bigload.offload.files import FileGroup
 from bigload.offload.leaves import Group, Leaf
 from bigload.offload.on_device import expert_cache
-from bigload.offload.on_device.gpu_book import GpuBook
+from bigload.offload.on_device.expert_books import HostBook
+from bigload.offload.on_device.gpu_book import GpuBook, _PlacesInTable
 
 EXPERTS = 6
 GPU_BOOK = "bigload.offload.on_device.gpu_book.GpuBook"
@@ -610,8 +612,11 @@ def test_a_weight_in_another_dtype_is_streamed_whole_from_then_on(device):
 @pytest.mark.cuda
 @pytest.mark.parametrize("late", ["copies", "computation"])
 @pytest.mark.parametrize("cached", [2, 3])
-def test_experts_wait_for_their_copies_and_copies_for_experts(late, cached):
+@pytest.mark.parametrize("by", ["gpu", "host"])
+def test_experts_wait_for_their_copies_and_copies_for_experts(late, cached, by, monkeypatch):
     device = torch.device("cuda", 0)
+    if by == "host":
+        monkeypatch.setattr(f"{GPU_BOOK}.suits", lambda *_: False)
     model = resident("gpt_oss", "nf4-dq", device, 3, torch.bfloat16)
     calls = [
         tuple(t.bfloat16() if t.is_floating_point() else t for t in choose(e, (e + 2) % 5, device=device, model=model))
@@ -640,14 +645,16 @@ def test_experts_wait_for_their_copies_and_copies_for_experts(late, cached):
 
 
 @pytest.mark.cuda
-def test_experts_are_copied_from_memory_that_cannot_be_pinned():
+def test_experts_are_copied_from_memory_that_cannot_be_pinned(monkeypatch):
     device = torch.device("cuda", 0)
+    monkeypatch.setattr("bigload.hardware.pinned._pin", lambda *_: None)
     model = resident("gpt_oss", "nf4-dq", device)
     calls = [choose(e, (e + 1) % 5, device=device, model=model) for e in range(5)]
     with torch.no_grad():
         expected = [model(*call) for call in calls]
         engine = stream(model, device, 2)
-        engine.groups[0].store.is_pinned = False
+        (cache,) = caches_of(engine)
+        assert isinstance(cache._book, HostBook)
         for call, right in [*zip(calls, expected, strict=True)] * 3:
             assert torch.equal(model(*call), right)
 
@@ -709,6 +716,42 @@ def test_where_a_gpu_cannot_read_pinned_memory_the_host_keeps_the_book(monkeypat
     assert engine.stats().expert_misses
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "the host reads each choice of experts, which takes longer: Pointer argument" in caplog.text
+
+
+def test_counts_of_a_gpu_are_those_of_calls_on_any_stream():
+    book = object.__new__(GpuBook)
+    book._book, book._expert_nbytes, book._shared_nbytes = torch.tensor([1, 0, 2, 0]), 10, 7
+    book._last = SimpleNamespace(synchronize=lambda: book._book.copy_(torch.tensor([3, 4, 5, 0])))
+    assert book.count() == (4, 5, 57)
+
+
+@pytest.mark.cuda
+def test_statistics_include_what_another_stream_has_yet_to_run():
+    device = torch.device("cuda", 0)
+    model = resident(device=device)
+    call = choose(0, 1, device=device, model=model)
+    engine = stream(model, device, 3)
+    side = torch.cuda.Stream()
+    with torch.no_grad():
+        model(*call)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(50_000_000)
+            model(*call)
+    assert (engine.stats().expert_hits, engine.stats().expert_misses) == (2, 2)
+
+
+def test_the_table_of_a_gpu_is_read_once_a_call():
+    """Experts in float32 are dequantized one by one, and each asked three times where it is."""
+    read, table = [], [-1, 1, 0]
+    places = _PlacesInTable(SimpleNamespace(tolist=lambda: read.append(1) or list(table)))
+    assert not read
+    assert (places[1], places[2], len(places), sorted(places)) == (1, 0, 2, [1, 2])
+    assert 0 not in places
+    assert len(read) == 1
+    table[:] = [0, 1, -1]
+    places.forget()
+    assert dict(places) == {0: 0, 1: 1}
 
 
 @pytest.mark.cuda

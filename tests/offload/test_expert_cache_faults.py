@@ -257,6 +257,38 @@ def test_a_cache_that_is_dropped_is_not_overwritten_while_a_stream_computes_with
         assert torch.equal(out, expected)
 
 
+def test_memory_that_is_freed_waits_for_calls_that_came_since_the_copies_ended(device, monkeypatch):
+    """Of another thread, between the two steps of remove()."""
+    model = resident(device, 1)
+    x, _, weights = routed(1, 1, model.experts[0], device=device)
+    call = x, [torch.zeros(1, 1, dtype=torch.int64, device=device)], weights
+    with torch.no_grad():
+        expected = model(*call)
+        engine = stream(model, device, 2)
+        model(*call)
+        (cache,) = engine.pool.caches._caches.values()
+        nbytes, discard, discarded, found = cache._book._memory.whole.nbytes, cache._book.discard, [], []
+        monkeypatch.setattr(cache._book, "discard", lambda: discarded.append(discard()))
+        finish, side = engine.pool.copier.finish, torch.cuda.Stream() if device.type == "cuda" else None
+
+        def finish_before_a_call():
+            finish()
+            with torch.cuda.stream(side):
+                if side is not None:
+                    torch.cuda._sleep(200_000_000)
+                found.append(model(*call))
+
+        monkeypatch.setattr(engine.pool.copier, "finish", finish_before_a_call)
+        with engine.pool.lock:
+            engine.pool.free_all()
+        others = [torch.full((nbytes,), 0xFF, dtype=torch.uint8, device=device) for _ in range(4)]
+        if side is not None:
+            torch.cuda.synchronize()
+        assert others
+        assert torch.equal(*found, expected)
+        assert len(discarded) == 1
+
+
 @pytest.mark.cuda
 @pytest.mark.usefixtures("small_parts_stream")
 def test_where_no_memory_can_be_pinned_the_bits_are_the_same(tmp_path, monkeypatch):

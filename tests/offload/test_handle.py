@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from bigload import ConfigError, OffloadConfig, OffloadError, PlacementError, load_and_quantize_model, loading
+from bigload.checkpoint import pickled
 from bigload.pipeline.assembly import Assembly
 from bigload.planning import planner
 from bigload.planning.placing.accounts import PlacedUnit
@@ -126,6 +127,28 @@ def test_a_models_own_weights_are_freed_when_they_are_loaded(device, options, mo
     plan = model.offload.plan
     assert [(plan.held_bytes, plan.source_bytes, plan.nbytes, str(plan), plan.device_bytes)] == seen
     assert plan.held_bytes
+
+
+@pytest.mark.parametrize("mode", ["nf4-dq", "int8"])
+def test_quantized_weights_of_a_pickle_are_freed_when_they_are_loaded(tmp_path, device, options, mode):
+    """Of one that is read whole, as files from before torch 1.6 are."""
+    whole = load_and_quantize_model(GPT(layers=4).bfloat16(), mode, device_map="cpu")
+    torch.save(whole.state_dict(), tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    own, held = pickled._described, []
+
+    def described(path, rank, name, value):
+        held.append(weakref.ref(value))
+        return own(path, rank, name, value)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pickled, "_described", described)
+        model = load_and_quantize_model(
+            empty(GPT, layers=4), None, tmp_path / "old.bin", **options("transformer.h.1", "transformer.h.2")
+        )
+    gc.collect()
+    assert model.offload.plan.layers
+    assert len(held) > 20
+    assert not any(reference() is not None for reference in held)
 
 
 def test_what_is_offloaded_rests_in_host_memory(tmp_path, device, options):

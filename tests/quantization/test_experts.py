@@ -154,6 +154,31 @@ def test_inputs_of_another_dtype_are_cast_and_the_output_is_cast_back(device):
         assert difference(model.experts(x, ids, weights), expected) < TOLERANCE[torch.bfloat16]
 
 
+@pytest.mark.parametrize("wants_gradients", [False, True])
+@pytest.mark.parametrize("tokens", [2, 9])
+def test_what_an_activation_makes_in_float32_is_cast_back(tokens, wants_gradients, device):
+    """As autocast does on a GPU, of "gelu_new" for one. Kernels take two values of 16 bit at a time."""
+
+    class Power(torch.nn.Module):
+        def __init__(self, dtype):
+            super().__init__()
+            self.dtype = dtype
+
+        def forward(self, x):
+            return x.float().pow(3).to(self.dtype)
+
+    model = made("nemotron", dtype=torch.bfloat16, device=device)
+    pack(model, compute_dtype=torch.bfloat16)
+    x, ids, weights = routed(tokens, 2, model.experts, torch.bfloat16, device=device)
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        model.experts.act_fn = Power(dtype)
+        given = x.clone().requires_grad_(wants_gradients)
+        out = model.experts(given, ids, weights)
+        found.append([out, *(torch.autograd.grad(out.sum(), given) if wants_gradients else ())])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 def test_biases_in_float32_are_added_in_the_dtype_of_the_computation(device):
     """As PEFT's prepare_model_for_kbit_training leaves them."""
     model = made("gpt_oss", dtype=torch.bfloat16, device=device)

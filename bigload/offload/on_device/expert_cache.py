@@ -198,6 +198,7 @@ class ExpertCache(NonCopyable):
                 raise OffloadError(_IN_USE)
             hits, misses, nbytes = self.count()
             self._counted = hits, misses - self._copied_elsewhere, nbytes
+            self.discard()  # a call may have come since the copies ended
             self._book, self._packed = None, []
         finally:
             self._lock.release()

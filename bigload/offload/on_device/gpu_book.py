@@ -41,7 +41,7 @@ class GpuBook(ExpertBook):
         self._parts_begin = BOOK_HEAD + BOOK_SLOT * memory.slots
         self._target, self._source = _words(memory.whole), _words(store.source)
         self._expert_nbytes = sum(memory.tensors[part][0].nbytes for part in memory.sliced)
-        self.places: Mapping[int, int] = _PlacesInTable(self._table)
+        self.places: _PlacesInTable = _PlacesInTable(self._table)
         self._changes, self._changes_seen = 0, -1
         self._shared_nbytes = 0
         self._last = torch.cuda.current_stream(self._device)
@@ -66,11 +66,13 @@ class GpuBook(ExpertBook):
     def bring(self, wanted: Wanted) -> None:
         """Launch what keeps the book and copies.
 
-        What a call wants is brought in turns, which leave each other alone: there are slots for all, and the oldest go.
+        What a call wants is brought in turns. There are slots for all, and the oldest go: a turn leaves alone what an
+        earlier one brought, but what a later one wants may go, and is then copied again.
         """
         if not isinstance(wanted, torch.Tensor):
             wanted = torch.tensor(wanted, dtype=torch.int64, device=self._device)
         changes = self._changes
+        self.places.forget()
         self._follow()
         with current_gpu(self._device):  # on which Triton launches
             if changes != self._changes_seen:
@@ -127,8 +129,8 @@ class GpuBook(ExpertBook):
         self._changes += 1
 
     def count(self) -> tuple[int, int, int]:
-        """Read the counts from the GPU, which is waited for."""
-        torch.cuda.current_stream(self._device).wait_stream(self._last)
+        """Read the counts from the GPU, when the last call has run, whatever its stream."""
+        self._last.synchronize()
         _, hits, misses, _ = self._book[:BOOK_HEAD].tolist()
         return hits, misses, misses * self._expert_nbytes + self._shared_nbytes
 
@@ -138,10 +140,11 @@ class GpuBook(ExpertBook):
 
 
 class _PlacesInTable(Mapping[int, int]):
-    """Reads a table on the GPU each time: only ways to compute that wait for the GPU anyway ask for it."""
+    """Reads a table on the GPU, once a call: only ways to compute that wait for the GPU anyway ask for it."""
 
     def __init__(self, table: torch.Tensor) -> None:
         self._table = table
+        self._read: dict[int, int] | None = None
 
     def __getitem__(self, expert: int) -> int:
         return self._there()[expert]
@@ -152,8 +155,14 @@ class _PlacesInTable(Mapping[int, int]):
     def __len__(self) -> int:
         return len(self._there())
 
+    def forget(self) -> None:
+        """Read it again when it is next asked for."""
+        self._read = None
+
     def _there(self) -> dict[int, int]:
-        return {expert: slot for expert, slot in enumerate(self._table.tolist()) if slot >= 0}
+        if self._read is None:
+            self._read = {expert: slot for expert, slot in enumerate(self._table.tolist()) if slot >= 0}
+        return self._read
 
 
 def _parts(memory: CacheMemory, store: HostGroup) -> list[int]:
