@@ -26,7 +26,7 @@ from .config import BnbQuantizationConfig, as_config
 from .errors import CheckpointError, ConfigError, PlacementError, listed, reason
 from .hardware.devices import Device, is_strategy, on_cpu_unless_named
 from .inspection.own_loading import EXTRA_STATE, changed_when_loaded_again
-from .io.extents import ReadTask
+from .io.program import ReadTask
 from .io.tensors import StoredTensor, read_whole
 from .io.transfer import default_stream
 from .model.described import empty_model

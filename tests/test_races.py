@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import gc
-import inspect
 import itertools
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -12,20 +11,22 @@ import pytest
 import torch
 from checkpoints import empty, save
 from comparisons import assert_same_bits
+from failures import fail_at
 from references import parts_of_4bit, quantize_as_bitsandbytes
 from safetensors.torch import load_file
 from torch import nn
 
-import bigload.io.transfer as room
 from bigload import BnbQuantizationConfig, load_and_quantize_model, release_buffers
-from bigload.io import async_reads
+from bigload.io import native_feed, threaded_feed, transfer
+from bigload.io.native_feed import NativeFeed
+from bigload.io.threaded_feed import ThreadedFeed
 from bigload.quantization.quantizer import Quantizer
 
 pytestmark = pytest.mark.cuda
 
 GPU = torch.device("cuda", 0)
 MODES = ("nf4", "nf4-dq", "int8", "bf16")
-REPEATS = 10
+REPEATS = 6
 CYCLES = 2_000_000  # a millisecond, in which several MiB are copied
 
 
@@ -46,13 +47,18 @@ class Stack(nn.Module):
         return self.head(x)
 
 
-@pytest.fixture(autouse=True)
-def narrow(monkeypatch):
-    """Two slots of 1 MiB and two places of 3 MiB: all of them are used many times in one load."""
+@pytest.fixture(autouse=True, params=[NativeFeed, ThreadedFeed])
+def executor(monkeypatch, request):
+    """Each way to read, with a ring of 2 MiB and a window of 9: all of it is used many times in one load."""
     release_buffers()
     monkeypatch.setenv("BIGLOAD_RING_BYTES", "2MiB")
-    monkeypatch.setattr("bigload.io.staging.BUFFER_BYTES", 3 * 2**20)
-    monkeypatch.setattr(async_reads, "BLOCK_BYTES", 2**16)
+    monkeypatch.setattr(transfer, "_BATCH_BYTES", 3 * 2**20)
+    for room in (native_feed, threaded_feed):
+        monkeypatch.setattr(room, "_READ_BYTES", 2**18)
+    if request.param is ThreadedFeed:
+        monkeypatch.setattr(transfer, "library", lambda: None)
+    elif native_feed.library() is None:
+        pytest.skip("installed without a compiler")
     yield
     torch.cuda.synchronize()
     release_buffers()
@@ -135,23 +141,22 @@ def slowed(monkeypatch, owner, name, stream_of, chance, seed=0, cycles=CYCLES):
         sleep(self)
         return returned
 
-    def slow_steps(self, *args, **kwargs):
-        sleep(self)
-        for step in original(self, *args, **kwargs):
-            sleep(self)
-            yield step
-        sleep(self)
+    monkeypatch.setattr(owner, name, slow)
 
-    monkeypatch.setattr(owner, name, slow_steps if inspect.isgeneratorfunction(original) else slow)
+
+def lane_of(feed):
+    return feed._lanes[GPU]
 
 
 def slow_copies(monkeypatch, chance=0.3, **options):
-    for name in ("send", "_stage"):
-        slowed(monkeypatch, room.CudaTransfer, name, lambda copier: copier._stream, chance, **options)
+    for executor in (NativeFeed, ThreadedFeed):
+        for name in ("take", "done"):
+            slowed(monkeypatch, executor, name, lambda feed: lane_of(feed).copies, chance, **options)
 
 
 def slow_work(monkeypatch, chance=0.3, **options):
-    slowed(monkeypatch, room.CudaTransfer, "_hand_over", lambda copier: copier._default, chance, **options)
+    for executor in (NativeFeed, ThreadedFeed):
+        slowed(monkeypatch, executor, "take", lambda feed: lane_of(feed).work, chance, **options)
     slowed(monkeypatch, Quantizer, "add", lambda quantizer: torch.cuda.current_stream(GPU), chance, **options)
 
 
@@ -315,19 +320,11 @@ def test_weight_that_is_put_together_first_is_whole_when_it_is_quantized(tmp_pat
 @pytest.mark.parametrize("mode", ["nf4", "bf16"])
 def test_load_that_is_stopped_writes_nothing_afterwards(folder, expected, monkeypatch, mode):
     slow_copies(monkeypatch, chance=1.0)
-    send = room.CudaTransfer.send
     for stopped_at in (1, 2, 5, 12):
-        count = itertools.count(1)
-
-        def stopping(*args, count=count, stopped_at=stopped_at):
-            yield from send(*args)
-            if next(count) == stopped_at:
-                raise KeyboardInterrupt
-
-        monkeypatch.setattr(room.CudaTransfer, "send", stopping)
-        with contextlib.suppress(KeyboardInterrupt):
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            fail_at(patch, NativeFeed, "done", stopped_at, KeyboardInterrupt())
+            fail_at(patch, ThreadedFeed, "done", stopped_at, KeyboardInterrupt())
             load(folder, mode)
-        monkeypatch.setattr(room.CudaTransfer, "send", send)
         gc.collect()
         stream = torch.cuda.current_stream(GPU)
         assert stream == torch.cuda.default_stream(GPU)

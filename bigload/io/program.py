@@ -5,17 +5,40 @@ from __future__ import annotations
 import itertools
 from array import array
 from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from .extents import ReadTask
+from .tensors import StoredTensor
 
 # Where pieces begin in a window, in bytes: as in memory of their own.
 _ALIGNMENT = 512
+
+
+@dataclass(eq=False, slots=True)
+class ReadTask:
+    """One stored tensor to read, and where its values go.
+
+    Attributes:
+        tensor: where it is stored.
+        device: where its values go.
+        take: called with each piece of the values, in order, and the index of its first value. A piece is flat, in
+            the stored dtype and on the device; its memory is reused after the call, in the order of the device's
+            default stream. Not called for a task with a home.
+        home: the tensor's final memory, (nbytes,), uint8, if the stored bytes are copied there unchanged.
+        values_per_scale: every piece but the last holds a multiple of this many values.
+        arrived: called with the number of values of each piece, after it was taken or copied home.
+    """
+
+    tensor: StoredTensor
+    device: torch.device
+    take: Callable[[torch.Tensor, int], None]
+    home: torch.Tensor | None = None
+    values_per_scale: int = 1
+    arrived: Callable[[int], None] = lambda count: None
 
 
 class Piece(NamedTuple):
@@ -41,7 +64,6 @@ class Batch:
     Attributes:
         device: where they go.
         pieces: in the order of reading.
-        spans: their runs of bytes: (task, offset in its file, nbytes, address).
         nbytes: of all of them.
         used: bytes in the window.
         after: the last batch that had any of its memory in the window, which must have been worked on.
@@ -50,7 +72,6 @@ class Batch:
 
     device: torch.device
     pieces: list[Piece] = field(default_factory=list)
-    spans: list[tuple[ReadTask, int, int, int]] = field(default_factory=list)
     nbytes: int = 0
     used: int = 0
     after: Batch | None = None
@@ -94,14 +115,14 @@ class Program:
     Attributes:
         files: that are read.
         batches: in the order in which they are worked on.
-        spans: five numbers each: the file's, the offset in it, nbytes, the address, the batch's.
-        tasks: of the spans.
+        pieces: of all batches.
+        spans: what each piece needs, five numbers: the file's, the offset in it, nbytes, the address, the batch's.
     """
 
     files: list[Path]
     batches: list[Batch]
+    pieces: list[Piece]
     spans: array[int]
-    tasks: list[ReadTask]
 
 
 def lay_out(tasks: Sequence[ReadTask], windows: Mapping[torch.device, Window]) -> Program:
@@ -120,35 +141,32 @@ def lay_out(tasks: Sequence[ReadTask], windows: Mapping[torch.device, Window]) -
     each = [_batches(own, windows[device]) for device, own in of_device.items()]
     batches = [batch for turn in itertools.zip_longest(*each) for batch in turn if batch is not None]
     numbers = {file: number for number, file in enumerate(dict.fromkeys(task.tensor.file for task in tasks))}
-    spans, owners = array("q"), list[ReadTask]()
+    spans = array("q")
     for number, batch in enumerate(batches):
-        batch.number = number
-        for task, offset, nbytes, address in batch.spans:
-            spans.extend((numbers[task.tensor.file], offset, nbytes, address, number))
-            owners.append(task)
-    return Program(list(numbers), batches, spans, owners)
+        batch.number, address = number, windows[batch.device].address
+        for task, begin, numel, at in batch.pieces:
+            tensor, itemsize = task.tensor, task.tensor.dtype.itemsize
+            to = address + at if at is not None else task.home.data_ptr() + begin * itemsize  # type: ignore[union-attr]
+            spans.extend((numbers[tensor.file], tensor.offset + begin * itemsize, numel * itemsize, to, number))
+    return Program(list(numbers), batches, [piece for batch in batches for piece in batch.pieces], spans)
 
 
 def _batches(tasks: Iterable[ReadTask], window: Window) -> list[Batch]:
     found: list[Batch] = []
     batch: Batch | None = None
     for task in tasks:
-        tensor, home = task.tensor, task.home
-        itemsize, begin = tensor.dtype.itemsize, 0
-        total, address = tensor.nbytes // itemsize, 0 if home is None else home.data_ptr()
+        itemsize, begin = task.tensor.dtype.itemsize, 0
+        total = task.tensor.nbytes // itemsize
         while begin < total:
             room = window.batch_bytes - (0 if batch is None else max(batch.nbytes, batch.used))
             count = _fitting(task, total - begin, room, is_first=begin == 0, limit=window.batch_bytes)
             if batch is None or not count:
                 batch = Batch(task.device)
                 found.append(batch)
-                room = window.batch_bytes
-                count = _fitting(task, total - begin, room, is_first=False, limit=room)
+                count = _fitting(task, total - begin, window.batch_bytes, is_first=False, limit=window.batch_bytes)
             nbytes = count * itemsize
-            at = None if home is not None else window.take(nbytes, batch)
-            to = address + begin * itemsize if at is None else window.address + at
+            at = None if task.home is not None else window.take(nbytes, batch)
             batch.pieces.append(Piece(task, begin, count, at))
-            batch.spans.append((task, tensor.offset + begin * itemsize, nbytes, to))
             batch.nbytes += nbytes
             batch.used += 0 if at is None else -(-nbytes // _ALIGNMENT) * _ALIGNMENT
             begin += count

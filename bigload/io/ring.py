@@ -1,4 +1,4 @@
-"""The ring of host memory that file reads fill and copies to devices empty: pinned for GPUs, reused by later loads."""
+"""The ring of pinned host memory that file reads fill and copies to GPUs empty, reused by later loads."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ logger = logging.getLogger(__name__)
 SLOT_BYTES = 16 * 2**20
 # Small, so that much of it is still in the CPU's cache when it is copied: 256 MiB were slower.
 RING_BYTES = 128 * 2**20
+
+
+def needs_ring(device: torch.device) -> bool:
+    """Whether what goes to a device passes through pinned memory."""
+    return device.type == "cuda"
 
 
 def reader_threads() -> int:
@@ -70,35 +75,22 @@ class Ring:
     """Slots of equal size, at least two, in one block of host memory.
 
     Attributes:
-        asked: the arguments it was made with: bytes, and whether to pin them.
+        asked: the bytes it was to have.
         is_quiet: whether nothing reads or writes it, so that another load may use it.
         slot_bytes: size of a slot.
         count: number of slots.
         memory: all of it, (bytes,), uint8.
         slots: each (slot_bytes,), uint8.
-        buffers: the same memory, to read into.
     """
 
-    def __init__(self, nbytes: int, *, pinned: bool) -> None:
-        self.asked = (nbytes, pinned)
+    def __init__(self, nbytes: int) -> None:
+        self.asked = nbytes
         self.is_quiet = True
         self.slot_bytes = slot_bytes(nbytes)
-        if not pinned:  # first use of memory takes time: no more slots than the threads keep busy
-            nbytes = min(nbytes, 3 * self.slot_bytes)
-        memory = (
-            pinned_memory(nbytes, 2 * self.slot_bytes)
-            if pinned
-            else torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-        )
+        memory = pinned_memory(nbytes, 2 * self.slot_bytes)
         self.memory = memory
         self.count = len(memory) // self.slot_bytes
         self.slots: list[torch.Tensor] = list(memory[: self.count * self.slot_bytes].view(self.count, self.slot_bytes))
-        self.buffers = [as_bytes(slot) for slot in self.slots]
-
-    def filled(self, slot: int, nbytes: int) -> torch.Tensor:
-        """Return the first bytes of a slot, (nbytes,), uint8."""
-        whole = self.slots[slot]
-        return whole if nbytes == self.slot_bytes else whole[:nbytes]  # a view takes longer than the question
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
@@ -125,7 +117,7 @@ def pin_ahead(device: torch.device) -> None:
     def pin() -> None:
         try:
             with torch.cuda.device(device):  # pinning initializes the current GPU
-                ring = Ring(nbytes, pinned=True)
+                ring = Ring(nbytes)
         except Exception as error:  # the load meets it again, and reports it
             logger.debug("pinning ahead failed: %s", error)
             return
@@ -134,7 +126,7 @@ def pin_ahead(device: torch.device) -> None:
 
     nbytes = ring_bytes()
     with _kept_ring.lock:
-        if _kept_ring.pinning is None and (_kept_ring.kept is None or _kept_ring.kept.asked != (nbytes, True)):
+        if _kept_ring.pinning is None and (_kept_ring.kept is None or _kept_ring.kept.asked != nbytes):
             _kept_ring.kept = None
             # Not a daemon: the interpreter must wait for it at exit, or torch would abort the process.
             thread = threading.Thread(target=pin)
@@ -151,19 +143,19 @@ def _wait_for_pinning() -> None:
 
 
 @contextmanager
-def take_ring(*, pinned: bool) -> Iterator[Ring]:
-    """Use the kept ring for a load, or a new one if that is in use or differs in size; keep it afterwards if pinned."""
+def take_ring() -> Iterator[Ring]:
+    """Use the kept ring for a load, or a new one if that is in use or differs in size, and keep it afterwards."""
     nbytes = ring_bytes()
     _wait_for_pinning()
     with _kept_ring.lock:
         ring = None
-        if _kept_ring.kept is not None and _kept_ring.kept.asked == (nbytes, pinned):
+        if _kept_ring.kept is not None and _kept_ring.kept.asked == nbytes:
             ring, _kept_ring.kept = _kept_ring.kept, None
-    ring = ring or Ring(nbytes, pinned=pinned)
+    ring = ring or Ring(nbytes)
     try:
         yield ring
     finally:
-        if pinned and ring.is_quiet:
+        if ring.is_quiet:
             with _kept_ring.lock:
                 _kept_ring.kept = ring
 

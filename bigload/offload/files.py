@@ -14,14 +14,14 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from ..errors import OffloadError
+from ..errors import CheckpointError, OffloadError
+from ..hardware.devices import CPU
 from ..hardware.layout import Layout, TensorSpec, in_mapping
 from ..hardware.pinned import Store, pinned_memory
-from ..io.async_reads import Read, Reads
-from ..io.ring import reader_threads
+from ..io.program import ReadTask
+from ..io.tensors import StoredTensor
+from ..io.transfer import read_all
 
-# Threads that read one group, while the one before computes.
-_THREADS = 8
 # A private mapping of a file, as a numpy array (size,), uint8: writes to it stay in memory.
 _Pages = Any
 _CHANGED = "it was changed since the model was loaded; load the model again"
@@ -89,21 +89,20 @@ class FileGroup(Store):
         Raises:
             OffloadError: a file is gone, was changed, or cannot be read.
         """
-        target = memoryview(memory.numpy())  # type: ignore[arg-type]
-        with Reads(min(reader_threads(), _THREADS)) as reads:
-            going: list[tuple[str, FilePart, Read]] = []
-            for name, where in self._parts.items():
+        self.require_unchanged()
+        views, tasks = self.layout.views(memory), list[ReadTask]()
+        for name, where in self._parts.items():
+            if name in self.written:
+                views[name].copy_(self.tensors[name])
+            elif nbytes := where.part.nbytes:
                 begin = self.layout.offsets[name]
-                part = target[begin : begin + where.part.nbytes]
-                if name in self.written:
-                    self.layout.views(memory)[name].copy_(self.tensors[name])
-                    continue
-                with _read_errors_of(name, where.file):
-                    going.append((name, where, reads.begin(where.file, [part], where.offset)))
-            for name, where, read in going:
-                with _read_errors_of(name, where.file):
-                    if reads.finish(read) < where.part.nbytes:
-                        raise OSError(_TRUNCATED)
+                stored = StoredTensor(name, where.file, torch.uint8, (nbytes,), where.offset, nbytes)
+                tasks.append(ReadTask(stored, CPU, _taken, memory[begin : begin + nbytes]))
+        try:
+            read_all(tasks)
+        except CheckpointError as error:
+            self.require_unchanged()  # which says more
+            raise OffloadError(f"{error}, and the model needs it as it runs") from error
         self.require_unchanged()
         if not self.stays_in_page_cache:
             for name, where in self._parts.items():
@@ -144,6 +143,10 @@ class FileGroup(Store):
             with _read_errors_of(name, file):
                 if _stamp(file.stat()) != stamp:
                     raise OSError(_CHANGED)
+
+
+def _taken(values: torch.Tensor, begin: int) -> None:
+    """Do nothing: what is read into a home is not taken."""
 
 
 def _stamp(stat: os.stat_result) -> _Stamp:

@@ -16,7 +16,7 @@ from ..checkpoint.bitsandbytes import QuantizedTensor
 from ..errors import CheckpointError, PlacementError, QuantizationError, listed
 from ..hardware.allocation import allocate, reserve
 from ..hardware.devices import CPU
-from ..io.extents import ReadTask
+from ..io.program import ReadTask
 from ..io.ring import slot_bytes
 from ..io.tensors import LazyTensor
 from ..io.timeline import Timeline

@@ -13,7 +13,7 @@ import torch
 
 from ..checkpoint.bitsandbytes import QuantizedTensor
 from ..hardware.allocation import allocate
-from ..io.extents import ReadTask
+from ..io.program import ReadTask
 from ..io.ring import slot_bytes
 from ..io.tensors import LazyTensor, StoredTensor
 from ..planning.planned_tensors import PlannedTensor

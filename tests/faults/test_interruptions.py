@@ -13,7 +13,10 @@ from models import GPT
 from resources import open_and_running
 
 from bigload import CheckpointError, PlacementError, load_and_quantize_model
-from bigload.io.async_reads import Reads
+from bigload.io import transfer
+from bigload.io.feed import Feed
+from bigload.io.native_feed import NativeFeed, library
+from bigload.io.threaded_feed import ThreadedFeed
 from bigload.quantization.quantizer import Quantizer
 
 
@@ -47,10 +50,11 @@ def test_interrupted_while_reading(model, folder, monkeypatch, call, error):
     load_and_quantize_model(GPT(), "nf4", folder, device_map="cpu")  # what is made once per process is made now
     monkeypatch.setenv("BIGLOAD_RING_BYTES", "4KiB")  # many reads
     if isinstance(error, OSError):
+        monkeypatch.setattr(transfer, "library", lambda: None)
         fail_at(monkeypatch, os, "preadv", call, error)
         check_untouched_then_loads(model, folder, CheckpointError, monkeypatch)
     else:
-        fail_at(monkeypatch, Reads, "finish", call, error)
+        fail_at(monkeypatch, NativeFeed if library() else ThreadedFeed, "take", call, error)
         check_untouched_then_loads(model, folder, KeyboardInterrupt, monkeypatch)
 
 
@@ -87,14 +91,13 @@ def test_interrupted_while_the_model_is_changed(model, folder, monkeypatch, call
 def test_file_that_is_cut_while_it_is_read(model, folder, monkeypatch):
     shard = sorted(folder.glob("*.safetensors"))[1]
     whole = shard.read_bytes()
-    opened = Reads._descriptors
+    opened = Feed._open
 
-    def cutting(self, path):
-        if path == shard:
-            os.truncate(shard, len(whole) // 2)
-        return opened(self, path)
+    def cutting(self):
+        os.truncate(shard, len(whole) // 2)
+        opened(self)
 
-    monkeypatch.setattr(Reads, "_descriptors", cutting)
+    monkeypatch.setattr(Feed, "_open", cutting)
     with pytest.raises(CheckpointError, match="truncated meanwhile"):
         load_and_quantize_model(model, "nf4", folder, device_map="cpu")
     monkeypatch.undo()

@@ -21,7 +21,7 @@ from resources import open_and_running
 
 import bigload.io.ring as room
 from bigload import ConfigError, load_and_quantize_model, release_buffers
-from bigload.io.ring import Ring, pin_ahead, reader_threads, ring_bytes, slot_bytes, take_ring
+from bigload.io.ring import Ring, as_bytes, pin_ahead, reader_threads, ring_bytes, slot_bytes, take_ring
 
 GPU = torch.device("cuda", 0)
 EMPTY = torch.empty
@@ -143,31 +143,23 @@ def test_a_ring_of_any_size_has_two_slots_at_least_each_a_power_of_two(size):
 
 
 @pytest.mark.parametrize("size", ["1KiB", "1025", "3000", "4KiB", "1MiB", "3MB"])
-@pytest.mark.parametrize("pinned", [False, True])
-def test_slots_are_apart_within_the_memory_that_was_asked_for(monkeypatch, pinning, size, pinned):
+def test_slots_are_apart_within_the_memory_that_was_asked_for(monkeypatch, pinning, size):
     monkeypatch.setenv("BIGLOAD_RING_BYTES", size)
-    ring = Ring(ring_bytes(), pinned=pinned)
-    assert len(ring.slots) == len(ring.buffers) == ring.count >= 2
+    ring = Ring(ring_bytes())
+    assert len(ring.slots) == ring.count >= 2
     assert ring.count * ring.slot_bytes <= ring_bytes()
-    for number, buffer in enumerate(ring.buffers):
-        buffer[:] = bytes([number % 256]) * ring.slot_bytes
+    for number, slot in enumerate(ring.slots):
+        as_bytes(slot)[:] = bytes([number % 256]) * ring.slot_bytes
     for number, slot in enumerate(ring.slots):
         assert slot.dtype == torch.uint8
         assert slot.data_ptr() % 16 == 0
         assert torch.equal(slot, torch.full((ring.slot_bytes,), number % 256, dtype=torch.uint8))
 
 
-def test_memory_of_a_load_onto_the_cpu_is_bounded_whatever_the_knob_allows(monkeypatch):
-    monkeypatch.setenv("BIGLOAD_RING_BYTES", "64GiB")  # of which nothing is touched
-    ring = Ring(ring_bytes(), pinned=False)
-    assert ring.count * ring.slot_bytes <= 2**28
-
-
-@pytest.mark.parametrize("pinned", [False, True])
-def test_a_ring_has_slots_of_its_own_size_whatever_the_knob_says_meanwhile(monkeypatch, pinning, pinned):
+def test_a_ring_has_slots_of_its_own_size_whatever_the_knob_says_meanwhile(monkeypatch, pinning):
     """It is pinned in a thread: what was asked for counts, not what the variable holds by then."""
     monkeypatch.setenv("BIGLOAD_RING_BYTES", "1GiB")
-    ring = Ring(4096, pinned=pinned)
+    ring = Ring(4096)
     assert ring.count >= 2
     assert ring.count * ring.slot_bytes <= 4096
 
@@ -179,7 +171,7 @@ def test_where_not_all_can_be_pinned_half_of_it_is_and_so_on(pinning, caplog, mo
     monkeypatch.setattr(room, "SLOT_BYTES", 1024)
     monkeypatch.setenv("BIGLOAD_RING_BYTES", "16KiB")
     pinning.most = 4096
-    ring = Ring(2**14, pinned=True)
+    ring = Ring(2**14)
     assert pinning.sizes == [2**14, 2**13, 2**12]
     assert ring.count * ring.slot_bytes <= 4096
     assert ring.count >= 2
@@ -191,7 +183,7 @@ def test_where_none_can_be_pinned_one_warning_says_so_and_loads_go_on(pinning, c
     pinning.most = 0
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            with take_ring(pinned=True) as ring:
+            with take_ring() as ring:
                 assert ring.count >= 2
                 assert ring.count * ring.slot_bytes <= 4096
     assert min(pinning.sizes) >= 2 * ring.slot_bytes
@@ -204,26 +196,26 @@ def test_where_none_can_be_pinned_one_warning_says_so_and_loads_go_on(pinning, c
 
 
 def test_pinned_ring_is_lent_again(pinning):
-    with take_ring(pinned=True) as first:
+    with take_ring() as first:
         pass
-    with take_ring(pinned=True) as second:
+    with take_ring() as second:
         assert second is first
     assert len(pinning.sizes) == 1
 
 
 def test_ring_of_a_load_that_failed_is_lent_again(pinning):
-    with pytest.raises(KeyboardInterrupt), take_ring(pinned=True) as first:
+    with pytest.raises(KeyboardInterrupt), take_ring() as first:
         raise KeyboardInterrupt
-    with take_ring(pinned=True) as second:
+    with take_ring() as second:
         assert second is first
 
 
 @pytest.mark.parametrize("before", [0, 1])
 def test_loads_at_once_have_rings_of_their_own_of_which_one_is_kept(pinning, before):
     for _ in range(before):
-        with take_ring(pinned=True):
+        with take_ring():
             pass
-    with take_ring(pinned=True) as first, take_ring(pinned=True) as second:
+    with take_ring() as first, take_ring() as second:
         assert first is not second
         assert first.slots[0].data_ptr() != second.slots[0].data_ptr()
         refs = [weakref.ref(first), weakref.ref(second)]
@@ -233,46 +225,39 @@ def test_loads_at_once_have_rings_of_their_own_of_which_one_is_kept(pinning, bef
 
 
 def test_ring_of_another_size_is_not_lent(pinning, monkeypatch):
-    with take_ring(pinned=True):
+    with take_ring():
         pass
     monkeypatch.setenv("BIGLOAD_RING_BYTES", "8KiB")
-    with take_ring(pinned=True) as ring:
+    with take_ring() as ring:
         assert ring.count * ring.slot_bytes == 8192
     assert pinning.sizes == [4096, 8192]
 
 
-def test_loads_onto_the_cpu_neither_pin_nor_keep_nor_take_what_is_kept(pinning):
-    with take_ring(pinned=False) as ring:
-        seen = weakref.ref(ring)
-    del ring
-    gc.collect()
-    assert seen() is None
+def test_loads_onto_the_cpu_neither_pin_nor_take_what_is_kept(pinning, tmp_path, monkeypatch):
+    save_checkpoint(GPT(), tmp_path)
+    monkeypatch.setattr(room, "take_ring", raising(AssertionError("taken")))
+    monkeypatch.setattr("bigload.io.transfer.take_ring", raising(AssertionError("taken")))
+    load_and_quantize_model(empty(GPT), "nf4", tmp_path, device_map="cpu")
     assert pinning.sizes == []
-    with take_ring(pinned=True) as pinned:
-        pass
-    with take_ring(pinned=False) as ring:
-        assert ring is not pinned
-    with take_ring(pinned=True) as again:
-        assert again is pinned
 
 
 def test_release_frees_what_is_kept(pinning):
-    with take_ring(pinned=True) as ring:
+    with take_ring() as ring:
         seen = weakref.ref(ring)
     del ring
     release_buffers()
     gc.collect()
     assert seen() is None
     release_buffers()  # nothing there: nothing to do
-    with take_ring(pinned=True):
+    with take_ring():
         pass
     assert len(pinning.sizes) == 2
 
 
 def test_release_leaves_a_ring_that_is_lent(pinning):
-    with take_ring(pinned=True) as ring:
+    with take_ring() as ring:
         release_buffers()
-        ring.buffers[0][:] = bytes(ring.slot_bytes)
+        as_bytes(ring.slots[0])[:] = bytes(ring.slot_bytes)
         assert ring.slots[0].sum() == 0
 
 
@@ -282,31 +267,31 @@ def test_release_leaves_a_ring_that_is_lent(pinning):
 def test_ring_is_pinned_ahead_once(pinning):
     for _ in range(3):
         pin_ahead(GPU)
-    with take_ring(pinned=True):
+    with take_ring():
         pin_ahead(GPU)
     pin_ahead(GPU)
-    with take_ring(pinned=True):
+    with take_ring():
         pass
     # The second is for a load that comes while the first ring is lent.
     assert len(pinning.sizes) <= 2
 
 
 def test_nothing_is_pinned_ahead_where_a_ring_is_kept(pinning):
-    with take_ring(pinned=True) as kept:
+    with take_ring() as kept:
         pass
     pin_ahead(GPU)
-    with take_ring(pinned=True) as ring:
+    with take_ring() as ring:
         assert ring is kept
     assert len(pinning.sizes) == 1
 
 
 def test_kept_ring_of_another_size_is_freed_before_one_is_pinned_ahead(pinning, monkeypatch):
-    with take_ring(pinned=True) as ring:
+    with take_ring() as ring:
         seen = weakref.ref(ring)
     del ring
     monkeypatch.setenv("BIGLOAD_RING_BYTES", "8KiB")
     pin_ahead(GPU)
-    with take_ring(pinned=True) as ring:
+    with take_ring() as ring:
         assert ring.count * ring.slot_bytes == 8192
     gc.collect()
     assert seen() is None
@@ -336,7 +321,7 @@ def test_load_waits_for_the_ring_that_is_being_pinned(pinning, held):
     with ThreadPoolExecutor(1) as pool:
 
         def load():
-            with take_ring(pinned=True) as ring:
+            with take_ring() as ring:
                 return ring.count
 
         count = pool.submit(load)
@@ -359,7 +344,7 @@ def test_release_while_a_ring_is_being_pinned_frees_it_too(pinning, held):
         go.set()
         released.result(60)
     assert not open_and_running() - running
-    with take_ring(pinned=True):
+    with take_ring():
         pass
     assert len(pinning.sizes) == 2
 
@@ -370,7 +355,7 @@ def test_knob_that_is_turned_while_a_ring_is_pinned_ends_in_a_ring_that_works(pi
     assert begun.wait(60)
     monkeypatch.setenv("BIGLOAD_RING_BYTES", "16KiB")
     go.set()
-    with take_ring(pinned=True) as ring:
+    with take_ring() as ring:
         assert ring.count >= 2
         assert ring.count * ring.slot_bytes == 2**14
 
@@ -382,18 +367,19 @@ def test_any_order_of_taking_pinning_ahead_and_releasing_in_threads_ends(pinning
                 pin_ahead(GPU)
             elif (number + step) % 7 == 0:
                 release_buffers()
-            with take_ring(pinned=True) as ring:
+            with take_ring() as ring:
                 mark = bytes([number]) * ring.slot_bytes
-                for buffer in ring.buffers:
+                buffers = [as_bytes(slot) for slot in ring.slots]
+                for buffer in buffers:
                     buffer[:] = mark
                 time.sleep(0.001)
-                assert all(buffer == mark for buffer in ring.buffers)  # lent to nobody else
+                assert all(buffer == mark for buffer in buffers)  # lent to nobody else
 
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(work, range(6)))
     release_buffers()
     pinned = len(pinning.sizes)
-    with take_ring(pinned=True):
+    with take_ring():
         assert len(pinning.sizes) == pinned + 1  # none was kept
 
 
@@ -408,7 +394,7 @@ def pinned_bytes():
 @pytest.mark.cuda
 def test_ring_is_really_pinned_and_its_slots_too(gpu):
     pin_ahead(gpu)
-    with take_ring(pinned=True) as ring:
+    with take_ring() as ring:
         assert all(slot.is_pinned() for slot in ring.slots)
 
 
@@ -417,11 +403,11 @@ def test_pinned_ahead_twice_and_loaded_twice_there_is_one_ring(gpu, tmp_path):
     save_checkpoint(GPT(), tmp_path)
     pin_ahead(gpu)
     pin_ahead(gpu)
-    with take_ring(pinned=True) as first:
+    with take_ring() as first:
         pass
     for _ in range(2):
         load_and_quantize_model(empty(GPT), "nf4", tmp_path, device_map=0)
-        with take_ring(pinned=True) as ring:
+        with take_ring() as ring:
             assert ring is first
 
 
@@ -433,7 +419,7 @@ def test_release_gives_the_system_its_memory_back(gpu, monkeypatch):
     monkeypatch.setenv("BIGLOAD_RING_BYTES", "64MiB")
     release_buffers()
     before = pinned_bytes()
-    with take_ring(pinned=True):
+    with take_ring():
         assert pinned_bytes() >= before + 2**26
     release_buffers()
     assert pinned_bytes() <= before
@@ -464,7 +450,7 @@ def test_two_loads_at_once_on_a_gpu_have_rings_of_their_own(gpu, tmp_path, monke
         states = list(pool.map(load, range(8)))
     assert all(torch.equal(state[name], expected[name]) for state in states for name in expected)
     monkeypatch.setattr(room, "Ring", raising(AssertionError("none was kept")))
-    with take_ring(pinned=True):
+    with take_ring():
         pass
 
 
@@ -488,39 +474,42 @@ def test_load_with_memory_that_cannot_be_pinned_is_right(gpu, tmp_path, monkeypa
     assert [record.levelname for record in caplog.records if "pinned" in record.message] == ["WARNING"]
 
 
-def test_ring_that_is_still_written_to_is_not_kept_for_the_next_load(tmp_path, monkeypatch):
+@pytest.mark.parametrize("executor", ["native", "threads"])
+def test_ring_that_is_still_written_to_is_not_kept_for_the_next_load(tmp_path, monkeypatch, late_gpu, executor):
     """A second Ctrl-C ends the wait for threads that hang on a slow disk: what they write must reach no other load."""
     from safetensors.torch import save_file
 
     from bigload.checkpoint.checkpoint import open_checkpoint
-    from bigload.io import reader, transfer
-    from bigload.io.extents import ReadTask
+    from bigload.io import transfer
+    from bigload.io.native_feed import NativeFeed, library
+    from bigload.io.program import ReadTask
+    from bigload.io.threaded_feed import ThreadedFeed
 
+    if executor == "threads":
+        monkeypatch.setattr(transfer, "library", lambda: None)
+    elif library() is None:
+        pytest.skip("installed without a compiler")
     save_file({"w": torch.randn(1000)}, tmp_path / "w.safetensors")
     entry = open_checkpoint(tmp_path / "w.safetensors").tensors["w"]
     rings = []
-    leave = reader.Reader.__exit__
+    kind = ThreadedFeed if executor == "threads" else NativeFeed
+    stop = kind._stop
 
-    def interrupted_again(self, *raised):
-        rings.append(self._ring)
-        leave(self, *raised)
-        self._reads.is_done = False  # as if the wait had been cut short
-        raise KeyboardInterrupt
+    def interrupted_again(self):
+        rings.append(self._resources.ring)
+        stop(self)
+        raise KeyboardInterrupt  # as if the wait had been cut short
 
-    monkeypatch.setattr(reader.Reader, "__exit__", interrupted_again)
+    monkeypatch.setattr(kind, "_stop", interrupted_again)
     with pytest.raises(KeyboardInterrupt):
         transfer.read_all([ReadTask(entry, torch.device("cpu"), lambda values, begin: None)])
     assert not rings[0].is_quiet
-    made = []
-    monkeypatch.setattr(room, "Ring", lambda nbytes, pinned: made.append(rings[0]) or rings[0])
-    for _ in range(2):
-        with take_ring(pinned=True):
-            pass
-    assert len(made) == 2
+    with take_ring() as ring:
+        assert ring is not rings[0]
 
 
 def test_pinning_ahead_that_cannot_start_a_thread_leaves_the_load_as_it_was(monkeypatch):
     monkeypatch.setattr(threading.Thread, "start", raising(RuntimeError("can't start new thread")))
     pin_ahead(GPU)
-    with take_ring(pinned=False) as lent:
+    with take_ring() as lent:
         assert lent.count >= 2

@@ -14,13 +14,14 @@ from checkpoints import empty, save_checkpoint, stored
 from comparisons import assert_same_bits, equal
 from failures import act_at, fail_at, raising, raising_at
 from models import GPT
+from resources import open_files
 from safetensors.torch import load, save_file
 
 import bigload.io.transfer as room
 from bigload import BnbQuantizationConfig, CheckpointError, PlacementError, load_and_quantize_model
 from bigload.checkpoint.checkpoint import open_checkpoint
-from bigload.io import async_reads
-from bigload.io.extents import ReadTask
+from bigload.io import native_feed, threaded_feed
+from bigload.io.program import ReadTask
 from bigload.io.transfer import read_all
 
 CPU = torch.device("cpu")
@@ -103,44 +104,20 @@ def odd(tmp_path):
     return write_by_hand(tmp_path / "odd.safetensors", ODD)
 
 
-@pytest.fixture
-def blocks(monkeypatch):
-    """Blocks of 64 bytes, none of which is too small to be read in the background."""
-    monkeypatch.setattr(async_reads, "BLOCK_BYTES", 64)
-    monkeypatch.setattr(async_reads, "SMALL_BYTES", 0)
-
-
-@pytest.fixture(params=["library", "pool"])
-def tiny(monkeypatch, blocks, request):
-    """Slots of 512 bytes, in which several threads fill blocks of 64: those of the C library, or of Python's."""
-    monkeypatch.setenv("BIGLOAD_RING_BYTES", "1KiB")
-    monkeypatch.setenv("BIGLOAD_THREADS", "4")
-    if request.param == "pool":
-        monkeypatch.setattr(async_reads, "_library", lambda: None)
-    return request.param
-
-
-@pytest.fixture
-def tiny_pool(monkeypatch, blocks):
-    """The same, always by threads of Python's."""
-    monkeypatch.setenv("BIGLOAD_RING_BYTES", "1KiB")
-    monkeypatch.setenv("BIGLOAD_THREADS", "4")
-    monkeypatch.setattr(async_reads, "_library", lambda: None)
-
-
 @pytest.mark.parametrize("block", [64, 2**22])
 @pytest.mark.parametrize("threads", ["1", "2", "12"])
 @pytest.mark.parametrize("ring", ["1KiB", "3000", "1MiB"])
 @pytest.mark.parametrize("way", WAYS)
-def test_values_are_those_of_the_file(odd, monkeypatch, way, ring, threads, block):
+def test_values_are_those_of_the_file(odd, monkeypatch, executor, way, ring, threads, block):
     monkeypatch.setenv("BIGLOAD_RING_BYTES", ring)
     monkeypatch.setenv("BIGLOAD_THREADS", threads)
-    monkeypatch.setattr(async_reads, "BLOCK_BYTES", block)
+    for each in (native_feed, threaded_feed):
+        monkeypatch.setattr(each, "_READ_BYTES", block)
     assert_is_whole(received(stored_in(odd), way), odd)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_usual_knobs_read_an_unusual_file(odd, way):
+def test_usual_knobs_read_an_unusual_file(odd, executor, way):
     assert_is_whole(received(stored_in(odd), way), odd)
 
 
@@ -254,7 +231,7 @@ def test_bytes_are_counted_as_they_arrive_in_the_callers_thread(odd, tiny, way):
 
 
 @pytest.mark.parametrize("threads", [1, 3, 8])
-def test_as_many_threads_read_as_asked(odd, monkeypatch, tiny_pool, threads):
+def test_as_many_threads_read_as_asked(odd, monkeypatch, tiny_threads, threads):
     monkeypatch.setenv("BIGLOAD_THREADS", str(threads))
     read, readers, all_came = os.preadv, set(), threading.Event()
 
@@ -273,9 +250,8 @@ def test_as_many_threads_read_as_asked(odd, monkeypatch, tiny_pool, threads):
 
 @pytest.mark.parametrize("limit", [1, 100])
 @pytest.mark.parametrize("way", WAYS)
-def test_reads_that_return_less_than_asked_are_continued(odd, monkeypatch, tiny_pool, way, limit):
+def test_reads_that_return_less_than_asked_are_continued(odd, monkeypatch, tiny_threads, way, limit):
     """As the system may, on signals and network file systems; in the middle of any of several buffers."""
-    monkeypatch.setattr(async_reads, "SMALL_BYTES", 64)
     read = os.preadv
 
     def short(descriptor, buffers, offset):
@@ -293,7 +269,7 @@ def test_reads_that_return_less_than_asked_are_continued(odd, monkeypatch, tiny_
 @pytest.mark.parametrize("call", [1, 2, 30, 150])
 @pytest.mark.parametrize("way", ["homes", "take"])
 def test_failing_read_in_any_thread_is_an_error_that_names_the_file(
-    odd, monkeypatch, tiny_pool, nothing_left, way, call, threads
+    odd, monkeypatch, tiny_threads, nothing_left, way, call, threads
 ):
     monkeypatch.setenv("BIGLOAD_THREADS", threads)
     tensors = stored_in(odd)
@@ -309,7 +285,7 @@ def test_file_that_is_gone_is_an_error_that_names_it(odd, tiny, nothing_left):
         received(tensors)
 
 
-def test_other_errors_of_a_thread_come_up_as_they_are(odd, monkeypatch, tiny_pool, nothing_left):
+def test_other_errors_of_a_thread_come_up_as_they_are(odd, monkeypatch, tiny_threads, nothing_left):
     fail_at(monkeypatch, os, "preadv", 30, MemoryError("in a thread"))
     with pytest.raises(MemoryError, match="in a thread"):
         received(stored_in(odd))
@@ -326,9 +302,9 @@ def test_file_that_was_cut_names_a_tensor_that_it_lacks(odd, tiny, nothing_left,
 
 @pytest.mark.parametrize("call", [2, 8, 20])
 @pytest.mark.parametrize("way", ["homes", "take"])
-def test_file_that_is_cut_while_it_is_read_is_an_error(odd, monkeypatch, tiny, nothing_left, way, call):
+def test_file_that_is_cut_while_it_is_read_is_an_error(odd, monkeypatch, tiny_threads, nothing_left, way, call):
     tensors = stored_in(odd)
-    act_at(monkeypatch, async_reads.Reads, "begin", call, lambda: os.truncate(odd, tensors[0].offset))
+    act_at(monkeypatch, os, "preadv", call, lambda: os.truncate(odd, tensors[0].offset))
     with pytest.raises(CheckpointError, match="truncated meanwhile"):
         received(tensors, way)
 
@@ -349,22 +325,23 @@ def test_progress_that_raises_leaves_nothing_running(odd, tiny, nothing_left, wa
         Receiver(way).receive(stored_in(odd), on_bytes=raising_at(3, ValueError("in on_bytes")))
 
 
-def test_delivery_that_is_stopped_reads_no_further(odd, monkeypatch, tiny):
-    """Straight into homes, where no slot holds the readers back."""
-    begin, begins = async_reads.Reads.begin, []
+def test_delivery_that_is_stopped_reads_no_further(odd, monkeypatch, tiny_threads):
+    """Straight into homes, where no window holds the readers back."""
+    read, sizes = os.preadv, []
 
-    def counted(self, file, buffers, offset):
-        begins.append(offset)
-        return begin(self, file, buffers, offset)
+    def slowly(*args):
+        time.sleep(0.005)
+        sizes.append(read(*args))
+        return sizes[-1]
 
-    monkeypatch.setattr(async_reads.Reads, "begin", counted)
+    monkeypatch.setattr(os, "preadv", slowly)
     with pytest.raises(KeyboardInterrupt):
         Receiver("homes").receive(stored_in(odd), on_bytes=raising(KeyboardInterrupt()))
-    assert len(begins) < 10  # of 30
+    assert sum(sizes) < sum(tensor.nbytes for tensor in ODD.values()) / 2
 
 
 @pytest.mark.parametrize("started", [0, 1, 3])
-def test_threads_that_cannot_be_started_leave_nothing_running(odd, monkeypatch, tiny_pool, nothing_left, started):
+def test_threads_that_cannot_be_started_leave_nothing_running(odd, monkeypatch, tiny_threads, nothing_left, started):
     """As where a container's limit of processes is near."""
     fail_at(monkeypatch, threading.Thread, "start", started + 1, RuntimeError("can't start new thread"))
     with contextlib.suppress(RuntimeError):
@@ -374,7 +351,7 @@ def test_threads_that_cannot_be_started_leave_nothing_running(odd, monkeypatch, 
 def test_memory_that_failed_to_be_had_for_the_way_names_the_device(tmp_path, monkeypatch):
     """A GPU has a window, which may be what does not fit."""
     save_checkpoint(GPT(), tmp_path)
-    monkeypatch.setattr(room, "_transfer", raising(torch.OutOfMemoryError("CUDA out of memory")))
+    monkeypatch.setattr(room, "_window", raising(torch.OutOfMemoryError("CUDA out of memory")))
     model = empty(GPT)
     with pytest.raises(PlacementError, match=r"cpu.? ran out of memory"):
         load_and_quantize_model(model, "nf4", tmp_path, device_map="cpu")
@@ -405,7 +382,7 @@ def sleep_sometimes(chance=0.3, most_s=0.002, rng=random):
 @pytest.mark.parametrize("slow", ["readers", "consumer", "both"])
 @pytest.mark.parametrize("threads", ["1", "3", "12"])
 @pytest.mark.parametrize("way", ["take", "mixed"])
-def test_slow_ends_neither_deadlock_nor_mix_values(odd, monkeypatch, tiny_pool, nothing_left, way, threads, slow):
+def test_slow_ends_neither_deadlock_nor_mix_values(odd, monkeypatch, tiny_threads, nothing_left, way, threads, slow):
     monkeypatch.setenv("BIGLOAD_THREADS", threads)
     rng = random.Random(f"{way} {threads} {slow}")
     read = os.preadv
@@ -423,13 +400,13 @@ def test_slow_ends_neither_deadlock_nor_mix_values(odd, monkeypatch, tiny_pool, 
         assert_is_whole(received(stored_in(odd), way, take=take), odd)
 
 
-def test_readers_wait_while_the_consumer_holds_a_slot(odd, monkeypatch, tiny):
-    """Two slots of 512 bytes: while the first is taken, no more than the second can have been read."""
-    begin, filled = async_reads.Reads.begin, []
+def test_readers_wait_while_the_consumer_holds_memory(odd, monkeypatch, tiny_threads):
+    """A window of three batches of 512 bytes: no more than that can have been read of what has not been taken."""
+    read, filled = os.preadv, []
 
-    def counting(self, file, buffers, offset):
-        filled.append(sum(map(len, buffers)))
-        return begin(self, file, buffers, offset)
+    def counting(*args):
+        filled.append(read(*args))
+        return filled[-1]
 
     (tensor,) = (tensor for tensor in stored_in(odd) if tensor.name == "large")
     ahead = []
@@ -438,10 +415,28 @@ def test_readers_wait_while_the_consumer_holds_a_slot(odd, monkeypatch, tiny):
         time.sleep(0.02)
         ahead.append(sum(filled) - begin * 4)
 
-    monkeypatch.setattr(async_reads.Reads, "begin", counting)
+    monkeypatch.setattr(os, "preadv", counting)
     read_all([ReadTask(tensor, CPU, take)])
-    assert max(ahead) <= 1024
+    assert max(ahead) <= 3 * 512
     assert sum(filled) == tensor.nbytes
+
+
+def test_as_few_files_are_open_at_once_as_said(tmp_path, monkeypatch, tiny):
+    monkeypatch.setattr(room, "_FILES", 2)
+    opened, most = os.open, []
+
+    def counting(*args, **options):
+        most.append(sum(name.startswith(str(tmp_path)) for _, name in open_files()))
+        return opened(*args, **options)
+
+    paths = [tmp_path / f"{number}.safetensors" for number in range(7)]
+    for number, path in enumerate(paths):
+        save_file({f"{number}": torch.full((300,), float(number))}, path)
+    tensors = stored_in(*paths)
+    monkeypatch.setattr(os, "open", counting)
+    found = received(tensors)
+    assert max(most) == 1  # of those that were open when another was opened
+    assert all(torch.equal(found[f"{n}"], torch.full((300,), float(n))) for n in range(7))
 
 
 @pytest.mark.parametrize("way", WAYS)

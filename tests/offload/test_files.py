@@ -87,7 +87,7 @@ def test_what_comes_in_pieces_is_read_to_its_end(tmp_path, monkeypatch):
         asked.append(len(buffers[0]))
         return read(descriptor, [buffers[0][: max(1, len(buffers[0]) // 3)]], offset)
 
-    monkeypatch.setattr("bigload.io.async_reads._library", lambda: None)
+    monkeypatch.setattr("bigload.io.transfer.library", lambda: None)
     monkeypatch.setattr(os, "preadv", less)
     memory = torch.zeros(values.nbytes, dtype=torch.uint8)
     group.read_into(memory)

@@ -70,7 +70,7 @@ void fake_end(fake_stream *s) {
     free(s);
 }
 
-static _Atomic int64_t fake_copies, fake_copies_until_one_fails = -1;
+_Atomic int64_t fake_copies, fake_copies_until_one_fails = -1;
 
 int fake_set_current(void *context) { (void)context; return 0; }
 int fake_copy(uint64_t to, const void *from, size_t nbytes, void *stream) {
