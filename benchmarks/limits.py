@@ -18,8 +18,18 @@ from bigload.quantization.formats import FourBit, Int8
 from bigload.quantization.quantizer import quantize
 
 from .files import PIECE_BYTES, Piece, cores, drop, opened, read, shards, total_bytes, warm
+from .floors import read_and_copy_s
 
-PACKAGES = ("torch", "bitsandbytes", "transformers", "accelerate", "safetensors", "fastsafetensors")
+PACKAGES = (
+    "torch",
+    "bitsandbytes",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "fastsafetensors",
+    "instanttensor",
+    "runai-model-streamer",
+)
 THREADS = (1, 2, 4, 8, 12, 16)
 # The buffers that all threads have together, as much as bigload's ring: what is read into more falls out of the CPU's
 # caches, and into less it hardly leaves them.
@@ -87,9 +97,11 @@ def _commit() -> str:
 def floor(nbytes: int, limits: Mapping[str, Any], mode: str, *, cold: bool = False) -> float | None:
     """Give the seconds that no load of so many bytes can beat: those of the slowest stage, the others overlapping it.
 
-    The stages are the reading, from the page cache at the best count of threads, or from the disk; and the link to the
-    GPU. On the CPU there is no link, and bytes that stay as they are must be written into memory as large as the model,
-    where bytes to be quantized pass through small buffers; the quantizing itself is not counted.
+    Onto a GPU, from the page cache, they are those of a program in C that reads and copies and does nothing else. Where
+    that was not measured, the stages are the reading, from the page cache at the best count of threads, or from the
+    disk; and the link to the GPU. On the CPU there is no link, and bytes that stay as they are must be written into
+    memory as large as the model, where bytes to be quantized pass through small buffers; the quantizing itself is not
+    counted.
 
     Args:
         nbytes: the checkpoint's.
@@ -100,7 +112,9 @@ def floor(nbytes: int, limits: Mapping[str, Any], mode: str, *, cold: bool = Fal
     Returns:
         None where a stage was not measured.
     """
-    link = limits.get("link_gb_per_s")
+    link, together = limits.get("link_gb_per_s"), limits.get("read_and_copy_gb_per_s")
+    if together and not cold:
+        return nbytes / 1e9 / float(together)
     if cold:
         reading = limits.get("cold_disk_gb_per_s")
     elif link is None and mode in UNCHANGED:
@@ -133,6 +147,8 @@ def measure_limits(folder: Path | None, device: str, *, cold: bool = False) -> d
         limits["pinning_s_per_gib"] = (time.perf_counter() - started) * 2**30 / RING_BYTES
         limits["link_gb_per_s"] = _link(ring.split(COPIED_BYTES), device)
     if folder is not None:
+        if device != "cpu":
+            limits |= _reading_and_copying(shards(folder))
         limits |= _reading(shards(folder), ring.split(PIECE_BYTES), with_memory=device == "cpu", cold=cold)
     del ring
     limits["quantize_gb_per_s"] = {name: _quantizing(name, device) for name in FORMATS}
@@ -192,6 +208,14 @@ def _reading(files: Sequence[Path], slots: Sequence[torch.Tensor], *, with_memor
     if with_memory and total_bytes(files) <= psutil.virtual_memory().total / 2:
         limits["memory_gb_per_s"] = _memory_speed(files, max(speeds, key=lambda count: speeds[count]))
     return limits
+
+
+def _reading_and_copying(files: Sequence[Path]) -> dict[str, Any]:
+    warm(files)
+    found = read_and_copy_s(files, gpus=1)
+    if not found:
+        return {}
+    return {"read_and_copy_gb_per_s": total_bytes(files) / 1e9 / min(found.values()), "read_and_copy_s": found}
 
 
 def _ring_speed(pieces: Sequence[Piece], threads: int, views: Sequence[memoryview]) -> float:

@@ -59,6 +59,8 @@ def can_load(name: str, mode: str, config: Mapping[str, Any], device: str) -> bo
     """
     if mode not in PEERS[name].modes or (mode == "stored") != ("quantization_config" in config):
         return False
+    if name == "instanttensor" and device == "cpu":
+        return False
     if name == "transformers":
         return "model_type" in config  # it loads no modules but its own
     return name != "accelerate" or mode == "none" or device != "cpu"  # its quantizing needs a GPU
@@ -145,6 +147,23 @@ def _fastsafetensors(model: None, folder: Path, mode: str, device: str) -> Any:
         return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
 
 
+def _instanttensor(model: None, folder: Path, mode: str, device: str) -> Any:
+    from instanttensor import BackendPolicy, safe_open
+
+    # Buffered: by default it reads past the page cache.
+    files = [str(file) for file in shards(folder)]
+    with safe_open(files, framework="pt", device=device, backend=BackendPolicy.BUFFERED) as opened:
+        return dict(opened.tensors())
+
+
+def _runai(model: None, folder: Path, mode: str, device: str) -> Any:
+    from runai_model_streamer import SafetensorsStreamer
+
+    with SafetensorsStreamer() as streamer:
+        streamer.stream_files([str(file) for file in shards(folder)])
+        return {name: tensor.to(device) for name, tensor in streamer.get_tensors()}
+
+
 PEERS = {
     "bigload": Peer(("torch", "bitsandbytes", "bigload"), MODES, _bigload, _build),
     "transformers": Peer(("torch", "bitsandbytes", "transformers"), MODES, _transformers),
@@ -155,4 +174,6 @@ PEERS = {
     "fastsafetensors": Peer(
         ("torch", "fastsafetensors"), ("none", "stored"), _fastsafetensors, uses_transformers=False
     ),
+    "instanttensor": Peer(("torch", "instanttensor"), ("none", "stored"), _instanttensor, uses_transformers=False),
+    "runai": Peer(("torch", "runai_model_streamer"), ("none", "stored"), _runai, uses_transformers=False),
 }

@@ -136,7 +136,9 @@ class NativeFeed(Feed):
         for batch in program.batches:
             batches.extend((numbers[batch.device], -1 if batch.after is None else batch.after.number, 0, 0))
         self._keep, self._times = (lanes, spans, batches), batches
-        at_once = _READ_BYTES if ring is None else min(_READ_BYTES, ring.slot_bytes)
+        at_once = _READ_BYTES
+        if ring is not None:  # each thread has some slots, with more GPUs too: then there are more threads
+            at_once = min(_READ_BYTES // len(self._lanes), ring.slot_bytes)
         return _Order(
             ctypes.addressof(lanes),
             len(lanes),

@@ -26,8 +26,11 @@ def needs_ring(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def reader_threads() -> int:
-    """Return the number of threads that read: BIGLOAD_THREADS, or by default one a core, from 2 to 16.
+def reader_threads(gpus: int = 1) -> int:
+    """Return the number of threads that read: BIGLOAD_THREADS, or by default one a core, from 2 to 16 for each GPU.
+
+    Args:
+        gpus: how many GPUs the bytes go to.
 
     Raises:
         ConfigError: BIGLOAD_THREADS is not a number, 1 or more.
@@ -35,7 +38,7 @@ def reader_threads() -> int:
     asked = os.environ.get("BIGLOAD_THREADS")
     if asked is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
-        return max(2, min(16, cores))
+        return max(2, min(16 * gpus, cores))
     if not asked.isdecimal() or int(asked) < 1:
         raise ConfigError(f"BIGLOAD_THREADS is {asked!r}; expected a number of threads, 1 or more")
     return int(asked)

@@ -59,7 +59,8 @@ def read_all(
             ring = stack.enter_context(take_ring()) if any(map(needs_ring, devices)) else None
             windows = {device: _window(device, some) for device in devices}
             program = lay_out(some, {d: Window(w.data_ptr(), len(w), _batch_bytes(d)) for d, w in windows.items()})
-            feed = _feed(program, Resources(windows, ring, reader_threads()))
+            gpus = sum(map(needs_ring, devices))
+            feed = _feed(program, Resources(windows, ring, reader_threads(max(1, gpus))))
             try:
                 with feed:
                     _work(feed, windows, on_bytes, timeline)
