@@ -65,7 +65,7 @@ class Batch:
         device: where they go.
         pieces: in the order of reading.
         nbytes: of all of them.
-        used: bytes in the window.
+        used: bytes in the window; 0 if all pieces go home.
         after: the last batch that had any of its memory in the window, which must have been worked on.
         number: in the program.
     """

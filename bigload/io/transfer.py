@@ -110,18 +110,20 @@ def _work(
 
 @contextmanager
 def _timed(feed: Feed, batch: Batch, timeline: Timeline) -> Iterator[None]:
-    """Add the work on a batch to the timeline."""
+    """Add a batch's copies and the work on it to the timeline."""
     if not needs_ring(batch.device):
         begun = time.perf_counter()
         yield
-        timeline.add("quantize", batch.device, begun)
+        if batch.used:
+            timeline.add("quantize", batch.device, begun)
         return
     stream, copied, worked = torch.cuda.default_stream(batch.device), timed_event(), timed_event()
     copied.record(stream)
     timeline.add_copy(batch.device, feed.begun(batch), copied)
     yield
-    worked.record(stream)
-    timeline.add_work(batch.device, copied, worked)
+    if batch.used:
+        worked.record(stream)
+        timeline.add_work(batch.device, copied, worked)
 
 
 @contextmanager
