@@ -26,6 +26,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_limits(commands.add_parser("limits", help="measure what the machine can do"))
     _add_make(commands.add_parser("make", help="write a synthetic checkpoint"))
     _add_load(commands.add_parser("load", help="time loads of a checkpoint, peer by peer, against the limits"))
+    _add_profile(commands.add_parser("profile", help="tell where the seconds of a load go, part by part"))
     _add_quantize(commands.add_parser("quantize", help="time quantizing a checkpoint from files to files"))
     _add_offload(commands.add_parser("offload", help="time forwards of a model of which part rests on the CPU"))
     _add_spread(commands.add_parser("spread", help="time a model over several GPUs against the same on one"))
@@ -122,6 +123,27 @@ def _load(options: argparse.Namespace) -> None:
             options.commit,
         )
     )
+
+
+def _add_profile(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="the checkpoint")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=["nf4", "none"], help="(default: nf4 none)")
+    parser.add_argument("--device", help="'cpu' or 'cuda:N' (default: the first GPU, the CPU where there is none)")
+    parser.add_argument("--loads", type=int, default=5, help="of each mode (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="where the result goes, as JSON (default: standard output)")
+    parser.add_argument("--commit", help="bigload's, where git cannot tell")
+    parser.set_defaults(run=_profile)
+
+
+def _profile(options: argparse.Namespace) -> None:
+    from .profile import measure_profile
+
+    result: dict[str, Any] = {}
+    for result in measure_profile(
+        options.folder, options.modes, _device(options.device), options.loads, options.commit
+    ):
+        print(json.dumps(result["rows"][-1]), file=sys.stderr, flush=True)
+    _give(result, options.out)
 
 
 def _add_quantize(parser: argparse.ArgumentParser) -> None:

@@ -343,6 +343,19 @@ def in_this_process(monkeypatch):
     return lambda: monkeypatch.setattr("benchmarks.load._row", row)
 
 
+def test_profile_says_where_the_seconds_of_each_mode_go(tiny, tmp_path):
+    out = tmp_path / "out.json"
+    run("profile", tiny, "--device", "cpu", "--modes", "nf4", "none", "--loads", 2, "--out", out)
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["mode"] for row in rows] == ["nf4", "none"]
+    for row in rows:
+        parts = [row[name] for name in ("open", "plan", "prepare", "deliver", "commit")]
+        assert all(part > 0 for part in parts)
+        assert sum(parts) < row["all"] * 1.2
+        assert row["deliver.finish"] < row["deliver"]
+    assert rows[0]["deliver.quantize"] > 0 == rows[1]["deliver.quantize"]
+
+
 @pytest.mark.slow
 def test_load_measures_each_peer_in_each_mode_and_appends(many, tmp_path, in_this_process):
     from benchmarks.files import shards

@@ -145,7 +145,7 @@ def slowed(monkeypatch, owner, name, stream_of, chance, seed=0, cycles=CYCLES):
 
 
 def lane_of(feed):
-    return feed._lanes[GPU]
+    return feed.lanes[GPU]
 
 
 def slow_copies(monkeypatch, chance=0.3, **options):

@@ -367,11 +367,14 @@ int feed_done(feed *f) {
 }
 
 /* Stop what goes on, wait for the threads and for copies out of the slots, and let go of everything. 1: that took too
- * long, as where a file system hangs; then all memory is still in use, and stays so. May be called again. */
+ * long, as where a file system or a device hangs; then all memory is still in use, and stays so. May be called again. */
 int feed_end(feed *f, int64_t timeout_ms) {
     struct timespec until;
     clock_gettime(CLOCK_REALTIME, &until); /* what pthread_timedjoin_np takes */
+    int64_t end = now_ns() + timeout_ms * 1000000;
     until.tv_sec += timeout_ms / 1000;
+    until.tv_nsec += timeout_ms % 1000 * 1000000;
+    if (until.tv_nsec >= 1000000000) { until.tv_sec++; until.tv_nsec -= 1000000000; }
     atomic_store(&f->stop, 1);
     pthread_mutex_lock(&f->lock);
     pthread_cond_broadcast(&f->room);
@@ -382,8 +385,10 @@ int feed_end(feed *f, int64_t timeout_ms) {
     }
     for (int64_t i = 0; i < f->order.slot_count; i++) {
         slot *s = f->slots + i;
-        while (s->lane >= 0 && f->order.lanes[s->lane].device->event_query(s->events[s->lane]) == NOT_READY)
+        while (s->lane >= 0 && f->order.lanes[s->lane].device->event_query(s->events[s->lane]) == NOT_READY) {
+            if (now_ns() > end) return 1;
             sched_yield();
+        }
     }
     free_all(f);
     return 0;

@@ -56,6 +56,7 @@ class Feed(AbstractContextManager["Feed"]):
     """One execution of a program. It reads in the `with` block, whose end waits for all reads and copies.
 
     Attributes:
+        lanes: of the GPUs that bytes go to.
         is_done: whether nothing reads or copies any more; False after the block if that wait was given up.
     """
 
@@ -64,7 +65,7 @@ class Feed(AbstractContextManager["Feed"]):
         self._program, self._resources = program, resources
         self._descriptors: list[int] = []
         devices = dict.fromkeys(batch.device for batch in program.batches)
-        self._lanes = {device: Lane(device) for device in devices if needs_ring(device)}
+        self.lanes = {device: Lane(device) for device in devices if needs_ring(device)}
 
     @abstractmethod
     def batches(self) -> Iterator[Batch]:
@@ -101,7 +102,7 @@ class Feed(AbstractContextManager["Feed"]):
     def __enter__(self) -> Feed:
         try:
             self._open()
-            for lane in self._lanes.values():
+            for lane in self.lanes.values():
                 lane.begin()
             self.is_done = False
             self._start()

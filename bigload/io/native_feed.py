@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from .feed import END_S, Feed, Lane
+from . import feed
+from .feed import Feed, Lane
 from .program import Batch
 
 logger = logging.getLogger(__name__)
@@ -128,7 +129,7 @@ class NativeFeed(Feed):
     def _order(self) -> _Order:
         program, ring = self._program, self._resources.ring
         devices = list(dict.fromkeys(batch.device for batch in program.batches))
-        lanes = (_Lane * len(devices))(*(_Lane(*_fields_of(self._lanes.get(device))) for device in devices))
+        lanes = (_Lane * len(devices))(*(_Lane(*_fields_of(self.lanes.get(device))) for device in devices))
         spans, batches = array("q", program.spans), array("q")
         for at in range(0, len(spans), 5):
             spans[at] = self._descriptors[spans[at]]
@@ -136,9 +137,11 @@ class NativeFeed(Feed):
         for batch in program.batches:
             batches.extend((numbers[batch.device], -1 if batch.after is None else batch.after.number, 0, 0))
         self._keep, self._times = (lanes, spans, batches), batches
-        at_once = _READ_BYTES
-        if ring is not None:  # each thread has some slots, with more GPUs too: then there are more threads
-            at_once = min(_READ_BYTES // len(self._lanes), ring.slot_bytes)
+        at_once, slots, threads = _READ_BYTES, 0, self._resources.threads
+        if ring is not None:
+            at_once = min(_READ_BYTES // len(self.lanes), ring.slot_bytes)  # with more GPUs there are more threads
+            # More than two slots for each would leave the processor's cache between the read and the copy.
+            slots = min(ring.memory.numel() // at_once, 2 * threads)
         return _Order(
             ctypes.addressof(lanes),
             len(lanes),
@@ -148,8 +151,8 @@ class NativeFeed(Feed):
             len(program.batches),
             None if ring is None else ring.memory.data_ptr(),
             at_once,
-            0 if ring is None else ring.memory.numel() // at_once,
-            self._resources.threads,
+            slots,
+            threads,
         )
 
     def batches(self) -> Iterator[Batch]:
@@ -184,8 +187,8 @@ class NativeFeed(Feed):
         return self._times[4 * batch.number + 2] / 1e9
 
     def _stop(self) -> bool:
-        if self._feed and self._library.end(self._feed, 1000 * END_S):
-            logger.warning("a file system does not answer: threads that read from it are left alone")
+        if self._feed and self._library.end(self._feed, int(1000 * feed.END_S)):
+            logger.warning("a file system or a GPU does not answer: what waits for it is left alone")
             return False
         self._feed = None
         return True

@@ -27,7 +27,7 @@ def needs_ring(device: torch.device) -> bool:
 
 
 def reader_threads(gpus: int = 1) -> int:
-    """Return the number of threads that read: BIGLOAD_THREADS, or by default one a core, from 2 to 16 for each GPU.
+    """Return the number of threads that read: BIGLOAD_THREADS, or by default one a core, from 2 to 12 for each GPU.
 
     Args:
         gpus: how many GPUs the bytes go to.
@@ -38,7 +38,7 @@ def reader_threads(gpus: int = 1) -> int:
     asked = os.environ.get("BIGLOAD_THREADS")
     if asked is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
-        return max(2, min(16 * gpus, cores))
+        return max(2, min(12 * gpus, cores))
     if not asked.isdecimal() or int(asked) < 1:
         raise ConfigError(f"BIGLOAD_THREADS is {asked!r}; expected a number of threads, 1 or more")
     return int(asked)

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from .feed import END_S, Feed, Lane, Resources
+from . import feed
+from .feed import Feed, Lane, Resources
 from .program import Batch, Program
 from .ring import as_bytes
 from .timeline import plain_event
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 # What is read at once into homes. After each read a thread waits for the interpreter's lock, so it is much.
 _READ_BYTES = 16 * 2**20
+# Ctrl-C is noticed as often, whichever thread the system tells of it.
+_WAIT_S = 0.1
 # Every system's preadv takes as many buffers.
 _MAX_BUFFERS = 1000
 
@@ -75,7 +78,7 @@ class ThreadedFeed(Feed):
         while known < len(batches):
             with self._news:
                 while self._complete == known and self._error is None:
-                    self._news.wait()
+                    self._news.wait(_WAIT_S)
                 complete, error = self._complete, self._error
             if error is not None:
                 raise error
@@ -84,11 +87,11 @@ class ThreadedFeed(Feed):
 
     def take(self, batch: Batch) -> None:
         if batch.number in self._events:
-            self._lanes[batch.device].work.wait_event(self._events[batch.number])
+            self.lanes[batch.device].work.wait_event(self._events[batch.number])
 
     def done(self, batch: Batch) -> None:
         if batch.number in self._events:
-            self._events[batch.number].record(self._lanes[batch.device].work)
+            self._events[batch.number].record(self.lanes[batch.device].work)
         with self._room:
             self._finished += 1
             self._room.notify_all()
@@ -98,15 +101,20 @@ class ThreadedFeed(Feed):
 
     def _stop(self) -> bool:
         self._give_up(None)
-        end = time.monotonic() + END_S
+        end = time.monotonic() + feed.END_S
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
-        if any(thread.is_alive() for thread in self._threads):
-            logger.warning("a file system does not answer: threads that read from it are left alone")
-            return False
-        for lane in self._lanes.values():
-            lane.copies.synchronize()  # the slots may be another load's from now on
+        while not self._is_quiet():
+            if time.monotonic() > end:
+                logger.warning("a file system or a GPU does not answer: what waits for it is left alone")
+                return False
+            time.sleep(1e-4)
         return True
+
+    def _is_quiet(self) -> bool:
+        """Whether no thread reads, and no GPU copies out of a slot: from then on it may be another load's."""
+        copied = (slot.copied is None or slot.copied.query() for slot in self._slots)  # type: ignore[no-untyped-call]
+        return not any(thread.is_alive() for thread in self._threads) and all(copied)
 
     def _give_up(self, error: BaseException | None) -> None:
         with self._room:
@@ -119,7 +127,7 @@ class ThreadedFeed(Feed):
         turns = itertools.cycle(slots)
         try:
             while parts := self._next_parts():
-                lane = self._lanes.get(self._batch_of(parts[0]).device)
+                lane = self.lanes.get(self._batch_of(parts[0]).device)
                 if lane is None:
                     self._bring_home(parts)
                 else:
@@ -196,7 +204,7 @@ class ThreadedFeed(Feed):
                     while self._finished <= batch.number and not self._is_stopped:
                         self._room.wait()
                 if batch.number in self._events:
-                    self._lanes[batch.device].copies.wait_event(self._events[batch.number])
+                    self.lanes[batch.device].copies.wait_event(self._events[batch.number])
         if self._is_stopped:
             raise _StoppedError
 

@@ -117,7 +117,7 @@ def _timed(feed: Feed, batch: Batch, timeline: Timeline) -> Iterator[None]:
         if batch.used:
             timeline.add("quantize", batch.device, begun)
         return
-    stream, copied, worked = torch.cuda.default_stream(batch.device), timed_event(), timed_event()
+    stream, copied, worked = feed.lanes[batch.device].work, timed_event(), timed_event()
     copied.record(stream)
     timeline.add_copy(batch.device, feed.begun(batch), copied)
     yield

@@ -8,6 +8,7 @@ import functools
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -42,9 +43,16 @@ class Event:
     def record(self, stream):
         _library().fake_event_record(self.handle, stream.handle)
 
+    def query(self):
+        return not _library().fake_event_query(self.handle)
+
     def synchronize(self):
-        while _library().fake_event_query(self.handle):
-            pass
+        while not self.query():
+            time.sleep(1e-5)
+
+    def fields(self):
+        """How often it was asked to be recorded, and how often it was."""
+        return ctypes.cast(self.handle, ctypes.POINTER(ctypes.c_int64))
 
     def elapsed_time(self, other):
         return 0.0
@@ -88,11 +96,22 @@ class LateGpu:
 
     def __init__(self, late_us):
         self._late_us, self._streams, self.memory = late_us, [], []
+        self._going_on = None
         self.work = self.stream()
 
     def stream(self):
         self._streams.append(Stream(self._late_us))
+        if self._going_on is not None:
+            self._streams[-1].wait_event(self._going_on)
         return self._streams[-1]
+
+    def hang(self):
+        """Do nothing any more on the streams that copy, until it goes on."""
+        self._going_on = Event()
+        self._going_on.fields()[0] = 1  # asked for, and never recorded
+
+    def go_on(self):
+        self._going_on.fields()[1] = 1
 
     def end(self):
         for stream in self._streams:

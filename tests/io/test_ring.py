@@ -85,7 +85,8 @@ def test_threads_are_by_default_those_of_the_cores_it_may_use_within_reason(monk
     monkeypatch.delenv("BIGLOAD_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
     assert 2 <= reader_threads() <= max(2, cores)
-    assert reader_threads() <= 16
+    assert reader_threads() <= 12
+    assert reader_threads() <= reader_threads(gpus=4) <= 48
 
 
 @pytest.mark.parametrize(
