@@ -20,9 +20,10 @@ static ssize_t short_preadv(int fd, const struct iovec *io, int count, int64_t o
 #include <stdio.h>
 
 static int short_of = 0; /* bytes that a read gives at most; 0: all */
-static atomic_int hangs; /* reads do not come back meanwhile */
+static atomic_int hangs, hanging; /* whether reads come back; how many did not */
 static ssize_t short_preadv(int fd, const struct iovec *io, int count, int64_t offset) {
     static _Atomic int calls;
+    if (atomic_load(&hangs)) atomic_fetch_add(&hanging, 1);
     while (atomic_load(&hangs)) usleep(1000);
     if (!short_of) return preadv(fd, io, count, offset);
     if (atomic_fetch_add(&calls, 1) % 5 == 0) { errno = EINTR; return -1; }
@@ -85,6 +86,7 @@ static int try(const char *path, unsigned seed, int64_t thread_count, int64_t sl
     }
     int failed = !f;
     if (fails == 3) { /* as long as reads hang it does not end, and says so; then it does */
+        while (!atomic_load(&hanging)) usleep(1000);
         failed |= feed_end(f, 50) != 1;
         atomic_store(&hangs, 0);
     }
@@ -112,6 +114,7 @@ int main(int argc, char **argv) {
         if (!code && seed < 3) code = try(argv[1], seed, 4, 16384, batches, batches, 1); /* a copy fails */
         if (!code && seed < 3) code = try(argv[1], seed, 4, 16384, batches, batches, 2); /* the file ends */
         if (!code && seed < 3) { /* reads hang */
+            atomic_store(&hanging, 0);
             atomic_store(&hangs, 1);
             code = try(argv[1], seed, 4, 16384, batches, 0, 3);
         }
