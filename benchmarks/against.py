@@ -79,7 +79,7 @@ def _run(root: Path, cases: Sequence[Case], device: str) -> list[list[float]]:
     asked = json.dumps([(str(case.folder.absolute()), case.mode, device, case.blocks) for case in cases])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, Path(__file__), asked]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     seconds: list[list[float]] = json.loads(done.stdout.splitlines()[-1])
     return seconds
 
@@ -122,5 +122,20 @@ def _time(folder: str, mode: str, device: str, blocks: int) -> list[float]:
     return seconds[2:]
 
 
+def _time_all(cases: Sequence[Sequence[Any]]) -> list[list[float]]:
+    """Time each case in turn, and say so: where a run is cut, one sees what took the time."""
+    import time
+
+    found: list[list[float]] = []
+    for folder, mode, device, blocks in cases:
+        begun = time.perf_counter()
+        found.append(_time(folder, mode, device, blocks))
+        name = Case(Path(folder), mode, blocks).name
+        took = ", ".join(f"{seconds:.3f}" for seconds in found[-1][:_LOADS])
+        spent_s = time.perf_counter() - begun
+        print(f"{Path.cwd().name}: {name}: {took} ({spent_s:.0f} s in all)", file=sys.stderr, flush=True)
+    return found
+
+
 if __name__ == "__main__":
-    print(json.dumps([_time(*case) for case in json.loads(sys.argv[1])]))
+    print(json.dumps(_time_all(json.loads(sys.argv[1]))))
