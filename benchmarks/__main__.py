@@ -136,7 +136,7 @@ def _add_profile(parser: argparse.ArgumentParser) -> None:
 
 
 def _profile(options: argparse.Namespace) -> None:
-    from .profile import measure_profile
+    from .profiles import measure_profile
 
     result: dict[str, Any] = {}
     for result in measure_profile(

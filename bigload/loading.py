@@ -158,7 +158,7 @@ def load_and_quantize_model(
     mode = request.config.mode
     # Tensors created under inference_mode could not be used in training later.
     how = "" if "*" in (request.config.skip_modules or ()) else f" as {mode}"
-    with _with_context(context + how), torch.inference_mode(False), torch.no_grad():
+    with _with_context(context + how), _no_garbage_collected(), torch.inference_mode(False), torch.no_grad():
         view = ModelView(model)
         if "offload" in vars(model):
             require_not_offloaded(model)
@@ -177,6 +177,18 @@ def load_and_quantize_model(
     model.load_report = _report(request, plan, timeline, peaks, targets)  # type: ignore[assignment]
     logger.info("%s", model.load_report)
     return model
+
+
+@contextmanager
+def _no_garbage_collected() -> Iterator[None]:
+    """Keep the garbage collector from looking through all objects again and again while a load makes many new ones."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _report(

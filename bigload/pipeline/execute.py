@@ -18,7 +18,7 @@ from ..hardware.allocation import allocate, reserve
 from ..hardware.devices import CPU
 from ..io.program import ReadTask
 from ..io.ring import slot_bytes
-from ..io.tensors import LazyTensor
+from ..io.tensors import LazyTensor, StoredTensor
 from ..io.timeline import Timeline
 from ..io.transfer import WINDOW_BYTES, default_stream, read_all
 from ..offload.targets import OffloadTargets
@@ -107,6 +107,8 @@ class _Loader:
         if _is_own_tensor(planned):
             finish(_explain_out_of_memory(functools.partial(_tensor_shortage, planned), _own_tensor)(planned))
             return []
+        if not buffers and (stored := _stored_as_it_will_be(planned)):
+            return [_read_home(planned, stored, finish)]
         return read_tasks_for(planned, functools.partial(_make_sink, self._load_dtype, buffers), finish)
 
     def _finish(self, planned: PlannedTensor, target: OffloadTargets | None, value: LoadedTensor) -> None:
@@ -116,6 +118,38 @@ class _Loader:
         name = planned.tensor.name
         self.loaded[name] = value
         self._on_loaded(name, value)
+
+
+def _stored_as_it_will_be(planned: PlannedTensor) -> StoredTensor | None:
+    """Return what is stored, if its bytes are those of the tensor: most are, and there may be tens of thousands."""
+    source = planned.sources[0]
+    stored = source.tensor
+    if type(stored) is not StoredTensor or len(planned.sources) > 1 or source.region or source.transposed:
+        return None
+    is_same = isinstance(planned.format, Plain) and planned.format.dtype == stored.dtype
+    return stored if is_same and stored.nbytes else None
+
+
+def _read_home(planned: PlannedTensor, stored: StoredTensor, finish: Callable[[LoadedTensor], object]) -> ReadTask:
+    """Return the read of a tensor that is stored as it will be, straight into its memory."""
+    fmt, missing = planned.format, numel(stored)
+    assert isinstance(fmt, Plain)
+    try:
+        values = allocate(planned.shape, fmt.dtype, planned.device)
+    except torch.OutOfMemoryError as error:
+        raise _out_of_memory(_tensor_shortage(planned)) from error
+
+    def arrived(count: int) -> None:
+        nonlocal missing
+        missing -= count
+        if not missing:
+            finish(values)
+
+    return ReadTask(stored, planned.device, _not_taken, values.view(-1).view(torch.uint8), arrived=arrived)
+
+
+def _not_taken(values: torch.Tensor, begin: int) -> None:
+    """Do nothing: what has a home is read there."""
 
 
 def _synchronize(plan: Plan) -> None:
@@ -241,9 +275,13 @@ def _explain_out_of_memory(where: Callable[[], str], call: Callable[..., Any]) -
         try:
             return call(*args)
         except torch.OutOfMemoryError as error:
-            raise PlacementError(f"{where()}; choose a smaller mode or free memory there") from error
+            raise _out_of_memory(where()) from error
 
     return explained
+
+
+def _out_of_memory(where: str) -> PlacementError:
+    return PlacementError(f"{where}; choose a smaller mode or free memory there")
 
 
 def _tensor_shortage(planned: PlannedTensor) -> str:
