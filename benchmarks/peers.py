@@ -165,7 +165,8 @@ def _runai(model: None, folder: Path, mode: str, device: str) -> Any:
 
 
 PEERS = {
-    "bigload": Peer(("torch", "bitsandbytes", "bigload"), MODES, _bigload, _build),
+    # bigload.loading: `import bigload` imports what a name needs when it is first used.
+    "bigload": Peer(("torch", "bitsandbytes", "bigload", "bigload.loading"), MODES, _bigload, _build),
     "transformers": Peer(("torch", "bitsandbytes", "transformers"), MODES, _transformers),
     "accelerate": Peer(
         ("torch", "bitsandbytes", "accelerate"), (*QUANTIZING, "none"), _accelerate, _build_for_accelerate
