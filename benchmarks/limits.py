@@ -256,9 +256,9 @@ def _bitsandbytes_call(name: str, weight: torch.Tensor) -> Callable[[], object]:
 
 
 def _best_seconds(call: Callable[[], object]) -> float:
-    """Give the fewest seconds that a call took, of at least two and of as many as half a second holds."""
+    """Give the fewest seconds that a call took, of at least four and of as many as half a second holds."""
     taken: list[float] = []
-    while len(taken) < 2 or sum(taken) < 0.5:
+    while len(taken) < 4 or sum(taken) < 0.5:
         started = time.perf_counter()
         call()
         taken.append(time.perf_counter() - started)

@@ -1,15 +1,17 @@
 """What surrounds a call changes nothing: torch's default device, and the working directory."""
 
 import contextlib
+import gc
 import os
 
 import pytest
 import torch
 from checkpoints import PLAIN, empty, save_checkpoint
+from models import GPT
 from torch import nn
 
 import bigload
-from bigload import ConfigError
+from bigload import ConfigError, load_and_quantize_model
 
 
 def build():
@@ -98,3 +100,28 @@ def test_relative_paths_outlive_a_change_of_the_working_directory(stored, tmp_pa
 def test_what_is_no_model_is_refused_by_name(call):
     with pytest.raises(ConfigError, match=r"model must be an nn\.Module, but it is"):
         call()
+
+
+@pytest.mark.parametrize("was_on", [True, False])
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_garbage_collector_is_on_again_if_it_was(tmp_path, monkeypatch, was_on, fails):
+    """It rests while a load makes tens of thousands of objects."""
+    save_checkpoint(GPT(), tmp_path)
+    seen = []
+
+    def look(*args):
+        seen.append(gc.isenabled())
+        if fails:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("tqdm.tqdm.update", look)
+    if not was_on:
+        gc.disable()
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            load_and_quantize_model(empty(GPT), "nf4", tmp_path, device_map="cpu")
+        assert gc.isenabled() == was_on
+    finally:
+        gc.enable()
+    assert seen
+    assert not any(seen)

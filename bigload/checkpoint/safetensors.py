@@ -110,8 +110,12 @@ def _damage(entry: Any) -> str:
 
 
 def _are_sizes(value: Any) -> bool:
-    # A bool is an int, too.
-    return isinstance(value, list) and {int}.issuperset(map(type, value)) and min(value, default=0) >= 0
+    if not isinstance(value, list):
+        return False
+    for each in value:  # noqa: SIM110 - a generator would take three times as long, for tens of thousands
+        if type(each) is not int or each < 0:  # a bool is an int, too
+            return False
+    return True
 
 
 def parse_json(raw: bytes, path: Path) -> Any:

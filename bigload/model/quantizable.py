@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,30 +62,39 @@ def layers_to_quantize(
     """
     view = view_of(model)
     linears = plain_linears(view, quantizable)
-    tied = {name for tensor in tensors if _has_several_owners(view, tensor) for name in tensor.names}
-    heads, patterns = meant_to_stay(view, config)
-    paths: dict[nn.Module, list[str]] = {}
-    for path, module in view.modules.items():
-        paths.setdefault(module, []).append(f"{path}.weight".lstrip("."))
-    read = plain_because_read(view, config, quantizable) if read is None else read
-    stays = one_of(patterns).search
     classes = {type(module) for module in view.modules.values()}
     absent = [cls.__name__ for cls in quantizable if cls not in classes]
     if absent:
         logger.warning("quantizable names %s, but no layer of the model is of that class", listed(absent))
-    layers = {}
-    for path, module in linears.items():
-        if module in heads or path in read or not _weight(module).numel():
-            continue
-        if not any(weight in tied or stays(weight) for weight in paths[module]):
-            layers[path] = module
     everything = [name for tensor in tensors for name in tensor.names]
     for field in ("skip_modules", "keep_in_fp32_modules"):
         named = getattr(config, field) or []
         unused = [pattern for pattern in named if not any(matches(name, [pattern]) for name in everything)]
         if unused:
             logger.warning("%s names %s, which nothing in the model matches", field, listed(unused))
-    return layers
+    if "*" in (config.skip_modules or ()):
+        return {}
+    read = plain_because_read(view, config, quantizable) if read is None else read
+    return _chosen(view, config, tensors, {path: layer for path, layer in linears.items() if path not in read})
+
+
+def _chosen(
+    view: ModelView, config: BnbQuantizationConfig, tensors: Sequence[ModelTensor], linears: Mapping[str, nn.Module]
+) -> dict[str, nn.Module]:
+    """Return those linears that are not tied and that nobody wants to stay as they are."""
+    tied = {name for tensor in tensors if _has_several_owners(view, tensor) for name in tensor.names}
+    heads, patterns = meant_to_stay(view, config)
+    paths: dict[nn.Module, list[str]] = {}
+    for path, module in view.modules.items():
+        paths.setdefault(module, []).append(f"{path}.weight".lstrip("."))
+    stays = one_of(patterns).search
+    return {
+        path: module
+        for path, module in linears.items()
+        if module not in heads
+        and _weight(module).numel()
+        and not any(weight in tied or stays(weight) for weight in paths[module])
+    }
 
 
 def meant_to_stay(view: ModelView, config: BnbQuantizationConfig) -> tuple[set[nn.Module], list[str]]:

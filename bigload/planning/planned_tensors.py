@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -128,11 +129,11 @@ def formatted_tensors(
         CheckpointError: a weight that is stored quantized has another shape than the layer's.
         ConfigError: a weight cannot be stored in the format asked for.
     """
-    asked = one_of(config.keep_in_fp32_modules or ()).search
+    asked = one_of(config.keep_in_fp32_modules).search if config.keep_in_fp32_modules else None
     by_class = fp32_rule(view_of(model).modules, config.load_dtype)
     weights = {f"{path}.weight".lstrip("."): layer for path, layer in layers.items()}
     of_experts = weights_of(experts or {})
-    planned = []
+    planned, plain = [], functools.cache(Plain)  # there may be tens of thousands, in few dtypes
     for tensor in tensors:
         pieces = sources.get(tensor.name, ())
         layer = next((weights[name] for name in tensor.names if name in weights), None) if weights else None
@@ -141,8 +142,8 @@ def formatted_tensors(
             planned.append(_of_experts(tensor, (experts or {})[path], name, pieces, config, device))
         elif layer is None:
             usual = (class_dtypes or {}).get(tensor.name, config.load_dtype)
-            in_fp32 = any(map(by_class, tensor.names)) or any(map(asked, tensor.names))
-            fmt = Plain(_kept_dtype(tensor, pieces, torch.float32 if in_fp32 else usual))
+            in_fp32 = any(map(by_class, tensor.names)) or (asked is not None and any(map(asked, tensor.names)))
+            fmt = plain(_kept_dtype(tensor, pieces, torch.float32 if in_fp32 else usual))
             planned.append(PlannedTensor(tensor, tensor.shape, pieces, fmt, device))
         else:
             planned.append(_of_layer(tensor, layer, pieces, config, device))

@@ -17,6 +17,7 @@ from bigload.io import transfer
 from bigload.io.feed import Feed
 from bigload.io.native_feed import NativeFeed, library
 from bigload.io.threaded_feed import ThreadedFeed
+from bigload.pipeline import execute
 from bigload.quantization.quantizer import Quantizer
 
 
@@ -67,6 +68,15 @@ def test_out_of_memory_names_device_and_tensor(model, folder, monkeypatch):
     fail_at(monkeypatch, Quantizer, "add", 3, torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(PlacementError, match=r"cpu ran out of memory at 'transformer\.h\.0"):
         load_and_quantize_model(model, "nf4", folder, device_map="cpu")
+
+
+@pytest.mark.parametrize("call", [1, 3])
+def test_memory_that_a_plain_tensor_lacks_names_device_and_tensor(model, folder, monkeypatch, call):
+    fail_at(monkeypatch, execute, "allocate", call, torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(PlacementError, match=r"cpu ran out of memory at 'transformer\.(h\.0\.ln_1|wte|wpe)"):
+        load_and_quantize_model(model, "nf4", folder, device_map="cpu")
+    monkeypatch.undo()
+    load_and_quantize_model(model, "nf4", folder, device_map="cpu")
 
 
 @pytest.mark.parametrize("call", [1, 3, 40])
