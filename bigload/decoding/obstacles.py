@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..offload.forwards import forward_override_of
+from .graphs import graphs_on
 
 # Hooks that do nothing where all tensors are on one device, or nobody asks for what they collect.
 _HARMLESS = ("bigload.", "transformers.utils.output_capturing")
@@ -70,6 +71,13 @@ def _module_of(hook: Any) -> str:
 def _name(hook: Any) -> str:
     hook = _unwrapped(hook)
     return str(getattr(hook, "__qualname__", type(hook).__qualname__))
+
+
+def is_capturable(model: nn.Module) -> bool:
+    """Whether `generate` of a model on a GPU can have a static cache, and nothing is known against captured steps."""
+    device = device_of(model)
+    has_static = getattr(model, "_can_compile_fullgraph", False)  # which transformers asks of models with such caches
+    return bool(has_static) and device is not None and graphs_on(device) is not None and obstacle_of(model) is None
 
 
 def obstacle_now(model: nn.Module, kwargs: Mapping[str, Any]) -> str | None:
