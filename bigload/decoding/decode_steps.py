@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
+from ..offload.captured_experts import CapturedExperts
 from ..offload.leaves import MethodOverride
 from .cache_state import CacheState
 from .calls import Call, caches_in, first_difference, tokens_of
@@ -82,6 +83,7 @@ class DecodeSteps(MethodOverride):
         self._kinds: OrderedDict[Any, _Kind] = OrderedDict()
         self._last: CapturedStep | None = None
         self._model_state: ModelState | None = None
+        self._experts: CapturedExperts
         self._obstacle: str | None = None
         self._said: dict[str, None] = {}
         self._last_key: Any = ()
@@ -126,6 +128,9 @@ class DecodeSteps(MethodOverride):
         self._note_model()
         if self._obstacle is not None:
             return self._leave(self._obstacle)
+        if not self._experts.are_ready():
+            self._uncaptured += 1
+            return _UNCAPTURED
         call = Call(args, kwargs)
         key = (_modes(self._device.type), call.key)
         last = self._last
@@ -135,12 +140,12 @@ class DecodeSteps(MethodOverride):
 
     def _note_model(self) -> None:
         """Drop what was captured of another state of the model."""
-        if self._model_state is not None and self._model_state.is_same():
+        if self._model_state is not None and self._model_state.is_same() and self._experts.are_same():
             self._changes_in_a_row = 0
             return
         self.release()
         self._obstacle = obstacle_of(self.module)
-        self._model_state = ModelState(self.module)
+        self._model_state, self._experts = ModelState(self.module), CapturedExperts(self.module)
         self._changes_in_a_row += 1
         if self._changes_in_a_row >= _MANY_NEW:
             self._say("tensors, hooks or modules of the model are exchanged between steps")
@@ -167,7 +172,8 @@ class DecodeSteps(MethodOverride):
         return self._replay(step, call, state)
 
     def _replay(self, step: CapturedStep, call: Call, state: CacheState | None = None) -> Any:
-        out = step.replay(call, state)
+        with self._experts.held():
+            out = step.replay(call, state)
         self._last = step
         self._replayed += 1
         return out
@@ -217,7 +223,8 @@ class DecodeSteps(MethodOverride):
         for other, old in kept[: max(0, len(kept) - self._max_graphs + 1)]:
             other.steps.remove(old)
             self._drop(old)
-        step = CapturedStep(key, call, state, self.own, self._graphs)
+        with self._experts.held():
+            step = CapturedStep(key, call, state, self.own, self._graphs)
         kind.steps.append(step)
         self._captures += 1
         self._capture_s += step.seconds

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..offload.forwards import forward_override_of
+from ..offload.captured_experts import capturable_experts
+from ..offload.forwards import StreamedForward, forward_override_of
 from .graphs import graphs_on
 
 # Hooks that do nothing where all tensors are on one device, or nobody asks for what they collect.
@@ -17,21 +18,35 @@ _HARMLESS = ("bigload.", "transformers.utils.output_capturing")
 _ASKED_FOR = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 
+def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    """List the tensors that a step computes with where they are: not those of experts at rest."""
+    for module in model.modules():
+        away = () if forward_override_of(module) is None else _names_away(module)
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if name not in away:
+                yield tensor
+
+
+def _names_away(module: nn.Module) -> tuple[str, ...]:
+    forward = forward_override_of(module)
+    return forward.weights.leaf.parameters if isinstance(forward, StreamedForward) else ()
+
+
 def device_of(model: nn.Module) -> torch.device | None:
     """Return the device that all tensors of a model are on; None if there are several, or none."""
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    devices = {tensor.device for tensor in _tensors(model)}
     return devices.pop() if len(devices) == 1 else None
 
 
 def obstacle_of(model: nn.Module) -> str | None:
     """Say why no step of a model can be captured as it is now; None if nothing is known against it."""
     for path, module in model.named_modules():
-        if forward_override_of(module) is not None:
+        if forward_override_of(module) is not None and not capturable_experts(module):
             return f"{path or 'the model'!r} is offloaded"
         hook = vars(module).get("_hf_hook")
         if hook is not None and getattr(hook, "offload", False):
             return f"{path or 'the model'!r} is offloaded by accelerate"
-    devices = sorted({str(tensor.device) for tensor in (*model.parameters(), *model.buffers())})
+    devices = sorted({str(tensor.device) for tensor in _tensors(model)})
     if len(devices) > 1:
         return f"it is on several devices ({', '.join(devices)})"
     for path, module in model.named_modules():
