@@ -7,13 +7,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
-from ..errors import ConfigError
-from ..offload.captured_experts import CapturedExperts
+from ..errors import ConfigError, OffloadError
+from ..offload.captured import CapturedOffload
 from ..offload.leaves import MethodOverride
 from .cache_state import CacheState
 from .calls import Call, caches_in, first_difference, tokens_of
@@ -83,7 +84,7 @@ class DecodeSteps(MethodOverride):
         self._kinds: OrderedDict[Any, _Kind] = OrderedDict()
         self._last: CapturedStep | None = None
         self._model_state: ModelState | None = None
-        self._experts: CapturedExperts
+        self._offload: CapturedOffload
         self._obstacle: str | None = None
         self._said: dict[str, None] = {}
         self._last_key: Any = ()
@@ -128,7 +129,7 @@ class DecodeSteps(MethodOverride):
         self._note_model()
         if self._obstacle is not None:
             return self._leave(self._obstacle)
-        if not self._experts.are_ready():
+        if not self._offload.are_ready():
             self._uncaptured += 1
             return _UNCAPTURED
         call = Call(args, kwargs)
@@ -140,12 +141,12 @@ class DecodeSteps(MethodOverride):
 
     def _note_model(self) -> None:
         """Drop what was captured of another state of the model."""
-        if self._model_state is not None and self._model_state.is_same() and self._experts.are_same():
+        if self._model_state is not None and self._model_state.is_same() and self._offload.are_same():
             self._changes_in_a_row = 0
             return
         self.release()
         self._obstacle = obstacle_of(self.module)
-        self._model_state, self._experts = ModelState(self.module), CapturedExperts(self.module)
+        self._model_state, self._offload = ModelState(self.module), CapturedOffload(self.module)
         self._changes_in_a_row += 1
         if self._changes_in_a_row >= _MANY_NEW:
             self._say("tensors, hooks or modules of the model are exchanged between steps")
@@ -172,8 +173,10 @@ class DecodeSteps(MethodOverride):
         return self._replay(step, call, state)
 
     def _replay(self, step: CapturedStep, call: Call, state: CacheState | None = None) -> Any:
-        with self._experts.held():
-            out = step.replay(call, state)
+        is_replayed, out = self._offload.replay(partial(step.replay, call, state))
+        if not is_replayed:  # another thread uses offloaded weights on the device
+            self._uncaptured += 1
+            return _UNCAPTURED
         self._last = step
         self._replayed += 1
         return out
@@ -191,9 +194,15 @@ class DecodeSteps(MethodOverride):
             self._remember(key, state, reason)
             return self._leave(reason)
         self._note_new(key)
-        before, written = state.snapshot(), _Versions(call.tensors)
-        with self._graphs.warming_up(), state.watched() as asked:
-            out = self.own(*args, **kwargs)
+        before, written, asked, done = state.snapshot(), _Versions(call.tensors), [], False
+        try:
+            with self._offload.noting(), self._graphs.warming_up(), state.watched() as asked:
+                out = self.own(*args, **kwargs)
+                done = True
+        except OffloadError as error:
+            if not done:
+                raise
+            reason = str(error)
         self._uncaptured += 1
         if written.differ():
             reason = "it writes to a tensor that it is given: keep what a step changes in a cache object or a buffer"
@@ -223,8 +232,8 @@ class DecodeSteps(MethodOverride):
         for other, old in kept[: max(0, len(kept) - self._max_graphs + 1)]:
             other.steps.remove(old)
             self._drop(old)
-        with self._experts.held():
-            step = CapturedStep(key, call, state, self.own, self._graphs)
+        with self._offload.held():
+            step = CapturedStep(key, call, state, self._offload.captured(self.own), self._graphs)
         kind.steps.append(step)
         self._captures += 1
         self._capture_s += step.seconds

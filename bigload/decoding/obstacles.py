@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..offload.captured_experts import capturable_experts
-from ..offload.forwards import StreamedForward, forward_override_of
+from ..offload.captured import is_capturable as can_have
+from ..offload.expert_forwards import ExpertsForward
+from ..offload.forwards import CpuForward, ForwardOverride, StreamedForward, forward_override_of
 from .graphs import graphs_on
 
 # Hooks that do nothing where all tensors are on one device, or nobody asks for what they collect.
@@ -19,17 +20,13 @@ _ASKED_FOR = ("output_attentions", "output_hidden_states", "output_router_logits
 
 
 def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    """List the tensors that a step computes with where they are: not those of experts at rest."""
+    """List the tensors that a step computes with where they are: not those that are copied for it."""
+    away: set[int] = set()
     for module in model.modules():
-        away = () if forward_override_of(module) is None else _names_away(module)
-        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            if name not in away:
-                yield tensor
-
-
-def _names_away(module: nn.Module) -> tuple[str, ...]:
-    forward = forward_override_of(module)
-    return forward.weights.leaf.parameters if isinstance(forward, StreamedForward) else ()
+        forward = forward_override_of(module)
+        if isinstance(forward, StreamedForward):
+            away |= {id(parameter) for parameter in forward.weights.parameters}
+    yield from (tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in away)
 
 
 def device_of(model: nn.Module) -> torch.device | None:
@@ -41,8 +38,9 @@ def device_of(model: nn.Module) -> torch.device | None:
 def obstacle_of(model: nn.Module) -> str | None:
     """Say why no step of a model can be captured as it is now; None if nothing is known against it."""
     for path, module in model.named_modules():
-        if forward_override_of(module) is not None and not capturable_experts(module):
-            return f"{path or 'the model'!r} is offloaded"
+        forward = forward_override_of(module)
+        if forward is not None and not can_have(module):
+            return f"{path or 'the model'!r} is offloaded, and {_reason_of(forward)}"
         hook = vars(module).get("_hf_hook")
         if hook is not None and getattr(hook, "offload", False):
             return f"{path or 'the model'!r} is offloaded by accelerate"
@@ -86,6 +84,14 @@ def _module_of(hook: Any) -> str:
 def _name(hook: Any) -> str:
     hook = _unwrapped(hook)
     return str(getattr(hook, "__qualname__", type(hook).__qualname__))
+
+
+def _reason_of(forward: ForwardOverride) -> str:
+    if isinstance(forward, CpuForward):
+        return "the CPU computes it"
+    if isinstance(forward, ExpertsForward) and forward.weights.cache() is not None:
+        return "the host keeps the cache of its experts"
+    return "no graph reads files or memory that is not pinned"
 
 
 def is_capturable(model: nn.Module) -> bool:
