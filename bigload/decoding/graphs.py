@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +13,8 @@ import torch
 _T = TypeVar("_T")
 # The allocator of pinned memory goes on asking a graph whose capture failed whether it is capturing: it is not freed.
 _failed: list[Any] = []
+# One capture at a time in a process: each begins with a wait for the device, which would end another one.
+_one_at_a_time = threading.Lock()
 
 
 class Graph(Protocol):
@@ -74,7 +77,7 @@ class CudaGraphs:
             RuntimeError: something in it cannot be captured, such as a wait of the host for the GPU.
             torch.OutOfMemoryError: there is no room for what it computes.
         """
-        with torch.cuda.device(self._device):
+        with _one_at_a_time, torch.cuda.device(self._device):
             if not self._live:
                 self._pool = torch.cuda.graph_pool_handle()  # that of graphs that are no more cannot be used again
             graph = torch.cuda.CUDAGraph()
@@ -103,6 +106,11 @@ class CudaGraphs:
             for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
                 with suppress(RuntimeError, AttributeError):
                     getattr(torch._C, name)(index, self._pool)
+            with suppress(RuntimeError):
+                graph.reset()
+            with suppress(RuntimeError):
+                torch.cuda.synchronize(self._device)
+            _revive_generator(index)
         with suppress(RuntimeError):
             graph.reset()
         for _ in range(2):  # an error of the capture, if one is left, shows here and is then forgotten
@@ -121,6 +129,18 @@ class CudaGraphs:
     def allocated(self) -> int:
         """Return the bytes that torch has reserved on the GPU."""
         return torch.cuda.memory_reserved(self._device)
+
+
+def _revive_generator(index: int) -> None:
+    """Let random numbers be drawn again: until torch 2.12, the generator would think that the capture goes on."""
+    with suppress(RuntimeError, AttributeError, IndexError):
+        generator = torch.cuda.default_generators[index]
+        before = generator.get_state()
+        try:
+            torch.empty(1, device=f"cuda:{index}").uniform_(generator=generator)
+        except RuntimeError:
+            generator.graphsafe_set_state(generator.clone_state())
+        generator.set_state(before)
 
 
 class _CapturedGraph:
