@@ -19,7 +19,7 @@ from ..offload.leaves import MethodOverride
 from .cache_state import CacheState
 from .calls import Call, caches_in, first_difference, tokens_of
 from .graphs import Graphs
-from .model_state import ModelState
+from .model_state import HeldTensors, ModelState
 from .obstacles import obstacle_now, obstacle_of
 from .steps import CapturedStep, NotCapturedError, problem_of
 
@@ -194,7 +194,9 @@ class DecodeSteps(MethodOverride):
             self._remember(key, state, reason)
             return self._leave(reason)
         self._note_new(key)
-        before, written, asked, done = state.snapshot(), _Versions(call.tensors), [], False
+        before, written, held = state.snapshot(), _Versions(call.tensors), HeldTensors(self.module)
+        asked: list[str] = []
+        done = False
         try:
             with self._offload.noting(), self._graphs.warming_up(), state.watched() as asked:
                 out = self.own(*args, **kwargs)
@@ -206,7 +208,7 @@ class DecodeSteps(MethodOverride):
         self._uncaptured += 1
         if written.differ():
             reason = "it writes to a tensor that it is given: keep what a step changes in a cache object or a buffer"
-        self._remember(key, state, reason or problem_of(state, before, asked))
+        self._remember(key, state, reason or held.change() or problem_of(state, before, asked))
         return out
 
     def _reason_of(self, call: Call) -> str | None:

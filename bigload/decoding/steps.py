@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ class CapturedStep:
                 self._inputs = [torch.empty_like(tensor) for tensor in call.tensors]
             self._fill(call)
             args, kwargs = call.with_tensors(self._inputs)
-            with state.watched() as asked:
+            with state.watched() as asked, _without_kept_casts():
                 self._graph, output = graphs.capture(lambda: run(*args, **kwargs))
             if reason := problem_of(state, before, asked):
                 raise NotCapturedError(reason)
@@ -112,6 +113,17 @@ class CapturedStep:
         self._graph.reset()
         self._output = _freed
         self._inputs, self._own, self._others = [], [], []
+
+
+@contextmanager
+def _without_kept_casts() -> Iterator[None]:
+    """Have autocast cast weights anew: what it keeps while it lasts would be freed before a replay."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def problem_of(state: CacheState, before: Any, asked: list[str]) -> str | None:

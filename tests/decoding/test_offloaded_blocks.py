@@ -254,10 +254,12 @@ def test_a_loaded_model_with_offloaded_blocks_generates_the_same_tokens_captured
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
 @pytest.mark.parametrize("late", ["copies", "computation"])
-def test_copies_of_a_graph_wait_for_what_reads_the_slots_and_are_waited_for(late, loaded, captures, monkeypatch):
+def test_copies_of_a_graph_wait_for_what_reads_the_slots_and_are_waited_for(
+    late, device, loaded, captures, monkeypatch
+):
     """With a GPU that is slow on one of the two branches, values are right only if events order them."""
-    device = torch.device("cuda", 0)
     model = loaded()
     expected = decoded(model, steps=12)
     engine = stream(model, device, range(LAYERS), 2)
