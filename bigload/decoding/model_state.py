@@ -50,7 +50,9 @@ def _held(model: nn.Module) -> dict[tuple[str, str], list[torch.Tensor]]:
 def _tensors_of(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, (torch.Tensor, list, tuple, dict)):
         yield from tensors_in(value)
-    elif is_state(value) and not hasattr(value, "has_fp16_weights"):  # what bitsandbytes notes of an int8 layer
+    elif type(value).__module__.startswith("bitsandbytes"):
+        return  # what it notes of its layers, of which the tensors that count are compared by themselves
+    elif is_state(value):
         yield from tensors_in([*vars(value).values()])
 
 
