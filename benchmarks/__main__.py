@@ -29,6 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_profile(commands.add_parser("profile", help="tell where the seconds of a load go, part by part"))
     _add_quantize(commands.add_parser("quantize", help="time quantizing a checkpoint from files to files"))
     _add_offload(commands.add_parser("offload", help="time forwards of a model of which part rests on the CPU"))
+    _add_decode(commands.add_parser("decode", help="time generation, as it is and captured in CUDA graphs"))
     _add_spread(commands.add_parser("spread", help="time a model over several GPUs against the same on one"))
     _add_experts(commands.add_parser("experts", help="time fused experts in 4 bit against the same in 16 bit"))
     _add_against(commands.add_parser("against", help="time this checkout against another one, in turn"))
@@ -193,6 +194,49 @@ def _offload(options: argparse.Namespace) -> None:
     cases = [Case(peer, mode, int(blocks), *more) for peer, mode, blocks, *more in parts] or list(CASES)
     result: dict[str, Any] = {}
     for result in measure_offload(options.folder, cases, _device(options.device), options.commit):
+        print(json.dumps(result["rows"][-1]), file=sys.stderr, flush=True)
+        if options.out is not None:
+            _give(result, options.out)
+    if options.out is None:
+        _give(result, None)
+
+
+def _add_decode(parser: argparse.ArgumentParser) -> None:
+    modes, peers = ("nf4", "none", "nf4-dq", "int8", "int8-t0"), ("transformers", "transformers, compiled")
+    parser.add_argument("--sizes", nargs="+", default=["8b", "Qwen3-30B-A3B"], help="or tiny (default: %(default)s)")
+    parser.add_argument("--modes", nargs="+", choices=modes, default=list(modes))
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16], help="(default: %(default)s)")
+    parser.add_argument(
+        "--offloaded",
+        nargs="*",
+        type=int,
+        default=[8, 32],
+        help="blocks in host memory (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--cached",
+        nargs="*",
+        type=int,
+        default=[25],
+        help="per cent of a mixture's experts that stay on the GPU, the others in host memory (default: %(default)s)",
+    )
+    parser.add_argument("--peers", nargs="*", choices=peers, default=list(peers))
+    parser.add_argument("--generated", type=int, default=128, help="tokens (default: %(default)s)")
+    parser.add_argument("--long", type=int, default=2000, help="tokens that shall leave memory as it was, once")
+    parser.add_argument("--seconds", type=float, default=400, help="begin no case after them (default: %(default)s)")
+    parser.add_argument("--device", help="'cpu' or 'cuda:N' (default: the first GPU, the CPU where there is none)")
+    parser.add_argument("--out", type=Path, help="where the result goes, as JSON (default: standard output)")
+    parser.add_argument("--commit", help="bigload's, where git cannot tell")
+    parser.set_defaults(run=_decode)
+
+
+def _decode(options: argparse.Namespace) -> None:
+    from .decode import cases_of, measure_decode
+
+    cases = cases_of(options.sizes, options.modes, options.batches, options.offloaded, options.cached, options.peers)
+    result: dict[str, Any] = {}
+    how = options.generated, options.long, options.seconds
+    for result in measure_decode(cases, _device(options.device), options.commit, *how):
         print(json.dumps(result["rows"][-1]), file=sys.stderr, flush=True)
         if options.out is not None:
             _give(result, options.out)

@@ -20,13 +20,17 @@ def markdown(name: str, result: Result) -> str:
 
     Args:
         name: the heading, usually the file's name.
-        result: of `load`, `offload`, `against`, `experts` or `limits`.
+        result: of `load`, `offload`, `decode`, `against`, `experts` or `limits`.
     """
     parts = [f"### {name}"]
     if result["benchmark"] == "load":
         parts += [table(result), *notes(result)]
     if result["benchmark"] == "offload":
         parts.append(offload_table(result))
+    if result["benchmark"] == "decode":
+        from .decode import decode_table  # imports torch
+
+        parts.append(decode_table(result))
     if result["benchmark"] == "against":
         parts.append(against_table(result))
     if result["benchmark"] == "offloaded-experts":
@@ -76,11 +80,15 @@ def offload_table(result: Result) -> str:
 
 
 # Benchmarks that have a brief form.
-BRIEF = ("load", "offload", "experts", "offloaded-experts")
+BRIEF = ("load", "offload", "experts", "offloaded-experts", "decode")
 
 
 def brief(result: Result) -> str:
     """Write what documents have of a `load`, an `offload`, `experts`, or whole mixtures of `experts --offload`."""
+    if result["benchmark"] == "decode":
+        from .decode import decode_table  # imports torch
+
+        return decode_table(result)
     if result["benchmark"] == "offloaded-experts":
         from .offloaded_models import models_summary  # imports torch
 

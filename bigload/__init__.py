@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import BnbQuantizationConfig
     from .conversion import quantize_checkpoint
+    from .decoding.capture import capture_decode
     from .errors import (
         BigloadError,
         CheckpointError,
@@ -35,6 +36,7 @@ _HOMES = {
     "dequantize_model": "pipeline.dequantizing",
     "init_empty_weights": "model.empty",
     "release_buffers": "loading",
+    "capture_decode": "decoding.capture",
     "BigloadError": "errors",
     "ConfigError": "errors",
     "CheckpointError": "errors",
@@ -54,6 +56,7 @@ __all__ = [
     "dequantize_model",
     "init_empty_weights",
     "release_buffers",
+    "capture_decode",
     "BigloadError",
     "ConfigError",
     "CheckpointError",

@@ -690,3 +690,49 @@ def test_a_model_over_devices_is_held_against_the_same_on_one(tiny, tmp_path):
     (row,) = json.loads(out.read_text())["rows"]
     assert row["is_bit_equal_to_one"]
     assert row["floor_s"] > 0 < row["second_s"]
+
+
+def test_generation_is_timed_in_each_way_and_written_as_a_table(tmp_path, capsys, monkeypatch, small_parts_stream):
+    out, how = tmp_path / "decode.json", ("--generated", 4, "--long", 6, "--batches", 1, 2, "--device", "cpu")
+    few = ("--modes", "nf4", "none", "int8-t0", "--offloaded", 1, "--cached", 25, "--peers", "transformers")
+    run("decode", "--sizes", "tiny", "tiny-gpt-oss", *few, *how, "--out", out)
+    result = json.loads(out.read_text())
+    cases = [(row["size"], row["mode"], row["offloaded"], row["batch"], row["peer"]) for row in result["rows"]]
+    assert list(dict.fromkeys(cases)) == [
+        ("tiny", "nf4", None, 1, "bigload"),
+        ("tiny", "none", None, 1, "bigload"),
+        ("tiny", "int8-t0", None, 1, "bigload"),
+        ("tiny", "nf4", 1, 1, "bigload"),
+        ("tiny", "nf4", None, 2, "bigload"),
+        ("tiny", "none", None, 1, "transformers"),
+        ("tiny-gpt-oss", "nf4", None, 1, "bigload"),
+        ("tiny-gpt-oss", "nf4", 25, 1, "bigload"),
+    ]
+    for row in result["rows"]:
+        assert row["tokens_per_s"] > 0, row
+        assert row["step_ms"] > 0
+    captured = [row for row in result["rows"] if row["way"] == "captured"]
+    assert len(captured) == 7
+    for row in captured:
+        assert row["is_equal"]
+        assert row["logits_differ"] == 0
+        assert row["replayed"] == 0
+        assert row["reasons"] == ["the model is on cpu, and CUDA graphs need a GPU"]
+    assert [row["offloaded"] for row in result["rows"] if row.get("streamed_gb")] == [1, 1, 1, 25, 25, 25]
+    assert [row["is_flat"] for row in result["rows"] if "is_flat" in row] == [True]
+    capsys.readouterr()
+    for brief in ((), ("--brief",)):
+        run("report", *brief, out)
+        lines = capsys.readouterr().out.splitlines()
+        assert "| tokens a second | dynamic | static | captured | step | first token | capture | equal |" in lines
+        assert sum(line.startswith("| tiny, nf4, 1 blocks offloaded, batch 1 |") for line in lines) == 1
+        assert "- not captured: the model is on cpu, and CUDA graphs need a GPU" in lines
+
+
+def test_what_cannot_be_generated_is_a_row_that_says_why(tmp_path):
+    from benchmarks.decode import Case, decode_table, measure_decode
+
+    (result,) = measure_decode([Case("tiny", "nf5")], "cpu", None, 4, 0, 60)
+    assert "unknown quantization mode 'nf5'" in result["rows"][0]["error"]
+    assert "ConfigError: unknown quantization mode" in decode_table(result)
+    assert list(measure_decode([Case("tiny", "nf4")], "cpu", None, 4, 0, -1)) == []

@@ -2,6 +2,7 @@
 
 import configparser
 import json
+import re
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
@@ -236,3 +237,28 @@ def test_cache_of_experts_is_a_share_or_a_size(typed, meant, folder, monkeypatch
     options = [] if typed is None else ["--expert-cache", typed]
     assert main(["load", str(folder), "--device-map", "cpu", *options]) == 1
     assert asked == [meant]
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_load_says_how_fast_it_generated_and_captures_steps_where_there_are_graphs(
+    folder, capsys, monkeypatch, captured
+):
+    from recorded_graphs import RecordedGraphs
+
+    save_tokenizer(folder)
+    arguments = ["load", str(folder), "--device-map", "cpu", "--prompt", "w3 w4 w5", "--max-new-tokens", "6"]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out.splitlines()[-1]
+    if captured:
+        for room in ("capture", "obstacles"):
+            monkeypatch.setattr(f"bigload.decoding.{room}.graphs_on", lambda device: RecordedGraphs())
+        assert main(arguments) == 0
+    else:
+        assert main(arguments) == 0
+    rate, again = capsys.readouterr().out.splitlines()[-2:]
+    assert again == text
+    assert re.fullmatch(
+        r"6 tokens generated in \d+\.\d\d s, \d+\.\d tokens/s"
+        + (r", \d+\.\d\d s of it to capture decode steps" if captured else ""),
+        rate,
+    )

@@ -16,6 +16,8 @@ RETURNED = {
     "bigload.pipeline.report": ("LoadReport",),
     "bigload.offload.handle": ("Offload",),
     "bigload.offload.on_device.slot_pool": ("StreamStats",),
+    "bigload.decoding.capture": ("DecodeCapture",),
+    "bigload.decoding.decode_steps": ("DecodeStats",),
     "bigload.lightning.plugin": ("BitsandbytesPrecision",),
 }
 MODULES = sorted({getattr(bigload, name).__module__ for name in bigload.__all__} | RETURNED.keys())

@@ -63,6 +63,7 @@ PUBLIC = {
     "dequantize_model": "model dtype",
     "init_empty_weights": "include_buffers",
     "release_buffers": "",
+    "capture_decode": "model step max_graphs",
     "OffloadConfig": "execute slots pin reserve expert_cache",
     "BnbQuantizationConfig": (
         "load_in_8bit llm_int8_threshold load_in_4bit bnb_4bit_quant_type bnb_4bit_use_double_quant "

@@ -24,6 +24,7 @@ _AT_THE_START = re.compile(rf"({VERBS})\b(?! is)")
 
 CHECKPOINT, MODEL = "checkpoint/test_remedies.py::", "model/test_remedies.py::"
 PLANNING, OFFLOAD, ENTRY = "planning/test_remedies.py::", "offload/test_remedies.py::", "test_entry_remedies.py::"
+DECODING = "decoding/test_remedies.py::"
 # File -> words of the remedy -> the test that tries it.
 TRIED = {
     "checkpoint/card.py": {
@@ -107,6 +108,22 @@ TRIED = {
         "load the model with load_and_quantize_model": ENTRY
         + "test_extra_state_is_saved_as_a_tensor_or_loaded_without_quantizing_beforehand",
         "wait for it": "test_conversion.py::test_a_second_run_for_the_same_folder_is_refused_while_one_is_at_work",
+    },
+    "decoding/capture.py": {
+        "are captured already: call remove() first": DECODING + "test_what_is_removed_can_be_captured_again_and_copied",
+    },
+    "decoding/decode_steps.py": {
+        "before the model is copied or pickled": DECODING + "test_what_is_removed_can_be_captured_again_and_copied",
+        "keep what a step changes in a cache object or a buffer": DECODING
+        + "test_what_a_step_changes_is_captured_in_a_cache_object_and_in_a_buffer",
+    },
+    "decoding/obstacles.py": {
+        "llm_int8_threshold=0.0": "decoding/test_generating.py::"
+        "test_int8_without_a_threshold_is_captured_and_with_one_the_reason_is_said",
+        "call it under torch.no_grad()": DECODING
+        + "test_steps_are_captured_without_gradients_in_eval_mode_and_with_a_static_cache",
+        "call model.eval()": DECODING
+        + "test_steps_are_captured_without_gradients_in_eval_mode_and_with_a_static_cache",
     },
     "hardware/devices.py": {
         "use 'cpu' or 'cuda:N'": ENTRY + "test_a_mode_and_a_device_that_exist_are_taken",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, ConfigError, reason
+from ..errors import CheckpointError, ConfigError, counted, reason
 from .arguments import (
     PATH,
     add_placement,
@@ -130,5 +132,22 @@ class _Prompt:
             raise ConfigError(f"--prompt {options.prompt!r} has no tokens to continue")
 
     def continued_by(self, model: Any) -> str:
-        made = model.generate(**self._tokens.to(model.device), max_new_tokens=self._count, do_sample=False)
-        return str(self._tokenizer.decode(made[0], skip_special_tokens=True))
+        """Return how fast tokens were generated, in a line, and below it the text."""
+        from ..decoding.capture import capture_decode
+        from ..decoding.obstacles import is_capturable
+
+        tokens = self._tokens.to(model.device)
+        how: dict[str, Any] = {"max_new_tokens": self._count, "do_sample": False}
+        with ExitStack() as stack:
+            capture = None
+            if is_capturable(model):
+                capture = stack.enter_context(capture_decode(model))
+                how["cache_implementation"] = "static"
+            begun = time.perf_counter()
+            text = self._tokenizer.decode((made := model.generate(**tokens, **how))[0], skip_special_tokens=True)
+            seconds = time.perf_counter() - begun
+            count = made.shape[1] - tokens["input_ids"].shape[1]
+            rate = f"{counted(count, 'token')} generated in {seconds:.2f} s, {count / seconds:.1f} tokens/s"
+            if capture is not None and capture.stats().captures:
+                rate += f", {capture.stats().capture_s:.2f} s of it to capture decode steps"
+        return f"{rate}\n{text}"

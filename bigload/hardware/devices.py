@@ -32,6 +32,11 @@ def current_gpu(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if torch.cuda.current_device() == device.index else torch.cuda.device(device)
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on the current stream of a device."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def is_strategy(device_map: DeviceMap) -> bool:
     """Whether a device map names a strategy, such as "auto", instead of devices."""
     return isinstance(device_map, str) and device_map in STRATEGIES

@@ -25,12 +25,16 @@ _T = TypeVar("_T")
 
 
 class ExpertsForward(StreamedForward):
-    """Runs fused experts with those that are wanted on the device."""
+    """Runs fused experts with those that are wanted on the device.
+
+    Attributes:
+        is_usual: the module's own forward is the one that bigload gave it, which computes with a cache too.
+    """
 
     def __init__(self, weights: Residency) -> None:
         """Override the forward of the module that the weights belong to."""
         super().__init__(weights)
-        self._is_usual = getattr(self.own, "func", None) is experts_forward
+        self.is_usual = getattr(self.own, "func", None) is experts_forward
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the experts without gradients."""
@@ -52,7 +56,7 @@ class ExpertsForward(StreamedForward):
             What `then` returns.
         """
         args, kwargs = send_to_device((args, kwargs), self.weights.device)
-        if self._is_usual and not self.is_removed:
+        if self.is_usual and not self.is_removed:
             out = self._compute_cached(arguments_of(self.module, args, kwargs), then)
             if out is not None:
                 return out

@@ -23,7 +23,8 @@ from ..quantization.layers import is_quantized
 from ..quantization.own_forwards import on_matrix, own_forward, require_input
 from ..quantization.quantized_weight import state_around, state_holders
 from .leaves import Leaf, MethodOverride, without_torch_function
-from .on_device.slots import Slot, SlotView, as_slot_view, copied_out_of_slot
+from .on_device.slot_views import SlotView, as_slot_view, copied_out_of_slot
+from .on_device.slots import Slot
 from .residency import Residency
 
 # Modules of these do not write to their weights as they run.

@@ -29,6 +29,7 @@ class Residency:
         leaf: the leaf.
         device: that computes it.
         parameters: the parameters of it that are streamed.
+        pool: the slots on the device.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Residency:
         adopt: Callable[[Group], object],
     ) -> None:
         """Keep `adopt`, which takes over what others have written to a group's weights, or put in their place."""
-        self._pool, self.group, self.leaf, self._adopt = pool, group, leaf, adopt
+        self.pool, self.group, self.leaf, self._adopt = pool, group, leaf, adopt
         self.device = pool.copier.device
         self.follow(streamed)
 
@@ -72,8 +73,8 @@ class Residency:
         """
 
         def acquire(use: Use) -> Slot:
-            with self._pool.lock, without_torch_function():
-                return self._pool.enter_some(use, self.group, choose)
+            with self.pool.lock, without_torch_function():
+                return self.pool.enter_some(use, self.group, choose)
 
         return self._while_used(acquire, compute)
 
@@ -117,15 +118,20 @@ class Residency:
         Raises:
             OffloadError: as `run_in_slot`.
         """
-        cache = self._pool.caches.of(self.leaf)
+        cache = self.pool.caches.of(self.leaf)
         if cache is not None:
-            with self._pool.lock, without_torch_function():
+            with self.pool.lock, without_torch_function():
                 self._adopt_changes()
-        return self._pool.caches.of(self.leaf)  # what was adopted may be of another shape
+        return self.pool.caches.of(self.leaf)  # what was adopted may be of another shape
 
     def note_pairs(self, pairs: int) -> None:
         """Take note of how many pairs of token and expert a call computes: of which groups it will want all experts."""
-        self._pool.caches.pairs = pairs
+        self.pool.caches.pairs = pairs
+
+    def adopt_changes(self) -> None:
+        """Take over what others have written to the weights at rest, or put in their place."""
+        with self.pool.lock, without_torch_function():
+            self._adopt_changes()
 
     def _adopt_changes(self) -> None:
         at_rest = self.group.store.tensors
@@ -135,25 +141,25 @@ class Residency:
                 return
 
     def _acquire(self, use: Use) -> Slot:
-        with self._pool.lock, without_torch_function():
+        with self.pool.lock, without_torch_function():
             self._adopt_changes()
-            return self._pool.enter(use, self.group, self.leaf)
+            return self.pool.enter(use, self.group, self.leaf)
 
     def _leave(self) -> None:
-        with self._pool.lock:
-            self._pool.leave(self.group, self.leaf)
+        with self.pool.lock:
+            self.pool.leave(self.group, self.leaf)
 
     def _swap_in_to_read(self, use: Use) -> Slot:
         return self._swap_in(use, is_only_read=True)
 
     def _swap_in(self, use: Use, *, is_only_read: bool = False) -> Slot:
-        with self._pool.lock, without_torch_function():
+        with self.pool.lock, without_torch_function():
             # If another call uses the leaf's tensors, join it: the group may have been copied to a newer slot since.
             slot = self._streamed[0].slot() if self._streamed else None
             if slot is None:
                 slot = self._acquire(use)
             else:
-                self._pool.join(use, slot)
+                self.pool.join(use, slot)
             views = slot.views(self.group.store)
             for each in self._streamed:
                 each.swap_in(use, views[each.name], is_only_read=is_only_read)
@@ -161,11 +167,11 @@ class Residency:
 
     def swap_out(self) -> None:
         """Put the leaf's tensors at rest back in place, as far as no call uses those in a slot."""
-        with self._pool.lock, without_torch_function():
+        with self.pool.lock, without_torch_function():
             for each in self._streamed:
                 each.swap_out(self.group.store.tensors)
 
     def is_used(self) -> bool:
         """Whether a call uses the leaf's tensors in a slot."""
-        with self._pool.lock:
+        with self.pool.lock:
             return any(each.is_used() for each in self._streamed)

@@ -23,6 +23,7 @@ from bigload.cli import main
 TRANSCRIPTS = sorted((Path(__file__).parent / "transcripts").glob("*.txt"))
 VARYING = (
     (r"^(w3 w4 w5)( w\d+){4}$", r"\1 # # # #"),  # of random weights
+    (r"generated in \S+ s, \S+ tokens/s", "generated in # s, # tokens/s"),
     (r"OSError: .*", "OSError: #"),  # in transformers' words
     (r"(?s:usage: .*?\n\n)", ""),  # wrapped otherwise by each version of Python
     (r"cannot be downloaded: .*?; check", "cannot be downloaded: #; check"),

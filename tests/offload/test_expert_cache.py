@@ -328,7 +328,7 @@ def test_a_copy_that_is_interrupted_half_way_leaves_what_the_next_call_can_use(a
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("step", ["_follow", "_empty", "_fetch", "ends"])
+@pytest.mark.parametrize("step", ["follow", "_empty", "_fetch", "ends"])
 @pytest.mark.parametrize("is_done", [False, True])
 @pytest.mark.parametrize("at", [1, 2, 4])
 def test_a_gpu_that_keeps_the_book_and_is_interrupted_leaves_what_the_next_call_can_use(step, is_done, at, monkeypatch):

@@ -6,13 +6,15 @@ import functools
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
 
 from ...errors import OffloadError
 from ...hardware.allocation import allocate
+from ...hardware.devices import is_capturing
 from ...hardware.pinned import HostGroup, Store
 from ...quantization.formats import FourBit, part_name
 from ...quantization.packed_experts import TABLE, PackedExperts, Places, cache_layout
@@ -61,6 +63,7 @@ class ExpertCache(NonCopyable):
         self._counted = 0, 0, 0  # by books that are no more
         self._lock = threading.RLock()
         self._running: set[object] = set()
+        self._is_captured = False  # by who sees to it that a replay finds what it relies on
         # From so many pairs on a call will probably want all experts.
         self._too_many_pairs = _pairs_that_choose(max(self.slots, self._experts // 2), self._experts)
         self._book: ExpertBook | None = None
@@ -95,10 +98,11 @@ class ExpertCache(NonCopyable):
         Raises:
             OffloadError: a CUDA graph is being captured.
         """
-        if ids.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise OffloadError(_NO_GRAPH)
         book = self._book
-        if book is not None and book.takes_unread(ids):
+        takes_unread = book is not None and book.takes_unread(ids)
+        if is_capturing(self._copier.device) and not (self._is_captured and takes_unread):
+            raise OffloadError(_NO_GRAPH)
+        if takes_unread:
             return ids
         found = _distinct(ids, self._experts)
         if len(found) > max(self.slots, self._experts // 2):
@@ -124,6 +128,8 @@ class ExpertCache(NonCopyable):
             return None
         with self._lock:
             if self._book is None or self._running:  # a hook within the experts calls them again
+                if is_capturing(self._copier.device):
+                    raise OffloadError(_NO_GRAPH)
                 return None
             running = object()
             try:
@@ -132,6 +138,20 @@ class ExpertCache(NonCopyable):
                 return compute(self._packed)
             finally:
                 self._running.discard(running)
+
+    def unread_book(self) -> GpuBook | None:
+        """Return the book if the GPU keeps it, so that calls with few pairs can be captured."""
+        return self._book if isinstance(self._book, GpuBook) else None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other threads' calls out while a call is captured, or replayed."""
+        with self._lock:
+            self._is_captured = True
+            try:
+                yield
+            finally:
+                self._is_captured = False
 
     def slices(self, wanted: Wanted, parts: Mapping[str, torch.Tensor]) -> list[Slice]:
         """Return what is copied of experts into memory that has room for all of them.

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import torch
 
-from ...hardware.devices import current_gpu
+from ...hardware.devices import current_gpu, is_capturing
 from ...hardware.pinned import HostGroup, Store
 from ...quantization.expert_launches import next_power_of_2, runs_kernels
 from ...quantization.packed_experts import BOOK, BOOK_HEAD, BOOK_SLOT, TABLE
@@ -73,7 +73,8 @@ class GpuBook(ExpertBook):
             wanted = torch.tensor(wanted, dtype=torch.int64, device=self._device)
         changes = self._changes
         self.places.forget()
-        self._follow()
+        if not is_capturing(self._device):  # a replay is ordered when it runs
+            self.follow()
         with current_gpu(self._device):  # on which Triton launches
             if changes != self._changes_seen:
                 self._empty()
@@ -117,7 +118,16 @@ class GpuBook(ExpertBook):
             target.copy_(self._store.slice_of(name, 0, 1), non_blocking=True)
             self._shared_nbytes += target.numel()
 
-    def _follow(self) -> None:
+    @property
+    def is_current(self) -> bool:
+        """Whether the table names what is there, and nothing at rest has changed since: a replay may go on from it."""
+        return self._changes == self._changes_seen
+
+    def note_replay(self) -> None:
+        """Have the table read again when it is next asked for: a replay changes it."""
+        self.places.forget()
+
+    def follow(self) -> None:
         """Have the current stream wait for the last call, if that was on another one."""
         if torch._C._cuda_getCurrentRawStream(self._index) != self._last.cuda_stream:
             current = torch.cuda.current_stream(self._device)  # which takes ten times as long

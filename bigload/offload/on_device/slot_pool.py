@@ -12,6 +12,7 @@ import torch
 from ...errors import OffloadError
 from ...hardware.pinned import Store
 from ..leaves import Group, Leaf, NonCopyable
+from .captured_copies import CapturedCopies
 from .expert_cache import ExpertCaches
 from .prefetch_order import PrefetchOrder, Step
 from .slots import Slice, Slot, Use, copier_to
@@ -59,6 +60,8 @@ class SlotPool(NonCopyable):
         caches: of the groups whose experts stay on the device.
         order: predicts which group follows.
         lock: guards all of it.
+        captured: what copies instead, while a step is captured.
+        visits: notes the group of each leaf that runs, if it is a list.
     """
 
     def __init__(
@@ -83,6 +86,8 @@ class SlotPool(NonCopyable):
         self.slots: list[Slot] = []
         self.order = PrefetchOrder(groups)
         self._clock = self._nbytes = self._fetches = self._demand_fetches = 0
+        self.captured: CapturedCopies | None = None
+        self.visits: list[Group] | None = None
         self.caches = ExpertCaches(groups, self.copier)
         self.make_slots()
 
@@ -114,6 +119,10 @@ class SlotPool(NonCopyable):
             torch.OutOfMemoryError: the device has no room.
         """
         self._require_offloaded(group, leaf.path)
+        if self.captured is not None:
+            return self.captured.enter(use, group)
+        if self.visits is not None:
+            self.visits.append(group)
         is_backward = _is_backward()
         step = self.order.arrive(group, leaf, is_backward=is_backward)
         slot = self._slot_of(group)
@@ -156,6 +165,32 @@ class SlotPool(NonCopyable):
         self.join(use, slot)
         return slot
 
+    def begin_replay(self, copies: CapturedCopies) -> bool:
+        """Have a replay of captured copies find what it begins with. The caller holds the lock.
+
+        Returns:
+            False if a call uses one of its slots, so that it cannot be replayed.
+
+        Raises:
+            torch.OutOfMemoryError: the device has no room.
+        """
+        if any(slot.users for slot in copies.slots):
+            return False
+        for slot, group in copies.first():
+            if slot.store is not group.store or self.copier.has_failed(slot):
+                self._fetch(group, slot)
+            self.copier.await_copy(slot)
+            self.copier.await_users(slot)
+        return True
+
+    def end_replay(self, copies: CapturedCopies) -> None:
+        """Note what a replay has launched. The caller holds the lock."""
+        for slot, _ in copies.first():
+            self.copier.note_replay(slot)
+        copied = copies.copied()
+        self._fetches += len(copied)
+        self._nbytes += sum(copied)
+
     def _require_offloaded(self, group: Group, name: str) -> None:
         if group not in self._groups:
             raise OffloadError(f"remove() moved the weights of {name!r} to the device meanwhile: run the model again")
@@ -174,6 +209,9 @@ class SlotPool(NonCopyable):
         Raises:
             torch.OutOfMemoryError: the device has no room.
         """
+        if self.captured is not None:
+            self.captured.leave()
+            return
         step = self.order.current(group, leaf, is_backward=_is_backward())
         if step is not None and self.order.is_over(step, leaf):
             self._prefetch(step, [])

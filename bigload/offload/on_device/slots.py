@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeGuard
+from typing import NamedTuple, TypeGuard
 
 import torch
-from torch.utils._pytree import tree_map_only
 
 from ...hardware.allocation import allocate
 from ...hardware.layout import aligned
@@ -182,6 +181,16 @@ class SlotCopier:
                 slot.store = None
                 raise pending.error
 
+    def can_capture(self, store: Store) -> bool:
+        """Whether a graph can copy a group: from pinned memory."""
+        return self._can_copy_directly(store)
+
+    def await_users(self, slot: Slot) -> None:
+        """Let what is computed from here on wait for all streams that use a slot: a replay overwrites it."""
+
+    def note_replay(self, slot: Slot) -> None:
+        """Note that a replay on the current stream has used a slot, and copied into it."""
+
     def discard(self, slot: Slot) -> None:
         """Let a slot's memory be freed as soon as the copies and computations with it are done."""
         if slot.pending is not None:
@@ -299,6 +308,21 @@ class CudaSlotCopier(SlotCopier):
                 slot.store = None
                 raise
 
+    def await_users(self, slot: Slot) -> None:
+        """Let the current stream wait for the others that use a slot."""
+        current = self._current()
+        for number, stream in slot.streams.items():
+            if number != current:
+                torch.cuda.current_stream(self.device).wait_stream(stream)
+
+    def note_replay(self, slot: Slot) -> None:
+        """Let others wait for the replay on the current stream."""
+        stream = torch.cuda.current_stream(self.device)
+        assert slot.ready is not None
+        slot.ready.record(stream)
+        slot.streams = {self._current(): stream}
+        slot.nbytes_copied = 0  # its copy was not timed
+
     def discard(self, slot: Slot) -> None:
         """Let a slot's memory be freed; torch's allocator waits for the streams that have used it."""
         super().discard(slot)
@@ -362,38 +386,3 @@ def copy_slices(store: Store, slices: Sequence[Slice], stream: torch.cuda.Stream
 def copier_to(device: torch.device) -> SlotCopier:
     """Make the copier for a device."""
     return CudaSlotCopier(device) if device.type == "cuda" else SlotCopier(device)
-
-
-class SlotView(NamedTuple):
-    """The place in a group's memory of a tensor that autograd would have kept."""
-
-    dtype: torch.dtype
-    shape: torch.Size
-    stride: tuple[int, ...]
-    offset: int
-
-    def view_in(self, memory: torch.Tensor) -> torch.Tensor:
-        """Return the tensor in the memory, (n,), uint8, of a slot that holds the group."""
-        return memory.view(self.dtype).as_strided(self.shape, self.stride, self.offset)
-
-
-def as_slot_view(memory: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor | SlotView:
-    """Return the place of a tensor in a slot's memory; the tensor itself if it lies elsewhere."""
-    if not _lies_in(tensor, memory):
-        return tensor
-    return SlotView(tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
-
-
-def _lies_in(tensor: torch.Tensor, memory: torch.Tensor) -> bool:
-    if tensor.layout is not torch.strided:
-        return False
-    return tensor.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
-
-
-def copied_out_of_slot(out: Any, memory: torch.Tensor) -> Any:
-    """Clone the outputs of a module that are views of its weights, which the next group will overwrite."""
-
-    def copied(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.clone() if _lies_in(tensor, memory) else tensor
-
-    return copied(out) if isinstance(out, torch.Tensor) else tree_map_only(torch.Tensor, copied, out)

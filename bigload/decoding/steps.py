@@ -1,0 +1,145 @@
+"""One captured step: its graph, the places of what it is given, and the cache that it works on."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from .cache_state import CacheState
+from .calls import Call, UnknownOutputError, output_maker
+from .graphs import Graphs
+
+
+class NotCapturedError(Exception):
+    """A step cannot be captured; the message says why. What it was called with is as it was before."""
+
+
+class CapturedStep:
+    """A graph of one step, for calls with one key and caches with one signature.
+
+    Attributes:
+        key: of the calls.
+        nbytes: that were reserved on the device for it.
+        seconds: that the capture took.
+    """
+
+    def __init__(self, key: Any, call: Call, state: CacheState, run: Callable[..., Any], graphs: Graphs) -> None:
+        """Capture a step; nothing of it is run.
+
+        Args:
+            key: of the call.
+            call: the call, which is not kept.
+            state: of its caches.
+            run: the step, called with the arguments of the call.
+            graphs: captures.
+
+        Raises:
+            NotCapturedError: it cannot be captured.
+        """
+        begun, reserved = time.perf_counter(), graphs.allocated()
+        self.key, self._graphs, self._others = key, graphs, call.others
+        self._owners = [weakref.ref(each) for each in call.states]
+        self._state, self._own = state, state.tensors()
+        before = state.snapshot()
+        try:
+            with torch.inference_mode(False):
+                self._inputs = [torch.empty_like(tensor) for tensor in call.tensors]
+            self._fill(call)
+            args, kwargs = call.with_tensors(self._inputs)
+            with state.watched() as asked, _without_kept_casts():
+                self._graph, output = graphs.capture(lambda: run(*args, **kwargs))
+            if reason := problem_of(state, before, asked):
+                raise NotCapturedError(reason)
+            self._output: Callable[[Call], Any] = output_maker(output, call, self._inputs)
+        except NotCapturedError:
+            raise
+        except UnknownOutputError as error:
+            raise NotCapturedError(str(error)) from error
+        except Exception as error:
+            raise NotCapturedError(_said(error)) from error
+        finally:
+            state.restore(before)
+        self.seconds, self.nbytes = time.perf_counter() - begun, max(0, graphs.allocated() - reserved)
+
+    def _fill(self, call: Call) -> None:
+        for own, given in zip(self._inputs, call.tensors, strict=True):
+            own.copy_(given)
+
+    def is_of(self, call: Call) -> bool:
+        """Whether it works on the caches of a call already."""
+        return all(owner() is state for owner, state in zip(self._owners, call.states, strict=True))
+
+    def is_free_for(self, call: Call) -> bool:
+        """Whether nobody has the caches any more that it worked on, unless the call does."""
+        owners = zip(self._owners, call.states, strict=True)
+        return all(owner() is None or owner() is state for owner, state in owners)
+
+    @property
+    def is_left(self) -> bool:
+        """Whether a cache that it worked on is no more."""
+        return any(owner() is None for owner in self._owners)
+
+    def finds_all_in_place(self) -> bool:
+        """Whether its caches hold what they did after its last run."""
+        return self._state.is_same()
+
+    def replay(self, call: Call, state: CacheState | None = None) -> Any:
+        """Run the step.
+
+        Args:
+            call: of the same key.
+            state: of its caches, if they are others than those of the last run, or hold others than then.
+
+        Returns:
+            What the step returns, in memory of its own.
+        """
+        self._graphs.follow()
+        if state is not None:
+            state.put(self._own)
+            state.note()
+            self._state, self._owners = state, [weakref.ref(each) for each in call.states]
+        self._fill(call)
+        self._graph.replay()
+        self._state.advance()
+        return self._output(call)
+
+    def reset(self) -> None:
+        """Free the graph. Its caches keep their tensors."""
+        self._graph.reset()
+        self._output = _freed
+        self._inputs, self._own, self._others = [], [], []
+
+
+@contextmanager
+def _without_kept_casts() -> Iterator[None]:
+    """Have autocast cast weights anew: what it keeps while it lasts would be freed before a replay."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+def problem_of(state: CacheState, before: Any, asked: list[str]) -> str | None:
+    """Say what a step did that a replay would not do again; None if nothing."""
+    if asked:
+        return f"it asks its cache for {asked[0]}() in Python, as a layer with a sliding window counts"
+    if change := state.changes(before):
+        return f"it {change}"
+    return None
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return "there was no memory for it on the device"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _freed(call: Call) -> Any:
+    raise AssertionError("a step was freed while it ran")
