@@ -8,6 +8,7 @@ import torch
 import transformers
 from checkpoints import empty, save_checkpoint
 from models import llama, t5
+from static_caches import given, returned
 
 import bigload
 from bigload import capture_decode, load_and_quantize_model
@@ -170,14 +171,14 @@ def static(model):
 @torch.no_grad()
 def stepped(model, tokens, cache, steps=6):
     """Give the logits of each step. What a step was given is overwritten afterwards."""
-    logits = model(tokens, cache=cache, use_cache=True).logits[:, -1]
+    logits = model(tokens, **given(model, cache), use_cache=True).logits[:, -1]
     for step in range(steps):
         yield logits
-        given = logits.argmax(-1, keepdim=True)
+        token = logits.argmax(-1, keepdim=True)
         places = torch.full((len(tokens), 1), tokens.shape[1] + step, device=tokens.device)
-        out = model(given, cache=cache, position_ids=places, use_cache=True)
-        assert out.cache is cache
-        given.fill_(0)
+        out = model(token, **given(model, cache), position_ids=places, use_cache=True)
+        assert returned(out) is cache
+        token.fill_(0)
         places.fill_(0)
         logits = out.logits[:, -1]
 
@@ -246,9 +247,9 @@ def test_a_count_of_the_window_that_python_would_read_is_not_captured(device, ca
     @torch.no_grad()
     def steps():
         cache = static(model)
-        found = [model(tokens, cache=cache).logits[:, -1:]]
+        found = [model(tokens, **given(model, cache)).logits[:, -1:]]
         for _ in range(4):  # without position_ids, the model asks the cache
-            found.append(model(found[-1].argmax(-1), cache=cache).logits)
+            found.append(model(found[-1].argmax(-1), **given(model, cache)).logits)
         return found
 
     expected = steps()

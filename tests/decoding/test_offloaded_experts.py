@@ -9,6 +9,7 @@ import dataclasses
 import pytest
 import torch
 from mixtures import mixture
+from static_caches import given
 from streaming import group_of, poison
 from transformers import StaticCache
 
@@ -105,10 +106,10 @@ def decoded(model, steps=6, between=lambda step: None):
     device = model.lm_head.weight.device
     cache = StaticCache(config=model.config, max_cache_len=16)
     tokens = torch.arange(3, 6, device=device).view(1, 3)
-    found = [model(tokens, cache=cache).logits[:, -1:]]
+    found = [model(tokens, **given(model, cache)).logits[:, -1:]]
     for step in range(steps):
         between(step)
-        found.append(model(torch.full((1, 1), 7 * step % 50, device=device), cache=cache).logits)
+        found.append(model(torch.full((1, 1), 7 * step % 50, device=device), **given(model, cache)).logits)
     return torch.cat(found, 1)
 
 
@@ -193,7 +194,7 @@ def test_another_thread_is_kept_out_while_a_step_is_replayed(model, captures):
 
 
 @pytest.mark.cuda
-def test_a_loaded_mixture_generates_the_same_tokens_captured():
+def test_a_loaded_mixture_generates_the_same_tokens_captured(small_parts_stream):
     device = torch.device("cuda", 0)
     from bigload import OffloadConfig
 

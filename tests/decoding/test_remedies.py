@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from models import llama
+from static_caches import given
 from torch import nn
 from transformers import DynamicCache, StaticCache
 
@@ -19,9 +20,9 @@ def model(device):
 def decoded(model, cache=None):
     cache = StaticCache(config=model.config, max_cache_len=24) if cache is None else cache
     tokens = torch.arange(1, 6, device=model.device).view(1, 5)
-    model(tokens, cache=cache)
+    model(tokens, **given(model, cache))
     for step in range(4):
-        model(tokens[:, step : step + 1], cache=cache)
+        model(tokens[:, step : step + 1], **given(model, cache))
 
 
 def test_steps_are_captured_without_gradients_in_eval_mode_and_with_a_static_cache(model, captures, warned):
