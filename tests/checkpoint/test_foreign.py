@@ -58,6 +58,8 @@ def test_gguf_is_named(tmp_path, inside, config):
     (tmp_path / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
     with pytest.raises(CheckpointError, match=r"llama\.cpp \(GGUF.*original checkpoint in safetensors"):
         load_and_quantize_model(empty(Two), config, tmp_path if inside else tmp_path / "model-Q4_K_M.gguf")
+    save(Two().state_dict(), tmp_path)
+    assert type(load_and_quantize_model(empty(Two), "nf4", tmp_path).proj).__name__ == "Linear4bit"
 
 
 def test_a_model_that_has_scales_of_its_own_loads(tmp_path):

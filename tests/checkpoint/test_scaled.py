@@ -233,6 +233,8 @@ def test_what_was_dequantized_loads_without_the_stale_config(tmp_path):
     _, values = stored(blocks)
     folder = save(values, tmp_path)
     says(folder, **BLOCKS)
+    with pytest.raises(CheckpointError, match="remove quantization_config from"):
+        load_and_quantize_model(empty(Net), PLAIN, folder, device_map="cpu")
     config = json.loads((folder / "config.json").read_text())
     del config["quantization_config"]
     (folder / "config.json").write_text(json.dumps(config))
@@ -245,6 +247,43 @@ def test_blocks_are_known_when_the_config_lies_beside(tmp_path):
     weights = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]}
     says(folder, **CHANNELS, config_groups={"group_0": {"weights": weights}})
     assert "fp8 by blocks of 128 x 128" in describe_checkpoint(folder)
+
+
+SOUND = {
+    "no scales": (fp8, BLOCKS),
+    "one without": (fp8, BLOCKS),
+    "not a number": (fp8, BLOCKS),
+    "other blocks": (fp8, BLOCKS),
+    "no blocks": (fp8, BLOCKS),
+    "scales of nothing": (fp8, BLOCKS),
+    "another method": (fp8, BLOCKS),
+    "blocks that nothing says": (
+        DAMAGED["blocks that nothing says"][0],
+        CHANNELS | {"config_groups": {"a": {"weights": {"strategy": "block", "block_structure": [128, 128]}}}},
+    ),
+    "offsets": (lambda: stored(lambda w: by_row(w, torch.int8, 127))[0], CHANNELS),
+}
+
+
+@pytest.mark.parametrize("case", SOUND)
+def test_damaged_checkpoints_load_once_they_are_sound(tmp_path, case):
+    make, quantization, message = DAMAGED[case]
+    folder = save(make(), tmp_path)
+    if quantization is not None:
+        says(folder, **quantization)
+    with pytest.raises(CheckpointError, match=message):
+        load_and_quantize_model(empty(Net), "nf4", folder, device_map="cpu")
+    make, quantization = SOUND[case]
+    says(save(make(), tmp_path), **quantization)
+    assert type(load_and_quantize_model(empty(Net), "nf4", folder, device_map="cpu").up).__name__ == "Linear4bit"
+
+
+@pytest.mark.parametrize("mode", ["nf4", "int8", "none"])
+def test_a_mode_is_what_the_error_without_one_asks_for(form, mode):
+    folder, _, _, _ = form
+    with pytest.raises(ConfigError, match="pass what to load it as"):
+        load_and_quantize_model(empty(Net), None, folder, device_map="cpu")
+    assert load_and_quantize_model(empty(Net), mode, folder, device_map="cpu").load_report
 
 
 class Turned(nn.Module):
