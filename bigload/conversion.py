@@ -21,6 +21,7 @@ from .checkpoint.card import CARD_NAME
 from .checkpoint.checkpoint import Checkpoint, WeightsLocation, open_checkpoint
 from .checkpoint.folders import checked_target, copy_the_rest, put_in_place
 from .checkpoint.record import FORMAT_VERSION, RECORD_NAME, Record
+from .checkpoint.scaled.stated import OF_OTHER_METHODS, write_without_quantization
 from .checkpoint.writer import Entry, ShardWriter, write_json
 from .config import BnbQuantizationConfig, as_config
 from .errors import CheckpointError, ConfigError, PlacementError, listed, reason
@@ -149,7 +150,8 @@ def quantize_checkpoint(
             layout = _convert(plan, made, max_shard_bytes, weights_stem(model), progress)
             _describe(plan, made, layout, skipped, changed, attributes)
             if checkpoint.folder is not None:
-                copy_the_rest(checkpoint.folder, made, but=(RECORD_NAME, CARD_NAME))
+                write_without_quantization(checkpoint.folder, made)
+                copy_the_rest(checkpoint.folder, made, but=(RECORD_NAME, CARD_NAME, *OF_OTHER_METHODS))
             checked_target(target, overwrite=overwrite)  # others may have written there meanwhile
 
 

@@ -26,11 +26,13 @@ CHECKPOINT, MODEL = "checkpoint/test_remedies.py::", "model/test_remedies.py::"
 PLANNING, OFFLOAD, ENTRY = "planning/test_remedies.py::", "offload/test_remedies.py::", "test_entry_remedies.py::"
 DECODING = "decoding/test_remedies.py::"
 # File -> words of the remedy -> the test that tries it.
+SCALED = "checkpoint/test_scaled.py::"
 TRIED = {
     "checkpoint/card.py": {
         "Remove this line": "checkpoint/test_card.py::test_card_that_its_owner_wrote_stays_and_ours_is_replaced",
     },
     "checkpoint/checkpoint.py": {
+        "is quantized by llama.cpp": "checkpoint/test_foreign.py::test_gguf_is_named",
         "say where the weights are": CHECKPOINT + "test_file_that_is_named_is_loaded",
         "download the checkpoint again": CHECKPOINT + "test_file_that_is_fetched_again_is_loaded",
         "name the one to load": CHECKPOINT + "test_file_that_is_named_is_loaded",
@@ -51,6 +53,21 @@ TRIED = {
     },
     "checkpoint/merged.py": {
         "are not quantized: use": PLANNING + "test_experts_in_int8_that_are_merged_are_loaded_from_the_original",
+    },
+    "checkpoint/scaled/fp8.py": {
+        "put the checkpoint's config.json beside": SCALED + "test_damaged_checkpoints_load_once_they_are_sound",
+    },
+    "checkpoint/scaled/int8.py": {
+        "quantized symmetrically": SCALED + "test_damaged_checkpoints_load_once_they_are_sound",
+    },
+    "checkpoint/scaled/merge.py": {
+        "scales of weights in fp8, but": SCALED + "test_damaged_checkpoints_load_once_they_are_sound",
+        "is missing: download": SCALED + "test_damaged_checkpoints_load_once_they_are_sound",
+        "remove quantization_config": "checkpoint/test_scaled.py::"
+        "test_what_was_dequantized_loads_without_the_stale_config",
+    },
+    "checkpoint/scaled/tensor.py": {
+        "download it again": SCALED + "test_damaged_checkpoints_load_once_they_are_sound",
     },
     "checkpoint/pickled.py": {
         "save that part alone": CHECKPOINT + "test_state_dict_that_is_saved_alone_is_loaded",
@@ -320,6 +337,7 @@ TRIED = {
         "pass the weights_location": PLANNING + "test_weights_are_loaded_from_where_they_are_said_to_be",
     },
     "planning/request.py": {
+        "pass what to load it as": "checkpoint/test_scaled.py::test_a_mode_is_what_the_error_without_one_asks_for",
         "add their blocks": PLANNING + "test_plan_is_made_of_what_the_error_asks_for",
         "set one budget for each": PLANNING + "test_plan_is_made_of_what_the_error_asks_for",
     },

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..config import FLOATS
 from ..errors import CheckpointError, listed, reason
 from ..io.tensors import State, StoredTensor
 from ..quantization import formats
@@ -20,6 +21,8 @@ from .hub import hub_folder, is_hub_id
 from .pickled import read_pickle
 from .record import Record, layout_of, read_record
 from .safetensors import parse_json, read_header
+from .scaled.merge import merge_scaled
+from .scaled.tensor import ScaledTensor
 from .variants import without_variants
 
 WeightsLocation = str | os.PathLike[str]
@@ -53,7 +56,7 @@ class Checkpoint:
 
     Attributes:
         location: the file of the weights, or their index.
-        tensors: by name, in the order of files and offsets; a quantized weight is one tensor.
+        tensors: by name, in the order of files and offsets; a weight that is stored in parts is one tensor.
         record: the contents of bigload.json, which `save_quantized_model` writes beside the weights.
         metadata: of a pickled state_dict: module path -> what its `_load_from_state_dict` is told.
         folder: the folder that was named, or that of the repository; None if a file was named, since the files beside
@@ -73,10 +76,14 @@ class Checkpoint:
 
     @property
     def dominant_dtype(self) -> torch.dtype:
-        """The 16 or 32 bit floating dtype of most of its bytes; float32 where there is none."""
-        return formats.dominant_dtype(
-            (tensor.dtype, math.prod(tensor.shape) * tensor.dtype.itemsize) for tensor in self.tensors.values()
-        )
+        """The 16 or 32 bit floating dtype of most of its bytes; float32 where there is none.
+
+        Of a checkpoint in fp8 or the like, that of the other tensors; bfloat16 where there are none.
+        """
+        plain = [tensor for tensor in self.tensors.values() if not isinstance(tensor, ScaledTensor)]
+        if len(plain) < len(self.tensors) and not any(tensor.dtype in FLOATS.values() for tensor in plain):
+            return torch.bfloat16
+        return formats.dominant_dtype((each.dtype, math.prod(each.shape) * each.dtype.itemsize) for each in plain)
 
 
 def open_checkpoint(weights_location: WeightsLocation) -> Checkpoint:
@@ -117,7 +124,8 @@ def _open(location: Path) -> Checkpoint:
     tensors = _read_index(location) if location.name.endswith(".json") else _read_file(location)
     layout = layout_of((tensor.name, tensor.dtype, tensor.shape) for tensor in tensors.values())
     record = read_record(location.parent, layout)
-    return Checkpoint(location, merge_quantized_parts(tensors), record, tensors.metadata, folder)
+    merged = merge_scaled(merge_quantized_parts(tensors), location.parent, is_folder=folder is not None)
+    return Checkpoint(location, merged, record, tensors.metadata, folder)
 
 
 def _find_in_folder(folder: Path) -> Path:
@@ -136,10 +144,20 @@ def _find_in_folder(folder: Path) -> Path:
             f"folder '{folder}' is a pipeline of diffusers, with the weights of {listed(inside)}: name one, such "
             f"as '{folder / inside[0]}'"
         )
+    _require_no_gguf(folder, held)
     raise CheckpointError(
         f"folder '{folder}' has no weights: expected model.safetensors, an .index.json or one .safetensors, .bin, .pt "
         f"or .pth file, found {listed(held) if held else 'nothing'}"
     )
+
+
+def _require_no_gguf(folder: Path, names: Iterable[str]) -> None:
+    found = [name for name in names if name.lower().endswith(".gguf")]
+    if found:
+        raise CheckpointError(
+            f"'{folder / found[0]}' is quantized by llama.cpp (GGUF, as its name says), which bigload does not read: "
+            "use the original checkpoint in safetensors"
+        )
 
 
 def _read_index(path: Path) -> State:
@@ -181,4 +199,5 @@ def _read_file(path: Path) -> State:
         return State(read_header(path))
     if path.suffix in _PICKLES:
         return read_pickle(path)
+    _require_no_gguf(path.parent, [path.name])
     raise CheckpointError(f"'{path}' is no checkpoint: expected a .safetensors, .bin, .pt, .pth or .index.json file")

@@ -14,6 +14,7 @@ from ..quantization.formats import FourBit, Int8
 from ..sizes import show
 from .bitsandbytes import QuantizedTensor
 from .checkpoint import Checkpoint, WeightsLocation, open_checkpoint
+from .scaled.tensor import ScaledTensor
 from .stored_config import config_of
 
 
@@ -51,10 +52,14 @@ def _lines(checkpoint: Checkpoint) -> Iterator[str]:
             yield f"  computes in: {said}"
         else:
             yield f"  outliers computed in 16 bit: above {config.llm_int8_threshold:g}"
+    scaled: defaultdict[str, list[StoredTensor]] = defaultdict(list)
     plain: defaultdict[torch.dtype, list[StoredTensor]] = defaultdict(list)
     for tensor in tensors:
-        if not isinstance(tensor, QuantizedTensor):
+        if isinstance(tensor, ScaledTensor):
+            scaled[tensor.kind].append(tensor)
+        elif not isinstance(tensor, QuantizedTensor):
             plain[tensor.dtype].append(tensor)
+    yield from (f"  {kind}: {_sizes(alike)}" for kind, alike in scaled.items())
     for dtype, alike in sorted(plain.items(), key=lambda item: -sum(t.nbytes for t in item[1])):
         yield f"  {_name(dtype)}: {_sizes(alike)}"
     if checkpoint.record is not None:

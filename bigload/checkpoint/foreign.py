@@ -23,7 +23,8 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "compressed-tensors NVFP4": (".weight_packed", ".weight_global_scale"),
     "compressed-tensors": (".weight_packed", ".weight_scale"),
     "ModelOpt NVFP4": (".weight_scale", ".weight_scale_2"),
-    "block-wise FP8": (".weight_scale_inv",),
+    "FP8": (".weight_scale_inv",),
+    "torchao": ("_weight_qdata", "_weight_scale"),
     "EETQ": (".weight_scales",),
     "AQLM": (".codes", ".codebooks"),
     "VPTQ": (".centroids", ".indices"),
@@ -62,8 +63,8 @@ def foreign_error(checkpoint: Checkpoint, spare: Iterable[str]) -> CheckpointErr
     method = f"{said[0]!r}, as '{said[1]}' says" if said else found
     return CheckpointError(
         f"'{checkpoint.location}' was quantized by {method} (it holds {listed(shown)}), which bigload does not read: "
-        "it reads weights of 16 to 64 bits, and those that bitsandbytes quantized. Use the original checkpoint, or "
-        "load this one with the library that made it",
+        "it reads weights of 16 to 64 bits, those that bitsandbytes quantized, and fp8, int8 and mxfp4 with their "
+        "scales. Use the original checkpoint, or load this one with the library that made it",
         unexpected_keys=shown,
     )
 

@@ -166,9 +166,10 @@ class _Planner:
         method = said.get("quant_method", "bitsandbytes")
         if method == "bitsandbytes":
             return as_config(said)
-        logger.warning(
-            "the weights are quantized with %s, says config.json: this plans them as if they were not", method
-        )
+        if method not in ("fp8", "fbgemm_fp8", "mxfp4"):  # which are loaded as if they were in 16 bit
+            logger.warning(
+                "the weights are quantized with %s, says config.json: this plans them as if they were not", method
+            )
         return None
 
     def tried(self, config: Any) -> Plan | PlacementError:

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 from ..checkpoint.merged import MergedTensor
 from ..checkpoint.safetensors import read_header
+from ..checkpoint.scaled.tensor import ScaledTensor
 from ..errors import CheckpointError, OffloadError, reason
 from ..io.tensors import ComputedTensor, LazyTensor, StoredTensor
 from ..planning.planned_tensors import PlannedTensor
@@ -176,6 +177,8 @@ class SourceFingerprints:
             return [content_hash(values), str(tensor.dtype), *region]
         if isinstance(tensor, MergedTensor):  # of several files
             return [*region, *(self.of(Source(piece)) for piece in tensor.pieces)]
+        if isinstance(tensor, ScaledTensor):
+            return [tensor.kind, *region, *(self.of(Source(part)) for part in (tensor.numbers, tensor.scales))]
         if tensor.file not in self._files:
             stat = tensor.file.stat()
             self._files[tensor.file] = [_header_hash(tensor.file), stat.st_size, stat.st_mtime_ns]

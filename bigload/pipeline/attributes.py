@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoint.scaled.tensor import ScaledTensor
 from ..model import diffusers_facts, transformers_facts
 from ..model.quantizable import plain_linears
 from ..model.view import ModelView
@@ -41,7 +42,14 @@ def attributes(view: ModelView, plan: Plan) -> list[Edit]:
         edits += _of_transformers(view, plan)
     elif quantized and diffusers_facts.is_diffusers(model):
         edits += _of_diffusers(view, plan)
+    elif transformers_facts.is_pretrained(model) and _is_transcoded(plan):
+        edits += _with_configs(view, _configs_without_quantization(view))
     return edits
+
+
+def _is_transcoded(plan: Plan) -> bool:
+    """Whether the weights were stored in fp8 or the like, as the model's config still says."""
+    return any(isinstance(source.tensor, ScaledTensor) for planned in plan.tensors for source in planned.sources)
 
 
 def _of_transformers(view: ModelView, plan: Plan) -> list[Edit]:
@@ -93,14 +101,20 @@ def clear_attributes(model: nn.Module) -> list[Edit]:
     view = ModelView(model)
     marked = dict.fromkeys([model, *view.pretrained])
     edits = [(vars(module), name, value) for module in marked for name, value in own.items() if name in vars(module)]
-    copies = _copied_configs(view, is_quantized=False)
-    for config in copies.values():
-        if hasattr(config, "model_type"):
-            vars(config).pop("quantization_config", None)
+    copies = _configs_without_quantization(view)
     if diffusers_facts.is_diffusers(model):
         edits += [(vars(model), name, ABSENT) for name in diffusers_facts.SERIALIZABLE if name in vars(model)]
         edits.append((vars(model), "_internal_dict", diffusers_facts.config_without_quantization(model)))
     return edits + _with_configs(view, copies)
+
+
+def _configs_without_quantization(view: ModelView) -> dict[int, Any]:
+    """Copy the configs in a model, as those of one that is not quantized."""
+    copies = _copied_configs(view, is_quantized=False)
+    for config in copies.values():
+        if hasattr(config, "model_type"):
+            vars(config).pop("quantization_config", None)
+    return copies
 
 
 def _copied_configs(view: ModelView, *, is_quantized: bool) -> dict[int, Any]:

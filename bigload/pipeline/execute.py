@@ -7,7 +7,6 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from ..quantization.formats import Plain
 from ..quantization.quantized_weight import QuantizedWeight
 from ..sizes import show
 from .sinks import CopySink, QuantizeSink, Sink, StoredPartsSink, gathered_if_needed, numel
+from .transcoding import Transcoder, in_file_order
 
 LoadedTensor = torch.Tensor | QuantizedWeight
 
@@ -179,19 +179,16 @@ def read_and_load(
         CheckpointError: a file could not be read to its end.
         PlacementError: a device ran out of memory.
     """
-    ordered = _in_file_order([task for task in tasks if not isinstance(task.tensor, LazyTensor)])
+    transcoder = Transcoder()
+    tasks = transcoder.reads(tasks)
+    ordered = in_file_order([task for task in tasks if not isinstance(task.tensor, LazyTensor)])
     read = functools.partial(read_all, on_bytes=on_bytes, timeline=timeline)
     _explain_out_of_memory(functools.partial(_window_shortage, plan), read)(ordered)
     for task in tasks:
         if isinstance(task.tensor, LazyTensor):
             _feed(task, task.tensor.load())
             on_bytes(task.tensor.nbytes)
-
-
-def _in_file_order(tasks: list[ReadTask]) -> list[ReadTask]:
-    files = {task.tensor.file for task in tasks}
-    rank: dict[Path, int] = {file: rank for rank, file in enumerate(sorted(files))}
-    return sorted(tasks, key=lambda task: (rank[task.tensor.file], task.tensor.offset))
+    transcoder.require_finite()
 
 
 def _feed(task: ReadTask, tensor: torch.Tensor) -> None:

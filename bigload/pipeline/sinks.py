@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.bitsandbytes import QuantizedTensor
+from ..checkpoint.scaled.tensor import ScaledTensor
 from ..hardware.allocation import allocate
 from ..io.program import ReadTask
 from ..io.ring import slot_bytes
@@ -111,7 +113,8 @@ class PieceSink(Sink):
         return [begin for begin in begins if begin is not None] if fits and None not in begins else None
 
     def tasks(self) -> list[ReadTask]:
-        runs = zip(self.begins or (), (stored_form(source.tensor) for source in self.planned.sources), strict=True)
+        stored = (stored_form(source.tensor, self.dtype) for source in self.planned.sources)
+        runs = zip(self.begins or (), stored, strict=True)
         return [self._task(tensor, base) for base, tensor in _joined(list(runs))]
 
     def _task(self, tensor: StoredTensor, base: int) -> ReadTask:
@@ -183,7 +186,7 @@ class GatherSink(Sink):
                 values = self._gathered.pop(expert).view(-1)
                 self._sink.take(values, expert * len(values))
 
-        return ReadTask(stored_form(source.tensor), planned.device, take)
+        return ReadTask(stored_form(source.tensor, self._sink.dtype), planned.device, take)
 
     def finish(self) -> Any:
         return self._sink.finish() if self._is_by_expert else self._sink.take_whole(self._gathered.pop(0))
@@ -241,7 +244,7 @@ def copy_into(values: torch.Tensor, source: Source) -> ReadTask:
             flat[begin : begin + len(piece)].copy_(piece)
 
         destination = flat.view(torch.uint8) if source.tensor.dtype == flat.dtype else None
-        return ReadTask(stored_form(source.tensor), values.device, copy, destination)
+        return ReadTask(stored_form(source.tensor, values.dtype), values.device, copy, destination)
     gathered: list[torch.Tensor] = []
 
     def gather(piece: torch.Tensor, begin: int) -> None:
@@ -253,16 +256,25 @@ def copy_into(values: torch.Tensor, source: Source) -> ReadTask:
         if begin + len(piece) == len(whole):
             target.copy_(gathered.pop())
 
-    return ReadTask(stored_form(source.tensor), values.device, gather)
+    return ReadTask(stored_form(source.tensor, values.dtype), values.device, gather)
 
 
 def numel(tensor: StoredTensor | torch.Tensor) -> int:
     """Return the number of values of a source."""
+    if isinstance(tensor, ScaledTensor):
+        return math.prod(tensor.shape)
     return tensor.nbytes // tensor.dtype.itemsize
 
 
-def stored_form(tensor: StoredTensor | torch.Tensor) -> StoredTensor:
-    """Describe a source as a stored tensor; a tensor in memory becomes a LazyTensor."""
+def stored_form(tensor: StoredTensor | torch.Tensor, dtype: torch.dtype) -> StoredTensor:
+    """Describe a source as a stored tensor; a tensor in memory becomes a LazyTensor.
+
+    Args:
+        tensor: the source.
+        dtype: the one that its values will be cast to: a weight with scales is computed in it.
+    """
+    if isinstance(tensor, ScaledTensor):
+        return tensor.in_dtype(dtype)
     if isinstance(tensor, StoredTensor):
         return tensor
     return LazyTensor("", Path(), tensor.dtype, tuple(tensor.shape), 0, tensor.nbytes, lambda: tensor)

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..checkpoint.bitsandbytes import QuantizedTensor
 from ..checkpoint.merged import MergedTensor
+from ..checkpoint.scaled.tensor import ScaledTensor
 from ..config import BnbQuantizationConfig
 from ..errors import CheckpointError, ConfigError
 from ..hardware.devices import CPU, Place
@@ -205,12 +206,15 @@ def _by_expert(source: Source) -> list[Source]:
     What is computed when it is read stays one source, and what fills a part of the parameter.
     """
     tensor = source.tensor
-    if source.region or isinstance(tensor, (LazyTensor, QuantizedTensor)) or not tensor.shape[0]:
+    is_whole = isinstance(tensor, (LazyTensor, QuantizedTensor)) and not isinstance(tensor, ScaledTensor)
+    if source.region or is_whole or not tensor.shape[0]:
         return [source]
     rows, columns = tensor.shape[1:]
     region = (slice(0, rows), slice(0, columns))
     if isinstance(tensor, torch.Tensor):
         pieces: list[StoredTensor | torch.Tensor] = list(tensor.detach())
+    elif isinstance(tensor, ScaledTensor):
+        pieces = list(tensor.experts())
     else:
         nbytes = tensor.nbytes // tensor.shape[0]
         pieces = [

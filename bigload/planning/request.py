@@ -15,6 +15,7 @@ from torch import nn
 
 from ..checkpoint.checkpoint import Checkpoint, WeightsLocation, open_checkpoint
 from ..checkpoint.foreign import foreign_error
+from ..checkpoint.scaled.tensor import ScaledTensor
 from ..checkpoint.stored_config import config_of
 from ..config import BnbQuantizationConfig, as_config
 from ..errors import ConfigError, PlacementError, counted, listed
@@ -126,6 +127,8 @@ def load_request(
         foreign = None if passed is not None or checkpoint is None else foreign_error(checkpoint, checkpoint.tensors)
         if foreign is not None:
             raise foreign
+        if passed is None and checkpoint is not None:
+            _require_config(checkpoint)
         config = as_config(passed)
     placement = placement_request(
         config, device_map, no_split_module_classes, max_memory, offload_folder, offload, must_exist=must_exist
@@ -141,6 +144,16 @@ def load_request(
         require_names("initialize_missing", initialize_missing),
         strict,
     )
+
+
+def _require_config(checkpoint: Checkpoint) -> None:
+    """Ask for a config where the weights are stored in fp8 or the like, which are not kept so."""
+    kinds = list(dict.fromkeys(each.kind for each in checkpoint.tensors.values() if isinstance(each, ScaledTensor)))
+    if kinds:
+        raise ConfigError(
+            f"'{checkpoint.location}' is stored as {'; '.join(kinds)}, which is not kept: pass what to load it as, "
+            "'nf4', 'int8' or another mode, or 'none' for 16 bit"
+        )
 
 
 def require_names(argument: str, names: Sequence[str]) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from ..checkpoint.bitsandbytes import QuantizedTensor
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.foreign import foreign_error
 from ..checkpoint.merged import merge_quantized, not_joined
+from ..checkpoint.scaled.tensor import ScaledTensor
 from ..errors import CheckpointError, ConfigError, counted, listed
 from ..io.tensors import LazyTensor, StoredTensor, read_bytes, read_whole
 from ..model.tensors import ModelTensor
@@ -187,13 +188,22 @@ def _by_model_name(stored: Mapping[str, StoredTensor], conversion: KeyConversion
     for key in sorted(stored, key=lambda key: [*map(rank, key.split("."))]) if conversion else stored:
         name, pattern = conversion.target(key) if conversion else (key, None)
         if pattern is None:
-            found.setdefault(name, Found((Source(stored[key]),), stored[key].shape, stored[key]))
+            found.setdefault(name, _whole(stored[key]))
         else:
             groups.setdefault(name, {}).setdefault(pattern, []).append(stored[key])
     for name, group in groups.items():
         assert conversion is not None
         found.update(_combined(name, group, conversion))
     return found
+
+
+def _whole(stored: StoredTensor) -> Found:
+    if not isinstance(stored, ScaledTensor) or not stored.is_turned:
+        return Found((Source(stored),), stored.shape, stored)
+    # One by one, so that nothing larger than an expert is turned at once.
+    region = (slice(0, stored.shape[-1]), slice(0, stored.shape[-2]))
+    experts = [Source(each, (number, *region), transposed=True) for number, each in enumerate(stored.experts())]
+    return Found(tuple(experts), _turned(stored.shape), stored)
 
 
 def _rank(part: str) -> tuple[int, int, str]:
@@ -319,8 +329,8 @@ def _differ(one: StoredTensor, other: StoredTensor) -> bool:
 
 def _ends(tensor: StoredTensor, nbytes: int = 65536) -> tuple[bytes, bytes]:
     """Read the first and last bytes of a tensor: in practice they differ wherever two weights do."""
-    if isinstance(tensor, QuantizedTensor):
-        return _ends(tensor.parts["weight"], nbytes)
+    if isinstance(tensor, (QuantizedTensor, ScaledTensor)):
+        return _ends(tensor.numbers if isinstance(tensor, ScaledTensor) else tensor.parts["weight"], nbytes)
     if isinstance(tensor, LazyTensor):
         raw = tensor.load().detach().contiguous().view(-1).view(torch.uint8)
         return raw[:nbytes].numpy().tobytes(), raw[-nbytes:].numpy().tobytes()
@@ -365,13 +375,8 @@ def _require_fit(
     rounded = [t.name for t, each in pairs if not t.value.is_floating_point() and each.first.dtype.is_floating_point]
     if rounded:
         raise CheckpointError(f"{listed(rounded)}: stored as floating numbers, where the model has integers")
-    packed = [
-        each.first
-        for t, each in pairs
-        if t.value.is_floating_point()
-        and each.first.dtype not in _FLOATS
-        and not isinstance(each.first, QuantizedTensor)
-    ]
+    packed = [each.first for t, each in pairs if t.value.is_floating_point() and each.first.dtype not in _FLOATS]
+    packed = [stored for stored in packed if not isinstance(stored, QuantizedTensor)]
     if packed:
         _raise(foreign())
         verb = "is" if len(packed) == 1 else "are"

@@ -130,9 +130,9 @@ def test_adapter_beside_the_base_weights_is_not_taken_for_them(tmp_path):
 
 
 def test_file_of_another_kind_is_refused(tmp_path):
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(CheckpointError, match=r"model\.gguf.*expected a \.safetensors"):
-        open_checkpoint(tmp_path / "model.gguf")
+    (tmp_path / "model.h5").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=r"model\.h5.*expected a \.safetensors"):
+        open_checkpoint(tmp_path / "model.h5")
 
 
 def test_the_current_folder_is_a_folder(tmp_path, monkeypatch):

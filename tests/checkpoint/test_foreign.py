@@ -27,8 +27,8 @@ HELD = {
     "compressed-tensors": {"weight_packed": INT, "weight_scale": SCALES, "weight_shape": torch.tensor([128, 128])},
     "hqq": {"W_q": BYTES, "scale": SCALES, "zero": SCALES},
     "modelopt": {"weight": BYTES, "weight_scale": FP8, "weight_scale_2": SCALES, "input_scale": SCALES},
-    "fp8": {"weight": FP8, "weight_scale_inv": SCALES},
-    "fbgemm_fp8": {"weight": FP8, "weight_scale": SCALES},
+    "torchao": {"_weight_qdata": BYTES, "_weight_scale": SCALES},
+    "nvfp4": {"weight_packed": BYTES, "weight_scale": FP8, "weight_global_scale": SCALES},
     "mxfp4": {"weight_blocks": BYTES, "weight_scales": BYTES},
 }
 
@@ -50,6 +50,16 @@ def test_the_method_is_named_with_a_remedy(tmp_path, method, build, config, says
     assert "'proj." in message
     if says:
         assert f"was quantized by '{method}', as 'config.json' says" in message
+
+
+@pytest.mark.parametrize("config", ["nf4", None])
+@pytest.mark.parametrize("inside", [True, False], ids=["a folder", "a file"])
+def test_gguf_is_named(tmp_path, inside, config):
+    (tmp_path / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=r"llama\.cpp \(GGUF.*original checkpoint in safetensors"):
+        load_and_quantize_model(empty(Two), config, tmp_path if inside else tmp_path / "model-Q4_K_M.gguf")
+    save(Two().state_dict(), tmp_path)
+    assert type(load_and_quantize_model(empty(Two), "nf4", tmp_path).proj).__name__ == "Linear4bit"
 
 
 def test_a_model_that_has_scales_of_its_own_loads(tmp_path):

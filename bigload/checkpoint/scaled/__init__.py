@@ -1,0 +1,1 @@
+"""Weights that other methods stored as small numbers with scales, and whose values can be computed."""

@@ -1,0 +1,118 @@
+"""Finds the weights of a checkpoint that are stored with scales, and joins the two, as `ScaledTensor`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ...errors import CheckpointError, listed
+from ...io.tensors import StoredTensor
+from . import fp8, int8, mxfp4
+from .stated import Stated, stated
+from .tensor import ScaledTensor
+
+# What the names of scales end with, after the weight's.
+_ENDS = ("_scale_inv", "_scale")
+# Of activations, which are not quantized here: parts of a module with such a weight that say nothing of it.
+_OF_ACTIVATIONS = ("input_scale", "input_zero_point", "input_scale_ub", "activation_scale")
+
+
+def merge_scaled(tensors: Mapping[str, StoredTensor], folder: Path, *, is_folder: bool) -> dict[str, StoredTensor]:
+    """Replace the parts of each weight that is stored with scales by one `ScaledTensor`, in the place of its numbers.
+
+    Args:
+        tensors: of the checkpoint, by name.
+        folder: where they are, perhaps with a config.
+        is_folder: whether this folder was named, so that the config in it is theirs.
+
+    Raises:
+        CheckpointError: scales are missing or do not fit, or the config contradicts the weights.
+    """
+    said = stated(folder)
+    made = {name: tensor for name in tensors if (tensor := _joined(name, tensors, said)) is not None}
+    _require_scales(tensors, made, said)
+    is_plain = all(tensor.dtype.itemsize > 1 for tensor in tensors.values() if len(tensor.shape) > 1)
+    _require_as_stated(made, said, folder, may_be_dequantized=is_folder and is_plain)
+    if not made:
+        return dict(tensors)
+    owners = {name.rpartition(".")[0] for name in tensors if name in made}
+    gone = {made[name].scales.name for name in made}
+    gone |= {f"{owner}.{part}" for owner in owners for part in _OF_ACTIVATIONS}
+    kept = [(name, tensor) for name, tensor in tensors.items() if name not in gone]
+    return {made[name].name if name in made else name: made.get(name, tensor) for name, tensor in kept}
+
+
+def _joined(name: str, tensors: Mapping[str, StoredTensor], said: Stated) -> ScaledTensor | None:
+    tensor = tensors[name]
+    if mxfp4.is_mxfp4(tensor):
+        whole = name.removesuffix(mxfp4.BLOCKS)
+        scales = tensors.get(whole + mxfp4.SCALES)
+        if scales is None:
+            raise _lacking([whole + mxfp4.SCALES], "mxfp4")
+        return mxfp4.mxfp4_tensor(whole, tensor, scales)
+    if tensor.dtype != torch.int8 and tensor.dtype not in fp8.FLOAT8:
+        return None
+    end = next((end for end in _ENDS if name + end in tensors), None)
+    if end is None or name + end + "_2" in tensors:
+        return None
+    if tensor.dtype == torch.int8:
+        is_weight = name.rpartition(".")[2] == "weight" and end == "_scale"
+        return int8.int8_tensor(name, tensor, tensors[name + end], tensors, said) if is_weight else None
+    return fp8.fp8_tensor(name, tensor, end, tensors[name + end], said)
+
+
+def _require_scales(tensors: Mapping[str, StoredTensor], made: Mapping[str, ScaledTensor], said: Stated) -> None:
+    if made or said.method in fp8.METHODS:
+        lacking = [
+            f"{name}{_ENDS[0] if said.method == 'fp8' else _ENDS[1]}"
+            for name, tensor in tensors.items()
+            if tensor.dtype in fp8.FLOAT8 and name not in made and not name.endswith((*_ENDS, "_scale_2"))
+        ]
+        if lacking and not any(name.endswith("_scale_2") for name in tensors):
+            raise _lacking(lacking, "fp8")
+    end = _ENDS[0]
+    alone = [name for name in tensors if name.endswith(f"weight{end}") and name.removesuffix(end) not in made]
+    if alone:
+        weight = tensors.get(alone[0].removesuffix(end))
+        found = "is not there" if weight is None else f"is stored as {weight.dtype}"
+        raise CheckpointError(
+            f"{listed(alone)}: scales of weights in fp8, but '{alone[0].removesuffix(end)}' {found}: download the "
+            "checkpoint again"
+        )
+    alone = [
+        name
+        for name in tensors
+        if name.endswith(mxfp4.SCALES)
+        and said.method in mxfp4.METHODS
+        and name.removesuffix(mxfp4.SCALES) + mxfp4.BLOCKS not in tensors
+    ]
+    if alone:
+        raise _lacking([name.removesuffix(mxfp4.SCALES) + mxfp4.BLOCKS for name in alone], "mxfp4")
+
+
+def _lacking(names: list[str], kind: str) -> CheckpointError:
+    return CheckpointError(
+        f"weights are stored as {kind}, but {listed(names)} is missing: download the checkpoint again",
+        missing_keys=names,
+    )
+
+
+def _require_as_stated(
+    made: Mapping[str, ScaledTensor], said: Stated, folder: Path, *, may_be_dequantized: bool
+) -> None:
+    """Refuse a config that names another method than the weights are stored by."""
+    known = {"fp8": fp8.METHODS, "int8": int8.METHODS, "mxfp4": mxfp4.METHODS}
+    for tensor in made.values():
+        methods = known[tensor.kind.replace(",", "").split()[0]]
+        if said.method and said.method not in methods:
+            raise CheckpointError(
+                f"'{folder / said.file}' says that the weights are quantized by '{said.method}', but '{tensor.name}' "
+                f"is stored as {tensor.kind}: take config.json from the original checkpoint"
+            )
+    if not made and may_be_dequantized and said.method in ("fp8", "fbgemm_fp8", "mxfp4"):
+        raise CheckpointError(
+            f"'{folder / said.file}' says that the weights are quantized by '{said.method}', but no weight there is "
+            "stored so: if they have been dequantized, remove quantization_config from config.json"
+        )

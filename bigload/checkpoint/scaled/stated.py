@@ -1,0 +1,97 @@
+"""What the config beside a checkpoint says of how its weights are stored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import CheckpointError
+
+# Files beside the weights, and where in them the quantization is.
+_FILES = (("config.json", "quantization_config"), ("config.json", "compression_config"))
+_MODELOPT = ("hf_quant_config.json", "quantization")
+# Files that say nothing but how another method quantized the weights.
+OF_OTHER_METHODS = (_MODELOPT[0],)
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What a config says.
+
+    Attributes:
+        method: its name for the method; "" if there is no config, or it says nothing.
+        file: the config.
+        block: rows and columns of values that share a scale, if it says so.
+    """
+
+    method: str = ""
+    file: str = ""
+    block: tuple[int, int] | None = None
+
+
+def stated(folder: Path) -> Stated:
+    """Return what the config in a folder says.
+
+    Raises:
+        CheckpointError: it names blocks of a size that no weight can have.
+    """
+    for file, field in _FILES:
+        said = _read(folder / file).get(field)
+        if isinstance(said, Mapping) and isinstance(said.get("quant_method"), str):
+            method = said["quant_method"]
+            return Stated(method, file, _block(said, folder / file))
+    said = _read(folder / _MODELOPT[0]).get(_MODELOPT[1])
+    return Stated("modelopt", _MODELOPT[0]) if isinstance(said, Mapping) and said.get("quant_algo") else Stated()
+
+
+def write_without_quantization(source: Path, target: Path) -> None:
+    """Write a folder's config.json into another, unless it has one, without what it says of the weights' quantization.
+
+    Does nothing if it says nothing of that.
+    """
+    said, path = _read(source / _FILES[0][0]), target / _FILES[0][0]
+    kept = {name: value for name, value in said.items() if name not in {field for _, field in _FILES}}
+    if len(kept) < len(said) and not path.exists():
+        path.write_text(json.dumps(kept, indent=2) + "\n")
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        said = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}  # no such file, or one that says nothing
+    return said if isinstance(said, Mapping) else {}
+
+
+def _block(said: Mapping[str, Any], path: Path) -> tuple[int, int] | None:
+    if said["quant_method"] == "fp8":
+        block = said.get("weight_block_size")
+    elif said["quant_method"] == "compressed-tensors":
+        groups = said.get("config_groups")
+        weights = [each.get("weights") for each in groups.values()] if isinstance(groups, Mapping) else []
+        found = {str(block): block for each in weights if (block := _block_of_group(each)) is not None}
+        if len(found) > 1:
+            raise CheckpointError(f"'{path}' names blocks of several sizes, {', '.join(found)}, which cannot be read")
+        block = next(iter(found.values()), None)
+    else:
+        return None
+    if block is None:
+        return None
+    is_pair = isinstance(block, (list, tuple)) and len(block) == 2
+    if not is_pair or not all(type(size) is int and size > 0 for size in block):
+        raise CheckpointError(
+            f"'{path}' says that weights are stored in blocks of {block!r}; expected two positive integers, such as "
+            "[128, 128]: take config.json from the original checkpoint"
+        )
+    return (block[0], block[1])
+
+
+def _block_of_group(weights: Any) -> Any:
+    if not isinstance(weights, Mapping):
+        return None
+    if weights.get("strategy") == "block":
+        return weights.get("block_structure")
+    return [1, weights.get("group_size")] if weights.get("strategy") == "group" else None

@@ -1,0 +1,342 @@
+"""Weights stored as small numbers with scales: their values in every form, and what is damaged about them."""
+
+import json
+
+import pytest
+import torch
+from checkpoints import empty, save
+from comparisons import assert_same_bits, equal, state_of
+from scaled import BLOCKS, FP8, by_hand, in_blocks, says
+from torch import nn
+
+from bigload import (
+    CheckpointError,
+    ConfigError,
+    OffloadConfig,
+    load_and_quantize_model,
+    plan_device_map,
+    quantize_checkpoint,
+)
+from bigload.checkpoint.checkpoint import open_checkpoint
+from bigload.checkpoint.describe import describe_checkpoint
+from bigload.pipeline import transcoding
+
+PLAIN = {"load_in_4bit": True, "skip_modules": ["*"], "torch_dtype": "bf16"}
+CHANNELS = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+
+
+class Net(nn.Module):
+    """Its weights end within blocks of 128 x 128, in both directions."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(320, 200, bias=False), nn.Linear(200, 320)
+        self.head = nn.Linear(320, 8)
+
+    def forward(self, x):
+        return self.head(self.down(self.up(x)))
+
+
+def stored(make):
+    """Return a state with both layers stored by `make`, which gives a weight's parts; and their values in bf16."""
+    state, values = {name: tensor.bfloat16() for name, tensor in Net().state_dict().items()}, {}
+    values = dict(state)
+    for layer in ("up", "down"):
+        parts, values[f"{layer}.weight"] = make(state.pop(f"{layer}.weight").float())
+        state |= {f"{layer}.{part}": tensor for part, tensor in parts.items()}
+    return state, values
+
+
+def blocks(weight, size=(128, 128), cast=torch.Tensor.float):
+    numbers, scales = in_blocks(weight, size)
+    return {"weight": numbers, "weight_scale_inv": cast(scales)}, by_hand(numbers, cast(scales), size)
+
+
+def exponents(weight, dtype=torch.uint8):
+    numbers, scales = in_blocks(weight)
+    bits = (scales.log2().round() + 127).to(torch.uint8)
+    bits[0, 0] = 0  # 2 ** -127, below the normal numbers of float32
+    value = torch.exp2(bits.double() - 127).float()
+    return {"weight": numbers, "weight_scale_inv": bits.view(dtype)}, by_hand(numbers, value)
+
+
+def by_tensor(weight):
+    scale = weight.abs().max() / 448
+    numbers = (weight / scale).to(FP8)
+    parts = {"weight": numbers, "weight_scale": scale, "input_scale": torch.tensor(0.5)}
+    return parts, (numbers.float() * scale.item()).bfloat16()
+
+
+def by_row(weight, number=FP8, most=448):
+    scales = (weight.abs().amax(1, keepdim=True) / most).bfloat16()
+    numbers = (weight / scales.float()).round().clamp(-most, most).to(number)
+    return {"weight": numbers, "weight_scale": scales}, (numbers.float() * scales.float()).bfloat16()
+
+
+FORMS = {
+    "blocks": (blocks, BLOCKS, "fp8 by blocks of 128 x 128"),
+    "scales in 16 bit": (lambda w: blocks(w, cast=torch.Tensor.bfloat16), BLOCKS, "fp8 by blocks of 128 x 128"),
+    "blocks of 64 x 32": (
+        lambda w: blocks(w, (64, 32)),
+        BLOCKS | {"weight_block_size": [64, 32]},
+        "fp8 by blocks of 64 x 32",
+    ),
+    "exponents": (exponents, BLOCKS | {"scale_fmt": "ue8m0"}, "fp8 by blocks of 128 x 128"),
+    "exponents as such": (lambda w: exponents(w, torch.float8_e8m0fnu), BLOCKS, "fp8 by blocks of 128 x 128"),
+    "by tensor": (by_tensor, {"quant_method": "modelopt", "quant_algo": "FP8"}, "fp8 by tensor"),
+    "by row": (by_row, CHANNELS, "fp8 by rows"),
+    "int8": (lambda w: by_row(w, torch.int8, 127), CHANNELS | {"format": "int-quantized"}, "int8 by rows"),
+}
+
+
+@pytest.fixture(params=FORMS)
+def form(request, tmp_path):
+    """A checkpoint in one form; the same in 16 bit; and what it is called."""
+    make, quantization, kind = FORMS[request.param]
+    state, values = stored(make)
+    folder = save(state, tmp_path / "scaled", shards=3)  # scales are in another file than their weight
+    says(folder, **quantization)
+    return folder, save(values, tmp_path / "plain"), values, kind
+
+
+@pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "int8", "none"])
+def test_values_are_those_of_the_formula(form, mode, device):
+    folder, plain, _, _ = form
+    found = load_and_quantize_model(empty(Net), mode, folder, device_map=device)
+    assert_same_bits(state_of(found), state_of(load_and_quantize_model(empty(Net), mode, plain, device_map=device)))
+
+
+def test_weights_can_be_kept_in_16_bit(form, warned):
+    folder, _, values, _ = form
+    assert_same_bits(state_of(load_and_quantize_model(empty(Net), PLAIN, folder, device_map="cpu")), values)
+    assert not warned()
+
+
+def test_values_are_right_whatever_arrives_first(form, monkeypatch):
+    folder, _, values, _ = form
+    monkeypatch.setattr(transcoding, "_CPU_VALUES", 999)
+
+    def order(tasks):
+        return sorted(tasks, key=lambda task: isinstance(task, transcoding._ScalesTask))
+
+    monkeypatch.setattr("bigload.pipeline.execute.in_file_order", order)
+    assert_same_bits(state_of(load_and_quantize_model(empty(Net), PLAIN, folder, device_map="cpu")), values)
+
+
+def test_the_description_says_how_they_are_stored(form):
+    folder, _, _, kind = form
+    assert f"  {kind}: 2 tensors, 128,000 values" in describe_checkpoint(folder)
+
+
+def test_none_asks_for_a_config(form):
+    folder, _, _, kind = form
+    with pytest.raises(ConfigError, match=f"is stored as {kind}, which is not kept: pass what to load it as, 'nf4'"):
+        load_and_quantize_model(empty(Net), None, folder, device_map="cpu")
+
+
+def test_a_plan_has_the_bytes_of_the_loaded_model(form):
+    folder, plain, _, _ = form
+    found, expected = (plan_device_map(empty(Net), "nf4", each, device_map="cpu") for each in (folder, plain))
+    assert found.device_bytes == expected.device_bytes
+    assert found.source_bytes < expected.source_bytes
+
+
+def test_files_are_made_of_them_and_their_scales_are_gone(form, tmp_path):
+    folder, plain, _, _ = form
+    for name, source in (("a", folder), ("b", plain)):
+        quantize_checkpoint(source, tmp_path / name, "nf4-dq", model=empty(Net), device="cpu")
+    loaded = [load_and_quantize_model(empty(Net), None, tmp_path / name, device_map="cpu") for name in "ab"]
+    assert_same_bits(*map(state_of, loaded))
+    assert not [name for name in open_checkpoint(tmp_path / "a").tensors if "scale" in name]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+@pytest.mark.parametrize("mode", ["nf4", "none"])
+def test_offloaded_weights_compute_the_same(form, place, mode, tmp_path):
+    folder, plain, _, _ = form
+    x = torch.randn(4, 320, device="cuda", dtype=torch.bfloat16)
+    outputs = []
+    for source in (folder, plain, folder):  # the last one finds its files
+        model = load_and_quantize_model(
+            empty(Net),
+            mode,
+            source,
+            device_map={"": "cuda:0", "up": place, "down": place},
+            offload_folder=tmp_path / "cache",
+            offload=OffloadConfig(),
+        )
+        outputs.append(model(x))
+    assert equal(outputs[0], outputs[1])
+    assert equal(outputs[0], outputs[2])
+
+
+def fp8(scales=lambda s: s, **more):
+    """Return a state in blocks, with its scales changed."""
+    state, _ = stored(blocks)
+    changed = {name: scales(t) if name.endswith("_inv") else t for name, t in state.items()}
+    return {name: tensor for name, tensor in (changed | more).items() if tensor is not None}
+
+
+def nan(scales):
+    scales = scales.clone()
+    scales[-1, -1] = torch.nan
+    return scales
+
+
+DAMAGED = {
+    "no scales": (lambda: fp8(lambda s: None), BLOCKS, r"'down.weight_scale_inv'.*is missing|'up.weight_scale_inv'"),
+    "one without": (lambda: fp8(**{"up.weight_scale_inv": None}), BLOCKS, "'up.weight_scale_inv' is missing: download"),
+    "a row too few": (lambda: fp8(lambda s: s[:-1]), BLOCKS, r"has shape .* needs \(.*\) in blocks of 128 x 128"),
+    "turned": (lambda: fp8(lambda s: s.mT), BLOCKS, "needs"),
+    "integers": (lambda: fp8(torch.Tensor.int), BLOCKS, "expected scales in a floating dtype"),
+    "not a number": (lambda: fp8(nan), BLOCKS, "stored with scales that are not finite: the file is damaged"),
+    "other blocks": (fp8, BLOCKS | {"weight_block_size": [64, 64]}, "in blocks of 64 x 64, as 'config.json' says"),
+    "no blocks": (fp8, BLOCKS | {"weight_block_size": [0, 128]}, r"blocks of \[0, 128\]; expected two positive"),
+    "one number": (fp8, BLOCKS | {"weight_block_size": 128}, "blocks of 128; expected two positive integers"),
+    "blocks that nothing says": (
+        lambda: {n.replace("_inv", ""): t for n, t in fp8().items()},
+        None,
+        "no config beside it says how large its blocks are",
+    ),
+    "another method": (fp8, {"quant_method": "mxfp4"}, "quantized by 'mxfp4', but 'down.weight' is|but 'up.weight' is"),
+    "16 bit": (lambda: stored(blocks)[1], BLOCKS, "no weight there is stored so: if they have been dequantized"),
+    "scales of 16 bit": (
+        lambda: fp8(**{"up.weight": torch.ones(200, 320).bfloat16()}),
+        BLOCKS,
+        "is stored as torch.bf",
+    ),
+    "scales of nothing": (lambda: fp8(**{"up.weight": None}), BLOCKS, "'up.weight' is not there"),
+    "offsets": (
+        lambda: stored(lambda w: by_row(w, torch.int8, 127))[0] | {"up.weight_zero_point": torch.ones(200, 1)},
+        CHANNELS,
+        "offsets.*use the original checkpoint",
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", ["nf4", "none"])
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damage_is_named_and_nothing_is_loaded(tmp_path, case, mode, device):
+    make, quantization, message = DAMAGED[case]
+    folder = save(make(), tmp_path)
+    if quantization is not None:
+        says(folder, **quantization)
+    model = Net()
+    before = state_of(model)
+    with pytest.raises(CheckpointError, match=message):
+        load_and_quantize_model(model, mode, folder, device_map=device)
+    assert_same_bits(state_of(model), before)
+
+
+def test_what_was_dequantized_loads_without_the_stale_config(tmp_path):
+    _, values = stored(blocks)
+    folder = save(values, tmp_path)
+    says(folder, **BLOCKS)
+    with pytest.raises(CheckpointError, match="remove quantization_config from"):
+        load_and_quantize_model(empty(Net), PLAIN, folder, device_map="cpu")
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert_same_bits(state_of(load_and_quantize_model(empty(Net), PLAIN, folder, device_map="cpu")), values)
+
+
+def test_blocks_are_known_when_the_config_lies_beside(tmp_path):
+    state = {name.replace("_inv", ""): tensor for name, tensor in fp8().items()}
+    folder = save(state, tmp_path)
+    weights = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]}
+    says(folder, **CHANNELS, config_groups={"group_0": {"weights": weights}})
+    assert "fp8 by blocks of 128 x 128" in describe_checkpoint(folder)
+
+
+SOUND = {
+    "no scales": (fp8, BLOCKS),
+    "one without": (fp8, BLOCKS),
+    "not a number": (fp8, BLOCKS),
+    "other blocks": (fp8, BLOCKS),
+    "no blocks": (fp8, BLOCKS),
+    "scales of nothing": (fp8, BLOCKS),
+    "another method": (fp8, BLOCKS),
+    "blocks that nothing says": (
+        DAMAGED["blocks that nothing says"][0],
+        CHANNELS | {"config_groups": {"a": {"weights": {"strategy": "block", "block_structure": [128, 128]}}}},
+    ),
+    "offsets": (lambda: stored(lambda w: by_row(w, torch.int8, 127))[0], CHANNELS),
+}
+
+
+@pytest.mark.parametrize("case", SOUND)
+def test_damaged_checkpoints_load_once_they_are_sound(tmp_path, case):
+    make, quantization, message = DAMAGED[case]
+    folder = save(make(), tmp_path)
+    if quantization is not None:
+        says(folder, **quantization)
+    with pytest.raises(CheckpointError, match=message):
+        load_and_quantize_model(empty(Net), "nf4", folder, device_map="cpu")
+    make, quantization = SOUND[case]
+    says(save(make(), tmp_path), **quantization)
+    assert type(load_and_quantize_model(empty(Net), "nf4", folder, device_map="cpu").up).__name__ == "Linear4bit"
+
+
+@pytest.mark.parametrize("mode", ["nf4", "int8", "none"])
+def test_a_mode_is_what_the_error_without_one_asks_for(form, mode):
+    folder, _, _, _ = form
+    with pytest.raises(ConfigError, match="pass what to load it as"):
+        load_and_quantize_model(empty(Net), None, folder, device_map="cpu")
+    assert load_and_quantize_model(empty(Net), mode, folder, device_map="cpu").load_report
+
+
+class Turned(nn.Module):
+    """Experts as GPT-OSS has them: (E, in_features, out_features)."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.Module()
+        self.experts.down_proj = nn.Parameter(torch.ones(3, 96, 40))
+        self.head = nn.Linear(40, 8)
+
+
+def mxfp4(scale=None, width=16):
+    scale = torch.randint(100, 140, (3, 40, 3), dtype=torch.uint8) if scale is None else scale
+    numbers = torch.randint(0, 256, (3, 40, 3, width), dtype=torch.uint8)
+    plain = {name: tensor for name, tensor in Turned().state_dict().items() if "head" in name}
+    return plain | {"experts.down_proj_blocks": numbers, "experts.down_proj_scales": scale}
+
+
+def test_mxfp4_is_what_the_specification_says(tmp_path, device):
+    state = mxfp4()
+    folder = save(state, tmp_path)
+    found = load_and_quantize_model(empty(Turned), PLAIN | {"torch_dtype": "fp32"}, folder, device_map=device)
+    table = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
+    numbers, exponents = state["experts.down_proj_blocks"].tolist(), state["experts.down_proj_scales"].tolist()
+    expected = [
+        [
+            [
+                table[(numbers[e][r][c // 32][c % 32 // 2] >> 4 * (c % 2)) & 15]
+                * 2.0 ** (exponents[e][r][c // 32] - 127)
+                for r in range(40)
+            ]
+            for c in range(96)
+        ]
+        for e in range(3)
+    ]
+    assert equal(found.experts.down_proj.cpu(), torch.tensor(expected))
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (lambda: mxfp4(torch.ones(3, 40, 2, dtype=torch.uint8)), r"it must be \(3, 40, 3\) of torch.uint8"),
+        (lambda: mxfp4(torch.ones(3, 40, 3)), "of torch.float32; for"),
+        (lambda: mxfp4(torch.full((3, 40, 3), 255, dtype=torch.uint8)), "scales that are not finite"),
+        (lambda: mxfp4(width=8), "has blocks of 8 bytes, mxfp4 has blocks of 16"),
+        (lambda: {n: t for n, t in mxfp4().items() if "_scales" not in n}, "'experts.down_proj_scales' is missing"),
+        (lambda: {n: t for n, t in mxfp4().items() if "_blocks" not in n}, "'experts.down_proj_blocks' is missing"),
+    ],
+    ids=["shape", "dtype", "not finite", "width", "no scales", "no blocks"],
+)
+def test_damaged_mxfp4_is_named(tmp_path, state, message, device):
+    folder = save(state(), tmp_path)
+    says(folder, quant_method="mxfp4")
+    with pytest.raises(CheckpointError, match=message):
+        load_and_quantize_model(empty(Turned), PLAIN, folder, device_map=device)

@@ -1,0 +1,68 @@
+"""Checkpoints whose weights are small numbers with scales, made as the models' publishers make them."""
+
+import json
+
+import torch
+from safetensors.torch import load_file, save_file
+
+FP8 = torch.float8_e4m3fn
+BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+# Linears that such checkpoints keep in 16 bit.
+KEPT = ("embed_tokens", "lm_head", "norm", ".gate.", "router")
+
+
+def in_blocks(weight, size=(128, 128)):
+    """Return numbers in fp8 and the scales of their blocks, (rows, columns) rounded up."""
+    rows, columns = weight.shape
+    down, across = -(-rows // size[0]), -(-columns // size[1])
+    padded = torch.zeros(down * size[0], across * size[1])
+    padded[:rows, :columns] = weight.float()
+    tiles = padded.view(down, size[0], across, size[1])
+    scales = tiles.abs().amax(dim=(1, 3)).clamp(min=1e-9) / 448
+    numbers = (tiles / scales[:, None, :, None]).reshape(padded.shape)[:rows, :columns]
+    return numbers.contiguous().to(FP8), scales
+
+
+def by_hand(numbers, scales, size=(128, 128), dtype=torch.bfloat16):
+    """Return the values of a matrix, element by element of the formula."""
+    rows, columns = torch.arange(numbers.shape[0]), torch.arange(numbers.shape[1])
+    return (numbers.float() * scales.float()[rows // size[0]][:, columns // size[1]]).to(dtype)
+
+
+def in_fp8(folder, end="weight_scale_inv", convert=lambda scales: scales, **quantization):
+    """Rewrite a saved model in place: each matrix but those kept is stored in fp8 by blocks."""
+    path = folder / "model.safetensors"
+    state = {}
+    for name, tensor in load_file(path).items():
+        if tensor.dim() == 2 and not any(part in name for part in KEPT):
+            state[name], scales = in_blocks(tensor)
+            state[f"{name.removesuffix('weight')}{end}"] = convert(scales)
+        else:
+            state[name] = tensor
+    save_file(state, path, metadata={"format": "pt"})
+    says(folder, **(BLOCKS | quantization))
+    return state
+
+
+def says(folder, **quantization):
+    """Let the config.json of a folder say how the weights are quantized."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(config | {"quantization_config": quantization}))
+
+
+def in_mxfp4(folder):
+    """Rewrite a saved GPT-OSS in place: its experts are stored in mxfp4, with any numbers and scales."""
+    path = folder / "model.safetensors"
+    state = {}
+    for name, tensor in load_file(path).items():
+        if tensor.dim() == 3:
+            count, columns, rows = tensor.shape
+            shape = (count, rows, columns // 32, 16)
+            state[f"{name}_blocks"] = torch.randint(0, 256, shape, dtype=torch.uint8)
+            state[f"{name}_scales"] = torch.randint(117, 124, shape[:-1], dtype=torch.uint8)
+        else:
+            state[name] = tensor
+    save_file(state, path, metadata={"format": "pt"})
+    says(folder, quant_method="mxfp4")
+    return state

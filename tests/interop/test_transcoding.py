@@ -1,0 +1,104 @@
+"""Checkpoints in fp8 and mxfp4 load with the values that transformers computes, then quantized by bitsandbytes."""
+
+import pytest
+import torch
+import transformers
+from comparisons import assert_same_bits, outputs, state_of
+from safetensors.torch import save_file
+from scaled import in_fp8, in_mxfp4
+from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
+
+from bigload import init_empty_weights, load_and_quantize_model, quantize_checkpoint
+from bigload.quantization.saved_experts import quantized_experts
+
+WIDTHS = {"vocab_size": 96, "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+DEEPSEEK = {
+    **{"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    **{"q_lora_rank": 128, "kv_lora_rank": 128, "qk_rope_head_dim": 128, "qk_nope_head_dim": 64, "v_head_dim": 64},
+    **{"moe_intermediate_size": 128, "n_shared_experts": 1, "num_attention_heads": 4, "num_key_value_heads": 4},
+}
+GPT_OSS = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64, "hidden_size": 64}
+MODELS = {
+    "qwen3": ("Qwen3", HEADS),
+    "qwen3-moe": ("Qwen3Moe", HEADS | EXPERTS),
+    "deepseek-v3": ("DeepseekV3", DEEPSEEK),
+    "gpt-oss": ("GptOss", HEADS | GPT_OSS),
+}
+MODES = ["nf4", "nf4-dq", "int8", "none"]
+
+
+def saved(name, folder):
+    """Save a small model as its publisher does, in fp8 or mxfp4."""
+    family, fields = MODELS[name]
+    config = getattr(transformers, f"{family}Config")(**(WIDTHS | fields), dtype="bfloat16")
+    getattr(transformers, f"{family}ForCausalLM")(config).to(torch.bfloat16).save_pretrained(folder)
+    in_mxfp4(folder) if name == "gpt-oss" else in_fp8(folder)
+    return folder
+
+
+def built(folder):
+    config = AutoConfig.from_pretrained(folder)
+    with init_empty_weights():
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+def dequantized(name, folder):
+    """Return the model as transformers loads it in 16 bit."""
+    cls = Mxfp4Config if name == "gpt-oss" else FineGrainedFP8Config
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=cls(dequantize=True), dtype=torch.bfloat16, device_map="cpu"
+    )
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request, tmp_path_factory):
+    """A checkpoint, and the same in 16 bit with transformers' own values."""
+    folder = saved(request.param, tmp_path_factory.mktemp("scaled"))
+    plain = tmp_path_factory.mktemp("plain")
+    model = dequantized(request.param, folder)
+    save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, plain / "model.safetensors")
+    return folder, plain
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_bits_are_those_of_transformers_values_quantized(pair, mode, device):
+    folder, plain = pair
+    found = load_and_quantize_model(built(folder), mode, folder, device_map=device)
+    expected = load_and_quantize_model(built(folder), mode, plain, device_map=device)
+    assert_same_bits(state_of(found), state_of(expected))
+    tokens = torch.arange(12, device=device).view(2, 6)
+    assert torch.equal(outputs(found, tokens), outputs(expected, tokens))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_values_are_rounded_once_to_any_dtype(pair, dtype):
+    folder, _ = pair
+    name = "gpt-oss" if "gpt_oss" in (folder / "config.json").read_text() else "fp8"
+    cls = Mxfp4Config if name == "gpt-oss" else FineGrainedFP8Config
+    theirs = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=cls(dequantize=True), dtype=dtype, device_map="cpu"
+    )
+    ours = load_and_quantize_model(
+        built(folder), {"load_in_4bit": True, "skip_modules": ["*"], "torch_dtype": dtype}, folder, device_map="cpu"
+    )
+    assert_same_bits(state_of(ours), state_of(theirs))
+
+
+def test_a_file_of_them_is_quantized_into_a_file(pair, tmp_path):
+    folder, plain = pair
+    quantize_checkpoint(folder, tmp_path / "nf4", "nf4", device="cpu")
+    found = load_and_quantize_model(built(folder), None, tmp_path / "nf4", device_map="cpu")
+    expected = load_and_quantize_model(built(folder), "nf4", plain, device_map="cpu")
+    assert_same_bits(state_of(found), state_of(expected))
+
+
+@pytest.mark.parametrize("mode", ["none", "nf4"])
+def test_what_is_saved_is_loaded_by_transformers(pair, mode, tmp_path):
+    folder, _ = pair
+    ours = load_and_quantize_model(built(folder), mode, folder, device_map="cpu")
+    if mode == "none" or not quantized_experts(ours):  # which transformers does not read in 4 bit
+        ours.save_pretrained(tmp_path)
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, device_map="cpu")
+        assert_same_bits(state_of(ours), state_of(theirs))
