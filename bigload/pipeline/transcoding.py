@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.scaled.tensor import ScaledTensor, not_finite, scales_of_rows, values_of_rows
-from ..io.extents import ReadTask
+from ..io.program import ReadTask
 from ..io.ring import slot_bytes
 from ..io.tensors import StoredTensor
 
