@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .errors import ConfigError, import_optional, listed
-from .modes import MODES, nearest_mode
+from .notation import MODES, nearest_mode
 from .tables import FieldsAsHtml
 
 logger = logging.getLogger(__name__)

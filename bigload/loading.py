@@ -19,6 +19,7 @@ from .hardware.devices import CPU, Device, DeviceMap, named_devices, on_cpu_unle
 from .io.ring import pin_ahead, release_ring
 from .io.timeline import Timeline
 from .model.view import ModelView
+from .notation import show
 from .offload.device_hooks import attach, detach
 from .offload.handle import Offload, require_not_offloaded
 from .offload.model_device import entries
@@ -34,7 +35,6 @@ from .planning.request import LoadRequest, PlacementRequest, load_request
 from .planning.sources import KeyMapping
 from .quantization import bnb
 from .quantization.quantizer import code_table
-from .sizes import show
 
 logger = logging.getLogger(__name__)
 

@@ -31,6 +31,7 @@ from .model import diffusers_facts, transformers_facts
 from .model.quantizable import plain_linears
 from .model.tree import leaves, modules_by_path
 from .model.view import require_module
+from .notation import parse_size
 from .offload.device_hooks import dtypes_on_gpu
 from .pipeline.attributes import skip_list
 from .quantization.layers import (
@@ -46,7 +47,6 @@ from .quantization.saved_experts import (
     require_experts_as_held,
     require_whole_experts,
 )
-from .sizes import parse_size
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import transformers
 
 from bigload.config import BnbQuantizationConfig, as_config, warn_of_float32
 from bigload.errors import ConfigError, MissingDependencyError
-from bigload.modes import MODES
+from bigload.notation import MODES
 
 AccelerateConfig = accelerate.utils.BnbQuantizationConfig
 TransformersConfig = transformers.BitsAndBytesConfig

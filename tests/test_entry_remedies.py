@@ -22,7 +22,7 @@ from bigload import (
 from bigload.cli import main
 from bigload.errors import CheckpointError, ConfigError, PlacementError, QuantizationError
 from bigload.hardware import free_memory
-from bigload.modes import MODES
+from bigload.notation import MODES
 from bigload.pipeline import execute
 
 

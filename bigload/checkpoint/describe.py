@@ -10,8 +10,8 @@ import torch
 
 from ..errors import counted
 from ..io.tensors import StoredTensor
+from ..notation import show
 from ..quantization.formats import FourBit, Int8
-from ..sizes import show
 from .bitsandbytes import QuantizedTensor
 from .checkpoint import Checkpoint, WeightsLocation, open_checkpoint
 from .scaled.tensor import ScaledTensor

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, import_optional
-from ..modes import MODES
+from ..notation import MODES, parse_size
 from .parser import did_you_mean
 
 if TYPE_CHECKING:
@@ -149,7 +149,6 @@ def device_map(text: str) -> Any:
 def size(text: str) -> str:
     """Return a size as it was given, if it is one."""
     from ..errors import PlacementError
-    from ..sizes import parse_size
 
     try:
         nbytes = parse_size(text)

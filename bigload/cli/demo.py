@@ -12,7 +12,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from ..errors import import_optional
 from ..loading import load_and_quantize_model
 from ..model.transformers_facts import empty_model, import_transformers
-from ..sizes import show
+from ..notation import show
 
 MODES = ("int8", "nf4", "nf4-dq")
 QUERY = "The model does not fit into the memory of my graphics card."

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
-from ..modes import MODES, nearest_mode
+from ..notation import MODES, nearest_mode
 
 
 class Parser(argparse.ArgumentParser):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, counted, import_optional, reason
-from ..sizes import show
+from ..notation import show
 
 if TYPE_CHECKING:
     from ..pipeline.report import LoadReport

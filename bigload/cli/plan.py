@@ -233,7 +233,7 @@ class _Planner:
 
     def notes(self, plan: Plan) -> Iterator[str]:
         """Yield what is to be known of the KV cache."""
-        from ..sizes import show
+        from ..notation import show
 
         if self._options.context is None:
             layers = self._kv_cache(plan, 1, 1)
@@ -300,8 +300,8 @@ def _rates(options: argparse.Namespace, plans: list[Plan | PlacementError]) -> t
 def _compared_rows(
     plans: Mapping[str, Plan | PlacementError], rates: Rates, sequences: int
 ) -> Iterator[tuple[str, ...]]:
+    from ..notation import show
     from ..planning.report import per_second, step_bytes, step_seconds
-    from ..sizes import show
 
     yield "mode", "size", "fits", "per token", "tokens/s"
     for mode, plan in plans.items():

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import ConfigError, counted
 from ..model.view import require_module
-from ..sizes import show
+from ..notation import show
 from .decode_steps import DecodeStats, DecodeSteps
 from .graphs import graphs_on
 from .obstacles import device_of

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..sizes import show
+from ..notation import show
 from .allocation import advise_huge_pages
 from .layout import Layout, TensorSpec, in_mapping
 

@@ -12,7 +12,7 @@ import torch
 
 from ..errors import ConfigError
 from ..hardware.pinned import pinned_memory
-from ..sizes import parse_size
+from ..notation import parse_size
 
 logger = logging.getLogger(__name__)
 

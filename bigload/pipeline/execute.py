@@ -20,12 +20,12 @@ from ..io.ring import slot_bytes
 from ..io.tensors import LazyTensor, StoredTensor
 from ..io.timeline import Timeline
 from ..io.transfer import WINDOW_BYTES, default_stream, read_all
+from ..notation import show
 from ..offload.targets import OffloadTargets
 from ..planning.plan import Plan
 from ..planning.planned_tensors import PlannedTensor
 from ..quantization.formats import Plain
 from ..quantization.quantized_weight import QuantizedWeight
-from ..sizes import show
 from .sinks import CopySink, QuantizeSink, Sink, StoredPartsSink, gathered_if_needed, numel
 from .transcoding import Transcoder, in_file_order
 

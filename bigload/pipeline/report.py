@@ -17,7 +17,7 @@ import psutil
 import torch
 
 from ..io.timeline import STAGES, Span
-from ..sizes import show
+from ..notation import show
 from ..tables import html_table
 
 

@@ -11,9 +11,9 @@ from ..checkpoint.bitsandbytes import QuantizedTensor
 from ..errors import PlacementError, listed
 from ..hardware.devices import Place
 from ..io.transfer import WINDOW_BYTES
+from ..notation import show
 from ..quantization import formats
 from ..quantization.formats import FourBit, Plain
-from ..sizes import show
 from .placing.accounts import Account
 from .placing.solver import DoesNotFitError
 from .request import longest_match

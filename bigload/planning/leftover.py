@@ -14,7 +14,7 @@ from ..model.quantizable import meant_to_stay, one_of
 from ..model.quantizable_experts import ChosenExperts
 from ..model.tensors import ModelTensor
 from ..model.view import ModelView
-from ..sizes import show
+from ..notation import show
 
 logger = logging.getLogger(__name__)
 

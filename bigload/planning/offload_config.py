@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import ConfigError, PlacementError
-from ..sizes import parse_size
+from ..notation import parse_size
 from ..tables import FieldsAsHtml
 
 # Bytes of each GPU that a plan leaves for activations by default, beside the largest 4-bit layer when dequantized.

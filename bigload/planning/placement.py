@@ -15,7 +15,7 @@ from ..errors import listed
 from ..hardware.devices import CPU, Place, as_place, default_device, is_strategy
 from ..hardware.free_memory import free_bytes, free_disk_bytes
 from ..model.view import ModelView
-from ..sizes import show
+from ..notation import show
 from .advice import ONLY_LEAVES_LEAVE, does_not_fit_error, split_unit_error
 from .placing.accounts import PlacedUnit
 from .placing.expert_caches import place_by_expert, with_caches

@@ -18,8 +18,8 @@ from ..errors import counted, listed
 from ..hardware.devices import CPU, Place
 from ..io.tensors import StoredTensor
 from ..model.experts import Experts
+from ..notation import show
 from ..quantization.formats import Plain
-from ..sizes import show
 from ..tables import html_table, text_table, turned_to_fit, wrapped
 from .placing.accounts import Account, PlacedUnit
 from .planned_tensors import PlannedTensor

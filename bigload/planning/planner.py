@@ -29,8 +29,8 @@ from ..model.quantizable_experts import (
 )
 from ..model.tensors import ModelTensor, tensors_of
 from ..model.view import ModelView
+from ..notation import show
 from ..quantization.formats import dominant_dtype
-from ..sizes import show
 from .advice import check_accounts
 from .leftover import warn_of_leftover
 from .load_rules import LoadRules

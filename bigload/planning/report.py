@@ -11,7 +11,7 @@ import torch
 
 from ..errors import counted
 from ..hardware.devices import Place
-from ..sizes import show
+from ..notation import show
 from .placing.accounts import Account
 from .plan import Plan
 

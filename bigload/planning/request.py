@@ -22,7 +22,7 @@ from ..errors import ConfigError, PlacementError, counted, listed
 from ..hardware.devices import CPU, Device, DeviceMap, Place, as_place, default_device, is_strategy
 from ..io.ring import ring_bytes
 from ..model.tensors import ModelTensor
-from ..sizes import parse_size
+from ..notation import parse_size
 from .offload_config import OffloadConfig, as_offload_config
 from .sources import KeyMapping
 

@@ -14,9 +14,9 @@ from torch import nn
 from transformers import EncodecConfig, MusicgenConfig, T5Config
 
 from bigload import ConfigError, OffloadConfig, PlacementError, plan_device_map
+from bigload.notation import show
 from bigload.planning.placing.cpu_or_gpu import experts_gb_per_s
 from bigload.planning.report import Rates, plan_json, step_bytes, step_seconds, verdict
-from bigload.sizes import show
 
 GPU = torch.device("cuda", 0)
 # Experts of 8 MiB in each block, and some 0.4 MiB beside them, which stays on the device anyway.

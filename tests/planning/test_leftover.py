@@ -16,7 +16,7 @@ from bigload import (
     quantize_checkpoint,
     save_quantized_model,
 )
-from bigload.sizes import show
+from bigload.notation import show
 
 
 class Experts(nn.Module):

@@ -10,8 +10,8 @@ from models import GPT, Attended, Blocks, Layers, llama
 from torch import nn
 
 from bigload import BnbQuantizationConfig, load_and_quantize_model, plan_device_map
+from bigload.notation import show
 from bigload.quantization.layers import quantized_layers
-from bigload.sizes import show
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 

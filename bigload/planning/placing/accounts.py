@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...hardware.devices import CPU, Place
+from ...notation import show
 from ...quantization import formats
 from ...quantization.formats import Plain
-from ...sizes import show
 from ..planned_tensors import PlannedTensor
 from ..units import GPU_BYTES, GROUP_BYTES, Unit
 from .solver import slots_bytes

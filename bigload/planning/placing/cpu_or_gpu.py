@@ -11,12 +11,12 @@ import torch
 
 from ...hardware.bandwidth import host_gb_per_s, link_gb_per_s
 from ...hardware.devices import CPU
+from ...notation import show
 from ...quantization.expert_linears import Routing, grouped_linear
 from ...quantization.formats import FourBit
 from ...quantization.packed_experts import PackedExperts
 from ...quantization.quantized_weight import QuantizedWeight
 from ...quantization.quantizer import code_table
-from ...sizes import show
 from .accounts import PlacedUnit
 
 logger = logging.getLogger(__name__)

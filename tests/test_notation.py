@@ -3,7 +3,7 @@
 import pytest
 
 from bigload.errors import PlacementError
-from bigload.sizes import parse_size, show
+from bigload.notation import parse_size, show
 
 
 @pytest.mark.parametrize(
