@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -129,17 +130,34 @@ def _forward_packed(layer: Any, input: torch.Tensor) -> torch.Tensor:
 
 # A packed copy of each layer's weight, made when the layer first runs. bitsandbytes would replace the weight by it, but
 # packing rounds the scales, and who reads the weight (PEFT's merge, a state_dict) must find what was loaded.
-_packed_copies: WeakKeyDictionary[nn.Module, tuple[tuple[int, int, int], Any, torch.Tensor, Any]] = WeakKeyDictionary()
+_packed_copies: WeakKeyDictionary[nn.Module, _PackedCopy] = WeakKeyDictionary()
+
+
+class _PackedCopy(NamedTuple):
+    """A packed weight, and what it was made from: it is made anew if that was exchanged or written to."""
+
+    address: int
+    versions: tuple[int, ...]
+    scales: tuple[Any, ...]
+    data: torch.Tensor
+    state: Any
 
 
 def _packed(layer: Any) -> tuple[torch.Tensor, Any]:
-    data, state = layer.weight.data, layer.weight.quant_state
-    versions = (data.data_ptr(), _version(layer.weight), _version(state.absmax))
+    data, scales = layer.weight.data, _scales_of(layer.weight.quant_state)
+    versions = (_version(layer.weight), *(_version(each) for each in scales if isinstance(each, torch.Tensor)))
     made = _packed_copies.get(layer)
-    if made is None or made[0] != versions or made[1] is not state:
-        packed = library().functional._convert_weight_packed_for_cpu(data, copy.copy(state))
-        made = _packed_copies[layer] = (versions, state, *packed)
-    return made[2], made[3]
+    is_same = made is not None and (made.address, made.versions) == (data.data_ptr(), versions)
+    if made is None or not is_same or not all(map(operator.is_, made.scales, scales)):
+        packed = library().functional._convert_weight_packed_for_cpu(data, copy.copy(scales[0]))
+        made = _packed_copies[layer] = _PackedCopy(data.data_ptr(), versions, scales, *packed)
+    return made.data, made.state
+
+
+def _scales_of(state: Any) -> tuple[Any, ...]:
+    """Return a quant_state, and the tensors in it that the values of its weight depend on."""
+    nested = state.state2
+    return state, state.absmax, state.offset, *((nested.absmax, nested.code) if nested is not None else ())
 
 
 def _version(tensor: torch.Tensor) -> int:

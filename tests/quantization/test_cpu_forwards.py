@@ -160,6 +160,28 @@ def test_weights_written_in_place_are_packed_anew():
         assert torch.equal(layer(x), other.eval()(x))
 
 
+@pytest.mark.parametrize("way", ["exchanged", "written"])
+@pytest.mark.parametrize(
+    ("mode", "part"), [("nf4", "absmax"), ("nf4-dq", "absmax"), ("nf4-dq", "offset"), ("nf4-dq", "2")]
+)
+def test_scales_that_are_changed_count_in_the_next_forward(mode, part, way):
+    """Each alone, the packed bytes left as they are."""
+    _, layer = quantized((64, 128), mode)
+    x, state = torch.randn(3, 128), layer.weight.quant_state
+    owner, name = (state.state2, "absmax") if part == "2" else (state, part)
+    with torch.no_grad():
+        before = layer.eval()(x)
+        changed = getattr(owner, name).flip(0) if part == "absmax" else getattr(owner, name) * 2
+        if way == "written":
+            getattr(owner, name).copy_(changed)
+        else:
+            setattr(owner, name, changed)
+        weight = bnb.functional.dequantize_4bit(layer.weight.data, state)
+        found = layer(x)
+        assert relative_error(found, nn.functional.linear(x, weight.float(), layer.bias.float())) < 0.02
+        assert not torch.equal(found, before)
+
+
 @pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "int8"])
 def test_compiled_layers_compute_the_same(mode):
     for shape in [(64, 128), (64, 96)]:
