@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import bigload
-
-HERE, SOURCE = Path(__file__).parent / "native", Path(bigload.__file__).parent / "io"
+HERE = Path(__file__).parent / "native"
+# Of the checkout: what is installed has the library, but not what it was built from.
+SOURCE = Path(__file__).parent.parent.parent / "bigload" / "io"
 SANITIZERS = {
     "plain": [],
     "threads": ["-fsanitize=thread"],
