@@ -710,7 +710,7 @@ def test_generation_is_timed_in_each_way_and_written_as_a_table(tmp_path, capsys
     ]
     for row in result["rows"]:
         assert row["tokens_per_s"] > 0, row
-        # On a busy machine the call for one token alone may take longer than that for four, and their difference be < 0.
+        # On a busy machine the call for one token may take longer than that for four, and a step then less than 0.
         seconds = row["first_token_s"] + 3 * row["step_ms"] / 1e3
         assert seconds == pytest.approx(row["batch"] * 4 / row["tokens_per_s"], rel=0.02, abs=1e-3)
     captured = [row for row in result["rows"] if row["way"] == "captured"]
