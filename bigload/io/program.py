@@ -41,6 +41,10 @@ class ReadTask:
     arrived: Callable[[int], None] = lambda count: None
 
 
+def not_taken(values: torch.Tensor, begin: int) -> None:
+    """Do nothing, as the `take` of a task with a home, which is not called."""
+
+
 class Piece(NamedTuple):
     """Values of one tensor that arrive together.
 

@@ -18,7 +18,7 @@ from ..errors import CheckpointError, OffloadError
 from ..hardware.devices import CPU
 from ..hardware.layout import Layout, TensorSpec, in_mapping
 from ..hardware.pinned import Store, pinned_memory
-from ..io.program import ReadTask
+from ..io.program import ReadTask, not_taken
 from ..io.tensors import StoredTensor
 from ..io.transfer import read_all
 
@@ -97,7 +97,7 @@ class FileGroup(Store):
             elif nbytes := where.part.nbytes:
                 begin = self.layout.offsets[name]
                 stored = StoredTensor(name, where.file, torch.uint8, (nbytes,), where.offset, nbytes)
-                tasks.append(ReadTask(stored, CPU, _taken, memory[begin : begin + nbytes]))
+                tasks.append(ReadTask(stored, CPU, not_taken, memory[begin : begin + nbytes]))
         try:
             read_all(tasks)
         except CheckpointError as error:
@@ -143,10 +143,6 @@ class FileGroup(Store):
             with _read_errors_of(name, file):
                 if _stamp(file.stat()) != stamp:
                     raise OSError(_CHANGED)
-
-
-def _taken(values: torch.Tensor, begin: int) -> None:
-    """Do nothing: what is read into a home is not taken."""
 
 
 def _stamp(stat: os.stat_result) -> _Stamp:

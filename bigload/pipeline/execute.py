@@ -15,7 +15,7 @@ from ..checkpoint.bitsandbytes import QuantizedTensor
 from ..errors import CheckpointError, PlacementError, QuantizationError, listed
 from ..hardware.allocation import allocate, reserve
 from ..hardware.devices import CPU
-from ..io.program import ReadTask
+from ..io.program import ReadTask, not_taken
 from ..io.ring import slot_bytes
 from ..io.tensors import LazyTensor, StoredTensor
 from ..io.timeline import Timeline
@@ -107,7 +107,8 @@ class _Loader:
         if _is_own_tensor(planned):
             finish(_explain_out_of_memory(functools.partial(_tensor_shortage, planned), _own_tensor)(planned))
             return []
-        if not buffers and (stored := _stored_as_it_will_be(planned)):
+        stored = None if buffers else planned.stored_as_is
+        if stored is not None and stored.nbytes:  # most are, and there may be tens of thousands: they need no sink
             return [_read_home(planned, stored, finish)]
         return read_tasks_for(planned, functools.partial(_make_sink, self._load_dtype, buffers), finish)
 
@@ -118,16 +119,6 @@ class _Loader:
         name = planned.tensor.name
         self.loaded[name] = value
         self._on_loaded(name, value)
-
-
-def _stored_as_it_will_be(planned: PlannedTensor) -> StoredTensor | None:
-    """Return what is stored, if its bytes are those of the tensor: most are, and there may be tens of thousands."""
-    source = planned.sources[0]
-    stored = source.tensor
-    if type(stored) is not StoredTensor or len(planned.sources) > 1 or source.region or source.transposed:
-        return None
-    is_same = isinstance(planned.format, Plain) and planned.format.dtype == stored.dtype
-    return stored if is_same and stored.nbytes else None
 
 
 def _read_home(planned: PlannedTensor, stored: StoredTensor, finish: Callable[[LoadedTensor], object]) -> ReadTask:
@@ -145,11 +136,7 @@ def _read_home(planned: PlannedTensor, stored: StoredTensor, finish: Callable[[L
         if not missing:
             finish(values)
 
-    return ReadTask(stored, planned.device, _not_taken, values.view(-1).view(torch.uint8), arrived=arrived)
-
-
-def _not_taken(values: torch.Tensor, begin: int) -> None:
-    """Do nothing: what has a home is read there."""
+    return ReadTask(stored, planned.device, not_taken, values.view(-1).view(torch.uint8), arrived=arrived)
 
 
 def _synchronize(plan: Plan) -> None:
