@@ -7,10 +7,9 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
-
 from ..errors import CheckpointError, listed
 from .checkpoint import Checkpoint
+from .scaled.fp8 import FLOAT8
 
 # Method -> the ends of names that its checkpoints hold, all of them. More particular ones come first.
 _PARTS: dict[str, tuple[str, ...]] = {
@@ -30,7 +29,6 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "VPTQ": (".centroids", ".indices"),
     "ExLlamaV2": (".q_weight", ".q_scale"),
 }
-_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 # Files beside the weights that say how they were quantized, and the path to the name of the method in them.
 _CONFIGS = (
     ("config.json", ("quantization_config", "quant_method")),
@@ -50,7 +48,7 @@ def foreign_error(checkpoint: Checkpoint, spare: Iterable[str]) -> CheckpointErr
     """
     keys = list(spare)
     found = next((method for method, ends in _PARTS.items() if all(any(map(_ends(e), keys)) for e in ends)), None)
-    in_fp8 = [tensor for tensor in checkpoint.tensors.values() if tensor.dtype in _FLOAT8]
+    in_fp8 = [tensor for tensor in checkpoint.tensors.values() if tensor.dtype in FLOAT8]
     said = _said(checkpoint.location.parent)
     if found is None and in_fp8 and said:
         found = "FP8"

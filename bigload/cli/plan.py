@@ -156,6 +156,7 @@ class _Planner:
         Returns:
             A config, or `...` for the checkpoint's own.
         """
+        from ..checkpoint.scaled.stated import READ_METHODS
         from ..config import as_config
 
         if self._weights is not None:
@@ -166,7 +167,7 @@ class _Planner:
         method = said.get("quant_method", "bitsandbytes")
         if method == "bitsandbytes":
             return as_config(said)
-        if method not in ("fp8", "fbgemm_fp8", "mxfp4"):  # which are loaded as if they were in 16 bit
+        if method not in READ_METHODS:  # which are loaded as if they were in 16 bit
             logger.warning(
                 "the weights are quantized with %s, says config.json: this plans them as if they were not", method
             )

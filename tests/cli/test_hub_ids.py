@@ -99,6 +99,16 @@ def test_plan_of_a_quantized_repository_takes_its_config_at_its_word(hub, capsys
     assert capsys.readouterr().out.startswith("In int8 the model fits")
 
 
+@pytest.mark.parametrize(("method", "is_read"), [("fp8", True), ("fbgemm_fp8", True), ("mxfp4", True), ("gptq", False)])
+def test_plan_of_a_config_alone_warns_of_methods_that_are_not_read(tmp_path, capsys, method, is_read):
+    llama(False).config.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    said = {"quantization_config": {"quant_method": method}}
+    (tmp_path / "config.json").write_text(json.dumps(config | said))
+    assert main(["plan", str(tmp_path / "config.json"), "--max-memory", "0=1GiB"]) == 0
+    assert ("plans them as if they were not" in capsys.readouterr().err) != is_read
+
+
 def test_weights_that_are_not_all_here_yet_do_not_hinder_a_plan(hub, capsys):
     snapshot = hub._snapshot("org/tiny", None)
     snapshot.mkdir(parents=True)

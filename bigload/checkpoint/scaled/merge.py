@@ -10,7 +10,7 @@ import torch
 from ...errors import CheckpointError, listed
 from ...io.tensors import StoredTensor
 from . import fp8, int8, mxfp4
-from .stated import Stated, stated
+from .stated import READ_METHODS, Stated, stated
 from .tensor import ScaledTensor
 
 # What the names of scales end with, after the weight's.
@@ -31,9 +31,11 @@ def merge_scaled(tensors: Mapping[str, StoredTensor], folder: Path, *, is_folder
         CheckpointError: scales are missing or do not fit, or the config contradicts the weights.
     """
     said = stated(folder)
-    made = {name: tensor for name in tensors if (tensor := _joined(name, tensors, said)) is not None}
-    _require_scales(tensors, made, said)
-    is_plain = all(tensor.dtype.itemsize > 1 for tensor in tensors.values() if len(tensor.shape) > 1)
+    # Numbers and scales: of a plain checkpoint, which may have tens of thousands of tensors, there are none.
+    parts = {n: t for n, t in tensors.items() if t.dtype.itemsize == 1 or n.endswith((*_ENDS, mxfp4.SCALES))}
+    made = {name: tensor for name in parts if (tensor := _joined(name, tensors, said)) is not None}
+    _require_scales(parts, tensors, made, said)
+    is_plain = all(tensor.dtype.itemsize > 1 for tensor in parts.values() if len(tensor.shape) > 1)
     _require_as_stated(made, said, folder, may_be_dequantized=is_folder and is_plain)
     if not made:
         return dict(tensors)
@@ -63,17 +65,23 @@ def _joined(name: str, tensors: Mapping[str, StoredTensor], said: Stated) -> Sca
     return fp8.fp8_tensor(name, tensor, end, tensors[name + end], said)
 
 
-def _require_scales(tensors: Mapping[str, StoredTensor], made: Mapping[str, ScaledTensor], said: Stated) -> None:
+def _require_scales(
+    parts: Mapping[str, StoredTensor],
+    tensors: Mapping[str, StoredTensor],
+    made: Mapping[str, ScaledTensor],
+    said: Stated,
+) -> None:
+    """Refuse numbers without scales, and scales without numbers."""
     if made or said.method in fp8.METHODS:
         lacking = [
             f"{name}{_ENDS[0] if said.method == 'fp8' else _ENDS[1]}"
-            for name, tensor in tensors.items()
+            for name, tensor in parts.items()
             if tensor.dtype in fp8.FLOAT8 and name not in made and not name.endswith((*_ENDS, "_scale_2"))
         ]
         if lacking and not any(name.endswith("_scale_2") for name in tensors):
             raise _lacking(lacking, "fp8")
     end = _ENDS[0]
-    alone = [name for name in tensors if name.endswith(f"weight{end}") and name.removesuffix(end) not in made]
+    alone = [name for name in parts if name.endswith(f"weight{end}") and name.removesuffix(end) not in made]
     if alone:
         weight = tensors.get(alone[0].removesuffix(end))
         found = "is not there" if weight is None else f"is stored as {weight.dtype}"
@@ -83,7 +91,7 @@ def _require_scales(tensors: Mapping[str, StoredTensor], made: Mapping[str, Scal
         )
     alone = [
         name
-        for name in tensors
+        for name in parts
         if name.endswith(mxfp4.SCALES)
         and said.method in mxfp4.METHODS
         and name.removesuffix(mxfp4.SCALES) + mxfp4.BLOCKS not in tensors
@@ -111,7 +119,7 @@ def _require_as_stated(
                 f"'{folder / said.file}' says that the weights are quantized by '{said.method}', but '{tensor.name}' "
                 f"is stored as {tensor.kind}: take config.json from the original checkpoint"
             )
-    if not made and may_be_dequantized and said.method in ("fp8", "fbgemm_fp8", "mxfp4"):
+    if not made and may_be_dequantized and said.method in READ_METHODS:
         raise CheckpointError(
             f"'{folder / said.file}' says that the weights are quantized by '{said.method}', but no weight there is "
             "stored so: if they have been dequantized, remove quantization_config from config.json"

@@ -10,8 +10,10 @@ from typing import Any
 
 from ...errors import CheckpointError
 
-# Files beside the weights, and where in them the quantization is.
-_FILES = (("config.json", "quantization_config"), ("config.json", "compression_config"))
+# Beside the weights, and where in it the quantization is.
+_CONFIG, _FIELDS = "config.json", ("quantization_config", "compression_config")
+# Methods of transformers whose weights are all read, from their numbers and scales.
+READ_METHODS = ("fp8", "fbgemm_fp8", "mxfp4")
 _MODELOPT = ("hf_quant_config.json", "quantization")
 # Files that say nothing but how another method quantized the weights.
 OF_OTHER_METHODS = (_MODELOPT[0],)
@@ -38,11 +40,10 @@ def stated(folder: Path) -> Stated:
     Raises:
         CheckpointError: it names blocks of a size that no weight can have.
     """
-    for file, field in _FILES:
-        said = _read(folder / file).get(field)
+    config = _read(folder / _CONFIG)
+    for said in map(config.get, _FIELDS):
         if isinstance(said, Mapping) and isinstance(said.get("quant_method"), str):
-            method = said["quant_method"]
-            return Stated(method, file, _block(said, folder / file))
+            return Stated(said["quant_method"], _CONFIG, _block(said, folder / _CONFIG))
     said = _read(folder / _MODELOPT[0]).get(_MODELOPT[1])
     return Stated("modelopt", _MODELOPT[0]) if isinstance(said, Mapping) and said.get("quant_algo") else Stated()
 
@@ -52,8 +53,8 @@ def write_without_quantization(source: Path, target: Path) -> None:
 
     Does nothing if it says nothing of that.
     """
-    said, path = _read(source / _FILES[0][0]), target / _FILES[0][0]
-    kept = {name: value for name, value in said.items() if name not in {field for _, field in _FILES}}
+    said, path = _read(source / _CONFIG), target / _CONFIG
+    kept = {name: value for name, value in said.items() if name not in _FIELDS}
     if len(kept) < len(said) and not path.exists():
         path.write_text(json.dumps(kept, indent=2) + "\n")
 

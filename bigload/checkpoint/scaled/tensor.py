@@ -57,7 +57,8 @@ class ScaledTensor(LazyTensor):
         """Return each matrix of a weight with three dimensions, (E, rows, columns)."""
         count, *shape = self.shape
         pairs = zip(_divided(self.numbers, count), _divided(self.scales, count), strict=True)
-        return [_scaled(self.name, self.kind, n, s, tuple(shape), self.block, self.rank) for n, s in pairs]
+        whole = self.name, self.kind
+        return [scaled_tensor(*whole, n, s, tuple(shape), self.block, rank=self.rank) for n, s in pairs]
 
 
 def scaled_tensor(
@@ -68,24 +69,27 @@ def scaled_tensor(
     shape: tuple[int, ...],
     block: tuple[int, int],
     *,
+    rank: int | None = None,
     is_turned: bool = False,
 ) -> ScaledTensor:
-    """Return a weight of its stored numbers and scales, which fit together; see `ScaledTensor`."""
-    return replace(_scaled(name, kind, numbers, scales, shape, block, numbers.offset), is_turned=is_turned)
+    """Return a weight of its stored numbers and scales, which fit together; see `ScaledTensor`.
 
-
-def _scaled(
-    name: str,
-    kind: str,
-    numbers: StoredTensor,
-    scales: StoredTensor,
-    shape: tuple[int, ...],
-    block: tuple[int, int],
-    rank: int,
-) -> ScaledTensor:
-    nbytes, load = numbers.nbytes + scales.nbytes, functools.partial(_values, name, numbers, scales, shape, block)
+    By default its rank is the offset of its numbers.
+    """
     return ScaledTensor(
-        name, numbers.file, torch.float32, shape, numbers.offset, nbytes, load, kind, numbers, scales, block, rank
+        name,
+        numbers.file,
+        torch.float32,
+        shape,
+        numbers.offset,
+        numbers.nbytes + scales.nbytes,
+        functools.partial(_values, name, numbers, scales, shape, block),
+        kind,
+        numbers,
+        scales,
+        block,
+        numbers.offset if rank is None else rank,
+        is_turned,
     )
 
 
