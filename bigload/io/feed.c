@@ -38,8 +38,8 @@ typedef struct { const feed_functions *device; void *context, *copy_stream, *wor
 /* file: a descriptor; target: an address on the lane of the batch. */
 typedef struct { int64_t file, offset, nbytes, target, batch; } feed_span;
 
-/* after: the last batch that had any of its memory, of the same lane; -1 for none. The times are written here. */
-typedef struct { int64_t lane, after, begun_ns, complete_ns; } feed_batch;
+/* after: the last batch that had any of its memory, of the same lane; -1 for none. begun_ns is written here. */
+typedef struct { int64_t lane, after, begun_ns; } feed_batch;
 
 typedef struct {
     const feed_lane *lanes; int64_t lane_count;
@@ -175,7 +175,6 @@ static int arrive(feed *f, int64_t number, int64_t nbytes) {
         if (lane->device) code = lane->device->event_create(&b->event, NO_TIMING);
         if (lane->device && !code) code = lane->device->event_record(b->event, lane->copy_stream);
         b->is_complete = !code;
-        f->order.batches[number].complete_ns = now_ns();
         int64_t before = f->state.complete;
         while (f->state.complete < f->order.batch_count && f->batches[f->state.complete].is_complete)
             f->state.complete++;

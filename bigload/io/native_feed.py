@@ -135,7 +135,7 @@ class NativeFeed(Feed):
             spans[at] = self._descriptors[spans[at]]
         numbers = {device: number for number, device in enumerate(devices)}
         for batch in program.batches:
-            batches.extend((numbers[batch.device], -1 if batch.after is None else batch.after.number, 0, 0))
+            batches.extend((numbers[batch.device], -1 if batch.after is None else batch.after.number, 0))
         self._keep, self._times = (lanes, spans, batches), batches
         at_once, slots, threads = _READ_BYTES, 0, self._resources.threads
         if ring is not None:
@@ -184,7 +184,7 @@ class NativeFeed(Feed):
             raise RuntimeError(f"a GPU failed: {_name_of(code)}")
 
     def begun(self, batch: Batch) -> float:
-        return self._times[4 * batch.number + 2] / 1e9
+        return self._times[3 * batch.number + 2] / 1e9
 
     def _stop(self) -> bool:
         if self._feed and self._library.end(self._feed, int(1000 * feed.END_S)):

@@ -59,7 +59,7 @@ static int try(const char *path, unsigned seed, int64_t thread_count, int64_t sl
     feed_batch *batches = calloc((size_t)batch_count, sizeof *batches);
     int64_t span_count = 0;
     for (int64_t i = 0; i < batch_count; i++) {
-        batches[i] = (feed_batch){i % LANES, i < LANES * LIVE ? -1 : i - LANES * LIVE, 0, 0};
+        batches[i] = (feed_batch){i % LANES, i < LANES * LIVE ? -1 : i - LANES * LIVE, 0};
         int64_t at = (i % LANES * LIVE + i / LANES % LIVE) * size;
         for (int64_t begin = 0; begin < size;) {
             int64_t count = 1 + rand_r(&seed) % 9000;
