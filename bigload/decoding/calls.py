@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..hardware.nested_tensors import map_tensors
+from ..hardware.nested_tensors import map_tensors, of_class
 
 _SIMPLE = (int, float, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size, Enum)
 # Arguments that hold the new tokens, by transformers' names.
@@ -76,10 +76,6 @@ def is_state(value: Any) -> bool:
     return hasattr(value, "__dict__")
 
 
-def _sequence(like: Any, items: list[Any]) -> Any:
-    return type(like)(*items) if hasattr(like, "_fields") else type(like)(items)
-
-
 def first_difference(key: tuple[Any, ...], other: tuple[Any, ...]) -> str:
     """Name the first argument in which two calls differ."""
     for one, two in zip(key, other, strict=False):
@@ -119,7 +115,7 @@ def output_maker(output: Any, call: Call, static: list[torch.Tensor]) -> Callabl
     if isinstance(output, (tuple, list)):
         items = [output_maker(each, call, static) for each in output]
         like = type(output)() if type(output) in (tuple, list) else output
-        return lambda now: _sequence(like, [make(now) for make in items])
+        return lambda now: of_class(like, [make(now) for make in items])
     if isinstance(output, dict):
         named = {name: output_maker(each, call, static) for name, each in output.items()}
         cls: Any = type(output) if dataclasses.is_dataclass(output) or type(output) is dict else None

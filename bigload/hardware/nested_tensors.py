@@ -66,7 +66,7 @@ def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> A
     if type(value) in (list, tuple):
         return type(value)(map_tensors(inner, change) for inner in value)
     if isinstance(value, (list, tuple)):
-        return _of_class(value, [map_tensors(inner, change) for inner in value])
+        return of_class(value, [map_tensors(inner, change) for inner in value])
     if _is_table(value):
         return with_values(value, {key: map_tensors(inner, change) for key, inner in value.items()})
     return value
@@ -77,7 +77,7 @@ def _is_table(value: Any) -> bool:
     return isinstance(value, dict) or UserDict in type(value).__mro__
 
 
-def _of_class(old: Any, items: list[Any]) -> Any:
+def of_class(old: Any, items: list[Any]) -> Any:
     """Make a list or tuple of the class of another one: a named tuple, what `max(dim=0)` returns, one of others."""
     if isinstance(old, list):
         made = copy.copy(old)
