@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,12 +139,8 @@ def _add_profile(parser: argparse.ArgumentParser) -> None:
 def _profile(options: argparse.Namespace) -> None:
     from .profiles import measure_profile
 
-    result: dict[str, Any] = {}
-    for result in measure_profile(
-        options.folder, options.modes, _device(options.device), options.loads, options.commit
-    ):
-        print(json.dumps(result["rows"][-1]), file=sys.stderr, flush=True)
-    _give(result, options.out)
+    measured = measure_profile(options.folder, options.modes, _device(options.device), options.loads, options.commit)
+    _give_as_it_grows(measured, options.out)
 
 
 def _add_quantize(parser: argparse.ArgumentParser) -> None:
@@ -163,6 +159,17 @@ def _quantize(options: argparse.Namespace) -> None:
     scratch = options.scratch or options.folder.absolute().parent
     result = measure_quantizing(options.folder, options.mode, _device(options.device), scratch, options.commit)
     _give(result, options.out)
+
+
+def _give_as_it_grows(results: Iterable[Mapping[str, Any]], out: Path | None) -> None:
+    """Show each row as it comes, and give what there is: a run that is cut keeps it."""
+    result: Mapping[str, Any] = {}
+    for result in results:
+        print(json.dumps(result["rows"][-1]), file=sys.stderr, flush=True)
+        if out is not None:
+            _give(result, out)
+    if out is None:
+        _give(result, None)
 
 
 def _give(result: Mapping[str, Any], out: Path | None) -> None:
@@ -192,13 +199,8 @@ def _offload(options: argparse.Namespace) -> None:
 
     parts = [text.split(":") for text in options.cases or ()]
     cases = [Case(peer, mode, int(blocks), *more) for peer, mode, blocks, *more in parts] or list(CASES)
-    result: dict[str, Any] = {}
-    for result in measure_offload(options.folder, cases, _device(options.device), options.commit):
-        print(json.dumps(result["rows"][-1]), file=sys.stderr, flush=True)
-        if options.out is not None:
-            _give(result, options.out)
-    if options.out is None:
-        _give(result, None)
+    measured = measure_offload(options.folder, cases, _device(options.device), options.commit)
+    _give_as_it_grows(measured, options.out)
 
 
 def _add_decode(parser: argparse.ArgumentParser) -> None:
@@ -234,14 +236,8 @@ def _decode(options: argparse.Namespace) -> None:
     from .decode import cases_of, measure_decode
 
     cases = cases_of(options.sizes, options.modes, options.batches, options.offloaded, options.cached, options.peers)
-    result: dict[str, Any] = {}
     how = options.generated, options.long, options.seconds
-    for result in measure_decode(cases, _device(options.device), options.commit, *how):
-        print(json.dumps(result["rows"][-1]), file=sys.stderr, flush=True)
-        if options.out is not None:
-            _give(result, options.out)
-    if options.out is None:
-        _give(result, None)
+    _give_as_it_grows(measure_decode(cases, _device(options.device), options.commit, *how), options.out)
 
 
 def _add_spread(parser: argparse.ArgumentParser) -> None:
@@ -261,10 +257,7 @@ def _spread(options: argparse.Namespace) -> None:
     if any(torch.device(device).type == "cuda" for device in options.devices or ()) and not torch.cuda.is_available():
         raise SystemExit("this machine has no GPU")
     devices = options.devices or [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
-    result: dict[str, Any] = {}
-    for result in measure_spread(options.folder, devices, options.mode, options.commit):
-        print(json.dumps(result["rows"][-1]), file=sys.stderr, flush=True)
-    _give(result, options.out)
+    _give_as_it_grows(measure_spread(options.folder, devices, options.mode, options.commit), options.out)
 
 
 def _add_experts(parser: argparse.ArgumentParser) -> None:
