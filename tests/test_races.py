@@ -11,6 +11,7 @@ import pytest
 import torch
 from checkpoints import empty, save
 from comparisons import assert_same_bits
+from executors import EXECUTORS, read_by
 from failures import fail_at
 from references import parts_of_4bit, quantize_as_bitsandbytes
 from safetensors.torch import load_file
@@ -18,8 +19,6 @@ from torch import nn
 
 from bigload import BnbQuantizationConfig, load_and_quantize_model, release_buffers
 from bigload.io import native_feed, threaded_feed, transfer
-from bigload.io.native_feed import NativeFeed
-from bigload.io.threaded_feed import ThreadedFeed
 from bigload.quantization.quantizer import Quantizer
 
 pytestmark = pytest.mark.cuda
@@ -47,7 +46,7 @@ class Stack(nn.Module):
         return self.head(x)
 
 
-@pytest.fixture(autouse=True, params=[NativeFeed, ThreadedFeed])
+@pytest.fixture(autouse=True, params=EXECUTORS)
 def executor(monkeypatch, request):
     """Each way to read, with a ring of 2 MiB and a window of 9: all of it is used many times in one load."""
     release_buffers()
@@ -55,10 +54,7 @@ def executor(monkeypatch, request):
     monkeypatch.setattr(transfer, "_BATCH_BYTES", 3 * 2**20)
     for room in (native_feed, threaded_feed):
         monkeypatch.setattr(room, "_READ_BYTES", 2**18)
-    if request.param is ThreadedFeed:
-        monkeypatch.setattr(transfer, "library", lambda: None)
-    elif native_feed.library() is None:
-        pytest.skip("installed without a compiler")
+    read_by(monkeypatch, request.param)
     yield
     torch.cuda.synchronize()
     release_buffers()
@@ -149,13 +145,13 @@ def lane_of(feed):
 
 
 def slow_copies(monkeypatch, chance=0.3, **options):
-    for executor in (NativeFeed, ThreadedFeed):
+    for executor in EXECUTORS.values():
         for name in ("take", "done"):
             slowed(monkeypatch, executor, name, lambda feed: lane_of(feed).copies, chance, **options)
 
 
 def slow_work(monkeypatch, chance=0.3, **options):
-    for executor in (NativeFeed, ThreadedFeed):
+    for executor in EXECUTORS.values():
         slowed(monkeypatch, executor, "take", lambda feed: lane_of(feed).work, chance, **options)
     slowed(monkeypatch, Quantizer, "add", lambda quantizer: torch.cuda.current_stream(GPU), chance, **options)
 
@@ -322,8 +318,8 @@ def test_load_that_is_stopped_writes_nothing_afterwards(folder, expected, monkey
     slow_copies(monkeypatch, chance=1.0)
     for stopped_at in (1, 2, 5, 12):
         with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-            fail_at(patch, NativeFeed, "done", stopped_at, KeyboardInterrupt())
-            fail_at(patch, ThreadedFeed, "done", stopped_at, KeyboardInterrupt())
+            for each in EXECUTORS.values():
+                fail_at(patch, each, "done", stopped_at, KeyboardInterrupt())
             load(folder, mode)
         gc.collect()
         stream = torch.cuda.current_stream(GPU)

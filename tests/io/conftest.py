@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from executors import EXECUTORS, read_by
 from late_gpu import late_gpu  # noqa: F401
 from resources import open_and_running
 
@@ -18,14 +19,10 @@ def nothing_left():
     assert not open_and_running() - before
 
 
-@pytest.fixture(params=["native", "threads"])
+@pytest.fixture(params=EXECUTORS)
 def executor(monkeypatch, request):
-    """Read by `feed.c`, or by threads of Python's."""
-    if request.param == "threads":
-        monkeypatch.setattr(transfer, "library", lambda: None)
-    elif native_feed.library() is None:
-        pytest.skip("installed without a compiler")
-    return request.param
+    """Read by `feed.c`, or by threads of Python's; gives the class that does."""
+    return read_by(monkeypatch, request.param)
 
 
 @pytest.fixture
@@ -47,4 +44,4 @@ def tiny(small_reads, executor):
 @pytest.fixture
 def tiny_threads(monkeypatch, small_reads):
     """The same, always by threads of Python's, whose calls can be watched."""
-    monkeypatch.setattr(transfer, "library", lambda: None)
+    read_by(monkeypatch, "threads")

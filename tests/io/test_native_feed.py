@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from bigload.checkpoint.checkpoint import open_checkpoint
-from bigload.io import feed, native_feed, threaded_feed, transfer
+from bigload.io import feed, native_feed, transfer
 from bigload.io.program import ReadTask
 
 ROOT = Path(__file__).parent.parent.parent
@@ -91,12 +91,7 @@ def test_a_file_system_that_hangs_is_left_alone(entry, tiny_threads, monkeypatch
     assert torch.equal(read_home(entry), torch.arange(20_000, dtype=torch.float32))
 
 
-@pytest.mark.parametrize("kind", [native_feed.NativeFeed, threaded_feed.ThreadedFeed])
-def test_ctrl_c_ends_the_wait_for_a_gpu_that_hangs(entry, late_gpu, small_reads, monkeypatch, caplog, kind):
-    if kind is threaded_feed.ThreadedFeed:
-        monkeypatch.setattr(transfer, "library", lambda: None)
-    elif native_feed.library() is None:
-        pytest.skip("installed without a compiler")
+def test_ctrl_c_ends_the_wait_for_a_gpu_that_hangs(entry, late_gpu, small_reads, monkeypatch, caplog, executor):
     monkeypatch.setattr(feed, "END_S", 0.2)
     late_gpu.hang()
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))

@@ -475,33 +475,25 @@ def test_load_with_memory_that_cannot_be_pinned_is_right(gpu, tmp_path, monkeypa
     assert [record.levelname for record in caplog.records if "pinned" in record.message] == ["WARNING"]
 
 
-@pytest.mark.parametrize("executor", ["native", "threads"])
 def test_ring_that_is_still_written_to_is_not_kept_for_the_next_load(tmp_path, monkeypatch, late_gpu, executor):
     """A second Ctrl-C ends the wait for threads that hang on a slow disk: what they write must reach no other load."""
     from safetensors.torch import save_file
 
     from bigload.checkpoint.checkpoint import open_checkpoint
     from bigload.io import transfer
-    from bigload.io.native_feed import NativeFeed, library
     from bigload.io.program import ReadTask
-    from bigload.io.threaded_feed import ThreadedFeed
 
-    if executor == "threads":
-        monkeypatch.setattr(transfer, "library", lambda: None)
-    elif library() is None:
-        pytest.skip("installed without a compiler")
     save_file({"w": torch.randn(1000)}, tmp_path / "w.safetensors")
     entry = open_checkpoint(tmp_path / "w.safetensors").tensors["w"]
     rings = []
-    kind = ThreadedFeed if executor == "threads" else NativeFeed
-    stop = kind._stop
+    stop = executor._stop
 
     def interrupted_again(self):
         rings.append(self._resources.ring)
         stop(self)
         raise KeyboardInterrupt  # as if the wait had been cut short
 
-    monkeypatch.setattr(kind, "_stop", interrupted_again)
+    monkeypatch.setattr(executor, "_stop", interrupted_again)
     with pytest.raises(KeyboardInterrupt):
         transfer.read_all([ReadTask(entry, torch.device("cpu"), lambda values, begin: None)])
     assert not rings[0].is_quiet
