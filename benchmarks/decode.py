@@ -106,12 +106,16 @@ class _Loaded:
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._key, self._model = device, None, None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None  # of what is offloaded to the disk
         self.load_s = 0.0
 
     def forget(self) -> None:
         """Free it."""
         self._key = self._model = None
         gc.collect()
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -121,20 +125,19 @@ class _Loaded:
         if key != self._key:
             self.forget()
             begun = time.perf_counter()
-            self._model = _load(case, self._device)
+            self._folder = tempfile.TemporaryDirectory()
+            self._model = _load(case, self._device, self._folder.name)
             self.load_s = time.perf_counter() - begun
             self._key = key
         return self._model
 
 
-def _load(case: Case, device: torch.device) -> Any:
-    from .offloaded_models import _BESIDE, SHAPES, TINY, _Model
+def _load(case: Case, device: torch.device, folder: str) -> Any:
+    from .offloaded_models import mixture_of
 
-    folder = tempfile.mkdtemp()
     if case.size not in LLAMAS:
-        mixture = _Model(case.size, (SHAPES | TINY)[case.size], _BESIDE[case.size][1], device)
         way = "resident" if case.offloaded is None else f"{case.offloaded}% cached"
-        return mixture.load(way, folder)
+        return mixture_of(case.size, device).load(way, folder)
     model = _llama(case.size, device)
     config: Any = BnbQuantizationConfig(load_in_4bit=True, skip_modules=["*"], bnb_4bit_compute_dtype="auto")
     if case.mode != "none":
@@ -216,10 +219,9 @@ class _Run:
         how |= {} if way == "dynamic" else {"cache_implementation": "static"}
         how |= {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
         how |= {"attention_mask": torch.ones_like(self._prompt)}
-        if self._device.type != "cuda":
-            return self.model.generate(self._prompt, **how)
         out = self.model.generate(self._prompt, **how)
-        torch.cuda.synchronize(self._device)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         return out
 
     def row(self, way: str, capture: Any = None, *, compiles: bool = False) -> tuple[dict[str, Any], Any]:

@@ -75,7 +75,7 @@ def measure_models(
     where = torch.device(device)
     link = link_gb_per_s(where) if where.type == "cuda" else None
     for name in shapes:
-        model = _Model(name, (SHAPES | TINY)[name], layers or _BESIDE[name][1], where)
+        model = mixture_of(name, where, layers)
         resident: dict[str, Any] = {}
         ways = ["resident", "whole blocks", *_CACHED.get(name, CACHED), "25% cached, on disk"]
         for way in [*ways, BY_CPU] if where.type == "cuda" else ways:
@@ -90,7 +90,12 @@ def measure_models(
                 torch.cuda.empty_cache()
 
 
-class _Model:
+def mixture_of(name: str, device: torch.device, layers: int | None = None) -> Mixture:
+    """Return what makes a mixture by its name, with as many layers as it has, unless said otherwise."""
+    return Mixture(name, (SHAPES | TINY)[name], layers or _BESIDE[name][1], device)
+
+
+class Mixture:
     """Makes a mixture anew for each way, always the same."""
 
     def __init__(self, name: str, shape: Shape, layers: int, device: torch.device) -> None:
@@ -183,7 +188,7 @@ class _Router:
 
 
 def _measured(
-    model: _Model, way: str, lengths: Lengths, link: float | None, resident: dict[str, Any]
+    model: Mixture, way: str, lengths: Lengths, link: float | None, resident: dict[str, Any]
 ) -> dict[str, Any]:
     """Load the model in a way and measure it; what the resident one computes is kept in `resident`."""
     device = model.device
