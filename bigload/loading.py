@@ -162,8 +162,7 @@ def load_and_quantize_model(
         view = ModelView(model)
         if "offload" in vars(model):
             require_not_offloaded(model)
-        if request.checkpoint is not None:
-            _begin_to_pin(device_map)  # while the plan is made
+        _begin_to_pin(request)  # while the plan is made
         plan = plan_load(view, request)
         timeline = Timeline(begun)
         timeline.add("plan", CPU, begun)
@@ -172,7 +171,8 @@ def load_and_quantize_model(
         peaks = PeakMemory(plan.device_bytes, plan.held_bytes)
         bar, assembly = progress_bar(plan.source_bytes, "loading", progress), Assembly(view, plan)
         with bar, _offload_targets(plan, request.placement) as targets:
-            execute(plan, on_bytes=bar.update, on_loaded=assembly.add, targets=targets, timeline=timeline)
+            steps: Any = {"on_bytes": bar.update, "on_loaded": assembly.add, "meanwhile": assembly.prepare}
+            execute(plan, **steps, targets=targets, timeline=timeline)
             model = assembly.commit(lambda made: _set_to_run(made, plan, request.placement.offload, targets))
     model.load_report = _report(request, plan, timeline, peaks, targets)  # type: ignore[assignment]
     logger.info("%s", model.load_report)
@@ -228,9 +228,11 @@ def _set_to_run(model: nn.Module, plan: Plan, offload: OffloadConfig, targets: O
         raise
 
 
-def _begin_to_pin(device_map: DeviceMap) -> None:
+def _begin_to_pin(request: LoadRequest) -> None:
+    if request.checkpoint is None:
+        return
     with suppress(PlacementError):  # raised later, when the map is resolved
-        gpus = [device for device in named_devices(device_map) if device.type == "cuda"]
+        gpus = [device for device in named_devices(request.placement.device_map) if device.type == "cuda"]
         if gpus:
             pin_ahead(gpus[0])
 

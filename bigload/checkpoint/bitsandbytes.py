@@ -8,6 +8,7 @@ the other fields as JSON in a tensor of bytes, `w.quant_state.bitsandbytes__nf4`
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Mapping
@@ -139,32 +140,43 @@ def _four_bit(name: str, match: re.Match[str], tensors: Mapping[str, StoredTenso
 
 
 def _read_state(name: str, match: re.Match[str], blob: StoredTensor) -> _QuantState:
-    def wrong(what: str) -> CheckpointError:
-        return CheckpointError(f"the quant_state of '{name}' in '{blob.file}' is damaged: {what}")
-
-    if blob.dtype != torch.uint8:
-        raise wrong(f"it is stored as {blob.dtype}, not as bytes")
     try:
-        state = json.loads(bytes(read_whole(blob).numpy()))
+        if blob.dtype != torch.uint8:
+            raise ValueError(f"it is stored as {blob.dtype}, not as bytes")
+        return _parsed(bytes(read_whole(blob).numpy()), match[2])
+    except ValueError as error:
+        raise CheckpointError(f"the quant_state of '{name}' in '{blob.file}' is damaged: {error}") from error
+
+
+@functools.lru_cache(maxsize=256)
+def _parsed(raw: bytes, quant_type: str) -> _QuantState:
+    """Read the JSON of a 4-bit weight's fields, which layers of one shape share to the letter.
+
+    Raises:
+        ValueError: it says what cannot be.
+    """
+    try:
+        state = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise wrong(f"it is not JSON: {error}") from error
+        raise ValueError(f"it is not JSON: {error}") from error
     if not isinstance(state, dict):
-        raise wrong(f"expected an object, found {state!r}")
+        raise ValueError(f"expected an object, found {state!r}")
     blocksize, shape, dtype = state.get("blocksize"), state.get("shape"), state.get("dtype")
-    if state.get("quant_type") != match[2]:
-        raise wrong(f"quant_type is {state.get('quant_type')!r}, its name says '{match[2]}'")
+    if state.get("quant_type") != quant_type:
+        raise ValueError(f"quant_type is {state.get('quant_type')!r}, its name says '{quant_type}'")
     if type(blocksize) is not int or blocksize not in BLOCKSIZES:
-        raise wrong(f"blocksize is {blocksize!r}")
+        raise ValueError(f"blocksize is {blocksize!r}")
     if not isinstance(shape, list) or not all(isinstance(size, int) and size >= 0 for size in shape):
-        raise wrong(f"shape is {shape!r}")
+        raise ValueError(f"shape is {shape!r}")
     if not isinstance(dtype, str) or dtype not in FLOATS:
-        raise wrong(f"dtype is {dtype!r}, none of {', '.join(FLOATS)}")
+        raise ValueError(f"dtype is {dtype!r}, none of {', '.join(FLOATS)}")
     nested = "nested_blocksize" in state
     offset = state.get("nested_offset") if nested else 0.0
     if nested and (state["nested_blocksize"] != NESTED_BLOCKSIZE or state.get("nested_dtype") != "float32"):
-        raise wrong(f"nested scales are in blocks of {state['nested_blocksize']!r} as {state.get('nested_dtype')!r}")
+        nested_dtype = state.get("nested_dtype")
+        raise ValueError(f"nested scales are in blocks of {state['nested_blocksize']!r} as {nested_dtype!r}")
     if not isinstance(offset, (int, float)) or not abs(offset) <= torch.finfo(torch.float32).max:
-        raise wrong(f"nested_offset is {offset!r}")
+        raise ValueError(f"nested_offset is {offset!r}")
     return _QuantState(blocksize, tuple(shape), FLOATS[dtype], nested, float(offset))
 
 

@@ -9,6 +9,7 @@ holds the reads back, and the memory in use is bounded.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,7 @@ def read_all(
     tasks: Sequence[ReadTask],
     *,
     on_bytes: Callable[[int], object] = lambda count: None,
+    meanwhile: Callable[[], object] = lambda: None,
     timeline: Timeline | None = None,
 ) -> None:
     """Read tensors, each byte once, and move them to their devices.
@@ -47,12 +49,13 @@ def read_all(
         tasks: in the order of reading.
         on_bytes: called, like the tasks' functions, in the caller's thread, with the number of bytes that have arrived
             since the last call.
+        meanwhile: called once, in the caller's thread, when the first reads are on their way.
         timeline: gets the times of the stages.
 
     Raises:
         CheckpointError: a file cannot be read, or ends before a tensor does.
     """
-    timeline = timeline or Timeline()
+    timeline, meanwhile = timeline or Timeline(), functools.cache(meanwhile)
     for some in _of_few_files([task for task in tasks if task.tensor.nbytes]):
         devices = dict.fromkeys(task.device for task in some)
         with ExitStack() as stack:
@@ -63,6 +66,7 @@ def read_all(
             feed = _feed(program, Resources(windows, ring, reader_threads(max(1, gpus))))
             try:
                 with feed:
+                    meanwhile()
                     _work(feed, windows, on_bytes, timeline)
             finally:
                 if ring is not None:

@@ -32,18 +32,25 @@ class Assembly:
     """The new layers and tensors of a model: made while the weights load, then put into the model in one step."""
 
     def __init__(self, view: ModelView, plan: Plan) -> None:
-        """Prepare for a plan's weights. The model is not changed before `commit`.
-
-        Raises:
-            ConfigError: something beside its layer holds a weight that is to be quantized.
-        """
+        """Prepare for a plan's weights. The model is not changed before `commit`."""
         self._view, self._plan = view, plan
-        self._held_elsewhere = HeldElsewhere(view, plan)
         self._weights = {f"{path}.weight".lstrip("."): (path, layer) for path, layer in plan.layers.items()}
         self._planned = {planned.tensor.name: planned for planned in plan.tensors}
         self._loaded: dict[str, LoadedTensor] = {}
         self._new_layers: dict[nn.Module, nn.Module] = {}
         self._of_experts = weights_of(plan.experts)
+
+    def prepare(self) -> None:
+        """Do what `commit` would else do first, and what can be done while weights are read: look around in the model.
+
+        Raises:
+            ConfigError: something beside its layer holds a weight that is to be quantized.
+        """
+        _ = self._held_elsewhere
+
+    @cached_property
+    def _held_elsewhere(self) -> HeldElsewhere:
+        return HeldElsewhere(self._view, self._plan)
 
     def add(self, name: str, value: LoadedTensor) -> None:
         """Add a loaded tensor by its first name; if it is the weight of a quantized layer, that layer is made."""

@@ -7,6 +7,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from ..planning.plan import Plan
 from ..planning.planned_tensors import PlannedTensor
 from ..quantization.formats import Plain
 from ..quantization.quantized_weight import QuantizedWeight
-from .sinks import CopySink, QuantizeSink, Sink, StoredPartsSink, gathered_if_needed, numel
+from .sinks import CopySink, QuantizeSink, Sink, StoredPartsSink, gathered_if_needed, numel, stored_weight
 from .transcoding import Transcoder, in_file_order
 
 LoadedTensor = torch.Tensor | QuantizedWeight
@@ -37,6 +38,7 @@ def execute(
     *,
     on_bytes: Callable[[int], object] = lambda count: None,
     on_loaded: Callable[[str, LoadedTensor], object] = lambda name, value: None,
+    meanwhile: Callable[[], object] = lambda: None,
     targets: OffloadTargets | None = None,
     timeline: Timeline | None = None,
 ) -> dict[str, LoadedTensor]:
@@ -46,6 +48,7 @@ def execute(
         plan: what to load, from where, in which format and to which device.
         on_bytes: called with the number of checkpoint bytes that have been loaded since the last call.
         on_loaded: called with each tensor and its first name as soon as it is complete, while others are being read.
+        meanwhile: called once, while the first bytes are read.
         targets: where to put the offloaded tensors.
         timeline: gets the times of reads, copies and the work on values.
 
@@ -64,7 +67,7 @@ def execute(
         for device, nbytes in plan.device_bytes.items():
             reserve(device, nbytes)
         tasks = [task for planned in plan.tensors if planned.sources for task in loader.begin(planned)]
-        read_and_load(tasks, plan, on_bytes=on_bytes, timeline=timeline)
+        read_and_load(tasks, plan, on_bytes=on_bytes, meanwhile=meanwhile, timeline=timeline)
         if any(planned.home is not None for planned in plan.tensors):
             _synchronize(plan)  # the CPU looks at what was copied into host memory
         _require_finite(loader.loaded, plan)
@@ -107,10 +110,10 @@ class _Loader:
         if _is_own_tensor(planned):
             finish(_explain_out_of_memory(functools.partial(_tensor_shortage, planned), _own_tensor)(planned))
             return []
-        stored = None if buffers else planned.stored_as_is
-        if stored is not None and stored.nbytes:  # most are, and there may be tens of thousands: they need no sink
-            return [_read_home(planned, stored, finish)]
-        return read_tasks_for(planned, functools.partial(_make_sink, self._load_dtype, buffers), finish)
+        # Most are stored as they will be, and there may be tens of thousands: those need no sink.
+        homes = [] if buffers else _read_home(planned, finish)
+        make = functools.partial(_make_sink, self._load_dtype, buffers)
+        return homes or read_tasks_for(planned, make, finish)
 
     def _finish(self, planned: PlannedTensor, target: OffloadTargets | None, value: LoadedTensor) -> None:
         self._keep(planned, value if target is None else target.offload(planned, value))
@@ -121,12 +124,20 @@ class _Loader:
         self._on_loaded(name, value)
 
 
-def _read_home(planned: PlannedTensor, stored: StoredTensor, finish: Callable[[LoadedTensor], object]) -> ReadTask:
-    """Return the read of a tensor that is stored as it will be, straight into its memory."""
-    fmt, missing = planned.format, numel(stored)
-    assert isinstance(fmt, Plain)
+def _read_home(planned: PlannedTensor, finish: Callable[[LoadedTensor], object]) -> list[ReadTask]:
+    """Return the reads of a tensor that is stored as it will be, straight into its memory; none for any other."""
+    source, stored = planned.sources[0].tensor, planned.stored_as_is
+    parts: Mapping[str, StoredTensor]
+    make: Callable[[Mapping[str, torch.Tensor]], LoadedTensor]
+    if isinstance(source, QuantizedTensor) and not isinstance(source.parts["weight"], LazyTensor):
+        parts, make = source.parts, functools.partial(stored_weight, source)
+    elif stored is not None:
+        parts, make = {"weight": stored}, itemgetter("weight")
+    else:
+        return []
+    missing = sum(map(numel, parts.values()))
     try:
-        values = allocate(planned.shape, fmt.dtype, planned.device)
+        values = {name: allocate(tuple(part.shape), part.dtype, planned.device) for name, part in parts.items()}
     except torch.OutOfMemoryError as error:
         raise _out_of_memory(_tensor_shortage(planned)) from error
 
@@ -134,9 +145,10 @@ def _read_home(planned: PlannedTensor, stored: StoredTensor, finish: Callable[[L
         nonlocal missing
         missing -= count
         if not missing:
-            finish(values)
+            finish(make(values))
 
-    return ReadTask(stored, planned.device, not_taken, values.view(-1).view(torch.uint8), arrived=arrived)
+    homes = ((part, values[name].view(-1).view(torch.uint8)) for name, part in parts.items() if part.nbytes)
+    return [ReadTask(part, planned.device, not_taken, home, arrived=arrived) for part, home in homes]
 
 
 def _synchronize(plan: Plan) -> None:
@@ -158,6 +170,7 @@ def read_and_load(
     plan: Plan,
     *,
     on_bytes: Callable[[int], object],
+    meanwhile: Callable[[], object] = lambda: None,
     timeline: Timeline | None = None,
 ) -> None:
     """Read the tasks' tensors from files, in file order, then take those that are in memory.
@@ -169,7 +182,7 @@ def read_and_load(
     transcoder = Transcoder()
     tasks = transcoder.reads(tasks)
     ordered = in_file_order([task for task in tasks if not isinstance(task.tensor, LazyTensor)])
-    read = functools.partial(read_all, on_bytes=on_bytes, timeline=timeline)
+    read = functools.partial(read_all, on_bytes=on_bytes, meanwhile=meanwhile, timeline=timeline)
     _explain_out_of_memory(functools.partial(_window_shortage, plan), read)(ordered)
     for task in tasks:
         if isinstance(task.tensor, LazyTensor):

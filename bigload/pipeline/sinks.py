@@ -56,17 +56,21 @@ class StoredPartsSink(Sink):
 
     def __init__(self, stored: QuantizedTensor, parts: Mapping[str, torch.Tensor]) -> None:
         """Fill `parts`, which are named as in the format."""
-        self._stored, self._parts = stored, dict(parts)
+        self._stored, self._parts = stored, parts
 
     def tasks(self) -> list[ReadTask]:
         return [copy_into(self._parts[name], Source(part)) for name, part in self._stored.parts.items()]
 
     def finish(self) -> QuantizedWeight:
-        stored = self._stored
-        if "nested_absmax" in self._parts:  # double quantization, whose offset is stored as a number in JSON
-            device = self._parts["weight"].device
-            self._parts["nested_offset"] = torch.tensor(stored.nested_offset, dtype=torch.float32, device=device)
-        return QuantizedWeight.from_parts(stored.format, stored.shape, stored.dtype, self._parts)
+        return stored_weight(self._stored, self._parts)
+
+
+def stored_weight(stored: QuantizedTensor, parts: Mapping[str, torch.Tensor]) -> QuantizedWeight:
+    """Return a weight that is stored quantized, from its parts in memory, which are named as in its format."""
+    if "nested_absmax" in parts:  # double quantization, whose offset is stored as a number in JSON
+        device = parts["weight"].device
+        parts = {**parts, "nested_offset": torch.tensor(stored.nested_offset, dtype=torch.float32, device=device)}
+    return QuantizedWeight.from_parts(stored.format, stored.shape, stored.dtype, parts)
 
 
 class PieceSink(Sink):

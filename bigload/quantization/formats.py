@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -59,31 +60,37 @@ class FourBit:
     double_quant: bool
     quant_storage: torch.dtype
 
-    def parts(self, shape: Shape) -> dict[str, TensorSpec]:
+    def parts(self, shape: Shape) -> Mapping[str, TensorSpec]:
         """Return the parts of a weight of this shape, by name.
 
         Raises:
             ValueError: the packed bytes are not a whole number of elements of `quant_storage`.
         """
-        numel = math.prod(shape)
-        packed, blocks = (numel + 1) // 2, -(-numel // self.blocksize)
-        if packed % self.quant_storage.itemsize:
-            raise ValueError(f"{packed} packed bytes do not divide into elements of {self.quant_storage}")
-        weight = TensorSpec(self.quant_storage, (packed // self.quant_storage.itemsize, 1))
-        if not self.double_quant:
-            return {"weight": weight, "absmax": TensorSpec(torch.float32, (blocks,)), "quant_map": _table("quant_map")}
-        return {
-            "weight": weight,
-            "absmax": TensorSpec(torch.uint8, (blocks,)),
-            "nested_absmax": TensorSpec(torch.float32, (-(-blocks // NESTED_BLOCKSIZE),)),
-            "nested_offset": TensorSpec(torch.float32, ()),
-            "quant_map": _table("quant_map"),
-            "nested_quant_map": _table("nested_quant_map"),
-        }
+        return _four_bit_parts(self, shape)
 
     def values_per_scale(self, shape: Shape) -> int:
         """Return how many consecutive values share a scale: the blocksize, whatever the shape."""
         return self.blocksize
+
+
+@functools.lru_cache(maxsize=256)
+def _four_bit_parts(fmt: FourBit, shape: Shape) -> Mapping[str, TensorSpec]:
+    # A model has hundreds of layers of few shapes, and a load asks several times for each.
+    numel = math.prod(shape)
+    packed, blocks = (numel + 1) // 2, -(-numel // fmt.blocksize)
+    if packed % fmt.quant_storage.itemsize:
+        raise ValueError(f"{packed} packed bytes do not divide into elements of {fmt.quant_storage}")
+    weight = TensorSpec(fmt.quant_storage, (packed // fmt.quant_storage.itemsize, 1))
+    if not fmt.double_quant:
+        return {"weight": weight, "absmax": TensorSpec(torch.float32, (blocks,)), "quant_map": _table("quant_map")}
+    return {
+        "weight": weight,
+        "absmax": TensorSpec(torch.uint8, (blocks,)),
+        "nested_absmax": TensorSpec(torch.float32, (-(-blocks // NESTED_BLOCKSIZE),)),
+        "nested_offset": TensorSpec(torch.float32, ()),
+        "quant_map": _table("quant_map"),
+        "nested_quant_map": _table("nested_quant_map"),
+    }
 
 
 def _table(name: str) -> TensorSpec:

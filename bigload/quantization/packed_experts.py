@@ -144,7 +144,7 @@ def cache_layout(weights: Mapping[str, tuple[FourBit, tuple[int, ...]]], slots: 
     parts: dict[str, TensorSpec] = {}
     for name, (fmt, shape) in weights.items():
         _, rows, columns = shape
-        own = fmt.parts(shape)
+        own = dict(fmt.parts(shape))
         own["weight"] = TensorSpec(torch.uint8, (slots, rows * columns // 2))
         own["absmax"] = TensorSpec(own["absmax"].dtype, (slots, rows * columns // fmt.blocksize))
         parts |= {part_name(name, part): spec for part, spec in own.items()}
