@@ -6,7 +6,7 @@ import functools
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -40,7 +40,7 @@ def measure_profile(
         folder: the checkpoint.
         modes: of `peers.MODES`.
         device: "cpu" or "cuda:N".
-        loads: how many of each mode, after one that is not counted.
+        loads: how many of each mode, after the first, which is told apart.
         commit: bigload's; by default what git says.
 
     Yields:
@@ -64,9 +64,13 @@ def measure_profile(
             del model, loaded
             found.append({**seconds, "prepare": seconds["execute"] - seconds["deliver"]})
         names = ("all", "open", "plan", "prepare", "deliver", "deliver.quantize", "deliver.finish", "commit")
-        row = {name: round(statistics.median(one.get(name, 0.0) for one in found[1:]), 5) for name in names}
-        result["rows"].append({"mode": mode, **row})
+        row: dict[str, Any] = {name: _median(found[1:], name) for name in names}
+        result["rows"].append({"mode": mode, **row, "first": {name: _median(found[:1], name) for name in names}})
         yield result
+
+
+def _median(loads: Sequence[Mapping[str, float]], name: str) -> float:
+    return round(statistics.median(one.get(name, 0.0) for one in loads), 5)
 
 
 @contextmanager
