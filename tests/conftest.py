@@ -114,15 +114,28 @@ def pytest_collection():
         gc.enable()
 
 
+def let_logs_of_torch_propagate():
+    """Let torch's loggers pass on what they log to the root's handlers, as others do.
+
+    Each test hands six handlers of pytest to every logger that does not, and torch has eighty. One of them is
+    `torch.__trace`: as soon as it has a handler, torch.compile writes down all that it does.
+    """
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.partition(".")[0] == "torch" and isinstance(logger, logging.Logger):
+            logger.propagate = True
+
+
 def pytest_collection_finish(session):
     spare_the_collector()
+    let_logs_of_torch_propagate()
     session.config.stash[IMPORTED] = len(sys.modules)
 
 
 def pytest_runtest_teardown(item, nextitem):
-    """Spare it too what a test has imported: the libraries import most of what they are when it is first used."""
+    """Do both again for what a test has imported: libraries import most of what they are when it is first used."""
     if len(sys.modules) > item.config.stash[IMPORTED] + 50:
         spare_the_collector()
+        let_logs_of_torch_propagate()
         item.config.stash[IMPORTED] = len(sys.modules)
 
 
