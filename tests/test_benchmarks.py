@@ -353,6 +353,8 @@ def test_profile_says_where_the_seconds_of_each_mode_go(tiny, tmp_path):
         assert all(part > 0 for part in parts)
         assert sum(parts) < row["all"] * 1.2
         assert row["deliver.finish"] < row["deliver"]
+        assert row["first"].keys() == row.keys() - {"mode", "first"}
+        assert row["first"]["all"] > row["first"]["deliver"] > 0
     assert rows[0]["deliver.quantize"] > 0 == rows[1]["deliver.quantize"]
 
 
