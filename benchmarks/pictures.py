@@ -19,10 +19,12 @@ _COLOURS = {
     "accelerate": "#c8553d",
     "safetensors": "#8d99ae",
     "fastsafetensors": "#588b8b",
+    "instanttensor": "#b08968",
+    "runai": "#6d6875",
 }
 _COLOURS_ON_DARK = _COLOURS | {"bigload": "#2fae81", "accelerate": "#d9694f"}
 # The result that the README shows, and the modes of it that are drawn.
-README_RESULT = Path(__file__).parent / "results" / "load-8b-h100.json"
+README_RESULT = Path(__file__).parent / "results" / "load-8b-h200.json"
 MODES = ("nf4", "int8", "none")
 
 
