@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .checkpoint.bitsandbytes import QuantizedTensor
 from .checkpoint.checkpoint import WeightsLocation
 from .errors import BigloadError, PlacementError
 from .hardware.devices import CPU, Device, DeviceMap, named_devices, on_cpu_unless_named
@@ -30,11 +32,13 @@ from .pipeline.progress import progress_bar
 from .pipeline.report import LoadReport, PeakMemory
 from .planning.offload_config import OffloadConfig
 from .planning.plan import Plan
+from .planning.planned_tensors import quantized_format
 from .planning.planner import plan_load
 from .planning.request import LoadRequest, PlacementRequest, load_request
 from .planning.sources import KeyMapping
 from .quantization import bnb
-from .quantization.quantizer import code_table
+from .quantization.formats import Plain
+from .quantization.quantizer import code_table, load_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -158,11 +162,10 @@ def load_and_quantize_model(
     mode = request.config.mode
     # Tensors created under inference_mode could not be used in training later.
     how = "" if "*" in (request.config.skip_modules or ()) else f" as {mode}"
-    with _with_context(context + how), _no_garbage_collected(), torch.inference_mode(False), torch.no_grad():
+    with _with_context(context + how), _begun_ahead(request), torch.inference_mode(False), torch.no_grad():
         view = ModelView(model)
         if "offload" in vars(model):
             require_not_offloaded(model)
-        _begin_to_pin(request)  # while the plan is made
         plan = plan_load(view, request)
         timeline = Timeline(begun)
         timeline.add("plan", CPU, begun)
@@ -177,18 +180,6 @@ def load_and_quantize_model(
     model.load_report = _report(request, plan, timeline, peaks, targets)  # type: ignore[assignment]
     logger.info("%s", model.load_report)
     return model
-
-
-@contextmanager
-def _no_garbage_collected() -> Iterator[None]:
-    """Keep the garbage collector from looking through all objects again and again while a load makes many new ones."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _report(
@@ -228,13 +219,36 @@ def _set_to_run(model: nn.Module, plan: Plan, offload: OffloadConfig, targets: O
         raise
 
 
-def _begin_to_pin(request: LoadRequest) -> None:
-    if request.checkpoint is None:
+@contextmanager
+def _begun_ahead(request: LoadRequest) -> Iterator[None]:
+    """Begin what the first weights would else wait for, in threads: pinned memory, and the kernels that quantize."""
+    gpus: list[torch.device] = []
+    if request.checkpoint is not None:
+        with suppress(PlacementError):  # raised later, when the map is resolved
+            gpus = [device for device in named_devices(request.placement.device_map) if device.type == "cuda"]
+    thread = threading.Thread(target=_load_kernels, args=(request, gpus), name="bigload kernels")
+    if gpus:
+        pin_ahead(gpus[0])
+        with suppress(RuntimeError):  # the system has no more threads: the first weight waits
+            thread.start()
+    try:
+        yield
+    finally:
+        if thread.ident is not None:
+            thread.join()
+
+
+def _load_kernels(request: LoadRequest, gpus: Sequence[torch.device]) -> None:
+    config = request.config.resolved(torch.bfloat16)  # or float16, whose kernels are loaded with its
+    fmt = quantized_format(config)
+    tensors = request.checkpoint.tensors.values() if request.checkpoint is not None else ()
+    if config.mode == "none" or isinstance(fmt, Plain) or any(isinstance(each, QuantizedTensor) for each in tensors):
         return
-    with suppress(PlacementError):  # raised later, when the map is resolved
-        gpus = [device for device in named_devices(request.placement.device_map) if device.type == "cuda"]
-        if gpus:
-            pin_ahead(gpus[0])
+    try:
+        for device in gpus:
+            load_kernels(fmt, config.load_dtype, device)
+    except Exception as error:  # the load meets it again, and reports it
+        logger.debug("loading kernels ahead failed: %s", error)
 
 
 @contextmanager

@@ -32,6 +32,8 @@ SETTINGS = ("COLUMNS", "BIGLOAD_THREADS", "BIGLOAD_RING_BYTES", "PYTORCH_ALLOC_C
 LEFT_OUT = pytest.StashKey[int]()
 IMPORTED = pytest.StashKey[int]()
 
+# torch.compile would start a process for each core, which imports torch, to compile a few lines.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 USUAL_THREADS = torch.get_num_threads()
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(1)

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import gc
 import logging
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import bitsandbytes as bnb
@@ -11,6 +12,7 @@ import pytest
 import torch
 from checkpoints import empty, save, save_checkpoint
 from comparisons import relative_error
+from failures import raising
 from models import GPT, Attended
 from references import dequantized_reference
 from torch import nn
@@ -21,7 +23,10 @@ from bigload import (
     ConfigError,
     QuantizationError,
     load_and_quantize_model,
+    loading,
+    save_quantized_model,
 )
+from bigload.quantization.formats import FourBit, Int8
 
 # 4-bit layers may multiply in bfloat16 (CPUs with AVX512-BF16), int8 ones round the activations to int8: 0.1 to 0.3%
 # of the output in these models. Quantizing the weights changes it by 3% and more in 4 bit.
@@ -433,3 +438,66 @@ def test_collector_of_cycles_rests_while_a_model_is_loaded_and_is_as_it_was_afte
         gc.enable() if before else gc.disable()
     assert seen
     assert not any(seen)
+
+
+# What is begun ahead
+
+
+@pytest.fixture
+def ahead(monkeypatch):
+    """A GPU that only what is begun ahead hears of, and the kernels that it was to load."""
+    found, gpu = [], torch.device("cuda:0")
+    monkeypatch.setattr(loading, "named_devices", lambda device_map: [gpu])
+    monkeypatch.setattr(loading, "pin_ahead", lambda device: None)
+    monkeypatch.setattr(loading, "load_kernels", lambda *what: found.append(what))
+    yield found
+    assert all(device == gpu for *_, device in found)
+    assert not [thread for thread in threading.enumerate() if thread.name == "bigload kernels"]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ("nf4", (FourBit("nf4", 64, False, torch.uint8), torch.bfloat16)),
+        ("fp4-dq", (FourBit("fp4", 64, True, torch.uint8), torch.bfloat16)),
+        ("int8", (Int8(), torch.bfloat16)),
+        (BnbQuantizationConfig(load_in_4bit=True), (FourBit("fp4", 64, False, torch.uint8), torch.float16)),
+        ("none", None),
+        ("int8-training", None),
+    ],
+)
+def test_kernels_of_the_mode_are_loaded_while_the_plan_is_made(tmp_path, ahead, config, expected):
+    full = GPT()
+    load_and_quantize_model(empty(GPT), config, save_checkpoint(full, tmp_path), device_map="cpu")
+    assert [what[:2] for what in ahead] == ([] if expected is None else [expected])
+
+
+def test_no_kernel_is_loaded_ahead_for_weights_that_are_quantized_already_or_in_memory(tmp_path, ahead):
+    model = load_and_quantize_model(GPT(), "nf4", device_map="cpu")
+    save_quantized_model(model, tmp_path / "saved")
+    load_and_quantize_model(empty(GPT), None, tmp_path / "saved", device_map="cpu")
+    assert ahead == []
+
+
+def test_kernels_that_cannot_be_loaded_ahead_are_no_matter(tmp_path, ahead, monkeypatch, caplog):
+    monkeypatch.setattr(loading, "load_kernels", raising(RuntimeError("no kernel image")))
+    caplog.set_level(logging.DEBUG, "bigload")
+    full = GPT()
+    model = load_and_quantize_model(empty(GPT), "nf4", save_checkpoint(full, tmp_path), device_map="cpu")
+    assert model.is_loaded_in_4bit
+    assert "loading kernels ahead failed: no kernel image" in caplog.text
+
+
+def test_a_load_that_fails_waits_for_the_kernels(tmp_path, ahead, monkeypatch):
+    held = threading.Event()
+
+    def slow(*what):
+        assert held.wait(60)
+        ahead.append(what)
+
+    monkeypatch.setattr(loading, "load_kernels", slow)
+    folder = save_checkpoint(GPT(), tmp_path)
+    threading.Timer(0.2, held.set).start()
+    with pytest.raises(CheckpointError):
+        load_and_quantize_model(empty(Attended), "nf4", folder, device_map="cpu")
+    assert len(ahead) == 1

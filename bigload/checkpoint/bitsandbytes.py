@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ import torch
 from ..config import BLOCKSIZES, FLOATS, STORAGES
 from ..errors import CheckpointError, listed
 from ..hardware.layout import Shape, TensorSpec
-from ..io.tensors import StoredTensor, read_whole
+from ..io.tensors import StoredTensor, read_each
 from ..quantization.formats import NESTED_BLOCKSIZE, FourBit, Int8, part_name
 
 _STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(nf4|fp4)")
@@ -95,8 +95,11 @@ def merge_quantized_parts(tensors: Mapping[str, StoredTensor]) -> dict[str, Stor
         CheckpointError: a part is missing, or contradicts the others in size, dtype or description.
     """
     states = {match[1]: match for name in tensors if ".quant_state." in name and (match := _STATE.fullmatch(name))}
-    made = {name: _four_bit(name, match, tensors) for name, match in states.items()}
-    made |= {name: _int8(name, tensors) for name in tensors if _is_int8(name, tensors)}
+    blobs = _read_small(tensors, [match[0] for match in states.values()])
+    made = {name: _four_bit(name, match, tensors, blobs) for name, match in states.items()}
+    int8 = [name for name in tensors if _is_int8(name, tensors)]
+    layouts = _read_small(tensors, [stored_name(name, "weight_format") for name in int8])
+    made |= {name: _int8(name, tensors, layouts) for name in int8}
     taken = {match[0] for match in states.values()}
     for name, weight in made.items():
         taken |= {part.name for part in weight.parts.values()}
@@ -107,6 +110,12 @@ def merge_quantized_parts(tensors: Mapping[str, StoredTensor]) -> dict[str, Stor
     if orphans:
         raise CheckpointError(f"{listed(orphans)}: parts of quantized weights whose quant_state is missing")
     return {name: made.get(name, tensor) for name, tensor in tensors.items() if name in made or name not in taken}
+
+
+def _read_small(tensors: Mapping[str, StoredTensor], names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Read those of the named tensors that there are."""
+    found = {name: tensors[name] for name in names if name in tensors}
+    return dict(zip(found, read_each(found.values()), strict=True))
 
 
 def _weight_of(name: str) -> str | None:
@@ -120,8 +129,10 @@ def _is_int8(name: str, tensors: Mapping[str, StoredTensor]) -> bool:
     return is_weight and stored_name(name, "SCB") in tensors
 
 
-def _four_bit(name: str, match: re.Match[str], tensors: Mapping[str, StoredTensor]) -> QuantizedTensor:
-    state = _read_state(name, match, tensors[match[0]])
+def _four_bit(
+    name: str, match: re.Match[str], tensors: Mapping[str, StoredTensor], blobs: Mapping[str, torch.Tensor]
+) -> QuantizedTensor:
+    state = _state(name, match, tensors[match[0]], blobs[match[0]])
     wanted = ["quant_map", "absmax", *(("nested_absmax", "nested_quant_map") if state.double_quant else ())]
     names = {part: stored_name(name, part) for part in ("weight", *wanted)}
     missing = [key for key in names.values() if key not in tensors]
@@ -139,11 +150,11 @@ def _four_bit(name: str, match: re.Match[str], tensors: Mapping[str, StoredTenso
     return _quantized(name, fmt, state.shape, state.dtype, parts, state.nested_offset)
 
 
-def _read_state(name: str, match: re.Match[str], blob: StoredTensor) -> _QuantState:
+def _state(name: str, match: re.Match[str], blob: StoredTensor, values: torch.Tensor) -> _QuantState:
     try:
         if blob.dtype != torch.uint8:
             raise ValueError(f"it is stored as {blob.dtype}, not as bytes")
-        return _parsed(bytes(read_whole(blob).numpy()), match[2])
+        return _parsed(bytes(values.numpy()), match[2])
     except ValueError as error:
         raise CheckpointError(f"the quant_state of '{name}' in '{blob.file}' is damaged: {error}") from error
 
@@ -180,12 +191,11 @@ def _parsed(raw: bytes, quant_type: str) -> _QuantState:
     return _QuantState(blocksize, tuple(shape), FLOATS[dtype], nested, float(offset))
 
 
-def _int8(name: str, tensors: Mapping[str, StoredTensor]) -> QuantizedTensor:
-    weight = tensors[name]
-    layout = tensors.get(stored_name(name, "weight_format"))
-    if layout is not None and read_whole(layout).any():
+def _int8(name: str, tensors: Mapping[str, StoredTensor], layouts: Mapping[str, torch.Tensor]) -> QuantizedTensor:
+    weight, layout = tensors[name], stored_name(name, "weight_format")
+    if layout in layouts and layouts[layout].any():
         raise CheckpointError(
-            f"'{name}' is stored in a special layout ('{layout.name}' is not 0); only row-wise weights can be read"
+            f"'{name}' is stored in a special layout ('{layout}' is not 0); only row-wise weights can be read"
         )
     parts = {"weight": weight, "SCB": tensors[stored_name(name, "SCB")]}
     return _quantized(name, Int8(), weight.shape, torch.int8, parts)

@@ -28,7 +28,7 @@ class ReadTask:
         take: called with each piece of the values, in order, and the index of its first value. A piece is flat, in
             the stored dtype and on the device; its memory is reused after the call, in the order of the device's
             default stream. Not called for a task with a home.
-        home: the tensor's final memory, (nbytes,), uint8, if the stored bytes are copied there unchanged.
+        home: the tensor's final memory, contiguous and of any dtype, if the stored bytes are copied there unchanged.
         values_per_scale: every piece but the last holds a multiple of this many values.
         arrived: called with the number of values of each piece, after it was taken or copied home.
     """

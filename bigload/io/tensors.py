@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -73,12 +75,29 @@ def read_whole(tensor: StoredTensor) -> torch.Tensor:
         CheckpointError: the file ends before the tensor does.
         OSError: the file cannot be read.
     """
-    if isinstance(tensor, LazyTensor):
-        return tensor.load()
-    raw = read_bytes(tensor.file, tensor.offset, tensor.nbytes)
-    if len(raw) < tensor.nbytes:
-        raise CheckpointError(f"'{tensor.file}' ended while '{tensor.name}' was read: it was truncated meanwhile")
-    return in_mapping(raw, tensor.dtype, 0, tensor.shape)
+    (found,) = read_each([tensor])
+    return found
+
+
+def read_each(tensors: Iterable[StoredTensor]) -> Iterator[torch.Tensor]:
+    """Read tensors into host memory, one after the other; a file is opened once for those that follow each other.
+
+    Raises:
+        CheckpointError: a file ends before a tensor does.
+        OSError: a file cannot be read.
+    """
+    for (file, is_lazy), some in itertools.groupby(
+        tensors, lambda tensor: (tensor.file, isinstance(tensor, LazyTensor))
+    ):
+        if is_lazy:
+            yield from (tensor.load() for tensor in some if isinstance(tensor, LazyTensor))
+            continue
+        with _opened(file) as descriptor:
+            for tensor in some:
+                raw = _read(descriptor, tensor.offset, tensor.nbytes)
+                if len(raw) < tensor.nbytes:
+                    raise CheckpointError(f"'{file}' ended while '{tensor.name}' was read: it was truncated meanwhile")
+                yield in_mapping(raw, tensor.dtype, 0, tensor.shape)
 
 
 def read_bytes(file: Path, offset: int, nbytes: int) -> bytearray:
@@ -90,11 +109,21 @@ def read_bytes(file: Path, offset: int, nbytes: int) -> bytearray:
     Raises:
         OSError: the file cannot be read.
     """
-    raw = bytearray()
+    with _opened(file) as descriptor:
+        return _read(descriptor, offset, nbytes)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[int]:
     descriptor = os.open(file, os.O_RDONLY)  # several times faster than a file object: there are thousands of reads
     try:
-        while len(raw) < nbytes and (more := os.pread(descriptor, nbytes - len(raw), offset + len(raw))):
-            raw += more
+        yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _read(descriptor: int, offset: int, nbytes: int) -> bytearray:
+    raw = bytearray()
+    while len(raw) < nbytes and (more := os.pread(descriptor, nbytes - len(raw), offset + len(raw))):
+        raw += more
     return raw

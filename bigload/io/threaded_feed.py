@@ -174,7 +174,7 @@ class ThreadedFeed(Feed):
         if at is None:
             assert task.home is not None
             begin = first * task.tensor.dtype.itemsize + part.begin
-            return task.home[begin : begin + part.nbytes]
+            return task.home.view(-1).view(torch.uint8)[begin : begin + part.nbytes]
         return self._resources.windows[task.device][at + part.begin : at + part.begin + part.nbytes]
 
     def _bring_home(self, parts: Sequence[_Part]) -> None:

@@ -27,6 +27,7 @@ from ..planning.plan import Plan
 from ..planning.planned_tensors import PlannedTensor
 from ..quantization.formats import Plain
 from ..quantization.quantized_weight import QuantizedWeight
+from ..quantization.quantizer import largest
 from .sinks import CopySink, QuantizeSink, Sink, StoredPartsSink, gathered_if_needed, numel, stored_weight
 from .transcoding import Transcoder, in_file_order
 
@@ -147,7 +148,7 @@ def _read_home(planned: PlannedTensor, finish: Callable[[LoadedTensor], object])
         if not missing:
             finish(make(values))
 
-    homes = ((part, values[name].view(-1).view(torch.uint8)) for name, part in parts.items() if part.nbytes)
+    homes = ((part, values[name]) for name, part in parts.items() if part.nbytes)
     return [ReadTask(part, planned.device, not_taken, home, arrived=arrived) for part, home in homes]
 
 
@@ -319,7 +320,5 @@ def _require_finite(loaded: dict[str, LoadedTensor], plan: Plan) -> None:
 
 def _not_finite(checked: Sequence[tuple[str, torch.Tensor]], device: torch.device) -> list[str]:
     on_device = [(name, values) for name, values in checked if values.device == device]
-    # The largest absolute value of each, all of them in few kernels; NaN propagates.
-    norms = torch._foreach_norm([values for _, values in on_device], math.inf)
-    largest = torch.stack([norm.float() for norm in norms]).tolist()
-    return [name for (name, _), value in zip(on_device, largest, strict=True) if not math.isfinite(value)]
+    found = largest([values for _, values in on_device])
+    return [name for (name, _), value in zip(on_device, found, strict=True) if not math.isfinite(value)]

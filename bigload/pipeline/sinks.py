@@ -247,7 +247,7 @@ def copy_into(values: torch.Tensor, source: Source) -> ReadTask:
         def copy(piece: torch.Tensor, begin: int) -> None:
             flat[begin : begin + len(piece)].copy_(piece)
 
-        destination = flat.view(torch.uint8) if source.tensor.dtype == flat.dtype else None
+        destination = flat if source.tensor.dtype == flat.dtype else None
         return ReadTask(stored_form(source.tensor, values.dtype), values.device, copy, destination)
     gathered: list[torch.Tensor] = []
 

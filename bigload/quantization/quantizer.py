@@ -146,6 +146,28 @@ def quantize(weight: torch.Tensor, fmt: FourBit | Int8) -> QuantizedWeight:
     return quantizer.finish()
 
 
+def largest(tensors: list[torch.Tensor]) -> list[float]:
+    """Return the largest absolute value of each tensor of one device, with few kernels and one wait; NaN if it has one.
+
+    Args:
+        tensors: at least one, none of them empty.
+    """
+    return torch.stack([norm.float() for norm in torch._foreach_norm(tensors, math.inf)]).tolist()
+
+
+@functools.cache
+def load_kernels(fmt: FourBit | Int8, dtype: torch.dtype, device: torch.device) -> None:
+    """Quantize next to nothing, once: a GPU's driver takes 0.1 s to load the kernels, for which a load would wait.
+
+    Args:
+        fmt: what will be quantized to.
+        dtype: of the values that will be quantized.
+        device: where.
+    """
+    made = quantize(torch.ones(1, 2 * NESTED_BLOCKSIZE, dtype=dtype, device=device), fmt)
+    largest(list(made.scales))
+
+
 @functools.cache
 def code_table(name: str, device: torch.device) -> torch.Tensor:
     """Return a code table, made once for each device: to copy it from a list, as bitsandbytes does, stalls a GPU."""

@@ -449,3 +449,23 @@ def test_two_deliveries_at_once_do_not_disturb_each_other(tmp_path, monkeypatch,
         found = list(pool.map(lambda path: received(stored_in(path), way, take=sleep_sometimes), paths * 2))
     for values, path in zip(found, paths * 2, strict=True):
         assert_is_whole(values, path)
+
+
+def test_what_is_to_be_done_meanwhile_is_done_once_and_before_anything_arrives(tmp_path, tiny, executor, monkeypatch):
+    monkeypatch.setattr(room, "_FILES", 2)
+    for number in range(5):
+        save_file({f"{number}": torch.full((1000,), float(number))}, tmp_path / f"{number}.safetensors")
+    done = []
+    receiver = Receiver("take", lambda: done.append("taken"))
+    found = receiver.receive(stored_in(*sorted(tmp_path.iterdir())), meanwhile=lambda: done.append("meanwhile"))
+    assert all(torch.equal(found[str(number)], torch.full((1000,), float(number))) for number in range(5))
+    assert done[0] == "meanwhile"
+    assert done.count("meanwhile") == 1
+
+
+def test_an_error_meanwhile_ends_the_reads(odd, tiny, executor):
+    receiver = Receiver("homes")
+    with pytest.raises(ValueError, match="meanwhile"):
+        receiver.receive(stored_in(odd), meanwhile=raising(ValueError("meanwhile")))
+    assert not any(receiver.arrived.values())
+    assert_is_whole(received(stored_in(odd), "homes"), odd)

@@ -140,3 +140,33 @@ def test_the_states_dtype_is_the_weights_and_its_shape_too(device):
     for dtype in DTYPES:
         state = quantize(torch.randn(6, 70).to(device, dtype), format_of("nf4-dq", 128)).quant_state
         assert (state.dtype, tuple(state.shape), state.blocksize, state.quant_type) == (dtype, (6, 70), 128, "nf4")
+
+
+# Kernels
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", MODES)
+def test_kernels_that_are_loaded_ahead_are_those_of_the_format_and_change_no_bit(device, mode, dtype, monkeypatch):
+    quantizing.load_kernels.cache_clear()
+    weight, fmt, seen = torch.randn(8, 128, dtype=dtype, device=device), format_of(mode), []
+    expected = parts_of(quantize(weight, fmt))
+    own = quantizing.Quantizer.__init__
+
+    def noted(self, shape, *rest):
+        seen.append(rest)
+        own(self, shape, *rest)
+
+    monkeypatch.setattr(quantizing.Quantizer, "__init__", noted)
+    for _ in range(2):
+        quantizing.load_kernels(fmt, dtype, weight.device)
+    assert seen == [(fmt, dtype, weight.device)]  # once
+    check_parts(quantize(weight, fmt), expected)
+
+
+def test_largest_values_are_those_of_each_tensor(device):
+    tensors = [torch.tensor(values, device=device) for values in ([1.0, -3.0], [2.0], [0.0, float("nan")])]
+    found = quantizing.largest(tensors)
+    assert found[:2] == [3.0, 2.0]
+    assert found[2] != found[2]
+    assert quantizing.largest([torch.tensor([3, 200], dtype=torch.float16, device=device)]) == [200.0]
