@@ -117,4 +117,9 @@ def nbytes(fmt: Format, shape: Shape, multiple: int = 1) -> int:
     """Return the bytes of a weight of this shape, with each part rounded up to a multiple of `multiple`."""
     if isinstance(fmt, Plain):  # most of the tensors: one part
         return -(-math.prod(shape) * fmt.dtype.itemsize // multiple) * multiple
+    return _quantized_nbytes(fmt, shape, multiple)
+
+
+@functools.lru_cache(maxsize=256)
+def _quantized_nbytes(fmt: Int8 | FourBit, shape: Shape, multiple: int) -> int:
     return sum(-(-part.nbytes // multiple) * multiple for part in fmt.parts(shape).values())
