@@ -19,6 +19,8 @@ from bigload import (
 )
 from bigload.checkpoint.checkpoint import open_checkpoint
 from bigload.checkpoint.describe import describe_checkpoint
+from bigload.checkpoint.scaled.fp8 import FLOAT8
+from bigload.checkpoint.scaled.tensor import values_of_rows
 from bigload.pipeline import transcoding
 
 PLAIN = {"load_in_4bit": True, "skip_modules": ["*"], "torch_dtype": "bf16"}
@@ -97,6 +99,14 @@ def form(request, tmp_path):
     folder = save(state, tmp_path / "scaled", shards=3)  # scales are in another file than their weight
     says(folder, **quantization)
     return folder, save(values, tmp_path / "plain"), values, kind
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("number", FLOAT8)
+def test_each_number_of_fp8_is_what_torch_converts_it_to(number, dtype):
+    numbers = torch.arange(256, dtype=torch.uint8).view(number)
+    found = values_of_rows(numbers, torch.ones(4, 1), 64, 64, dtype)
+    assert equal(found, (numbers.view(4, 64).to(dtype) * torch.ones(4, 1)).to(dtype))
 
 
 @pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "int8", "none"])

@@ -156,6 +156,9 @@ def values_of_rows(
     if numbers.dtype == torch.uint8:
         # Two numbers at once: looked up as one element of twice the size.
         flat = _pairs(dtype, numbers.device).index_select(0, numbers.to(torch.int32)).view(dtype)
+    elif numbers.device.type == "cpu" and numbers.is_floating_point():
+        # Looked up: the CPU has no instruction for fp8, and torch takes eight times as long.
+        flat = _each(numbers.dtype, dtype).index_select(0, numbers.view(torch.uint8).to(torch.int32))
     else:
         flat = numbers.to(dtype)
     values = flat.view(-1, columns)
@@ -173,3 +176,9 @@ def _pairs(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     table = torch.tensor([*_E2M1, *(-value for value in _E2M1)], dtype=dtype)
     both = torch.stack([table.repeat(16), table.repeat_interleave(16)], dim=1)
     return both.view({2: torch.int32, 4: torch.int64}[dtype.itemsize]).view(-1).to(device)
+
+
+@functools.cache
+def _each(stored: torch.dtype, dtype: torch.dtype) -> torch.Tensor:
+    """Return the number of each byte, (256,), as torch converts it."""
+    return torch.arange(256, dtype=torch.uint8).view(stored).to(dtype)
