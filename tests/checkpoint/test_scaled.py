@@ -171,25 +171,45 @@ def test_files_are_made_of_them_and_their_scales_are_gone(form, tmp_path):
     assert not [name for name in open_checkpoint(tmp_path / "a").tensors if "scale" in name]
 
 
-@pytest.mark.cuda
 @pytest.mark.parametrize("place", ["cpu", "disk"])
-@pytest.mark.parametrize("mode", ["nf4", "none"])
-def test_offloaded_weights_compute_the_same(form, place, mode, tmp_path):
+@pytest.mark.parametrize("mode", ["nf4", "int8", "none"])
+def test_offloaded_weights_compute_the_same(form, place, mode, tmp_path, device, small_parts_stream):
     folder, plain, _, _ = form
-    x = torch.randn(4, 320, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(4, 320, device=device, dtype=torch.bfloat16)
+    whole = load_and_quantize_model(empty(Net), mode, folder, device_map=device)
     outputs = []
     for source in (folder, plain, folder):  # the last one finds its files
         model = load_and_quantize_model(
             empty(Net),
             mode,
             source,
-            device_map={"": "cuda:0", "up": place, "down": place},
+            device_map={"": device, "up": place, "down": place},
             offload_folder=tmp_path / "cache",
             offload=OffloadConfig(),
         )
         outputs.append(model(x))
+        is_resident = place == device.type  # on the CPU, host memory is where it computes
+        assert hasattr(model, "offload") is not is_resident
+        if not is_resident:
+            model.offload.remove()
+        assert_same_bits(state_of(model), state_of(whole))
+    assert equal(outputs[0], whole(x))
     assert equal(outputs[0], outputs[1])
     assert equal(outputs[0], outputs[2])
+
+
+def test_files_of_other_scales_are_not_taken_for_these(tmp_path, small_parts_stream):
+    outputs = []
+    for factor in (1, 2, 1):
+        state, _ = stored(lambda weight: blocks(torch.ones_like(weight) * factor))  # noqa: B023
+        folder = save(state, tmp_path / str(factor))
+        says(folder, **BLOCKS)
+        how = {"device_map": {"": "cpu", "down": "disk"}, "offload_folder": tmp_path / "cache"}
+        model = load_and_quantize_model(empty(Net), "nf4", folder, **how)
+        assert model.offload
+        outputs.append(model.down(torch.ones(1, 200).bfloat16()))
+    assert equal(outputs[0], outputs[2])
+    assert not equal(outputs[0], outputs[1])
 
 
 @pytest.mark.cuda
@@ -319,6 +339,22 @@ def test_scales_of_rows_are_held_of_one_weight_at_a_time(tmp_path, monkeypatch):
     says(folder, **BLOCKS)
     load_and_quantize_model(empty(Net), "nf4", folder, device_map="cpu")
     assert most == [0, 0]
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(128, 128, bias=False), nn.Linear(128, 128, bias=False)
+        self.two.weight = self.one.weight
+
+
+def test_one_weight_stored_twice_with_other_scales_is_said(tmp_path, warned):
+    numbers = torch.randn(128, 128).to(FP8)
+    for factor, count in ((1, 0), (2, 1)):
+        state = {f"{name}.weight": numbers.clone() for name in ("one", "two")}
+        state |= {"one.weight_scale_inv": torch.ones(1, 1), "two.weight_scale_inv": torch.ones(1, 1) * factor}
+        load_and_quantize_model(empty(Tied), "nf4", save(state, tmp_path / str(factor)), device_map="cpu")
+        assert len([message for message in warned() if "stored with different values" in message]) == count
 
 
 def test_what_was_dequantized_loads_without_the_stale_config(tmp_path):

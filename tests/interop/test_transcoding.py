@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from checkpoints import offloaded
 from comparisons import assert_same_bits, outputs, state_of
 from safetensors.torch import save_file
 from scaled import in_fp8, in_mxfp4
@@ -70,6 +71,22 @@ def test_the_bits_are_those_of_transformers_values_quantized(pair, mode, device)
     assert_same_bits(state_of(found), state_of(expected))
     tokens = torch.arange(12, device=device).view(2, 6)
     assert torch.equal(outputs(found, tokens), outputs(expected, tokens))
+
+
+@pytest.mark.parametrize("home", ["cpu", "disk"])
+@pytest.mark.parametrize("mode", ["nf4", "none"])
+def test_offloaded_blocks_compute_the_same(pair, mode, home, device, tmp_path, small_parts_stream):
+    folder, _ = pair
+    whole = load_and_quantize_model(built(folder), mode, folder, device_map=device).eval()
+    how = {"config": mode, "home": home}
+    part = offloaded(lambda: built(folder), folder, device, ["model.layers.1"], tmp_path, **how).eval()
+    tokens = torch.arange(12, device=device).view(2, 6)
+    assert torch.equal(outputs(part, tokens), outputs(whole, tokens))
+    is_resident = home == device.type  # on the CPU, host memory is where it computes
+    assert hasattr(part, "offload") is not is_resident
+    if not is_resident:
+        part.offload.remove()
+    assert_same_bits(state_of(part), state_of(whole))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
