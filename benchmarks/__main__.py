@@ -13,6 +13,8 @@ from .peers import MODES, PEERS, QUANTIZING
 
 # What imports torch is imported by the command that needs it: `one` measures how long its imports take.
 
+SIZES = "tiny, 1b, 8b, 30b (Llamas), tiny-moe, half-30b-a3b (Qwen3-MoEs), tiny-gpt-oss, gpt-oss-20b, many-20k"
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command."""
@@ -65,10 +67,12 @@ def _limits(options: argparse.Namespace) -> None:
 
 
 def _add_make(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("size", help="tiny, 1b, 8b, 30b (Llamas), tiny-moe, half-30b-a3b (Qwen3-MoEs), many-20k")
+    parser.add_argument("size", help=SIZES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shards", type=int, default=4, help="number of files (default: %(default)s)")
-    parser.add_argument("--quant", choices=QUANTIZING, help="write it quantized already, from a checkpoint in 16 bit")
+    stored = parser.add_mutually_exclusive_group()
+    stored.add_argument("--quant", choices=QUANTIZING, help="write it quantized already, from a checkpoint in 16 bit")
+    stored.add_argument("--format", choices=("fp8", "mxfp4"), help="write small numbers with scales (mxfp4: GPT-OSS)")
     parser.add_argument(
         "--source", type=Path, help="that checkpoint (default: the folder SIZE beside FOLDER, which is made if need be)"
     )
@@ -79,7 +83,7 @@ def _make(options: argparse.Namespace) -> None:
     from .checkpoints import make_checkpoint, make_quantized
 
     if not options.quant:
-        print(make_checkpoint(options.size, options.folder, options.shards))
+        print(make_checkpoint(options.size, options.folder, options.shards, options.format or "bf16"))
         return
     source = options.source or options.folder.parent / options.size
     if source.absolute() == options.folder.absolute():
@@ -91,6 +95,9 @@ def _make(options: argparse.Namespace) -> None:
 
 def _add_load(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="the checkpoint")
+    parser.add_argument(
+        "--beside", type=Path, nargs="+", default=[], metavar="FOLDER", help="the same model in other formats, in turn"
+    )
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument(
         "--modes", nargs="+", choices=MODES, help="default: nf4 int8, or stored for a checkpoint that is quantized"
@@ -122,6 +129,7 @@ def _load(options: argparse.Namespace) -> None:
             options.append,
             options.timeout,
             options.commit,
+            tuple(options.beside),
         )
     )
 

@@ -7,7 +7,7 @@ import re
 import struct
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from math import prod
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import bigload
 from bigload import BnbQuantizationConfig, init_empty_weights
 
 from .files import config_of
+from .forms import Entry, noise, quantization_config, stored
 
 INDEX = "model.safetensors.index.json"
 
@@ -62,6 +63,13 @@ MIXTURES = {
 }
 
 
+# GPT-OSS 20B's shape, whose experts are stored as the model holds them, fused.
+GPT_OSS = {
+    "tiny-gpt-oss": MixtureSizes(256, 64, 2, 4, 2, 8, 2, 4096),
+    "gpt-oss-20b": MixtureSizes(2880, 2880, 24, 64, 8, 32, 4, 201088),
+}
+
+
 class Many(nn.Module):
     """As many tensors as asked for, each 4 KB in 16 bit: blocks of ten small Linears. It computes nothing."""
 
@@ -92,44 +100,51 @@ def build(folder: Path) -> nn.Module:
     return empty_model(folder)
 
 
-def make_checkpoint(size: str, folder: Path, shards: int = 4) -> Path:
-    """Write a checkpoint of random bfloat16 weights, or leave one that is there.
+def make_checkpoint(size: str, folder: Path, shards: int = 4, form: str = "bf16") -> Path:
+    """Write a checkpoint of random weights, or leave one that is there.
 
     Args:
-        size: a name in `LLAMAS` or `MIXTURES`, or "many-N".
+        size: a name in `LLAMAS`, `MIXTURES` or `GPT_OSS`, or "many-N".
         folder: where to; made if need be.
         shards: number of files, filled in the order of the model's layers.
+        form: "bf16"; "fp8", by blocks as Qwen3's FP8 checkpoints have it; or "mxfp4", which only GPT-OSS has.
 
     Raises:
-        SystemExit: no such size.
+        SystemExit: no such size, or not in this form.
     """
-    if size not in {*LLAMAS, *MIXTURES} and not _many(size):
-        named = ", ".join([*LLAMAS, *MIXTURES])
-        raise SystemExit(f"no size is called '{size}'; there are {named} and many-N, as in many-20k")
+    named = [*LLAMAS, *MIXTURES, *GPT_OSS]
+    if size not in named and not _many(size):
+        raise SystemExit(f"no size is called '{size}'; there are {', '.join(named)} and many-N, as in many-20k")
+    if form != "bf16" and (form == "mxfp4") != (size in GPT_OSS):
+        raise SystemExit(f"'{size}' is not made in {form}: {', '.join(GPT_OSS)} are made in mxfp4, the others in fp8")
     if (folder / INDEX).exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     _write_config(size, folder)
-    state = build(folder).state_dict()
-    shapes = dict(each for name, tensor in state.items() for each in _stored(name, tuple(tensor.shape)))
-    # 16 million numbers, repeated: drawing billions takes minutes.
-    noise = memoryview(torch.randn(2**24).mul_(0.02).bfloat16().view(torch.uint8).numpy())  # type: ignore[arg-type]
-    groups = list(_grouped({name: 2 * prod(shape) for name, shape in shapes.items()}, shards))
-    if size in MIXTURES:  # the order in files of transformers, in which the weights of experts alternate
+    state = {name: tuple(tensor.shape) for name, tensor in build(folder).state_dict().items()}
+    if size in MIXTURES:
+        state = dict(each for name, shape in state.items() for each in _one_by_one(name, shape))
+    entries = dict(each for name, shape in state.items() for each in stored(name, shape, form))
+    groups = list(_grouped({name: entry.nbytes for name, entry in entries.items()}, shards))
+    if size in {*MIXTURES, *GPT_OSS}:  # the order in files of transformers, in which the weights of experts alternate
         groups = [sorted(group) for group in groups]
     paths = [folder / _shard_name(number, len(groups)) for number in range(1, len(groups) + 1)]
+    drawn = {kind: noise(kind) for kind in {entry.kind for entry in entries.values()}}
     with ThreadPoolExecutor(len(groups)) as pool:  # a file a thread: a file takes one writer at a time
         writing = [
-            pool.submit(_write_noise, path, {name: shapes[name] for name in group}, noise)
+            pool.submit(_write_noise, path, {name: entries[name] for name in group}, drawn)
             for path, group in zip(paths, groups, strict=True)
         ]
         for done in writing:
             done.result()
+    if form != "bf16":
+        config = config_of(folder) | {"quantization_config": quantization_config(form, state)}
+        (folder / "config.json").write_text(json.dumps(config, indent=1))
     _write_index(folder, groups)
     return folder
 
 
-def _stored(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _one_by_one(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Give name and shape of what a checkpoint holds for a tensor: the experts of transformers each for itself."""
     layer, _, weight = name.rpartition("experts.")
     if weight == "gate_up_proj":
@@ -147,7 +162,7 @@ def _write_config(size: str, folder: Path) -> None:
     if _many(size):
         (folder / "config.json").write_text(json.dumps({"many": _many(size)}))
         return
-    from transformers import LlamaConfig, Qwen3MoeConfig
+    from transformers import GptOssConfig, LlamaConfig, Qwen3MoeConfig
 
     config: Any
     sizes: Sizes | MixtureSizes
@@ -156,6 +171,11 @@ def _write_config(size: str, folder: Path) -> None:
         config, name = Qwen3MoeConfig, "Qwen3MoeForCausalLM"
         own = {"moe_intermediate_size": mixture.expert, "num_experts": mixture.experts}
         own |= {"num_experts_per_tok": mixture.chosen, "head_dim": 128}
+    elif size in GPT_OSS:
+        sizes = mixture = GPT_OSS[size]
+        config, name = GptOssConfig, "GptOssForCausalLM"
+        own = {"intermediate_size": mixture.expert, "num_local_experts": mixture.experts}
+        own |= {"num_experts_per_tok": mixture.chosen, "head_dim": 64}
     else:
         sizes = llama = LLAMAS[size]
         config, name, own = LlamaConfig, "LlamaForCausalLM", {"intermediate_size": llama.intermediate}
@@ -189,19 +209,21 @@ def _shard_name(number: int, count: int) -> str:
     return f"model-{number:05}-of-{count:05}.safetensors"
 
 
-def _write_noise(path: Path, shapes: Mapping[str, tuple[int, ...]], noise: memoryview) -> None:
+def _write_noise(path: Path, entries: Mapping[str, Entry], drawn: Mapping[str, memoryview]) -> None:
     """Write one safetensors file whose values are the noise over and over, without a copy of it in memory."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, shape in shapes.items():
-        begin, end = end, end + 2 * prod(shape)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    for name, entry in entries.items():
+        begin, end = end, end + entry.nbytes
+        header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for at in range(0, end, len(noise)):
-            file.write(noise[: end - at])
+        for kind, run in groupby(entries.values(), key=lambda entry: entry.kind):
+            nbytes, values = sum(entry.nbytes for entry in run), drawn[kind]
+            for at in range(0, nbytes, len(values)):
+                file.write(values[: nbytes - at])
 
 
 def _write_index(folder: Path, groups: list[list[str]]) -> None:

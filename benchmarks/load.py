@@ -7,14 +7,14 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .files import config_of, shards, tensor_count, total_bytes, warm
 from .limits import describe_machine, floor
-from .peers import PEERS, can_load
+from .peers import PEERS, can_load, modes_of
 
 ROOT = Path(__file__).absolute().parent.parent
 # What two runs must have in common to stand in one result.
@@ -36,6 +36,7 @@ class Job:
         append: add to the result that is there.
         timeout_s: what a row may take.
         commit: bigload's; by default what git says.
+        beside: checkpoints of the same model in other formats, each loaded after the first one by the same peer.
     """
 
     folder: Path
@@ -48,6 +49,7 @@ class Job:
     append: bool = False
     timeout_s: float = 300.0
     commit: str | None = None
+    beside: tuple[Path, ...] = ()
 
 
 def compare(job: Job) -> dict[str, Any]:
@@ -58,32 +60,51 @@ def compare(job: Job) -> dict[str, Any]:
     Raises:
         SystemExit: no peer can do what is asked, or the result to add to is of something else.
     """
-    config = config_of(job.folder)
-    modes = job.modes or (("stored",) if "quantization_config" in config else ("nf4", "int8"))
-    pairs = [(peer, mode) for mode in modes for peer in job.peers if can_load(peer, mode, config, job.device)]
-    if not pairs:
+    modes = job.modes or [mode for mode in ("nf4", "int8", "stored") if mode in modes_of(config_of(job.folder))]
+    folders = {folder: config_of(folder) for folder in (job.folder, *job.beside)}
+    cells = [
+        (peer, mode, folder)
+        for mode in modes
+        for peer in job.peers
+        for folder, config in folders.items()
+        if can_load(peer, mode, config, job.device)
+    ]
+    if not cells:
         raise SystemExit(
             f"none of {', '.join(job.peers)} can do {', '.join(modes)} for this checkpoint on {job.device}"
         )
     result = _begun(job)
     if job.limits and not result["limits"]:
         result["limits"] = _limits(job)
-    for peer, mode in pairs:
-        row = {"peer": peer, "mode": mode, **_row(job, peer, mode)}
+    for peer, mode, folder in cells:
+        other = {} if folder == job.folder else _described(folder)
+        row = {"peer": peer, "mode": mode, **other, **_row(job, folder, peer, mode)}
         _hold_against_the_floor(row, result)
-        result["rows"] = [old for old in result["rows"] if (old["peer"], old["mode"]) != (peer, mode)] + [row]
+        result["rows"] = [old for old in result["rows"] if _cell(old) != _cell(row)]
+        _hold_against_the_first(row, result["rows"])
+        result["rows"].append(row)
         print(json.dumps(row), flush=True)
         _write(result, job.out)
     return result
+
+
+def _cell(row: Mapping[str, Any]) -> tuple[str, str, str | None]:
+    return row["peer"], row["mode"], row.get("checkpoint")
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    return {
+        "checkpoint": folder.name,
+        "checkpoint_bytes": total_bytes(shards(folder)),
+        "tensors": tensor_count(folder),
+    }
 
 
 def _begun(job: Job) -> dict[str, Any]:
     """Begin a result, or go on with the one that is there."""
     result = {
         "benchmark": "load",
-        "checkpoint": job.folder.name,
-        "checkpoint_bytes": total_bytes(shards(job.folder)),
-        "tensors": tensor_count(job.folder),
+        **_described(job.folder),
         "cold": job.cold,
         **describe_machine(job.device, job.commit),
         "limits": {},
@@ -114,15 +135,15 @@ def _limits(job: Job) -> dict[str, Any]:
         return dict(json.loads(out.read_text())["limits"])
 
 
-def _row(job: Job, peer: str, mode: str) -> dict[str, Any]:
+def _row(job: Job, folder: Path, peer: str, mode: str) -> dict[str, Any]:
     missing = PEERS[peer].missing
     if missing:
         return {"skipped": f"{missing} is not installed"}
     if not job.cold:
-        warm(shards(job.folder))  # the row before may have pushed files out of the page cache
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "row.json"
-        arguments = ["one", str(job.folder.absolute()), peer, mode, job.device, str(out)]
+        warm(shards(folder))  # the row before may have pushed files out of the page cache
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "row.json"
+        arguments = ["one", str(folder.absolute()), peer, mode, job.device, str(out)]
         failed = _run([*arguments, *(["--cold"] if job.cold else [])], job)
         # A row that was written counts, whatever became of the process as it ended.
         return dict(json.loads(out.read_text())) if out.exists() else {"error": failed}
@@ -150,9 +171,17 @@ def _run(arguments: list[str], job: Job) -> str | None:
 def _hold_against_the_floor(row: dict[str, Any], result: Mapping[str, Any]) -> None:
     if "first_s" not in row:
         return
-    nbytes = result["checkpoint_bytes"]
+    nbytes = row.get("checkpoint_bytes", result["checkpoint_bytes"])
     best = floor(nbytes, result["limits"], row["mode"], cold=result["cold"])
     row["gb_per_s"] = round(nbytes / 1e9 / (row["second_s"] or row["first_s"]), 4)
     row["floor_s"] = best and round(best, 4)
     row["ratio_first"] = best and round(row["first_s"] / best, 3)
     row["ratio_second"] = best and row["second_s"] and round(row["second_s"] / best, 3)
+
+
+def _hold_against_the_first(row: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Divide the seconds of a checkpoint beside the first one by those of the first, loaded likewise."""
+    first = next((old for old in rows if _cell(old) == (row["peer"], row["mode"], None)), {})
+    if row.get("checkpoint") and first.get("first_s") and row.get("first_s"):
+        pairs = {"first_s": "share_first", "second_s": "share_second"}
+        row |= {name: round(row[key] / first[key], 3) for key, name in pairs.items() if row[key] and first[key]}

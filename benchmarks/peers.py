@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .files import shards
+from .files import config_of, shards
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,6 +48,23 @@ class Peer:
         return [*self.modules, "transformers", f"transformers.models.{kind}.modeling_{kind}"]
 
 
+def is_scaled(config: Mapping[str, Any]) -> bool:
+    """Ask of a config.json whether its weights are in fp8 or mxfp4, to be loaded as something else."""
+    return _method(config) in ("fp8", "mxfp4")
+
+
+def modes_of(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """List the modes that a checkpoint can be loaded in, by its config.json: of a quantized one, as it is stored."""
+    if is_scaled(config):
+        return MODES
+    return ("stored",) if "quantization_config" in config else (*QUANTIZING, "none")
+
+
+def _method(config: Mapping[str, Any]) -> str | None:
+    method: str | None = config.get("quantization_config", {}).get("quant_method")
+    return method
+
+
 def can_load(name: str, mode: str, config: Mapping[str, Any], device: str) -> bool:
     """Ask whether a peer can do what is to be measured.
 
@@ -57,13 +74,18 @@ def can_load(name: str, mode: str, config: Mapping[str, Any], device: str) -> bo
         config: the checkpoint's config.json.
         device: "cpu" or "cuda:N".
     """
-    if mode not in PEERS[name].modes or (mode == "stored") != ("quantization_config" in config):
+    if mode not in PEERS[name].modes or mode not in modes_of(config):
         return False
+    if is_scaled(config) and (mode == "stored") != (name in TENSORS_ONLY):
+        return False
+    if is_scaled(config) and name == "transformers" and mode != "none":
+        return False  # it refuses to quantize what others have
     if name == "instanttensor" and device == "cpu":
         return False
     if name == "transformers":
         return "model_type" in config  # it loads no modules but its own
-    return name != "accelerate" or mode == "none" or device != "cpu"  # its quantizing needs a GPU
+    # Quantizing by accelerate needs a GPU, and weights of 16 bit.
+    return name != "accelerate" or (not is_scaled(config) and (mode == "none" or device != "cpu"))
 
 
 def _build(folder: Path) -> nn.Module:
@@ -85,13 +107,17 @@ def _bigload(model: Any, folder: Path, mode: str, device: str) -> Any:
 
 def _transformers(model: None, folder: Path, mode: str, device: str) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
     from transformers.utils.logging import disable_progress_bar
 
     from bigload import BnbQuantizationConfig
 
     disable_progress_bar()
     options: dict[str, Any] = {}
+    stored = config_of(folder)
+    if is_scaled(stored):
+        cls = FineGrainedFP8Config if _method(stored) == "fp8" else Mxfp4Config
+        options["quantization_config"] = cls(dequantize=True)
     if mode in QUANTIZING:
         config = BnbQuantizationConfig.from_mode(mode, bnb_4bit_compute_dtype="bf16")
         options["quantization_config"] = config.to_transformers()
@@ -102,8 +128,6 @@ def _build_for_accelerate(folder: Path) -> nn.Module:
     """Build with accelerate's own `init_empty_weights`, as its users do."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
-
-    from .files import config_of
 
     if "model_type" not in config_of(folder):
         return _build(folder)
@@ -178,3 +202,5 @@ PEERS = {
     "instanttensor": Peer(("torch", "instanttensor"), ("none", "stored"), _instanttensor, uses_transformers=False),
     "runai": Peer(("torch", "runai_model_streamer"), ("none", "stored"), _runai, uses_transformers=False),
 }
+# They give tensors as they are stored, and no model.
+TENSORS_ONLY = [name for name, peer in PEERS.items() if not peer.uses_transformers]

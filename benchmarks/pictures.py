@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from bigload.cli.pictures import Theme, load_figure, new_figure, plan_figure, save, style, theme
 from bigload.tables import wrapped
 
-from .report import Result, seconds, seconds_text
+from .report import Result, own_rows, seconds, seconds_text
 
 # One for each peer; bigload's stands out.
 _COLOURS = {
@@ -46,8 +46,8 @@ class Bar(NamedTuple):
 def bars_of(result: Result, modes: tuple[str, ...] = ()) -> list[Bar]:
     """Return the bars of a `load`, by mode; bigload's first, and of the peers the fastest before the others."""
     found = []
-    for mode in modes or dict.fromkeys(row["mode"] for row in result["rows"]):
-        rows = [row for row in result["rows"] if row["mode"] == mode and seconds(row)]
+    for mode in modes or dict.fromkeys(row["mode"] for row in own_rows(result)):
+        rows = [row for row in own_rows(result) if row["mode"] == mode and seconds(row)]
         rows.sort(key=lambda row: (row["peer"] != "bigload", seconds(row)))
         found += [Bar(mode, row["peer"], seconds(row) or 0.0, row.get("first_s")) for row in rows]
     return found
@@ -55,7 +55,7 @@ def bars_of(result: Result, modes: tuple[str, ...] = ()) -> list[Bar]:
 
 def floor_of(result: Result) -> float | None:
     """Return the seconds that no load of a result can beat."""
-    found: float | None = next((row["floor_s"] for row in result["rows"] if row.get("floor_s")), None)
+    found: float | None = next((row["floor_s"] for row in own_rows(result) if row.get("floor_s")), None)
     return found
 
 

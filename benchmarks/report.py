@@ -139,9 +139,9 @@ def table(result: Result) -> str:
         f"| {result['checkpoint_bytes'] / 1e9:.2f} GB onto {result['device']}{cold} | " + " | ".join(peers) + " |",
         "|---" * (len(peers) + 1) + "|",
     ]
-    for mode in dict.fromkeys(row["mode"] for row in result["rows"]):
-        rows = {row["peer"]: row for row in result["rows"] if row["mode"] == mode}
-        lines += chain.from_iterable(_line(mode, label, cell, peers, rows) for label, cell in _cells(result, rows))
+    for name in dict.fromkeys(map(_name, result["rows"])):
+        rows = {row["peer"]: row for row in result["rows"] if _name(row) == name}
+        lines += chain.from_iterable(_line(name, label, cell, peers, rows) for label, cell in _cells(result, rows))
     return "\n".join(lines)
 
 
@@ -151,11 +151,11 @@ def summary(result: Result) -> str:
     peers = [peer for peer in PEERS if any(row["peer"] == peer for row in rows)]
     title = f"{result['checkpoint_bytes'] / 1e9:.2f} GB onto {result['device']}"
     lines = ["| " + " | ".join([title, "floor", *peers]) + " |", "|---" * (len(peers) + 2) + "|"]
-    for mode in dict.fromkeys(row["mode"] for row in rows):
-        by_peer = {row["peer"]: row for row in rows if row["mode"] == mode}
+    for name in dict.fromkeys(map(_name, rows)):
+        by_peer = {row["peer"]: row for row in rows if _name(row) == name}
         floor_s = next((row["floor_s"] for row in by_peer.values() if row.get("floor_s")), None)
         found = [floor_s, *(seconds(by_peer.get(peer, {})) for peer in peers)]
-        lines.append("| " + " | ".join([mode, *(seconds_text(value) or "-" for value in found)]) + " |")
+        lines.append("| " + " | ".join([name, *(seconds_text(value) or "-" for value in found)]) + " |")
     for label, name in (("GPU", "gpu_peak_over_final_gib"), ("host", "host_over_start_gib")):
         most = [max((row.get(name) or 0.0 for row in rows if row["peer"] == peer), default=0.0) for peer in peers]
         over = "the model" if label == "GPU" else "the start"
@@ -163,11 +163,22 @@ def summary(result: Result) -> str:
     return "\n".join(lines)
 
 
+def _name(row: Row) -> str:
+    """Name what a row of a `load` loaded: the mode, and the checkpoint where it is not the result's own."""
+    other = row.get("checkpoint")
+    return f"{row['mode']} from {other}, {row['checkpoint_bytes'] / 1e9:.2f} GB" if other else str(row["mode"])
+
+
+def own_rows(result: Result) -> list[Row]:
+    """List the rows of a `load` that are of the result's own checkpoint, not of one beside it."""
+    return [row for row in result["rows"] if not row.get("checkpoint")]
+
+
 def gain(result: Result, mode: str = "nf4") -> str:
     """Write a `load` in a sentence: what the first load in one mode takes and what later ones do, peer by peer."""
     found = {
         row["peer"]: f"{row['first_s']:.2f} s and {row['second_s']:.2f} s"
-        for row in result["rows"]
+        for row in own_rows(result)
         if row["mode"] == mode and row.get("second_s")
     }
     own = found.pop("bigload").replace(" and ", " the first time in a process and ")
@@ -189,13 +200,17 @@ def _cells(result: Result, rows: Mapping[str, Row]) -> list[tuple[str, Callable[
     """Give the lines of a mode: what is added to its name, and what stands in a cell."""
     floor_s = next((row["floor_s"] for row in rows.values() if row.get("floor_s")), 0.0)
     lines: list[tuple[str, Callable[[Row], str | None]]] = [("", lambda row: seconds_text(seconds(row)))]
-    if result.get("tensors") and result["checkpoint_bytes"] < SMALL_TENSOR_BYTES * result["tensors"]:
-        count = result["tensors"]
+    about = next((row for row in rows.values() if row.get("checkpoint")), result)
+    if about.get("tensors") and about["checkpoint_bytes"] < SMALL_TENSOR_BYTES * about["tensors"]:
+        count = about["tensors"]
         label = f", for each of {count} tensors"
         lines.append((label, lambda row: _figure(seconds(row), "{:.0f} us", 1e6 / count)))
     else:
         label = f", times the floor of {seconds_text(floor_s)}"
         lines.append((label, lambda row: _figure(row.get("ratio_second") or row.get("ratio_first"), "{:.1f}")))
+    if about is not result:
+        label = f", times the seconds from {result['checkpoint']}"
+        lines.append((label, lambda row: _figure(row.get("share_second") or row.get("share_first"), "{:.2f}")))
     lines.append((", GPU memory over the model", lambda row: _figure(_gpu_peak(row), "{:.2f} GiB")))
     lines.append((", host memory over the start", lambda row: _figure(row.get("host_over_start_gib"), "{:.2f} GiB")))
     return lines
@@ -230,7 +245,7 @@ def notes(result: Result) -> list[str]:
     """Say what the table cannot: why cells are empty, and what its figures hide."""
     rows = result["rows"]
     lines = [
-        f"{row['peer']}, {row['mode']}: {outcome}: {row[outcome]}"
+        f"{row['peer']}, {_name(row)}: {outcome}: {row[outcome]}"
         for row in rows
         for outcome in ("skipped", "error")
         if outcome in row
@@ -249,9 +264,8 @@ def _is_mapped(row: Row, result: Result) -> bool:
     """Ask whether a load onto the CPU left its bytes in the files: it keeps less than half of them in memory."""
     kept = row.get("host_kept_gib")
     on_cpu = row.get("gpu_final_gib") is None
-    return (
-        on_cpu and kept is not None and row["mode"] in ("none", "stored") and kept * 2**31 < result["checkpoint_bytes"]
-    )
+    nbytes = row.get("checkpoint_bytes", result["checkpoint_bytes"])
+    return on_cpu and kept is not None and row["mode"] in ("none", "stored") and kept * 2**31 < nbytes
 
 
 def limits_table(limits: Mapping[str, Any]) -> str:

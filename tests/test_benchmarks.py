@@ -15,8 +15,10 @@ from children import Forking
 from safetensors import safe_open
 
 import bigload
+import bigload.checkpoint.describe
 
 ROOT = Path(__file__).parent.parent
+IN_FP8 = {"quantization_config": {"quant_method": "fp8"}}
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +124,33 @@ def test_quantized_checkpoint_makes_its_source_beside_it_and_never_over_it(tmp_p
     assert {name.rpartition(".")[2] for name in stored(folder)} == {"weight", "SCB", "weight_format"}
     with pytest.raises(SystemExit, match="name another folder"):
         run("make", "many-10", tmp_path / "many-10", "--quant", "int8")
+
+
+@pytest.mark.parametrize(
+    ("size", "form", "kind", "method"),
+    [
+        ("tiny", "fp8", "fp8 by blocks of 128 x 128: 28 tensors", "fp8"),
+        ("tiny-moe", "fp8", "fp8 by blocks of 128 x 128: 56 tensors", "fp8"),
+        ("many-20", "fp8", "fp8 by blocks of 128 x 128: 20 tensors", "fp8"),
+        ("tiny-gpt-oss", "mxfp4", "mxfp4, blocks of 32: 4 tensors", "mxfp4"),
+    ],
+)
+def test_checkpoint_of_small_numbers_is_as_publishers_make_it_and_loads(tmp_path, size, form, kind, method):
+    from benchmarks.checkpoints import build
+
+    folder = made(size, tmp_path / "made", "--format", form)
+    assert kind in bigload.checkpoint.describe.describe_checkpoint(folder)
+    assert json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"] == method
+    config = bigload.BnbQuantizationConfig(load_in_4bit=True, skip_modules=["*"], torch_dtype="bf16")
+    model = bigload.load_and_quantize_model(build(folder), config, folder, device_map="cpu")
+    for tensor in model.state_dict().values():
+        assert 0.002 < tensor.float().std() < 0.3  # as of usual weights, and of any layer that is quantized
+
+
+@pytest.mark.parametrize(("size", "form"), [("tiny", "mxfp4"), ("tiny-gpt-oss", "fp8")])
+def test_format_that_a_size_does_not_have_is_named(tmp_path, size, form):
+    with pytest.raises(SystemExit, match=f"'{size}' is not made in {form}: tiny-gpt-oss, gpt-oss-20b are made in mx"):
+        run("make", size, tmp_path / "made", "--format", form)
 
 
 # experts
@@ -337,8 +366,8 @@ def in_this_process(monkeypatch):
     from benchmarks.one import measure
     from benchmarks.peers import PEERS
 
-    def row(job, peer, mode):
-        return measure(job.folder, PEERS[peer], mode, job.device)
+    def row(job, folder, peer, mode):
+        return measure(folder, PEERS[peer], mode, job.device)
 
     return lambda: monkeypatch.setattr("benchmarks.load._row", row)
 
@@ -397,6 +426,26 @@ def test_load_measures_each_peer_in_each_mode_and_appends(many, tmp_path, in_thi
     again = json.loads(out.read_text())
     assert again["rows"][:2] == [result["rows"][0], result["rows"][2]]
     assert again["rows"][2]["peer"] == "safetensors"
+
+
+def test_other_formats_are_loaded_in_turn_and_held_against_the_first(many, tmp_path, in_this_process, capsys):
+    in_this_process()
+    other, out = made("many-50", tmp_path / "many-fp8", "--format", "fp8"), tmp_path / "out.json"
+    options = ("--beside", other, "--device", "cpu", "--no-limits", "--out", out, "--commit", "abc")
+    run("load", many, *options, "--peers", "bigload", "safetensors", "--modes", "nf4", "stored")
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["peer"], row["mode"], row.get("checkpoint")) for row in rows] == [
+        ("bigload", "nf4", None),
+        ("bigload", "nf4", "many-fp8"),
+        ("safetensors", "stored", "many-fp8"),
+    ]
+    assert rows[1]["share_second"] == pytest.approx(rows[1]["second_s"] / rows[0]["second_s"], rel=0.1)
+    assert rows[1]["gb_per_s"] == pytest.approx(rows[1]["checkpoint_bytes"] / 1e9 / rows[1]["second_s"], abs=1e-4)
+    assert rows[1]["tensors"] == 100
+    assert rows[1]["checkpoint_bytes"] == sum(file.stat().st_size for file in other.glob("*.safetensors"))
+    capsys.readouterr()
+    run("report", out)
+    assert "| nf4 from many-fp8, 0.00 GB, times the seconds from many | " in capsys.readouterr().out
 
 
 def test_cold_load_is_one(many):
@@ -466,6 +515,13 @@ def test_what_no_peer_can_do_is_said(many):
         ("accelerate", "nf4", {}, "cuda:0", True),
         ("safetensors", "nf4", {}, "cpu", False),
         ("fastsafetensors", "stored", {"quantization_config": {}}, "cpu", True),
+        ("bigload", "nf4", IN_FP8, "cpu", True),
+        ("bigload", "stored", IN_FP8, "cpu", False),
+        ("transformers", "none", IN_FP8 | {"model_type": "qwen3"}, "cpu", True),
+        ("transformers", "nf4", IN_FP8 | {"model_type": "qwen3"}, "cpu", False),
+        ("accelerate", "none", IN_FP8, "cuda:0", False),
+        ("safetensors", "stored", IN_FP8, "cpu", True),
+        ("safetensors", "none", IN_FP8, "cpu", False),
     ],
 )
 def test_peers_are_asked_for_what_they_can_do(peer, mode, config, device, can):

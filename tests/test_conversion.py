@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import contents, empty, empty_like, loaded, save, save_checkpoint, stored
+from children import Forking
 from comparisons import assert_same_bits
 from failures import act_at, fail_at
 from forks import needs_fork
 from models import GPT, Layers, llama
 from references import FOUR_BIT
+from scaled import BLOCKS, FP8, says
 from torch import nn
 
 from bigload import (
@@ -27,6 +29,7 @@ from bigload import (
     save_quantized_model,
 )
 from bigload.cli import main
+from bigload.pipeline import file_output
 
 MODES = (*FOUR_BIT, "int8")
 
@@ -42,6 +45,58 @@ def without_padding(state):
         name: torch.tensor(list(bytes(tensor.numpy()).rstrip())) if ".quant_state." in name else tensor
         for name, tensor in state.items()
     }
+
+
+@pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "int8"])
+def test_scales_are_held_of_one_weight_at_a_time(tmp_path, device, monkeypatch, mode):
+    sinks, held = [], []
+    begin, take = file_output._QuantizedFileSink.__init__, file_output._QuantizedFileSink.take
+
+    def begun(self, *args):
+        sinks.append(self)
+        begin(self, *args)
+
+    def taken(self, *args):
+        take(self, *args)
+        held.append(sum(isinstance(each, torch.Tensor) for sink in sinks for each in vars(sink).values()))
+
+    monkeypatch.setattr(file_output._QuantizedFileSink, "__init__", begun)
+    monkeypatch.setattr(file_output._QuantizedFileSink, "take", taken)
+    quantize_checkpoint(source(tmp_path / "source"), tmp_path / "made", mode, model=empty(), device=device)
+    assert len(sinks) > 2
+    assert set(held) == {1}
+
+
+WATCHED = """
+import torch
+from torch import nn
+from benchmarks.host import watched_host
+from bigload import init_empty_weights, quantize_checkpoint
+from bigload.io.ring import RING_BYTES
+from bigload.quantization import bnb
+
+bnb.library()
+device = "cuda" if torch.cuda.is_available() else "cpu"
+torch.zeros(1, device=device)
+with init_empty_weights():
+    model = nn.Sequential(*(nn.Linear(4096, 2048, bias=False) for _ in range(40)))
+with watched_host(on_gpu=device == "cuda") as host:
+    quantize_checkpoint("fp8", "nf4", "nf4", model=model, device=device, progress=False)
+print(host.over_start_gib, RING_BYTES / 2**30)
+"""
+
+
+@pytest.mark.slow
+def test_host_memory_is_the_ring_and_what_one_weight_needs(tmp_path):
+    state, numbers = {}, torch.randn(2048, 4096).mul_(100).clamp_(-448, 448).to(FP8)
+    for number in range(40):  # 320 MiB, which are 640 in bfloat16 and 180 in nf4
+        state |= {f"{number}.weight": numbers.clone(), f"{number}.weight_scale_inv": torch.full((16, 32), 2e-4)}
+    says(save(state, tmp_path / "fp8"), **BLOCKS)
+    with Forking("torch") as forking:
+        over_start, ring = forking.run(WATCHED, tmp_path).split()
+    if over_start == "None":
+        pytest.skip("the system does not tell a process's memory")
+    assert float(over_start) < float(ring) + 150 / 1024
 
 
 @pytest.mark.parametrize("ring", ["1KiB", "128MiB"])

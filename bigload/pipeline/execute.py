@@ -177,19 +177,19 @@ def read_and_load(
     """Read the tasks' tensors from files, in file order, then take those that are in memory.
 
     Raises:
-        CheckpointError: a file could not be read to its end.
+        CheckpointError: a file could not be read to its end, or holds scales that are not finite.
         PlacementError: a device ran out of memory.
     """
     transcoder = Transcoder()
     tasks = transcoder.reads(tasks)
     ordered = in_file_order([task for task in tasks if not isinstance(task.tensor, LazyTensor)])
     read = functools.partial(read_all, on_bytes=on_bytes, meanwhile=meanwhile, timeline=timeline)
-    _explain_out_of_memory(functools.partial(_window_shortage, plan), read)(ordered)
-    for task in tasks:
-        if isinstance(task.tensor, LazyTensor):
-            _feed(task, task.tensor.load())
-            on_bytes(task.tensor.nbytes)
-    transcoder.require_finite()
+    with transcoder.finite():
+        _explain_out_of_memory(functools.partial(_window_shortage, plan), read)(ordered)
+        for task in tasks:
+            if isinstance(task.tensor, LazyTensor):
+                _feed(task, task.tensor.load())
+                on_bytes(task.tensor.nbytes)
 
 
 def _feed(task: ReadTask, tensor: torch.Tensor) -> None:

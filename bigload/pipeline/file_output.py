@@ -85,8 +85,15 @@ class _QuantizedFileSink(PieceSink):
         self._per_scale = fmt.values_per_scale(planned.shape)
         super().__init__(planned, output.config.load_dtype, self._per_scale)
         self._output, self._writer, self._format = output, writer, fmt
-        scales = -(-math.prod(planned.shape) // self._per_scale)
-        self._scales = torch.empty(scales, dtype=torch.float32, device=planned.device)
+        self._made: torch.Tensor | None = None
+
+    @property
+    def _scales(self) -> torch.Tensor:
+        """The scales, allocated when the first are there: memory of a weight before is used again."""
+        if self._made is None:
+            count = -(-math.prod(self.planned.shape) // self._per_scale)
+            self._made = torch.empty(count, dtype=torch.float32, device=self.planned.device)
+        return self._made
 
     def take(self, values: torch.Tensor, begin: int) -> None:
         fmt, name = self._format, self._output.entries["weight"].name
@@ -119,4 +126,4 @@ class _QuantizedFileSink(PieceSink):
         for part, tensor in parts.items():
             self._writer.write(entries[part].name, tensor)
         self._writer.complete(entries["weight"].name)
-        del self._scales
+        self._made = None

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..checkpoint.scaled.tensor import ScaledTensor, not_finite, scales_of_rows, values_of_rows
+from ..checkpoint.scaled.tensor import (
+    CPU_VALUES,
+    GPU_VALUES,
+    ScaledTensor,
+    not_finite,
+    scales_of_blocks,
+    scales_of_rows,
+    values_of_rows,
+)
+from ..errors import QuantizationError
 from ..io.program import ReadTask
 from ..io.ring import slot_bytes
 from ..io.tensors import StoredTensor
 
-# Values that are computed at once: on the CPU so that they stay in the cache, on a GPU so that they need little memory.
-_CPU_VALUES, _GPU_VALUES = 2**18, 2**23
 # Scales that are smaller than this part of their weight are read before all weights of its file, in few reads.
 _FEW = 1 / 64
 
@@ -82,12 +90,22 @@ class Transcoder:
         elif not math.isfinite(largest):
             raise not_finite([name])
 
-    def require_finite(self) -> None:
-        """Refuse scales that are not finite, with one sync for each GPU.
+    @contextmanager
+    def finite(self) -> Iterator[None]:
+        """Refuse scales that are not finite when the `with` block has ended, or has failed on values made of them.
 
         Raises:
             CheckpointError: there are some.
         """
+        try:
+            yield
+        except QuantizationError:
+            self._require_finite()
+            raise
+        self._require_finite()
+
+    def _require_finite(self) -> None:
+        """Look at the scales, with one sync for each GPU."""
         for pairs in self._largest.values():
             values = torch.stack([largest for _, largest in pairs]).tolist()
             bad = [name for (name, _), value in zip(pairs, values, strict=True) if not math.isfinite(value)]
@@ -103,7 +121,9 @@ class _Landing:
         self._columns, self._per_item = weight.shape[-1], 2 if weight.is_packed else 1
         # Pieces are whole rows, and whole blocks or rows of the format that they are quantized to.
         self._values = math.lcm(max(1, self._columns), task.values_per_scale)
+        self._missing = math.prod(weight.shape)
         self._stored: torch.Tensor | None = None
+        self._blocks: torch.Tensor | None = None
         self._scales: torch.Tensor | None = None
         self._early: list[tuple[torch.Tensor, int]] = []
 
@@ -129,24 +149,30 @@ class _Landing:
         self._stored[begin : begin + len(piece)].copy_(piece)
         if begin + len(piece) < count:
             return
-        self._scales = scales_of_rows(self._stored, self._weight.shape, self._weight.block)
+        self._blocks = scales_of_blocks(self._stored, self._weight.shape, self._weight.block)
         self._stored = None
-        self._transcoder.add(self._weight.name, self._scales)
+        self._transcoder.add(self._weight.name, self._blocks)
         early, self._early = self._early, []
         for numbers, at in early:
             self._take(numbers, at)
 
     def _take(self, piece: torch.Tensor, begin: int) -> None:
-        if self._scales is None:  # it came before the scales
+        if self._blocks is None:  # it came before the scales
             self._early.append((piece.clone(), begin))
             return
+        if self._scales is None:  # those of all rows take more memory, and so only while the numbers come
+            self._scales = scales_of_rows(self._blocks, self._weight.shape[-2], self._weight.block[0])
         per_item, columns = self._per_item, self._columns
-        room = _CPU_VALUES if piece.device.type == "cpu" else _GPU_VALUES
+        room = CPU_VALUES if piece.device.type == "cpu" else GPU_VALUES
         step = max(1, room // self._values) * self._values // per_item
         for numbers in torch.split(piece, step):
             at, count = begin * per_item, len(numbers) * per_item
             scales = self._scales[at // columns : (at + count) // columns]
             values = values_of_rows(numbers, scales, columns, self._weight.block[1], self._weight.dtype)
             self._task.take(values.view(-1), at)
+            del values  # before the next ones are computed
             self._task.arrived(count)
             begin += len(numbers)
+            self._missing -= count
+        if not self._missing:
+            self._blocks = self._scales = None

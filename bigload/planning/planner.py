@@ -41,7 +41,7 @@ from .placing.accounts import accounts_of
 from .placing.cpu_or_gpu import experts_are_faster_on_cpu, is_faster_on_cpu
 from .placing.expert_caches import warn_of_unused_cache
 from .plan import AfterLoad, Plan
-from .planned_tensors import PlannedTensor, compute_dtype_of, dequantized_bytes, formatted_tensors
+from .planned_tensors import PlannedTensor, compute_dtype_of, dequantized_bytes, formatted_tensors, scratch_bytes
 from .request import LoadRequest, PlacementRequest, check_map, load_request, only_device
 from .sources import KeyMapping, Source, sources_in_checkpoint
 
@@ -70,7 +70,8 @@ def plan_load(view: ModelView, request: LoadRequest) -> Plan:
     _require_extra_state_kept(layers, after)
     planned = formatted_tensors(view, config, tensors, layers, sources, class_dtypes, device or CPU, experts.quantized)
     reserve = placement.offload.reserve_bytes(dequantized_bytes(planned, config))
-    placement = replace(placement, reserve=max(reserve, WINDOW_BYTES))
+    transfers = WINDOW_BYTES + scratch_bytes(planned, config)
+    placement = replace(placement, reserve=max(reserve, transfers))
     placed = None if device is None else place_whole(planned, device, placement)
     visited = transformers_facts.experts_per_token(view.model) if experts.quantized else None
     placed = placed or _placement(view, planned, placement, visited, compute_dtype_of(config))
@@ -78,11 +79,11 @@ def plan_load(view: ModelView, request: LoadRequest) -> Plan:
     _require_scripts_at_hand(view, plan)
     warn_of_unused_cache(plan.offloaded, placement.offload)
     is_asked = placement.offload.reserve is not None
-    if is_asked and reserve < WINDOW_BYTES and plan.is_mixed:
+    if is_asked and reserve < transfers and plan.is_mixed:
         logger.warning(
             "reserve is %s, but the transfers of the load need %s: that is kept free instead",
             show(reserve),
-            show(WINDOW_BYTES),
+            show(transfers),
         )
     read = {path: what for path, what in read.items() if path not in layers}
     return replace(plan, after=after, read_weights=read, experts_per_token=visited)

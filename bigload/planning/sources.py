@@ -327,10 +327,12 @@ def _differ(one: StoredTensor, other: StoredTensor) -> bool:
     return not same_place and one.dtype == other.dtype and _ends(one) != _ends(other)
 
 
-def _ends(tensor: StoredTensor, nbytes: int = 65536) -> tuple[bytes, bytes]:
+def _ends(tensor: StoredTensor, nbytes: int = 65536) -> tuple[bytes, ...]:
     """Read the first and last bytes of a tensor: in practice they differ wherever two weights do."""
-    if isinstance(tensor, (QuantizedTensor, ScaledTensor)):
-        return _ends(tensor.numbers if isinstance(tensor, ScaledTensor) else tensor.parts["weight"], nbytes)
+    if isinstance(tensor, QuantizedTensor):
+        return _ends(tensor.parts["weight"], nbytes)
+    if isinstance(tensor, ScaledTensor):
+        return *_ends(tensor.numbers, nbytes), *_ends(tensor.scales, nbytes)
     if isinstance(tensor, LazyTensor):
         raw = tensor.load().detach().contiguous().view(-1).view(torch.uint8)
         return raw[:nbytes].numpy().tobytes(), raw[-nbytes:].numpy().tobytes()

@@ -1,6 +1,7 @@
 """Weights stored as small numbers with scales: their values in every form, and what is damaged about them."""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from bigload import (
 )
 from bigload.checkpoint.checkpoint import open_checkpoint
 from bigload.checkpoint.describe import describe_checkpoint
+from bigload.checkpoint.scaled.fp8 import FLOAT8
+from bigload.checkpoint.scaled.tensor import values_of_rows
 from bigload.pipeline import transcoding
 
 PLAIN = {"load_in_4bit": True, "skip_modules": ["*"], "torch_dtype": "bf16"}
@@ -99,6 +102,14 @@ def form(request, tmp_path):
     return folder, save(values, tmp_path / "plain"), values, kind
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("number", FLOAT8)
+def test_each_number_of_fp8_is_what_torch_converts_it_to(number, dtype):
+    numbers = torch.arange(256, dtype=torch.uint8).view(number)
+    found = values_of_rows(numbers, torch.ones(4, 1), 64, 64, dtype)
+    assert equal(found, (numbers.view(4, 64).to(dtype) * torch.ones(4, 1)).to(dtype))
+
+
 @pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "int8", "none"])
 def test_values_are_those_of_the_formula(form, mode, device):
     folder, plain, _, _ = form
@@ -114,7 +125,7 @@ def test_weights_can_be_kept_in_16_bit(form, warned):
 
 def test_values_are_right_whatever_arrives_first(form, monkeypatch):
     folder, _, values, _ = form
-    monkeypatch.setattr(transcoding, "_CPU_VALUES", 999)
+    monkeypatch.setattr(transcoding, "CPU_VALUES", 999)
 
     def order(tasks):
         return sorted(tasks, key=lambda task: isinstance(task, transcoding._ScalesTask))
@@ -141,6 +152,16 @@ def test_a_plan_has_the_bytes_of_the_loaded_model(form):
     assert found.source_bytes < expected.source_bytes
 
 
+def test_a_plan_keeps_memory_free_for_what_the_values_are_computed_in(form):
+    folder, plain, _, _ = form
+    told = OffloadConfig(reserve=0)
+    found, expected = (plan_device_map(empty(Net), "nf4", each, device_map=0, offload=told) for each in (folder, plain))
+    values, scales = 200 * 320 * 2, 320 * 10 * 4  # in bf16, and of all rows at most
+    beside = found.accounts[0].reserve - expected.accounts[0].reserve
+    assert expected.accounts[0].reserve == 144 * 2**20
+    assert values < beside <= values + scales
+
+
 def test_files_are_made_of_them_and_their_scales_are_gone(form, tmp_path):
     folder, plain, _, _ = form
     for name, source in (("a", folder), ("b", plain)):
@@ -150,25 +171,71 @@ def test_files_are_made_of_them_and_their_scales_are_gone(form, tmp_path):
     assert not [name for name in open_checkpoint(tmp_path / "a").tensors if "scale" in name]
 
 
-@pytest.mark.cuda
 @pytest.mark.parametrize("place", ["cpu", "disk"])
-@pytest.mark.parametrize("mode", ["nf4", "none"])
-def test_offloaded_weights_compute_the_same(form, place, mode, tmp_path):
+@pytest.mark.parametrize("mode", ["nf4", "int8", "none"])
+def test_offloaded_weights_compute_the_same(form, place, mode, tmp_path, device, small_parts_stream):
     folder, plain, _, _ = form
-    x = torch.randn(4, 320, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(4, 320, device=device, dtype=torch.bfloat16)
+    whole = load_and_quantize_model(empty(Net), mode, folder, device_map=device)
     outputs = []
     for source in (folder, plain, folder):  # the last one finds its files
         model = load_and_quantize_model(
             empty(Net),
             mode,
             source,
-            device_map={"": "cuda:0", "up": place, "down": place},
+            device_map={"": device, "up": place, "down": place},
             offload_folder=tmp_path / "cache",
             offload=OffloadConfig(),
         )
         outputs.append(model(x))
+        is_resident = place == device.type  # on the CPU, host memory is where it computes
+        assert hasattr(model, "offload") is not is_resident
+        if not is_resident:
+            model.offload.remove()
+        assert_same_bits(state_of(model), state_of(whole))
+    assert equal(outputs[0], whole(x))
     assert equal(outputs[0], outputs[1])
     assert equal(outputs[0], outputs[2])
+
+
+def test_files_of_other_scales_are_not_taken_for_these(tmp_path, small_parts_stream):
+    outputs = []
+    for factor in (1, 2, 1):
+        state, _ = stored(lambda weight: blocks(torch.ones_like(weight) * factor))  # noqa: B023
+        folder = save(state, tmp_path / str(factor))
+        says(folder, **BLOCKS)
+        how = {"device_map": {"": "cpu", "down": "disk"}, "offload_folder": tmp_path / "cache"}
+        model = load_and_quantize_model(empty(Net), "nf4", folder, **how)
+        assert model.offload
+        outputs.append(model.down(torch.ones(1, 200).bfloat16()))
+    assert equal(outputs[0], outputs[2])
+    assert not equal(outputs[0], outputs[1])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("mode", ["nf4", "int8", "none"])
+def test_a_load_needs_no_more_of_a_gpu_than_is_kept_free(tmp_path, mode):
+    class Large(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4096, 4096, bias=False) for _ in range(12))
+
+    state = {}
+    numbers = torch.randn(4096, 4096).mul_(100).clamp_(-448, 448).to(FP8)
+    for name in Large().state_dict():
+        state |= {name: numbers.clone(), f"{name}_scale_inv": torch.full((32, 32), 2e-4)}
+    folder = save(state, tmp_path, shards=2)
+    says(folder, **BLOCKS)
+    plan = plan_device_map(empty(Large), mode, folder, device_map=0, offload=OffloadConfig(reserve=0))
+    load_and_quantize_model(empty(Large), mode, folder, device_map=0)  # what the process keeps
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model = load_and_quantize_model(empty(Large), mode, folder, device_map=0)
+    final = torch.cuda.memory_allocated()
+    assert final - before == plan.device_bytes[torch.device("cuda", 0)]
+    assert torch.cuda.max_memory_allocated() - final <= plan.accounts[0].reserve
+    assert model.layers[11] is not None
 
 
 def fp8(scales=lambda s: s, **more):
@@ -227,6 +294,67 @@ def test_damage_is_named_and_nothing_is_loaded(tmp_path, case, mode, device):
     with pytest.raises(CheckpointError, match=message):
         load_and_quantize_model(model, mode, folder, device_map=device)
     assert_same_bits(state_of(model), before)
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damage_is_named_and_nothing_is_written(tmp_path, case, device):
+    make, quantization, message = DAMAGED[case]
+    folder = save(make(), tmp_path / "damaged")
+    if quantization is not None:
+        says(folder, **quantization)
+    with pytest.raises(CheckpointError, match=message):
+        quantize_checkpoint(folder, tmp_path / "nf4", "nf4", model=empty(Net), device=device)
+    assert not (tmp_path / "nf4").exists()
+
+
+@pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "int8"])
+def test_scales_are_named_where_values_made_of_them_are_found_first(tmp_path, mode, monkeypatch):
+    # As on a GPU, where scales are looked at when all is there, and each file's weights before.
+    def add(self, name, scales):
+        self._largest[scales.device].append((name, scales.abs().max()))
+
+    monkeypatch.setattr(transcoding.Transcoder, "add", add)
+    folder = save(fp8(nan), tmp_path / "damaged")
+    says(folder, **BLOCKS)
+    message = "'(down|up).weight', '(down|up).weight': stored with scales that are not finite"
+    with pytest.raises(CheckpointError, match=message):
+        load_and_quantize_model(empty(Net), mode, folder, device_map="cpu")
+    with pytest.raises(CheckpointError, match=r"'(down|up).weight'.*: stored with scales that are not finite"):
+        quantize_checkpoint(folder, tmp_path / mode, mode, model=empty(Net), device="cpu")
+    assert not (tmp_path / mode).exists()
+
+
+def test_scales_of_rows_are_held_of_one_weight_at_a_time(tmp_path, monkeypatch):
+    alive, most = weakref.WeakSet(), []
+    make = transcoding.scales_of_rows
+
+    def watched(*args):
+        most.append(len(alive))
+        found = make(*args)
+        alive.add(found)
+        return found
+
+    monkeypatch.setattr(transcoding, "scales_of_rows", watched)
+    folder = save(fp8(), tmp_path)
+    says(folder, **BLOCKS)
+    load_and_quantize_model(empty(Net), "nf4", folder, device_map="cpu")
+    assert most == [0, 0]
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(128, 128, bias=False), nn.Linear(128, 128, bias=False)
+        self.two.weight = self.one.weight
+
+
+def test_one_weight_stored_twice_with_other_scales_is_said(tmp_path, warned):
+    numbers = torch.randn(128, 128).to(FP8)
+    for factor, count in ((1, 0), (2, 1)):
+        state = {f"{name}.weight": numbers.clone() for name in ("one", "two")}
+        state |= {"one.weight_scale_inv": torch.ones(1, 1), "two.weight_scale_inv": torch.ones(1, 1) * factor}
+        load_and_quantize_model(empty(Tied), "nf4", save(state, tmp_path / str(factor)), device_map="cpu")
+        assert len([message for message in warned() if "stored with different values" in message]) == count
 
 
 def test_what_was_dequantized_loads_without_the_stale_config(tmp_path):
@@ -301,6 +429,13 @@ def mxfp4(scale=None, width=16):
     numbers = torch.randint(0, 256, (3, 40, 3, width), dtype=torch.uint8)
     plain = {name: tensor for name, tensor in Turned().state_dict().items() if "head" in name}
     return plain | {"experts.down_proj_blocks": numbers, "experts.down_proj_scales": scale}
+
+
+def test_a_plan_keeps_memory_free_in_which_experts_are_turned(tmp_path):
+    folder = save(mxfp4(), tmp_path)
+    plan = plan_device_map(empty(Turned), PLAIN, folder, device_map=0, offload=OffloadConfig(reserve=0))
+    values, pairs, scales = 96 * 40 * 2, 96 * 40 // 2 * 4, 40 * 3 * 4
+    assert plan.accounts[0].reserve - 144 * 2**20 == values + pairs + scales + 2 * values
 
 
 def test_mxfp4_is_what_the_specification_says(tmp_path, device):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from checkpoints import offloaded
 from comparisons import assert_same_bits, outputs, state_of
 from safetensors.torch import save_file
 from scaled import in_fp8, in_mxfp4
@@ -72,6 +73,22 @@ def test_the_bits_are_those_of_transformers_values_quantized(pair, mode, device)
     assert torch.equal(outputs(found, tokens), outputs(expected, tokens))
 
 
+@pytest.mark.parametrize("home", ["cpu", "disk"])
+@pytest.mark.parametrize("mode", ["nf4", "none"])
+def test_offloaded_blocks_compute_the_same(pair, mode, home, device, tmp_path, small_parts_stream):
+    folder, _ = pair
+    whole = load_and_quantize_model(built(folder), mode, folder, device_map=device).eval()
+    how = {"config": mode, "home": home}
+    part = offloaded(lambda: built(folder), folder, device, ["model.layers.1"], tmp_path, **how).eval()
+    tokens = torch.arange(12, device=device).view(2, 6)
+    assert torch.equal(outputs(part, tokens), outputs(whole, tokens))
+    is_resident = home == device.type  # on the CPU, host memory is where it computes
+    assert hasattr(part, "offload") is not is_resident
+    if not is_resident:
+        part.offload.remove()
+    assert_same_bits(state_of(part), state_of(whole))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_values_are_rounded_once_to_any_dtype(pair, dtype):
     folder, _ = pair
@@ -94,11 +111,15 @@ def test_a_file_of_them_is_quantized_into_a_file(pair, tmp_path):
     assert_same_bits(state_of(found), state_of(expected))
 
 
+@pytest.mark.parametrize("is_training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("mode", ["none", "nf4"])
-def test_what_is_saved_is_loaded_by_transformers(pair, mode, tmp_path):
+def test_what_is_saved_is_loaded_by_transformers(pair, mode, is_training, tmp_path):
     folder, _ = pair
-    ours = load_and_quantize_model(built(folder), mode, folder, device_map="cpu")
+    ours = load_and_quantize_model(built(folder), mode, folder, device_map="cpu").train(is_training)
     if mode == "none" or not quantized_experts(ours):  # which transformers does not read in 4 bit
         ours.save_pretrained(tmp_path)
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, device_map="cpu")
         assert_same_bits(state_of(ours), state_of(theirs))
+        # transformers gives a model in eval mode, in which bitsandbytes computes with other kernels.
+        tokens = torch.arange(12).view(2, 6)
+        assert torch.equal(outputs(ours, tokens), outputs(theirs.train(is_training), tokens))

@@ -15,6 +15,8 @@ import torch
 from ...errors import CheckpointError
 from ...io.tensors import LazyTensor, StoredTensor, read_whole
 
+# Values that are computed at once: on the CPU so that they stay in the cache, on a GPU so that they need little memory.
+CPU_VALUES, GPU_VALUES = 2**18, 2**23
 # The values of E2M1 by their 4 bits: OCP Microscaling Formats (MX) Specification 1.0, section 5.3.3.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # The bits of 2 ** -127 in float32: what an exponent of 0 means.
@@ -48,6 +50,14 @@ class ScaledTensor(LazyTensor):
     def is_packed(self) -> bool:
         """Whether two numbers share a byte."""
         return self.numbers.dtype == torch.uint8
+
+    def scratch_bytes(self, dtype: torch.dtype) -> int:
+        """Return the memory that a GPU needs beside the numbers while the values are computed in a dtype."""
+        values = max(min(math.prod(self.shape), GPU_VALUES), self.shape[-1])
+        across = -(-self.shape[-1] // max(1, self.block[1]))
+        scales = math.prod(self.shape[:-1]) * across * torch.float32.itemsize
+        # Of two numbers in a byte there is their place in the table too, in 4 bytes.
+        return values * (dtype.itemsize + 2 * self.is_packed) + scales
 
     def in_dtype(self, dtype: torch.dtype) -> ScaledTensor:
         """Return the same, with values in another dtype."""
@@ -104,9 +114,10 @@ def _values(
     name: str, numbers: StoredTensor, scales: StoredTensor, shape: tuple[int, ...], block: tuple[int, int]
 ) -> torch.Tensor:
     """Read all values of a weight, in float32."""
-    by_row = scales_of_rows(read_whole(scales).view(-1), shape, block)
-    if not bool(by_row.isfinite().all()):
+    blocks = scales_of_blocks(read_whole(scales).view(-1), shape, block)
+    if not bool(blocks.isfinite().all()):
         raise not_finite([name])
+    by_row = scales_of_rows(blocks, shape[-2], block[0])
     return values_of_rows(read_whole(numbers).view(-1), by_row, shape[-1], block[1], torch.float32).view(shape)
 
 
@@ -116,8 +127,8 @@ def not_finite(names: Sequence[str]) -> CheckpointError:
     return CheckpointError(f"{shown}: stored with scales that are not finite: the file is damaged; download it again")
 
 
-def scales_of_rows(stored: torch.Tensor, shape: Sequence[int], block: tuple[int, int]) -> torch.Tensor:
-    """Return the scales of each row of a weight.
+def scales_of_blocks(stored: torch.Tensor, shape: Sequence[int], block: tuple[int, int]) -> torch.Tensor:
+    """Return the scales of a weight's blocks.
 
     Args:
         stored: all of them, flat; bytes are exponents of two, with a bias of 127 (E8M0 of the MX specification).
@@ -125,17 +136,26 @@ def scales_of_rows(stored: torch.Tensor, shape: Sequence[int], block: tuple[int,
         block: rows and columns that share a scale.
 
     Returns:
-        (all rows, blocks in a row), float32.
+        (matrices, blocks in a column, blocks in a row), float32.
     """
     *outer, rows, columns = shape
-    down, across = -(-rows // block[0]), -(-columns // block[1])
     if stored.dtype == torch.uint8:
         # The bits of 2 ** (s - 127) in float32: exact, also where a power function is not.
         stored = (stored.to(torch.int32) << 23).clamp_(min=_SMALLEST).view(torch.float32)
-    grid = stored.to(torch.float32).view(math.prod(outer), down, across)
-    if block[0] > 1:
-        grid = grid[:, :, None].expand(-1, -1, min(block[0], rows), -1).flatten(1, 2)[:, :rows]
-    return grid.reshape(-1, across)
+    return stored.to(torch.float32).view(math.prod(outer), -(-rows // block[0]), -(-columns // block[1]))
+
+
+def scales_of_rows(blocks: torch.Tensor, rows: int, height: int) -> torch.Tensor:
+    """Return the scales of each row of a weight, (all rows, blocks in a row).
+
+    Args:
+        blocks: their scales, (matrices, blocks in a column, blocks in a row).
+        rows: of each matrix.
+        height: rows that share a scale.
+    """
+    if height > 1:
+        blocks = blocks[:, :, None].expand(-1, -1, min(height, rows), -1).flatten(1, 2)[:, :rows]
+    return blocks.reshape(-1, blocks.shape[-1])
 
 
 def values_of_rows(
@@ -156,6 +176,9 @@ def values_of_rows(
     if numbers.dtype == torch.uint8:
         # Two numbers at once: looked up as one element of twice the size.
         flat = _pairs(dtype, numbers.device).index_select(0, numbers.to(torch.int32)).view(dtype)
+    elif numbers.device.type == "cpu" and numbers.is_floating_point():
+        # Looked up: the CPU has no instruction for fp8, and torch takes eight times as long.
+        flat = _each(numbers.dtype, dtype).index_select(0, numbers.view(torch.uint8).to(torch.int32))
     else:
         flat = numbers.to(dtype)
     values = flat.view(-1, columns)
@@ -173,3 +196,9 @@ def _pairs(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     table = torch.tensor([*_E2M1, *(-value for value in _E2M1)], dtype=dtype)
     both = torch.stack([table.repeat(16), table.repeat_interleave(16)], dim=1)
     return both.view({2: torch.int32, 4: torch.int64}[dtype.itemsize]).view(-1).to(device)
+
+
+@functools.cache
+def _each(stored: torch.dtype, dtype: torch.dtype) -> torch.Tensor:
+    """Return the number of each byte, (256,), as torch converts it."""
+    return torch.arange(256, dtype=torch.uint8).view(stored).to(dtype)
