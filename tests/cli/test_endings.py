@@ -96,10 +96,10 @@ sys.exit(main())
 """
 
 
-def test_ctrl_c_in_a_process_of_its_own(place):
-    done = subprocess.run([sys.executable, "-c", INTERRUPTED_PROCESS], capture_output=True, text=True)
-    assert done.returncode == 130
-    said = [line for line in done.stderr.splitlines() if line.strip()]
+def test_ctrl_c_in_a_process_of_its_own(place, programs):
+    done = programs.ended(INTERRUPTED_PROCESS, place)
+    assert done.status == 130
+    said = [line for line in done.said.splitlines() if line.strip()]
     assert said == [
         "bigload: interrupted; what is finished is in '.made.partial', and this goes on from there: "
         "bigload quantize model made --device cpu"

@@ -16,7 +16,7 @@ import tempfile
 import traceback
 import types
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import torch
 
@@ -50,18 +50,29 @@ class Forking:
         Raises:
             AssertionError: it has failed; the message is what it said.
         """
+        ended = self.ended(code, folder)
+        assert ended.status == 0, ended.said
+        return ended.printed
+
+    def ended(self, code: str, folder: Path) -> Ended:
+        """Run a program in a folder, however it ends."""
         if self._process is None:
             command = [sys.executable, "-c", code]
             done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=self._environment)
-            assert done.returncode == 0, done.stderr
-            return done.stdout
+            return Ended(done.returncode, done.stdout, done.stderr)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps([code, str(folder)]) + "\n")
         self._process.stdin.flush()
-        answer = json.loads(self._process.stdout.readline())
-        assert answer["status"] == 0, answer["said"]
-        return answer["printed"]
+        return Ended(*json.loads(self._process.stdout.readline()))
+
+
+class Ended(NamedTuple):
+    """How a program has ended: its exit status (-9 if a signal 9 has ended it), what it printed, what it said."""
+
+    status: int
+    printed: str
+    said: str
 
 
 def _serve(answers: IO[str]) -> None:
@@ -71,10 +82,10 @@ def _serve(answers: IO[str]) -> None:
             child = os.fork()
             if child == 0:
                 os._exit(_run(code, folder, printed, said))
-            status = os.waitpid(child, 0)[1]
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             printed.seek(0)
             said.seek(0)
-            answer = {"status": status, "printed": printed.read(), "said": said.read()}
+            answer = Ended(status, printed.read(), said.read())
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
@@ -89,6 +100,11 @@ def _run(code: str, folder: str, printed: IO[Any], said: IO[Any]) -> int:
     try:
         exec(compile(code, "program", "exec"), vars(main))
         return 0
+    except SystemExit as ended:
+        if ended.code is None or isinstance(ended.code, int):
+            return ended.code or 0
+        print(ended.code, file=sys.stderr)
+        return 1
     except BaseException:
         traceback.print_exc()
         return 1

@@ -4,8 +4,6 @@ import copy
 import dataclasses
 import itertools
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -118,9 +116,9 @@ assert report.peak_bytes or sys.platform != "linux", "not known"
 """
 
 
-def test_memory_that_was_freed_before_the_load_is_counted_when_it_is_used_again(tmp_path):
+def test_memory_that_was_freed_before_the_load_is_counted_when_it_is_used_again(tmp_path, programs):
     folder = save_checkpoint(torch.nn.Sequential(*[torch.nn.Linear(128, 128) for _ in range(1000)]), tmp_path)
-    subprocess.run([sys.executable, "-c", REUSED, str(folder)], check=True)
+    programs.run(f"import sys; sys.argv[1:] = [{str(folder)!r}]\n{REUSED}", tmp_path)
 
 
 def test_a_model_that_is_quantized_where_it_is_holds_itself(device):
