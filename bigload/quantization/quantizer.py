@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
+from contextlib import nullcontext
 
 import torch
 
+from ..hardware.devices import current_gpu
 from ..model.empty import default_dtype
 from .bnb import library, quantize_4bit_into, quantize_int8_into
 from .cpu_kernels import quantize_blocks
@@ -164,8 +166,9 @@ def load_kernels(fmt: FourBit | Int8, dtype: torch.dtype, device: torch.device) 
         dtype: of the values that will be quantized.
         device: where.
     """
-    made = quantize(torch.ones(1, 2 * NESTED_BLOCKSIZE, dtype=dtype, device=device), fmt)
-    largest(list(made.scales))
+    with nullcontext() if device.type == "cpu" else current_gpu(device):
+        made = quantize(torch.ones(1, 2 * NESTED_BLOCKSIZE, dtype=dtype, device=device), fmt)
+        largest(list(made.scales))
 
 
 @functools.cache

@@ -170,3 +170,19 @@ def test_largest_values_are_those_of_each_tensor(device):
     assert found[:2] == [3.0, 2.0]
     assert found[2] != found[2]
     assert quantizing.largest([torch.tensor([3, 200], dtype=torch.float16, device=device)]) == [200.0]
+
+
+@pytest.mark.cuda
+@pytest.mark.multi_gpu
+def test_kernels_are_loaded_on_a_gpu_that_is_not_the_current_one():
+    gpu = torch.device("cuda", 1)
+    quantizing.load_kernels.cache_clear()
+    with torch.cuda.device(0):
+        for mode in MODES:
+            quantizing.load_kernels(format_of(mode), torch.bfloat16, gpu)
+        assert torch.cuda.current_device() == 0
+    torch.cuda.synchronize(gpu)
+    weight = torch.randn(8, 128, dtype=torch.bfloat16, device=gpu)
+    with torch.cuda.device(gpu):
+        for mode in MODES:
+            check_parts(quantize(weight, format_of(mode)), quantize_as_bitsandbytes(weight, mode))
