@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from bigload import OffloadConfig, init_empty_weights, load_and_quantize_model
+from bigload import OffloadConfig, capture_decode, init_empty_weights, load_and_quantize_model
 from bigload.hardware.bandwidth import link_gb_per_s
 
 from .experts import SHAPES, TINY, Shape
@@ -235,9 +235,9 @@ def _generation(
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(1, 120, (1, lengths.prompt), generator=generator).to(device)
 
-    def generate(number: int, clock: _Clock | None = None) -> torch.Tensor:
+    def generate(number: int, clock: _Clock | None = None, **how: Any) -> torch.Tensor:
         torch.manual_seed(0)  # drawn, not the likeliest: a model of random weights would repeat itself, and its experts
-        how = {"max_new_tokens": number, "min_new_tokens": number, "do_sample": True, "top_k": 1000}
+        how |= {"max_new_tokens": number, "min_new_tokens": number, "do_sample": True, "top_k": 1000}
         found: torch.Tensor = model.generate(prompt, stopping_criteria=[clock] if clock else None, **how)
         return found[0, lengths.prompt :]
 
@@ -249,7 +249,7 @@ def _generation(
     stats, after = clock.stats, _stats(model)
     known = resident.setdefault("tokens", tokens)
     row: dict[str, Any] = {
-        "tokens_per_s": round((count - 1) / (clock.times[-1] - clock.times[0]), 2),
+        "tokens_per_s": _rate(clock),
         "is_equal": torch.equal(tokens, known[:count]) and torch.equal(first[:count], tokens),
         "is_flat": is_flat,
     }
@@ -260,7 +260,25 @@ def _generation(
     plan = getattr(getattr(model, "offload", None), "plan", None)
     planned = [account for account in plan.accounts if account.place == device] if plan else []
     row |= {"gpu_gib": round(before / 2**30, 3), "peak_gib": _peak_gib(device)}
-    return row | {"planned_gib": round(planned[0].needed / 2**30, 3) if planned else None}
+    row |= {"planned_gib": round(planned[0].needed / 2**30, 3) if planned else None}
+    return row if _is_slow(way) else row | _captured_generation(model, generate, count, device, resident)
+
+
+def _captured_generation(
+    model: Any, generate: Callable[..., torch.Tensor], count: int, device: torch.device, resident: dict[str, Any]
+) -> dict[str, Any]:
+    """Generate as many tokens in captured steps, with a static cache; on the CPU they are not captured."""
+    room, clock = generate(1).numel() + count + 16, _Clock(model, device)
+    how: dict[str, Any] = {"cache_implementation": "static", "max_cache_len": room, "disable_compile": True}
+    with capture_decode(model):
+        generate(count, **how)  # captures
+        tokens = generate(count, clock, **how).cpu()
+    known = resident.setdefault("captured tokens", tokens)
+    return {"captured_tokens_per_s": _rate(clock), "is_captured_equal": torch.equal(tokens, known)}
+
+
+def _rate(clock: _Clock) -> float:
+    return round((len(clock.times) - 1) / (clock.times[-1] - clock.times[0]), 2)
 
 
 def _long_prompt(
@@ -370,37 +388,39 @@ def _stats(model: Any) -> Any:
 
 def models_table(rows: Sequence[dict[str, Any]]) -> str:
     """Write a line for each way of each shape."""
-    heads = ["tokens/s", "of resident", "hits", "MiB a token", "GPU GiB, peak", "prompt s (link s)", "QLoRA step s"]
+    heads = ["tokens/s", "of resident", "captured", "hits", "MiB a token", "GPU GiB, peak", "prompt s (link s)", "QLoRA step s"]
     lines = []
     for shape in dict.fromkeys(row["shape"] for row in rows):
         own = [row for row in rows if row["shape"] == shape and "tokens_per_s" in row]
         if not own:
             continue
         beside = f", {own[0]['beside_ms']:g} ms a token beside experts" if "beside_ms" in own[0] else ""
-        lines += [f"| {shape}, {own[0]['layers']} layers{beside} | {' | '.join(heads)} |", "|---" * 8 + "|"]
+        lines += [f"| {shape}, {own[0]['layers']} layers{beside} | {' | '.join(heads)} |", "|---" * 9 + "|"]
         lines += [f"| {row['way']} | {' | '.join(_cells(row, own[0]))} |" for row in own] + [""]
     return "\n".join(lines).rstrip()
 
 
 def models_summary(result: Mapping[str, Any]) -> str:
     """Write the same in few columns: how fast each way is, and in how much memory."""
-    heads = ["tokens a second", "GPU memory", "2048 tokens", "a step of QLoRA"]
+    heads = ["tokens a second", "captured", "GPU memory", "2048 tokens", "a step of QLoRA"]
     lines = []
     for shape in dict.fromkeys(row["shape"] for row in result["models"]):
         own = [row for row in result["models"] if row["shape"] == shape]
-        lines += [f"| {shape}, {own[0]['layers']} layers, {result['device']} | {' | '.join(heads)} |", "|---" * 5 + "|"]
+        lines += [f"| {shape}, {own[0]['layers']} layers, {result['device']} | {' | '.join(heads)} |", "|---" * 6 + "|"]
         for row in own:
             assert not _is_wrong(row), row
             prompt = f"{row['prompt_s']:.2f} s" if "prompt_s" in row else "-"
             step = f"{row['step_s']:.2f} s" if "step_s" in row else "-"
-            memory = f"{row['peak_gib']:.1f} GiB"
-            lines.append(f"| {row['way']} | {row['tokens_per_s']:.1f} | {memory} | {prompt} | {step} |")
+            captured = f"{row['captured_tokens_per_s']:.1f}" if "captured_tokens_per_s" in row else "-"
+            speeds, memory = f"{row['tokens_per_s']:.1f} | {captured}", f"{row['peak_gib']:.1f} GiB"
+            lines.append(f"| {row['way']} | {speeds} | {memory} | {prompt} | {step} |")
         lines.append("")
     return "\n".join(lines).rstrip()
 
 
 def _is_wrong(row: Mapping[str, Any]) -> bool:
-    return False in (row["is_equal"], row.get("is_prompt_equal"), row.get("are_losses_equal"))
+    others = ("is_prompt_equal", "is_captured_equal", "are_losses_equal")
+    return False in (row["is_equal"], *map(row.get, others))
 
 
 def _cells(row: dict[str, Any], first: dict[str, Any]) -> list[str]:
@@ -408,10 +428,11 @@ def _cells(row: dict[str, Any], first: dict[str, Any]) -> list[str]:
     wrong += "" if row.get("is_flat", True) else ", MEMORY GROWS"
     link = f" ({row['link_s']:g})" if row.get("link_s") else ""
     step = "-" if "step_s" not in row else f"{row['step_s']:g}" + ("" if row["are_losses_equal"] else ", NOT EQUAL")
-    rate = row.get("hit_rate")
+    rate, not_equal = row.get("hit_rate"), "" if row.get("is_captured_equal", True) else ", NOT EQUAL"
     return [
         f"{row['tokens_per_s']:g}{wrong}",
         f"{row['tokens_per_s'] / first['tokens_per_s']:.2f}" if first["way"] == "resident" else "-",
+        f"{row['captured_tokens_per_s']:g}{not_equal}" if "captured_tokens_per_s" in row else "-",
         "-" if rate is None else f"{rate:.0%}",
         f"{row['mib_per_token']:g}" if "mib_per_token" in row else "-",
         f"{row['gpu_gib']:g}, {row['peak_gib']:g}",

@@ -225,6 +225,14 @@ def test_whole_models_with_offloaded_experts_compute_what_resident_ones_do(tmp_p
     assert rows["25% cached"]["are_losses_equal"]
     assert len(set(rows["25% cached"]["losses"])) == 3
     assert rows["resident"]["beside_ms"] > 0
+    assert [way for way, row in rows.items() if "captured_tokens_per_s" in row] == [
+        "resident",
+        "10% cached",
+        "25% cached",
+        "50% cached",
+    ]
+    assert all(row["captured_tokens_per_s"] > 0 for row in rows.values() if row.get("is_captured_equal"))
+    assert not any(row.get("is_captured_equal") is False for row in rows.values())
     run("report", out)
     said = capsys.readouterr().out
     assert "| tiny-gpt-oss, 3 layers, " in said
