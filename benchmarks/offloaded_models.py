@@ -388,7 +388,16 @@ def _stats(model: Any) -> Any:
 
 def models_table(rows: Sequence[dict[str, Any]]) -> str:
     """Write a line for each way of each shape."""
-    heads = ["tokens/s", "of resident", "captured", "hits", "MiB a token", "GPU GiB, peak", "prompt s (link s)", "QLoRA step s"]
+    heads = [
+        "tokens/s",
+        "of resident",
+        "captured",
+        "hits",
+        "MiB a token",
+        "GPU GiB, peak",
+        "prompt s (link s)",
+        "QLoRA step s",
+    ]
     lines = []
     for shape in dict.fromkeys(row["shape"] for row in rows):
         own = [row for row in rows if row["shape"] == shape and "tokens_per_s" in row]
