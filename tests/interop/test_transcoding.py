@@ -6,7 +6,7 @@ import transformers
 from checkpoints import offloaded
 from comparisons import assert_same_bits, outputs, state_of
 from safetensors.torch import save_file
-from scaled import in_fp8, in_mxfp4
+from scaled import as_exponents, in_fp8, in_mxfp4
 from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
 from bigload import init_empty_weights, load_and_quantize_model, quantize_checkpoint
@@ -71,6 +71,31 @@ def test_the_bits_are_those_of_transformers_values_quantized(pair, mode, device)
     assert_same_bits(state_of(found), state_of(expected))
     tokens = torch.arange(12, device=device).view(2, 6)
     assert torch.equal(outputs(found, tokens), outputs(expected, tokens))
+
+
+FORMS = {
+    "DeepSeek-V4's names": {"end": "scale"},
+    "Mistral Large 4's names": {"end": "qscale_weight"},
+    "mxfp8": {"size": (1, 32), "convert": as_exponents, "quant_method": "mxfp8", "scale_fmt": "ue8m0"},
+    "experts in fp4": {"fp4": ".experts.", "expert_dtype": "fp4"},
+    "experts in fp4, DeepSeek-V4's names": {"fp4": ".experts.", "expert_dtype": "fp4", "end": "scale"},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_that_transformers_reads_as_fp8_have_its_values(form, mode, tmp_path, device):
+    family, fields = MODELS["qwen3-moe"]
+    config = getattr(transformers, f"{family}Config")(**(WIDTHS | fields), dtype="bfloat16")
+    folder, plain = tmp_path / "scaled", tmp_path / "plain"
+    getattr(transformers, f"{family}ForCausalLM")(config).to(torch.bfloat16).save_pretrained(folder)
+    in_fp8(folder, **FORMS[form])
+    plain.mkdir()
+    model = dequantized("qwen3-moe", folder)
+    save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, plain / "model.safetensors")
+    found = load_and_quantize_model(built(folder), mode, folder, device_map=device)
+    expected = load_and_quantize_model(built(folder), mode, plain, device_map=device)
+    assert_same_bits(state_of(found), state_of(expected))
 
 
 @pytest.mark.parametrize("home", ["cpu", "disk"])

@@ -13,7 +13,7 @@ from ...errors import CheckpointError
 # Beside the weights, and where in it the quantization is.
 _CONFIG, _FIELDS = "config.json", ("quantization_config", "compression_config")
 # Methods of transformers whose weights are all read, from their numbers and scales.
-READ_METHODS = ("fp8", "fbgemm_fp8", "mxfp4")
+READ_METHODS = ("fp8", "mxfp8", "fbgemm_fp8", "mxfp4")
 _MODELOPT = ("hf_quant_config.json", "quantization")
 # Files that say nothing but how another method quantized the weights.
 OF_OTHER_METHODS = (_MODELOPT[0],)
@@ -68,8 +68,8 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def _block(said: Mapping[str, Any], path: Path) -> tuple[int, int] | None:
-    if said["quant_method"] == "fp8":
-        block = said.get("weight_block_size")
+    if said["quant_method"] in ("fp8", "mxfp8"):
+        block = said.get("weight_block_size", [1, 32] if said["quant_method"] == "mxfp8" else None)
     elif said["quant_method"] == "compressed-tensors":
         groups = said.get("config_groups")
         weights = [each.get("weights") for each in groups.values()] if isinstance(groups, Mapping) else []
