@@ -10,7 +10,7 @@ import torch
 from ...errors import CheckpointError, listed
 from ...io.tensors import StoredTensor
 from . import fp4, fp8, int8, mxfp4
-from .stated import READ_METHODS, Stated, stated
+from .stated import READ_METHODS, Stated, not_read, stated
 from .tensor import ScaledTensor
 
 # What the names of scales end with, after the weight's.
@@ -18,7 +18,11 @@ _ENDS = ("_scale_inv", "_scale")
 # How the scales of `M.weight` are called in M by DeepSeek-V4 and Mistral Large 4, which mean what "_scale_inv" does.
 _BESIDE = ("scale", "qscale_weight")
 # Of activations, which are not quantized here: parts of a module with such a weight that say nothing of it.
-_OF_ACTIVATIONS = ("input_scale", "input_zero_point", "input_scale_ub", "activation_scale", "qscale_act")
+_OF_ACTIVATIONS = (
+    *("input_scale", "input_zero_point", "input_scale_ub", "activation_scale", "qscale_act", "k_scale", "v_scale"),
+)
+# What a module multiplies its inputs by, as its weight was divided by it.
+_OF_INPUTS = "pre_quant_scale"
 
 
 def merge_scaled(tensors: Mapping[str, StoredTensor], folder: Path, *, is_folder: bool) -> dict[str, StoredTensor]:
@@ -42,6 +46,9 @@ def merge_scaled(tensors: Mapping[str, StoredTensor], folder: Path, *, is_folder
     if not made:
         return dict(tensors)
     owners = {name.rpartition(".")[0] for name in tensors if name in made}
+    smoothed = [f"{owner}.{_OF_INPUTS}" for owner in owners if f"{owner}.{_OF_INPUTS}" in tensors]
+    if smoothed:
+        raise not_read(f"'{folder}'", f"a method that scales inputs (it holds {listed(smoothed)})", smoothed)
     gone = {made[name].scales.name for name in made}
     gone |= {f"{owner}.{part}" for owner in owners for part in _OF_ACTIVATIONS}
     kept = [(name, tensor) for name, tensor in tensors.items() if name not in gone]
@@ -126,6 +133,10 @@ def _require_as_stated(
     known = {"fp4": fp4.METHODS, "fp8": fp8.METHODS, "int8": int8.METHODS, "mxfp4": mxfp4.METHODS}
     for tensor in made.values():
         methods = known[tensor.kind.replace(",", "").split()[0]]
+        if said.method and said.method not in {each for some in known.values() for each in some}:
+            raise not_read(
+                f"'{folder}'", f"{said.method!r}, as '{said.file}' says (it holds '{tensor.name}' as {tensor.kind})"
+            )
         if said.method and said.method not in methods:
             raise CheckpointError(
                 f"'{folder / said.file}' says that the weights are quantized by '{said.method}', but '{tensor.name}' "
