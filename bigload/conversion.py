@@ -22,6 +22,7 @@ from .checkpoint.checkpoint import Checkpoint, WeightsLocation, open_checkpoint
 from .checkpoint.folders import checked_target, copy_the_rest, put_in_place
 from .checkpoint.record import FORMAT_VERSION, RECORD_NAME, Record
 from .checkpoint.scaled.stated import OF_OTHER_METHODS, write_without_quantization
+from .checkpoint.scaled.tensor import ScaledTensor
 from .checkpoint.writer import Entry, ShardWriter, write_json
 from .config import BnbQuantizationConfig, as_config
 from .errors import CheckpointError, ConfigError, PlacementError, listed, reason
@@ -67,7 +68,8 @@ def quantize_checkpoint(
 ) -> None:
     """Quantize a checkpoint into a new one, without loading the model.
 
-    The new checkpoint loads without quantizing, with the same bits as a load of the original. Weights pass through
+    The new checkpoint loads without quantizing, with the same bits as a load of the original. Of one in fp8 or mxfp4
+    the mode "none" makes a copy in 16 bit. Weights pass through
     memory in pieces: it holds the read buffer (at most 128 MiB), the scales of one weight and, where tensors are
     transposed or merged from several, one whole tensor at a time. The new folder appears when it is complete. A run
     that was killed or interrupted leaves its finished files beside it, and the next run continues from them.
@@ -128,7 +130,8 @@ def quantize_checkpoint(
     )
     with torch.inference_mode(False), torch.no_grad():
         plan = plan_load(view, request)
-        if not plan.layers and not plan.experts:
+        is_quantized = bool(plan.layers or plan.experts)
+        if not is_quantized and not _has_scales(plan):
             raise ConfigError(f"nothing in this {type(model).__name__} would be quantized: there is nothing to do")
         objects = [path for path, state in plan.after.extra_states.items() if not isinstance(state, StoredTensor)]
         if objects:
@@ -141,18 +144,20 @@ def quantize_checkpoint(
         attributes = json_attributes(plan.after.attributes, view.modules, saved, changed)
         with _exclusive(target), _resumable_folder(target, _fingerprint(plan, checkpoint, max_shard_bytes)) as made:
             skipped = [path for path in plain_linears(view) if path not in plan.layers]
-            # First what may fail, then what takes long.
-            is_read = write_configs(
-                model, made, plan.config, skipped, plan.layers, plan.config.load_dtype, plan.experts
-            )
-            card = card_of(model, plan.config, [*plan.layers, *plan.experts], skipped, checkpoint.folder, is_read)
-            card.write(made, target)
+            if is_quantized:  # first what may fail, then what takes long
+                _write_configs(plan, model, made, target, skipped, checkpoint.folder)
             layout = _convert(plan, made, max_shard_bytes, weights_stem(model), progress)
-            _describe(plan, made, layout, skipped, changed, attributes)
+            if is_quantized:
+                _describe(plan, made, layout, skipped, changed, attributes)
             if checkpoint.folder is not None:
                 write_without_quantization(checkpoint.folder, made)
                 copy_the_rest(checkpoint.folder, made, but=(RECORD_NAME, CARD_NAME, *OF_OTHER_METHODS))
             checked_target(target, overwrite=overwrite)  # others may have written there meanwhile
+
+
+def _has_scales(plan: Plan) -> bool:
+    """Whether weights are stored as small numbers with scales, of which a copy in 16 bit may be made."""
+    return any(isinstance(source.tensor, ScaledTensor) for planned in plan.tensors for source in planned.sources)
 
 
 def _require_one_device(device: Device | None) -> None:
@@ -287,6 +292,15 @@ def _convert(plan: Plan, folder: Path, max_shard_bytes: int, stem: str, progress
 def _in_file_order(planned: PlannedTensor) -> tuple[str, int]:
     first = planned.sources[0].tensor if planned.sources else None
     return ("", 0) if first is None or isinstance(first, torch.Tensor) else (str(first.file), first.offset)
+
+
+def _write_configs(
+    plan: Plan, model: nn.Module, made: Path, target: Path, skipped: Sequence[str], source: Path | None
+) -> None:
+    """Write the configs and the model card of a quantized model into the folder that will be put at `target`."""
+    config = plan.config
+    is_read = write_configs(model, made, config, skipped, plan.layers, config.load_dtype, plan.experts)
+    card_of(model, config, [*plan.layers, *plan.experts], skipped, source, is_read).write(made, target)
 
 
 def _describe(

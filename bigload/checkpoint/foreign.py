@@ -7,28 +7,44 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import torch
+
 from ..errors import CheckpointError, listed
+from ..io.tensors import StoredTensor
 from .checkpoint import Checkpoint
 from .scaled.fp8 import FLOAT8
+from .scaled.stated import not_read
 
 # Method -> the ends of names that its checkpoints hold, all of them. More particular ones come first.
 _PARTS: dict[str, tuple[str, ...]] = {
     "MXFP4": ("_blocks", "_scales"),
     "GPTQ": (".qweight", ".qzeros", ".scales", ".g_idx"),
     "AWQ or GPTQ": (".qweight", ".scales"),
+    "Marlin": (".B", ".s", ".workspace"),
     "HQQ": (".W_q",),
     "quanto": (".weight._data", ".weight._scale"),
     "quanto, packed": (".weight._data._data", ".weight._scale"),
     "compressed-tensors NVFP4": (".weight_packed", ".weight_global_scale"),
     "compressed-tensors": (".weight_packed", ".weight_scale"),
+    "compressed-tensors, sparse": (".weight_packed", ".scale_packed"),
+    "compressed-tensors, with a bitmask": (".compressed", ".bitmask"),
+    "NVFP4": (".weight_sf", ".weight_global_scale"),
     "ModelOpt NVFP4": (".weight_scale", ".weight_scale_2"),
     "FP8": (".weight_scale_inv",),
-    "torchao": ("_weight_qdata", "_weight_scale"),
+    "torchao": ("_weight_qdata",),
+    "torchao, by its old names": (".weight:qdata",),
     "EETQ": (".weight_scales",),
     "AQLM": (".codes", ".codebooks"),
     "VPTQ": (".centroids", ".indices"),
     "ExLlamaV2": (".q_weight", ".q_scale"),
+    "ExLlamaV3": (".trellis", ".suh"),
+    "SpQR": (".dense_weights", ".row_offsets"),
+    "HIGGS": (".tables", ".tables2"),
+    "Four Over Six": (".quantized_weight_values",),
+    "MLX": (".scales", ".biases"),
+    "Metal": (".scales", ".qbiases"),
 }
+_SMALL_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32)
 # Files beside the weights that say how they were quantized, and the path to the name of the method in them.
 _CONFIGS = (
     ("config.json", ("quantization_config", "quant_method")),
@@ -48,23 +64,21 @@ def foreign_error(checkpoint: Checkpoint, spare: Iterable[str]) -> CheckpointErr
     """
     keys = list(spare)
     found = next((method for method, ends in _PARTS.items() if all(any(map(_ends(e), keys)) for e in ends)), None)
-    in_fp8 = [tensor for tensor in checkpoint.tensors.values() if tensor.dtype in FLOAT8]
     said = _said(checkpoint.location.parent)
-    if found is None and in_fp8 and said:
-        found = "FP8"
+    packed = [name for name, tensor in checkpoint.tensors.items() if _is_packed(tensor)] if said else []
     if found is None and any(re.search(r"\.(weight|input)_scale$", key) for key in keys):
         found = "a method that stores scales beside the weights"
-    if found is None:
+    if found is None and not packed:
         return None
-    ends = _PARTS.get(found, (".weight_scale", ".input_scale"))
-    shown = [next(filter(_ends(end), keys)) for end in ends if any(map(_ends(end), keys))] or [in_fp8[0].name]
+    ends = _PARTS.get(found or "", (".weight_scale", ".input_scale"))
+    shown = [next(filter(_ends(end), keys)) for end in ends if any(map(_ends(end), keys))] or packed[:1]
     method = f"{said[0]!r}, as '{said[1]}' says" if said else found
-    return CheckpointError(
-        f"'{checkpoint.location}' was quantized by {method} (it holds {listed(shown)}), which bigload does not read: "
-        "it reads weights of 16 to 64 bits, those that bitsandbytes quantized, and fp8, int8 and mxfp4 with their "
-        "scales. Use the original checkpoint, or load this one with the library that made it",
-        unexpected_keys=shown,
-    )
+    return not_read(f"'{checkpoint.location}'", f"{method} (it holds {listed(shown)})", shown)
+
+
+def _is_packed(tensor: StoredTensor) -> bool:
+    """Whether a tensor may hold numbers that stand for others: a matrix of small ones, or in any form of fp8."""
+    return len(tensor.shape) > 1 and (tensor.dtype in FLOAT8 or tensor.dtype in _SMALL_INTEGERS)
 
 
 def _ends(end: str) -> Callable[[str], bool]:

@@ -55,12 +55,12 @@ def blocks(weight, size=(128, 128), cast=torch.Tensor.float):
     return {"weight": numbers, "weight_scale_inv": cast(scales)}, by_hand(numbers, cast(scales), size)
 
 
-def exponents(weight, dtype=torch.uint8):
-    numbers, scales = in_blocks(weight)
+def exponents(weight, dtype=torch.uint8, size=(128, 128), end="_inv"):
+    numbers, scales = in_blocks(weight, size)
     bits = (scales.log2().round() + 127).to(torch.uint8)
     bits[0, 0] = 0  # 2 ** -127, below the normal numbers of float32
     value = torch.exp2(bits.double() - 127).float()
-    return {"weight": numbers, "weight_scale_inv": bits.view(dtype)}, by_hand(numbers, value)
+    return {"weight": numbers, f"weight_scale{end}": bits.view(dtype)}, by_hand(numbers, value, size)
 
 
 def by_tensor(weight):
@@ -86,6 +86,11 @@ FORMS = {
     ),
     "exponents": (exponents, BLOCKS | {"scale_fmt": "ue8m0"}, "fp8 by blocks of 128 x 128"),
     "exponents as such": (lambda w: exponents(w, torch.float8_e8m0fnu), BLOCKS, "fp8 by blocks of 128 x 128"),
+    "exponents of rows": (
+        lambda w: exponents(w, size=(1, 32), end=""),
+        {"quant_method": "modelopt", "quant_algo": "MXFP8"},
+        "fp8 by blocks of 1 x 32",
+    ),
     "by tensor": (by_tensor, {"quant_method": "modelopt", "quant_algo": "FP8"}, "fp8 by tensor"),
     "by row": (by_row, CHANNELS, "fp8 by rows"),
     "int8": (lambda w: by_row(w, torch.int8, 127), CHANNELS | {"format": "int-quantized"}, "int8 by rows"),
@@ -278,6 +283,11 @@ DAMAGED = {
         lambda: stored(lambda w: by_row(w, torch.int8, 127))[0] | {"up.weight_zero_point": torch.ones(200, 1)},
         CHANNELS,
         "offsets.*use the original checkpoint",
+    ),
+    "another order": (
+        lambda: stored(lambda w: by_row(w, torch.int8, 127))[0] | {"up.weight_g_idx": torch.ones(320).int()},
+        CHANNELS,
+        "columns in another order.*use the original checkpoint",
     ),
 }
 

@@ -29,19 +29,38 @@ def by_hand(numbers, scales, size=(128, 128), dtype=torch.bfloat16):
     return (numbers.float() * scales.float()[rows // size[0]][:, columns // size[1]]).to(dtype)
 
 
-def in_fp8(folder, end="weight_scale_inv", convert=lambda scales: scales, **quantization):
-    """Rewrite a saved model in place: each matrix but those kept is stored in fp8 by blocks."""
+def in_fp8(folder, end="weight_scale_inv", convert=lambda scales: scales, size=(128, 128), fp4="none", **quantization):
+    """Rewrite a saved model in place: each matrix but those kept is stored in fp8 by blocks.
+
+    Args:
+        end: what the scales are called, in the place of "weight".
+        convert: makes the scales that are stored.
+        size: of a block.
+        fp4: part of the names that are stored in fp4 instead, in blocks of 1 x 32, with any numbers.
+        quantization: what else the config says.
+    """
     path = folder / "model.safetensors"
     state = {}
     for name, tensor in load_file(path).items():
-        if tensor.dim() == 2 and not any(part in name for part in KEPT):
-            state[name], scales = in_blocks(tensor)
-            state[f"{name.removesuffix('weight')}{end}"] = convert(scales)
-        else:
+        scales_name = f"{name.removesuffix('weight')}{end}"
+        if tensor.dim() != 2 or any(part in name for part in KEPT):
             state[name] = tensor
+        elif fp4 in name:
+            rows, columns = tensor.shape
+            state[name] = torch.randint(-128, 128, (rows, columns // 2), dtype=torch.int8)
+            bits = torch.randint(117, 124, (rows, columns // 32), dtype=torch.uint8)
+            state[scales_name] = bits.view(torch.float8_e8m0fnu)
+        else:
+            state[name], scales = in_blocks(tensor, size)
+            state[scales_name] = convert(scales)
     save_file(state, path, metadata={"format": "pt"})
-    says(folder, **(BLOCKS | quantization))
+    says(folder, **(BLOCKS | {"weight_block_size": list(size)} | quantization))
     return state
+
+
+def as_exponents(scales):
+    """Return the next powers of two, as bytes that hold their exponents."""
+    return (scales.log2().round() + 127).to(torch.uint8)
 
 
 def says(folder, **quantization):

@@ -1,15 +1,18 @@
 """Checkpoints in fp8 and mxfp4 load with the values that transformers computes, then quantized by bitsandbytes."""
 
+import json
+
 import pytest
 import torch
 import transformers
 from checkpoints import offloaded
 from comparisons import assert_same_bits, outputs, state_of
+from safetensors import safe_open
 from safetensors.torch import save_file
-from scaled import in_fp8, in_mxfp4
+from scaled import as_exponents, in_fp8, in_mxfp4
 from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
-from bigload import init_empty_weights, load_and_quantize_model, quantize_checkpoint
+from bigload import ConfigError, init_empty_weights, load_and_quantize_model, quantize_checkpoint
 from bigload.quantization.saved_experts import quantized_experts
 
 WIDTHS = {"vocab_size": 96, "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2}
@@ -73,6 +76,31 @@ def test_the_bits_are_those_of_transformers_values_quantized(pair, mode, device)
     assert torch.equal(outputs(found, tokens), outputs(expected, tokens))
 
 
+FORMS = {
+    "DeepSeek-V4's names": {"end": "scale"},
+    "Mistral Large 4's names": {"end": "qscale_weight"},
+    "mxfp8": {"size": (1, 32), "convert": as_exponents, "quant_method": "mxfp8", "scale_fmt": "ue8m0"},
+    "experts in fp4": {"fp4": ".experts.", "expert_dtype": "fp4"},
+    "experts in fp4, DeepSeek-V4's names": {"fp4": ".experts.", "expert_dtype": "fp4", "end": "scale"},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_that_transformers_reads_as_fp8_have_its_values(form, mode, tmp_path, device):
+    family, fields = MODELS["qwen3-moe"]
+    config = getattr(transformers, f"{family}Config")(**(WIDTHS | fields), dtype="bfloat16")
+    folder, plain = tmp_path / "scaled", tmp_path / "plain"
+    getattr(transformers, f"{family}ForCausalLM")(config).to(torch.bfloat16).save_pretrained(folder)
+    in_fp8(folder, **FORMS[form])
+    plain.mkdir()
+    model = dequantized("qwen3-moe", folder)
+    save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, plain / "model.safetensors")
+    found = load_and_quantize_model(built(folder), mode, folder, device_map=device)
+    expected = load_and_quantize_model(built(folder), mode, plain, device_map=device)
+    assert_same_bits(state_of(found), state_of(expected))
+
+
 @pytest.mark.parametrize("home", ["cpu", "disk"])
 @pytest.mark.parametrize("mode", ["nf4", "none"])
 def test_offloaded_blocks_compute_the_same(pair, mode, home, device, tmp_path, small_parts_stream):
@@ -109,6 +137,21 @@ def test_a_file_of_them_is_quantized_into_a_file(pair, tmp_path):
     found = load_and_quantize_model(built(folder), None, tmp_path / "nf4", device_map="cpu")
     expected = load_and_quantize_model(built(folder), "nf4", plain, device_map="cpu")
     assert_same_bits(state_of(found), state_of(expected))
+
+
+def test_a_copy_in_16_bit_is_made_from_file_to_file(pair, tmp_path, device):
+    folder, plain = pair
+    made = tmp_path / "made"
+    quantize_checkpoint(folder, made, "none", device=device, max_shard_size="300KB")
+    assert "quantization_config" not in json.loads((made / "config.json").read_text())
+    assert len(list(made.glob("*.safetensors"))) > 1
+    theirs = AutoModelForCausalLM.from_pretrained(made, dtype=torch.bfloat16, device_map="cpu")
+    with safe_open(plain / "model.safetensors", "pt") as opened:
+        assert_same_bits(state_of(theirs), {name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
+    found = load_and_quantize_model(built(folder), "nf4", made, device_map="cpu")
+    assert_same_bits(state_of(found), state_of(load_and_quantize_model(built(folder), "nf4", plain, device_map="cpu")))
+    with pytest.raises(ConfigError, match=r"nothing in this .* would be quantized"):
+        quantize_checkpoint(made, tmp_path / "again", "none", device=device)
 
 
 @pytest.mark.parametrize("is_training", [True, False], ids=["train", "eval"])

@@ -16,7 +16,7 @@ from .stated import Stated
 from .tensor import ScaledTensor, scaled_tensor
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
-METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors", "modelopt")
+METHODS = ("fp8", "mxfp8", "fbgemm_fp8", "compressed-tensors", "modelopt")
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.float8_e8m0fnu)
 # What DeepSeek-V3, which named its scales so first, and all who followed it use.
 _USUAL = {"_scale_inv": (128, 128)}

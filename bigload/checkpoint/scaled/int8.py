@@ -26,11 +26,12 @@ def int8_tensor(
         said: what the config says.
 
     Raises:
-        CheckpointError: the scales do not fit the weight, or its numbers have an offset too.
+        CheckpointError: the scales do not fit the weight, or its numbers have offsets or an order of their own too.
     """
-    if f"{name}_zero_point" in names:
-        raise CheckpointError(
-            f"'{name}' is stored as int8 with offsets ('{name}_zero_point'), which bigload does not read: use the "
-            "original checkpoint, or one that was quantized symmetrically"
-        )
+    for part, what in {"_zero_point": "offsets", "_g_idx": "columns in another order"}.items():
+        if name + part in names:
+            raise CheckpointError(
+                f"'{name}' is stored as int8 with {what} ('{name}{part}'), which bigload does not read: use the "
+                "original checkpoint, or one that was quantized symmetrically, without activation ordering"
+            )
     return with_scales(name, "int8", weight, scales, said.block if said.method in METHODS else None, said)

@@ -9,14 +9,20 @@ import torch
 
 from ...errors import CheckpointError, listed
 from ...io.tensors import StoredTensor
-from . import fp8, int8, mxfp4
-from .stated import READ_METHODS, Stated, stated
+from . import fp4, fp8, int8, mxfp4
+from .stated import READ_METHODS, Stated, not_read, stated
 from .tensor import ScaledTensor
 
 # What the names of scales end with, after the weight's.
 _ENDS = ("_scale_inv", "_scale")
+# How the scales of `M.weight` are called in M by DeepSeek-V4 and Mistral Large 4, which mean what "_scale_inv" does.
+_BESIDE = ("scale", "qscale_weight")
 # Of activations, which are not quantized here: parts of a module with such a weight that say nothing of it.
-_OF_ACTIVATIONS = ("input_scale", "input_zero_point", "input_scale_ub", "activation_scale")
+_OF_ACTIVATIONS = (
+    *("input_scale", "input_zero_point", "input_scale_ub", "activation_scale", "qscale_act", "k_scale", "v_scale"),
+)
+# What a module multiplies its inputs by, as its weight was divided by it.
+_OF_INPUTS = "pre_quant_scale"
 
 
 def merge_scaled(tensors: Mapping[str, StoredTensor], folder: Path, *, is_folder: bool) -> dict[str, StoredTensor]:
@@ -40,6 +46,9 @@ def merge_scaled(tensors: Mapping[str, StoredTensor], folder: Path, *, is_folder
     if not made:
         return dict(tensors)
     owners = {name.rpartition(".")[0] for name in tensors if name in made}
+    smoothed = [f"{owner}.{_OF_INPUTS}" for owner in owners if f"{owner}.{_OF_INPUTS}" in tensors]
+    if smoothed:
+        raise not_read(f"'{folder}'", f"a method that scales inputs (it holds {listed(smoothed)})", smoothed)
     gone = {made[name].scales.name for name in made}
     gone |= {f"{owner}.{part}" for owner in owners for part in _OF_ACTIVATIONS}
     kept = [(name, tensor) for name, tensor in tensors.items() if name not in gone]
@@ -56,13 +65,23 @@ def _joined(name: str, tensors: Mapping[str, StoredTensor], said: Stated) -> Sca
         return mxfp4.mxfp4_tensor(whole, tensor, scales)
     if tensor.dtype != torch.int8 and tensor.dtype not in fp8.FLOAT8:
         return None
-    end = next((end for end in _ENDS if name + end in tensors), None)
-    if end is None or name + end + "_2" in tensors:
+    end, scales = _scales(name, tensors)
+    if scales is None or scales.name + "_2" in tensors:
         return None
+    if tensor.dtype == torch.int8 and said.method in fp4.METHODS:
+        return fp4.fp4_tensor(name, tensor, scales)
     if tensor.dtype == torch.int8:
         is_weight = name.rpartition(".")[2] == "weight" and end == "_scale"
-        return int8.int8_tensor(name, tensor, tensors[name + end], tensors, said) if is_weight else None
-    return fp8.fp8_tensor(name, tensor, end, tensors[name + end], said)
+        return int8.int8_tensor(name, tensor, scales, tensors, said) if is_weight else None
+    return fp8.fp8_tensor(name, tensor, end, scales, said)
+
+
+def _scales(name: str, tensors: Mapping[str, StoredTensor]) -> tuple[str, StoredTensor | None]:
+    """Return the scales of a weight, and what the name of such scales ends with."""
+    module, _, part = name.rpartition(".")
+    beside = [f"{module}.{own}" for own in _BESIDE] if part == "weight" else []
+    names = [(end, name + end) for end in _ENDS] + [(_ENDS[0], each) for each in beside]
+    return next(((end, tensors[each]) for end, each in names if each in tensors), ("", None))
 
 
 def _require_scales(
@@ -74,7 +93,7 @@ def _require_scales(
     """Refuse numbers without scales, and scales without numbers."""
     if made or said.method in fp8.METHODS:
         lacking = [
-            f"{name}{_ENDS[0] if said.method == 'fp8' else _ENDS[1]}"
+            f"{name}{_ENDS[0] if said.method in ('fp8', 'mxfp8') else _ENDS[1]}"
             for name, tensor in parts.items()
             if tensor.dtype in fp8.FLOAT8 and name not in made and not name.endswith((*_ENDS, "_scale_2"))
         ]
@@ -111,9 +130,13 @@ def _require_as_stated(
     made: Mapping[str, ScaledTensor], said: Stated, folder: Path, *, may_be_dequantized: bool
 ) -> None:
     """Refuse a config that names another method than the weights are stored by."""
-    known = {"fp8": fp8.METHODS, "int8": int8.METHODS, "mxfp4": mxfp4.METHODS}
+    known = {"fp4": fp4.METHODS, "fp8": fp8.METHODS, "int8": int8.METHODS, "mxfp4": mxfp4.METHODS}
     for tensor in made.values():
         methods = known[tensor.kind.replace(",", "").split()[0]]
+        if said.method and said.method not in {each for some in known.values() for each in some}:
+            raise not_read(
+                f"'{folder}'", f"{said.method!r}, as '{said.file}' says (it holds '{tensor.name}' as {tensor.kind})"
+            )
         if said.method and said.method not in methods:
             raise CheckpointError(
                 f"'{folder / said.file}' says that the weights are quantized by '{said.method}', but '{tensor.name}' "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from ...errors import CheckpointError
 # Beside the weights, and where in it the quantization is.
 _CONFIG, _FIELDS = "config.json", ("quantization_config", "compression_config")
 # Methods of transformers whose weights are all read, from their numbers and scales.
-READ_METHODS = ("fp8", "fbgemm_fp8", "mxfp4")
+READ_METHODS = ("fp8", "mxfp8", "fbgemm_fp8", "mxfp4")
 _MODELOPT = ("hf_quant_config.json", "quantization")
 # Files that say nothing but how another method quantized the weights.
 OF_OTHER_METHODS = (_MODELOPT[0],)
@@ -45,7 +45,10 @@ def stated(folder: Path) -> Stated:
         if isinstance(said, Mapping) and isinstance(said.get("quant_method"), str):
             return Stated(said["quant_method"], _CONFIG, _block(said, folder / _CONFIG))
     said = _read(folder / _MODELOPT[0]).get(_MODELOPT[1])
-    return Stated("modelopt", _MODELOPT[0]) if isinstance(said, Mapping) and said.get("quant_algo") else Stated()
+    if not isinstance(said, Mapping) or not said.get("quant_algo"):
+        return Stated()
+    path = folder / _MODELOPT[0]
+    return Stated("modelopt", _MODELOPT[0], _block({**said, "quant_method": "modelopt"}, path))
 
 
 def write_without_quantization(source: Path, target: Path) -> None:
@@ -68,7 +71,9 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def _block(said: Mapping[str, Any], path: Path) -> tuple[int, int] | None:
-    if said["quant_method"] == "fp8":
+    if "mxfp8" in (said["quant_method"], str(said.get("quant_algo")).lower()):
+        block = said.get("weight_block_size", [1, 32])
+    elif said["quant_method"] == "fp8":
         block = said.get("weight_block_size")
     elif said["quant_method"] == "compressed-tensors":
         groups = said.get("config_groups")
@@ -96,3 +101,19 @@ def _block_of_group(weights: Any) -> Any:
     if weights.get("strategy") == "block":
         return weights.get("block_structure")
     return [1, weights.get("group_size")] if weights.get("strategy") == "group" else None
+
+
+def not_read(what: str, method: str, keys: Sequence[str] = ()) -> CheckpointError:
+    """Return the error for what another method quantized.
+
+    Args:
+        what: the checkpoint, or a weight.
+        method: the method, and how it was recognised.
+        keys: of the checkpoint, which showed it.
+    """
+    return CheckpointError(
+        f"{what} was quantized by {method}, which bigload does not read: it reads weights of 16 to 64 bits, those that "
+        "bitsandbytes quantized, and fp8, int8 and mxfp4 with their scales. Use the original checkpoint, or load this "
+        "one with the library that made it",
+        unexpected_keys=list(keys),
+    )
