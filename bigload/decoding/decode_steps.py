@@ -19,6 +19,7 @@ from ..offload.leaves import MethodOverride
 from .cache_state import CacheState
 from .calls import Call, caches_in, first_difference, tokens_of
 from .graphs import Graphs
+from .masks import deferring, made
 from .model_state import HeldTensors, ModelState
 from .obstacles import obstacle_now, obstacle_of
 from .steps import CapturedStep, NotCapturedError, problem_of
@@ -92,22 +93,23 @@ class DecodeSteps(MethodOverride):
         self._replayed = self._uncaptured = self._captures = 0
         self._capture_s = 0.0
         super().__init__(model, name)
+        self._masks = deferring(model) if name == "forward" else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Replay a decode step; run all else as before."""
         if self._is_removed or torch.compiler.is_compiling() or torch._C._is_tracing():
-            return self.own(*args, **kwargs)
+            return self.own(*args, **made(kwargs))
         if not self._is_step(args, kwargs):
-            return self.own(*args, **kwargs)
+            return self.own(*args, **made(kwargs))
         with self._lock:
             if self._is_running:  # a step of the model calls the model
-                return self.own(*args, **kwargs)
+                return self.own(*args, **made(kwargs))
             self._is_running = True
             try:
                 out = self._step(args, kwargs)
             finally:
                 self._is_running = False
-        return self.own(*args, **kwargs) if out is _UNCAPTURED else out
+        return self.own(*args, **made(kwargs)) if out is _UNCAPTURED else out
 
     def _is_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if self._is_every_call_one:
@@ -115,7 +117,9 @@ class DecodeSteps(MethodOverride):
         tokens = tokens_of(args, kwargs)
         if tokens is None or tokens.dim() < 2 or tokens.shape[1] != 1:
             return False
-        caches = caches_in(args, kwargs)
+        caches, last = caches_in(args, kwargs), self._last
+        if caches and last is not None and last.is_of(caches):
+            return True
         if not caches or not all(getattr(cache, "is_initialized", True) for cache in caches):
             return False
         if all(cache.is_compileable for cache in caches):
@@ -135,7 +139,7 @@ class DecodeSteps(MethodOverride):
         call = Call(args, kwargs)
         key = (_modes(self._device.type), call.key)
         last = self._last
-        if last is not None and last.key == key and last.is_of(call) and last.finds_all_in_place():
+        if last is not None and last.key == key and last.is_of(call.states) and last.finds_all_in_place():
             return self._replay(last, call)
         return self._step_of_kind(key, call, args, kwargs)
 
@@ -160,14 +164,14 @@ class DecodeSteps(MethodOverride):
         if kind.reason is not None:
             return self._leave(kind.reason)
         self._new_in_a_row = 0
-        step = next((each for each in kind.steps if each.is_of(call)), None)
+        step = next((each for each in kind.steps if each.is_of(call.states)), None)
         step = step or next((each for each in kind.steps if each.is_free_for(call)), None)
         if step is None:
             try:
                 step = self._capture(kind, key, call, state)
             except NotCapturedError as error:
                 kind.reason = str(error)
-                return self._leave(kind.reason)
+                return self._leave(kind.reason, call)
         kind.steps.remove(step)
         kind.steps.append(step)
         return self._replay(step, call, state)
@@ -181,11 +185,18 @@ class DecodeSteps(MethodOverride):
         self._replayed += 1
         return out
 
-    def _leave(self, reason: str) -> Any:
+    def _leave(self, reason: str, call: Call | None = None) -> Any:
         """Say why a step runs as before."""
-        self._say(reason)
+        if call is None or not self._makes_masks_as_before(call):
+            self._say(reason)
         self._uncaptured += 1
         return _UNCAPTURED
+
+    def _makes_masks_as_before(self, call: Call) -> bool:
+        """Whether a step was given a deferred mask, which may be why no graph has it: the next one is given none."""
+        if call.masks and self._masks is not None:
+            self._masks.stop()
+        return bool(call.masks)
 
     def _warm_up(self, key: Any, call: Call, state: CacheState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the first step of a kind, and see whether it does what a replay would not do again."""
@@ -199,7 +210,7 @@ class DecodeSteps(MethodOverride):
         done = False
         try:
             with self._offload.noting(), self._graphs.warming_up(), state.watched() as asked:
-                out = self.own(*args, **kwargs)
+                out = self.own(*args, **made(kwargs))
                 done = True
         except OffloadError as error:
             if not done:
@@ -208,7 +219,10 @@ class DecodeSteps(MethodOverride):
         self._uncaptured += 1
         if written.differ():
             reason = "it writes to a tensor that it is given: keep what a step changes in a cache object or a buffer"
-        self._remember(key, state, reason or held.change() or problem_of(state, before, asked))
+        reason = reason or held.change() or problem_of(state, before, asked)
+        if reason is not None:
+            self._makes_masks_as_before(call)
+        self._remember(key, state, reason)
         return out
 
     def _reason_of(self, call: Call) -> str | None:
@@ -264,6 +278,8 @@ class DecodeSteps(MethodOverride):
         """Free all graphs and restore the model's own method; may be called again."""
         self._is_removed = True
         super().remove()
+        if self._masks is not None:
+            self._masks.remove()
         self.release()
         self._model_state = None
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 from .cache_state import CacheState
 from .calls import Call, UnknownOutputError, output_maker
+from .constants import ConstantsInGraph
 from .graphs import Graphs
 
 
@@ -49,10 +50,17 @@ class CapturedStep:
         try:
             with torch.inference_mode(False):
                 self._inputs = [torch.empty_like(tensor) for tensor in call.tensors]
+                self._masks = [mask.place() for mask in call.masks]
             self._fill(call)
             args, kwargs = call.with_tensors(self._inputs)
+
+            def step() -> Any:
+                # transformers writes into a full window by an index that it makes of a constant.
+                with ConstantsInGraph(graphs.device) if state.has_full_window else nullcontext():
+                    return run(*args, **call.with_masks(kwargs, self._masks))
+
             with state.watched() as asked, _without_kept_casts():
-                self._graph, output = graphs.capture(lambda: run(*args, **kwargs))
+                self._graph, output = graphs.capture(step)
             if reason := problem_of(state, before, asked):
                 raise NotCapturedError(reason)
             self._output: Callable[[Call], Any] = output_maker(output, call, self._inputs)
@@ -67,12 +75,16 @@ class CapturedStep:
         self.seconds, self.nbytes = time.perf_counter() - begun, max(0, graphs.allocated() - reserved)
 
     def _fill(self, call: Call) -> None:
-        for own, given in zip(self._inputs, call.tensors, strict=True):
-            own.copy_(given)
+        if self._inputs:
+            torch._foreach_copy_(self._inputs, call.tensors)
+        for place, mask in zip(self._masks, call.masks, strict=True):
+            place.fill(mask)
 
-    def is_of(self, call: Call) -> bool:
-        """Whether it works on the caches of a call already."""
-        return all(owner() is state for owner, state in zip(self._owners, call.states, strict=True))
+    def is_of(self, states: Sequence[Any]) -> bool:
+        """Whether these are the caches that it works on."""
+        return len(self._owners) == len(states) and all(
+            owner() is state for owner, state in zip(self._owners, states, strict=True)
+        )
 
     def is_free_for(self, call: Call) -> bool:
         """Whether nobody has the caches any more that it worked on, unless the call does."""
@@ -112,7 +124,7 @@ class CapturedStep:
         """Free the graph. Its caches keep their tensors."""
         self._graph.reset()
         self._output = _freed
-        self._inputs, self._own, self._others = [], [], []
+        self._inputs, self._masks, self._own, self._others = [], [], [], []
 
 
 @contextmanager
