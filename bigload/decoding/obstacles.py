@@ -12,6 +12,7 @@ from torch import nn
 from ..offload.captured import is_capturable as can_have
 from ..offload.expert_forwards import ExpertsForward
 from ..offload.forwards import CpuForward, ForwardOverride, StreamedForward, forward_override_of
+from ..quantization.kernels.outliers import is_on_gpu_alone
 from .graphs import graphs_on
 
 # Hooks that do nothing where all tensors are on one device, or nobody asks for what they collect.
@@ -49,10 +50,13 @@ def obstacle_of(model: nn.Module) -> str | None:
         return f"it is on several devices ({', '.join(devices)})"
     for path, module in model.named_modules():
         state: Any = vars(module).get("state")
-        if getattr(state, "threshold", 0.0) > 0.0 and hasattr(state, "has_fp16_weights"):
+        if not hasattr(state, "has_fp16_weights"):
+            continue
+        if not is_on_gpu_alone(state, module.weight.device):
             return (
                 f"{path!r} is int8 with llm_int8_threshold={state.threshold:g}, for which the host waits in each "
-                "layer: load it with BnbQuantizationConfig(load_in_8bit=True, llm_int8_threshold=0.0)"
+                "layer where Triton does not run: load it with "
+                "BnbQuantizationConfig(load_in_8bit=True, llm_int8_threshold=0.0)"
             )
     return _hook_in(model)
 

@@ -19,6 +19,7 @@ from ..quantization.bnb import library
 from ..quantization.cpu_forwards import input_gradient, streamed_forward
 from ..quantization.experts import has_quantized_experts
 from ..quantization.formats import part_name
+from ..quantization.kernels.outliers import outlier_product, suits
 from ..quantization.layers import is_quantized
 from ..quantization.own_forwards import on_matrix, own_forward, require_input
 from ..quantization.quantized_weight import state_around, state_holders
@@ -343,6 +344,8 @@ def _linear_8bit(layer: Any, name: str, tensors: Tensors) -> Forward:
     def compute(x: torch.Tensor) -> torch.Tensor:
         bias, state.is_training, state.threshold = layer.bias, layer.training, layer.state.threshold
         bias = None if bias is None else bias.to(x.dtype)
+        if suits(state, x):
+            return outlier_product(x, weight, state.SCB, state.threshold, bias)
         return matmul(x, weight, bias=bias, state=state)  # type: ignore[no-any-return]
 
     def forward(x: torch.Tensor) -> torch.Tensor:

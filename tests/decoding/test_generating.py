@@ -129,17 +129,23 @@ def test_quantized_models(mode, tmp_path, device, captures):
     assert capture.stats().replayed == STEPS - 2
 
 
-def test_int8_without_a_threshold_is_captured_and_with_one_the_reason_is_said(tmp_path, device, captures, warned):
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+def test_int8_is_captured_where_the_gpu_alone_finds_outliers(threshold, tmp_path, device, captures, warned):
     folder = save_checkpoint(llama().half(), tmp_path)
-    for threshold, replayed in {0.0: STEPS - 2, 6.0: 0}.items():
-        config = bigload.BnbQuantizationConfig(load_in_8bit=True, llm_int8_threshold=threshold)
-        model = load_and_quantize_model(empty(llama), config, folder, device_map=device).eval()
-        expected = generated(model, TOKENS.to(device))
-        capture = capture_decode(model)
-        assert_same(generated(model, TOKENS.to(device)), expected)
-        assert capture.stats().replayed == replayed
-    (message,) = warned()
-    assert "llm_int8_threshold=6, for which the host waits" in message
+    config = bigload.BnbQuantizationConfig(load_in_8bit=True, llm_int8_threshold=threshold)
+    model = load_and_quantize_model(empty(llama), config, folder, device_map=device).eval()
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight[3] = 100.0  # makes some
+    expected = generated(model, TOKENS.to(device))
+    capture = capture_decode(model)
+    assert_same(generated(model, TOKENS.to(device)), expected)
+    if threshold == 0.0 or device.type == "cuda":
+        assert capture.stats().replayed == STEPS - 2
+        assert warned() == []
+    else:
+        assert capture.stats().replayed == 0
+        (message,) = warned()
+        assert "llm_int8_threshold=6, for which the host waits" in message
 
 
 def test_the_next_generation_uses_the_graph_of_a_cache_that_is_no_more(model, device, captures):
