@@ -88,6 +88,11 @@ class CacheState:
         """List the tensors."""
         return [container[name] for container, name in self._tensors]
 
+    def layers(self) -> list[Any]:
+        """List the layers of the cache; none if there are several caches."""
+        found = [held["layers"] for held in self._containers if isinstance(held, dict) and "layers" in held]
+        return found[0] if len(found) == 1 and isinstance(found[0], list) else []
+
     def put(self, own: Sequence[torch.Tensor]) -> None:
         """Put a graph's own tensors into the caches, with the values that are there."""
         for (container, name), tensor in zip(self._tensors, own, strict=True):

@@ -22,7 +22,7 @@ from .graphs import Graphs
 from .masks import deferring, made
 from .model_state import HeldTensors, ModelState
 from .obstacles import obstacle_now, obstacle_of
-from .steps import CapturedStep, NotCapturedError, problem_of
+from .steps import CachePlace, CapturedStep, NotCapturedError, problem_of
 
 logger = logging.getLogger(__name__)
 # How many kinds of calls are remembered, and after how many new ones in a row it is said that each step is another.
@@ -100,6 +100,7 @@ class DecodeSteps(MethodOverride):
         if self._is_removed or torch.compiler.is_compiling() or torch._C._is_tracing():
             return self.own(*args, **made(kwargs))
         if not self._is_step(args, kwargs):
+            self._lend(args, kwargs)
             return self.own(*args, **made(kwargs))
         with self._lock:
             if self._is_running:  # a step of the model calls the model
@@ -126,6 +127,21 @@ class DecodeSteps(MethodOverride):
             return True
         self._say(f"a {type(caches[0]).__name__} grows with each token: generate with cache_implementation='static'")
         return False
+
+    def _lend(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Let the cache of a prompt lie where a graph had one that is no more."""
+        caches, tokens = caches_in(args, kwargs), tokens_of(args, kwargs)
+        if len(caches) != 1 or getattr(caches[0], "is_initialized", True) or tokens is None:
+            return
+        if self.module.training or torch.is_grad_enabled():
+            return
+        with self._lock:
+            if self._is_running or not self._kinds:
+                return
+            self._note_model()  # of which another dtype is another cache
+            modes, steps = _modes(self._device.type), (step for kind in self._kinds.values() for step in kind.steps)
+            left = [step for step in steps if step.is_left and step.key[0] == modes]
+            next((step for step in reversed(left) if step.lend_to(caches[0], tokens.shape[0])), None)
 
     def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if (reason := obstacle_now(self.module, kwargs)) is not None:
@@ -248,8 +264,10 @@ class DecodeSteps(MethodOverride):
         for other, old in kept[: max(0, len(kept) - self._max_graphs + 1)]:
             other.steps.remove(old)
             self._drop(old)
+        places, tensors = (step.place for other in self._kinds.values() for step in other.steps), state.tensors()
+        place = next((each for each in places if each.overlaps(tensors)), None) or CachePlace(tensors, call.states)
         with self._offload.held():
-            step = CapturedStep(key, call, state, self._offload.captured(self.own), self._graphs)
+            step = CapturedStep(key, call, state, place, self._offload.captured(self.own), self._graphs)
         kind.steps.append(step)
         self._captures += 1
         self._capture_s += step.seconds

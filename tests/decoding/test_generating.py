@@ -157,6 +157,85 @@ def test_the_next_generation_uses_the_graph_of_a_cache_that_is_no_more(model, de
     assert (capture.stats().captures, capture.stats().graphs) == (1, 1)
 
 
+def tensors_of(cache):
+    return [tensor for layer in cache.layers for tensor in vars(layer).values() if isinstance(tensor, torch.Tensor)]
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_the_next_prompt_is_put_where_the_graph_has_its_cache(window, device, captures):
+    model = (llama() if window is None else of("Mistral", sliding_window=window)).to(device).eval()
+    tokens, how = TOKENS.to(device), {"max_new_tokens": 12, "min_new_tokens": 12}
+    expected = [generated(model, tokens + add, **how) for add in (0, 7, 20)]
+    capture, places = capture_decode(model), set()
+    for add, each in zip((0, 7, 20), expected, strict=True):
+        torch.manual_seed(3)
+        out = model.generate(tokens + add, do_sample=False, **(STATIC | how))
+        assert_same((out.sequences, list(out.logits)), each)
+        places.add(tuple(tensor.data_ptr() for tensor in tensors_of(returned(out))))
+        del out
+    assert len(places) == 1
+    assert capture.stats().captures == (1 if window is None else 2)
+
+
+def test_a_cache_that_is_in_use_is_not_lent(model, device, captures):
+    tokens = TOKENS.to(device)
+    expected = [decoded(model, tokens + add, static(model)) for add in (0, 9)]
+    capture, one, two = capture_decode(model), static(model), static(model)
+    assert all(map(torch.equal, decoded(model, tokens, one), expected[0]))
+    held = [tensor.clone() for tensor in tensors_of(one)]
+    assert all(map(torch.equal, decoded(model, tokens + 9, two), expected[1]))
+    assert all(map(torch.equal, tensors_of(one), held))
+    assert capture.stats().captures == 2
+
+
+@torch.no_grad()
+def prepared(model, tokens, cache, steps=8):
+    """Give the logits of each step, whose inputs the model prepares, masks included."""
+    logits = model(tokens, **given(model, cache), use_cache=True).logits[:, -1]
+    for _ in range(steps):
+        yield logits
+        tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], 1)
+        how = given(model, cache) | {"attention_mask": torch.ones_like(tokens), "use_cache": True}
+        how["position_ids"] = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        logits = model(**model.prepare_inputs_for_generation(tokens, next_sequence_length=1, **how)).logits[:, -1]
+
+
+def test_caches_side_by_side_do_not_share_the_place_of_one_that_had_several_graphs(device, captures):
+    model, tokens = of("Mistral", sliding_window=8).to(device).eval(), TOKENS.to(device)
+    prompts = (tokens, tokens + 9)
+    expected = [list(prepared(model, prompt, static(model))) for prompt in prompts]
+    capture = capture_decode(model)
+    list(prepared(model, tokens, static(model)))  # one graph as the window fills, and one when it is full
+    assert (capture.stats().graphs, capture.stats().reasons) == (2, ())
+    turns = [prepared(model, prompt, static(model)) for prompt in prompts]
+    found = [[], []]
+    for number in (0, 1, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0, 1, 1, 0, 0):  # the window of the second is full first
+        found[number].append(next(turns[number]))
+    for number in (0, 1):
+        for one, two in zip(found[number], expected[number], strict=True):
+            assert torch.equal(one, two)
+    assert capture.stats().graphs > 2
+
+
+CHANGED = {
+    "another dtype": lambda model: model.to(torch.bfloat16),
+    "another batch": lambda model: None,
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_cache_of_another_kind_is_not_lent(name, model, device, captures):
+    tokens = TOKENS.to(device)
+    capture = capture_decode(model)
+    decoded(model, tokens, static(model))
+    CHANGED[name](model)
+    tokens = tokens[:1] if name == "another batch" else tokens
+    found = decoded(model, tokens, static(model))
+    capture.remove()
+    assert all(map(torch.equal, found, decoded(model, tokens, static(model))))
+    assert capture.stats().captures == 2
+
+
 def test_caches_that_live_side_by_side_have_graphs_of_their_own(model, device, captures):
     tokens = TOKENS.to(device)
     expected = [decoded(model, prompt, static(model)) for prompt in (tokens, tokens + 9)]
