@@ -141,6 +141,7 @@ class DecodeSteps(MethodOverride):
             self._note_model()  # of which another dtype is another cache
             modes, steps = _modes(self._device.type), (step for kind in self._kinds.values() for step in kind.steps)
             left = [step for step in steps if step.is_left and step.key[0] == modes]
+            self._graphs.follow()
             next((step for step in reversed(left) if step.lend_to(caches[0], tokens.shape[0])), None)
 
     def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
