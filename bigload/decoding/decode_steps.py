@@ -19,6 +19,7 @@ from ..offload.leaves import MethodOverride
 from .cache_state import CacheState
 from .calls import Call, caches_in, first_difference, tokens_of
 from .graphs import Graphs
+from .lookups import Lookups
 from .masks import deferring, made
 from .model_state import HeldTensors, ModelState
 from .obstacles import obstacle_now, obstacle_of
@@ -65,10 +66,12 @@ class _Kind:
 
     Attributes:
         reason: why they cannot be captured.
+        lookups: what they look up on the CPU; None if they cannot be captured.
         steps: the graphs, those used last at the end.
     """
 
     reason: str | None = None
+    lookups: Lookups | None = None
     steps: list[CapturedStep] = field(default_factory=list)
 
 
@@ -188,7 +191,8 @@ class DecodeSteps(MethodOverride):
                 step = self._capture(kind, key, call, state)
             except NotCapturedError as error:
                 kind.reason = str(error)
-                return self._leave(kind.reason, call)
+                is_full = isinstance(error.__cause__, torch.OutOfMemoryError)
+                return self._leave(kind.reason, None if is_full else call)
         kind.steps.remove(step)
         kind.steps.append(step)
         return self._replay(step, call, state)
@@ -223,10 +227,11 @@ class DecodeSteps(MethodOverride):
             return self._leave(reason)
         self._note_new(key)
         before, written, held = state.snapshot(), _Versions(call.tensors), HeldTensors(self.module)
+        lookups = Lookups(self.module)
         asked: list[str] = []
         done = False
         try:
-            with self._offload.noting(), self._graphs.warming_up(), state.watched() as asked:
+            with self._offload.noting(), self._graphs.warming_up(), lookups.noting(call), state.watched() as asked:
                 out = self.own(*args, **made(kwargs))
                 done = True
         except OffloadError as error:
@@ -236,10 +241,10 @@ class DecodeSteps(MethodOverride):
         self._uncaptured += 1
         if written.differ():
             reason = "it writes to a tensor that it is given: keep what a step changes in a cache object or a buffer"
-        reason = reason or held.change() or problem_of(state, before, asked)
+        reason = reason or lookups.reason or held.change() or problem_of(state, before, asked)
         if reason is not None:
             self._makes_masks_as_before(call)
-        self._remember(key, state, reason)
+        self._remember(key, state, reason, lookups)
         return out
 
     def _reason_of(self, call: Call) -> str | None:
@@ -252,8 +257,8 @@ class DecodeSteps(MethodOverride):
             self._say(f"each step differs from the one before, in {first_difference(key[1], self._last_key[1])}")
         self._last_key = key
 
-    def _remember(self, key: Any, state: CacheState, reason: str | None) -> None:
-        self._kinds[key, state.signature] = _Kind(reason)
+    def _remember(self, key: Any, state: CacheState, reason: str | None, lookups: Lookups | None = None) -> None:
+        self._kinds[key, state.signature] = _Kind(reason, lookups)
         while len(self._kinds) > _MAX_KINDS:
             _, kind = self._kinds.popitem(last=False)
             for step in kind.steps:
@@ -267,8 +272,10 @@ class DecodeSteps(MethodOverride):
             self._drop(old)
         places, tensors = (step.place for other in self._kinds.values() for step in other.steps), state.tensors()
         place = next((each for each in places if each.overlaps(tensors)), None) or CachePlace(tensors, call.states)
+        assert kind.lookups is not None
+        run = self._offload.captured(self.own)
         with self._offload.held():
-            step = CapturedStep(key, call, state, place, self._offload.captured(self.own), self._graphs)
+            step = CapturedStep(key, call, state, place, kind.lookups, run, self._graphs)
         kind.steps.append(step)
         self._captures += 1
         self._capture_s += step.seconds

@@ -15,6 +15,7 @@ from .calls import Call, UnknownOutputError, output_maker
 from .constants import ConstantsInGraph
 from .graphs import Graphs
 from .lending import lend
+from .lookups import Lookups
 
 
 class NotCapturedError(Exception):
@@ -54,7 +55,14 @@ class CapturedStep:
     """
 
     def __init__(
-        self, key: Any, call: Call, state: CacheState, place: CachePlace, run: Callable[..., Any], graphs: Graphs
+        self,
+        key: Any,
+        call: Call,
+        state: CacheState,
+        place: CachePlace,
+        lookups: Lookups,
+        run: Callable[..., Any],
+        graphs: Graphs,
     ) -> None:
         """Capture a step; nothing of it is run.
 
@@ -63,6 +71,7 @@ class CapturedStep:
             call: the call, which is not kept.
             state: of its caches.
             place: of these.
+            lookups: of a step that ran as before.
             run: the step, called with the arguments of the call.
             graphs: captures.
 
@@ -71,7 +80,7 @@ class CapturedStep:
         """
         begun, reserved = time.perf_counter(), graphs.allocated()
         self.key, self._graphs, self._others = key, graphs, call.others
-        self._owners = [weakref.ref(each) for each in call.states]
+        self._owners, self._lookups = [weakref.ref(each) for each in call.states], lookups
         self._state, self._own, self.place = state, state.tensors(), place
         before = state.snapshot()
         try:
@@ -83,7 +92,10 @@ class CapturedStep:
 
             def step() -> Any:
                 # transformers writes into a full window by an index that it makes of a constant.
-                with ConstantsInGraph(graphs.device) if state.has_full_window else nullcontext():
+                with (
+                    ConstantsInGraph(graphs.device) if state.has_full_window else nullcontext(),
+                    lookups.captured(self._inputs),
+                ):
                     return run(*args, **call.with_masks(kwargs, self._masks))
 
             with state.watched() as asked, _without_kept_casts():
@@ -106,6 +118,7 @@ class CapturedStep:
             torch._foreach_copy_(self._inputs, call.tensors)
         for place, mask in zip(self._masks, call.masks, strict=True):
             place.fill(mask)
+        self._lookups.fill(call)
 
     def is_of(self, states: Sequence[Any]) -> bool:
         """Whether these are the caches that it works on."""

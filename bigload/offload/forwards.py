@@ -251,7 +251,11 @@ class _NoWeightGradient(torch.autograd.Function):
 
 
 class CpuForward(ForwardOverride):
-    """Computes a module on the CPU, where its weights stay: of an embedding only the rows looked up are moved."""
+    """Computes a module on the CPU, where its weights stay: of an embedding only the rows looked up are moved.
+
+    Attributes:
+        instead: what is called in its place, while steps that graphs replay are noted and captured.
+    """
 
     def __init__(
         self, path: str, module: nn.Module, device: torch.device, require_there: Callable[[], None] | None = None
@@ -267,11 +271,16 @@ class CpuForward(ForwardOverride):
         """
         super().__init__(path, module, module.forward)
         self._device, self.require_there = device, require_there
+        self.instead: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Move the inputs to the CPU, compute there, and move the outputs to the device."""
         if torch.compiler.is_compiling():
             return _run_uncompiled(self, args, kwargs)
+        return self.computed(*args, **kwargs) if self.instead is None else self.instead(*args, **kwargs)
+
+    def computed(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute it, whatever is called in its place."""
         if self.is_removed:
             return self.own(*args, **kwargs)
         if self.require_there is not None:
