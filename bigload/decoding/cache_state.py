@@ -70,11 +70,6 @@ class CacheState:
     def _now_full(self) -> list[bool]:
         return [held[name] >= held["max_cache_len"] for held, name in self._counts]
 
-    @property
-    def has_full_window(self) -> bool:
-        """Whether a layer with a sliding window has as many tokens as it keeps."""
-        return any(self._are_full)
-
     def is_same(self) -> bool:
         """Whether the caches hold what they held when this was last noted, so that their signature is the same."""
         return self._held.are_same() and self._now_full() == self._are_full

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 # More numbers than any constant of a step has; others are left to torch, which says that it cannot capture them.
 _MAX_NUMBERS = 64
+
+
+# Modules whose code takes another way where such a mode is on.
+_ASKING = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+
+
+def constants_in_graph(model: nn.Module, device: torch.device) -> AbstractContextManager[Any]:
+    """Return what lets a step of a model be captured with its constants, where that changes nothing else of it."""
+    if any(isinstance(module, _ASKING) for module in model.modules()):
+        return nullcontext()
+    return ConstantsInGraph(device)
 
 
 class ConstantsInGraph(TorchFunctionMode):

@@ -18,6 +18,7 @@ from ..offload.captured import CapturedOffload
 from ..offload.leaves import MethodOverride
 from .cache_state import CacheState
 from .calls import Call, caches_in, first_difference, tokens_of
+from .constants import constants_in_graph
 from .graphs import Graphs
 from .lookups import Lookups
 from .masks import deferring, made
@@ -273,13 +274,17 @@ class DecodeSteps(MethodOverride):
         places, tensors = (step.place for other in self._kinds.values() for step in other.steps), state.tensors()
         place = next((each for each in places if each.overlaps(tensors)), None) or CachePlace(tensors, call.states)
         assert kind.lookups is not None
-        run = self._offload.captured(self.own)
+        run = self._offload.captured(self._own_with_constants)
         with self._offload.held():
             step = CapturedStep(key, call, state, place, kind.lookups, run, self._graphs)
         kind.steps.append(step)
         self._captures += 1
         self._capture_s += step.seconds
         return step
+
+    def _own_with_constants(self, *args: Any, **kwargs: Any) -> Any:
+        with constants_in_graph(self.module, self._device):
+            return self.own(*args, **kwargs)
 
     def _drop(self, step: CapturedStep) -> None:
         if self._last is step:

@@ -45,7 +45,7 @@ class HeldValues:
         try:
             if any(self._empty) or self._held != self._copies:
                 return False
-        except RuntimeError:  # of a tensor that was asked for its truth
+        except (RuntimeError, TypeError, ValueError):  # of a tensor, or an array, that was asked for its truth
             return False
         return all(each[name] is value for each, name, value in self._asked)
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from .cache_state import CacheState
 from .calls import Call, UnknownOutputError, output_maker
-from .constants import ConstantsInGraph
 from .graphs import Graphs
 from .lending import lend
 from .lookups import Lookups
@@ -91,11 +90,7 @@ class CapturedStep:
             args, kwargs = call.with_tensors(self._inputs)
 
             def step() -> Any:
-                # transformers writes into a full window by an index that it makes of a constant.
-                with (
-                    ConstantsInGraph(graphs.device) if state.has_full_window else nullcontext(),
-                    lookups.captured(self._inputs),
-                ):
+                with lookups.captured(self._inputs):
                     return run(*args, **call.with_masks(kwargs, self._masks))
 
             with state.watched() as asked, _without_kept_casts():
