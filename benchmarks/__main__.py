@@ -212,7 +212,8 @@ def _offload(options: argparse.Namespace) -> None:
 
 
 def _add_decode(parser: argparse.ArgumentParser) -> None:
-    modes, peers = ("nf4", "none", "nf4-dq", "int8", "int8-t0"), ("transformers", "transformers, compiled")
+    modes = ("nf4", "none", "nf4-dq", "int8", "int8-t0")
+    peers = ("transformers", "transformers, static", "transformers, compiled")
     parser.add_argument("--sizes", nargs="+", default=["8b", "Qwen3-30B-A3B"], help="or tiny (default: %(default)s)")
     parser.add_argument("--modes", nargs="+", choices=modes, default=list(modes))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16], help="(default: %(default)s)")
@@ -233,7 +234,7 @@ def _add_decode(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peers", nargs="*", choices=peers, default=list(peers))
     parser.add_argument("--generated", type=int, default=128, help="tokens (default: %(default)s)")
     parser.add_argument("--long", type=int, default=2000, help="tokens that shall leave memory as it was, once")
-    parser.add_argument("--seconds", type=float, default=400, help="begin no case after them (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=400, help="begin no row after them (default: %(default)s)")
     parser.add_argument("--device", help="'cpu' or 'cuda:N' (default: the first GPU, the CPU where there is none)")
     parser.add_argument("--out", type=Path, help="where the result goes, as JSON (default: standard output)")
     parser.add_argument("--commit", help="bigload's, where git cannot tell")

@@ -19,7 +19,12 @@ from .limits import describe_machine
 from .offload import offloaded_blocks
 
 PROMPT = 16
-PEERS = ("transformers", "transformers, compiled")
+# Of each, the cache of its `generate`, and whether it compiles.
+PEERS = {
+    "transformers": ("dynamic", False),
+    "transformers, static": ("static", False),
+    "transformers, compiled": ("static", True),
+}
 MODES = ("nf4", "nf4-dq", "int8", "int8-t0", "none")
 
 
@@ -60,7 +65,7 @@ def cases_of(
         found += [Case(size, mode, None, batches[0]) for mode in modes]
         found += [Case(size, modes[0], count, batches[0]) for count in offloaded if count]
         found += [Case(size, modes[0], None, batch) for batch in batches[1:]]
-        found += [Case(size, "none", None, batches[0], peer) for peer in peers]
+        found += [Case(size, "none", None, batch, peer) for batch in batches for peer in peers]
     return found
 
 
@@ -75,7 +80,7 @@ def measure_decode(
         commit: bigload's; by default what git says.
         generated: tokens after the prompt.
         long: tokens after which memory must be what it was; 0 for none.
-        seconds: begin no case after them.
+        seconds: begin no row after them.
 
     Yields:
         The result so far, as docs/benchmarks.md explains it.
@@ -95,6 +100,8 @@ def measure_decode(
                 result["rows"].append(vars(case) | row)
                 long = 0 if "is_flat" in row else long  # once
                 yield result
+                if time.perf_counter() - begun > seconds:
+                    return
         except Exception as error:  # what a peer cannot do is a result too
             result["rows"].append(vars(case) | {"error": f"{type(error).__name__}: {str(error)[:300]}"})
             loaded.forget()
@@ -183,8 +190,8 @@ def _rows(loaded: _Loaded, case: Case, device: torch.device, generated: int, lon
     if case.peer in PEERS:
         loaded.forget()
         model = _llama(case.size, device).to(device)
-        compiles = case.peer != PEERS[0]
-        yield _Run(model, case, device, generated).row("static" if compiles else "dynamic", compiles=compiles)[0]
+        way, compiles = PEERS[case.peer]
+        yield _Run(model, case, device, generated).row(way, compiles=compiles)[0]
         return
     run = _Run(loaded.of(case), case, device, generated)
     streamed = getattr(getattr(loaded.of(case), "offload", None), "plan", None)

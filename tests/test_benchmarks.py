@@ -760,7 +760,19 @@ def test_a_model_over_devices_is_held_against_the_same_on_one(tiny, tmp_path):
 
 def test_generation_is_timed_in_each_way_and_written_as_a_table(tmp_path, capsys, monkeypatch, small_parts_stream):
     out, how = tmp_path / "decode.json", ("--generated", 4, "--long", 6, "--batches", 1, 2, "--device", "cpu")
-    few = ("--modes", "nf4", "none", "int8-t0", "--offloaded", 1, "--cached", 25, "--peers", "transformers")
+    few = (
+        "--modes",
+        "nf4",
+        "none",
+        "int8-t0",
+        "--offloaded",
+        1,
+        "--cached",
+        25,
+        "--peers",
+        "transformers",
+        "transformers, static",
+    )
     run("decode", "--sizes", "tiny", "tiny-gpt-oss", *few, *how, "--out", out)
     result = json.loads(out.read_text())
     cases = [(row["size"], row["mode"], row["offloaded"], row["batch"], row["peer"]) for row in result["rows"]]
@@ -771,6 +783,9 @@ def test_generation_is_timed_in_each_way_and_written_as_a_table(tmp_path, capsys
         ("tiny", "nf4", 1, 1, "bigload"),
         ("tiny", "nf4", None, 2, "bigload"),
         ("tiny", "none", None, 1, "transformers"),
+        ("tiny", "none", None, 1, "transformers, static"),
+        ("tiny", "none", None, 2, "transformers"),
+        ("tiny", "none", None, 2, "transformers, static"),
         ("tiny-gpt-oss", "nf4", None, 1, "bigload"),
         ("tiny-gpt-oss", "nf4", 25, 1, "bigload"),
     ]
@@ -779,6 +794,8 @@ def test_generation_is_timed_in_each_way_and_written_as_a_table(tmp_path, capsys
         # On a busy machine the call for one token may take longer than that for four, and a step then less than 0.
         seconds = row["first_token_s"] + 3 * row["step_ms"] / 1e3
         assert seconds == pytest.approx(row["batch"] * 4 / row["tokens_per_s"], rel=0.02, abs=1e-3)
+    ways = [(row["peer"], row["way"]) for row in result["rows"] if row["peer"] != "bigload"]
+    assert ways == [("transformers", "dynamic"), ("transformers, static", "static")] * 2
     captured = [row for row in result["rows"] if row["way"] == "captured"]
     assert len(captured) == 7
     for row in captured:
@@ -804,3 +821,17 @@ def test_what_cannot_be_generated_is_a_row_that_says_why(tmp_path):
     assert "unknown quantization mode 'nf5'" in result["rows"][0]["error"]
     assert "ConfigError: unknown quantization mode" in decode_table(result)
     assert list(measure_decode([Case("tiny", "nf4")], "cpu", None, 4, 0, -1)) == []
+
+
+def test_a_generation_that_has_no_time_left_ends_after_a_row(monkeypatch):
+    from benchmarks import decode
+
+    def rows(*case):
+        yield {"way": "dynamic"}
+        monkeypatch.setattr(decode.time, "perf_counter", lambda: 1e9)
+        yield {"way": "static"}
+        yield {"way": "captured"}
+
+    monkeypatch.setattr(decode, "_rows", rows)
+    made = decode.measure_decode([decode.Case("tiny", "nf4")] * 2, "cpu", None, 4, 0, 60)
+    assert [[row["way"] for row in result["rows"]] for result in map(dict, made)][-1] == ["dynamic", "static"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from .parser import add_command
 if TYPE_CHECKING:
     import torch
 
+    from ..planning.placing.accounts import Account
     from ..planning.plan import Plan
     from ..planning.report import Rates
 
@@ -139,6 +140,7 @@ class _Planner:
         self._options = options
         self._places, self._budgets = device_map(options.device_map), max_memory(options.max_memory)
         self._reserved: dict[int, int] = {}
+        self._for_graphs: dict[int, int] = {}
         self._caches: dict[tuple[int, int, torch.dtype], list[int] | None] = {}
 
     def open(self) -> None:
@@ -186,28 +188,52 @@ class _Planner:
         plan = self._plan(config, self._options.reserve)
         if self._options.context is None:
             return plan
-        layers = self._kv_cache(plan, self._options.context, self._options.batch)
-        if layers is None:
-            raise ConfigError(f"the KV cache of {type(self._model).__name__} is not known; leave --context out")
         gpus = [account for account in plan.accounts if account.reserve]
-        share = -(-sum(layers) // max(1, len(gpus)))
+        layers, graphs = self._kept(plan, len(gpus))
+        try:
+            made = self._spread(config, gpus, layers, graphs)
+        except PlacementError:
+            if not graphs:
+                raise
+            made = self._spread(config, gpus, layers, 0)
+            self._for_graphs[id(made)] = -graphs
+        made = made or with_kv_cache(plan, layers)
+        if any(account.free is not None and account.free < 0 for account in made.accounts):
+            said = verdict(made, _given_rates(self._options)).rstrip(".")
+            raise PlacementError(f"with the KV cache, {said[0].lower()}{said[1:]}")
+        return made
+
+    def _spread(self, config: Any, gpus: Sequence[Account], layers: Sequence[int], graphs: int) -> Plan | None:
+        """Return a plan with room for the cache, and for captured steps; None without a GPU."""
+        from ..planning.report import with_kv_cache
+
+        share, made = -(-sum(layers) // max(1, len(gpus))), None
         for _ in range(len(gpus)):  # how the layers are spread depends on the room that is left for their cache
-            reserve = max(account.reserve for account in gpus) + share
+            reserve = max(account.reserve for account in gpus) + share + graphs
             try:
                 made = with_kv_cache(self._plan(config, reserve), layers, share)
             except PlacementError as error:
                 said = str(error).replace("kept for activations", "kept for activations and the KV cache")
                 raise PlacementError(said) from None
-            self._reserved[id(made)] = reserve
+            self._reserved[id(made)], self._for_graphs[id(made)] = reserve, graphs
             largest = max(account.kv_cache for account in made.accounts)
             if largest <= share:
                 return made
             share = largest
-        made = with_kv_cache(plan, layers) if not gpus else made
-        if any(account.free is not None and account.free < 0 for account in made.accounts):
-            said = verdict(made, _given_rates(self._options)).rstrip(".")
-            raise PlacementError(f"with the KV cache, {said[0].lower()}{said[1:]}")
         return made
+
+    def _kept(self, plan: Plan, gpus: int) -> tuple[list[int], int]:
+        """Return the bytes of each layer's KV cache, and of captured decode steps, which one GPU has."""
+        from ..inspection.kv_cache import captured_step_bytes, static_cache_bytes
+
+        context, batch, dtype = self._options.context, self._options.batch, plan.config.load_dtype
+        layers = self._kv_cache(plan, context, batch)
+        if layers is None:
+            raise ConfigError(f"the KV cache of {type(self._model).__name__} is not known; leave --context out")
+        static = static_cache_bytes(self._model, context, batch, dtype) if gpus == 1 else None
+        if static is None:
+            return layers, 0
+        return static, captured_step_bytes(self._model, static, batch, dtype)
 
     def _plan(self, config: Any, reserve: int | str | None) -> Plan:
         from ..planning.planner import plan_device_map
@@ -243,7 +269,11 @@ class _Planner:
             return
         cache = sum(account.kv_cache for account in plan.accounts)
         tokens = f"{self._options.context} tokens x {self._options.batch}"
-        yield f"Counted: the KV cache of {tokens}, {show(cache)}."
+        graphs = self._for_graphs.get(id(plan), 0)
+        more = f", and {show(graphs)} in the reserve for captured decode steps" if graphs > 0 else ""
+        yield f"Counted: the KV cache of {tokens}, {show(cache)}{more}."
+        if graphs < 0:
+            yield f"Captured decode steps, which need {show(-graphs)} more, have no room."
         if id(plan) in self._reserved:
             yield f"`bigload load` keeps this room with --reserve {-(-self._reserved[id(plan)] // 2**20)}MiB."
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
 
-from .calls import _SIMPLE, is_state
+from .calls import is_state
+from .held_values import Container, HeldValues
+from .simple import SIMPLE
 
 # Counts of tokens that transformers' layers with a sliding window keep in Python, beside those on the GPU.
 _COUNTS = ("cumulative_length", "cumulative_length_int")
 # The methods that tell them: what a step computes from their results would stay as it was when it was captured.
 _TELLING = ("get_seq_length", "get_mask_sizes")
-
-Container = dict[Any, Any] | list[Any]
 
 
 class CacheState:
@@ -37,7 +36,8 @@ class CacheState:
         for cache in caches:
             self._walk(cache, signature)
         self.signature = tuple(signature)
-        self._before = self._now()
+        self._held = HeldValues(self._containers)
+        self._are_full = self._now_full()
 
     def _walk(self, value: Any, signature: list[Any]) -> None:
         if id(value) in self._seen:
@@ -59,7 +59,7 @@ class CacheState:
                 assert isinstance(container, dict)
                 self._counts.append((container, name))
                 signature.append((name, each >= container["max_cache_len"]))
-            elif isinstance(each, _SIMPLE):
+            elif isinstance(each, SIMPLE):
                 signature.append((name, each))
             elif isinstance(each, (dict, list)) or is_state(each):
                 signature.append(name)
@@ -67,23 +67,26 @@ class CacheState:
             else:
                 signature.append((name, id(each)))
 
-    def _now(self) -> tuple[list[int], list[bool]]:
-        values = (each.values() if isinstance(each, dict) else each for each in self._containers)
-        return [*map(id, chain.from_iterable(values))], [
-            held[name] >= held["max_cache_len"] for held, name in self._counts
-        ]
+    def _now_full(self) -> list[bool]:
+        return [held[name] >= held["max_cache_len"] for held, name in self._counts]
 
     def is_same(self) -> bool:
         """Whether the caches hold what they held when this was last noted, so that their signature is the same."""
-        return self._now() == self._before
+        return self._held.are_same() and self._now_full() == self._are_full
 
     def note(self) -> None:
         """Note what the caches hold."""
-        self._before = self._now()
+        self._held.note()
+        self._are_full = self._now_full()
 
     def tensors(self) -> list[torch.Tensor]:
         """List the tensors."""
         return [container[name] for container, name in self._tensors]
+
+    def layers(self) -> list[Any]:
+        """List the layers of the cache; none if there are several caches."""
+        found = [held["layers"] for held in self._containers if isinstance(held, dict) and "layers" in held]
+        return found[0] if len(found) == 1 and isinstance(found[0], list) else []
 
     def put(self, own: Sequence[torch.Tensor]) -> None:
         """Put a graph's own tensors into the caches, with the values that are there."""
@@ -93,12 +96,9 @@ class CacheState:
                 container[name] = tensor
 
     def advance(self) -> None:
-        """Count a token, as Python would have."""
-        is_full = self._before[1]
+        """Count a token, as Python would have. Of a window that is full now, it is still noted that it was not."""
         for container, name in self._counts:
-            container[name] += 1
-        if self._counts:  # a window that is full now is still noted as it was
-            self._before = self._now()[0], is_full
+            self._held.put(container, name, container[name] + 1)
 
     def snapshot(self) -> list[Container]:
         """Return what the caches hold now."""
@@ -127,7 +127,7 @@ class CacheState:
                     continue
                 if (id(container), name) in counted and now == old + 1:
                     continue
-                if isinstance(now, _SIMPLE) and type(now) is type(old) and now == old:
+                if isinstance(now, SIMPLE) and type(now) is type(old) and now == old:
                     continue
                 return f"puts another {name!r} into its cache"
         return None

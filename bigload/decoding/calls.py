@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections import UserDict
 from collections.abc import Callable, Mapping, Sequence
-from enum import Enum
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..hardware.nested_tensors import map_tensors, of_class
+from .masks import DeferredMask, MaskPlace
+from .simple import SIMPLE
 
-_SIMPLE = (int, float, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size, Enum)
 # Arguments that hold the new tokens, by transformers' names.
 _TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
@@ -24,6 +24,7 @@ class Call:
     Attributes:
         tensors: all tensors in its arguments, each as often as it occurs.
         states: the caches: objects whose tensors a step changes.
+        masks: those that the graph of a step makes.
         others: functions, modules and configs in its arguments.
         key: equal for calls that a graph can stand for: shapes, dtypes and devices of the tensors, and all else that
             is no tensor. Each entry begins with the path of an argument.
@@ -33,6 +34,7 @@ class Call:
         self._args, self._kwargs = args, dict(kwargs)
         self.tensors: list[torch.Tensor] = []
         self.states: list[Any] = []
+        self.masks: list[DeferredMask] = []
         self.others: list[Any] = []
         key: list[tuple[Any, ...]] = []
         for number, value in enumerate(args):
@@ -45,7 +47,7 @@ class Call:
         if isinstance(value, torch.Tensor):
             self.tensors.append(value)
             key.append((path, value.shape, value.stride(), value.dtype, value.device))
-        elif isinstance(value, _SIMPLE):
+        elif isinstance(value, SIMPLE):
             key.append((path, type(value), value))
         elif isinstance(value, (tuple, list)):
             key.append((path, type(value), len(value)))
@@ -55,6 +57,9 @@ class Call:
             key.append((path, type(value), len(value)))
             for name, each in value.items():
                 self._take((path, name), each, key)
+        elif isinstance(value, DeferredMask):
+            self.masks.append(value)
+            key.append((path, DeferredMask, value.key))
         elif is_state(value):
             self.states.append(value)
             key.append((path, type(value)))
@@ -67,6 +72,14 @@ class Call:
         rest = iter(tensors)
         args = map_tensors(self._args, lambda tensor: next(rest))
         return args, map_tensors(self._kwargs, lambda tensor: next(rest))
+
+    def with_masks(self, arguments: Mapping[str, Any], places: Sequence[MaskPlace]) -> dict[str, Any]:
+        """Return named arguments with masks that are made from what is in some places, in the order of `masks`."""
+        rest = iter(places)
+        return {
+            name: value.made_from(next(rest)) if isinstance(value, DeferredMask) else value
+            for name, value in arguments.items()
+        }
 
 
 def is_state(value: Any) -> bool:
@@ -107,7 +120,7 @@ def output_maker(output: Any, call: Call, static: list[torch.Tensor]) -> Callabl
             if each is output:
                 return lambda now: now.tensors[number]
         return lambda now: output.clone()
-    if isinstance(output, _SIMPLE):
+    if isinstance(output, SIMPLE):
         return lambda now: output
     for number, each in enumerate(call.states):
         if each is output:
@@ -138,4 +151,4 @@ def tokens_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor 
 def caches_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
     """List the caches of transformers among the arguments."""
     values = (*args, *kwargs.values())
-    return [value for value in values if not isinstance(value, torch.Tensor) and hasattr(value, "is_compileable")]
+    return [value for value in values if hasattr(type(value), "is_compileable")]

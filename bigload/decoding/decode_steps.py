@@ -18,10 +18,13 @@ from ..offload.captured import CapturedOffload
 from ..offload.leaves import MethodOverride
 from .cache_state import CacheState
 from .calls import Call, caches_in, first_difference, tokens_of
+from .constants import constants_in_graph
 from .graphs import Graphs
+from .lookups import Lookups
+from .masks import deferring, made
 from .model_state import HeldTensors, ModelState
 from .obstacles import obstacle_now, obstacle_of
-from .steps import CapturedStep, NotCapturedError, problem_of
+from .steps import CachePlace, CapturedStep, NotCapturedError, problem_of
 
 logger = logging.getLogger(__name__)
 # How many kinds of calls are remembered, and after how many new ones in a row it is said that each step is another.
@@ -64,10 +67,12 @@ class _Kind:
 
     Attributes:
         reason: why they cannot be captured.
+        lookups: what they look up on the CPU; None if they cannot be captured.
         steps: the graphs, those used last at the end.
     """
 
     reason: str | None = None
+    lookups: Lookups | None = None
     steps: list[CapturedStep] = field(default_factory=list)
 
 
@@ -92,22 +97,24 @@ class DecodeSteps(MethodOverride):
         self._replayed = self._uncaptured = self._captures = 0
         self._capture_s = 0.0
         super().__init__(model, name)
+        self._masks = deferring(model) if name == "forward" else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Replay a decode step; run all else as before."""
         if self._is_removed or torch.compiler.is_compiling() or torch._C._is_tracing():
-            return self.own(*args, **kwargs)
+            return self.own(*args, **made(kwargs))
         if not self._is_step(args, kwargs):
-            return self.own(*args, **kwargs)
+            self._lend(args, kwargs)
+            return self.own(*args, **made(kwargs))
         with self._lock:
             if self._is_running:  # a step of the model calls the model
-                return self.own(*args, **kwargs)
+                return self.own(*args, **made(kwargs))
             self._is_running = True
             try:
                 out = self._step(args, kwargs)
             finally:
                 self._is_running = False
-        return self.own(*args, **kwargs) if out is _UNCAPTURED else out
+        return self.own(*args, **made(kwargs)) if out is _UNCAPTURED else out
 
     def _is_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if self._is_every_call_one:
@@ -115,13 +122,31 @@ class DecodeSteps(MethodOverride):
         tokens = tokens_of(args, kwargs)
         if tokens is None or tokens.dim() < 2 or tokens.shape[1] != 1:
             return False
-        caches = caches_in(args, kwargs)
+        caches, last = caches_in(args, kwargs), self._last
+        if caches and last is not None and last.is_of(caches):
+            return True
         if not caches or not all(getattr(cache, "is_initialized", True) for cache in caches):
             return False
         if all(cache.is_compileable for cache in caches):
             return True
         self._say(f"a {type(caches[0]).__name__} grows with each token: generate with cache_implementation='static'")
         return False
+
+    def _lend(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Let the cache of a prompt lie where a graph had one that is no more."""
+        caches, tokens = caches_in(args, kwargs), tokens_of(args, kwargs)
+        if len(caches) != 1 or getattr(caches[0], "is_initialized", True) or tokens is None:
+            return
+        if self.module.training or torch.is_grad_enabled():
+            return
+        with self._lock:
+            if self._is_running or not self._kinds:
+                return
+            self._note_model()  # of which another dtype is another cache
+            modes, steps = _modes(self._device.type), (step for kind in self._kinds.values() for step in kind.steps)
+            left = [step for step in steps if step.is_left and step.key[0] == modes]
+            self._graphs.follow()
+            next((step for step in reversed(left) if step.lend_to(caches[0], tokens.shape[0])), None)
 
     def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if (reason := obstacle_now(self.module, kwargs)) is not None:
@@ -135,7 +160,7 @@ class DecodeSteps(MethodOverride):
         call = Call(args, kwargs)
         key = (_modes(self._device.type), call.key)
         last = self._last
-        if last is not None and last.key == key and last.is_of(call) and last.finds_all_in_place():
+        if last is not None and last.key == key and last.is_of(call.states) and last.finds_all_in_place():
             return self._replay(last, call)
         return self._step_of_kind(key, call, args, kwargs)
 
@@ -160,14 +185,15 @@ class DecodeSteps(MethodOverride):
         if kind.reason is not None:
             return self._leave(kind.reason)
         self._new_in_a_row = 0
-        step = next((each for each in kind.steps if each.is_of(call)), None)
+        step = next((each for each in kind.steps if each.is_of(call.states)), None)
         step = step or next((each for each in kind.steps if each.is_free_for(call)), None)
         if step is None:
             try:
                 step = self._capture(kind, key, call, state)
             except NotCapturedError as error:
                 kind.reason = str(error)
-                return self._leave(kind.reason)
+                is_full = isinstance(error.__cause__, torch.OutOfMemoryError)
+                return self._leave(kind.reason, None if is_full else call)
         kind.steps.remove(step)
         kind.steps.append(step)
         return self._replay(step, call, state)
@@ -181,11 +207,18 @@ class DecodeSteps(MethodOverride):
         self._replayed += 1
         return out
 
-    def _leave(self, reason: str) -> Any:
+    def _leave(self, reason: str, call: Call | None = None) -> Any:
         """Say why a step runs as before."""
-        self._say(reason)
+        if call is None or not self._makes_masks_as_before(call):
+            self._say(reason)
         self._uncaptured += 1
         return _UNCAPTURED
+
+    def _makes_masks_as_before(self, call: Call) -> bool:
+        """Whether a step was given a deferred mask, which may be why no graph has it: the next one is given none."""
+        if call.masks and self._masks is not None:
+            self._masks.stop()
+        return bool(call.masks)
 
     def _warm_up(self, key: Any, call: Call, state: CacheState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the first step of a kind, and see whether it does what a replay would not do again."""
@@ -195,11 +228,12 @@ class DecodeSteps(MethodOverride):
             return self._leave(reason)
         self._note_new(key)
         before, written, held = state.snapshot(), _Versions(call.tensors), HeldTensors(self.module)
+        lookups = Lookups(self.module)
         asked: list[str] = []
         done = False
         try:
-            with self._offload.noting(), self._graphs.warming_up(), state.watched() as asked:
-                out = self.own(*args, **kwargs)
+            with self._offload.noting(), self._graphs.warming_up(), lookups.noting(call), state.watched() as asked:
+                out = self.own(*args, **made(kwargs))
                 done = True
         except OffloadError as error:
             if not done:
@@ -208,7 +242,10 @@ class DecodeSteps(MethodOverride):
         self._uncaptured += 1
         if written.differ():
             reason = "it writes to a tensor that it is given: keep what a step changes in a cache object or a buffer"
-        self._remember(key, state, reason or held.change() or problem_of(state, before, asked))
+        reason = reason or lookups.reason or held.change() or problem_of(state, before, asked)
+        if reason is not None:
+            self._makes_masks_as_before(call)
+        self._remember(key, state, reason, lookups)
         return out
 
     def _reason_of(self, call: Call) -> str | None:
@@ -221,8 +258,8 @@ class DecodeSteps(MethodOverride):
             self._say(f"each step differs from the one before, in {first_difference(key[1], self._last_key[1])}")
         self._last_key = key
 
-    def _remember(self, key: Any, state: CacheState, reason: str | None) -> None:
-        self._kinds[key, state.signature] = _Kind(reason)
+    def _remember(self, key: Any, state: CacheState, reason: str | None, lookups: Lookups | None = None) -> None:
+        self._kinds[key, state.signature] = _Kind(reason, lookups)
         while len(self._kinds) > _MAX_KINDS:
             _, kind = self._kinds.popitem(last=False)
             for step in kind.steps:
@@ -234,12 +271,20 @@ class DecodeSteps(MethodOverride):
         for other, old in kept[: max(0, len(kept) - self._max_graphs + 1)]:
             other.steps.remove(old)
             self._drop(old)
+        places, tensors = (step.place for other in self._kinds.values() for step in other.steps), state.tensors()
+        place = next((each for each in places if each.overlaps(tensors)), None) or CachePlace(tensors, call.states)
+        assert kind.lookups is not None
+        run = self._offload.captured(self._own_with_constants)
         with self._offload.held():
-            step = CapturedStep(key, call, state, self._offload.captured(self.own), self._graphs)
+            step = CapturedStep(key, call, state, place, kind.lookups, run, self._graphs)
         kind.steps.append(step)
         self._captures += 1
         self._capture_s += step.seconds
         return step
+
+    def _own_with_constants(self, *args: Any, **kwargs: Any) -> Any:
+        with constants_in_graph(self.module, self._device):
+            return self.own(*args, **kwargs)
 
     def _drop(self, step: CapturedStep) -> None:
         if self._last is step:
@@ -264,6 +309,8 @@ class DecodeSteps(MethodOverride):
         """Free all graphs and restore the model's own method; may be called again."""
         self._is_removed = True
         super().remove()
+        if self._masks is not None:
+            self._masks.remove()
         self.release()
         self._model_state = None
 

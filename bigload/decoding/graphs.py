@@ -30,6 +30,8 @@ class Graph(Protocol):
 class Graphs(Protocol):
     """Captures what is launched on a device. Tests have one that needs no GPU."""
 
+    device: torch.device
+
     def warming_up(self) -> Any:
         """Return a context in which a step runs as before, on the stream that captures it afterwards."""
 
@@ -47,7 +49,7 @@ class CudaGraphs:
     """Captures on one GPU. The graphs share a pool of memory, since only one of them runs at a time."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self._stream: torch.cuda.Stream | None = None
         self._last: torch.cuda.Stream | None = None
         self._pool: Any = None
@@ -55,14 +57,14 @@ class CudaGraphs:
 
     def _side_stream(self) -> torch.cuda.Stream:
         if self._stream is None:
-            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         return self._stream
 
     @contextmanager
     def warming_up(self) -> Iterator[None]:
         """Run a step on the side stream: libraries allocate there what they need for a stream when it first runs."""
-        with torch.cuda.device(self._device):
-            stream, current = self._side_stream(), torch.cuda.current_stream(self._device)
+        with torch.cuda.device(self.device):
+            stream, current = self._side_stream(), torch.cuda.current_stream(self.device)
             stream.wait_stream(current)
             try:
                 with torch.cuda.stream(stream):
@@ -77,11 +79,11 @@ class CudaGraphs:
             RuntimeError: something in it cannot be captured, such as a wait of the host for the GPU.
             torch.OutOfMemoryError: there is no room for what it computes.
         """
-        with _one_at_a_time, torch.cuda.device(self._device):
+        with _one_at_a_time, torch.cuda.device(self.device):
             if not self._live:
                 self._pool = torch.cuda.graph_pool_handle()  # that of graphs that are no more cannot be used again
             graph = torch.cuda.CUDAGraph()
-            torch.cuda.synchronize(self._device)
+            torch.cuda.synchronize(self.device)
             with torch.cuda.stream(self._side_stream()):
                 try:
                     # The work of other threads may go on: it would end a capture of the usual mode.
@@ -109,26 +111,26 @@ class CudaGraphs:
             with suppress(RuntimeError):
                 graph.reset()
             with suppress(RuntimeError):
-                torch.cuda.synchronize(self._device)
+                torch.cuda.synchronize(self.device)
             _revive_generator(index)
         with suppress(RuntimeError):
             graph.reset()
         for _ in range(2):  # an error of the capture, if one is left, shows here and is then forgotten
             with suppress(RuntimeError):
-                torch.cuda.synchronize(self._device)
+                torch.cuda.synchronize(self.device)
         if not self._live:
             self._pool = None
 
     def follow(self) -> None:
         """Have the current stream wait for the last one, if that is another."""
-        current = torch.cuda.current_stream(self._device)
+        current = torch.cuda.current_stream(self.device)
         if self._last is not None and self._last != current:
             current.wait_stream(self._last)
         self._last = current
 
     def allocated(self) -> int:
         """Return the bytes that torch has reserved on the GPU."""
-        return torch.cuda.memory_reserved(self._device)
+        return torch.cuda.memory_reserved(self.device)
 
 
 def _revive_generator(index: int) -> None:

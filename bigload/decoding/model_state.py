@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain
+from itertools import repeat
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from ..hardware.nested_tensors import tensors_in
 from ..offload.leaves import without_torch_function
 from .calls import is_state
+from .held_values import HeldValues
 
 # What `generate` and users switch in a config, and the code of the model looks up in each forward.
 _SWITCHES = ("_attn_implementation", "_experts_implementation")
@@ -57,21 +59,21 @@ def _tensors_of(value: Any) -> Iterator[torch.Tensor]:
 
 
 class ModelState:
-    """A model as it was when it was captured. To compare takes microseconds, in each step."""
+    """A model as it was when it was captured. To compare takes tens of microseconds, in each step."""
 
     def __init__(self, model: nn.Module) -> None:
         modules = [*model.modules()]
-        self._tables: list[dict[str, Any]] = []
-        for module in modules:
-            self._tables += [module._modules, module._parameters, module._buffers]
-        self._hooks = [hooks for module in modules[1:] for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        self._own = [vars(module) for module in modules[1:]]
+        tables = [table for module in modules for table in (module._modules, module._parameters, module._buffers)]
         with without_torch_function():
-            self._tensors = [
-                tensor for table in self._tables for tensor in table.values() if isinstance(tensor, torch.Tensor)
-            ]
-        # Tensors that are attributes of modules, and those of quantized weights, which are no parameters.
-        self._attributes: list[tuple[dict[str, Any], str]] = []
+            tensors = [tensor for table in tables for tensor in table.values() if isinstance(tensor, torch.Tensor)]
+        self._tables = HeldValues(tables)
+        self._tensors = tensors
+        hooks = [hooks for module in modules[1:] for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._hooks, self._no_hooks = [each for each in hooks if each], [each for each in hooks if not each]
+        self._own = [vars(module) for module in modules[1:]]
+        # Tensors that are attributes of modules, and those of quantized weights, which are no parameters: by their name
+        # what holds them.
+        self._attributes: dict[str, list[dict[str, Any]]] = {}
         for module in modules:
             self._add_attributes(vars(module))
             self._add_attributes(getattr(vars(module).get("state"), "__dict__", {}), ("CB", "SCB"))  # of int8
@@ -87,27 +89,52 @@ class ModelState:
             for name, value in vars(module).items()
             if name not in _OWN and not isinstance(value, torch.Tensor) and [*_tensors_of(value)]
         ]
-        self._tensors += [held[name] for held, name in self._attributes]
         configs = {id(config): config for module in modules if (config := vars(module).get("config")) is not None}
         self._configs = [*configs.values()]
         self._before = self._now()
+        self._pointers = Pointers(self._held())
 
     def _add_attributes(self, held: dict[str, Any], names: tuple[str, ...] = ()) -> None:
         for name, value in held.items():
             if isinstance(value, torch.Tensor) and (not names or name in names):
-                self._attributes.append((held, name))
+                self._attributes.setdefault(name, []).append(held)
+
+    def _held(self) -> list[torch.Tensor]:
+        tensors = [*self._tensors]
+        for name, held in self._attributes.items():
+            tensors += map(itemgetter(name), held)
+        return tensors
 
     def _now(self) -> list[Any]:
-        ids = [*map(id, chain.from_iterable(map(dict.values, self._tables)))]
-        with torch._C.DisableTorchFunctionSubclass():
-            pointers = [*map(torch.Tensor.data_ptr, self._tensors)]
-        held = [id(each.get(name)) for each, name in self._attributes]
-        forwards = [each.get("forward") for each in self._own]
-        switches = [repr(getattr(config, name, None)) for config in self._configs for name in _SWITCHES]
         inside = [id(tensor) for holder in self._holders for tensor in _tensors_of(holder)]
+        forwards = [*map(dict.get, self._own, repeat("forward"))]
+        switches = [repr(getattr(config, name, None)) for config in self._configs for name in _SWITCHES]
         everywhere = nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks
-        return [ids, pointers, held, inside, forwards, switches, [*map(len, self._hooks)], [*map(len, everywhere)]]
+        return [inside, forwards, switches, any(self._no_hooks), [*map(len, (*self._hooks, *everywhere))]]
 
     def is_same(self) -> bool:
         """Whether nothing has changed since that graphs rely on."""
-        return self._now() == self._before
+        try:
+            return self._tables.are_same() and self._now() == self._before and self._pointers.are_of(self._held())
+        except (KeyError, TypeError):  # an attribute that was a tensor is none now
+            return False
+
+
+class Pointers:
+    """Where tensors were in memory."""
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        self._pointers, self._indices = _pointers_of(tensors), [*range(len(tensors))]
+        # Of torch where it supports GPUs, whose own graphs ask it in each replay: it takes half the time.
+        self._compare = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
+
+    def are_of(self, tensors: list[torch.Tensor]) -> bool:
+        """Whether tensors, as many as those, are where they were."""
+        if self._compare is None:
+            return _pointers_of(tensors) == self._pointers
+        return bool(self._compare(tensors, self._pointers, self._indices))
+
+
+def _pointers_of(tensors: list[torch.Tensor]) -> list[int]:
+    with torch._C.DisableTorchFunctionSubclass():
+        return [*map(torch.Tensor.data_ptr, tensors)]

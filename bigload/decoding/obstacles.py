@@ -12,7 +12,9 @@ from torch import nn
 from ..offload.captured import is_capturable as can_have
 from ..offload.expert_forwards import ExpertsForward
 from ..offload.forwards import CpuForward, ForwardOverride, StreamedForward, forward_override_of
+from ..quantization.kernels.outliers import is_on_gpu_alone
 from .graphs import graphs_on
+from .lookups import is_lookup
 
 # Hooks that do nothing where all tensors are on one device, or nobody asks for what they collect.
 _HARMLESS = ("bigload.", "transformers.utils.output_capturing")
@@ -20,12 +22,14 @@ _ASKED_FOR = ("output_attentions", "output_hidden_states", "output_router_logits
 
 
 def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    """List the tensors that a step computes with where they are: not those that are copied for it."""
+    """List the tensors that a graph computes with where they are: not those that are copied or looked up for it."""
     away: set[int] = set()
     for module in model.modules():
         forward = forward_override_of(module)
         if isinstance(forward, StreamedForward):
             away |= {id(parameter) for parameter in forward.weights.parameters}
+        elif is_lookup(module):
+            away |= {id(parameter) for parameter in module.parameters()}
     yield from (tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in away)
 
 
@@ -39,7 +43,7 @@ def obstacle_of(model: nn.Module) -> str | None:
     """Say why no step of a model can be captured as it is now; None if nothing is known against it."""
     for path, module in model.named_modules():
         forward = forward_override_of(module)
-        if forward is not None and not can_have(module):
+        if forward is not None and not can_have(module) and not is_lookup(module):
             return f"{path or 'the model'!r} is offloaded, and {_reason_of(forward)}"
         hook = vars(module).get("_hf_hook")
         if hook is not None and getattr(hook, "offload", False):
@@ -49,10 +53,13 @@ def obstacle_of(model: nn.Module) -> str | None:
         return f"it is on several devices ({', '.join(devices)})"
     for path, module in model.named_modules():
         state: Any = vars(module).get("state")
-        if getattr(state, "threshold", 0.0) > 0.0 and hasattr(state, "has_fp16_weights"):
+        if not hasattr(state, "has_fp16_weights"):
+            continue
+        if not is_on_gpu_alone(state, module.weight.device):
             return (
                 f"{path!r} is int8 with llm_int8_threshold={state.threshold:g}, for which the host waits in each "
-                "layer: load it with BnbQuantizationConfig(load_in_8bit=True, llm_int8_threshold=0.0)"
+                "layer where Triton does not run: load it with "
+                "BnbQuantizationConfig(load_in_8bit=True, llm_int8_threshold=0.0)"
             )
     return _hook_in(model)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,10 +13,34 @@ import torch
 from .cache_state import CacheState
 from .calls import Call, UnknownOutputError, output_maker
 from .graphs import Graphs
+from .lending import lend
+from .lookups import Lookups
 
 
 class NotCapturedError(Exception):
     """A step cannot be captured; the message says why. What it was called with is as it was before."""
+
+
+class CachePlace:
+    """Where caches lie in memory that graphs work on, several of them maybe: as a window fills, and when it is full.
+
+    Attributes:
+        tensors: what lies there.
+        users: weak references to the caches that lie there now.
+    """
+
+    def __init__(self, tensors: list[torch.Tensor], caches: Sequence[Any]) -> None:
+        self.tensors = tensors
+        self.give_to(caches)
+
+    def give_to(self, caches: Sequence[Any]) -> None:
+        """Note the caches that lie there from now on."""
+        self.users = [weakref.ref(each) for each in caches]
+
+    def overlaps(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether one of some tensors lies there."""
+        known = {id(tensor) for tensor in self.tensors}
+        return any(id(tensor) in known for tensor in tensors)
 
 
 class CapturedStep:
@@ -24,17 +48,29 @@ class CapturedStep:
 
     Attributes:
         key: of the calls.
+        place: of its caches.
         nbytes: that were reserved on the device for it.
         seconds: that the capture took.
     """
 
-    def __init__(self, key: Any, call: Call, state: CacheState, run: Callable[..., Any], graphs: Graphs) -> None:
+    def __init__(
+        self,
+        key: Any,
+        call: Call,
+        state: CacheState,
+        place: CachePlace,
+        lookups: Lookups,
+        run: Callable[..., Any],
+        graphs: Graphs,
+    ) -> None:
         """Capture a step; nothing of it is run.
 
         Args:
             key: of the call.
             call: the call, which is not kept.
             state: of its caches.
+            place: of these.
+            lookups: of a step that ran as before.
             run: the step, called with the arguments of the call.
             graphs: captures.
 
@@ -43,16 +79,22 @@ class CapturedStep:
         """
         begun, reserved = time.perf_counter(), graphs.allocated()
         self.key, self._graphs, self._others = key, graphs, call.others
-        self._owners = [weakref.ref(each) for each in call.states]
-        self._state, self._own = state, state.tensors()
+        self._owners, self._lookups = [weakref.ref(each) for each in call.states], lookups
+        self._state, self._own, self.place = state, state.tensors(), place
         before = state.snapshot()
         try:
             with torch.inference_mode(False):
                 self._inputs = [torch.empty_like(tensor) for tensor in call.tensors]
+                self._masks = [mask.place() for mask in call.masks]
             self._fill(call)
             args, kwargs = call.with_tensors(self._inputs)
+
+            def step() -> Any:
+                with lookups.captured(self._inputs):
+                    return run(*args, **call.with_masks(kwargs, self._masks))
+
             with state.watched() as asked, _without_kept_casts():
-                self._graph, output = graphs.capture(lambda: run(*args, **kwargs))
+                self._graph, output = graphs.capture(step)
             if reason := problem_of(state, before, asked):
                 raise NotCapturedError(reason)
             self._output: Callable[[Call], Any] = output_maker(output, call, self._inputs)
@@ -67,22 +109,34 @@ class CapturedStep:
         self.seconds, self.nbytes = time.perf_counter() - begun, max(0, graphs.allocated() - reserved)
 
     def _fill(self, call: Call) -> None:
-        for own, given in zip(self._inputs, call.tensors, strict=True):
-            own.copy_(given)
+        if self._inputs:
+            torch._foreach_copy_(self._inputs, call.tensors)
+        for place, mask in zip(self._masks, call.masks, strict=True):
+            place.fill(mask)
+        self._lookups.fill(call)
 
-    def is_of(self, call: Call) -> bool:
-        """Whether it works on the caches of a call already."""
-        return all(owner() is state for owner, state in zip(self._owners, call.states, strict=True))
+    def is_of(self, states: Sequence[Any]) -> bool:
+        """Whether these are the caches that it works on."""
+        return len(self._owners) == len(states) and all(
+            owner() is state for owner, state in zip(self._owners, states, strict=True)
+        )
 
     def is_free_for(self, call: Call) -> bool:
-        """Whether nobody has the caches any more that it worked on, unless the call does."""
-        owners = zip(self._owners, call.states, strict=True)
-        return all(owner() is None or owner() is state for owner, state in owners)
+        """Whether nobody has the caches any more that lie where it works, unless the call does."""
+        users = zip(self.place.users, call.states, strict=True)
+        return all(user() is None or user() is state for user, state in users)
 
     @property
     def is_left(self) -> bool:
-        """Whether a cache that it worked on is no more."""
-        return any(owner() is None for owner in self._owners)
+        """Whether a cache that lay where it works is no more."""
+        return any(user() is None for user in self.place.users)
+
+    def lend_to(self, cache: Any, batch: int) -> bool:
+        """Give the tensors of a cache that is no more to one that has none; say whether it has them."""
+        if len(self._owners) != 1 or not lend(self._state.layers(), cache, batch):
+            return False
+        self.place.give_to([cache])
+        return True
 
     def finds_all_in_place(self) -> bool:
         """Whether its caches hold what they did after its last run."""
@@ -103,6 +157,7 @@ class CapturedStep:
             state.put(self._own)
             state.note()
             self._state, self._owners = state, [weakref.ref(each) for each in call.states]
+            self.place.give_to(call.states)
         self._fill(call)
         self._graph.replay()
         self._state.advance()
@@ -112,7 +167,7 @@ class CapturedStep:
         """Free the graph. Its caches keep their tensors."""
         self._graph.reset()
         self._output = _freed
-        self._inputs, self._own, self._others = [], [], []
+        self._inputs, self._masks, self._own, self._others = [], [], [], []
 
 
 @contextmanager

@@ -131,6 +131,8 @@ class CapturedOffload:
         Returns:
             Whether it could, and what `run` returned.
         """
+        if not self._pools:
+            return True, run()
         with self.held():
             used = [(pool, copies) for pool, copies in self._pools.items() if copies is not None]
             if not all(pool.begin_replay(copies) for pool, copies in used):

@@ -19,6 +19,7 @@ from ..quantization.bnb import library
 from ..quantization.cpu_forwards import input_gradient, streamed_forward
 from ..quantization.experts import has_quantized_experts
 from ..quantization.formats import part_name
+from ..quantization.kernels.outliers import outlier_product, suits
 from ..quantization.layers import is_quantized
 from ..quantization.own_forwards import on_matrix, own_forward, require_input
 from ..quantization.quantized_weight import state_around, state_holders
@@ -250,7 +251,11 @@ class _NoWeightGradient(torch.autograd.Function):
 
 
 class CpuForward(ForwardOverride):
-    """Computes a module on the CPU, where its weights stay: of an embedding only the rows looked up are moved."""
+    """Computes a module on the CPU, where its weights stay: of an embedding only the rows looked up are moved.
+
+    Attributes:
+        instead: what is called in its place, while steps that graphs replay are noted and captured.
+    """
 
     def __init__(
         self, path: str, module: nn.Module, device: torch.device, require_there: Callable[[], None] | None = None
@@ -266,11 +271,16 @@ class CpuForward(ForwardOverride):
         """
         super().__init__(path, module, module.forward)
         self._device, self.require_there = device, require_there
+        self.instead: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Move the inputs to the CPU, compute there, and move the outputs to the device."""
         if torch.compiler.is_compiling():
             return _run_uncompiled(self, args, kwargs)
+        return self.computed(*args, **kwargs) if self.instead is None else self.instead(*args, **kwargs)
+
+    def computed(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute it, whatever is called in its place."""
         if self.is_removed:
             return self.own(*args, **kwargs)
         if self.require_there is not None:
@@ -343,6 +353,8 @@ def _linear_8bit(layer: Any, name: str, tensors: Tensors) -> Forward:
     def compute(x: torch.Tensor) -> torch.Tensor:
         bias, state.is_training, state.threshold = layer.bias, layer.training, layer.state.threshold
         bias = None if bias is None else bias.to(x.dtype)
+        if suits(state, x):
+            return outlier_product(x, weight, state.SCB, state.threshold, bias)
         return matmul(x, weight, bias=bias, state=state)  # type: ignore[no-any-return]
 
     def forward(x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What the kernels of `expert_kernels.py` compute, as functions of tensors; none waits for the GPU."""
+"""What the kernels of `kernels/expert_kernels.py` compute, as functions of tensors; none waits for the GPU."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def kernels() -> ModuleType | None:
     """Return the module of the kernels; None without Triton, which torch brings where it supports GPUs."""
     if importlib.util.find_spec("triton") is None:
         return None
-    from . import expert_kernels
+    from .kernels import expert_kernels
 
     return expert_kernels
 

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from ..errors import QuantizationError
+from .kernels.outliers import outlier_product, suits
 from .quantized_weight import keep_row_scales
 
 
@@ -61,15 +62,30 @@ def forward_int8(layer: Any, input: torch.Tensor) -> torch.Tensor:
     keep_row_scales(layer)
     bias = layer._parameters.get("bias")
     is_usual = bias is None or bias.dtype == input.dtype
-    return on_matrix(functools.partial(type(layer).forward if is_usual else _with_cast_bias, layer), input)
+    own = _without_host if suits(layer.state, input) else type(layer).forward if is_usual else _with_cast_bias
+    return on_matrix(functools.partial(own, layer), input)
 
 
-def _with_cast_bias(layer: Any, rows: torch.Tensor) -> torch.Tensor:
+def _state(layer: Any) -> Any:
     state = layer.state
     state.is_training = layer.training
     if layer.weight.CB is not None:
         layer.init_8bit_state()
-    return _imported().matmul(rows, layer.weight, bias=layer.bias.to(rows.dtype), state=state)  # type: ignore[no-any-return]
+    return state
+
+
+def _without_host(layer: Any, rows: torch.Tensor) -> torch.Tensor:
+    state, bias = _state(layer), layer._parameters.get("bias")
+    if state.CB is None:
+        return _with_cast_bias(layer, rows)  # which makes them
+    bias = None if bias is None else bias.to(rows.dtype)
+    return outlier_product(rows, state.CB, state.SCB, state.threshold, bias)
+
+
+def _with_cast_bias(layer: Any, rows: torch.Tensor) -> torch.Tensor:
+    state = _state(layer)
+    bias = None if layer.bias is None else layer.bias.to(rows.dtype)
+    return _imported().matmul(rows, layer.weight, bias=bias, state=state)  # type: ignore[no-any-return]
 
 
 def _imported() -> Any:

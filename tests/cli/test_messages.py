@@ -307,3 +307,16 @@ def test_only_the_mode_that_was_meant_warns(place, capsys):
     assert "warning" not in capsys.readouterr().err
     assert main([*arguments, "--quant", "int8"]) == 0
     assert "bigload: warning: int8 was asked for" in capsys.readouterr().err
+
+
+def test_captured_decode_steps_are_counted_where_one_gpu_has_room_for_them(place, capsys):
+    arguments = ["plan", "model", "--quant", "nf4", "--context", "1000", "--batch", "2", "--max-memory"]
+    assert main([*arguments, "0=1GiB", "cpu=1GiB"]) == 0
+    with_room = capsys.readouterr().out
+    assert "in the reserve for captured decode steps" in with_room
+    assert main([*arguments, "0=170MiB", "cpu=1GiB"]) == 0
+    without = capsys.readouterr().out
+    assert "Captured decode steps, which need " in without
+    assert "in the reserve for captured" not in without
+    assert main([*arguments, "0=1GiB", "1=1GiB", "cpu=1GiB"]) == 0
+    assert "aptured decode steps" not in capsys.readouterr().out

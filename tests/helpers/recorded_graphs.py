@@ -8,6 +8,7 @@ before each replay, so that nothing of an earlier one can be read.
 import contextlib
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ATEN = torch.ops.aten
@@ -65,6 +66,15 @@ class Recorder(TorchDispatchMode):
                 self.bytes_of(tensor).fill_(1 if tensor.dtype == torch.bool else 0x55)
 
 
+class NoCopiesFromHost(TorchFunctionMode):
+    """`torch.tensor` copies what it is given to the device, for which the host waits."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.tensor and (kwargs or {}).get("device") is not None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return func(*args, **(kwargs or {}))
+
+
 class RecordedGraph:
     def __init__(self, recorder, graphs):
         self.recorder, self.graphs = recorder, graphs
@@ -89,6 +99,7 @@ class RecordedGraphs:
     """Takes the place of `bigload.decoding.graphs.CudaGraphs`."""
 
     def __init__(self, device="cpu"):
+        self.device = torch.device(device)
         self.captures = self.replays = self.resets = self.warmed_up = 0
         self.fail = None
 
@@ -100,7 +111,7 @@ class RecordedGraphs:
     def capture(self, step):
         recorder = Recorder()
         try:
-            with recorder:
+            with recorder, NoCopiesFromHost():
                 out = step()
                 if self.fail is not None:
                     raise self.fail

@@ -88,3 +88,49 @@ def test_what_has_no_cache_or_cannot_be_run_is_not_counted():
     with init_empty_weights():
         bert = transformers.BertModel(transformers.BertConfig(vocab_size=64, hidden_size=32, num_attention_heads=4))
     assert kv_cache_bytes(bert, 8, 1, torch.float32) is None
+
+
+STATIC = [kind for kind in CONFIGS if kind not in ("states", "an encoder")]
+
+
+@pytest.mark.parametrize("kind", STATIC)
+def test_a_static_cache_is_as_large_as_the_one_of_generate(kind):
+    with init_empty_weights():
+        empty = model_of(CONFIGS[kind])
+    torch.manual_seed(0)
+    real = model_of(CONFIGS[kind])
+    for context, batch, dtype in ((7, 1, torch.float32), (40, 3, torch.bfloat16)):
+        out = real.to(dtype).generate(
+            torch.ones(batch, 5, dtype=torch.int64),
+            max_new_tokens=2,
+            cache_implementation="static",
+            max_cache_len=context,
+            return_dict_in_generate=True,
+            disable_compile=True,
+        )
+        cache = out["cache"] if "cache" in out else out["past_key_values"]
+        held = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
+        assert kv_cache.static_cache_bytes(empty, context, batch, dtype) == held
+
+
+def test_a_window_of_a_static_cache_keeps_as_many_tokens_as_it_is_wide():
+    with init_empty_weights():
+        model = model_of(CONFIGS["some sliding windows"])
+    layers = kv_cache.static_cache_bytes(model, 1_000_000, 1, torch.bfloat16)
+    token = 2 * 2 * 8 * 2
+    assert sorted(set(layers)) == [8 * token, 1_000_000 * token] or set(layers) == {8 * token}
+
+
+@pytest.mark.parametrize("kind", ["states", "an encoder"])
+def test_what_takes_no_static_cache_is_not_captured(kind):
+    with init_empty_weights():
+        assert kv_cache.static_cache_bytes(model_of(CONFIGS[kind]), 8, 1, torch.float32) is None
+
+
+def test_a_captured_step_needs_more_where_heads_share_keys_and_for_more_tokens():
+    with init_empty_weights():
+        shared, own = (model_of(CONFIGS[f"heads {kind}"]) for kind in ("that share keys", "of their own"))
+    few, many = (kv_cache.captured_step_bytes(shared, [size], 1, torch.bfloat16) for size in (0, 2**30))
+    assert many - few == 3 * 2**30  # two repeated, one moved
+    assert kv_cache.captured_step_bytes(own, [2**30], 1, torch.bfloat16) < many
+    assert few < kv_cache.captured_step_bytes(shared, [0], 64, torch.bfloat16) < few + 2**20

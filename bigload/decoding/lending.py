@@ -1,0 +1,48 @@
+"""The place that a graph keeps for a cache, lent to the next cache of its kind before the prompt is put into it.
+
+Otherwise the prompt would fill a cache of its own, which is then copied: two caches at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+def lend(layers: Sequence[Any], cache: Any, batch: int) -> bool:
+    """Give the tensors of static layers, which nobody uses any more, to a static cache that has none yet.
+
+    Args:
+        layers: with tensors, whose values are lost.
+        cache: of transformers, that no forward has been given.
+        batch: sequences that it is for.
+
+    Returns:
+        Whether it has them: not if it is of another kind.
+    """
+    empty = getattr(cache, "layers", None)
+    if not layers or not isinstance(empty, list) or len(empty) != len(layers):
+        return False
+    if not all(_suits(old, new, batch) for old, new in zip(layers, empty, strict=True)):
+        return False
+    for old, new in zip(layers, empty, strict=True):
+        own = vars(new)
+        for name, value in vars(old).items():  # in this order: what a layer sets when it is first used comes last
+            if isinstance(value, torch.Tensor):
+                own[name] = value.zero_()
+            elif name not in own or name == "is_initialized":
+                own[name] = value
+    return True
+
+
+def _suits(old: Any, new: Any, batch: int) -> bool:
+    had, has = vars(old), vars(new)
+    return (
+        type(old) is type(new)
+        and has.get("is_initialized") is False
+        and had.get("is_initialized") is True
+        and had.get("batch_size") == batch
+        and all(has.get(name) == had.get(name) for name in ("max_cache_len", "sliding_window", "_is_croppable"))
+    )

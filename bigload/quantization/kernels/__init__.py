@@ -1,0 +1,1 @@
+"""Kernels of bigload's own, in Triton."""
