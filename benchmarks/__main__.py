@@ -425,7 +425,7 @@ def _add_plot(parser: argparse.ArgumentParser) -> None:
 
 
 def _plot(options: argparse.Namespace) -> None:
-    from bigload.tables import output_width
+    from bigload.notation import output_width
 
     from .pictures import MODES, README_RESULT, draw_documents, text_bars
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
         BigloadError,
         CheckpointError,
         ConfigError,
+        DistributedError,
         MissingDependencyError,
         OffloadError,
         PlacementError,
@@ -43,6 +44,7 @@ _HOMES = {
     "PlacementError": "errors",
     "QuantizationError": "errors",
     "OffloadError": "errors",
+    "DistributedError": "errors",
     "MissingDependencyError": "errors",
 }
 
@@ -63,6 +65,7 @@ __all__ = [
     "PlacementError",
     "QuantizationError",
     "OffloadError",
+    "DistributedError",
     "MissingDependencyError",
 ]
 

@@ -49,7 +49,8 @@ def test_source_archive_has_all_that_a_checkout_has_and_the_wheel_the_package_an
 PUBLIC = {
     "load_and_quantize_model": (
         "model bnb_quantization_config weights_location device_map no_split_module_classes max_memory offload_folder "
-        "offload_state_dict offload key_mapping tied_parameters quantizable initialize_missing strict progress"
+        "offload_state_dict offload key_mapping tied_parameters quantizable initialize_missing strict progress mesh "
+        "replicate fsdp_options adapters"
     ),
     "plan_device_map": (
         "model bnb_quantization_config weights_location device_map no_split_module_classes max_memory offload_folder "
@@ -78,6 +79,7 @@ ERRORS = {
     "PlacementError": ValueError,
     "QuantizationError": RuntimeError,
     "OffloadError": RuntimeError,
+    "DistributedError": RuntimeError,
     "MissingDependencyError": ImportError,
 }
 

@@ -93,9 +93,9 @@ def run(options: argparse.Namespace) -> None:
     """Print the verdict, the modes and the plan."""
     planner = _Planner(options)
     require_picture(options.plot)
+    from ..notation import output_width, text_table, wrapped
     from ..planning.plan import plan_table
     from ..planning.report import plan_json, verdict
-    from ..tables import output_width, text_table, wrapped
     from .pictures import draw_plan
 
     planner.open()

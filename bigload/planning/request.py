@@ -45,6 +45,8 @@ class PlacementRequest:
         may_offload: whether a strategy may offload weights; not so those that are trained themselves.
         must_exist: whether the devices must exist on this machine; not so for a plan that is not executed.
         warns: whether to warn of what is asked in vain; not where the same is placed a second time, in another way.
+        share: the number of this process, from 0, and how many load the model together, each its share of each tensor;
+            None for all of it.
     """
 
     device_map: DeviceMap = None
@@ -58,6 +60,7 @@ class PlacementRequest:
     may_offload: bool = True
     must_exist: bool = True
     warns: bool = True
+    share: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
