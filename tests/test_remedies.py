@@ -148,11 +148,13 @@ TRIED = {
         "pass the mesh of them too": RANKS + "test_mesh_is_passed_for_what_processes_share",
         "use 'nf4' or 'int8' with adapters": RANKS + "test_int8_training_is_left_to_one_process",
     },
+    "distributed/joint_save.py": {
+        "save into one that they share": RANKS + "test_folder_that_all_hosts_share_is_saved_into",
+    },
     "distributed/ranks.py": {
         "let all ranks load the same files": "distributed/test_faults.py::test_a_rank_whose_file_differs_is_named",
         "pass one with one dimension": RANKS + "test_mesh_has_one_dimension_or_two_with_names",
         "pass a longer timeout": "distributed/test_faults.py::test_a_rank_that_is_too_slow_is_named",
-        "start the program by torchrun": RANKS + "test_process_group_is_made_before_the_mesh",
     },
     "distributed/sharding.py": {
         "each process would train its own: pass": RANKS + "test_adapters_are_passed_to_the_load",

@@ -53,6 +53,16 @@ class Ranks:
         self._told: set[str] = set()  # the steps that this process has reported
 
     @property
+    def is_first(self) -> bool:
+        """Whether this process is the first of the mesh."""
+        return self._own == self.numbers[0]
+
+    @property
+    def is_first_replica(self) -> bool:
+        """Whether this process is among those that hold the model for the first time."""
+        return bool(self.mesh.ndim == 1 or self.mesh.get_coordinate()[0] == 0)
+
+    @property
     def timeout(self) -> timedelta:
         """How long the process group waits for its members."""
         return self.group._get_backend(self.device).options._timeout  # type: ignore[no-any-return]
@@ -71,12 +81,13 @@ class Ranks:
             dist.broadcast(tensor, dist.get_global_rank(group, 0), group=group)
 
     @contextmanager
-    def agreed(self, step: str, facts: Mapping[str, str] | None = None) -> Iterator[None]:
+    def agreed(self, step: str, facts: Mapping[str, str] | None = None, *, must_match: bool = True) -> Iterator[None]:
         """Do a step that all processes must do: at its end each knows whether all have, or raises.
 
         Args:
             step: its name, for messages; each only once for a load.
-            facts: what must be the same in all processes, by name; filled in by the step.
+            facts: what this process has to tell, by name; filled in by the step.
+            must_match: whether the facts must be the same in all processes.
 
         Raises:
             DistributedError: another process failed, did not come to the end of the step within the timeout of the
@@ -91,8 +102,12 @@ class Ranks:
             if is_torch:
                 self._require_all(step, at_fault=self._own)
             raise
-        self._report(step, {"facts": dict(facts or {})})
+        self._report(step, {"facts": dict(facts or {}), "must_match": must_match})
         self._require_all(step)
+
+    def facts_of_first(self, step: str) -> dict[str, str]:
+        """Return what the first process had to tell at a step that is over."""
+        return json.loads(self._store.get(self._key(step, self.numbers[0])))["facts"]  # type: ignore[no-any-return]
 
     @contextmanager
     def told(self, step: str) -> Iterator[None]:
@@ -117,8 +132,7 @@ class Ranks:
 
     def _require_all(self, step: str, at_fault: int | None = None) -> None:
         """Raise if another process has failed. The first collects the reports, so that not each asks for each."""
-        first = self.numbers[0]
-        if self._own == first:
+        if self.is_first:
             verdict = _verdict(step, self._collected(step), self.numbers, self.timeout)
             self._store.set(self._key(step, "verdict"), json.dumps(verdict))
         else:
@@ -165,7 +179,8 @@ def _verdict(
     if failed:
         first = min(failed)
         return {"message": f"{_named(list(failed))} failed in '{step}': {failed[first]}", "ranks": list(failed)}
-    for fact, expected in reports[numbers[0]]["facts"].items():
+    first_report = reports[numbers[0]]
+    for fact, expected in first_report["facts"].items() if first_report["must_match"] else ():
         others = [number for number in numbers if reports[number]["facts"].get(fact) != expected]
         if others:
             return {

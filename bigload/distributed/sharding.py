@@ -51,6 +51,17 @@ def _ranks(planned: Any) -> int:
     return 1 if planned.share is None else planned.share.ranks
 
 
+# The attribute of a layer that holds those of its attributes that sharding has replaced.
+UNSHARDED = "_bigload_unsharded"
+# The attribute of a model that says how it was sharded.
+_SHARDING = "_bigload_sharding"
+
+
+def sharding_of(model: nn.Module) -> Sharding | None:
+    """Return how a model was sharded; None if it was not."""
+    return vars(model).get(_SHARDING)
+
+
 class Sharding:
     """How a model is to be sharded.
 
@@ -58,7 +69,10 @@ class Sharding:
         groups: paths of the modules whose weights are gathered together, from `groups_of`.
         options: further arguments of `fully_shard`.
         adapters: adds adapters to the model; None for none.
+        mesh: of the processes, when it is sharded.
     """
+
+    mesh: Any = None
 
     def __init__(
         self,
@@ -100,6 +114,9 @@ class Sharding:
         for layer, leaf in quantized:
             _describe(layer._parameters[leaf])
         root.register_forward_pre_hook(_RefuseUnsharded(root), prepend=True)
+        self.mesh = ranks.mesh
+        for module in {id(module): module for module in (model, root)}.values():
+            vars(module)[_SHARDING] = self
         return root
 
     def _adapted(self, model: nn.Module, ranks: Ranks) -> nn.Module:
@@ -169,8 +186,12 @@ def _adapt(module: Any) -> None:
     if is_quantized(module):
         own["forward"] = streamed_forward(module)  # keeps no packed copy of the whole weight
         own["quant_state"] = None  # each gathered weight brings its own
-    own["_save_to_state_dict"] = functools.partial(nn.Module._save_to_state_dict, module)
-    own["_load_from_state_dict"] = functools.partial(_load, module)
+    ours = {
+        "_save_to_state_dict": functools.partial(nn.Module._save_to_state_dict, module),
+        "_load_from_state_dict": functools.partial(_load, module),
+    }
+    own[UNSHARDED] = {name: own[name] for name in ours if name in own}
+    own.update(ours)
 
 
 def _load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *given: Any) -> None:

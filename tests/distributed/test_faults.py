@@ -3,7 +3,7 @@
 import pytest
 from worlds import run_world
 
-TIMEOUT_S = 5
+TIMEOUT_S = 4
 
 
 @pytest.fixture(scope="module")

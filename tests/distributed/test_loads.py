@@ -92,6 +92,7 @@ def test_adapters_are_trained_as_by_one_process(programs, tmp_path, device):
         for cell, seen in cells.items():
             assert seen["sharded"][-1] < seen["sharded"][0], cell
             assert seen.get("same again", True), cell
+            assert seen.get("same by checkpoint", True), cell
             if rank == 0:
                 assert seen["sharded"] == seen["losses"], cell
                 assert seen["off"] == 0, cell

@@ -8,7 +8,15 @@ from comparisons import outputs
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from bigload import ConfigError, OffloadConfig, QuantizationError, init_empty_weights, load_and_quantize_model
+from bigload import (
+    CheckpointError,
+    ConfigError,
+    OffloadConfig,
+    QuantizationError,
+    init_empty_weights,
+    load_and_quantize_model,
+)
+from bigload.distributed.joint_save import require_shared
 
 
 class Net(nn.Module):
@@ -128,6 +136,12 @@ def test_sharded_weights_are_loaded_by_a_load(alone, path):
     with pytest.raises(RuntimeError, match="load such weights by load_and_quantize_model with mesh"):
         model.load_state_dict(state, strict=False)
     load(path, mesh=alone)
+
+
+def test_folder_that_all_hosts_share_is_saved_into(tmp_path):
+    with pytest.raises(CheckpointError, match="save into one that they share"):
+        require_shared(tmp_path / "of another host" / "model")
+    require_shared(tmp_path)
 
 
 def test_parts_of_quantized_weights_are_left_to_forwards(alone, path):

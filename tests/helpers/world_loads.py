@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import transformers as tf
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 import bigload
 from bigload.distributed.shards import held_bytes
@@ -125,6 +127,8 @@ def loads(mesh, folder: Path, cells) -> dict:
         replica = load(kind, path, asked, mesh=mesh, replicate=True)
         alike["replicas"] = digests(replica) == digests(whole)
         alike["logits of replicas"] = torch.equal(logits_of(replica, device), logits_of(whole, device))
+        if stored is None and mode != "none":
+            alike["what is saved"] = saves_alike(model, whole, folder / f"saved-{kind}-{mode}")
         one = {id(p): p for p in model.parameters()}.values()
         found[f"{kind} {mode} {stored}"] = {
             "alike": alike,
@@ -136,6 +140,23 @@ def loads(mesh, folder: Path, cells) -> dict:
             "read by replica": replica.load_report.bytes_read,
         }
     return found
+
+
+def saves_alike(model, whole, folder: Path) -> bool:
+    """Save a sharded model by all processes, and a whole one by the first; whether all files have the same bytes."""
+    for name in ("joint", "alone"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    bigload.save_quantized_model(model, folder / "joint" / "model", max_shard_size="20KB")
+    if dist.get_rank():
+        return True
+    bigload.save_quantized_model(whole, folder / "alone" / "model", max_shard_size="20KB")
+    files = [
+        {path.name: path.read_bytes() for path in (folder / name / "model").iterdir()} for name in ("joint", "alone")
+    ]
+    assert len([name for name in files[0] if name.endswith(".safetensors")]) > 2
+    different = [name for name in files[1] if files[0].get(name) != files[1][name]]
+    assert not different, [files[n][name] for name in different for n in (0, 1)]
+    return files[0].keys() == files[1].keys()
 
 
 def read_bytes() -> int:
@@ -164,6 +185,21 @@ def tuned(model, kind: str, **given):
     return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False, **given))
 
 
+def checkpointed(model, other, folder: Path, device) -> bool:
+    """Write what is trained by torch's distributed checkpoint, and read it into another model."""
+    options = StateDictOptions(ignore_frozen_params=True)
+    dcp.save(get_model_state_dict(model, options=options), checkpoint_id=folder / "dcp")
+    for name, parameter in other.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            parameter.requires_grad_(True)
+            parameter.detach().zero_()
+    assert not torch.equal(logits_of(other, device), logits_of(model, device))
+    state = get_model_state_dict(other, options=options)
+    dcp.load(state, checkpoint_id=folder / "dcp")
+    set_model_state_dict(other, state, options=StateDictOptions(strict=False))
+    return torch.equal(logits_of(other, device), logits_of(model, device))
+
+
 def losses_of(model, device, steps: int = 10, tokens=TOKENS) -> list[float]:
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
@@ -180,7 +216,6 @@ def losses_of(model, device, steps: int = 10, tokens=TOKENS) -> list[float]:
 def trains(mesh, folder: Path, cells) -> dict:
     """Train adapters in each cell, (kind, mode, checkpointing, modules_to_save), sharded and in one process."""
     import peft
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     device = torch.device(mesh.device_type, 0 if mesh.device_type == "cpu" else torch.cuda.current_device())
     found = {}
@@ -208,5 +243,6 @@ def trains(mesh, folder: Path, cells) -> dict:
             read = partial(peft.PeftModel.from_pretrained, model_id=folder / "adapter")
             more = load(kind, path, mode, mesh=mesh, adapters=read)
             one["same again"] = torch.equal(logits_of(more.eval(), device), logits_of(model.eval(), device))
+            one["same by checkpoint"] = checkpointed(model, more, folder, device)
         found[f"{kind} {mode} {checkpointing} {kept}"] = {"sharded": losses, **one}
     return found
