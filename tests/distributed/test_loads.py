@@ -43,7 +43,7 @@ def _all(worlds):
         for ranks, by_rank in worlds.items()
         for rank, cells in enumerate(by_rank)
         for cell, seen in cells.items()
-        if cell != "reads"
+        if cell not in ("reads", "options")
     ]
 
 
@@ -80,6 +80,13 @@ def test_the_reads_of_a_process_are_those_of_its_share(worlds):
             assert seen["reported"] == pytest.approx(seen["file"] / ranks, rel=0.02)
             # Beside it the header, and samples by which the files of the processes are compared.
             assert seen["reported"] <= seen["read"] <= seen["reported"] + 200_000
+
+
+def test_options_of_fully_shard_change_no_bits(worlds):
+    """Gathered weights are kept, mixed precision leaves packed bytes alone, shares may lie in host memory."""
+    for cells in worlds[2]:
+        assert all(cells["options"].values()), cells["options"]
+        assert "at rest on the host" in cells["options"]
 
 
 TRAINED = [("tied", "nf4-dq", True, None), ("plain", "int8", False, ["lm_head"]), ("mixture", "nf4", False, None)]

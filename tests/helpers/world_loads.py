@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 import transformers as tf
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 
 import bigload
 from bigload.distributed.shards import held_bytes
@@ -79,8 +80,6 @@ def load(kind: str, path: Path, mode, device_map=None, **given) -> nn.Module:
 
 def digests(model: nn.Module) -> dict[str, str]:
     """Return digests of the bits of all parameters, with what bitsandbytes holds beside them; gathered if sharded."""
-    from torch.distributed.fsdp import FSDPModule
-
     shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in shards:
         module.unshard()
@@ -113,11 +112,11 @@ def logits_of(model: nn.Module, device) -> torch.Tensor:
 
 def loads(mesh, folder: Path, cells) -> dict:
     """Load each cell, (kind, mode, stored mode), sharded, as replicas and in one process, and compare them."""
-    found = {"reads": reads(mesh, folder)}
+    device = torch.device(mesh.device_type, 0 if mesh.device_type == "cpu" else torch.cuda.current_device())
+    found = {"reads": reads(mesh, folder), "options": takes_options(mesh, folder, device) if mesh.size() == 2 else {}}
     for kind, mode, stored in cells:
         saved(mesh, folder, kind)
         path = saved(mesh, folder, kind, stored)
-        device = torch.device(mesh.device_type, 0 if mesh.device_type == "cpu" else torch.cuda.current_device())
         asked = mode if stored is None else None
         whole = load(kind, path, asked, mesh.device_type)
         model = load(kind, path, asked, mesh=mesh)
@@ -139,6 +138,22 @@ def loads(mesh, folder: Path, cells) -> dict:
             "read by one": whole.load_report.bytes_read,
             "read by replica": replica.load_report.bytes_read,
         }
+    return found
+
+
+def takes_options(mesh, folder: Path, device) -> dict[str, bool]:
+    """Load with options of fully_shard; whether each computes as one process."""
+    path = saved(mesh, folder, "mixture")
+    whole = logits_of(load("mixture", path, "nf4-dq", mesh.device_type), device)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    options = {"kept": {"reshard_after_forward": False}, "mixed": {"mp_policy": policy}}
+    options["on the host"] = {"offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda")}
+    found = {}
+    for name, given in options.items():
+        model = load("mixture", path, "nf4-dq", mesh=mesh, fsdp_options=given)
+        found[name] = all(torch.equal(logits_of(model, device), whole) for _ in range(2))
+        if name == "on the host":
+            found["at rest on the host"] = {p.device.type for p in model.parameters()} == {"cpu"}
     return found
 
 
