@@ -31,6 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_offload(commands.add_parser("offload", help="time forwards of a model of which part rests on the CPU"))
     _add_decode(commands.add_parser("decode", help="time generation, as it is and captured in CUDA graphs"))
     _add_spread(commands.add_parser("spread", help="time a model over several GPUs against the same on one"))
+    _add_distributed(commands.add_parser("distributed", help="time loads by several processes, started by torchrun"))
     _add_experts(commands.add_parser("experts", help="time fused experts in 4 bit against the same in 16 bit"))
     _add_against(commands.add_parser("against", help="time this checkout against another one, in turn"))
     _add_plans(commands.add_parser("plans", help="plan well-known models on usual budgets: the table in docs/plans.md"))
@@ -258,6 +259,31 @@ def _spread(options: argparse.Namespace) -> None:
         raise SystemExit("this machine has no GPU")
     devices = options.devices or [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
     _give_as_it_grows(measure_spread(options.folder, devices, options.mode, options.commit), options.out)
+
+
+def _add_distributed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="the checkpoint in 16 bit")
+    parser.add_argument("--mode", choices=QUANTIZING, default="nf4", help="(default: %(default)s)")
+    parser.add_argument("--ways", nargs="+", metavar="WAY", help="(default: those in distributed.py)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda, cpu where there is no GPU)")
+    parser.add_argument("--out", type=Path, help="where the result goes, as JSON (default: standard output)")
+    parser.add_argument("--commit", help="bigload's, where git cannot tell")
+    parser.set_defaults(run=_distributed)
+
+
+def _distributed(options: argparse.Namespace) -> None:
+    import torch.distributed as dist
+
+    from .distributed import WAYS, joined, measure_distributed
+
+    device = joined(options.device)
+    results = measure_distributed(options.folder, options.ways or list(WAYS), options.mode, device, options.commit)
+    if dist.get_rank() == 0:
+        _give_as_it_grows(results, options.out)
+    else:
+        for _ in results:
+            pass
+    dist.destroy_process_group()
 
 
 def _add_experts(parser: argparse.ArgumentParser) -> None:
