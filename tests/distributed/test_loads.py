@@ -83,10 +83,14 @@ def test_the_reads_of_a_process_are_those_of_its_share(worlds):
 
 
 def test_options_of_fully_shard_change_no_bits(worlds):
-    """Gathered weights are kept, mixed precision leaves packed bytes alone, shares may lie in host memory."""
-    for cells in worlds[2]:
-        assert all(cells["options"].values()), cells["options"]
-        assert "at rest on the host" in cells["options"]
+    """Gathered weights are kept, mixed precision leaves packed bytes alone, shares may lie in host memory.
+
+    Nor do meshes of two dimensions, and weights that are in memory already.
+    """
+    for by_rank in worlds.values():
+        for cells in by_rank:
+            assert all(cells["options"].values()), cells["options"]
+    assert {"at rest on the host", "own weights", "other weights are refused"} <= worlds[2][0]["options"].keys()
 
 
 TRAINED = [("tied", "nf4-dq", True, None), ("plain", "int8", False, ["lm_head"]), ("mixture", "nf4", False, None)]
@@ -94,12 +98,14 @@ TRAINED = [("tied", "nf4-dq", True, None), ("plain", "int8", False, ["lm_head"])
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_adapters_are_trained_as_by_one_process(programs, tmp_path, device):
-    """Both processes have the same tokens: the mean of their gradients is exact."""
+    """Both processes have the same tokens, so that the mean of their gradients is exact."""
     for rank, cells in enumerate(run_world(programs, "world_loads.trains", 2, tmp_path, device, cells=TRAINED)):
         for cell, seen in cells.items():
             assert seen["sharded"][-1] < seen["sharded"][0], cell
             assert seen.get("same again", True), cell
             assert seen.get("same by checkpoint", True), cell
             if rank == 0:
-                assert seen["sharded"] == seen["losses"], cell
-                assert seen["off"] == 0, cell
+                # On a GPU gradients are added up in an order of their own.
+                off = 0 if device == "cpu" else 1e-3
+                assert seen["sharded"] == pytest.approx(seen["losses"], rel=off), cell
+                assert seen["off"] <= off, cell

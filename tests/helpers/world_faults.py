@@ -47,11 +47,11 @@ def attempt(path: Path, mesh, mode: str = "nf4-dq", **given) -> dict:
     found = {"error": None, "ranks": [], "said": ""}
     try:
         model = bigload.load_and_quantize_model(model, mode, path, mesh=mesh, progress=False, **given)
-        return {**found, "output": model(torch.ones(1, 64)).sum().item()}
+        return {**found, "output": model(torch.ones(1, 64, device=mesh.device_type)).sum().item()}
     except bigload.BigloadError as error:
         found = {"error": type(error).__name__, "ranks": getattr(error, "ranks", []), "said": str(error)}
     found["as it was"] = identity_of(model) == before and type(model) is Net
-    bigload.load_and_quantize_model(model, mode, path, "cpu", progress=False)  # by this process alone
+    bigload.load_and_quantize_model(model, mode, path, mesh.device_type, progress=False)  # by this process alone
     return found
 
 

@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 import transformers as tf
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 
 import bigload
@@ -113,7 +114,11 @@ def logits_of(model: nn.Module, device) -> torch.Tensor:
 def loads(mesh, folder: Path, cells) -> dict:
     """Load each cell, (kind, mode, stored mode), sharded, as replicas and in one process, and compare them."""
     device = torch.device(mesh.device_type, 0 if mesh.device_type == "cpu" else torch.cuda.current_device())
-    found = {"reads": reads(mesh, folder), "options": takes_options(mesh, folder, device) if mesh.size() == 2 else {}}
+    found = {"reads": reads(mesh, folder)}
+    if mesh.size() == 2:
+        found["options"] = takes_options(mesh, folder, device) | of_own_weights(mesh, device)
+    else:
+        found["options"] = in_two_dimensions(mesh, folder, device)
     for kind, mode, stored in cells:
         saved(mesh, folder, kind)
         path = saved(mesh, folder, kind, stored)
@@ -157,6 +162,38 @@ def takes_options(mesh, folder: Path, device) -> dict[str, bool]:
     return found
 
 
+def in_two_dimensions(mesh, folder: Path, device) -> dict[str, bool]:
+    """Load with a copy of the model on each half of the processes."""
+    path = saved(mesh, folder, "plain")
+    mesh = init_device_mesh(mesh.device_type, (2, mesh.size() // 2), mesh_dim_names=("replicate", "shard"))
+    whole = load("plain", path, "nf4-dq", mesh.device_type)
+    model = load("plain", path, "nf4-dq", mesh=mesh, adapters=lambda m: tuned(m, "plain"))
+    replica = load("plain", path, "nf4-dq", mesh=mesh, replicate=True)
+    found = {"replicas": digests(replica) == digests(whole)}
+    losses = losses_of(model, device, 3)
+    torch.manual_seed(1)
+    found["losses"] = losses == losses_of(tuned_alone(whole, "plain"), device, 3)
+    half = whole.load_report.bytes_read / 2
+    found["half is read"] = abs(model.load_report.bytes_read - half) < 0.01 * half
+    return found
+
+
+def of_own_weights(mesh, device) -> dict[str, bool]:
+    """Quantize models that are in memory, each process its share of its own copy; then ones that differ."""
+    whole = bigload.load_and_quantize_model(build("plain").to(device), "nf4-dq", device_map=mesh.device_type)
+    model = bigload.load_and_quantize_model(build("plain").to(device), "nf4-dq", mesh=mesh)
+    found = {"own weights": torch.equal(logits_of(model.eval(), device), logits_of(whole.eval(), device))}
+    other = build("plain").to(device)
+    if dist.get_rank() == 1:
+        for parameter in other.parameters():
+            parameter.data.mul_(2)
+    try:
+        bigload.load_and_quantize_model(other, "nf4-dq", mesh=mesh)
+    except bigload.DistributedError as error:
+        found["other weights are refused"] = "weights of the model" in str(error) and error.ranks == [1]
+    return found
+
+
 def saves_alike(model, whole, folder: Path) -> bool:
     """Save a sharded model by all processes, and a whole one by the first; whether all files have the same bytes."""
     for name in ("joint", "alone"):
@@ -193,9 +230,13 @@ def reads(mesh, folder: Path) -> dict:
 
 
 def tuned(model, kind: str, **given):
+    torch.manual_seed(1 + dist.get_rank())  # all get the adapters of the first
+    return tuned_alone(model, kind, **given)
+
+
+def tuned_alone(model, kind: str, **given):
     import peft
 
-    torch.manual_seed(1 + dist.get_rank())  # all get the adapters of the first
     targets = ["q_proj", "v_proj"] if kind == "mixture" else "all-linear"
     return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False, **given))
 
