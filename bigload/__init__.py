@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from .config import BnbQuantizationConfig
     from .conversion import quantize_checkpoint
     from .decoding.capture import capture_decode
+    from .distributed.stages import load_pipeline_stage
     from .errors import (
         BigloadError,
         CheckpointError,
@@ -38,6 +39,7 @@ _HOMES = {
     "init_empty_weights": "model.empty",
     "release_buffers": "loading",
     "capture_decode": "decoding.capture",
+    "load_pipeline_stage": "distributed.stages",
     "BigloadError": "errors",
     "ConfigError": "errors",
     "CheckpointError": "errors",
@@ -59,6 +61,7 @@ __all__ = [
     "init_empty_weights",
     "release_buffers",
     "capture_decode",
+    "load_pipeline_stage",
     "BigloadError",
     "ConfigError",
     "CheckpointError",

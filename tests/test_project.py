@@ -65,6 +65,10 @@ PUBLIC = {
     "init_empty_weights": "include_buffers",
     "release_buffers": "",
     "capture_decode": "model step max_graphs",
+    "load_pipeline_stage": (
+        "model bnb_quantization_config weights_location mesh no_split_module_classes max_memory key_mapping "
+        "tied_parameters quantizable progress"
+    ),
     "OffloadConfig": "execute slots pin reserve expert_cache",
     "BnbQuantizationConfig": (
         "load_in_8bit llm_int8_threshold load_in_4bit bnb_4bit_quant_type bnb_4bit_use_double_quant "

@@ -25,6 +25,7 @@ _AT_THE_START = re.compile(rf"({VERBS})\b(?! is)")
 CHECKPOINT, MODEL = "checkpoint/test_remedies.py::", "model/test_remedies.py::"
 PLANNING, OFFLOAD, ENTRY = "planning/test_remedies.py::", "offload/test_remedies.py::", "test_entry_remedies.py::"
 DECODING, RANKS = "decoding/test_remedies.py::", "distributed/test_remedies.py::"
+STAGES = "distributed/test_stages.py::"
 # File -> words of the remedy -> the test that tries it.
 SCALED = "checkpoint/test_scaled.py::"
 TRIED = {
@@ -160,6 +161,12 @@ TRIED = {
         "each process would train its own: pass": RANKS + "test_adapters_are_passed_to_the_load",
         "load such weights by load_and_quantize_model": RANKS + "test_sharded_weights_are_loaded_by_a_load",
         "pass, for example, lambda model": RANKS + "test_adapters_return_the_model",
+    },
+    "distributed/stages.py": {
+        "pass one of its dimensions": STAGES + "test_a_pipeline_has_a_mesh_of_one_dimension",
+        "which stages cannot be made of: use": STAGES + "test_what_no_stages_are_made_of_is_loaded_by_one_process",
+        "use a mesh of fewer processes": STAGES + "test_what_has_too_few_blocks_is_loaded_when_they_are_named",
+        "stages send a tensor from block to block": STAGES + "test_blocks_that_return_tuples_are_left_to_one_process",
     },
     "distributed/shards.py": {
         "pass torch_dtype and keep_in_fp32_modules": RANKS + "test_what_casts_the_weights_is_said_in_the_config",

@@ -16,7 +16,9 @@ from ..offload.handle import require_not_offloaded
 from ..pipeline.assembly import Assembly
 from ..pipeline.execute import execute
 from ..planning.offload_config import OffloadConfig
+from ..planning.placing.shares import shared_among
 from ..planning.plan import Plan
+from ..planning.planned_tensors import PlannedTensor
 from ..planning.planner import plan_load
 from ..planning.request import LoadRequest
 from .parts import Shares, placeholder, to_execute
@@ -60,8 +62,10 @@ class JointLoad:
                     "int8-training trains weights that are quantized anew in each forward, which mesh does not divide: "
                     "use 'nf4' or 'int8' with adapters"
                 )
-            placement = replace(request.placement, share=(self.ranks.rank, self.ranks.ranks))
-            return replace(request, placement=placement)
+            return replace(request, placement=replace(request.placement, select=self._shares))
+
+    def _shares(self, view: ModelView, tensors: list[PlannedTensor]) -> list[PlannedTensor]:
+        return shared_among(tensors, self.ranks.rank, self.ranks.ranks)
 
     def planned(self, model: nn.Module, request: LoadRequest) -> tuple[ModelView, Plan]:
         """Make this process's plan, and make sure that the others load the same.

@@ -25,14 +25,22 @@ def facts_of(request: LoadRequest, plan: Plan) -> dict[str, str]:
     A file is compared by the names, dtypes and shapes of its tensors, and by samples of their values: another version
     of the same model differs in them.
     """
+    facts = facts_of_files(request)
     planned = [(p.tensor.names, p.whole_shape, p.format, p.share is None) for p in plan.tensors]
-    facts = {"plan (model, config)": _digest([repr((planned, plan.config))])}
+    facts["plan (model, config)"] = _digest([repr((planned, plan.config))])
     if request.checkpoint is None:
         own = [p.tensor.value for p in plan.tensors if not p.tensor.value.is_meta and p.share is not None]
-        return facts | {"weights of the model": _digest(map(_values, _spread(own)))}
+        facts["weights of the model"] = _digest(map(_values, _spread(own)))
+    return facts
+
+
+def facts_of_files(request: LoadRequest) -> dict[str, str]:
+    """Return digests of the files that weights are loaded from."""
+    if request.checkpoint is None:
+        return {}
     stored = list(request.checkpoint.tensors.values())
     described = [repr((tensor.name, tensor.dtype, tuple(tensor.shape), tensor.nbytes)) for tensor in stored]
-    return facts | {"files (their tensors)": _digest(described), "files (their values)": _digest(_samples(stored))}
+    return {"files (their tensors)": _digest(described), "files (their values)": _digest(_samples(stored))}
 
 
 def _spread(tensors: Sequence[_T]) -> Sequence[_T]:

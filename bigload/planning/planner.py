@@ -40,7 +40,6 @@ from .placement import Placement, place_tensors, place_units, place_whole
 from .placing.accounts import accounts_of
 from .placing.cpu_or_gpu import experts_are_faster_on_cpu, is_faster_on_cpu
 from .placing.expert_caches import warn_of_unused_cache
-from .placing.shares import shared_among
 from .plan import AfterLoad, Plan
 from .planned_tensors import PlannedTensor, compute_dtype_of, dequantized_bytes, formatted_tensors
 from .request import LoadRequest, PlacementRequest, check_map, load_request, only_device
@@ -72,8 +71,8 @@ def plan_load(view: ModelView, request: LoadRequest) -> Plan:
     planned = formatted_tensors(view, config, tensors, layers, sources, class_dtypes, device or CPU, experts.quantized)
     reserve = placement.offload.reserve_bytes(dequantized_bytes(planned, config))
     placement = replace(placement, reserve=max(reserve, WINDOW_BYTES))
-    if placement.share is not None:
-        planned = shared_among(planned, *placement.share)
+    if placement.select is not None:
+        planned = placement.select(view, planned)
     placed = None if device is None else place_whole(planned, device, placement)
     visited = transformers_facts.experts_per_token(view.model) if experts.quantized else None
     placed = placed or _placement(view, planned, placement, visited, compute_dtype_of(config))

@@ -73,10 +73,11 @@ def saved(mesh, folder: Path, kind: str, mode: str | None = None) -> Path:
     return path
 
 
-def load(kind: str, path: Path, mode, device_map=None, **given) -> nn.Module:
+def load(kind: str, path: Path, mode, device_map=None, model=None, **given) -> nn.Module:
     # Resident layers use no kernel of the CPU that rounds their scales, which gathered ones cannot use.
     cpu_forwards._PACKED_ROWS = 2**40
-    return bigload.load_and_quantize_model(empty(kind), mode, path, device_map, progress=False, **given)
+    model = empty(kind) if model is None else model
+    return bigload.load_and_quantize_model(model, mode, path, device_map, progress=False, **given)
 
 
 def digests(model: nn.Module) -> dict[str, str]:
