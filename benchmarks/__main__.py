@@ -33,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_offload(commands.add_parser("offload", help="time forwards of a model of which part rests on the CPU"))
     _add_decode(commands.add_parser("decode", help="time generation, as it is and captured in CUDA graphs"))
     _add_spread(commands.add_parser("spread", help="time a model over several GPUs against the same on one"))
+    _add_distributed(commands.add_parser("distributed", help="time loads by several processes, started by torchrun"))
     _add_experts(commands.add_parser("experts", help="time fused experts in 4 bit against the same in 16 bit"))
     _add_against(commands.add_parser("against", help="time this checkout against another one, in turn"))
     _add_plans(commands.add_parser("plans", help="plan well-known models on usual budgets: the table in docs/plans.md"))
@@ -269,6 +270,31 @@ def _spread(options: argparse.Namespace) -> None:
     _give_as_it_grows(measure_spread(options.folder, devices, options.mode, options.commit), options.out)
 
 
+def _add_distributed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="the checkpoint in 16 bit")
+    parser.add_argument("--mode", choices=QUANTIZING, default="nf4", help="(default: %(default)s)")
+    parser.add_argument("--ways", nargs="+", metavar="WAY", help="(default: those in distributed.py)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda, cpu where there is no GPU)")
+    parser.add_argument("--out", type=Path, help="where the result goes, as JSON (default: standard output)")
+    parser.add_argument("--commit", help="bigload's, where git cannot tell")
+    parser.set_defaults(run=_distributed)
+
+
+def _distributed(options: argparse.Namespace) -> None:
+    import torch.distributed as dist
+
+    from .distributed import WAYS, joined, measure_distributed
+
+    device = joined(options.device)
+    results = measure_distributed(options.folder, options.ways or list(WAYS), options.mode, device, options.commit)
+    if dist.get_rank() == 0:
+        _give_as_it_grows(results, options.out)
+    else:
+        for _ in results:
+            pass
+    dist.destroy_process_group()
+
+
 def _add_experts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", nargs="+", help="such as Qwen3-30B-A3B or tiny (default: those in experts.py)")
     parser.add_argument("--tokens", nargs="+", type=int, help="how many at once (default: 1 4 16 256 2048)")
@@ -434,7 +460,7 @@ def _add_plot(parser: argparse.ArgumentParser) -> None:
 
 
 def _plot(options: argparse.Namespace) -> None:
-    from bigload.tables import output_width
+    from bigload.notation import output_width
 
     from .pictures import MODES, README_RESULT, draw_documents, text_bars
 

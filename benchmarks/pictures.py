@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bigload.cli.pictures import Theme, load_figure, new_figure, plan_figure, save, style, theme
-from bigload.tables import wrapped
+from bigload.notation import wrapped
 
 from .report import Result, own_rows, seconds, seconds_text
 

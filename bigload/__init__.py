@@ -7,10 +7,12 @@ if TYPE_CHECKING:
     from .config import BnbQuantizationConfig
     from .conversion import quantize_checkpoint
     from .decoding.capture import capture_decode
+    from .distributed.stages import load_pipeline_stage
     from .errors import (
         BigloadError,
         CheckpointError,
         ConfigError,
+        DistributedError,
         MissingDependencyError,
         OffloadError,
         PlacementError,
@@ -37,12 +39,14 @@ _HOMES = {
     "init_empty_weights": "model.empty",
     "release_buffers": "loading",
     "capture_decode": "decoding.capture",
+    "load_pipeline_stage": "distributed.stages",
     "BigloadError": "errors",
     "ConfigError": "errors",
     "CheckpointError": "errors",
     "PlacementError": "errors",
     "QuantizationError": "errors",
     "OffloadError": "errors",
+    "DistributedError": "errors",
     "MissingDependencyError": "errors",
 }
 
@@ -57,12 +61,14 @@ __all__ = [
     "init_empty_weights",
     "release_buffers",
     "capture_decode",
+    "load_pipeline_stage",
     "BigloadError",
     "ConfigError",
     "CheckpointError",
     "PlacementError",
     "QuantizationError",
     "OffloadError",
+    "DistributedError",
     "MissingDependencyError",
 ]
 

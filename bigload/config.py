@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from .errors import ConfigError, import_optional, listed
-from .notation import MODES, nearest_mode
-from .tables import FieldsAsHtml
+from .notation import MODES, FieldsAsHtml, nearest_mode
 
 logger = logging.getLogger(__name__)
 

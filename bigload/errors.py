@@ -120,6 +120,24 @@ class OffloadError(BigloadError, RuntimeError):
     """
 
 
+class DistributedError(BigloadError, RuntimeError):
+    """Something that several processes do together has failed in one of them, or they do not agree.
+
+    Attributes:
+        ranks: the global ranks of the processes that failed, did not answer, or differ.
+
+    Examples:
+        >>> import bigload
+        >>> raise bigload.DistributedError("rank 1 did not answer within 600 s", ranks=[1])
+        Traceback (most recent call last):
+        bigload.errors.DistributedError: rank 1 did not answer within 600 s
+    """
+
+    def __init__(self, message: str, *, ranks: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = list(ranks)
+
+
 class MissingDependencyError(BigloadError, ImportError):
     """A library that this function needs is not installed.
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 
 from .checkpoint.bitsandbytes import QuantizedTensor
 from .checkpoint.checkpoint import WeightsLocation
+from .distributed.joint_load import JointLoad, joint_load
 from .errors import BigloadError, PlacementError
 from .hardware.devices import CPU, Device, DeviceMap, named_devices, on_cpu_unless_named
 from .io.ring import pin_ahead, release_ring
@@ -77,6 +79,10 @@ def load_and_quantize_model(
     initialize_missing: Sequence[str] = (),
     strict: bool = False,
     progress: bool | None = None,
+    mesh: Any = None,
+    replicate: bool = False,
+    fsdp_options: Mapping[str, Any] | None = None,
+    adapters: Callable[[nn.Module], nn.Module] | None = None,
 ) -> nn.Module:
     """Load a checkpoint into a model, and quantize each Linear with bitsandbytes while the weights are read.
 
@@ -111,6 +117,15 @@ def load_and_quantize_model(
         strict: raise instead of warning, for checkpoint tensors without a place in the model, and for real parameters
             that the checkpoint lacks.
         progress: show a progress bar in bytes; by default on a terminal and in a notebook.
+        mesh: a `DeviceMesh`, in each process of it, as torchrun starts them: each reads, quantizes and holds its share
+            of every weight, on its current device, and the model ends with torch's `fully_shard` applied to each block
+            and to itself. Two dimensions are (replicate, shard), as there.
+        replicate: with a mesh, each process ends with the whole model, as for DDP; it still reads only its share, and
+            gets the others' from them.
+        fsdp_options: further arguments of `fully_shard`, such as `reshard_after_forward`.
+        adapters: with a mesh, adds adapters before the model is sharded, as `lambda model: get_peft_model(model,
+            config)` does: they are then sharded with the blocks that they are in. All processes get the values that the
+            first gives them.
 
     Returns:
         The same model, with `load_report`, `hf_device_map`, `is_loaded_in_4bit` and `is_loaded_in_8bit` set, and for a
@@ -123,6 +138,7 @@ def load_and_quantize_model(
         PlacementError: the device map or the budgets cannot be met.
         QuantizationError: a weight has values that the format cannot represent.
         OffloadError: a weight cannot be streamed, or `offload_folder` cannot be written.
+        DistributedError: with a mesh, another process failed, did not answer in time, or loads something else.
 
     Examples:
         >>> import tempfile, bigload
@@ -141,11 +157,13 @@ def load_and_quantize_model(
     """
     context = _described(weights_location, device_map)
     with _with_context(context):
+        joint = joint_load(mesh, replicate, fsdp_options, adapters, device_map, offload, offload_folder)
         begun = time.perf_counter()
-        request = load_request(
+        requested = functools.partial(
+            load_request,
             bnb_quantization_config,
             weights_location,
-            device_map,
+            device_map if joint is None else joint.ranks.device,
             no_split_module_classes,
             max_memory,
             offload_folder,
@@ -156,36 +174,59 @@ def load_and_quantize_model(
             initialize_missing=initialize_missing,
             strict=strict,
         )
+        request = requested() if joint is None else joint.requested(requested)
         spent_s = time.perf_counter() - begun
         bnb.library()  # its import takes seconds, which the load's time leaves out
         begun = time.perf_counter() - spent_s
-    mode = request.config.mode
     # Tensors created under inference_mode could not be used in training later.
-    how = "" if "*" in (request.config.skip_modules or ()) else f" as {mode}"
-    with _with_context(context + how), _begun_ahead(request), torch.inference_mode(False), torch.no_grad():
-        view = ModelView(model)
-        if "offload" in vars(model):
-            require_not_offloaded(model)
-        plan = plan_load(view, request)
-        timeline = Timeline(begun)
-        timeline.add("plan", CPU, begun)
-        for device, nbytes in plan.device_bytes.items():
-            logger.info("plan: %s on %s, %d layers as %s", show(nbytes), device, len(plan.layers), mode)
-        peaks = PeakMemory(plan.device_bytes, plan.held_bytes)
-        bar, assembly = progress_bar(plan.source_bytes, "loading", progress), Assembly(view, plan)
-        with bar, _offload_targets(plan, request.placement) as targets:
+    with _with_context(context + _as_mode(request)), _begun_ahead(request), torch.inference_mode(False):
+        return _load(model, request, joint, begun, progress)
+
+
+def _as_mode(request: LoadRequest) -> str:
+    return "" if "*" in (request.config.skip_modules or ()) else f" as {request.config.mode}"
+
+
+@torch.no_grad()
+def _load(
+    model: nn.Module, request: LoadRequest, joint: JointLoad | None, begun: float, progress: bool | None
+) -> nn.Module:
+    """Plan and carry out a load, by this process alone or as one of several; `begun` is when the call began."""
+    view, plan = _planned(model, request) if joint is None else joint.planned(model, request)
+    timeline = Timeline(begun)
+    timeline.add("plan", CPU, begun)
+    for device, nbytes in plan.device_bytes.items():
+        logger.info("plan: %s on %s, %d layers as %s", show(nbytes), device, len(plan.layers), request.config.mode)
+    peaks = PeakMemory(plan.device_bytes, plan.held_bytes)
+    bar = progress_bar(plan.source_bytes, "loading", progress)
+    with bar, _offload_targets(plan, request.placement) as targets:
+
+        def set_to_run(made: nn.Module) -> None:
+            _set_to_run(made, plan, request.placement.offload, targets)
+
+        if joint is not None:
+            model = joint.carry_out(view, request, plan, bar.update, timeline, set_to_run)
+        else:
+            assembly = Assembly(view, plan)
             steps: Any = {"on_bytes": bar.update, "on_loaded": assembly.add, "meanwhile": assembly.prepare}
             execute(plan, **steps, targets=targets, timeline=timeline)
-            model = assembly.commit(lambda made: _set_to_run(made, plan, request.placement.offload, targets))
+            model = assembly.commit(set_to_run)
     model.load_report = _report(request, plan, timeline, peaks, targets)  # type: ignore[assignment]
     logger.info("%s", model.load_report)
     return model
 
 
+def _planned(model: nn.Module, request: LoadRequest) -> tuple[ModelView, Plan]:
+    view = ModelView(model)
+    if "offload" in vars(model):
+        require_not_offloaded(model)
+    return view, plan_load(view, request)
+
+
 def _report(
     request: LoadRequest, plan: Plan, timeline: Timeline, peaks: PeakMemory, targets: OffloadTargets
 ) -> LoadReport:
-    elapsed_s, bytes_read = timeline.elapsed_s, plan.source_bytes - targets.spared_bytes
+    elapsed_s, bytes_read = timeline.elapsed_s, plan.read_bytes - targets.spared_bytes
     mode, held = request.config.mode, plan.device_bytes
     spans: Any = timeline.spans  # are computed when the report is asked for them
     return LoadReport(mode, bytes_read, elapsed_s, held, peaks.since(), request.source, spans)

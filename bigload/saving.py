@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from .checkpoint.card import Card
-from .checkpoint.folders import TOKENIZERS, checked_target, copy_the_rest, new_folder
+from .checkpoint.folders import TOKENIZERS, checked_target, copy_the_rest
 from .checkpoint.record import RECORD_NAME, Record
 from .checkpoint.writer import STEM, Entry, ShardWriter, write_json
 from .config import BnbQuantizationConfig
+from .distributed.joint_save import JointSave
 from .errors import ConfigError, QuantizationError, listed
 from .hardware.devices import on_cpu_unless_named
 from .inspection.own_loading import changed_when_loaded_again
@@ -69,6 +70,9 @@ def save_quantized_model(
     are stored once. A model card (README.md) says how the model was quantized and is loaded; files of the tokenizer and
     the processor are copied from the folder that the model was loaded from. The folder appears when it is complete.
 
+    Of a model that several processes hold (`load_and_quantize_model` with a mesh) each writes its part: call it in all
+    of them, with a folder that they share.
+
     Args:
         model: a model loaded by bigload, or any other with layers of bitsandbytes.
         folder: the folder to create.
@@ -78,6 +82,7 @@ def save_quantized_model(
 
     Raises:
         CheckpointError: the folder is not empty, or cannot be written; its contents are unchanged.
+        DistributedError: another process could not write its part.
         ConfigError: an argument has an invalid value, or the model has no quantized layer.
         QuantizationError: the model could not be loaded again as it is: it has weights on meta, layers of several
             formats, weights that bitsandbytes has packed for the CPU, hooks that change the names of quantized ones, or
@@ -98,6 +103,14 @@ def save_quantized_model(
     max_shard_bytes = shard_bytes(max_shard_size)
     require_module(model)
     model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
+    joint = JointSave(model)
+    with joint.stand_ins():
+        _save(model, folder, max_shard_bytes, joint, overwrite=overwrite)
+
+
+def _save(
+    model: nn.Module, folder: str | os.PathLike[str], max_shard_bytes: int, joint: JointSave, *, overwrite: bool
+) -> None:
     layers, experts = quantized_layers(model), quantized_experts(model)
     config = _config(model, layers, experts)
     state, ties = _stored_once(model, layers)
@@ -108,19 +121,20 @@ def save_quantized_model(
     changed = changed_when_loaded_again(modules, saved, as_held=False)
     attributes = json_attributes(attributes_set_by_loading(modules, saved), modules, saved, changed)
     target, source = checked_target(folder, overwrite=overwrite), source_of(model)
-    with new_folder(folder, overwrite=overwrite) as made:
-        is_read = write_configs(model, made, config, skipped, layers, getattr(model, "dtype", None), experts)
-        card_of(model, config, [*layers, *experts], skipped, source, is_read).write(made, target)
-        if source is not None:
-            copy_the_rest(source, made, TOKENIZERS, but=_names_in(target))
+    with joint.folder(folder, overwrite=overwrite) as made:
+        if joint.is_first:
+            is_read = write_configs(model, made, config, skipped, layers, getattr(model, "dtype", None), experts)
+            card_of(model, config, [*layers, *experts], skipped, source, is_read).write(made, target)
+            if source is not None:
+                copy_the_rest(source, made, TOKENIZERS, but=_names_in(target))
         entries = [Entry(n, t.dtype, tuple(t.shape)) for n, t in state.items()]
-        writer = ShardWriter(made, entries, max_shard_bytes, weights_stem(model))
+        writer = ShardWriter(made, entries, max_shard_bytes, weights_stem(model), joins=not joint.is_first)
         try:
-            for name, tensor in state.items():
-                writer.write(name, tensor)
-            writer.finish()
+            joint.write(writer, state)
         finally:
             writer.close()
+        if not joint.is_first:
+            return
         record = Record(
             writer.layout,
             config,

@@ -52,6 +52,7 @@ ON_GPU = {
 NOT_RUN = {
     "pip install": "it installs packages: CI runs the README's",
     "hf upload": "it needs the hub and an account",
+    "torchrun": "it starts processes: tests/distributed does so",
     "python -m benchmarks": "it measures for minutes: tests/test_benchmarks.py runs such on small models",
 }
 STREAMED = (r"[\d.]+ \w+ so far", "# so far")

@@ -17,7 +17,15 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 # Trainers and pipelines leave seeds, hooks and loggers behind: they get a process of their own, which takes seconds.
-OF_THEIR_OWN = ("diffusers_flux", "lightning_fabric", "lightning_trainer", "optimizers", "qlora_trainer", "qlora_trl")
+OF_THEIR_OWN = (
+    "diffusers_flux",
+    "lightning_fabric",
+    "lightning_trainer",
+    "optimizers",
+    "qlora_fsdp2",
+    "qlora_trainer",
+    "qlora_trl",
+)
 LAST_WORDS = {"diffusers_flux": "the same from the saved folder"}
 MOST_LINES = 60
 

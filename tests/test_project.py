@@ -49,7 +49,8 @@ def test_source_archive_has_all_that_a_checkout_has_and_the_wheel_the_package_an
 PUBLIC = {
     "load_and_quantize_model": (
         "model bnb_quantization_config weights_location device_map no_split_module_classes max_memory offload_folder "
-        "offload_state_dict offload key_mapping tied_parameters quantizable initialize_missing strict progress"
+        "offload_state_dict offload key_mapping tied_parameters quantizable initialize_missing strict progress mesh "
+        "replicate fsdp_options adapters"
     ),
     "plan_device_map": (
         "model bnb_quantization_config weights_location device_map no_split_module_classes max_memory offload_folder "
@@ -64,6 +65,10 @@ PUBLIC = {
     "init_empty_weights": "include_buffers",
     "release_buffers": "",
     "capture_decode": "model step max_graphs",
+    "load_pipeline_stage": (
+        "model bnb_quantization_config weights_location mesh no_split_module_classes max_memory key_mapping "
+        "tied_parameters quantizable progress"
+    ),
     "OffloadConfig": "execute slots pin reserve expert_cache",
     "BnbQuantizationConfig": (
         "load_in_8bit llm_int8_threshold load_in_4bit bnb_4bit_quant_type bnb_4bit_use_double_quant "
@@ -78,6 +83,7 @@ ERRORS = {
     "PlacementError": ValueError,
     "QuantizationError": RuntimeError,
     "OffloadError": RuntimeError,
+    "DistributedError": RuntimeError,
     "MissingDependencyError": ImportError,
 }
 

@@ -24,7 +24,8 @@ _AT_THE_START = re.compile(rf"({VERBS})\b(?! is)")
 
 CHECKPOINT, MODEL = "checkpoint/test_remedies.py::", "model/test_remedies.py::"
 PLANNING, OFFLOAD, ENTRY = "planning/test_remedies.py::", "offload/test_remedies.py::", "test_entry_remedies.py::"
-DECODING = "decoding/test_remedies.py::"
+DECODING, RANKS = "decoding/test_remedies.py::", "distributed/test_remedies.py::"
+STAGES = "distributed/test_stages.py::"
 # File -> words of the remedy -> the test that tries it.
 SCALED = "checkpoint/test_scaled.py::"
 TRIED = {
@@ -141,6 +142,35 @@ TRIED = {
         + "test_steps_are_captured_without_gradients_in_eval_mode_and_with_a_static_cache",
         "call model.eval()": DECODING
         + "test_steps_are_captured_without_gradients_in_eval_mode_and_with_a_static_cache",
+    },
+    "distributed/joint_load.py": {
+        "leave them out (adapters can be added": RANKS + "test_replicas_take_no_options_of_fully_shard",
+        "all weights on one; leave it out": RANKS + "test_arguments_that_a_mesh_leaves_no_choice_of_are_left_out",
+        "pass the mesh of them too": RANKS + "test_mesh_is_passed_for_what_processes_share",
+        "use 'nf4' or 'int8' with adapters": RANKS + "test_int8_training_is_left_to_one_process",
+    },
+    "distributed/joint_save.py": {
+        "save into one that they share": RANKS + "test_folder_that_all_hosts_share_is_saved_into",
+    },
+    "distributed/ranks.py": {
+        "let all ranks load the same files": "distributed/test_faults.py::test_a_rank_whose_file_differs_is_named",
+        "pass one with one dimension": RANKS + "test_mesh_has_one_dimension_or_two_with_names",
+        "pass a longer timeout": "distributed/test_faults.py::test_a_rank_that_is_too_slow_is_named",
+    },
+    "distributed/sharding.py": {
+        "each process would train its own: pass": RANKS + "test_adapters_are_passed_to_the_load",
+        "load such weights by load_and_quantize_model": RANKS + "test_sharded_weights_are_loaded_by_a_load",
+        "pass, for example, lambda model": RANKS + "test_adapters_return_the_model",
+    },
+    "distributed/stages.py": {
+        "pass one of its dimensions": STAGES + "test_a_pipeline_has_a_mesh_of_one_dimension",
+        "which stages cannot be made of: use": STAGES + "test_what_no_stages_are_made_of_is_loaded_by_one_process",
+        "use a mesh of fewer processes": STAGES + "test_what_has_too_few_blocks_is_loaded_when_they_are_named",
+        "stages send a tensor from block to block": STAGES + "test_blocks_that_return_tuples_are_left_to_one_process",
+    },
+    "distributed/shards.py": {
+        "pass torch_dtype and keep_in_fp32_modules": RANKS + "test_what_casts_the_weights_is_said_in_the_config",
+        "leave it to forwards": RANKS + "test_parts_of_quantized_weights_are_left_to_forwards",
     },
     "hardware/devices.py": {
         "use 'cpu' or 'cuda:N'": ENTRY + "test_a_mode_and_a_device_that_exist_are_taken",
@@ -406,6 +436,7 @@ TRIED = {
 }
 # File -> words -> why no test tries it.
 NOT_TRIED = {
+    "distributed/shards.py": {"this version of torch": "needs another version of torch"},
     "hardware/pinned.py": {"Raise the limit of locked memory": "a setting of the machine"},
     "planning/missing.py": {"build the model with the version": "needs another version of transformers"},
 }

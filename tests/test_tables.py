@@ -3,8 +3,7 @@
 import pytest
 
 from bigload import BnbQuantizationConfig, OffloadConfig
-from bigload.notation import MODES
-from bigload.tables import html_table, output_width, shortened, text_table, turned_to_fit, wrapped
+from bigload.notation import MODES, html_table, output_width, shortened, text_table, turned_to_fit, wrapped
 
 ROWS = [("name", "first", "second"), ("a rather long name of a thing", "1", "22"), ("b", "333", "4")]
 

@@ -55,7 +55,15 @@ class Entry:
 class ShardWriter:
     """Writes a checkpoint of safetensors files into a folder; each file has its final name only when it is complete."""
 
-    def __init__(self, folder: Path, entries: Iterable[Entry], max_shard_bytes: int, stem: str = STEM) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        entries: Iterable[Entry],
+        max_shard_bytes: int,
+        stem: str = STEM,
+        *,
+        joins: bool = False,
+    ) -> None:
         """Divide the tensors among files.
 
         Args:
@@ -63,6 +71,7 @@ class ShardWriter:
             entries: all tensors, in the order in which files are filled.
             max_shard_bytes: the maximum size of a file's tensors; a larger weight gets a file of its own.
             stem: what the files' names begin with.
+            joins: write into files that another process creates and completes.
 
         Raises:
             CheckpointError: safetensors does not support a dtype.
@@ -72,7 +81,7 @@ class ShardWriter:
         self._staged: torch.Tensor | None = None
         groups = _split(entries, max_shard_bytes)
         self._shards = [
-            _Shard(folder / _file_name(stem, number, len(groups)), group, self._syncing)
+            _Shard(folder / _file_name(stem, number, len(groups)), group, self._syncing, joins=joins)
             for number, group in enumerate(groups, 1)
         ]
         self._shard_of = {name: shard for shard in self._shards for name in shard.entries}
@@ -82,6 +91,16 @@ class ShardWriter:
         """`record.layout_of` all tensors."""
         entries = (entry for shard in self._shards for entry in shard.entries.values())
         return layout_of((entry.name, entry.dtype, entry.shape) for entry in entries)
+
+    def create(self) -> None:
+        """Create the files, so that other processes can write into them."""
+        for shard in self._shards:
+            shard.create()
+
+    def sync(self) -> None:
+        """Wait until what was written into files that another process completes is durable."""
+        for shard in self._shards:
+            shard.sync()
 
     def is_written(self, name: str) -> bool:
         """Whether a tensor's file is complete."""
@@ -157,8 +176,8 @@ class _Shard:
         is_whole: whether it is complete.
     """
 
-    def __init__(self, path: Path, entries: Sequence[Entry], syncing: FsyncQueue) -> None:
-        self.path, self._syncing = path, syncing
+    def __init__(self, path: Path, entries: Sequence[Entry], syncing: FsyncQueue, *, joins: bool = False) -> None:
+        self.path, self._syncing, self._joins = path, syncing, joins
         self.entries = {entry.name: entry for entry in entries}
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         self._begins, end = {}, 0
@@ -197,6 +216,13 @@ class _Shard:
             self._unsynced = 0
             self._syncing.begin(partial(os.fsync, descriptor))
 
+    def create(self) -> None:
+        self._opened()
+
+    def sync(self) -> None:
+        if self._descriptor is not None:
+            os.fsync(self._descriptor)
+
     def complete(self, name: str) -> None:
         self._unwritten.discard(name)
         if not self._unwritten and not self.is_whole:
@@ -210,7 +236,9 @@ class _Shard:
         self.is_whole = True
 
     def _opened(self) -> int:
-        if self._descriptor is None:
+        if self._descriptor is None and self._joins:
+            self._descriptor = os.open(self._partial, os.O_WRONLY)
+        elif self._descriptor is None:
             self._descriptor = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
             _write(self._descriptor, memoryview(self._head), 0)
             os.ftruncate(self._descriptor, self._nbytes)

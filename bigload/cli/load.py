@@ -67,8 +67,8 @@ def run(options: argparse.Namespace) -> None:
     require_picture(options.plot)
     from ..loading import load_and_quantize_model
     from ..model.described import empty_model
+    from ..notation import output_width, wrapped
     from ..planning.plan import summary
-    from ..tables import output_width, wrapped
     from .pictures import draw_load
 
     folder = model_folder(options, options.path)

@@ -30,6 +30,7 @@ from .parser import add_command
 if TYPE_CHECKING:
     import torch
 
+    from ..distributed.ranks_plan import RanksPlan
     from ..planning.placing.accounts import Account
     from ..planning.plan import Plan
     from ..planning.report import Rates
@@ -85,6 +86,15 @@ def add_to(commands: Any) -> None:
         metavar="GB/S",
         help=f"speed of the disk that blocks are offloaded to (default: {_USUAL_DISK:g})",
     )
+    parser.add_argument(
+        "--ranks",
+        type=positive,
+        metavar="N",
+        help="processes that divide the model among them, by torchrun and FSDP2",
+    )
+    parser.add_argument(
+        "--hosts", type=positive, default=1, metavar="N", help="hosts that they are on (default: %(default)s)"
+    )
     parser.add_argument("--blocks", action="store_true", help="a row for each block (default: equal ones share one)")
     add_plot(parser, "the plan")
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes and seconds (default: tables)")
@@ -94,13 +104,16 @@ def run(options: argparse.Namespace) -> None:
     """Print the verdict, the modes and the plan."""
     planner = _Planner(options)
     require_picture(options.plot)
+    from ..notation import output_width, text_table, wrapped
     from ..planning.plan import plan_table
     from ..planning.report import plan_json, verdict
-    from ..tables import output_width, text_table, wrapped
     from .pictures import draw_plan
 
     planner.open()
     stored = planner.stored_config()
+    if options.ranks is not None:
+        _show_ranks(options, planner.of_ranks(stored))
+        return
     compared: dict[str, Plan | PlacementError] = {}
     if options.quant is None and stored is None:
         for mode in _COMPARED:
@@ -131,6 +144,16 @@ def run(options: argparse.Namespace) -> None:
         print("\n".join([*lines, plan_table(chosen, width, every_unit=options.blocks)]))
     if options.plot is not None:
         draw_plan(chosen, Path(options.plot).expanduser(), options.path, dark=options.dark)
+
+
+def _show_ranks(options: argparse.Namespace, plan: RanksPlan) -> None:
+    from ..notation import output_width, text_table, wrapped
+
+    if options.json:
+        print(json.dumps({**plan.to_json(), "hosts": options.hosts}, indent=2))
+        return
+    width = output_width()
+    print("\n".join([*wrapped(plan.summary(), width), "", *text_table(list(plan.rows(options.hosts)), width)]))
 
 
 class _Planner:
@@ -174,6 +197,18 @@ class _Planner:
                 "the weights are quantized with %s, says config.json: this plans them as if they were not", method
             )
         return None
+
+    def of_ranks(self, stored: Any) -> RanksPlan:
+        """Return what several processes need, each with a GPU; by default in nf4, or as the weights are stored."""
+        from ..distributed.ranks_plan import plan_ranks
+        from ..planning.planner import plan_device_map
+
+        quant = self._options.quant or (None if stored else "nf4")
+        given = None if stored is ... else stored
+        chosen = config(self._options, quant) if quant else given
+        return plan_ranks(
+            self._model, plan_device_map(self._model, chosen, self._weights, "cuda:0"), self._options.ranks
+        )
 
     def tried(self, config: Any) -> Plan | PlacementError:
         """Return the plan, or why there is none."""

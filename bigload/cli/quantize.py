@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
     """Quantize the checkpoint, and print what was written."""
     from ..checkpoint.describe import describe_checkpoint
     from ..conversion import quantize_checkpoint
-    from ..tables import output_width, wrapped
+    from ..notation import output_width, wrapped
 
     note(options, options.dst)
     try:

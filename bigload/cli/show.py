@@ -26,7 +26,7 @@ def add_to(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Print the description."""
     from ..checkpoint.describe import describe_checkpoint
-    from ..tables import output_width, wrapped
+    from ..notation import output_width, wrapped
 
     for line in describe_checkpoint(weights_location(options, options.path)).splitlines():
         print("\n".join(wrapped(for_the_shell(line, options.shown), output_width())))

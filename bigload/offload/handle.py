@@ -20,11 +20,10 @@ from ..errors import ConfigError, counted, listed
 from ..hardware.devices import CPU, on_cpu_unless_named
 from ..hardware.free_memory import free_bytes
 from ..hardware.pinned import Store
-from ..notation import show
+from ..notation import html_table, show
 from ..planning.offload_config import OffloadConfig
 from ..planning.placing.accounts import PlacedUnit
 from ..planning.plan import Plan, without_values
-from ..tables import html_table
 from .device_hooks import attach
 from .engine import Engine
 from .files import FileGroup, limit_page_cache

@@ -58,7 +58,8 @@ class Assembly:
         planned = self._planned[name]
         path, layer = next((self._weights[n] for n in planned.tensor.names if n in self._weights), ("", None))
         if layer is not None:
-            self._new_layers[layer] = make_layer(layer, value, planned.shape, self._plan.config, planned.device, path)
+            shape, config = planned.whole_shape, self._plan.config
+            self._new_layers[layer] = make_layer(layer, value, shape, config, planned.device, path)
 
     def commit(self, then: Callable[[nn.Module], object] = lambda model: None) -> nn.Module:
         """Put the weights and the quantized layers into the model.

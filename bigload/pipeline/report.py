@@ -17,8 +17,7 @@ import psutil
 import torch
 
 from ..io.timeline import STAGES, Span
-from ..notation import show
-from ..tables import html_table
+from ..notation import html_table, show
 
 
 class _Spans:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import ConfigError, PlacementError
-from ..notation import parse_size
-from ..tables import FieldsAsHtml
+from ..notation import FieldsAsHtml, parse_size
 
 # Bytes of each GPU that a plan leaves for activations by default, beside the largest 4-bit layer when dequantized.
 RESERVE_BYTES = 128 * 2**20

@@ -18,9 +18,8 @@ from ..errors import counted, listed
 from ..hardware.devices import CPU, Place
 from ..io.tensors import StoredTensor
 from ..model.experts import Experts
-from ..notation import show
+from ..notation import html_table, show, text_table, turned_to_fit, wrapped
 from ..quantization.formats import Plain
-from ..tables import html_table, text_table, turned_to_fit, wrapped
 from .placing.accounts import Account, PlacedUnit
 from .planned_tensors import PlannedTensor
 
@@ -97,6 +96,13 @@ class Plan:
     def source_bytes(self) -> int:
         """Bytes that the load reads."""
         return sum(source.tensor.nbytes for planned in self.tensors for source in planned.sources)
+
+    @cached_property
+    def read_bytes(self) -> int:
+        """Bytes of files that the load reads; of a share more than `source_bytes` if it cannot be read alone."""
+        read = (planned.share.read_bytes for planned in self.tensors if planned.share is not None)
+        whole = (planned for planned in self.tensors if planned.share is None)
+        return sum(read) + sum(source.tensor.nbytes for planned in whole for source in planned.sources)
 
     @cached_property
     def device_bytes(self) -> dict[torch.device, int]:

@@ -17,6 +17,7 @@ from ..checkpoint.scaled.tensor import ScaledTensor
 from ..config import BnbQuantizationConfig
 from ..errors import CheckpointError, ConfigError
 from ..hardware.devices import CPU, Place
+from ..hardware.layout import TensorSpec
 from ..io.tensors import LazyTensor, StoredTensor
 from ..model import transformers_facts
 from ..model.experts import Experts
@@ -29,6 +30,29 @@ from ..quantization import formats
 from ..quantization.expert_linears import most_scratch_bytes
 from ..quantization.formats import Format, FourBit, Int8, Plain
 from .sources import Source
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The part of a tensor that one of several processes holds: a run of its flattened values.
+
+    Attributes:
+        rank: of the process.
+        ranks: how many processes hold the tensor together.
+        whole: the shape of the tensor in its format.
+        padded: the shape of the largest share, which all are padded to: (rows, ...), or of a 4-bit weight (values,).
+        begin: the first of its values in the whole.
+        end: where they end; equal to `begin` if nothing is left for it.
+        read_bytes: bytes of the checkpoint that the process reads for it.
+    """
+
+    rank: int
+    ranks: int
+    whole: tuple[int, ...]
+    padded: tuple[int, ...]
+    begin: int
+    end: int
+    read_bytes: int
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -44,6 +68,8 @@ class PlannedTensor:
         device: the device that computes with it.
         home: where it is stored if it is offloaded, else None.
         is_transposed: whether the last two dimensions of `shape` are swapped in the model's tensor.
+        share: which part of the tensor this is, where several processes load it together; `shape` and `sources` are
+            those of the part. None for all of it.
     """
 
     tensor: ModelTensor
@@ -53,11 +79,33 @@ class PlannedTensor:
     device: torch.device = CPU
     home: Place | None = None
     is_transposed: bool = False
+    share: Share | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes in its format, not rounded."""
-        return formats.nbytes(self.format, self.shape)
+        return self.rounded_bytes(1)
+
+    def rounded_bytes(self, multiple: int) -> int:
+        """Return its bytes with each part rounded up to a multiple."""
+        if self.share is None:
+            return formats.nbytes(self.format, self.shape, multiple)
+        return sum(-(-part.nbytes // multiple) * multiple for part in self.parts.values())
+
+    @property
+    def parts(self) -> Mapping[str, TensorSpec]:
+        """The tensors that it consists of in memory, by name."""
+        if self.share is None:
+            return self.format.parts(self.shape)
+        held = self.format.parts(self.share.padded)
+        # The scales of scales are few, and their blocks know no shares: each process has all of them.
+        whole = self.format.parts(self.share.whole)
+        return {name: whole[name] if name == "nested_absmax" else spec for name, spec in held.items()}
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """The shape of the whole tensor in its format, whatever part of it this is."""
+        return self.shape if self.share is None else self.share.whole
 
     @property
     def stored_as_is(self) -> StoredTensor | None:

@@ -72,6 +72,8 @@ def plan_load(view: ModelView, request: LoadRequest) -> Plan:
     reserve = placement.offload.reserve_bytes(dequantized_bytes(planned, config))
     transfers = WINDOW_BYTES + scratch_bytes(planned, config)
     placement = replace(placement, reserve=max(reserve, transfers))
+    if placement.select is not None:
+        planned = placement.select(view, planned)
     placed = None if device is None else place_whole(planned, device, placement)
     visited = transformers_facts.experts_per_token(view.model) if experts.quantized else None
     placed = placed or _placement(view, planned, placement, visited, compute_dtype_of(config))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from ..errors import ConfigError, PlacementError, counted, listed
 from ..hardware.devices import CPU, Device, DeviceMap, Place, as_place, default_device, is_strategy
 from ..io.ring import ring_bytes
 from ..model.tensors import ModelTensor
+from ..model.view import ModelView
 from ..notation import parse_size
 from .offload_config import OffloadConfig, as_offload_config
+from .planned_tensors import PlannedTensor
 from .sources import KeyMapping
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,8 @@ class PlacementRequest:
         may_offload: whether a strategy may offload weights; not so those that are trained themselves.
         must_exist: whether the devices must exist on this machine; not so for a plan that is not executed.
         warns: whether to warn of what is asked in vain; not where the same is placed a second time, in another way.
+        select: given a view of the model and all of its tensors, returns those that this process loads, or its shares
+            of them, where several load the model together; None for all.
     """
 
     device_map: DeviceMap = None
@@ -58,6 +62,7 @@ class PlacementRequest:
     may_offload: bool = True
     must_exist: bool = True
     warns: bool = True
+    select: Callable[[ModelView, list[PlannedTensor]], list[PlannedTensor]] | None = None
 
 
 @dataclass(frozen=True)

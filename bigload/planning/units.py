@@ -12,7 +12,6 @@ from torch import nn
 from ..errors import listed
 from ..model import transformers_facts
 from ..model.view import ModelView
-from ..quantization import formats
 from ..quantization.formats import FourBit, Plain
 from ..quantization.packed_experts import cache_layout
 from .planned_tensors import PlannedTensor
@@ -146,7 +145,7 @@ class Unit:
 
 def bytes_of(tensors: Sequence[PlannedTensor], multiple: int = 1) -> int:
     """Return the bytes of tensors, with each of their parts rounded up to a multiple."""
-    return sum(formats.nbytes(planned.format, planned.shape, multiple) for planned in tensors)
+    return sum(planned.rounded_bytes(multiple) for planned in tensors)
 
 
 def units_of(

@@ -116,4 +116,4 @@ def require_experts_as_held(experts: Mapping[str, Any], state: Mapping[str, torc
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().cpu().reshape(-1).view(torch.uint8)
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)

@@ -10,7 +10,6 @@ import torch
 
 from ...hardware.devices import CPU, Place
 from ...notation import show
-from ...quantization import formats
 from ...quantization.formats import Plain
 from ..planned_tensors import PlannedTensor
 from ..units import GPU_BYTES, GROUP_BYTES, Unit
@@ -210,7 +209,6 @@ def _is_gpu(place: Place) -> bool:
 def _value_and_state_bytes(planned: PlannedTensor, multiple: int) -> tuple[int, int]:
     """Return the bytes of a tensor's values, and of its quantization state."""
     if isinstance(planned.format, Plain):
-        return formats.nbytes(planned.format, planned.shape, multiple), 0
-    parts = planned.format.parts(planned.shape)
-    rounded = {name: -(-part.nbytes // multiple) * multiple for name, part in parts.items()}
+        return planned.rounded_bytes(multiple), 0
+    rounded = {name: -(-part.nbytes // multiple) * multiple for name, part in planned.parts.items()}
     return rounded["weight"], sum(rounded.values()) - rounded["weight"]

@@ -1,0 +1,1 @@
+"""Models that several processes load, hold and run together, on torch.distributed."""

@@ -1,0 +1,176 @@
+"""Carries out a load that several processes do together: each loads its shares, and all end with the model, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from ..errors import ConfigError, listed
+from ..hardware.devices import DeviceMap
+from ..io.timeline import Timeline
+from ..model.view import ModelView
+from ..offload.handle import require_not_offloaded
+from ..pipeline.assembly import Assembly
+from ..pipeline.execute import execute
+from ..planning.offload_config import OffloadConfig
+from ..planning.placing.shares import shared_among
+from ..planning.plan import Plan
+from ..planning.planned_tensors import PlannedTensor
+from ..planning.planner import plan_load
+from ..planning.request import LoadRequest
+from .parts import Shares, placeholder, to_execute
+from .ranks import Ranks
+from .sameness import facts_of
+from .sharding import Sharding, groups_of, unsharded_on_failure
+
+
+class JointLoad:
+    """A load by the processes of a mesh.
+
+    Attributes:
+        ranks: the processes.
+        replicate: whether each process gets the whole model, instead of a share of it.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        *,
+        replicate: bool,
+        options: Mapping[str, Any],
+        adapters: Callable[[nn.Module], nn.Module] | None,
+    ) -> None:
+        """Prepare a load; arguments are as of `load_and_quantize_model`."""
+        self.ranks, self.replicate, self._options, self._adapters = ranks, replicate, options, adapters
+
+    def requested(self, make: Callable[[], LoadRequest]) -> LoadRequest:
+        """Return the request of a load, for this process's share.
+
+        Args:
+            make: checks the arguments, for all of the model.
+
+        Raises:
+            ConfigError: a mode that no shares are made of.
+        """
+        with self.ranks.told("plan"):
+            request = make()
+            if request.config.llm_int8_has_fp16_weight:
+                raise ConfigError(
+                    "int8-training trains weights that are quantized anew in each forward, which mesh does not divide: "
+                    "use 'nf4' or 'int8' with adapters"
+                )
+            return replace(request, placement=replace(request.placement, select=self._shares))
+
+    def _shares(self, view: ModelView, tensors: list[PlannedTensor]) -> list[PlannedTensor]:
+        return shared_among(tensors, self.ranks.rank, self.ranks.ranks)
+
+    def planned(self, model: nn.Module, request: LoadRequest) -> tuple[ModelView, Plan]:
+        """Make this process's plan, and make sure that the others load the same.
+
+        Raises:
+            DistributedError: another process could not, or loads something else.
+        """
+        facts: dict[str, str] = {}
+        with self.ranks.agreed("plan", facts):
+            view = ModelView(model)
+            if "offload" in vars(model):
+                require_not_offloaded(model)
+            plan = plan_load(view, request)
+            facts |= facts_of(request, plan)
+        return view, plan
+
+    def carry_out(
+        self,
+        view: ModelView,
+        request: LoadRequest,
+        plan: Plan,
+        on_bytes: Callable[[int], object],
+        timeline: Timeline,
+        then: Callable[[nn.Module], object],
+    ) -> nn.Module:
+        """Load the shares and put the model together; returns it.
+
+        Args:
+            view: of the model.
+            request: what is loaded.
+            plan: from `plan`.
+            on_bytes: called with the number of bytes that were loaded since the last call.
+            timeline: gets the times.
+            then: called with the complete model, if this process gets all of it.
+
+        Raises:
+            DistributedError: another process failed.
+        """
+        with self.ranks.agreed("load"):
+            assembly = Assembly(view, plan)
+            loaded = execute(to_execute(plan), on_bytes=on_bytes, timeline=timeline)
+        shares, parts = Shares(self.ranks, plan, loaded), dict[str, nn.Parameter]()
+        with self.ranks.agreed("share"):
+            for planned in plan.tensors:
+                name = planned.tensor.name
+                if self.replicate or planned.share is None:
+                    value = shares.gathered(planned)
+                    if value is not None:
+                        assembly.add(name, value)
+                else:
+                    assembly.add(name, placeholder(planned, plan.config.load_dtype))
+                    parts[name] = shares.part(planned)
+        made: list[nn.Module] = []
+
+        def finish(model: nn.Module) -> None:
+            with unsharded_on_failure(model), self.ranks.agreed("commit"):
+                if self.replicate:
+                    then(model)
+                    made.append(model)
+                else:
+                    classes = request.placement.no_split_module_classes
+                    sharding = Sharding(groups_of(view, plan, classes), self._options, self._adapters)
+                    names = {planned.tensor.name: planned.tensor.names for planned in plan.tensors}
+                    made.append(sharding.shard(model, parts, names, self.ranks))
+
+        with self.ranks.told("commit"):
+            assembly.commit(finish)
+        return made[0]
+
+
+def joint_load(
+    mesh: Any,
+    replicate: bool,
+    options: Mapping[str, Any] | None,
+    adapters: Callable[[nn.Module], nn.Module] | None,
+    device_map: DeviceMap,
+    offload: OffloadConfig | None,
+    offload_folder: Any,
+) -> JointLoad | None:
+    """Return the load that processes do together, if there is a mesh of them.
+
+    Args:
+        mesh, replicate, options, adapters: as `load_and_quantize_model` is given them.
+        device_map, offload, offload_folder: the arguments that a mesh leaves no choice of.
+
+    Raises:
+        ConfigError: the mesh is none, or arguments contradict it.
+    """
+    if mesh is None:
+        if replicate or options is not None or adapters is not None:
+            raise ConfigError(
+                "replicate, fsdp_options and adapters say how processes share a model: pass the mesh of them too"
+            )
+        return None
+    given = {"device_map": device_map, "offload": offload, "offload_folder": offload_folder}
+    named = [name for name, value in given.items() if value is not None]
+    if named:
+        raise ConfigError(
+            f"{listed(named)}: with a mesh each process computes on its current device, with all weights on one; leave "
+            "it out, and call torch.cuda.set_device before the mesh is made (to keep weights in host memory, pass "
+            "fsdp_options={'offload_policy': CPUOffloadPolicy()})"
+        )
+    if replicate and (options is not None or adapters is not None):
+        raise ConfigError(
+            "fsdp_options and adapters are for fully_shard, which replicate=True does not use: leave them out "
+            "(adapters can be added to the model that is returned)"
+        )
+    return JointLoad(Ranks(mesh), replicate=replicate, options=options or {}, adapters=adapters)

@@ -1,0 +1,156 @@
+"""What messages about loads by several processes tell the user to do, done."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from checkpoints import save
+from comparisons import outputs
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from bigload import (
+    CheckpointError,
+    ConfigError,
+    OffloadConfig,
+    QuantizationError,
+    init_empty_weights,
+    load_and_quantize_model,
+)
+from bigload.distributed.joint_save import require_shared
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(2))
+        self.head = nn.Linear(64, 8)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+X = torch.ones(2, 64)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return save(Net().state_dict(), tmp_path / "net")
+
+
+def load(path, mode="nf4", **given):
+    with init_empty_weights():
+        model = Net()
+    return load_and_quantize_model(model, mode, path, progress=False, **given)
+
+
+def test_mesh_is_passed_for_what_processes_share(alone, path):
+    for given in ({"replicate": True}, {"fsdp_options": {"reshard_after_forward": False}}, {"adapters": lambda m: m}):
+        with pytest.raises(ConfigError, match="pass the mesh of them too"):
+            load(path, **given)
+        assert torch.equal(outputs(load(path, mesh=alone, **given), X), outputs(load(path, device_map="cpu"), X))
+
+
+def test_arguments_that_a_mesh_leaves_no_choice_of_are_left_out(alone, path, tmp_path):
+    choices = {"device_map": "cpu", "offload": OffloadConfig(), "offload_folder": tmp_path / "offload"}
+    for name, value in choices.items():
+        with pytest.raises(ConfigError, match=f"'{name}'.*leave it out"):
+            load(path, mesh=alone, **{name: value})
+    load(path, mesh=alone)
+
+
+def test_replicas_take_no_options_of_fully_shard(alone, path):
+    with pytest.raises(ConfigError, match="leave them out"):
+        load(path, mesh=alone, replicate=True, adapters=lambda m: m)
+    model = load(path, mesh=alone, replicate=True)
+    assert type(model.blocks[0][0].weight).__name__ == "Params4bit"
+
+
+def test_int8_training_is_left_to_one_process(alone, path):
+    with pytest.raises(ConfigError, match="use 'nf4' or 'int8' with adapters"):
+        load(path, "int8-training", mesh=alone)
+    load(path, "int8", mesh=alone)
+
+
+def test_process_group_is_made_before_the_mesh(tmp_path, path):
+    with pytest.raises(ConfigError, match="start the program by torchrun"):
+        load(path, mesh="any")
+    method = f"file://{tmp_path}/store"
+    dist.init_process_group("gloo", init_method=method, rank=0, world_size=1)
+    try:
+        with pytest.raises(ConfigError, match="must be a DeviceMesh"):
+            load(path, mesh="any")
+        load(path, mesh=init_device_mesh("cpu", (1,)))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_mesh_has_one_dimension_or_two_with_names(alone, path):
+    with pytest.raises(ConfigError, match="two that have names"):
+        load(path, mesh=init_device_mesh("cpu", (1, 1)))
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicate", "shard"))
+    assert torch.equal(outputs(load(path, mesh=mesh), X), outputs(load(path, device_map="cpu"), X))
+
+
+def tuned(model):
+    import peft
+
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["blocks.0.0", "blocks.1.0"]))
+
+
+def test_adapters_are_passed_to_the_load(alone, path):
+    model = tuned(load(path, mesh=alone))
+    with pytest.raises(ConfigError, match="added to the model after it was sharded"):
+        model(X)
+    with torch.no_grad():
+        model(X)  # nothing is trained
+    model = load(path, mesh=alone, adapters=tuned)
+    model(X).sum().backward()
+    model(X).sum().backward()  # the weights of the model itself are still gathered
+
+
+def test_adapters_return_the_model(alone, path):
+    with pytest.raises(ConfigError, match=r"adapters must return the model that it is given, .* returned a NoneType"):
+        load(path, mesh=alone, adapters=lambda model: None)
+    load(path, mesh=alone, adapters=tuned)
+
+
+def test_what_casts_the_weights_is_said_in_the_config(alone, path):
+    with pytest.raises(QuantizationError, match="keep_in_fp32_modules in the config instead"):
+        load(path, {"load_in_4bit": True, "torch_dtype": "bf16"}, mesh=alone, adapters=_for_training)
+    config = {"load_in_4bit": True, "torch_dtype": "bf16", "keep_in_fp32_modules": ["head"]}
+    model = load(path, config, mesh=alone, adapters=tuned)
+    assert model.head.weight.dtype == torch.float32
+
+
+def _for_training(model):
+    import peft
+
+    return peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+
+def test_sharded_weights_are_loaded_by_a_load(alone, path):
+    model = load(path, mesh=alone)
+    state = load(path, device_map="cpu").state_dict()
+    with pytest.raises(RuntimeError, match="load such weights by load_and_quantize_model with mesh"):
+        model.load_state_dict(state, strict=False)
+    load(path, mesh=alone)
+
+
+def test_folder_that_all_hosts_share_is_saved_into(tmp_path):
+    with pytest.raises(CheckpointError, match="save into one that they share"):
+        require_shared(tmp_path / "of another host" / "model")
+    require_shared(tmp_path)
+
+
+def test_parts_of_quantized_weights_are_left_to_forwards(alone, path):
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    model = load(path, mesh=alone, adapters=tuned)
+    weight = next(p for name, p in model.named_parameters() if name.endswith("base_layer.weight"))
+    with pytest.raises(QuantizationError, match="leave it to forwards"):
+        _ = weight + 1
+    model(X)
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, ignore_frozen_params=True))
+    assert {name.rpartition("lora_")[1] for name in state} == {"lora_"}
