@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -249,10 +250,13 @@ def copy_into(values: torch.Tensor, source: Source) -> ReadTask:
 
         destination = flat if source.tensor.dtype == flat.dtype else None
         return ReadTask(stored_form(source.tensor, values.dtype), values.device, copy, destination)
+    if target.dim() == 2:  # columns, or a transpose: row by row, so that no second copy of it is held
+        fill = functools.partial(_fill_rows, target)
+        return ReadTask(stored_form(source.tensor, values.dtype), values.device, fill)
     gathered: list[torch.Tensor] = []
 
     def gather(piece: torch.Tensor, begin: int) -> None:
-        # Columns, or a transpose: gathered in contiguous memory, then copied at once.
+        # Gathered in contiguous memory, then copied at once.
         if not gathered:
             gathered.append(torch.empty(target.shape, dtype=piece.dtype, device=piece.device))
         whole = gathered[0].view(-1)
@@ -261,6 +265,21 @@ def copy_into(values: torch.Tensor, source: Source) -> ReadTask:
             target.copy_(gathered.pop())
 
     return ReadTask(stored_form(source.tensor, values.dtype), values.device, gather)
+
+
+def _fill_rows(target: torch.Tensor, piece: torch.Tensor, begin: int) -> None:
+    """Copy values into a matrix, beginning at an index of it as if it were flat: whole rows at once."""
+    columns = target.shape[1]
+    while len(piece):
+        row, column = divmod(begin, columns)
+        count = len(piece) // columns
+        if column or not count:
+            part = piece[: columns - column]
+            target[row, column : column + len(part)].copy_(part)
+        else:
+            part = piece[: count * columns]
+            target[row : row + count].copy_(part.view(count, columns))
+        piece, begin = piece[len(part) :], begin + len(part)
 
 
 def numel(tensor: StoredTensor | torch.Tensor) -> int:

@@ -144,11 +144,14 @@ class _Landing:
     def _take_scales(self, piece: torch.Tensor, begin: int) -> None:
         scales = self._weight.scales
         count = scales.nbytes // scales.dtype.itemsize
-        if self._stored is None:
-            self._stored = torch.empty(count, dtype=scales.dtype, device=piece.device)
-        self._stored[begin : begin + len(piece)].copy_(piece)
-        if begin + len(piece) < count:
-            return
+        if len(piece) == count:  # almost always
+            self._stored = piece.clone()
+        else:
+            if self._stored is None:
+                self._stored = torch.empty(count, dtype=scales.dtype, device=piece.device)
+            self._stored[begin : begin + len(piece)].copy_(piece)
+            if begin + len(piece) < count:
+                return
         self._blocks = scales_of_blocks(self._stored, self._weight.shape, self._weight.block)
         self._stored = None
         self._transcoder.add(self._weight.name, self._blocks)
@@ -165,7 +168,7 @@ class _Landing:
         per_item, columns = self._per_item, self._columns
         room = CPU_VALUES if piece.device.type == "cpu" else GPU_VALUES
         step = max(1, room // self._values) * self._values // per_item
-        for numbers in torch.split(piece, step):
+        for numbers in (piece,) if len(piece) <= step else torch.split(piece, step):
             at, count = begin * per_item, len(numbers) * per_item
             scales = self._scales[at // columns : (at + count) // columns]
             values = values_of_rows(numbers, scales, columns, self._weight.block[1], self._weight.dtype)

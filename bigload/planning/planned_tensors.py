@@ -325,16 +325,12 @@ def dequantized_bytes(tensors: Sequence[PlannedTensor], config: BnbQuantizationC
 
 def scratch_bytes(tensors: Sequence[PlannedTensor], config: BnbQuantizationConfig) -> int:
     """Return the memory that a GPU needs at most, during the load, to compute values from scales."""
-    return max((_scratch_bytes(p, s, config) for p in tensors for s in p.sources), default=0)
 
+    def of(planned: PlannedTensor, tensor: StoredTensor | torch.Tensor) -> int:
+        dtype = planned.format.dtype if isinstance(planned.format, Plain) else config.load_dtype
+        return tensor.scratch_bytes(dtype) if isinstance(tensor, ScaledTensor) else 0
 
-def _scratch_bytes(planned: PlannedTensor, source: Source, config: BnbQuantizationConfig) -> int:
-    if not isinstance(source.tensor, ScaledTensor):
-        return 0
-    dtype = planned.format.dtype if isinstance(planned.format, Plain) else config.load_dtype
-    # What is turned lies there twice: as it is stored, and as the model has it.
-    turned = 2 * math.prod(source.tensor.shape) * dtype.itemsize if source.transposed else 0
-    return source.tensor.scratch_bytes(dtype) + turned
+    return max((of(planned, source.tensor) for planned in tensors for source in planned.sources), default=0)
 
 
 def compute_dtype_of(config: BnbQuantizationConfig) -> torch.dtype:

@@ -284,6 +284,11 @@ DAMAGED = {
         CHANNELS,
         "offsets.*use the original checkpoint",
     ),
+    "one int8 without": (
+        lambda: {n: t for n, t in stored(lambda w: by_row(w, torch.int8, 127))[0].items() if n != "up.weight_scale"},
+        CHANNELS,
+        "weights are stored as int8, but 'up.weight_scale' is missing: download",
+    ),
     "another order": (
         lambda: stored(lambda w: by_row(w, torch.int8, 127))[0] | {"up.weight_g_idx": torch.ones(320).int()},
         CHANNELS,
@@ -441,11 +446,11 @@ def mxfp4(scale=None, width=16):
     return plain | {"experts.down_proj_blocks": numbers, "experts.down_proj_scales": scale}
 
 
-def test_a_plan_keeps_memory_free_in_which_experts_are_turned(tmp_path):
+def test_a_plan_keeps_memory_free_for_both_numbers_of_a_byte(tmp_path):
     folder = save(mxfp4(), tmp_path)
     plan = plan_device_map(empty(Turned), PLAIN, folder, device_map=0, offload=OffloadConfig(reserve=0))
     values, pairs, scales = 96 * 40 * 2, 96 * 40 // 2 * 4, 40 * 3 * 4
-    assert plan.accounts[0].reserve - 144 * 2**20 == values + pairs + scales + 2 * values
+    assert plan.accounts[0].reserve - 144 * 2**20 == values + pairs + scales
 
 
 def test_mxfp4_is_what_the_specification_says(tmp_path, device):
@@ -485,3 +490,36 @@ def test_damaged_mxfp4_is_named(tmp_path, state, message, device):
     says(folder, quant_method="mxfp4")
     with pytest.raises(CheckpointError, match=message):
         load_and_quantize_model(empty(Turned), PLAIN, folder, device_map=device)
+
+
+def test_mxfp4_that_a_config_says_is_fp8_is_named(tmp_path):
+    folder = save(mxfp4(), tmp_path)
+    says(folder, **BLOCKS)
+    with pytest.raises(
+        CheckpointError, match=r"quantized by 'fp8', but 'experts.down_proj' is stored as mxfp4, blocks"
+    ):
+        load_and_quantize_model(empty(Turned), PLAIN, folder, device_map="cpu")
+    says(folder, quant_method="mxfp4")
+    assert load_and_quantize_model(empty(Turned), PLAIN, folder, device_map="cpu").experts.down_proj.isfinite().all()
+
+
+FP4 = {"up.weight": torch.zeros(200, 160, dtype=torch.int8)}
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"up.weight_scale_inv": torch.ones(200, 9)}, "into no equal blocks"),
+        ({"up.weight_scale_inv": torch.ones(1)}, "into no equal blocks"),
+        ({"up.weight_scale_inv": torch.ones(200, 10).int()}, "of torch.int32, which divides"),
+        ({"up.weight_scale_inv": torch.ones(200, 10) * torch.inf}, "scales that are not finite"),
+        ({}, "weights are stored as int8, but 'up.weight_scale_inv' is missing: download"),
+    ],
+    ids=["uneven", "one", "integers", "infinite", "none"],
+)
+def test_damaged_fp4_is_named(tmp_path, parts, message, device):
+    state = {name: tensor for name, tensor in fp8().items() if not name.startswith("up.")}
+    folder = save(state | FP4 | parts, tmp_path)
+    says(folder, **BLOCKS, expert_dtype="fp4")
+    with pytest.raises(CheckpointError, match=message):
+        load_and_quantize_model(empty(Net), PLAIN, folder, device_map=device)

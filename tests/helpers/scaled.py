@@ -58,6 +58,30 @@ def in_fp8(folder, end="weight_scale_inv", convert=lambda scales: scales, size=(
     return state
 
 
+def in_rows(folder, number=FP8, most=448):
+    """Rewrite a saved model in place as compressed-tensors does: a scale for each row of a Linear, in bfloat16.
+
+    Returns:
+        The values, element by element of the formula.
+    """
+    path, state, values = folder / "model.safetensors", {}, {}
+    for name, tensor in load_file(path).items():
+        if tensor.dim() != 2 or any(part in name for part in KEPT):
+            state[name] = values[name] = tensor
+            continue
+        scales = (tensor.float().abs().amax(1, keepdim=True) / most).bfloat16()
+        numbers = (tensor.float() / scales.float()).clamp(-most, most)
+        state[name] = (numbers if number.is_floating_point else numbers.round()).to(number)
+        state[f"{name}_scale"] = scales
+        values[name] = (state[name].float() * scales.float()).bfloat16()
+    save_file(state, path, metadata={"format": "pt"})
+    weights = {"num_bits": 8, "type": "float" if number.is_floating_point else "int", "strategy": "channel"}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights | {"symmetric": True, "dynamic": False}}}
+    form = "float-quantized" if number.is_floating_point else "int-quantized"
+    says(folder, quant_method="compressed-tensors", format=form, config_groups=groups, ignore=["lm_head"])
+    return values
+
+
 def as_exponents(scales):
     """Return the next powers of two, as bytes that hold their exponents."""
     return (scales.log2().round() + 127).to(torch.uint8)

@@ -9,7 +9,7 @@ from checkpoints import offloaded
 from comparisons import assert_same_bits, outputs, state_of
 from safetensors import safe_open
 from safetensors.torch import save_file
-from scaled import as_exponents, in_fp8, in_mxfp4
+from scaled import as_exponents, in_fp8, in_mxfp4, in_rows
 from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
 from bigload import ConfigError, init_empty_weights, load_and_quantize_model, quantize_checkpoint
@@ -99,6 +99,23 @@ def test_forms_that_transformers_reads_as_fp8_have_its_values(form, mode, tmp_pa
     found = load_and_quantize_model(built(folder), mode, folder, device_map=device)
     expected = load_and_quantize_model(built(folder), mode, plain, device_map=device)
     assert_same_bits(state_of(found), state_of(expected))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("number", [(torch.float8_e4m3fn, 448), (torch.int8, 127)], ids=["fp8", "w8a8"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen3-moe"])
+def test_compressed_tensors_has_the_values_of_its_formula(name, number, mode, tmp_path, device):
+    family, fields = MODELS[name]
+    config = getattr(transformers, f"{family}Config")(**(WIDTHS | fields), dtype="bfloat16")
+    folder, plain = tmp_path / "scaled", tmp_path / "plain"
+    getattr(transformers, f"{family}ForCausalLM")(config).to(torch.bfloat16).save_pretrained(folder)
+    plain.mkdir()
+    save_file(in_rows(folder, *number), plain / "model.safetensors")
+    found = load_and_quantize_model(built(folder), mode, folder, device_map=device)
+    expected = load_and_quantize_model(built(folder), mode, plain, device_map=device)
+    assert_same_bits(state_of(found), state_of(expected))
+    tokens = torch.arange(12, device=device).view(2, 6)
+    assert torch.equal(outputs(found, tokens), outputs(expected, tokens))
 
 
 @pytest.mark.parametrize("home", ["cpu", "disk"])

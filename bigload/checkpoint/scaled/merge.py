@@ -92,13 +92,10 @@ def _require_scales(
 ) -> None:
     """Refuse numbers without scales, and scales without numbers."""
     if made or said.method in fp8.METHODS:
-        lacking = [
-            f"{name}{_ENDS[0] if said.method in ('fp8', 'mxfp8') else _ENDS[1]}"
-            for name, tensor in parts.items()
-            if tensor.dtype in fp8.FLOAT8 and name not in made and not name.endswith((*_ENDS, "_scale_2"))
-        ]
-        if lacking and not any(name.endswith("_scale_2") for name in tensors):
-            raise _lacking(lacking, "fp8")
+        end = _ENDS[0] if said.method in fp4.METHODS else _ENDS[1]
+        bare = [name for name, tensor in parts.items() if name not in made and _needs_scales(name, tensor)]
+        if bare and not any(name.endswith("_scale_2") for name in tensors):
+            raise _lacking([name + end for name in bare], "int8" if parts[bare[0]].dtype == torch.int8 else "fp8")
     end = _ENDS[0]
     alone = [name for name in parts if name.endswith(f"weight{end}") and name.removesuffix(end) not in made]
     if alone:
@@ -117,6 +114,12 @@ def _require_scales(
     ]
     if alone:
         raise _lacking([name.removesuffix(mxfp4.SCALES) + mxfp4.BLOCKS for name in alone], "mxfp4")
+
+
+def _needs_scales(name: str, tensor: StoredTensor) -> bool:
+    if tensor.dtype == torch.int8:
+        return name.endswith(".weight")
+    return tensor.dtype in fp8.FLOAT8 and not name.endswith((*_ENDS, "_scale_2"))
 
 
 def _lacking(names: list[str], kind: str) -> CheckpointError:
