@@ -55,7 +55,7 @@ def obstacle_of(model: nn.Module) -> str | None:
         state: Any = vars(module).get("state")
         if not hasattr(state, "has_fp16_weights"):
             continue
-        if not is_on_gpu_alone(state, module.weight.device):
+        if not is_on_gpu_alone(state, torch.device(devices[0]) if devices else module.weight.device):
             return (
                 f"{path!r} is int8 with llm_int8_threshold={state.threshold:g}, for which the host waits in each "
                 "layer where Triton does not run: load it with "

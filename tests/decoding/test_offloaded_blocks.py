@@ -10,7 +10,7 @@ from static_caches import given
 from streaming import group_of, poison
 from transformers import StaticCache
 
-from bigload import OffloadError, capture_decode, load_and_quantize_model
+from bigload import BnbQuantizationConfig, OffloadError, capture_decode, load_and_quantize_model
 from bigload.hardware.pinned import HostGroup
 from bigload.offload.device_hooks import detach
 from bigload.offload.engine import Engine
@@ -88,6 +88,17 @@ def test_captured_steps_compute_what_resident_ones_do(blocks, slots, loaded, dev
     assert all(not slot.users for slot in engine.pool.slots)
     capture.remove()
     assert torch.equal(decoded(model), expected)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+def test_int8_blocks_are_captured_where_no_layer_waits_for_the_host(threshold, loaded, device, captures):
+    model = loaded(BnbQuantizationConfig(load_in_8bit=True, llm_int8_threshold=threshold))
+    model.model.layers[1].input_layernorm.weight.data[3] = 100.0  # makes outliers
+    expected = decoded(model)
+    stream(model, device, (1, 3), 1, is_poisoned=False)
+    capture = capture_decode(model)
+    assert torch.equal(decoded(model), expected)
+    assert capture.stats().replayed == (5 if threshold == 0.0 or device.type == "cuda" else 0)
 
 
 @pytest.mark.parametrize("mode", ["nf4-dq", "none"])
