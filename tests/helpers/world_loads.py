@@ -174,6 +174,14 @@ def in_two_dimensions(mesh, folder: Path, device) -> dict[str, bool]:
     losses = losses_of(model, device, 3)
     torch.manual_seed(1)
     found["losses"] = losses == losses_of(tuned_alone(whole, "plain"), device, 3)
+    with bigload.init_empty_weights():
+        headed = tf.LlamaForSequenceClassification(tf.LlamaConfig(**_SIZES))
+    torch.manual_seed(dist.get_rank())  # each process makes another head
+    new = {"mesh": mesh, "initialize_missing": ["score"], "progress": False}
+    heads: list = [None] * dist.get_world_size()
+    made = bigload.load_and_quantize_model(headed, "nf4", path, **new).score.weight.full_tensor()
+    dist.all_gather_object(heads, made.flatten().tolist())
+    found["one head"] = all(head == heads[0] for head in heads)
     half = whole.load_report.bytes_read / 2
     found["half is read"] = abs(model.load_report.bytes_read - half) < 0.01 * half
     return found
@@ -257,6 +265,16 @@ def checkpointed(model, other, folder: Path, device) -> bool:
     return torch.equal(logits_of(other, device), logits_of(model, device))
 
 
+def by_ddp(mesh, folder: Path, device) -> dict:
+    """Train adapters on replicas by torch's DistributedDataParallel."""
+    path = saved(mesh, folder, "mixture")
+    replica = tuned(load("mixture", path, "nf4", mesh=mesh, replicate=True), "mixture")
+    losses = losses_of(torch.nn.parallel.DistributedDataParallel(replica), device, 4)
+    whole = load("mixture", path, "nf4", mesh.device_type)
+    torch.manual_seed(1)
+    return {"sharded": losses, "losses": losses_of(tuned_alone(whole, "mixture"), device, 4), "off": 0}
+
+
 def losses_of(model, device, steps: int = 10, tokens=TOKENS) -> list[float]:
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
@@ -302,4 +320,4 @@ def trains(mesh, folder: Path, cells) -> dict:
             one["same again"] = torch.equal(logits_of(more.eval(), device), logits_of(model.eval(), device))
             one["same by checkpoint"] = checkpointed(model, more, folder, device)
         found[f"{kind} {mode} {checkpointing} {kept}"] = {"sharded": losses, **one}
-    return found
+    return {**found, "replicas by DDP": by_ddp(mesh, folder, device)}
