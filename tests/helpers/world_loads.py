@@ -124,14 +124,20 @@ def loads(mesh, folder: Path, cells) -> dict:
         saved(mesh, folder, kind)
         path = saved(mesh, folder, kind, stored)
         asked = mode if stored is None else None
-        whole = load(kind, path, asked, mesh.device_type)
+        whole = load(kind, path, asked, mesh.device_type) if dist.get_rank() == 0 else None
+        expected: list = [None] * 4
+        if whole is not None:
+            logits = logits_of(whole, device).float().cpu()
+            expected = [digests(whole), logits, whole.load_report.nbytes, whole.load_report.bytes_read]
+        dist.broadcast_object_list(expected, device=device)
+        bits, logits, nbytes, read = expected
         model = load(kind, path, asked, mesh=mesh)
-        alike = {"weights": digests(model) == digests(whole)}
-        alike["logits"] = torch.equal(logits_of(model, device), logits_of(whole, device))
-        alike["weights afterwards"] = digests(model) == digests(whole)
+        alike = {"weights": digests(model) == bits}
+        alike["logits"] = torch.equal(logits_of(model, device).float().cpu(), logits)
+        alike["weights afterwards"] = digests(model) == bits
         replica = load(kind, path, asked, mesh=mesh, replicate=True)
-        alike["replicas"] = digests(replica) == digests(whole)
-        alike["logits of replicas"] = torch.equal(logits_of(replica, device), logits_of(whole, device))
+        alike["replicas"] = digests(replica) == bits
+        alike["logits of replicas"] = torch.equal(logits_of(replica, device).float().cpu(), logits)
         if stored is None and mode != "none":
             alike["what is saved"] = saves_alike(model, whole, folder / f"saved-{kind}-{mode}")
         one = {id(p): p for p in model.parameters()}.values()
@@ -139,9 +145,9 @@ def loads(mesh, folder: Path, cells) -> dict:
             "alike": alike,
             "held": sum(map(held_bytes, one)),
             "planned": model.load_report.nbytes,
-            "whole": whole.load_report.nbytes,
+            "whole": nbytes,
             "read": model.load_report.bytes_read,
-            "read by one": whole.load_report.bytes_read,
+            "read by one": read,
             "read by replica": replica.load_report.bytes_read,
         }
     return found
