@@ -65,7 +65,8 @@ class Ranks:
     @property
     def timeout(self) -> timedelta:
         """How long the process group waits for its members."""
-        return self.group._get_backend(self.device).options._timeout  # type: ignore[no-any-return]
+        options = getattr(self.group._get_backend(self.device), "options", None)  # not in all versions of torch
+        return getattr(options, "_timeout", None) or self._store.timeout  # type: ignore[no-any-return]
 
     def gather(self, own: torch.Tensor) -> torch.Tensor:
         """Return the tensors of all processes, one after the other: (ranks * n,) of (n,), contiguous."""
