@@ -153,9 +153,9 @@ TRIED = {
         "save into one that they share": RANKS + "test_folder_that_all_hosts_share_is_saved_into",
     },
     "distributed/ranks.py": {
-        "let all ranks load the same files": "distributed/test_faults.py::test_a_rank_whose_file_differs_is_named",
+        "let all ranks load the same files": "distributed/test_faults.py::test_a_rank_that_fails_is_named",
         "pass one with one dimension": RANKS + "test_mesh_has_one_dimension_or_two_with_names",
-        "pass a longer timeout": "distributed/test_faults.py::test_a_rank_that_is_too_slow_is_named",
+        "pass a longer timeout": "distributed/test_faults.py::test_a_rank_that_fails_is_named",
     },
     "distributed/sharding.py": {
         "each process would train its own: pass": RANKS + "test_adapters_are_passed_to_the_load",

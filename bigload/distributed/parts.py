@@ -12,7 +12,7 @@ from torch import nn
 from ..checkpoint.bitsandbytes import QuantizedTensor
 from ..pipeline.execute import LoadedTensor
 from ..planning.plan import Plan
-from ..planning.planned_tensors import PlannedTensor
+from ..planning.planned_tensors import PlannedTensor, Share
 from ..quantization.formats import FourBit, Int8, Plain
 from ..quantization.quantized_weight import QuantizedWeight
 from ..quantization.quantizer import code_table, quantize_scales
@@ -68,7 +68,7 @@ class Shares:
         assert share is not None
         if isinstance(planned.format, Plain):
             assert value is None or isinstance(value, torch.Tensor)
-            own = _padded(value, share.padded, planned.format.dtype, self._ranks.device)
+            own = self._plain(value, share, planned.format)
             return _parameter(own, share.whole, share.rank, planned.shape[0], planned.tensor.value.requires_grad)
         packed, scales, whole = self._packed(planned, value)
         shard = QuantizedShard(packed, scales, whole)
@@ -78,10 +78,12 @@ class Shares:
         """Return a whole tensor, as one process would have loaded it. A collective."""
         share, value = planned.share, self._loaded.pop(planned.tensor.name, None)
         if share is None:
+            if isinstance(value, torch.Tensor) and planned.tensor.is_parameter:
+                self._ranks.spread(value)
             return value
         if isinstance(planned.format, Plain):
             assert value is None or isinstance(value, torch.Tensor)
-            own = _padded(value, share.padded, planned.format.dtype, self._ranks.device)
+            own = self._plain(value, share, planned.format)
             flat = self._ranks.gather(own.view(-1).view(torch.uint8)).view(own.dtype)
             return _kept(flat, share.whole)
         packed, scales, whole = self._packed(planned, value)
@@ -92,6 +94,15 @@ class Shares:
             return QuantizedWeight(_kept(made.data, share.whole), row_scales=made.SCB.clone())
         made.quant_state.absmax = made.quant_state.absmax.clone()  # not more memory than its own
         return QuantizedWeight(_kept(made.data, tuple(made.shape)), quant_state=made.quant_state)
+
+    def _plain(self, value: torch.Tensor | None, share: Share, fmt: Plain) -> torch.Tensor:
+        """Return the padded share of a tensor that is not quantized, the same in each copy of the model.
+
+        What no checkpoint holds, a new head, each process has initialised for itself.
+        """
+        own = _padded(value, share.padded, fmt.dtype, self._ranks.device)
+        self._ranks.spread(own, among_replicas=True)
+        return own
 
     def _packed(self, planned: PlannedTensor, value: Any) -> tuple[torch.Tensor, torch.Tensor, Whole]:
         """Return the padded packed values and scales of a quantized share, and what is known of the whole."""

@@ -65,7 +65,8 @@ class Ranks:
     @property
     def timeout(self) -> timedelta:
         """How long the process group waits for its members."""
-        return self.group._get_backend(self.device).options._timeout  # type: ignore[no-any-return]
+        options = getattr(self.group._get_backend(self.device), "options", None)  # not in all versions of torch
+        return getattr(options, "_timeout", None) or self._store.timeout  # type: ignore[no-any-return]
 
     def gather(self, own: torch.Tensor) -> torch.Tensor:
         """Return the tensors of all processes, one after the other: (ranks * n,) of (n,), contiguous."""
@@ -74,9 +75,14 @@ class Ranks:
         gather(made, own.view(-1), group=self.group)
         return made
 
-    def spread(self, tensor: torch.Tensor) -> None:
-        """Give all processes of the mesh the values that the first has of a tensor. A collective."""
-        for dimension in range(self.mesh.ndim):
+    def spread(self, tensor: torch.Tensor, *, among_replicas: bool = False) -> None:
+        """Give all processes of the mesh the values that the first has of a tensor. A collective.
+
+        Args:
+            tensor: written to in the others.
+            among_replicas: only to those that hold the same share, which are several in a mesh of two dimensions.
+        """
+        for dimension in range(self.mesh.ndim - 1 if among_replicas else self.mesh.ndim):
             group = self.mesh.get_group(dimension)
             dist.broadcast(tensor, dist.get_global_rank(group, 0), group=group)
 

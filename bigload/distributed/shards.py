@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from ..errors import QuantizationError
 from ..quantization.bnb import library
@@ -124,7 +125,7 @@ class QuantizedShard(torch.Tensor):
                 me.packed.copy_(args[1].packed)
                 me.scales.copy_(args[1].scales)
             return me
-        found = next(each for each in (*args, *kwargs.values()) if isinstance(each, cls))
+        found = next(each for each in tree_leaves((args, kwargs)) if isinstance(each, cls))
         raise QuantizationError(
             f"'{found.whole.name}' is quantized, and this process holds a part of it, of which {func} means nothing: "
             "leave it to forwards; save the model by save_quantized_model, and adapters by get_model_state_dict with "

@@ -8,13 +8,21 @@ from worlds import DEVICES, run_world
 TIMEOUTS_S = {"cpu": 4, "cuda": 20}  # NCCL takes seconds to begin
 
 
-@pytest.fixture(scope="module", params=DEVICES)
-def faults(request, programs, tmp_path_factory):
-    """What three processes have found, or two with GPUs; the second failed in one way after the other, and died."""
-    folder, ranks = tmp_path_factory.mktemp("faults"), 3 if request.param == "cpu" else 2
-    timeout_s = TIMEOUTS_S[request.param]
-    given = {"device": request.param, "timeout_s": timeout_s, "slow_s": 1.5 * timeout_s}
-    return run_world(programs, "world_faults.faults", ranks, folder, **given)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_rank_that_fails_is_named(programs, tmp_path, device):
+    """Three processes, or two with GPUs, of which the second fails in one way after the other, and dies.
+
+    One test: worlds take seconds, and tests of one file may run in several processes.
+    """
+    given = {"device": device, "timeout_s": TIMEOUTS_S[device], "slow_s": 1.5 * TIMEOUTS_S[device]}
+    faults = run_world(programs, "world_faults.faults", 3 if device == "cpu" else 2, tmp_path, **given)
+    a_rank_whose_file_differs_is_named(faults)
+    a_rank_with_another_mode_is_named(faults)
+    a_rank_without_the_file_is_named(faults)
+    a_rank_that_fails_while_it_loads_is_named(faults)
+    a_rank_that_fails_at_the_end_is_named(faults)
+    a_rank_that_is_too_slow_is_named(faults)
+    a_rank_that_dies_while_it_loads_is_named(faults)
 
 
 def of_the_others(faults, fault):
@@ -27,30 +35,30 @@ def of_the_others(faults, fault):
     return said
 
 
-def test_a_rank_whose_file_differs_is_named(faults):
+def a_rank_whose_file_differs_is_named(faults):
     """All have the same names and shapes; afterwards they load the same files."""
     said = of_the_others(faults, "differs")
     assert "rank 1 and rank 0 do not have the same files (their values): let all ranks load the same files" in said
     assert [seen["differs"]["as it was"] for seen in faults if seen] == [True, True]
 
 
-def test_a_rank_with_another_mode_is_named(faults):
+def a_rank_with_another_mode_is_named(faults):
     assert "rank 1 and rank 0 do not have the same plan (model, config)" in of_the_others(faults, "other mode")
 
 
-def test_a_rank_without_the_file_is_named(faults):
+def a_rank_without_the_file_is_named(faults):
     assert "rank 1 failed in 'plan': CheckpointError: " in of_the_others(faults, "no file")
 
 
-def test_a_rank_that_fails_while_it_loads_is_named(faults):
+def a_rank_that_fails_while_it_loads_is_named(faults):
     assert "rank 1 failed in 'load': CheckpointError: the file ended too early" in of_the_others(faults, "fails")
 
 
-def test_a_rank_that_fails_at_the_end_is_named(faults):
+def a_rank_that_fails_at_the_end_is_named(faults):
     assert "rank 1 failed in 'commit': TypeError: " in of_the_others(faults, "at the end")
 
 
-def test_a_rank_that_is_too_slow_is_named(faults):
+def a_rank_that_is_too_slow_is_named(faults):
     """Later it finds all of them again: the load that follows is one."""
     said = of_the_others(faults, "slow")
     assert re.search(r"rank 1 did not come to the end of 'load' within (4|20) s", said)
@@ -58,7 +66,7 @@ def test_a_rank_that_is_too_slow_is_named(faults):
     assert faults[0]["afterwards"]["error"] is None
 
 
-def test_a_rank_that_dies_while_it_loads_is_named(faults):
+def a_rank_that_dies_while_it_loads_is_named(faults):
     assert "rank 1 did not come to the end of 'load'" in of_the_others(faults, "dies")
 
 

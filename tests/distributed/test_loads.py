@@ -19,16 +19,19 @@ CELLS = [
 WORLDS = [(2, CELLS), (4, [("plain", "nf4-dq", None), ("mixture", "nf4", None)])]
 
 
-@pytest.fixture(scope="module", params=DEVICES)
-def worlds(request, programs, tmp_path_factory):
-    """What worlds of two and of four processes have found, by their size."""
-    found = {}
-    for ranks, cells in WORLDS:
-        if request.param == "cuda" and ranks > _gpus():
-            continue
-        folder = tmp_path_factory.mktemp(f"world{ranks}")
-        found[ranks] = run_world(programs, "world_loads.loads", ranks, folder, request.param, cells=cells)
-    return found
+@pytest.mark.parametrize("device", DEVICES)
+def test_worlds_load_models_together(programs, tmp_path, device):
+    """One test: worlds take seconds, and tests of one file may run in several processes."""
+    worlds = {
+        ranks: run_world(programs, "world_loads.loads", ranks, tmp_path / f"of {ranks}", device, cells=cells)
+        for ranks, cells in WORLDS
+        if device == "cpu" or ranks <= _gpus()
+    }
+    all_bits_are_those_of_a_load_by_one_process(worlds)
+    each_process_holds_its_share(worlds)
+    the_file_is_read_once_by_all_together(worlds)
+    the_reads_of_a_process_are_those_of_its_share(worlds)
+    options_of_fully_shard_change_no_bits(worlds)
 
 
 def _gpus():
@@ -47,20 +50,20 @@ def _all(worlds):
     ]
 
 
-def test_all_bits_are_those_of_a_load_by_one_process(worlds):
+def all_bits_are_those_of_a_load_by_one_process(worlds):
     """Sharded, gathered again after a forward, and as replicas; and what they compute."""
     wrong = [(ranks, rank, cell, seen["alike"]) for ranks, rank, cell, seen in _all(worlds)]
     assert [each for each in wrong if not all(each[3].values())] == []
 
 
-def test_each_process_holds_its_share(worlds):
+def each_process_holds_its_share(worlds):
     for ranks, _, cell, seen in _all(worlds):
         # Padding: of rows, and of blocks; small beside the weights of a real model.
         assert seen["held"] <= seen["whole"] / ranks * 1.25 + 4096, cell
         assert seen["held"] <= seen["planned"], cell
 
 
-def test_the_file_is_read_once_by_all_together(worlds):
+def the_file_is_read_once_by_all_together(worlds):
     for ranks, _, cell, seen in _all(worlds):
         by_rank = [cells[cell] for cells in worlds[ranks]]
         total = sum(each["read"] for each in by_rank)
@@ -74,7 +77,7 @@ def test_the_file_is_read_once_by_all_together(worlds):
             assert seen["read by one"] <= total <= seen["read by one"] + beside, cell
 
 
-def test_the_reads_of_a_process_are_those_of_its_share(worlds):
+def the_reads_of_a_process_are_those_of_its_share(worlds):
     for ranks, by_rank in worlds.items():
         for seen in (cells["reads"] for cells in by_rank):
             assert seen["reported"] == pytest.approx(seen["file"] / ranks, rel=0.02)
@@ -82,7 +85,7 @@ def test_the_reads_of_a_process_are_those_of_its_share(worlds):
             assert seen["reported"] <= seen["read"] <= seen["reported"] + 200_000
 
 
-def test_options_of_fully_shard_change_no_bits(worlds):
+def options_of_fully_shard_change_no_bits(worlds):
     """Gathered weights are kept, mixed precision leaves packed bytes alone, shares may lie in host memory.
 
     Nor do meshes of two dimensions, and weights that are in memory already.

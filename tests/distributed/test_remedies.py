@@ -149,8 +149,10 @@ def test_parts_of_quantized_weights_are_left_to_forwards(alone, path):
 
     model = load(path, mesh=alone, adapters=tuned)
     weight = next(p for name, p in model.named_parameters() if name.endswith("base_layer.weight"))
-    with pytest.raises(QuantizationError, match="leave it to forwards"):
-        _ = weight + 1
+    own = weight._local_tensor
+    for read in (lambda: weight + 1, lambda: torch.cat([own, own])):
+        with pytest.raises(QuantizationError, match="leave it to forwards"):
+            read()
     model(X)
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, ignore_frozen_params=True))
     assert {name.rpartition("lora_")[1] for name in state} == {"lora_"}

@@ -124,14 +124,20 @@ def loads(mesh, folder: Path, cells) -> dict:
         saved(mesh, folder, kind)
         path = saved(mesh, folder, kind, stored)
         asked = mode if stored is None else None
-        whole = load(kind, path, asked, mesh.device_type)
+        whole = load(kind, path, asked, mesh.device_type) if dist.get_rank() == 0 else None
+        expected: list = [None] * 4
+        if whole is not None:
+            logits = logits_of(whole, device).float().cpu()
+            expected = [digests(whole), logits, whole.load_report.nbytes, whole.load_report.bytes_read]
+        dist.broadcast_object_list(expected, device=device)
+        bits, logits, nbytes, read = expected
         model = load(kind, path, asked, mesh=mesh)
-        alike = {"weights": digests(model) == digests(whole)}
-        alike["logits"] = torch.equal(logits_of(model, device), logits_of(whole, device))
-        alike["weights afterwards"] = digests(model) == digests(whole)
+        alike = {"weights": digests(model) == bits}
+        alike["logits"] = torch.equal(logits_of(model, device).float().cpu(), logits)
+        alike["weights afterwards"] = digests(model) == bits
         replica = load(kind, path, asked, mesh=mesh, replicate=True)
-        alike["replicas"] = digests(replica) == digests(whole)
-        alike["logits of replicas"] = torch.equal(logits_of(replica, device), logits_of(whole, device))
+        alike["replicas"] = digests(replica) == bits
+        alike["logits of replicas"] = torch.equal(logits_of(replica, device).float().cpu(), logits)
         if stored is None and mode != "none":
             alike["what is saved"] = saves_alike(model, whole, folder / f"saved-{kind}-{mode}")
         one = {id(p): p for p in model.parameters()}.values()
@@ -139,9 +145,9 @@ def loads(mesh, folder: Path, cells) -> dict:
             "alike": alike,
             "held": sum(map(held_bytes, one)),
             "planned": model.load_report.nbytes,
-            "whole": whole.load_report.nbytes,
+            "whole": nbytes,
             "read": model.load_report.bytes_read,
-            "read by one": whole.load_report.bytes_read,
+            "read by one": read,
             "read by replica": replica.load_report.bytes_read,
         }
     return found
@@ -174,6 +180,14 @@ def in_two_dimensions(mesh, folder: Path, device) -> dict[str, bool]:
     losses = losses_of(model, device, 3)
     torch.manual_seed(1)
     found["losses"] = losses == losses_of(tuned_alone(whole, "plain"), device, 3)
+    with bigload.init_empty_weights():
+        headed = tf.LlamaForSequenceClassification(tf.LlamaConfig(**_SIZES))
+    torch.manual_seed(dist.get_rank())  # each process makes another head
+    new = {"mesh": mesh, "initialize_missing": ["score"], "progress": False}
+    heads: list = [None] * dist.get_world_size()
+    made = bigload.load_and_quantize_model(headed, "nf4", path, **new).score.weight.full_tensor()
+    dist.all_gather_object(heads, made.flatten().tolist())
+    found["one head"] = all(head == heads[0] for head in heads)
     half = whole.load_report.bytes_read / 2
     found["half is read"] = abs(model.load_report.bytes_read - half) < 0.01 * half
     return found
@@ -257,6 +271,16 @@ def checkpointed(model, other, folder: Path, device) -> bool:
     return torch.equal(logits_of(other, device), logits_of(model, device))
 
 
+def by_ddp(mesh, folder: Path, device) -> dict:
+    """Train adapters on replicas by torch's DistributedDataParallel."""
+    path = saved(mesh, folder, "mixture")
+    replica = tuned(load("mixture", path, "nf4", mesh=mesh, replicate=True), "mixture")
+    losses = losses_of(torch.nn.parallel.DistributedDataParallel(replica), device, 4)
+    whole = load("mixture", path, "nf4", mesh.device_type)
+    torch.manual_seed(1)
+    return {"sharded": losses, "losses": losses_of(tuned_alone(whole, "mixture"), device, 4), "off": 0}
+
+
 def losses_of(model, device, steps: int = 10, tokens=TOKENS) -> list[float]:
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
@@ -302,4 +326,4 @@ def trains(mesh, folder: Path, cells) -> dict:
             one["same again"] = torch.equal(logits_of(more.eval(), device), logits_of(model.eval(), device))
             one["same by checkpoint"] = checkpointed(model, more, folder, device)
         found[f"{kind} {mode} {checkpointing} {kept}"] = {"sharded": losses, **one}
-    return found
+    return {**found, "replicas by DDP": by_ddp(mesh, folder, device)}

@@ -83,6 +83,7 @@ def _member(rank: int, check: str, ranks: int, folder: str, device: str, timeout
     from torch.distributed.device_mesh import init_device_mesh
 
     os.environ["LOCAL_RANK"] = str(rank)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # where the name of the host is that of no address
     torch.set_num_threads(1)
     if device == "cuda":
         torch.cuda.set_device(rank)
