@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import logging
 import os
 import threading
@@ -19,6 +18,7 @@ from .checkpoint.bitsandbytes import QuantizedTensor
 from .checkpoint.checkpoint import WeightsLocation
 from .distributed.joint_load import JointLoad, joint_load
 from .errors import BigloadError, PlacementError
+from .hardware.collector import without_collections
 from .hardware.devices import CPU, Device, DeviceMap, named_devices, on_cpu_unless_named
 from .io.ring import pin_ahead, release_ring
 from .io.timeline import Timeline
@@ -45,23 +45,8 @@ from .quantization.quantizer import code_table, load_kernels
 logger = logging.getLogger(__name__)
 
 
-@contextmanager
-def _without_collections() -> Iterator[None]:
-    """Pause Python's garbage collector: a load creates many objects and no garbage.
-
-    With 10,000 tensors the collector takes half of the time.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
 @on_cpu_unless_named()
-@_without_collections()
+@without_collections()  # a load makes many objects and no garbage; for 10,000 tensors they took half of the time
 def load_and_quantize_model(
     model: nn.Module,
     bnb_quantization_config: Any,

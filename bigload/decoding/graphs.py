@@ -10,6 +10,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from ..hardware.collector import without_collections
+
 _T = TypeVar("_T")
 # The allocator of pinned memory goes on asking a graph whose capture failed whether it is capturing: it is not freed.
 _failed: list[Any] = []
@@ -79,7 +81,8 @@ class CudaGraphs:
             RuntimeError: something in it cannot be captured, such as a wait of the host for the GPU.
             torch.OutOfMemoryError: there is no room for what it computes.
         """
-        with _one_at_a_time, torch.cuda.device(self.device):
+        # To collect garbage may free a graph of a model that is no more, which ends a capture in the same thread.
+        with _one_at_a_time, without_collections(), torch.cuda.device(self.device):
             if not self._live:
                 self._pool = torch.cuda.graph_pool_handle()  # that of graphs that are no more cannot be used again
             graph = torch.cuda.CUDAGraph()

@@ -25,6 +25,9 @@ from ..quantization.bnb import library
 from ..quantization.formats import FourBit, Int8
 
 _A = torch.ops.aten
+# What a shard claims that its bytes are. Until torch 2.12 fully_shard makes a parameter first and forbids its gradients
+# afterwards, which needs a floating dtype.
+_CLAIMED = torch.uint8 if torch.__version__ >= "2.12" else torch.float8_e4m3fn  # compared as versions
 # They leave what a shard holds as it is, whatever row of bytes it claims to be afterwards.
 _ALIASES = {_A.detach.default, _A.alias.default, _A.view.default, _A.slice.Tensor, _A.as_strided.default}
 # They make the same of both tensors: copies on this device or another one.
@@ -96,7 +99,7 @@ class QuantizedShard(torch.Tensor):
         """Put the two tensors together; neither is copied. `shape` is what it claims, by default one row of bytes."""
         claimed = (1, packed.nbytes + scales.nbytes) if shape is None else tuple(shape)
         made: QuantizedShard = torch.Tensor._make_wrapper_subclass(
-            cls, claimed, dtype=torch.uint8, device=packed.device, requires_grad=False
+            cls, claimed, dtype=_CLAIMED, device=packed.device, requires_grad=False
         )
         made.packed, made.scales, made.whole = packed, scales, whole
         return made
@@ -113,9 +116,9 @@ class QuantizedShard(torch.Tensor):
     ) -> Any:
         me, kwargs = args[0], kwargs or {}
         if func in _ALIASES and isinstance(me, cls):
-            claimed = torch.empty(me.shape, dtype=torch.uint8, device="meta")
+            claimed = torch.empty(me.shape, dtype=_CLAIMED, device="meta")
             return cls(me.packed, me.scales, me.whole, func(claimed, *args[1:], **kwargs).shape)
-        if func in _COPIES and isinstance(me, cls) and kwargs.get("dtype") in (None, torch.uint8):
+        if func in _COPIES and isinstance(me, cls) and kwargs.get("dtype") in (None, _CLAIMED):
             kwargs = {name: value for name, value in kwargs.items() if name != "dtype"}
             return cls(func(me.packed, **kwargs), func(me.scales, **kwargs), me.whole, me.shape)
         if func is _A.is_pinned.default:

@@ -353,7 +353,7 @@ def _linear_8bit(layer: Any, name: str, tensors: Tensors) -> Forward:
     def compute(x: torch.Tensor) -> torch.Tensor:
         bias, state.is_training, state.threshold = layer.bias, layer.training, layer.state.threshold
         bias = None if bias is None else bias.to(x.dtype)
-        if suits(state, x):
+        if suits(state, x, bias):
             return outlier_product(x, weight, state.SCB, state.threshold, bias)
         return matmul(x, weight, bias=bias, state=state)  # type: ignore[no-any-return]
 

@@ -62,7 +62,9 @@ def forward_int8(layer: Any, input: torch.Tensor) -> torch.Tensor:
     keep_row_scales(layer)
     bias = layer._parameters.get("bias")
     is_usual = bias is None or bias.dtype == input.dtype
-    own = _without_host if suits(layer.state, input) else type(layer).forward if is_usual else _with_cast_bias
+    own = (
+        _without_host if suits(layer.state, input, layer.bias) else type(layer).forward if is_usual else _with_cast_bias
+    )
     return on_matrix(functools.partial(own, layer), input)
 
 

@@ -65,6 +65,7 @@ def test_greedy_tokens_and_logits_are_those_of_steps_that_run_as_before(name, de
     stats = capture.stats()
     # The prompt gives the first token; of the other steps the first runs as before.
     assert (stats.replayed, stats.uncaptured, stats.captures, stats.reasons) == (STEPS - 2, 1, 1, ())
+    gc.collect()  # the cache of the last call, which some models hold in a cycle
     assert_same(generated(model, tokens), expected)
     capture.remove()
     assert_same(generated(model, tokens), expected)

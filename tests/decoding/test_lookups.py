@@ -76,6 +76,7 @@ class Twice(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.embed = model.model.embed_tokens
+        self.norm = model.model.norm  # which is on the device
 
     def step(self, ids):
         return self.embed((self.embed(ids).sum(-1) > 0).long())
@@ -86,9 +87,6 @@ def test_what_a_step_computes_cannot_be_looked_up(tmp_path, device, captures, wa
     ids = torch.arange(4, device=device)
     expected = model.step(ids)
     capture = capture_decode(model, step="step")
-    if capture.without_effect:  # nothing of it is on the GPU
-        assert device.type == "cuda"
-        return
     with torch.no_grad():
         for _ in range(3):
             assert torch.equal(model.step(ids), expected)

@@ -7,6 +7,7 @@ import torch
 import transformers
 from checkpoints import offloaded
 from comparisons import assert_same_bits, outputs, state_of
+from packaging.version import Version
 from safetensors import safe_open
 from safetensors.torch import save_file
 from scaled import as_exponents, in_fp8, in_mxfp4, in_rows
@@ -94,8 +95,11 @@ def test_forms_that_transformers_reads_as_fp8_have_its_values(form, mode, tmp_pa
     getattr(transformers, f"{family}ForCausalLM")(config).to(torch.bfloat16).save_pretrained(folder)
     in_fp8(folder, **FORMS[form])
     plain.mkdir()
-    model = dequantized("qwen3-moe", folder)
-    save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, plain / "model.safetensors")
+    values = {name: tensor.clone() for name, tensor in dequantized("qwen3-moe", folder).state_dict().items()}
+    if any(tensor.dtype.itemsize == 1 for tensor in values.values()):
+        assert Version(transformers.__version__) < Version("5.24")
+        pytest.skip("transformers does not read these names yet, and gives weights without their scales")
+    save_file(values, plain / "model.safetensors")
     found = load_and_quantize_model(built(folder), mode, folder, device_map=device)
     expected = load_and_quantize_model(built(folder), mode, plain, device_map=device)
     assert_same_bits(state_of(found), state_of(expected))

@@ -153,11 +153,20 @@ def test_a_layer_gives_few_rows_to_the_gpu_alone(name, device, kernels, monkeypa
 
     monkeypatch.setattr(own_forwards, "outlier_product", product)
     if device.type == "cpu":
-        monkeypatch.setattr(own_forwards, "suits", lambda state, x: outliers.suits(state, as_on_gpu(x)))
+        monkeypatch.setattr(own_forwards, "suits", lambda state, x, bias: outliers.suits(state, as_on_gpu(x), bias))
     found = linear(made(x))
     assert len(calls) == is_for
     assert found.shape == expected.shape
     assert torch.allclose(found, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_a_bias_that_is_trained_gets_its_gradient(device, kernels, monkeypatch):
+    linear = layer(device)
+    linear.bias.requires_grad_()
+    if device.type == "cpu":
+        monkeypatch.setattr(own_forwards, "suits", lambda state, x, bias: outliers.suits(state, as_on_gpu(x), bias))
+    linear(torch.randn(4, 64, device=device).half()).sum().backward()
+    assert torch.equal(linear.bias.grad, torch.full_like(linear.bias, 4))
 
 
 def as_on_gpu(x):

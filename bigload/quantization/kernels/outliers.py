@@ -34,13 +34,15 @@ def is_on_gpu_alone(state: Any, device: torch.device) -> bool:
     return state.threshold == 0.0 or (not state.has_fp16_weights and device.type == "cuda" and _runs_kernels(device))
 
 
-def suits(state: Any, rows: torch.Tensor) -> bool:
-    """Whether an input, (..., in_features), is one for `outlier_product`: a few rows, of which no gradient is asked."""
+def suits(state: Any, rows: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether an input, (..., in_features), is one for `outlier_product`: a few rows, and no gradient is asked of it or
+    of the bias.
+    """
     return (
         state.threshold > 0.0
         and rows.device.type == "cuda"
         and 0 < rows.numel() <= MAX_ROWS * rows.shape[-1]
-        and not (torch.is_grad_enabled() and rows.requires_grad)
+        and not (torch.is_grad_enabled() and (rows.requires_grad or (bias is not None and bias.requires_grad)))
         and not torch.compiler.is_compiling()
         and is_on_gpu_alone(state, rows.device)
     )
