@@ -137,7 +137,7 @@ TRIED = {
     },
     "decoding/obstacles.py": {
         "llm_int8_threshold=0.0": "decoding/test_generating.py::"
-        "test_int8_without_a_threshold_is_captured_and_with_one_the_reason_is_said",
+        "test_int8_is_captured_where_the_gpu_alone_finds_outliers",
         "call it under torch.no_grad()": DECODING
         + "test_steps_are_captured_without_gradients_in_eval_mode_and_with_a_static_cache",
         "call model.eval()": DECODING

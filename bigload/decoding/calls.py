@@ -67,6 +67,12 @@ class Call:
             self.others.append(value)
             key.append((path, id(value)))
 
+    @property
+    def rows(self) -> int | None:
+        """How many rows of tokens it is given, of which a cache has as many sequences in each call of a model."""
+        tokens = tokens_of(self._args, self._kwargs)
+        return None if tokens is None or not tokens.dim() else tokens.shape[0]
+
     def with_tensors(self, tensors: Sequence[torch.Tensor]) -> tuple[Any, Any]:
         """Return the arguments with other tensors in the place of theirs, in the order of `tensors`."""
         rest = iter(tensors)

@@ -23,7 +23,7 @@ from .graphs import Graphs
 from .lookups import Lookups
 from .masks import deferring, made
 from .model_state import HeldTensors, ModelState
-from .obstacles import obstacle_now, obstacle_of
+from .obstacles import obstacle_now, obstacle_of, obstacle_of_rows
 from .steps import CachePlace, CapturedStep, NotCapturedError, problem_of
 
 logger = logging.getLogger(__name__)
@@ -222,7 +222,7 @@ class DecodeSteps(MethodOverride):
 
     def _warm_up(self, key: Any, call: Call, state: CacheState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the first step of a kind, and see whether it does what a replay would not do again."""
-        reason = self._reason_of(call)
+        reason = self._reason_of(call, tokens_of(args, kwargs))
         if reason is not None:
             self._remember(key, state, reason)
             return self._leave(reason)
@@ -248,9 +248,11 @@ class DecodeSteps(MethodOverride):
         self._remember(key, state, reason, lookups)
         return out
 
-    def _reason_of(self, call: Call) -> str | None:
+    def _reason_of(self, call: Call, tokens: torch.Tensor | None) -> str | None:
         elsewhere = [tensor for tensor in call.tensors if tensor.device != self._device]
-        return f"it is given a tensor on {elsewhere[0].device}" if elsewhere else None
+        if elsewhere:
+            return f"it is given a tensor on {elsewhere[0].device}"
+        return obstacle_of_rows(self.module, tokens.shape[0]) if tokens is not None and tokens.dim() > 1 else None
 
     def _note_new(self, key: Any) -> None:
         self._new_in_a_row += 1

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 
 
-def lend(layers: Sequence[Any], cache: Any, batch: int) -> bool:
+def lend(layers: Sequence[Any], cache: Any) -> bool:
     """Give the tensors of static layers, which nobody uses any more, to a static cache that has none yet.
 
     Args:
         layers: with tensors, whose values are lost.
-        cache: of transformers, that no forward has been given.
-        batch: sequences that it is for.
+        cache: of transformers, that no forward has been given, for as many sequences.
 
     Returns:
         Whether it has them: not if it is of another kind.
@@ -25,7 +24,7 @@ def lend(layers: Sequence[Any], cache: Any, batch: int) -> bool:
     empty = getattr(cache, "layers", None)
     if not layers or not isinstance(empty, list) or len(empty) != len(layers):
         return False
-    if not all(_suits(old, new, batch) for old, new in zip(layers, empty, strict=True)):
+    if not all(_suits(old, new) for old, new in zip(layers, empty, strict=True)):
         return False
     for old, new in zip(layers, empty, strict=True):
         own = vars(new)
@@ -37,12 +36,11 @@ def lend(layers: Sequence[Any], cache: Any, batch: int) -> bool:
     return True
 
 
-def _suits(old: Any, new: Any, batch: int) -> bool:
+def _suits(old: Any, new: Any) -> bool:
     had, has = vars(old), vars(new)
     return (
         type(old) is type(new)
         and has.get("is_initialized") is False
         and had.get("is_initialized") is True
-        and had.get("batch_size") == batch
         and all(has.get(name) == had.get(name) for name in ("max_cache_len", "sliding_window", "_is_croppable"))
     )

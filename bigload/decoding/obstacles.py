@@ -12,7 +12,7 @@ from torch import nn
 from ..offload.captured import is_capturable as can_have
 from ..offload.expert_forwards import ExpertsForward
 from ..offload.forwards import CpuForward, ForwardOverride, StreamedForward, forward_override_of
-from ..quantization.kernels.outliers import is_on_gpu_alone
+from ..quantization.kernels.outliers import MAX_ROWS, is_on_gpu_alone
 from .graphs import graphs_on
 from .lookups import is_lookup
 
@@ -51,17 +51,31 @@ def obstacle_of(model: nn.Module) -> str | None:
     devices = sorted({str(tensor.device) for tensor in _tensors(model)})
     if len(devices) > 1:
         return f"it is on several devices ({', '.join(devices)})"
+    for path, state in _int8_with_outliers(model):
+        if not devices or not is_on_gpu_alone(state, torch.device(devices[0])):
+            return _waiting(path, state, "in each layer where Triton does not run")
+    return _hook_in(model)
+
+
+def obstacle_of_rows(model: nn.Module, rows: int) -> str | None:
+    """Say why a step of so many sequences is not captured; None if nothing is known against it."""
+    for path, state in _int8_with_outliers(model) if rows > MAX_ROWS else ():
+        return _waiting(path, state, f"in steps of more than {MAX_ROWS} sequences")
+    return None
+
+
+def _int8_with_outliers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for path, module in model.named_modules():
         state: Any = vars(module).get("state")
-        if not hasattr(state, "has_fp16_weights"):
-            continue
-        if not is_on_gpu_alone(state, torch.device(devices[0]) if devices else module.weight.device):
-            return (
-                f"{path!r} is int8 with llm_int8_threshold={state.threshold:g}, for which the host waits in each "
-                "layer where Triton does not run: load it with "
-                "BnbQuantizationConfig(load_in_8bit=True, llm_int8_threshold=0.0)"
-            )
-    return _hook_in(model)
+        if hasattr(state, "has_fp16_weights") and state.threshold > 0.0:
+            yield path, state
+
+
+def _waiting(path: str, state: Any, when: str) -> str:
+    return (
+        f"{path!r} is int8 with llm_int8_threshold={state.threshold:g}, for which the host waits {when}: load it with "
+        "BnbQuantizationConfig(load_in_8bit=True, llm_int8_threshold=0.0)"
+    )
 
 
 def _hook_in(model: nn.Module) -> str | None:

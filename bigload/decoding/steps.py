@@ -79,6 +79,7 @@ class CapturedStep:
         """
         begun, reserved = time.perf_counter(), graphs.allocated()
         self.key, self._graphs, self._others = key, graphs, call.others
+        self._rows = call.rows
         self._owners, self._lookups = [weakref.ref(each) for each in call.states], lookups
         self._state, self._own, self.place = state, state.tensors(), place
         before = state.snapshot()
@@ -131,9 +132,9 @@ class CapturedStep:
         """Whether a cache that lay where it works is no more."""
         return any(user() is None for user in self.place.users)
 
-    def lend_to(self, cache: Any, batch: int) -> bool:
+    def lend_to(self, cache: Any, rows: int) -> bool:
         """Give the tensors of a cache that is no more to one that has none; say whether it has them."""
-        if len(self._owners) != 1 or not lend(self._state.layers(), cache, batch):
+        if len(self._owners) != 1 or rows != self._rows or not lend(self._state.layers(), cache):
             return False
         self.place.give_to([cache])
         return True

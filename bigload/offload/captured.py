@@ -16,10 +16,12 @@ from torch import nn
 from ..errors import OffloadError
 from .expert_forwards import ExpertsForward
 from .forwards import StreamedForward, forward_override_of
+from .leaves import without_torch_function
 from .on_device.captured_copies import CapturedCopies
 from .on_device.expert_cache import ExpertCache
 from .on_device.gpu_book import GpuBook
 from .on_device.slot_pool import SlotPool
+from .residency import Residency
 
 
 def is_capturable(module: nn.Module) -> bool:
@@ -38,26 +40,28 @@ class CapturedOffload:
 
     def __init__(self, model: nn.Module) -> None:
         self._caches: list[tuple[StreamedForward, ExpertCache, GpuBook]] = []
-        self._streamed: list[StreamedForward] = []
+        self._weights: dict[SlotPool, list[Residency]] = {}
         self._pools: dict[SlotPool, CapturedCopies | None] = {}
         for module in model.modules():
             forward = forward_override_of(module)
             if not isinstance(forward, StreamedForward) or not is_capturable(module):
                 continue
             self._pools[forward.weights.pool] = None
+            self._weights.setdefault(forward.weights.pool, []).append(forward.weights)
             cache = forward.weights.cache() if isinstance(forward, ExpertsForward) else None
             book = None if cache is None else cache.unread_book()
             if cache is not None and book is not None:
                 self._caches.append((forward, cache, book))
-            else:
-                self._streamed.append(forward)
 
     def are_same(self) -> bool:
         """Whether caches, slots and stores are where they were. Weights at rest that were written to are taken over."""
-        for forward in self._streamed:
-            forward.weights.adopt_changes()
+        for pool, weights in self._weights.items():
+            with pool.lock, without_torch_function():
+                for each in weights:
+                    each.adopt_changes()
         for forward, cache, book in self._caches:
-            if forward.weights.cache() is not cache or cache.unread_book() is not book:
+            pool = forward.weights.pool
+            if pool.caches.of(forward.weights.leaf) is not cache or cache.unread_book() is not book:
                 return False
         return all(copies is None or copies.is_same(pool.slots) for pool, copies in self._pools.items())
 

@@ -121,7 +121,7 @@ class Residency:
         cache = self.pool.caches.of(self.leaf)
         if cache is not None:
             with self.pool.lock, without_torch_function():
-                self._adopt_changes()
+                self.adopt_changes()
         return self.pool.caches.of(self.leaf)  # what was adopted may be of another shape
 
     def note_pairs(self, pairs: int) -> None:
@@ -129,11 +129,10 @@ class Residency:
         self.pool.caches.pairs = pairs
 
     def adopt_changes(self) -> None:
-        """Take over what others have written to the weights at rest, or put in their place."""
-        with self.pool.lock, without_torch_function():
-            self._adopt_changes()
+        """Take over what others have written to the weights at rest, or put in their place.
 
-    def _adopt_changes(self) -> None:
+        The caller holds the pool's lock, `without_torch_function`.
+        """
         at_rest = self.group.store.tensors
         for each in self._owned:
             if at_rest and each.is_changed(at_rest[each.name]):  # there are none any more after remove()
@@ -142,7 +141,7 @@ class Residency:
 
     def _acquire(self, use: Use) -> Slot:
         with self.pool.lock, without_torch_function():
-            self._adopt_changes()
+            self.adopt_changes()
             return self.pool.enter(use, self.group, self.leaf)
 
     def _leave(self) -> None:

@@ -149,6 +149,21 @@ def test_int8_is_captured_where_the_gpu_alone_finds_outliers(threshold, tmp_path
         assert "llm_int8_threshold=6, for which the host waits" in message
 
 
+def test_int8_with_outliers_is_captured_for_as_many_sequences_as_the_gpu_alone_computes(
+    tmp_path, device, captures, warned, monkeypatch
+):
+    if device.type == "cpu":
+        monkeypatch.setattr("bigload.decoding.obstacles.is_on_gpu_alone", lambda state, device: True)
+    folder = save_checkpoint(llama().half(), tmp_path)
+    model = load_and_quantize_model(empty(llama), "int8", folder, device_map=device).eval()
+    tokens = (torch.arange(33 * 5) % 100).view(33, 5).to(device)
+    expected = generated(model, tokens)
+    capture = capture_decode(model)
+    assert_same(generated(model, tokens), expected)
+    assert capture.stats().replayed == 0
+    assert "in steps of more than 32 sequences" in warned()[-1]
+
+
 def test_the_next_generation_uses_the_graph_of_a_cache_that_is_no_more(model, device, captures):
     tokens = TOKENS.to(device)
     expected = [generated(model, prompt) for prompt in (tokens, tokens + 7, tokens + 20)]
