@@ -107,6 +107,7 @@ class Sharding:
         ignored = {parameter for parameter in root.parameters() if not parameter.dim()}
         for parameter in ignored:
             parameter.requires_grad_(False)
+        _claim(quantized)
         kwargs = {"mesh": ranks.mesh, **self.options} | ({"ignored_params": ignored} if ignored else {})
         for module in groups:
             fully_shard(module, **kwargs)
@@ -153,6 +154,15 @@ def _put(
             if is_quantized_part:
                 quantized.append((owner, leaf))
     return quantized
+
+
+def _claim(quantized: Sequence[tuple[nn.Module, str]]) -> None:
+    """Let quantized parts claim what fully_shard can take."""
+    claimed: dict[int, Any] = {}
+    for layer, leaf in quantized:
+        part: Any = layer._parameters[leaf]
+        if part.dtype != part.own.dtype:
+            layer._parameters[leaf] = claimed.setdefault(id(part), part.as_claimed())
 
 
 class _RefuseUnsharded:

@@ -25,8 +25,8 @@ from ..quantization.bnb import library
 from ..quantization.formats import FourBit, Int8
 
 _A = torch.ops.aten
-# What a shard claims that its bytes are. Until torch 2.12 fully_shard makes a parameter first and forbids its gradients
-# afterwards, which needs a floating dtype.
+# What a shard claims that its bytes are, for fully_shard. Until torch 2.12 that makes a parameter first and forbids its
+# gradients afterwards, which needs a floating dtype.
 _CLAIMED = torch.uint8 if torch.__version__ >= "2.12" else torch.float8_e4m3fn  # compared as versions
 # They leave what a shard holds as it is, whatever row of bytes it claims to be afterwards.
 _ALIASES = {_A.detach.default, _A.alias.default, _A.view.default, _A.slice.Tensor, _A.as_strided.default}
@@ -195,10 +195,13 @@ class Part(torch.Tensor):
     rank: int
 
     @staticmethod
-    def __new__(cls, own: torch.Tensor, shape: Sequence[int], rank: int, rows: int) -> Part:
-        """Claim a shape; nothing is copied."""
+    def __new__(
+        cls, own: torch.Tensor, shape: Sequence[int], rank: int, rows: int, dtype: torch.dtype | None = None
+    ) -> Part:
+        """Claim a shape, and by default the dtype of the share, or bytes; nothing is copied."""
+        dtype = dtype or (torch.uint8 if isinstance(own, QuantizedShard) else own.dtype)
         made: Part = torch.Tensor._make_wrapper_subclass(
-            cls, tuple(shape), dtype=own.dtype, device=own.device, requires_grad=False
+            cls, tuple(shape), dtype=dtype, device=own.device, requires_grad=False
         )
         made.own, made.rank, made.rows = own, rank, rows
         return made
@@ -215,7 +218,7 @@ class Part(torch.Tensor):
     ) -> Any:
         me = args[0]
         if func in (_A.detach.default, _A.alias.default):
-            return cls(me.own, me.shape, me.rank, me.rows)
+            return cls(me.own, me.shape, me.rank, me.rows, me.dtype)
         if func is _A.split.Tensor:  # fully_shard's chunks: of the others only the shape is asked
             size, total = args[1], me.shape[0]
             sizes = [min(size, total - begin) for begin in range(0, total, size)]
@@ -238,6 +241,10 @@ class Part(torch.Tensor):
             "such a model, but not by what reads or casts its weights (DoRA, PiSSA, LoftQ, "
             "prepare_model_for_kbit_training): pass torch_dtype and keep_in_fp32_modules in the config instead"
         )
+
+    def as_claimed(self) -> Any:
+        """Return the parameter that fully_shard is given: adapters must not take over what bytes claim to be there."""
+        return nn.Parameter(Part(self.own, self.shape, self.rank, self.rows, self.own.dtype), requires_grad=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Return a parameter like this one with a copy of the share, as for PEFT's `modules_to_save`."""
