@@ -183,7 +183,8 @@ def _load(
     for device, nbytes in plan.device_bytes.items():
         logger.info("plan: %s on %s, %d layers as %s", show(nbytes), device, len(plan.layers), request.config.mode)
     peaks = PeakMemory(plan.device_bytes, plan.held_bytes)
-    bar = progress_bar(plan.source_bytes, "loading", progress)
+    reads = plan if joint is None else joint.own
+    bar = progress_bar(reads.source_bytes, "loading", progress)
     with bar, _offload_targets(plan, request.placement) as targets:
 
         def set_to_run(made: nn.Module) -> None:
@@ -196,7 +197,7 @@ def _load(
             steps: Any = {"on_bytes": bar.update, "on_loaded": assembly.add, "meanwhile": assembly.prepare}
             execute(plan, **steps, targets=targets, timeline=timeline)
             model = assembly.commit(set_to_run)
-    model.load_report = _report(request, plan, timeline, peaks, targets)  # type: ignore[assignment]
+    model.load_report = _report(request, plan, reads, timeline, peaks, targets)  # type: ignore[assignment]
     logger.info("%s", model.load_report)
     return model
 
@@ -209,9 +210,9 @@ def _planned(model: nn.Module, request: LoadRequest) -> tuple[ModelView, Plan]:
 
 
 def _report(
-    request: LoadRequest, plan: Plan, timeline: Timeline, peaks: PeakMemory, targets: OffloadTargets
+    request: LoadRequest, plan: Plan, reads: Plan, timeline: Timeline, peaks: PeakMemory, targets: OffloadTargets
 ) -> LoadReport:
-    elapsed_s, bytes_read = timeline.elapsed_s, plan.read_bytes - targets.spared_bytes
+    elapsed_s, bytes_read = timeline.elapsed_s, reads.read_bytes - targets.spared_bytes
     mode, held = request.config.mode, plan.device_bytes
     spans: Any = timeline.spans  # are computed when the report is asked for them
     return LoadReport(mode, bytes_read, elapsed_s, held, peaks.since(), request.source, spans)

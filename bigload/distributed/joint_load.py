@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +33,10 @@ class JointLoad:
     Attributes:
         ranks: the processes.
         replicate: whether each process gets the whole model, instead of a share of it.
+        own: the plan of what this process reads, set by `planned`.
     """
+
+    own: Plan
 
     def __init__(
         self,
@@ -62,9 +65,11 @@ class JointLoad:
                     "int8-training trains weights that are quantized anew in each forward, which mesh does not divide: "
                     "use 'nf4' or 'int8' with adapters"
                 )
+            if self.replicate:  # what it holds is planned, all of it, not what it reads
+                return request
             return replace(request, placement=replace(request.placement, select=self._shares))
 
-    def _shares(self, view: ModelView, tensors: list[PlannedTensor]) -> list[PlannedTensor]:
+    def _shares(self, view: ModelView, tensors: Sequence[PlannedTensor]) -> list[PlannedTensor]:
         return shared_among(tensors, self.ranks.rank, self.ranks.ranks)
 
     def planned(self, model: nn.Module, request: LoadRequest) -> tuple[ModelView, Plan]:
@@ -80,6 +85,8 @@ class JointLoad:
                 require_not_offloaded(model)
             plan = plan_load(view, request)
             facts |= facts_of(request, plan)
+            shares = tuple(self._shares(view, plan.tensors)) if self.replicate else plan.tensors
+            self.own = replace(plan, tensors=shares)
         return view, plan
 
     def carry_out(
@@ -106,10 +113,10 @@ class JointLoad:
         """
         with self.ranks.agreed("load"):
             assembly = Assembly(view, plan)
-            loaded = execute(to_execute(plan), on_bytes=on_bytes, timeline=timeline)
-        shares, parts = Shares(self.ranks, plan, loaded), dict[str, nn.Parameter]()
+            loaded = execute(to_execute(self.own), on_bytes=on_bytes, timeline=timeline)
+        shares, parts = Shares(self.ranks, self.own, loaded), dict[str, nn.Parameter]()
         with self.ranks.agreed("share"):
-            for planned in plan.tensors:
+            for planned in self.own.tensors:
                 name = planned.tensor.name
                 if self.replicate or planned.share is None:
                     value = shares.gathered(planned)

@@ -26,10 +26,10 @@ def facts_of(request: LoadRequest, plan: Plan) -> dict[str, str]:
     of the same model differs in them.
     """
     facts = facts_of_files(request)
-    planned = [(p.tensor.names, p.whole_shape, p.format, p.share is None) for p in plan.tensors]
+    planned = [(p.tensor.names, p.whole_shape, p.format) for p in plan.tensors]
     facts["plan (model, config)"] = _digest([repr((planned, plan.config))])
     if request.checkpoint is None:
-        own = [p.tensor.value for p in plan.tensors if not p.tensor.value.is_meta and p.share is not None]
+        own = [p.tensor.value for p in plan.tensors if not p.tensor.value.is_meta and p.tensor.is_parameter]
         facts["weights of the model"] = _digest(map(_values, _spread(own)))
     return facts
 

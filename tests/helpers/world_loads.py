@@ -137,6 +137,7 @@ def loads(mesh, folder: Path, cells) -> dict:
         alike["weights afterwards"] = digests(model) == bits
         replica = load(kind, path, asked, mesh=mesh, replicate=True)
         alike["replicas"] = digests(replica) == bits
+        alike["bytes of replicas"] = replica.load_report.nbytes == nbytes
         alike["logits of replicas"] = torch.equal(logits_of(replica, device).float().cpu(), logits)
         if stored is None and mode != "none":
             alike["what is saved"] = saves_alike(model, whole, folder / f"saved-{kind}-{mode}")

@@ -18,7 +18,7 @@ import torch
 
 from ...checkpoint.bitsandbytes import QuantizedTensor
 from ...checkpoint.merged import MergedTensor
-from ...checkpoint.scaled.tensor import ScaledTensor
+from ...checkpoint.scaled.tensor import ScaledTensor, scaled_tensor
 from ...hardware.layout import Shape
 from ...io.tensors import LazyTensor, StoredTensor, read_whole
 from ...quantization.formats import FourBit
@@ -71,10 +71,10 @@ def _cut(planned: PlannedTensor, begin: int, end: int, shape: tuple[int, ...]) -
     if isinstance(first, QuantizedTensor):
         cut = _quantized_run(first, begin, end, shape)
         return (Source(cut),), first.nbytes if isinstance(first, MergedTensor) else cut.nbytes
-    found = []
+    found, read = [], 0
     for source in planned.sources:
         run = _begin_of_run(source, planned.shape)
-        if run is None or isinstance(source.tensor, ScaledTensor):
+        if run is None or (isinstance(source.tensor, ScaledTensor) and not _has_rows(source.tensor)):
             return _assembled(planned, begin, end, shape)
         low, high = max(begin, run), min(end, run + _numel(source.tensor))
         if low >= high:
@@ -84,8 +84,16 @@ def _cut(planned: PlannedTensor, begin: int, end: int, shape: tuple[int, ...]) -
             return _assembled(planned, begin, end, shape)
         region = (slice((low - begin) // row, (high - begin) // row),) if (low, high) != (begin, end) else ()
         own = ((high - low) // row, *shape[1:])
-        found.append(Source(_run(source.tensor, low - run, high - run, own), region))
-    return tuple(found), sum(source.tensor.nbytes for source in found)
+        tensor = source.tensor
+        if isinstance(tensor, ScaledTensor):
+            rows, at = _rows_around(tensor, low - run, high - run)
+            made: StoredTensor | torch.Tensor = _run(_values_of(rows), low - run - at, high - run - at, own)
+            read += rows.nbytes
+        else:
+            made = _run(tensor, low - run, high - run, own)
+            read += made.nbytes
+        found.append(Source(made, region))
+    return tuple(found), read
 
 
 def _numel(tensor: StoredTensor | torch.Tensor) -> int:
@@ -112,6 +120,42 @@ def _run(tensor: _T, begin: int, end: int, shape: Shape) -> _T:
     return replace(tensor, shape=shape, nbytes=nbytes, offset=offset + begin * tensor.dtype.itemsize)
 
 
+def _has_rows(tensor: ScaledTensor) -> bool:
+    """Whether some rows of a weight with scales can be read alone."""
+    return (len(tensor.shape) == 2 or tensor.block[0] == 1) and all(
+        type(part) is StoredTensor for part in (tensor.numbers, tensor.scales)
+    )
+
+
+def _rows_around(tensor: ScaledTensor, begin: int, end: int) -> tuple[ScaledTensor, int]:
+    """Return the rows of a weight that a run of its values is in, whole blocks of them, and where the first begins."""
+    *outer, columns = tensor.shape
+    count, height = math.prod(outer), tensor.block[0]
+    first, last = begin // columns, -(-end // columns)
+    scales = tensor.scales
+    if height >= count:  # all rows have the same scales
+        height = last - first
+    else:
+        first, last = first // height * height, min(-(-last // height) * height, count)
+        scales = _part(scales, first // height, -(-last // height), -(-count // height))
+    numbers = _part(tensor.numbers, first, last, count)
+    shape, block = (last - first, columns), (height, tensor.block[1])
+    return scaled_tensor(tensor.name, tensor.kind, numbers, scales, shape, block, rank=tensor.rank), first * columns
+
+
+def _part(tensor: StoredTensor, begin: int, end: int, count: int) -> StoredTensor:
+    """Return some of a stored tensor's `count` equal parts."""
+    each = tensor.nbytes // count
+    nbytes = (end - begin) * each
+    return replace(tensor, shape=(nbytes // tensor.dtype.itemsize,), offset=tensor.offset + begin * each, nbytes=nbytes)
+
+
+def _values_of(tensor: ScaledTensor) -> LazyTensor:
+    """Return a weight with scales as a tensor of its values in float32."""
+    nbytes = math.prod(tensor.shape) * 4
+    return LazyTensor(tensor.name, tensor.file, torch.float32, tensor.shape, tensor.offset, nbytes, tensor.load)
+
+
 def _values_of_run(load: Callable[[], torch.Tensor], begin: int, end: int, shape: Shape) -> torch.Tensor:
     return load().reshape(-1)[begin:end].view(shape)
 
@@ -119,7 +163,7 @@ def _values_of_run(load: Callable[[], torch.Tensor], begin: int, end: int, shape
 def _assembled(planned: PlannedTensor, begin: int, end: int, shape: Shape) -> tuple[tuple[Source, ...], int]:
     """Return a source that puts the whole tensor together in host memory, or the experts that it needs, and cuts it.
 
-    So come weights that are stored transposed, cut into columns, or in fp8 and the like.
+    So come weights that are stored transposed or cut into columns.
     """
     whole, sources = planned.shape, planned.sources
     if len(whole) == 3 and all(source.region and isinstance(source.region[0], int) for source in sources):
