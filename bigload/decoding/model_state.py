@@ -116,7 +116,7 @@ class ModelState:
         """Whether nothing has changed since that graphs rely on."""
         try:
             return self._tables.are_same() and self._now() == self._before and self._pointers.are_of(self._held())
-        except (KeyError, TypeError):  # an attribute that was a tensor is none now
+        except (KeyError, TypeError, RuntimeError):  # an attribute that was a tensor is none now
             return False
 
 

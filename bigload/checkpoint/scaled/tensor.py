@@ -16,7 +16,7 @@ from ...errors import CheckpointError
 from ...io.tensors import LazyTensor, StoredTensor, read_whole
 
 # Values that are computed at once: on the CPU so that they stay in the cache, on a GPU so that they need little memory.
-CPU_VALUES, GPU_VALUES = 2**18, 2**23
+CPU_VALUES, GPU_VALUES = 2**18, 2**24
 # The values of E2M1 by their 4 bits: OCP Microscaling Formats (MX) Specification 1.0, section 5.3.3.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # The bits of 2 ** -127 in float32: what an exponent of 0 means.
@@ -51,13 +51,13 @@ class ScaledTensor(LazyTensor):
         """Whether two numbers share a byte."""
         return self.numbers.dtype == torch.uint8
 
-    def scratch_bytes(self, dtype: torch.dtype) -> int:
-        """Return the memory that a GPU needs beside the numbers while the values are computed in a dtype."""
+    def scratch_bytes(self, per_value: int) -> int:
+        """Return the memory that a GPU needs beside the numbers while the values are computed, of some bytes each."""
         values = max(min(math.prod(self.shape), GPU_VALUES), self.shape[-1])
         across = -(-self.shape[-1] // max(1, self.block[1]))
         scales = math.prod(self.shape[:-1]) * across * torch.float32.itemsize
         # Of two numbers in a byte there is their place in the table too, in 4 bytes.
-        return values * (dtype.itemsize + 2 * self.is_packed) + scales
+        return values * (per_value + 2 * self.is_packed) + scales
 
     def in_dtype(self, dtype: torch.dtype) -> ScaledTensor:
         """Return the same, with values in another dtype."""
