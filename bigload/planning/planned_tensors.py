@@ -329,19 +329,17 @@ _LEAST_BYTES = 512
 
 def scratch_bytes(tensors: Sequence[PlannedTensor], config: BnbQuantizationConfig) -> int:
     """Return the memory that a GPU needs at most, during the load, to compute values from scales."""
-    pairs = [(p, s, s.tensor) for p in tensors for s in p.sources if isinstance(s.tensor, ScaledTensor)]
+    pairs = [(p, s.tensor) for p in tensors for s in p.sources if isinstance(s.tensor, ScaledTensor)]
     # All scales may come before their weights, and of each weight's the largest is kept to the end.
-    scales = sum(tensor.scales.nbytes + _LEAST_BYTES for _, _, tensor in pairs)
-    return scales + max((_scratch_bytes(p, s, tensor, config) for p, s, tensor in pairs), default=0)
+    scales = sum(stored.scales.nbytes + _LEAST_BYTES for _, stored in pairs)
+    return scales + max((_scratch_bytes(planned, stored, config) for planned, stored in pairs), default=0)
 
 
-def _scratch_bytes(planned: PlannedTensor, source: Source, stored: ScaledTensor, config: BnbQuantizationConfig) -> int:
+def _scratch_bytes(planned: PlannedTensor, stored: ScaledTensor, config: BnbQuantizationConfig) -> int:
     dtype = planned.format.dtype if isinstance(planned.format, Plain) else config.load_dtype
     # int8 is made of values in float16.
     cast = torch.float16.itemsize if isinstance(planned.format, Int8) and dtype != torch.float16 else 0
-    # What is turned lies there twice: as it is stored, and as the model has it.
-    turned = 2 * math.prod(stored.shape) * dtype.itemsize if source.transposed else 0
-    return stored.scratch_bytes(dtype.itemsize + cast) + turned
+    return stored.scratch_bytes(dtype.itemsize + cast)
 
 
 def compute_dtype_of(config: BnbQuantizationConfig) -> torch.dtype:

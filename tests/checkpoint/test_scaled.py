@@ -22,7 +22,7 @@ from bigload import (
 from bigload.checkpoint.checkpoint import open_checkpoint
 from bigload.checkpoint.describe import describe_checkpoint
 from bigload.checkpoint.scaled.fp8 import FLOAT8
-from bigload.checkpoint.scaled.tensor import values_of_rows
+from bigload.checkpoint.scaled.tensor import ScaledTensor, values_of_rows
 from bigload.pipeline import transcoding
 
 PLAIN = {"load_in_4bit": True, "skip_modules": ["*"], "torch_dtype": "bf16"}
@@ -165,7 +165,13 @@ def test_a_plan_keeps_memory_free_for_what_the_values_are_computed_in(form):
     values, scales = 200 * 320 * 2, 320 * 10 * 4  # in bf16, and of all rows at most
     beside = found.accounts[0].reserve - expected.accounts[0].reserve
     assert expected.accounts[0].reserve == 144 * 2**20
-    assert values < beside <= values + scales
+    stored = sum(
+        source.tensor.scales.nbytes + 512
+        for p in found.tensors
+        for source in p.sources
+        if isinstance(source.tensor, ScaledTensor)
+    )
+    assert values + stored < beside <= values + stored + scales
 
 
 def test_files_are_made_of_them_and_their_scales_are_gone(form, tmp_path):
@@ -221,6 +227,18 @@ def test_files_of_other_scales_are_not_taken_for_these(tmp_path, small_parts_str
 def requested():
     """Bytes that were asked of a GPU's allocator, which rounds them up."""
     return torch.cuda.memory_stats()["requested_bytes.all.current"]
+
+
+@pytest.mark.parametrize(("dtype", "copied"), [("bf16", 200 * 320 * 2), ("fp16", 0)])
+def test_a_plan_keeps_memory_free_for_the_float16_that_int8_is_made_of(tmp_path, dtype, copied):
+    state, _ = stored(blocks)
+    folder = save(state, tmp_path)
+    says(folder, **BLOCKS)
+    modes = {"load_in_8bit": True, "torch_dtype": dtype}, {"load_in_4bit": True, "torch_dtype": dtype}
+    plans = [
+        plan_device_map(empty(Net), mode, folder, device_map=0, offload=OffloadConfig(reserve=0)) for mode in modes
+    ]
+    assert plans[0].accounts[0].reserve - plans[1].accounts[0].reserve == copied
 
 
 @pytest.mark.cuda
@@ -457,7 +475,8 @@ def test_a_plan_keeps_memory_free_for_both_numbers_of_a_byte(tmp_path):
     folder = save(mxfp4(), tmp_path)
     plan = plan_device_map(empty(Turned), PLAIN, folder, device_map=0, offload=OffloadConfig(reserve=0))
     values, pairs, scales = 96 * 40 * 2, 96 * 40 // 2 * 4, 40 * 3 * 4
-    assert plan.accounts[0].reserve - 144 * 2**20 == values + pairs + scales
+    stored = 3 * (40 * 3 + 512)  # of three experts, and a number of each that is kept to the end
+    assert plan.accounts[0].reserve - 144 * 2**20 == values + pairs + scales + stored
 
 
 def test_mxfp4_is_what_the_specification_says(tmp_path, device):
