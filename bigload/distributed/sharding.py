@@ -114,7 +114,7 @@ class Sharding:
         for layer, leaf in quantized:
             _describe(layer._parameters[leaf])
         root.register_forward_pre_hook(_RefuseUnsharded(root), prepend=True)
-        self.mesh = ranks.mesh
+        self.mesh, self.adapters = ranks.mesh, None  # which may hold anything
         for module in {id(module): module for module in (model, root)}.values():
             vars(module)[_SHARDING] = self
         return root
