@@ -16,6 +16,7 @@ from torch import nn
 
 from .checkpoint.checkpoint import WeightsLocation
 from .distributed.joint_load import JointLoad, joint_load
+from .distributed.sharding import require_not_sharded
 from .errors import BigloadError, PlacementError
 from .hardware.devices import CPU, Device, DeviceMap, named_devices, on_cpu_unless_named
 from .io.ring import pin_ahead, release_ring
@@ -188,6 +189,8 @@ def _load(
     model: nn.Module, request: LoadRequest, joint: JointLoad | None, begun: float, progress: bool | None
 ) -> nn.Module:
     """Plan and carry out a load, by this process alone or as one of several; `begun` is when the call began."""
+    if isinstance(model, nn.Module):
+        require_not_sharded(model)
     view, plan = _planned(model, request) if joint is None else joint.planned(model, request)
     timeline = Timeline(begun)
     timeline.add("plan", CPU, begun)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
-from ..errors import ConfigError, listed
+from ..errors import ConfigError, QuantizationError, listed
 from ..model.view import ModelView
 from ..planning.plan import Plan
 from ..planning.units import RESIDENT_BYTES, units_of
@@ -55,6 +55,23 @@ def _ranks(planned: Any) -> int:
 UNSHARDED = "_bigload_unsharded"
 # The attribute of a model that says how it was sharded.
 _SHARDING = "_bigload_sharding"
+
+
+def require_not_sharded(model: nn.Module) -> None:
+    """Refuse to load into a model that has been sharded.
+
+    Raises:
+        ConfigError: processes hold parts of it.
+    """
+    if _SHARDING in vars(model):
+        raise ConfigError("the model is loaded already, and divided among processes: build it again")
+
+
+def _refuse_save() -> NoReturn:
+    raise QuantizationError(
+        "save_pretrained cannot save a model that processes hold in parts: save it by "
+        "bigload.save_quantized_model(model, folder) in all of them"
+    )
 
 
 def sharding_of(model: nn.Module) -> Sharding | None:
@@ -114,6 +131,10 @@ class Sharding:
         for layer, leaf in quantized:
             _describe(layer._parameters[leaf])
         root.register_forward_pre_hook(_RefuseUnsharded(root), prepend=True)
+        for module in root.modules():
+            quantizer = vars(module).get("hf_quantizer")
+            if quantizer is not None and quantized:
+                quantizer.is_serializable = _refuse_save
         self.mesh, self.adapters = ranks.mesh, None  # which may hold anything
         for module in {id(module): module for module in (model, root)}.values():
             vars(module)[_SHARDING] = self
