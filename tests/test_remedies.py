@@ -172,6 +172,7 @@ TRIED = {
     },
     "distributed/shards.py": {
         "pass torch_dtype and keep_in_fp32_modules": RANKS + "test_what_casts_the_weights_is_said_in_the_config",
+        "load the model and its adapter by one process": RANKS + "test_adapters_are_merged_into_whole_models",
         "leave it to forwards": RANKS + "test_parts_of_quantized_weights_are_left_to_forwards",
     },
     "hardware/devices.py": {

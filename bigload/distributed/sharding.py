@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ..errors import ConfigError, QuantizationError, listed
 from ..model.view import ModelView
@@ -18,7 +19,7 @@ from ..planning.units import RESIDENT_BYTES, units_of
 from ..quantization.cpu_forwards import streamed_forward
 from ..quantization.layers import is_quantized
 from .ranks import Ranks
-from .shards import QuantizedShard, shard_of
+from .shards import NotHere, QuantizedShard, is_divided, not_merged, shard_of
 
 
 def groups_of(view: ModelView, plan: Plan, classes: Collection[str] | None) -> list[str]:
@@ -116,6 +117,7 @@ class Sharding:
         from torch.distributed.fsdp import fully_shard
 
         quantized = _put(model, parts, names)
+        _guard_weights()
         for layer in {id(layer): layer for layer, _ in quantized}.values():
             _adapt(layer)
         groups = [model.get_submodule(path) for path in self.groups]
@@ -201,6 +203,20 @@ class _RefuseUnsharded:
             )
 
 
+@functools.cache
+def _guard_weights() -> None:
+    """From now on, refuse that a divided weight is exchanged, as by a merge of adapters; called once.
+
+    FSDP would put its own in the place of the new one after the next forward.
+    """
+    register_module_parameter_registration_hook(_refuse_exchange)
+
+
+def _refuse_exchange(module: nn.Module, name: str, parameter: Any) -> None:
+    if UNSHARDED in vars(module) and is_divided(module._parameters.get(name)):
+        raise not_merged(f"{vars(module).get('loaded_as', type(module).__name__)}.{name}")
+
+
 def _adapt(module: Any) -> None:
     """Let a layer, or fused experts, go on where their weight is only there while they compute."""
     own = vars(module)
@@ -236,12 +252,13 @@ def _describe(parameter: Any) -> None:
     """Set on a part of a quantized weight, or on what FSDP made of it, what PEFT reads of bitsandbytes' parameters."""
     own = shard_of(parameter)
     assert isinstance(own, QuantizedShard)
-    state = own.whole.quant_state
+    state, away = own.whole.quant_state, NotHere(own.whole.name)
     if state is not None:
+        parameter.quant_state = away
         parameter.quant_type, parameter.compress_statistics = state.quant_type, bool(state.nested)
         parameter.blocksize, parameter.quant_storage = state.blocksize, own.whole.storage
     else:
-        parameter.CB = parameter.SCB = None
+        parameter.CB, parameter.SCB = None, away
         parameter.has_fp16_weights = False
 
 

@@ -157,6 +157,17 @@ def test_model_to_dequantize_is_loaded_whole(alone, path):
     dequantize_model(load(path, device_map="cpu"))
 
 
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
+def test_adapters_are_merged_into_whole_models(alone, path, mode):
+    model = load(path, mode, mesh=alone, adapters=tuned)
+    for _ in range(2):  # in parts, and gathered, as this model stays after a forward
+        with pytest.raises(QuantizationError, match="load the model and its adapter by one process for that"):
+            model.merge_and_unload()
+        model(X)
+    tuned(load(path, mode, mesh=alone, replicate=True)).merge_and_unload()
+    tuned(load(path, mode, device_map="cpu")).merge_and_unload()
+
+
 def test_model_of_transformers_is_saved_by_all_processes(alone, tmp_path):
     llama().save_pretrained(tmp_path / "llama")
     model = load_and_quantize_model(empty(llama), "nf4", tmp_path / "llama", mesh=alone, progress=False)
