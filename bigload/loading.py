@@ -17,6 +17,7 @@ from torch import nn
 from .checkpoint.bitsandbytes import QuantizedTensor
 from .checkpoint.checkpoint import WeightsLocation
 from .distributed.joint_load import JointLoad, joint_load
+from .distributed.sharding import require_not_sharded
 from .errors import BigloadError, PlacementError
 from .hardware.collector import without_collections
 from .hardware.devices import CPU, Device, DeviceMap, named_devices, on_cpu_unless_named
@@ -177,7 +178,13 @@ def _load(
     model: nn.Module, request: LoadRequest, joint: JointLoad | None, begun: float, progress: bool | None
 ) -> nn.Module:
     """Plan and carry out a load, by this process alone or as one of several; `begun` is when the call began."""
-    view, plan = _planned(model, request) if joint is None else joint.planned(model, request)
+    if isinstance(model, nn.Module):
+        require_not_sharded(model)
+    if joint is None:
+        view, plan = _planned(model, request)
+    else:
+        _begin_to_pin(joint.ranks.device)
+        view, plan = joint.planned(model, request)
     timeline = Timeline(begun)
     timeline.add("plan", CPU, begun)
     for device, nbytes in plan.device_bytes.items():

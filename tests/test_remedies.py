@@ -160,6 +160,8 @@ TRIED = {
     "distributed/sharding.py": {
         "each process would train its own: pass": RANKS + "test_adapters_are_passed_to_the_load",
         "load such weights by load_and_quantize_model": RANKS + "test_sharded_weights_are_loaded_by_a_load",
+        "divided among processes: build it again": RANKS + "test_sharded_model_is_built_again_to_be_loaded",
+        "save_pretrained cannot save a model that": RANKS + "test_model_of_transformers_is_saved_by_all_processes",
         "pass, for example, lambda model": RANKS + "test_adapters_return_the_model",
     },
     "distributed/stages.py": {
@@ -170,6 +172,7 @@ TRIED = {
     },
     "distributed/shards.py": {
         "pass torch_dtype and keep_in_fp32_modules": RANKS + "test_what_casts_the_weights_is_said_in_the_config",
+        "load the model and its adapter by one process": RANKS + "test_adapters_are_merged_into_whole_models",
         "leave it to forwards": RANKS + "test_parts_of_quantized_weights_are_left_to_forwards",
     },
     "hardware/devices.py": {
@@ -383,6 +386,7 @@ TRIED = {
     "quantization/layers.py": {
         "load a checkpoint that holds them": "lightning/test_loaded_models.py::"
         "test_layers_without_values_are_neither_saved_nor_dequantized",
+        "load the model by one process": RANKS + "test_model_to_dequantize_is_loaded_whole",
         "or call merge_and_unload": ENTRY + "test_model_with_an_adapter_is_saved_merged_or_by_peft",
         "load the model again": ENTRY
         + "test_layers_that_are_not_quantized_or_were_packed_are_saved_after_a_move_or_a_load",

@@ -167,17 +167,19 @@ def joint_load(
                 "replicate, fsdp_options and adapters say how processes share a model: pass the mesh of them too"
             )
         return None
+    ranks = Ranks(mesh)
     given = {"device_map": device_map, "offload": offload, "offload_folder": offload_folder}
     named = [name for name, value in given.items() if value is not None]
-    if named:
-        raise ConfigError(
-            f"{listed(named)}: with a mesh each process computes on its current device, with all weights on one; leave "
-            "it out, and call torch.cuda.set_device before the mesh is made (to keep weights in host memory, pass "
-            "fsdp_options={'offload_policy': CPUOffloadPolicy()})"
-        )
-    if replicate and (options is not None or adapters is not None):
-        raise ConfigError(
-            "fsdp_options and adapters are for fully_shard, which replicate=True does not use: leave them out "
-            "(adapters can be added to the model that is returned)"
-        )
-    return JointLoad(Ranks(mesh), replicate=replicate, options=options or {}, adapters=adapters)
+    with ranks.told("plan"):
+        if named:
+            raise ConfigError(
+                f"{listed(named)}: with a mesh each process computes on its current device, with all weights on one; "
+                "leave it out, and call torch.cuda.set_device before the mesh is made (to keep weights in host memory, "
+                "pass fsdp_options={'offload_policy': CPUOffloadPolicy()})"
+            )
+        if replicate and (options is not None or adapters is not None):
+            raise ConfigError(
+                "fsdp_options and adapters are for fully_shard, which replicate=True does not use: leave them out "
+                "(adapters can be added to the model that is returned)"
+            )
+    return JointLoad(ranks, replicate=replicate, options=options or {}, adapters=adapters)

@@ -5,20 +5,21 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from ..errors import ConfigError, listed
+from ..errors import ConfigError, QuantizationError, listed
 from ..model.view import ModelView
 from ..planning.plan import Plan
 from ..planning.units import RESIDENT_BYTES, units_of
 from ..quantization.cpu_forwards import streamed_forward
 from ..quantization.layers import is_quantized
 from .ranks import Ranks
-from .shards import QuantizedShard, shard_of
+from .shards import NotHere, QuantizedShard, is_divided, not_merged, shard_of
 
 
 def groups_of(view: ModelView, plan: Plan, classes: Collection[str] | None) -> list[str]:
@@ -55,6 +56,23 @@ def _ranks(planned: Any) -> int:
 UNSHARDED = "_bigload_unsharded"
 # The attribute of a model that says how it was sharded.
 _SHARDING = "_bigload_sharding"
+
+
+def require_not_sharded(model: nn.Module) -> None:
+    """Refuse to load into a model that has been sharded.
+
+    Raises:
+        ConfigError: processes hold parts of it.
+    """
+    if _SHARDING in vars(model):
+        raise ConfigError("the model is loaded already, and divided among processes: build it again")
+
+
+def _refuse_save() -> NoReturn:
+    raise QuantizationError(
+        "save_pretrained cannot save a model that processes hold in parts: save it by "
+        "bigload.save_quantized_model(model, folder) in all of them"
+    )
 
 
 def sharding_of(model: nn.Module) -> Sharding | None:
@@ -99,6 +117,7 @@ class Sharding:
         from torch.distributed.fsdp import fully_shard
 
         quantized = _put(model, parts, names)
+        _guard_weights()
         for layer in {id(layer): layer for layer, _ in quantized}.values():
             _adapt(layer)
         groups = [model.get_submodule(path) for path in self.groups]
@@ -115,7 +134,11 @@ class Sharding:
         for layer, leaf in quantized:
             _describe(layer._parameters[leaf])
         root.register_forward_pre_hook(_RefuseUnsharded(root), prepend=True)
-        self.mesh = ranks.mesh
+        for module in root.modules():
+            quantizer = vars(module).get("hf_quantizer")
+            if quantizer is not None and quantized:
+                quantizer.is_serializable = _refuse_save
+        self.mesh, self.adapters = ranks.mesh, None  # which may hold anything
         for module in {id(module): module for module in (model, root)}.values():
             vars(module)[_SHARDING] = self
         return root
@@ -190,6 +213,20 @@ class _RefuseUnsharded:
             )
 
 
+@functools.cache
+def _guard_weights() -> None:
+    """From now on, refuse that a divided weight is exchanged, as by a merge of adapters; called once.
+
+    FSDP would put its own in the place of the new one after the next forward.
+    """
+    register_module_parameter_registration_hook(_refuse_exchange)
+
+
+def _refuse_exchange(module: nn.Module, name: str, parameter: Any) -> None:
+    if UNSHARDED in vars(module) and is_divided(module._parameters.get(name)):
+        raise not_merged(f"{vars(module).get('loaded_as', type(module).__name__)}.{name}")
+
+
 def _adapt(module: Any) -> None:
     """Let a layer, or fused experts, go on where their weight is only there while they compute."""
     own = vars(module)
@@ -225,12 +262,13 @@ def _describe(parameter: Any) -> None:
     """Set on a part of a quantized weight, or on what FSDP made of it, what PEFT reads of bitsandbytes' parameters."""
     own = shard_of(parameter)
     assert isinstance(own, QuantizedShard)
-    state = own.whole.quant_state
+    state, away = own.whole.quant_state, NotHere(own.whole.name)
     if state is not None:
+        parameter.quant_state = away
         parameter.quant_type, parameter.compress_statistics = state.quant_type, bool(state.nested)
         parameter.blocksize, parameter.quant_storage = state.blocksize, own.whole.storage
     else:
-        parameter.CB = parameter.SCB = None
+        parameter.CB, parameter.SCB = None, away
         parameter.has_fp16_weights = False
 
 

@@ -251,6 +251,32 @@ class Part(torch.Tensor):
         return nn.Parameter(Part(self.own.clone(), self.shape, self.rank, self.rows), requires_grad=self.requires_grad)
 
 
+class NotHere:
+    """Stands for the scales of a quantized weight, for those who would dequantize it."""
+
+    def __init__(self, name: str) -> None:
+        """Stand for those of the weight of this name."""
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute.startswith("_"):
+            raise AttributeError(attribute)
+        raise not_merged(self._name)
+
+
+def not_merged(name: str) -> QuantizationError:
+    """Return the error for a weight of this name that something would dequantize or exchange."""
+    return QuantizationError(
+        f"'{name}' is quantized and divided among processes, and whole in forwards alone: adapters cannot be merged "
+        "into it; load the model and its adapter by one process for that, or with replicate=True"
+    )
+
+
+def is_divided(parameter: Any) -> bool:
+    """Whether a parameter is a quantized weight that processes hold in parts, or has been gathered of them."""
+    return isinstance(shard_of(parameter), QuantizedShard) or isinstance(parameter, _classes())
+
+
 def _share_memory_with_fsdp(base: Any) -> Callable[..., Any]:
     """Return a __torch_function__ that keeps what the base class holds beside its values through FSDP's handling."""
 

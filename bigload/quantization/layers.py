@@ -162,13 +162,18 @@ def require_whole_layers(model: nn.Module, layers: Mapping[str, Any]) -> None:
         layers: the model's quantized layers, by path.
 
     Raises:
-        QuantizationError: a layer is not quantized yet, was built empty and never loaded, has an adapter, or was packed
-            for the CPU by bitsandbytes.
+        QuantizationError: a layer is divided among processes, is not quantized yet, was built empty and never loaded,
+            has an adapter, or was packed for the CPU by bitsandbytes.
     """
     adapted = [path for module, path in first_paths(model).items() if type(module).__module__.startswith("peft.")]
     if adapted:
         raise QuantizationError(
             f"{listed(adapted)}: of PEFT; save the adapter by its own save_pretrained, or call merge_and_unload() first"
+        )
+    divided = [path for path, layer in layers.items() if hasattr(layer._parameters.get("weight"), "_local_tensor")]
+    if divided:
+        raise QuantizationError(
+            f"{listed(divided)}: divided among processes; load the model by one process, or with replicate=True"
         )
     unfilled = [path for path, layer in layers.items() if "forward_when_loaded" in vars(layer)]
     if unfilled:

@@ -19,6 +19,7 @@ def test_a_rank_that_fails_is_named(programs, tmp_path, device):
     a_rank_whose_file_differs_is_named(faults)
     a_rank_with_another_mode_is_named(faults)
     a_rank_without_the_file_is_named(faults)
+    a_rank_with_a_wrong_argument_is_named(faults)
     a_rank_that_fails_while_it_loads_is_named(faults)
     a_rank_that_fails_at_the_end_is_named(faults)
     a_rank_that_is_too_slow_is_named(faults)
@@ -48,6 +49,10 @@ def a_rank_with_another_mode_is_named(faults):
 
 def a_rank_without_the_file_is_named(faults):
     assert "rank 1 failed in 'plan': CheckpointError: " in of_the_others(faults, "no file")
+
+
+def a_rank_with_a_wrong_argument_is_named(faults):
+    assert "rank 1 failed in 'plan': ConfigError: 'device_map': with a mesh" in of_the_others(faults, "argument")
 
 
 def a_rank_that_fails_while_it_loads_is_named(faults):

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.distributed as dist
-from checkpoints import save
+from checkpoints import empty, save
 from comparisons import outputs
+from models import llama
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -13,8 +14,10 @@ from bigload import (
     ConfigError,
     OffloadConfig,
     QuantizationError,
+    dequantize_model,
     init_empty_weights,
     load_and_quantize_model,
+    save_quantized_model,
 )
 from bigload.distributed.joint_save import require_shared
 
@@ -136,6 +139,44 @@ def test_sharded_weights_are_loaded_by_a_load(alone, path):
     with pytest.raises(RuntimeError, match="load such weights by load_and_quantize_model with mesh"):
         model.load_state_dict(state, strict=False)
     load(path, mesh=alone)
+
+
+def test_sharded_model_is_built_again_to_be_loaded(alone, path):
+    model = load(path, mesh=alone)
+    for given in ({"mesh": alone}, {"device_map": "cpu"}):
+        with pytest.raises(ConfigError, match="divided among processes: build it again"):
+            load_and_quantize_model(model, "nf4", path, progress=False, **given)
+        load(path, **given)
+
+
+def test_model_to_dequantize_is_loaded_whole(alone, path):
+    model = load(path, mesh=alone)
+    with pytest.raises(QuantizationError, match="load the model by one process, or with replicate=True"):
+        dequantize_model(model)
+    dequantize_model(load(path, mesh=alone, replicate=True))
+    dequantize_model(load(path, device_map="cpu"))
+
+
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
+def test_adapters_are_merged_into_whole_models(alone, path, mode):
+    model = load(path, mode, mesh=alone, adapters=tuned)
+    for _ in range(2):  # in parts, and gathered, as this model stays after a forward
+        with pytest.raises(QuantizationError, match="load the model and its adapter by one process for that"):
+            model.merge_and_unload()
+        model(X)
+    tuned(load(path, mode, mesh=alone, replicate=True)).merge_and_unload()
+    tuned(load(path, mode, device_map="cpu")).merge_and_unload()
+
+
+def test_model_of_transformers_is_saved_by_all_processes(alone, tmp_path):
+    llama().save_pretrained(tmp_path / "llama")
+    model = load_and_quantize_model(empty(llama), "nf4", tmp_path / "llama", mesh=alone, progress=False)
+    with pytest.raises(QuantizationError, match=r"save it by bigload\.save_quantized_model"):
+        model.save_pretrained(tmp_path / "saved")
+    save_quantized_model(model, tmp_path / "saved")
+    again = load_and_quantize_model(empty(llama), None, tmp_path / "saved", mesh=alone, progress=False)
+    tokens = torch.tensor([[1, 2, 3]])
+    assert torch.equal(outputs(again, tokens), outputs(model, tokens))
 
 
 def test_folder_that_all_hosts_share_is_saved_into(tmp_path):

@@ -72,6 +72,7 @@ def faults(mesh, folder: Path, slow_s: float) -> dict:
     found["differs"] = attempt(own / ("other" if rank == 1 else "net"), mesh)
     found["other mode"] = attempt(own / "net", mesh, "nf4" if rank == 1 else "nf4-dq")
     found["no file"] = attempt(own / ("net" if rank != 1 else "nowhere"), mesh) if rank != 1 else _absent(own, mesh)
+    found["argument"] = attempt(own / "net", mesh) if rank != 1 else _wrong_argument(own, mesh)
     execute = joint_load.execute
     joint_load.execute = failing(execute, _damaged)
     found["fails"] = attempt(own / "net", mesh)
@@ -102,6 +103,14 @@ def _absent(own: Path, mesh) -> dict:
         bigload.load_and_quantize_model(Net(), "nf4-dq", own / "nowhere", mesh=mesh, progress=False)
     except bigload.CheckpointError as error:
         return {"error": "CheckpointError", "ranks": [], "said": str(error), "as it was": True}
+    raise AssertionError("not refused")
+
+
+def _wrong_argument(own: Path, mesh) -> dict:
+    try:
+        bigload.load_and_quantize_model(Net(), "nf4-dq", own / "net", "cpu", mesh=mesh, progress=False)
+    except bigload.ConfigError as error:
+        return {"error": "ConfigError", "ranks": [], "said": str(error), "as it was": True}
     raise AssertionError("not refused")
 
 
