@@ -180,11 +180,7 @@ def _load(
     """Plan and carry out a load, by this process alone or as one of several; `begun` is when the call began."""
     if isinstance(model, nn.Module):
         require_not_sharded(model)
-    if joint is None:
-        view, plan = _planned(model, request)
-    else:
-        _begin_to_pin(joint.ranks.device)
-        view, plan = joint.planned(model, request)
+    view, plan = _planned(model, request) if joint is None else joint.planned(model, request)
     timeline = Timeline(begun)
     timeline.add("plan", CPU, begun)
     for device, nbytes in plan.device_bytes.items():
