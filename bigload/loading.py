@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 from .checkpoint.bitsandbytes import QuantizedTensor
 from .checkpoint.checkpoint import WeightsLocation
 from .errors import BigloadError, PlacementError
+from .hardware.allocation import is_shortage
 from .hardware.devices import CPU, Device, DeviceMap, named_devices, on_cpu_unless_named
 from .io.ring import pin_ahead, release_ring
 from .io.timeline import Timeline
@@ -176,8 +178,9 @@ def load_and_quantize_model(
         with bar, _offload_targets(plan, request.placement) as targets:
             steps: Any = {"on_bytes": bar.update, "on_loaded": assembly.add, "meanwhile": assembly.prepare}
             execute(plan, **steps, targets=targets, timeline=timeline)
-            model = assembly.commit(lambda made: _set_to_run(made, plan, request.placement.offload, targets))
-    model.load_report = _report(request, plan, timeline, peaks, targets)  # type: ignore[assignment]
+
+            report = functools.partial(_report, request, plan, timeline, peaks, targets)
+            model = assembly.commit(lambda made: _set_to_run(made, plan, request.placement.offload, targets, report))
     logger.info("%s", model.load_report)
     return model
 
@@ -200,23 +203,28 @@ def _offload_targets(plan: Plan, request: PlacementRequest) -> OffloadTargets:
     return OffloadTargets(plan, pin=request.offload.pin, folder=request.offload_folder)
 
 
-def _set_to_run(model: nn.Module, plan: Plan, offload: OffloadConfig, targets: OffloadTargets) -> None:
-    """Attach the hooks that move inputs between devices and stream offloaded weights."""
+def _set_to_run(
+    model: nn.Module, plan: Plan, offload: OffloadConfig, targets: OffloadTargets, report: Callable[[], LoadReport]
+) -> None:
+    """Attach the hooks that move inputs between devices and stream offloaded weights, and the report, or nothing."""
     execution, load_dtype = plan.execution_map, plan.config.load_dtype
     hooks = attach(model, execution, plan.in_fp32, load_dtype, entries=entries(model, plan))
     hooks.dtypes_on_gpu = plan.dtypes_on_gpu
     try:
         if plan.offloaded:
             model.offload = Offload(model, plan, offload, targets)  # type: ignore[assignment]
-    except torch.OutOfMemoryError as error:
+        model.load_report = report()  # type: ignore[assignment]
+    except BaseException as error:
+        begun = vars(model).pop("offload", None)
+        if begun is not None:
+            begun.remove()
         detach(model)
+        if not isinstance(error, RuntimeError) or not is_shortage(error):
+            raise
         raise PlacementError(
             f"no room on the GPU for the slots and caches of offloaded weights: {error}; free memory there, or pass "
             "fewer slots or a smaller expert_cache"
         ) from error
-    except BaseException:
-        detach(model)
-        raise
 
 
 @contextmanager

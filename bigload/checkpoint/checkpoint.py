@@ -20,7 +20,7 @@ from .bitsandbytes import QuantizedTensor, merge_quantized_parts
 from .hub import hub_folder, is_hub_id
 from .pickled import read_pickle
 from .record import Record, layout_of, read_record
-from .safetensors import parse_json, read_header
+from .safetensors import parse_json, read_header, require_file
 from .scaled.merge import merge_scaled
 from .scaled.tensor import ScaledTensor
 from .variants import without_variants
@@ -161,6 +161,7 @@ def _require_no_gguf(folder: Path, names: Iterable[str]) -> None:
 
 
 def _read_index(path: Path) -> State:
+    require_file(path)
     index = parse_json(path.read_bytes(), path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if isinstance(index, dict) and index and all(str(file).endswith(_SHARDS) for file in index.values()):
