@@ -146,6 +146,7 @@ def quantize_checkpoint(
             if is_quantized:  # first what may fail, then what takes long
                 _write_configs(plan, model, made, target, skipped, checkpoint.folder)
             layout = _convert(plan, made, max_shard_bytes, weights_stem(model), progress)
+            checkpoint.require_unchanged()
             if is_quantized:
                 _describe(plan, made, layout, skipped, changed, attributes)
             if checkpoint.folder is not None:

@@ -178,6 +178,8 @@ def load_and_quantize_model(
         with bar, _offload_targets(plan, request.placement) as targets:
             steps: Any = {"on_bytes": bar.update, "on_loaded": assembly.add, "meanwhile": assembly.prepare}
             execute(plan, **steps, targets=targets, timeline=timeline)
+            if request.checkpoint is not None:
+                request.checkpoint.require_unchanged()
 
             report = functools.partial(_report, request, plan, timeline, peaks, targets)
             model = assembly.commit(lambda made: _set_to_run(made, plan, request.placement.offload, targets, report))

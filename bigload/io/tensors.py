@@ -16,6 +16,14 @@ import torch
 from ..errors import CheckpointError
 from ..hardware.layout import in_mapping
 
+# Inode, size and modification time of a file: they change when it is replaced or written to.
+Stamp = tuple[int, int, int]
+
+
+def stamp_of(stat: os.stat_result) -> Stamp:
+    """Return what tells a file from the one that it was."""
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
 
 @dataclass(frozen=True)
 class StoredTensor:
