@@ -122,9 +122,12 @@ class FileGroup(Store):
             if stamp_of(where.file.stat()) != self._stamps[where.file]:
                 raise OSError(_CHANGED)
             with where.file.open("rb", buffering=0) as file:
-                file.seek(where.offset + index * nbytes)
-                if file.readinto(memory.numpy()) < nbytes:  # type: ignore[arg-type]
-                    raise OSError(_TRUNCATED)
+                left, at = memoryview(memory.numpy()), where.offset + index * nbytes  # type: ignore[arg-type]
+                while left:
+                    received = os.preadv(file.fileno(), [left], at)
+                    if not received:
+                        raise OSError(_TRUNCATED)
+                    left, at = left[received:], at + received
 
     def use_written(self, name: str) -> None:
         """Read a part from memory from now on, where others have written to it."""

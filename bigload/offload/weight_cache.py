@@ -25,7 +25,7 @@ from ..checkpoint.merged import MergedTensor
 from ..checkpoint.safetensors import read_header
 from ..checkpoint.scaled.tensor import ScaledTensor
 from ..errors import CheckpointError, OffloadError, reason
-from ..io.tensors import ComputedTensor, LazyTensor, StoredTensor
+from ..io.tensors import ComputedTensor, LazyTensor, StoredTensor, read_at
 from ..planning.planned_tensors import PlannedTensor
 from ..planning.sources import Source
 from ..quantization.bnb import library
@@ -208,7 +208,7 @@ def _sample_hash(tensor: StoredTensor) -> str:
     found = hashlib.sha256()
     with tensor.file.open("rb") as opened:
         for at in (0, tensor.nbytes // 2, max(0, tensor.nbytes - _SAMPLE_BYTES)):
-            found.update(os.pread(opened.fileno(), min(_SAMPLE_BYTES, tensor.nbytes), tensor.offset + at))
+            found.update(read_at(opened.fileno(), tensor.offset + at, min(_SAMPLE_BYTES, tensor.nbytes)))
     return found.hexdigest()
 
 
