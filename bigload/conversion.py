@@ -8,9 +8,8 @@ import functools
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import nn
 
 from .checkpoint.card import CARD_NAME
 from .checkpoint.checkpoint import Checkpoint, WeightsLocation, open_checkpoint
-from .checkpoint.folders import checked_target, copy_the_rest, put_in_place
+from .checkpoint.folders import checked_target, copy_the_rest, put_in_place, remove_folder
 from .checkpoint.record import FORMAT_VERSION, RECORD_NAME, Record
 from .checkpoint.scaled.stated import OF_OTHER_METHODS, write_without_quantization
 from .checkpoint.scaled.tensor import ScaledTensor
@@ -147,6 +146,7 @@ def quantize_checkpoint(
             if is_quantized:  # first what may fail, then what takes long
                 _write_configs(plan, model, made, target, skipped, checkpoint.folder)
             layout = _convert(plan, made, max_shard_bytes, weights_stem(model), progress)
+            checkpoint.require_unchanged()
             if is_quantized:
                 _describe(plan, made, layout, skipped, changed, attributes)
             if checkpoint.folder is not None:
@@ -185,23 +185,36 @@ def _exclusive(target: Path) -> Iterator[None]:
     Raises:
         CheckpointError: another run has locked it.
     """
-    path = target.with_name(f".{target.name}.lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise CheckpointError(f"'{target}' cannot be written: {reason(error)}") from error
-    try:
+    path, is_locked = target.with_name(f".{target.name}.lock"), False
+    while not is_locked:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released with the process, however it ends
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            raise CheckpointError(f"another run is making '{target}': wait for it, or end it") from error
+            raise CheckpointError(f"'{target}' cannot be written: {reason(error)}") from error
         try:
-            yield
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released with the process, however it ends
+            except OSError as error:
+                raise CheckpointError(f"another run is making '{target}': wait for it, or end it") from error
+            is_locked = _is_open_at(descriptor, path)  # else a run that has ended meanwhile has deleted this file
+            if is_locked:
+                try:
+                    yield
+                finally:
+                    with suppress(OSError):
+                        path.unlink(missing_ok=True)
         finally:
-            path.unlink(missing_ok=True)
-    finally:
-        os.close(descriptor)
+            os.close(descriptor)
+
+
+def _is_open_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise CheckpointError(f"'{path}' cannot be read: {reason(error)}") from error
 
 
 def _target_folder(given: str | os.PathLike[str], checkpoint: Checkpoint, *, overwrite: bool) -> Path:
@@ -224,7 +237,7 @@ def _resumable_folder(target: Path, fingerprint: str) -> Iterator[Path]:
     progress = made / _PROGRESS_NAME
     try:
         if not progress.is_file() or progress.read_text() != fingerprint:
-            shutil.rmtree(made, ignore_errors=True)
+            remove_folder(made)
             made.mkdir(parents=True)
             progress.write_text(fingerprint)
         yield made
@@ -233,7 +246,7 @@ def _resumable_folder(target: Path, fingerprint: str) -> Iterator[Path]:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        shutil.rmtree(made, ignore_errors=True)
+        remove_folder(made)
         if isinstance(error, OSError):
             raise CheckpointError(
                 f"'{target}' cannot be written: {reason(error)}; nothing there has been changed"

@@ -19,6 +19,7 @@ from .checkpoint.checkpoint import WeightsLocation
 from .distributed.joint_load import JointLoad, joint_load
 from .distributed.sharding import require_not_sharded
 from .errors import BigloadError, PlacementError
+from .hardware.allocation import is_shortage
 from .hardware.collector import without_collections
 from .hardware.devices import CPU, Device, DeviceMap, named_devices, on_cpu_unless_named
 from .io.ring import pin_ahead, release_ring
@@ -189,18 +190,21 @@ def _load(
     reads = plan if joint is None else joint.own
     bar = progress_bar(reads.source_bytes, "loading", progress)
     with bar, _offload_targets(plan, request.placement) as targets:
+        report = functools.partial(_report, request, plan, reads, timeline, peaks, targets)
 
         def set_to_run(made: nn.Module) -> None:
-            _set_to_run(made, plan, request.placement.offload, targets)
+            _set_to_run(made, plan, request.placement.offload, targets, report)
 
         if joint is not None:
             model = joint.carry_out(view, request, plan, bar.update, timeline, set_to_run)
+            model.load_report = report()  # type: ignore[assignment]
         else:
             assembly = Assembly(view, plan)
             steps: Any = {"on_bytes": bar.update, "on_loaded": assembly.add, "meanwhile": assembly.prepare}
             execute(plan, **steps, targets=targets, timeline=timeline)
+            if request.checkpoint is not None:
+                request.checkpoint.require_unchanged()
             model = assembly.commit(set_to_run)
-    model.load_report = _report(request, plan, reads, timeline, peaks, targets)  # type: ignore[assignment]
     logger.info("%s", model.load_report)
     return model
 
@@ -230,23 +234,28 @@ def _offload_targets(plan: Plan, request: PlacementRequest) -> OffloadTargets:
     return OffloadTargets(plan, pin=request.offload.pin, folder=request.offload_folder)
 
 
-def _set_to_run(model: nn.Module, plan: Plan, offload: OffloadConfig, targets: OffloadTargets) -> None:
-    """Attach the hooks that move inputs between devices and stream offloaded weights."""
+def _set_to_run(
+    model: nn.Module, plan: Plan, offload: OffloadConfig, targets: OffloadTargets, report: Callable[[], LoadReport]
+) -> None:
+    """Attach the hooks that move inputs between devices and stream offloaded weights, and the report, or nothing."""
     execution, load_dtype = plan.execution_map, plan.config.load_dtype
     hooks = attach(model, execution, plan.in_fp32, load_dtype, entries=entries(model, plan))
     hooks.dtypes_on_gpu = plan.dtypes_on_gpu
     try:
         if plan.offloaded:
             model.offload = Offload(model, plan, offload, targets)  # type: ignore[assignment]
-    except torch.OutOfMemoryError as error:
+        model.load_report = report()  # type: ignore[assignment]
+    except BaseException as error:
+        begun = vars(model).pop("offload", None)
+        if begun is not None:
+            begun.remove()
         detach(model)
+        if not isinstance(error, RuntimeError) or not is_shortage(error):
+            raise
         raise PlacementError(
             f"no room on the GPU for the slots and caches of offloaded weights: {error}; free memory there, or pass "
             "fewer slots or a smaller expert_cache"
         ) from error
-    except BaseException:
-        detach(model)
-        raise
 
 
 @contextmanager

@@ -14,13 +14,13 @@ import torch
 
 from ..config import FLOATS
 from ..errors import CheckpointError, listed, reason
-from ..io.tensors import State, StoredTensor
+from ..io.tensors import Stamp, State, StoredTensor, stamp_of
 from ..quantization import formats
 from .bitsandbytes import QuantizedTensor, merge_quantized_parts
 from .hub import hub_folder, is_hub_id
 from .pickled import read_pickle
 from .record import Record, layout_of, read_record
-from .safetensors import parse_json, read_header
+from .safetensors import parse_json, read_header, require_file
 from .scaled.merge import merge_scaled
 from .scaled.tensor import ScaledTensor
 from .variants import without_variants
@@ -61,6 +61,7 @@ class Checkpoint:
         metadata: of a pickled state_dict: module path -> what its `_load_from_state_dict` is told.
         folder: the folder that was named, or that of the repository; None if a file was named, since the files beside
             it are not part of the checkpoint.
+        stamps: what its files were when they were opened.
     """
 
     location: Path
@@ -68,6 +69,21 @@ class Checkpoint:
     record: Record | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None
+    stamps: Mapping[Path, Stamp] = field(default_factory=dict)
+
+    def require_unchanged(self) -> None:
+        """Refuse what was read of files that were replaced or written to since they were opened.
+
+        Raises:
+            CheckpointError: they were, or are gone.
+        """
+        for file, stamp in self.stamps.items():
+            try:
+                found = stamp_of(file.stat())
+            except OSError as error:
+                raise CheckpointError(f"'{file}' cannot be read any more: {reason(error)}") from error
+            if found != stamp:
+                raise CheckpointError(f"'{file}' was changed while it was read, so that no weight of it can be trusted")
 
     @property
     def is_quantized(self) -> bool:
@@ -121,11 +137,12 @@ def _open(location: Path) -> Checkpoint:
             f"no such file or folder: '{location}'; weights_location must be a .safetensors, .bin, .pt or .pth file, "
             "an .index.json file, or a folder with one of them"
         )
-    tensors = _read_index(location) if location.name.endswith(".json") else _read_file(location)
+    stamps: dict[Path, Stamp] = {}
+    tensors = _read_index(location, stamps) if location.name.endswith(".json") else _read_file(location, stamps)
     layout = layout_of((tensor.name, tensor.dtype, tensor.shape) for tensor in tensors.values())
     record = read_record(location.parent, layout)
     merged = merge_scaled(merge_quantized_parts(tensors), location.parent, is_folder=folder is not None)
-    return Checkpoint(location, merged, record, tensors.metadata, folder)
+    return Checkpoint(location, merged, record, tensors.metadata, folder, stamps)
 
 
 def _find_in_folder(folder: Path) -> Path:
@@ -160,7 +177,8 @@ def _require_no_gguf(folder: Path, names: Iterable[str]) -> None:
         )
 
 
-def _read_index(path: Path) -> State:
+def _read_index(path: Path, stamps: dict[Path, Stamp]) -> State:
+    require_file(path)
     index = parse_json(path.read_bytes(), path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if isinstance(index, dict) and index and all(str(file).endswith(_SHARDS) for file in index.values()):
@@ -177,7 +195,7 @@ def _read_index(path: Path) -> State:
             f"index '{path}' names {len(absent)} of {len(shards)} shards that are not in its folder: {listed(absent)}; "
             "download the checkpoint again"
         )
-    headers = {shard: _read_file(file) for shard, file in sorted(shards.items())}
+    headers = {shard: _read_file(file, stamps) for shard, file in sorted(shards.items())}
     lost = [name for name, shard in weight_map.items() if name not in headers[shard]]
     if lost:
         raise CheckpointError(
@@ -194,7 +212,8 @@ def _read_index(path: Path) -> State:
     return State(tensors, {path: said for header in headers.values() for path, said in header.metadata.items()})
 
 
-def _read_file(path: Path) -> State:
+def _read_file(path: Path, stamps: dict[Path, Stamp]) -> State:
+    stamps[path] = stamp_of(path.stat())
     if path.suffix == ".safetensors":
         return State(read_header(path))
     if path.suffix in _PICKLES:

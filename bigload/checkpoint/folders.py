@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -13,6 +14,8 @@ from pathlib import Path
 from ..errors import CheckpointError, ConfigError, listed, reason
 from .checkpoint import NOT_WEIGHTS
 from .record import RECORD_NAME
+
+logger = logging.getLogger(__name__)
 
 # Suffixes of files of weights and of their indexes, also those of a variant ("model.safetensors.index.fp16.json").
 WEIGHTS = re.compile(r".*\.(safetensors|index(\.[^.]+)?\.json|bin|pt|pth|gguf|h5|msgpack)", re.DOTALL)
@@ -54,7 +57,18 @@ def new_folder(target: str | os.PathLike[str], *, overwrite: bool) -> Iterator[P
             f"'{target}' cannot be written: {reason(error)}; nothing there has been changed"
         ) from error
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        remove_folder(made)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder with all that is in it; a warning where the system refuses. Ctrl-C does not stop it halfway."""
+    try:
+        shutil.rmtree(path, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+    if os.path.lexists(path):
+        logger.warning("'%s' could not be deleted; it is not needed any more: delete it", path)
 
 
 def checked_target(given: str | os.PathLike[str], *, overwrite: bool) -> Path:
@@ -67,8 +81,16 @@ def checked_target(given: str | os.PathLike[str], *, overwrite: bool) -> Path:
     if not given or not isinstance(given, (str, os.PathLike)):
         raise ConfigError(f"the folder to write is {given!r}; expected a path")
     target = Path(os.path.realpath(Path(given).expanduser()))
+    try:
+        _require_replaceable(target, overwrite=overwrite)
+    except OSError as error:
+        raise CheckpointError(f"'{target}' cannot be read: {reason(error)}") from error
+    return target
+
+
+def _require_replaceable(target: Path, *, overwrite: bool) -> None:
     if not target.exists():
-        return target
+        return
     if not target.is_dir():
         raise CheckpointError(f"'{target}' is a file: name a folder")
     if os.path.ismount(target) or target == Path(os.path.realpath(Path.cwd())) or target in Path.cwd().parents:
@@ -84,7 +106,6 @@ def checked_target(given: str | os.PathLike[str], *, overwrite: bool) -> Path:
             f"'{target}' holds {listed(inner or [path.name for path in held])}, which no checkpoint has: "
             "overwrite=True replaces checkpoints only; name another folder"
         )
-    return target
 
 
 def copy_the_rest(
@@ -102,10 +123,25 @@ def copy_the_rest(
         is_weights = WEIGHTS.fullmatch(path.name) is not None and not NOT_WEIGHTS.fullmatch(path.name)
         is_wanted = path.name not in but and (only is None or only.fullmatch(path.name))
         if path.is_file() and is_wanted and not is_weights and not (made / path.name).exists():
+            if _leads_out(path):
+                logger.warning(
+                    "'%s' is a link out of its folder and is not copied; put the file itself there if it is to be", path
+                )
+                continue
             partial = made / f"{path.name}.partial"  # so that the file is complete or not there
             shutil.copyfile(path, partial)
             _sync(partial)
             partial.rename(made / path.name)
+
+
+def _leads_out(path: Path) -> bool:
+    """Whether a file is a link to one elsewhere, which who publishes a copy of the folder may not mean to publish.
+
+    Folders of the hub's cache, snapshots/REVISION, hold links into blobs beside them.
+    """
+    real, folder = Path(os.path.realpath(path)), Path(os.path.realpath(path.parent))
+    blobs = folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else folder
+    return path.is_symlink() and folder not in real.parents and blobs not in real.parents
 
 
 def put_in_place(made: Path, target: Path) -> None:
@@ -116,23 +152,25 @@ def put_in_place(made: Path, target: Path) -> None:
     Raises:
         OSError: the file system refuses; then what was there is unchanged.
     """
-    if target.exists():
+    is_there = target.exists()
+    if is_there:
         copy_the_rest(target, made)
     _sync(made)
-    if target.exists():
-        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent)) if is_there else None
+    try:
+        if aside is not None:
             target.rename(aside)  # onto an empty folder
-            made.rename(target)
-        except BaseException:
-            if not target.exists():
-                aside.rename(target)
-            raise
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    else:
         made.rename(target)
-    _sync(target.parent)
+        _sync(target.parent)
+    except BaseException:
+        if not made.exists():
+            target.rename(made)
+        if aside is not None and not target.exists():
+            aside.rename(target)
+        raise
+    finally:
+        if aside is not None:
+            remove_folder(aside)
 
 
 def _sync(path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from ..errors import CheckpointError, listed
 from ..io.tensors import LazyTensor, State, StoredObject, StoredTensor
+from .safetensors import require_file
 
 
 def read_pickle(path: Path) -> State:
@@ -22,6 +23,8 @@ def read_pickle(path: Path) -> State:
     """
     try:
         state = _load_mapped(path)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
         what = f"names '{code[1]}', code that no state_dict needs" if code else "is damaged or not a pickle"
@@ -63,5 +66,7 @@ def _own_tensor(value: torch.Tensor) -> torch.Tensor:
 
 
 def _load_mapped(path: Path) -> Any:
-    is_zip = path.open("rb").read(2) == b"PK"  # files from before torch 1.6 cannot be mapped
+    require_file(path)
+    with path.open("rb") as file:
+        is_zip = file.read(2) == b"PK"  # files from before torch 1.6 cannot be mapped
     return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import stat
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,8 @@ DTYPES = {
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
+# No tensor of torch has more values than this, or dimensions.
+_MAX_NUMEL, _MAX_DIMENSIONS = 2**63 - 1, 64
 # The format's own limit: a greater length is damaged.
 _MAX_HEADER_BYTES = 100_000_000
 
@@ -51,7 +55,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: the file is truncated, or its header damaged: its tensors overlap or leave gaps, for instance.
     """
-    size = path.stat().st_size
+    size = require_file(path).st_size
     with path.open("rb") as file:
         length_field = file.read(8)
         if length_field == b"version ":
@@ -84,6 +88,18 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return {tensor.name: tensor for tensor in tensors}
 
 
+def require_file(path: Path) -> os.stat_result:
+    """Refuse pipes, devices and the like: they have no size, and reading them may not end.
+
+    Raises:
+        CheckpointError: it is no regular file.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"'{path}' is not a regular file")
+    return found
+
+
 def _parse_entry(path: Path, start: int, name: str, entry: Any) -> StoredTensor:
     damage = _damage(entry)
     if damage:
@@ -94,20 +110,27 @@ def _parse_entry(path: Path, start: int, name: str, entry: Any) -> StoredTensor:
 
 def _damage(entry: Any) -> str:
     if not isinstance(entry, dict):
-        return f"expected an object with dtype, shape and data_offsets, found {entry!r}"
+        return f"expected an object with dtype, shape and data_offsets, found {_shown(entry)}"
     dtype: Any = entry.get("dtype")
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        return f"dtype {dtype!r} is none of {', '.join(DTYPES)}"
-    if not _are_sizes(shape):
-        return f"shape {shape!r} is not a list of sizes"
+        return f"dtype {_shown(dtype)} is none of {', '.join(DTYPES)}"
+    if not _are_sizes(shape) or len(shape) > _MAX_DIMENSIONS:
+        return f"shape {_shown(shape)} is not a list of sizes"
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        return f"data_offsets {offsets!r} are not [begin, end]"
+        return f"data_offsets {_shown(offsets)} are not [begin, end]"
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != nbytes:
         return f"{dtype} of shape {shape} takes {nbytes} bytes, its data_offsets span {offsets[1] - offsets[0]}"
+    if not nbytes and math.prod(size or 1 for size in shape) > _MAX_NUMEL:  # any other fits the file
+        return f"shape {shape} is of more values than can be counted"
     return ""
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def _are_sizes(value: Any) -> bool:

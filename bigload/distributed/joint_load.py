@@ -114,6 +114,8 @@ class JointLoad:
         with self.ranks.agreed("load"):
             assembly = Assembly(view, plan)
             loaded = execute(to_execute(self.own), on_bytes=on_bytes, timeline=timeline)
+            if request.checkpoint is not None:
+                request.checkpoint.require_unchanged()
         shares, parts = Shares(self.ranks, self.own, loaded), dict[str, nn.Parameter]()
         with self.ranks.agreed("share"):
             for planned in self.own.tensors:

@@ -13,15 +13,28 @@ from collections.abc import Callable
 
 import torch
 
+from ..errors import BigloadError
+
 # Smaller tensors hold too few whole huge pages to gain anything.
 _WORTH_HUGE_PAGES = 4 * 2**20
+
+
+# How torch says that the host has no memory: by no class of its own.
+_SHORTAGES = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+def is_shortage(error: RuntimeError) -> bool:
+    """Whether an error of torch's says that a device, or the host, has no memory."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return not isinstance(error, BigloadError) and any(words in str(error) for words in _SHORTAGES)
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Allocate an uninitialized tensor, on the CPU in huge pages where that is faster.
 
     Raises:
-        torch.OutOfMemoryError: the device has no room.
+        RuntimeError: the device has no room, which `is_shortage` tells.
     """
     made = torch.empty(shape, dtype=dtype, device=device)
     if device.type == "cpu" and made.nbytes >= _WORTH_HUGE_PAGES:

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 import psutil
 import torch
 
-from ..errors import PlacementError
+from ..errors import PlacementError, reason
 
 # A version 1 cgroup without a limit shows a number larger than any machine's memory.
 _UNLIMITED = 2**60
@@ -28,11 +28,17 @@ def free_bytes(device: torch.device) -> int:
 
     On a GPU: what the driver has free, plus what torch's caching allocator holds unused; an upper bound, since the
     latter may be fragmented. On the CPU: the machine's available memory, or less where a cgroup limits it.
+
+    Raises:
+        PlacementError: the system does not tell, as where the process may open no more files.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused
-    available, allowed = int(psutil.virtual_memory().available), cgroup_free_bytes()
+    try:
+        available, allowed = int(psutil.virtual_memory().available), cgroup_free_bytes()
+    except OSError as error:
+        raise PlacementError(f"the system does not tell how much host memory is free: {reason(error)}") from error
     return available if allowed is None else min(available, allowed)
 
 

@@ -69,7 +69,7 @@ typedef struct feed {
     int64_t cursor, within; /* the next span, and how much of it has been given out */
     int64_t done;           /* batches that were worked on */
     feed_state state;
-    atomic_int stop;
+    atomic_int stop, is_lost; /* is_lost: a device cannot tell when copies are over */
 } feed;
 
 typedef struct { feed *f; int64_t index; } worker;
@@ -246,9 +246,12 @@ static int bring_away(feed *f, const run *r, int64_t number, int64_t *current) {
     if (!code && !*event) code = lane->device->event_create(event, NO_TIMING);
     if (code) return fail(f, ERROR_DEVICE, code, -1, 0);
     int failed = copy_run(f, memory, r, lane);
-    /* Even after a failure, since some of it may be on its way. */
+    /* Even after a failure, since some of it may be on its way. Without the event nobody knows when it has come. */
     code = lane->device->event_record(*event, lane->copy_stream);
-    if (code) return fail(f, ERROR_DEVICE, code, -1, 0);
+    if (code) {
+        atomic_store(&f->is_lost, 1);
+        return fail(f, ERROR_DEVICE, code, -1, 0);
+    }
     s->lane = which;
     return failed;
 }
@@ -366,7 +369,7 @@ int feed_done(feed *f) {
 }
 
 /* Stop what goes on, wait for the threads and for copies out of the slots, and let go of everything. 1: that took too
- * long, as where a file system or a device hangs; then all memory is still in use, and stays so. May be called again. */
+ * long, as where a file system or a device hangs, or the device cannot tell whether copies are over; then all memory is still in use, and stays so. May be called again. */
 int feed_end(feed *f, int64_t timeout_ms) {
     struct timespec until;
     clock_gettime(CLOCK_REALTIME, &until); /* what pthread_timedjoin_np takes */
@@ -384,11 +387,13 @@ int feed_end(feed *f, int64_t timeout_ms) {
     }
     for (int64_t i = 0; i < f->order.slot_count; i++) {
         slot *s = f->slots + i;
-        while (s->lane >= 0 && f->order.lanes[s->lane].device->event_query(s->events[s->lane]) == NOT_READY) {
-            if (now_ns() > end) return 1;
+        int code;
+        while (s->lane >= 0 && (code = f->order.lanes[s->lane].device->event_query(s->events[s->lane]))) {
+            if (code != NOT_READY || now_ns() > end) return 1;
             sched_yield();
         }
     }
+    if (atomic_load(&f->is_lost)) return 1;
     free_all(f);
     return 0;
 }

@@ -16,6 +16,14 @@ import torch
 from ..errors import CheckpointError
 from ..hardware.layout import in_mapping
 
+# Inode, size and modification time of a file: they change when it is replaced or written to.
+Stamp = tuple[int, int, int]
+
+
+def stamp_of(stat: os.stat_result) -> Stamp:
+    """Return what tells a file from the one that it was."""
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -94,7 +102,7 @@ def read_each(tensors: Iterable[StoredTensor]) -> Iterator[torch.Tensor]:
             continue
         with _opened(file) as descriptor:
             for tensor in some:
-                raw = _read(descriptor, tensor.offset, tensor.nbytes)
+                raw = read_at(descriptor, tensor.offset, tensor.nbytes)
                 if len(raw) < tensor.nbytes:
                     raise CheckpointError(f"'{file}' ended while '{tensor.name}' was read: it was truncated meanwhile")
                 yield in_mapping(raw, tensor.dtype, 0, tensor.shape)
@@ -110,7 +118,7 @@ def read_bytes(file: Path, offset: int, nbytes: int) -> bytearray:
         OSError: the file cannot be read.
     """
     with _opened(file) as descriptor:
-        return _read(descriptor, offset, nbytes)
+        return read_at(descriptor, offset, nbytes)
 
 
 @contextmanager
@@ -122,7 +130,8 @@ def _opened(file: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _read(descriptor: int, offset: int, nbytes: int) -> bytearray:
+def read_at(descriptor: int, offset: int, nbytes: int) -> bytearray:
+    """Read bytes of an open file, as `read_bytes`."""
     raw = bytearray()
     while len(raw) < nbytes and (more := os.pread(descriptor, nbytes - len(raw), offset + len(raw))):
         raw += more

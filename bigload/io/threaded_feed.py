@@ -63,7 +63,7 @@ class ThreadedFeed(Feed):
         self._begun: dict[int, float] = {}
         self._events: dict[int, torch.cuda.Event] = {}
         self._error: BaseException | None = None
-        self._is_stopped = False
+        self._is_stopped = self._is_lost = False
         self._threads: list[threading.Thread] = []
 
     def _start(self) -> None:
@@ -104,8 +104,8 @@ class ThreadedFeed(Feed):
         end = time.monotonic() + feed.END_S
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
-        while not self._is_quiet():
-            if time.monotonic() > end:
+        while self._is_lost or not self._is_quiet():
+            if self._is_lost or time.monotonic() > end:
                 logger.warning("a file system or a GPU does not answer: what waits for it is left alone")
                 return False
             time.sleep(1e-4)
@@ -191,9 +191,15 @@ class ThreadedFeed(Feed):
         self._read(parts, [as_bytes(filled)])
         self._await_room(parts)
         sources = torch.split(filled, [part.nbytes for part in parts])
-        lane.copy([self._target_of(part) for part in parts], list(sources))
         slot.copied = slot.copied or plain_event()
-        slot.copied.record(lane.copies)
+        try:
+            lane.copy([self._target_of(part) for part in parts], list(sources))
+        finally:  # even after a failure, since some of it may be on its way
+            try:
+                slot.copied.record(lane.copies)
+            except BaseException:
+                self._is_lost = True  # nobody knows when it will have come
+                raise
         self._arrive(parts, lane)
 
     def _await_room(self, parts: Sequence[_Part]) -> None:

@@ -19,15 +19,13 @@ from ..hardware.devices import CPU
 from ..hardware.layout import Layout, TensorSpec, in_mapping
 from ..hardware.pinned import Store, pinned_memory
 from ..io.program import ReadTask, not_taken
-from ..io.tensors import StoredTensor
+from ..io.tensors import Stamp, StoredTensor, stamp_of
 from ..io.transfer import read_all
 
 # A private mapping of a file, as a numpy array (size,), uint8: writes to it stay in memory.
 _Pages = Any
 _CHANGED = "it was changed since the model was loaded; load the model again"
 _TRUNCATED = "it was truncated since the model was loaded; load the model again"
-# Inode, size and modification time of a file: they change when it is replaced or written to.
-_Stamp = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -121,12 +119,15 @@ class FileGroup(Store):
             memory.copy_(self.tensors[name].view(-1).view(torch.uint8)[index * nbytes : (index + 1) * nbytes])
             return
         with _read_errors_of(name, where.file):
-            if _stamp(where.file.stat()) != self._stamps[where.file]:
+            if stamp_of(where.file.stat()) != self._stamps[where.file]:
                 raise OSError(_CHANGED)
             with where.file.open("rb", buffering=0) as file:
-                file.seek(where.offset + index * nbytes)
-                if file.readinto(memory.numpy()) < nbytes:  # type: ignore[arg-type]
-                    raise OSError(_TRUNCATED)
+                left, at = memoryview(memory.numpy()), where.offset + index * nbytes  # type: ignore[arg-type]
+                while left:
+                    received = os.preadv(file.fileno(), [left], at)
+                    if not received:
+                        raise OSError(_TRUNCATED)
+                    left, at = left[received:], at + received
 
     def use_written(self, name: str) -> None:
         """Read a part from memory from now on, where others have written to it."""
@@ -141,12 +142,8 @@ class FileGroup(Store):
         for file, stamp in self._stamps.items():
             name = next(name for name, where in self._parts.items() if where.file == file)
             with _read_errors_of(name, file):
-                if _stamp(file.stat()) != stamp:
+                if stamp_of(file.stat()) != stamp:
                     raise OSError(_CHANGED)
-
-
-def _stamp(stat: os.stat_result) -> _Stamp:
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 @contextmanager
@@ -194,9 +191,9 @@ class Mappings:
     """
 
     def __init__(self) -> None:
-        self._pages: WeakValueDictionary[tuple[Path, _Stamp], _Pages] = WeakValueDictionary()
+        self._pages: WeakValueDictionary[tuple[Path, Stamp], _Pages] = WeakValueDictionary()
 
-    def of(self, file: Path) -> tuple[_Stamp, _Pages]:
+    def of(self, file: Path) -> tuple[Stamp, _Pages]:
         """Map a file, unless it is mapped.
 
         Raises:
@@ -205,7 +202,7 @@ class Mappings:
         # No descriptor stays open: a model's weights may be in more files than a process may open.
         try:
             stat = file.stat()
-            stamp = _stamp(stat)
+            stamp = stamp_of(stat)
             pages = self._pages.get((file, stamp))
             if pages is None:
                 pages = torch.from_file(str(file), shared=False, size=stat.st_size, dtype=torch.uint8).numpy()

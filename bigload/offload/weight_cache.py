@@ -25,7 +25,7 @@ from ..checkpoint.merged import MergedTensor
 from ..checkpoint.safetensors import read_header
 from ..checkpoint.scaled.tensor import ScaledTensor
 from ..errors import CheckpointError, OffloadError, reason
-from ..io.tensors import ComputedTensor, LazyTensor, StoredTensor
+from ..io.tensors import ComputedTensor, LazyTensor, StoredTensor, read_at
 from ..planning.planned_tensors import PlannedTensor
 from ..planning.sources import Source
 from ..quantization.bnb import library
@@ -63,8 +63,7 @@ class WeightCache:
         stored = planned.stored_as_is
         if stored is not None:
             return {"weight": FilePart(stored.file, stored.offset, planned.format.parts(planned.shape)["weight"])}
-        path = self._path(planned)
-        return _read_parts(path, planned) if path.is_file() else None
+        return _read_parts(self._path(planned), planned)
 
     def put(self, planned: PlannedTensor, tensors: Mapping[str, torch.Tensor]) -> dict[str, FilePart]:
         """Write a tensor's parts.
@@ -132,7 +131,7 @@ def _publish(partial: Path, path: Path, planned: PlannedTensor) -> None:
 
 
 def _read_parts(path: Path, planned: PlannedTensor) -> dict[str, FilePart] | None:
-    """Read a file's header and return its parts; None if the file is damaged or holds something else.
+    """Read a file's header and return its parts; None if it is not there, damaged, or holds something else.
 
     Raises:
         OffloadError: the file may not be read.
@@ -140,6 +139,8 @@ def _read_parts(path: Path, planned: PlannedTensor) -> dict[str, FilePart] | Non
     expected = planned.format.parts(planned.shape)
     try:
         there = read_header(path)
+    except FileNotFoundError:
+        return None
     except PermissionError as error:
         raise OffloadError(
             f"'{path}' belongs to another user and cannot be read ({error}): name an offload_folder of your own"
@@ -169,7 +170,11 @@ class SourceFingerprints:
         self._files: dict[Path, list[object]] = {}
 
     def of(self, source: Source) -> list[object]:
-        """Return values for JSON that differ if the source's bytes differ."""
+        """Return values for JSON that differ if the source's bytes differ.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
         tensor = source.tensor
         region = [str(source.region), source.transposed]
         if isinstance(tensor, (torch.Tensor, ComputedTensor)):  # the model's own, or its code's: in no file
@@ -179,10 +184,16 @@ class SourceFingerprints:
             return [*region, *(self.of(Source(piece)) for piece in tensor.pieces)]
         if isinstance(tensor, ScaledTensor):
             return [tensor.kind, *region, *(self.of(Source(part)) for part in (tensor.numbers, tensor.scales))]
+        try:
+            return [*self._of_stored(tensor), *region]
+        except OSError as error:
+            raise CheckpointError(f"reading '{tensor.name}' from '{tensor.file}' failed: {error}") from error
+
+    def _of_stored(self, tensor: StoredTensor) -> list[object]:
         if tensor.file not in self._files:
             stat = tensor.file.stat()
             self._files[tensor.file] = [_header_hash(tensor.file), stat.st_size, stat.st_mtime_ns]
-        known = [*self._files[tensor.file], tensor.name, str(tensor.dtype), tensor.offset, *region]
+        known = [*self._files[tensor.file], tensor.name, str(tensor.dtype), tensor.offset]
         has_sample = self._with_samples and not isinstance(tensor, LazyTensor)
         return [*known, _sample_hash(tensor)] if has_sample else known
 
@@ -197,7 +208,7 @@ def _sample_hash(tensor: StoredTensor) -> str:
     found = hashlib.sha256()
     with tensor.file.open("rb") as opened:
         for at in (0, tensor.nbytes // 2, max(0, tensor.nbytes - _SAMPLE_BYTES)):
-            found.update(os.pread(opened.fileno(), min(_SAMPLE_BYTES, tensor.nbytes), tensor.offset + at))
+            found.update(read_at(opened.fileno(), tensor.offset + at, min(_SAMPLE_BYTES, tensor.nbytes)))
     return found.hexdigest()
 
 

@@ -14,7 +14,7 @@ import torch
 
 from ..checkpoint.bitsandbytes import QuantizedTensor
 from ..errors import CheckpointError, PlacementError, QuantizationError, listed
-from ..hardware.allocation import allocate, reserve
+from ..hardware.allocation import allocate, is_shortage, reserve
 from ..hardware.devices import CPU
 from ..io.program import ReadTask, not_taken
 from ..io.ring import slot_bytes
@@ -139,7 +139,9 @@ def _read_home(planned: PlannedTensor, finish: Callable[[LoadedTensor], object])
     missing = sum(map(numel, parts.values()))
     try:
         values = {name: allocate(tuple(part.shape), part.dtype, planned.device) for name, part in parts.items()}
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_shortage(error):
+            raise
         raise _out_of_memory(_tensor_shortage(planned)) from error
 
     def arrived(count: int) -> None:
@@ -272,7 +274,9 @@ def _explain_out_of_memory(where: Callable[[], str], call: Callable[..., Any]) -
     def explained(*args: Any) -> Any:
         try:
             return call(*args)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_shortage(error):
+                raise
             raise _out_of_memory(where()) from error
 
     return explained

@@ -129,31 +129,37 @@ class PeakMemory:
             held_bytes: of weights that become part of it and are there already: they count as the load's.
         """
         self._model_bytes = model_bytes
-        watched = dict.fromkeys([*model_bytes, torch.device("cpu")])
-        self._before = {device: _used_and_highest(device) for device in watched}
-        for device, (used, highest) in self._before.items():
-            self._before[device] = used - held_bytes.get(device, 0), highest
+        self._before: dict[torch.device, tuple[int, int]] = {}
+        for device in dict.fromkeys([*model_bytes, torch.device("cpu")]):
+            known = _used_and_highest(device)
+            if known is not None:
+                self._before[device] = known[0] - held_bytes.get(device, 0), known[1]
 
     def since(self) -> dict[torch.device, int]:
         """Return the peak of each device in bytes, above what was in use at the start.
 
-        A device is left out if its peak since then is below an earlier peak of the process, or below the bytes of the
-        model, so that it cannot be right: memory that was freed before has been used again, unnoticed.
+        A device is left out if the system does not tell, or if its peak since then is below an earlier peak of the
+        process, or below the bytes of the model, so that it cannot be right: memory that was freed before has been used
+        again, unnoticed.
         """
         peaks = {}
         for device, (used, highest) in self._before.items():
-            now = _used_and_highest(device)[1]
+            known = _used_and_highest(device)
+            now = 0 if known is None else known[1]
             if now > highest and now - used >= self._model_bytes.get(device, 0):
                 peaks[device] = max(0, now - used)
         return peaks
 
 
-def _used_and_highest(device: torch.device) -> tuple[int, int]:
+def _used_and_highest(device: torch.device) -> tuple[int, int] | None:
     if device.type == "cuda":
         stats = torch.cuda.memory_stats_as_nested_dict(device)  # the flat ones take ten times as long
         allocated = stats.get("allocated_bytes", {}).get("all", {})
         return allocated.get("current", 0), allocated.get("peak", 0)
-    return psutil.Process().memory_info().rss - _freed_but_kept(), _highest_resident()
+    try:
+        return psutil.Process().memory_info().rss - _freed_but_kept(), _highest_resident()
+    except (OSError, psutil.Error):  # as where the process may open no more files
+        return None
 
 
 def _highest_resident() -> int:

@@ -118,16 +118,26 @@ class LateGpu:
             stream.end()
 
 
+# What `feed.c` is given of the device, in the order of its table.
+FUNCTIONS = ("set_current", "copy", "event_create", "event_destroy", "event_record", "event_query", "stream_wait")
+
+
 @pytest.fixture
 def late_gpu(monkeypatch):
     """Put late streams in the place of a GPU's; tensors on "cpu" go there."""
     if COMPILER is None:
         pytest.skip("needs gcc")
+    gpu = install(monkeypatch)
+    yield gpu
+    gpu.end()
+
+
+def install(monkeypatch):
+    """Put late streams in the place of a GPU's. Returns the GPU, which is to be ended."""
     from bigload.io import feed, native_feed, ring, threaded_feed, transfer
 
     gpu = LateGpu(late_us=100)
-    names = ("set_current", "copy", "event_create", "event_destroy", "event_record", "event_query", "stream_wait")
-    addresses = [ctypes.cast(getattr(_library(), f"fake_{name}"), ctypes.c_void_p).value for name in names]
+    addresses = [ctypes.cast(getattr(_library(), f"edge_{name}"), ctypes.c_void_p).value for name in FUNCTIONS]
     functions = native_feed._Functions(*addresses)
 
     def fields_of(lane):
@@ -154,8 +164,7 @@ def late_gpu(monkeypatch):
     monkeypatch.setattr(transfer, "timed_event", Event)
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: gpu.work)
     monkeypatch.setattr(ring, "pinned_memory", lambda nbytes, least=0: torch.empty(nbytes, dtype=torch.uint8))
-    yield gpu
-    gpu.end()
+    return gpu
 
 
 def fail_copy(number):
@@ -163,3 +172,15 @@ def fail_copy(number):
     library = _library()
     ctypes.c_int64.in_dll(library, "fake_copies").value = 0
     ctypes.c_int64.in_dll(library, "fake_copies_until_one_fails").value = number
+
+
+def fail_function(name, call):
+    """Let the n-th call from now on of a function that `feed.c` is given fail; 0: none."""
+    library, which = _library(), FUNCTIONS.index(name)
+    (ctypes.c_int64 * len(FUNCTIONS)).in_dll(library, "edge_calls")[which] = 0
+    (ctypes.c_int64 * len(FUNCTIONS)).in_dll(library, "edge_fails_at")[which] = call - 1
+
+
+def calls_of(name):
+    """Return how often such a function was called since then."""
+    return (ctypes.c_int64 * len(FUNCTIONS)).in_dll(_library(), "edge_calls")[FUNCTIONS.index(name)]

@@ -13,8 +13,11 @@ from resources import open_files
 from streaming import CLOCK_NS, MODES, resident, stream_from_disk, tokens, written
 from torch import nn
 
+from bigload.checkpoint.checkpoint import open_checkpoint
 from bigload.errors import OffloadError
 from bigload.offload.files import FileGroup, Mappings, limit_page_cache
+from bigload.offload.weight_cache import SourceFingerprints
+from bigload.planning.sources import Source
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
@@ -93,6 +96,31 @@ def test_what_comes_in_pieces_is_read_to_its_end(tmp_path, monkeypatch):
     group.read_into(memory)
     assert equal(memory.view(torch.float32), values)
     assert len(asked) > 5
+
+
+def test_slice_that_comes_in_pieces_is_read_to_its_end_or_refused(tmp_path, monkeypatch):
+    values = torch.arange(1024, dtype=torch.float32)
+    group = FileGroup(written({"weight": values}, tmp_path / "0"))
+    read, memory = os.preadv, torch.zeros(2048, dtype=torch.uint8)
+
+    def less(descriptor, buffers, offset):
+        return read(descriptor, [buffers[0][:300]], offset)
+
+    monkeypatch.setattr(os, "preadv", less)
+    group.read_slice("weight", 1, 2, memory)
+    assert equal(memory.view(torch.float32), values[512:])
+    monkeypatch.setattr(os, "preadv", lambda *given: 0)
+    with pytest.raises(OffloadError, match=r"'weight' cannot be read from .*truncated"):
+        group.read_slice("weight", 1, 2, memory)
+
+
+def test_sample_that_comes_in_pieces_names_the_same_file(tmp_path, monkeypatch):
+    """Else a weight would be quantized again, into another file."""
+    save_checkpoint(two_layers(), tmp_path)
+    tensor = open_checkpoint(tmp_path).tensors["0.weight"]
+    read, whole = os.pread, SourceFingerprints(with_samples=True).of(Source(tensor))
+    monkeypatch.setattr(os, "pread", lambda descriptor, count, offset: read(descriptor, min(count, 99), offset))
+    assert SourceFingerprints(with_samples=True).of(Source(tensor)) == whole
 
 
 def test_groups_of_one_file_map_it_once(tmp_path):

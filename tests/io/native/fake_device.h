@@ -103,3 +103,21 @@ int fake_stream_wait(void *stream, void *event, unsigned flags) {
     (void)flags;
     return fake_ask(stream, (task){WAIT, NULL, NULL, 0, event, atomic_load(&((fake_event *)event)->asked), NULL});
 }
+
+/* The same functions as `feed.c` is given them, each of which may be told to fail at a call, counted from 0. */
+enum { EDGES = 7 };
+_Atomic int64_t edge_calls[EDGES], edge_fails_at[EDGES] = {-1, -1, -1, -1, -1, -1, -1};
+static int edge_fails(int which) {
+    return atomic_fetch_add(&edge_calls[which], 1) == atomic_load(&edge_fails_at[which]);
+}
+int edge_set_current(void *context) { return edge_fails(0) ? 719 : fake_set_current(context); }
+int edge_copy(uint64_t to, const void *from, size_t nbytes, void *stream) {
+    return edge_fails(1) ? 719 : fake_copy(to, from, nbytes, stream);
+}
+int edge_event_create(void **event, unsigned flags) { return edge_fails(2) ? 2 : fake_event_create(event, flags); }
+int edge_event_destroy(void *event) { return edge_fails(3) ? 719 : fake_event_destroy(event); }
+int edge_event_record(void *event, void *stream) { return edge_fails(4) ? 719 : fake_event_record(event, stream); }
+int edge_event_query(void *event) { return edge_fails(5) ? 719 : fake_event_query(event); }
+int edge_stream_wait(void *stream, void *event, unsigned flags) {
+    return edge_fails(6) ? 719 : fake_stream_wait(stream, event, flags);
+}

@@ -1,0 +1,80 @@
+"""Let each call of each edge fail, one after the other: `python tests/faults --out benchmarks/results/faults.json`.
+
+`--table FILE` prints the table of docs/reliability.md of such a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+
+HERE = Path(__file__).parent
+MOST_CALLS = 60  # of one edge, spread evenly: how often a device is asked whether it is done is a matter of time
+
+
+def main() -> None:
+    """Run the command line; ends with status 1 if a fault left anything behind."""
+    parser = argparse.ArgumentParser(prog="python tests/faults", description=__doc__)
+    parser.add_argument("--job", action="append", help="this job alone; may be repeated")
+    parser.add_argument("--out", type=Path, help="where the counts go, as JSON")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of such a file")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print("\n".join(table(json.loads(arguments.table.read_text()))))
+        return
+    from injected_faults import JOBS, every_try
+
+    begun = time.monotonic()
+    found = every_try(arguments.job or tuple(JOBS), chosen, lambda text: print(text, flush=True))
+    rows = [
+        {"job": job, "edge": edge, "error": error, "outcomes": dict(counts)}
+        for (job, edge, error), counts in found.counts.items()
+    ]
+    summary = {"tries": found.tries, "seconds": round(time.monotonic() - begun), "failures": found.failures}
+    print(json.dumps(summary))
+    if arguments.out:
+        arguments.out.write_text(json.dumps(summary | {"rows": rows}, indent=1) + "\n")
+    sys.exit(1 if found.failures else 0)
+
+
+def chosen(calls: int) -> list[int]:
+    """Return the calls to fail."""
+    step = max(1, -(-calls // MOST_CALLS))
+    return sorted({*range(1, calls + 1, step), calls} - {0})
+
+
+def table(results: dict) -> list[str]:
+    """Return a table in Markdown: a line for each job and edge."""
+    from injected_faults import HOW
+
+    lines = ["| while | what fails | how | tries | refused, right | survived / tried |", "|---|---|---|---|---|---|"]
+    merged: dict[tuple[str, str], dict[str, int]] = {}
+    errors: dict[tuple[str, str], list[str]] = {}
+    for row in results["rows"]:
+        key = row["job"], f"{row['edge']} of a device" if row["error"] == "device" else row["edge"]
+        counts = merged.setdefault(key, {})
+        errors.setdefault(key, []).append(row["error"])
+        for outcome, count in row["outcomes"].items():
+            counts[outcome] = counts.get(outcome, 0) + count
+    for (job, edge), counts in merged.items():
+        tried = sum(counts.values())
+        how = HOW if errors[job, edge] == ["device"] else ", ".join(errors[job, edge])
+        said = f"{counts.get('refused', 0)}, {counts.get('right', 0) + counts.get('not met', 0)}"
+        lines.append(f"| {job} | {edge} | {how} | {tried} | {said} | {tried - counts.get('failed', 0)} / {tried} |")
+    tried, failed = results["tries"], len(results["failures"])
+    lines.append(f"| **all** | | | **{tried}** | | **{tried - failed} / {tried}** |")
+    return lines
+
+
+if __name__ == "__main__":
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    sys.path[:0] = [str(HERE.parent / "helpers")]
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    main()

@@ -1,0 +1,64 @@
+"""Whatever fails at an edge, all is as it was, and the next run is right. `python tests/faults` tries each call."""
+
+import importlib.util
+import json
+import random
+from pathlib import Path
+
+import late_gpu
+import pytest
+from injected_faults import DEVICE, EDGES, JOBS, every_try, tries_of
+
+ROOT = Path(__file__).parents[2]
+RESULT = ROOT / "benchmarks/results/faults.json"
+
+
+def first_and_another(calls):
+    return sorted({1, random.randint(1, calls)}) if calls else []
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_fault_leaves_all_as_it_was_and_the_next_run_is_right(job):
+    if job == "load onto a late GPU" and late_gpu.COMPILER is None:
+        pytest.skip("needs gcc")
+    outcomes = every_try([job], first_and_another)
+    assert not outcomes.failures, "\n".join(outcomes.failures)
+    assert outcomes.tries > 5
+
+
+def command():
+    spec = importlib.util.spec_from_file_location("faults_command", ROOT / "tests/faults/__main__.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_table_of_the_docs_is_that_of_the_result():
+    results = json.loads(RESULT.read_text())
+    page = (ROOT / "docs/reliability.md").read_text()
+    assert "\n".join(command().table(results)) in page
+    assert results["tries"] == sum(sum(row["outcomes"].values()) for row in results["rows"]) >= 1500
+    assert not results["failures"]
+    assert f"{results['tries']:,} faults" in page
+
+
+def test_result_is_of_all_jobs_and_edges_that_there_are():
+    tried = {(row["job"], row["edge"], row["error"]) for row in json.loads(RESULT.read_text())["rows"]}
+    assert {job for job, *_ in tried} == set(JOBS)
+    edges = {(edge, error) for edge, said in EDGES.items() for error in said.errors}
+    assert {(edge, error) for _, edge, error in tried} == edges | {(name, DEVICE) for name in late_gpu.FUNCTIONS}
+
+
+def test_a_fault_that_leaves_something_behind_is_seen(monkeypatch):
+    from bigload.checkpoint import folders
+
+    monkeypatch.setattr(folders, "remove_folder", lambda path: None)
+    with tries_of("save") as tries, pytest.raises(AssertionError, match="saved"):
+        tries.run("fsync", "disk full", 1)
+
+
+def test_a_wrong_bit_is_seen():
+    with tries_of("expert fetch") as tries:
+        tries.expected["0"][0, 0] += 1
+        with pytest.raises(AssertionError):
+            tries.run("copy", "Ctrl-C", 1)

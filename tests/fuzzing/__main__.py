@@ -1,0 +1,94 @@
+"""Damage checkpoints at random, for as long as it is told to: `python tests/fuzzing --seconds 600 --out FILE`.
+
+Each must be opened and loaded, or be refused by an error of bigload's, within ten seconds and a few GB of memory.
+`--case KIND SEED` runs one alone, with its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import random
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+
+HERE = Path(__file__).parent
+PATIENCE_S = 10
+MOST_BYTES = 12 * 2**30  # of addresses, of which torch itself takes most
+
+
+class HangsError(Exception):
+    """An attempt takes too long."""
+
+
+def main() -> None:
+    """Run the command line; ends with status 1 if anything but a refusal was met."""
+    parser = argparse.ArgumentParser(prog="python tests/fuzzing", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, help="of the first attempt (default: a new one each time)")
+    parser.add_argument("--case", nargs=2, metavar=("KIND", "SEED"), help="run this one alone")
+    parser.add_argument("--out", type=Path, help="where counts and findings go, as JSON")
+    arguments = parser.parse_args()
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
+    signal.signal(signal.SIGALRM, _hangs)
+    if arguments.case:
+        print(_attempt(arguments.case[0], int(arguments.case[1])))
+    else:
+        sys.exit(_go_on(arguments))
+
+
+def _hangs(*_: object) -> None:
+    raise HangsError(f"no answer after {PATIENCE_S} s")
+
+
+def _attempt(kind: str, seed: int) -> list[str]:
+    from hostile_files import attempt
+
+    signal.alarm(PATIENCE_S)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            return attempt(kind, seed, Path(folder))
+    finally:
+        signal.alarm(0)
+
+
+def _go_on(arguments: argparse.Namespace) -> int:
+    from hostile_files import KINDS
+
+    first = random.SystemRandom().randrange(10**9) if arguments.seed is None else arguments.seed
+    seed, begun = first, time.monotonic()
+    counts: Counter[str] = Counter()
+    findings = []
+    while time.monotonic() - begun < arguments.seconds:
+        for kind in KINDS:
+            try:
+                outcome = "refused" if _attempt(kind, seed) else "loaded"
+            except Exception as error:
+                outcome = "failed"
+                findings.append({"kind": kind, "seed": seed, "error": repr(error)[:500]})
+                print(f"\n--case '{kind}' {seed}\n{''.join(traceback.format_exception(error)[-6:])}", flush=True)
+            counts[f"{kind}: {outcome}"] += 1
+        seed += 1
+    summary = {"first_seed": first, "seconds": round(time.monotonic() - begun), "executions": sum(counts.values())}
+    print(json.dumps(summary | {"failures": len(findings)}))
+    if arguments.out:
+        text = json.dumps(summary | {"outcomes": dict(sorted(counts.items())), "failures": findings}, indent=1)
+        arguments.out.write_text(text + "\n")
+    return 1 if findings else 0
+
+
+if __name__ == "__main__":
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    sys.path[:0] = [str(HERE.parent / "helpers")]
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    main()
