@@ -41,13 +41,11 @@ TRIED = {
         "test_folder_of_a_pipeline_names_the_folders_with_weights",
     },
     "checkpoint/folders.py": {
+        "put the file itself there": "faults/test_hostile_files.py::test_link_out_of_the_folder_is_not_copied",
         "is a file: name a folder": CHECKPOINT + "test_folder_of_another_name_is_written",
         "name a folder inside it": "checkpoint/test_folders.py::test_overwriting_what_is_no_checkpoint_is_refused",
         "pass overwrite=True": "checkpoint/test_folders.py::test_folder_that_is_not_empty_is_replaced_only_when_asked",
         "replaces checkpoints only; name another folder": CHECKPOINT + "test_folder_of_another_name_is_written",
-    },
-    "checkpoint/foreign.py": {
-        "Use the original checkpoint": CHECKPOINT + "test_original_of_what_another_method_quantized_is_loaded",
     },
     "checkpoint/hub.py": {
         "hf download": "checkpoint/test_hub.py::test_repository_that_was_fetched_is_loaded",
@@ -66,6 +64,9 @@ TRIED = {
         "is missing: download": SCALED + "test_damaged_checkpoints_load_once_they_are_sound",
         "remove quantization_config": "checkpoint/test_scaled.py::"
         "test_what_was_dequantized_loads_without_the_stale_config",
+    },
+    "checkpoint/scaled/stated.py": {
+        "which bigload does not read": CHECKPOINT + "test_original_of_what_another_method_quantized_is_loaded",
     },
     "checkpoint/scaled/tensor.py": {
         "download it again": SCALED + "test_damaged_checkpoints_load_once_they_are_sound",

@@ -209,7 +209,7 @@ def divided(sizes: Sequence[int], parts: int, before: int = 0, after: int = 0) -
         >>> divided([1, 1, 1, 1], 2, before=2)
         [0, 1, 1, 1]
         >>> divided([4, 1, 1, 1], 3)
-        [0, 1, 2, 2]
+        [0, 1, 1, 2]
     """
     low, high = max(sizes), sum(sizes) + before + after
     while low < high:
@@ -276,6 +276,19 @@ def load_pipeline_stage(
         CheckpointError: the checkpoint is damaged, or does not fit the model.
         PlacementError: the model cannot be divided, or a stage does not fit.
         DistributedError: another process failed, did not answer in time, or loads other files.
+
+    Examples:
+        In each process of `torchrun --nproc_per_node 2`::
+
+            mesh = init_device_mesh("cuda", (2,))
+            with bigload.init_empty_weights():
+                model = AutoModelForCausalLM.from_config(config)
+            stage = load_pipeline_stage(model, "nf4", "checkpoint/", mesh)
+
+        >>> from bigload.distributed.stages import load_pipeline_stage
+        >>> load_pipeline_stage(None, "nf4", "checkpoint/", mesh=None)
+        Traceback (most recent call last):
+        bigload.errors.ConfigError: ...
     """
     ranks = Ranks(mesh)
     if mesh.ndim != 1:

@@ -67,6 +67,8 @@ class Plan:
         Plan(nf4: 145.20 MiB on cuda:0, 129.13 MiB on cpu, 1.13 MiB streamed for each forward)
         >>> plan.source_bytes, plan.nbytes, plan.streamed_bytes  # read, kept, and copied in each forward
         (8462368, 1253472, 1179904)
+        >>> plan.read_bytes == plan.source_bytes  # of a share of the model it may be more
+        True
         >>> plan.token_bytes  # the same, as it has no experts
         1179904
         >>> plan.device_bytes
