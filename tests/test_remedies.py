@@ -46,6 +46,7 @@ TRIED = {
         "name a folder inside it": "checkpoint/test_folders.py::test_overwriting_what_is_no_checkpoint_is_refused",
         "pass overwrite=True": "checkpoint/test_folders.py::test_folder_that_is_not_empty_is_replaced_only_when_asked",
         "replaces checkpoints only; name another folder": CHECKPOINT + "test_folder_of_another_name_is_written",
+        "is a link out of its folder": "faults/test_hostile_files.py::test_link_out_of_the_folder_is_not_copied",
     },
     "checkpoint/hub.py": {
         "hf download": "checkpoint/test_hub.py::test_repository_that_was_fetched_is_loaded",

@@ -22,16 +22,19 @@ def main() -> None:
     """Run the command line; ends with status 1 if a fault left anything behind."""
     parser = argparse.ArgumentParser(prog="python tests/faults", description=__doc__)
     parser.add_argument("--job", action="append", help="this job alone; may be repeated")
+    parser.add_argument("--gpu", action="store_true", help="the jobs that need a GPU, instead of the others")
     parser.add_argument("--out", type=Path, help="where the counts go, as JSON")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of such a file")
     arguments = parser.parse_args()
     if arguments.table:
         print("\n".join(table(json.loads(arguments.table.read_text()))))
         return
-    from injected_faults import JOBS, every_try
+    from injected_faults import GPU_JOBS, JOBS, every_try
 
     begun = time.monotonic()
-    found = every_try(arguments.job or tuple(JOBS), chosen, lambda text: print(text, flush=True))
+    found = every_try(
+        arguments.job or tuple(GPU_JOBS if arguments.gpu else JOBS), chosen, lambda text: print(text, flush=True)
+    )
     rows = [
         {"job": job, "edge": edge, "error": error, "outcomes": dict(counts)}
         for (job, edge, error), counts in found.counts.items()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import late_gpu
 import pytest
-from injected_faults import DEVICE, EDGES, JOBS, every_try, tries_of
+from injected_faults import DEVICE, EDGES, GPU_JOBS, JOBS, every_try, tries_of
 
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "benchmarks/results/faults.json"
@@ -21,6 +21,14 @@ def first_and_another(calls):
 def test_fault_leaves_all_as_it_was_and_the_next_run_is_right(job):
     if job == "load onto a late GPU" and late_gpu.COMPILER is None:
         pytest.skip("needs gcc")
+    outcomes = every_try([job], first_and_another)
+    assert not outcomes.failures, "\n".join(outcomes.failures)
+    assert outcomes.tries > 5
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("job", GPU_JOBS)
+def test_fault_on_a_gpu_leaves_all_as_it_was_and_the_next_run_is_right(job):
     outcomes = every_try([job], first_and_another)
     assert not outcomes.failures, "\n".join(outcomes.failures)
     assert outcomes.tries > 5

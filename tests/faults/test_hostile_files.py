@@ -7,10 +7,12 @@ Those that the tests of each reader have (`tests/checkpoint`, `test_damaged_quan
 import json
 import os
 import tracemalloc
+from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import empty, save, save_checkpoint
+from failures import raising
 from hostile_files import KINDS, Layers, attempt, write_header
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -154,3 +156,18 @@ def test_values_that_cannot_be_quantized_are_not_printed(tmp_path):
 def test_files_load_while_nothing_is_damaged(kind, tmp_path, monkeypatch):
     monkeypatch.setitem(KINDS, kind, (KINDS[kind][0], lambda folder, rng: None))
     assert attempt(kind, 0, tmp_path) == []
+
+
+def test_an_error_of_another_kind_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr("hostile_files.open_checkpoint", raising(KeyError("x")))
+    with pytest.raises(KeyError):
+        attempt("header", 0, tmp_path)
+
+
+def test_counts_in_the_docs_are_those_of_the_result():
+    root = Path(__file__).parents[2]
+    result = json.loads((root / "benchmarks/results/fuzzing.json").read_text())
+    page = (root / "docs/reliability.md").read_text()
+    assert f"{result['executions']:,} executions in {result['seconds']} seconds" in page
+    assert not result["failures"]
+    assert {name.partition(":")[0] for name in result["outcomes"]} == set(KINDS)

@@ -477,6 +477,42 @@ class FetchExperts(Job):
         return acted
 
 
+class LoadOntoGpu(Load):
+    """A checkpoint in two files, onto a GPU, whose memory is as before after a fault."""
+
+    is_native = True
+
+    def act(self, subject):
+        return load_and_quantize_model(subject, self.mode, self.folder / "checkpoint", device_map=0)
+
+    def seen(self, subject):
+        gc.collect()  # bitsandbytes' layers and their weights refer to each other
+        torch.cuda.synchronize()
+        return anatomy(subject), torch.cuda.memory_allocated()
+
+
+class ForwardOnGpu(Forward):
+    """A forward on a GPU of a model of which four blocks are in host memory."""
+
+    def prepare(self):
+        save_checkpoint(build(4), self.folder / "checkpoint", dtype=torch.bfloat16)
+        away = [f"transformer.h.{number}" for number in range(4)]
+        gpu = torch.device("cuda", 0)
+        self.model = offloaded(lambda: build(4), self.folder / "checkpoint", gpu, away, self.folder / "kept").eval()
+        with torch.no_grad():
+            self.model(self.inputs)
+
+    @property
+    def inputs(self):
+        return tokens("cuda") % 32
+
+    def settle(self):
+        super().settle()
+        torch.cuda.synchronize()
+
+
+# Those that need a GPU: a table of their own.
+GPU_JOBS = {"load onto a GPU": LoadOntoGpu, "forward streamed to a GPU": ForwardOnGpu}
 JOBS = {
     "load": Load,
     "load onto a late GPU": LoadOntoLateGpu,
@@ -514,7 +550,7 @@ class Tries:
 
     def __init__(self, name, patch, folder):
         self.name = name
-        self.job = JOBS[name](folder, patch)
+        self.job = (JOBS | GPU_JOBS)[name](folder, patch)
         for _ in range(2):  # what is made once per process is made now
             subject = self.job.subject()
             self.expected = self._copied(self.job.result(subject, self.job.act(subject)))
