@@ -95,6 +95,11 @@ class CacheState:
                 tensor.copy_(container[name])
                 container[name] = tensor
 
+    def lie_in(self, own: Sequence[torch.Tensor]) -> None:
+        """Put a graph's own tensors into the caches, whatever the values there are."""
+        for (container, name), tensor in zip(self._tensors, own, strict=True):
+            container[name] = tensor
+
     def advance(self) -> None:
         """Count a token, as Python would have. Of a window that is full now, it is still noted that it was not."""
         for container, name in self._counts:

@@ -55,7 +55,7 @@ def _filled(values: torch.Tensor, device: Any) -> torch.Tensor:
     numbers = values.flatten().tolist()
     if len(numbers) > _MAX_NUMBERS:
         return values.to(device)
-    if numbers and all(number == numbers[0] for number in numbers):
+    if len(set(map(repr, numbers))) == 1:  # 0.0 and -0.0 are equal, but not the same
         return torch.full(values.shape, numbers[0], dtype=values.dtype, device=device)
     filled = [torch.full((), number, dtype=values.dtype, device=device) for number in numbers]
     return torch.stack(filled).view(values.shape) if filled else torch.empty_like(values, device=device)

@@ -134,7 +134,10 @@ class CapturedStep:
 
     def lend_to(self, cache: Any, rows: int) -> bool:
         """Give the tensors of a cache that is no more to one that has none; say whether it has them."""
-        if len(self._owners) != 1 or rows != self._rows or not lend(self._state.layers(), cache):
+        if len(self._owners) != 1 or rows != self._rows:
+            return False
+        self._state.lie_in(self._own)  # another graph may have moved the cache to where it works
+        if not lend(self._state.layers(), cache):
             return False
         self.place.give_to([cache])
         return True

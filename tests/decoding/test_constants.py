@@ -59,7 +59,14 @@ class Attending(Weighing):
         return self.layer(x.unsqueeze(1))
 
 
-@pytest.mark.parametrize("build", [Weighing, Attending])
+class Signed(Weighing):
+    """Has a constant of two zeros, whose signs show in what is divided by them."""
+
+    def step(self, x):
+        return self.linear(x) / torch.tensor([0.0, -0.0, 0.0, -0.0], device=x.device)
+
+
+@pytest.mark.parametrize("build", [Weighing, Attending, Signed])
 @torch.no_grad()
 def test_a_step_with_constants(build, device, captures, warned):
     model = build().to(device).eval()

@@ -1,5 +1,7 @@
 """Masks of decode steps are made by the graph that uses them; whoever else gets one gets what `generate` makes."""
 
+import functools
+
 import pytest
 import torch
 from models import llama
@@ -99,6 +101,24 @@ def test_a_model_that_prepares_its_inputs_itself_is_given_the_mask_itself(model,
     model.prepare_inputs_for_generation = prepared
     assert torch.equal(generated(model, **prompt(model)), expected)
     assert all(isinstance(mask, torch.Tensor) for mask in seen)
+    assert capture.stats().replayed == STEPS - 2
+
+
+@pytest.mark.parametrize("where", ["forward", "__call__"])
+def test_what_is_put_around_the_method_of_a_model_is_given_the_mask_itself(where, model, captures, monkeypatch):
+    expected, seen = generated(model, **prompt(model)), []
+    capture = capture_decode(model)
+    holder = model if where == "forward" else type(model)
+    own = getattr(holder, where)
+
+    @functools.wraps(own)
+    def around(*args, **kwargs):
+        seen.append(kwargs["attention_mask"].dim())
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(holder, where, around, raising=False)
+    assert torch.equal(generated(model, **prompt(model)), expected)
+    assert seen[1:] == [4] * (STEPS - 1)
     assert capture.stats().replayed == STEPS - 2
 
 
