@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,12 +19,20 @@ _COUNTS = ("cumulative_length", "cumulative_length_int")
 _TELLING = ("get_seq_length", "get_mask_sizes")
 
 
+class LeftLayer(NamedTuple):
+    """What a layer held whose cache is no more: its class, its tensors and simple attributes."""
+
+    kind: type
+    held: dict[str, Any]
+
+
 class CacheState:
     """The state of the caches of one call, as it is now.
 
     Attributes:
         signature: equal for caches that a graph can stand for: classes, shapes and all values but those of tensors and
             of counts; of a count whether its window is full.
+        objects: weak references to the caches, and to the caches and layers in them.
     """
 
     def __init__(self, caches: Sequence[Any]) -> None:
@@ -32,6 +41,7 @@ class CacheState:
         self._counts: list[tuple[dict[Any, Any], str]] = []
         self._layers: list[Any] = []
         self._seen: dict[int, int] = {}
+        self.objects: list[weakref.ref[Any]] = []
         signature: list[Any] = []
         for cache in caches:
             self._walk(cache, signature)
@@ -47,6 +57,9 @@ class CacheState:
         signature.append(type(value))
         container: Container = value if isinstance(value, (dict, list)) else vars(value)
         self._containers.append(container)
+        if container is not value:
+            with suppress(TypeError):  # one with slots
+                self.objects.append(weakref.ref(value))
         slides = isinstance(container, dict) and container is not value and _slides(value)
         if slides:
             self._layers.append(value)
@@ -95,10 +108,28 @@ class CacheState:
                 tensor.copy_(container[name])
                 container[name] = tensor
 
-    def lie_in(self, own: Sequence[torch.Tensor]) -> None:
-        """Put a graph's own tensors into the caches, whatever the values there are."""
+    def let_go(self, own: Sequence[torch.Tensor]) -> list[LeftLayer]:
+        """Keep none of the caches any more, so that they are gone unless somebody else has them, or parts of them.
+
+        Args:
+            own: a graph's own tensors.
+
+        Returns:
+            The layers, as they would be if these tensors were in them; none if there are several caches.
+        """
+        layers = self.layers()
+        copies: dict[int, dict[Any, Any]] = {id(vars(layer)): dict(vars(layer)) for layer in layers}
         for (container, name), tensor in zip(self._tensors, own, strict=True):
-            container[name] = tensor
+            if id(container) in copies:
+                copies[id(container)][name] = tensor
+        left = [LeftLayer(type(layer), copies[id(vars(layer))]) for layer in layers]
+        for layer in left:
+            kept = {name: each for name, each in layer.held.items() if isinstance(each, (torch.Tensor, *SIMPLE))}
+            layer.held.clear()
+            layer.held.update(kept)
+        self._containers, self._tensors, self._counts, self._layers = [], [], [], []
+        self._held = HeldValues([])
+        return left
 
     def advance(self) -> None:
         """Count a token, as Python would have. Of a window that is full now, it is still noted that it was not."""

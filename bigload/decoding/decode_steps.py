@@ -143,10 +143,17 @@ class DecodeSteps(MethodOverride):
             if self._is_running or not self._kinds:
                 return
             self._note_model()  # of which another dtype is another cache
-            modes, steps = _modes(self._device.type), (step for kind in self._kinds.values() for step in kind.steps)
-            left = [step for step in steps if step.is_left and step.key[0] == modes]
+            modes, left = _modes(self._device.type), [step for step in self._let_go() if step.is_left]
+            left = [step for step in left if step.key[0] == modes]
             self._graphs.follow()
             next((step for step in reversed(left) if step.lend_to(caches[0], tokens.shape[0])), None)
+
+    def _let_go(self) -> list[CapturedStep]:
+        """Keep nothing of caches that are no more; return all steps."""
+        steps = [step for kind in self._kinds.values() for step in kind.steps]
+        for step in steps:
+            step.let_go()
+        return steps
 
     def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if (reason := obstacle_now(self.module, kwargs)) is not None:
@@ -186,7 +193,9 @@ class DecodeSteps(MethodOverride):
             return self._leave(kind.reason)
         self._new_in_a_row = 0
         step = next((each for each in kind.steps if each.is_of(call.states)), None)
-        step = step or next((each for each in kind.steps if each.is_free_for(call)), None)
+        if step is None:
+            self._let_go()
+            step = next((each for each in kind.steps if each.is_free_for(state)), None)
         if step is None:
             try:
                 step = self._capture(kind, key, call, state)
@@ -274,7 +283,7 @@ class DecodeSteps(MethodOverride):
             other.steps.remove(old)
             self._drop(old)
         places, tensors = (step.place for other in self._kinds.values() for step in other.steps), state.tensors()
-        place = next((each for each in places if each.overlaps(tensors)), None) or CachePlace(tensors, call.states)
+        place = next((each for each in places if each.overlaps(tensors)), None) or CachePlace(tensors, state)
         assert kind.lookups is not None
         run = self._offload.captured(self._own_with_constants)
         with self._offload.held():

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
+from .cache_state import LeftLayer
 
-def lend(layers: Sequence[Any], cache: Any) -> bool:
+
+def lend(layers: Sequence[LeftLayer], cache: Any) -> bool:
     """Give the tensors of static layers, which nobody uses any more, to a static cache that has none yet.
 
     Args:
-        layers: with tensors, whose values are lost.
+        layers: those of a cache that is no more, with tensors, whose values are lost.
         cache: of transformers, that no forward has been given, for as many sequences.
 
     Returns:
@@ -28,7 +30,7 @@ def lend(layers: Sequence[Any], cache: Any) -> bool:
         return False
     for old, new in zip(layers, empty, strict=True):
         own = vars(new)
-        for name, value in vars(old).items():  # in this order: what a layer sets when it is first used comes last
+        for name, value in old.held.items():  # in this order: what a layer sets when it is first used comes last
             if isinstance(value, torch.Tensor):
                 own[name] = value.zero_()
             elif name not in own or name == "is_initialized":
@@ -36,10 +38,10 @@ def lend(layers: Sequence[Any], cache: Any) -> bool:
     return True
 
 
-def _suits(old: Any, new: Any) -> bool:
-    had, has = vars(old), vars(new)
+def _suits(old: LeftLayer, new: Any) -> bool:
+    had, has = old.held, vars(new)
     return (
-        type(old) is type(new)
+        old.kind is type(new)
         and has.get("is_initialized") is False
         and had.get("is_initialized") is True
         and all(has.get(name) == had.get(name) for name in ("max_cache_len", "sliding_window", "_is_croppable"))

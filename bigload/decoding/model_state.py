@@ -16,7 +16,7 @@ from .calls import is_state
 from .held_values import HeldValues
 
 # What `generate` and users switch in a config, and the code of the model looks up in each forward.
-_SWITCHES = ("_attn_implementation", "_experts_implementation")
+_SWITCHES = ("_attn_implementation", "_experts_implementation", "return_dict")
 
 
 # Attributes of torch's own.

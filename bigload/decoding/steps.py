@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .cache_state import CacheState
+from .cache_state import CacheState, LeftLayer
 from .calls import Call, UnknownOutputError, output_maker
 from .graphs import Graphs
 from .lending import lend
@@ -26,16 +26,17 @@ class CachePlace:
 
     Attributes:
         tensors: what lies there.
-        users: weak references to the caches that lie there now.
+        users: weak references to the caches that lie there now, and to what is in them: who has a layer, or a shallow
+            copy of a cache, uses the place too.
     """
 
-    def __init__(self, tensors: list[torch.Tensor], caches: Sequence[Any]) -> None:
-        self.tensors = tensors
-        self.give_to(caches)
+    def __init__(self, tensors: list[torch.Tensor], state: CacheState) -> None:
+        self.tensors, self.users = tensors, state.objects
 
-    def give_to(self, caches: Sequence[Any]) -> None:
-        """Note the caches that lie there from now on."""
-        self.users = [weakref.ref(each) for each in caches]
+    def is_free_for(self, objects: Sequence[weakref.ref[Any]]) -> bool:
+        """Whether nobody but those with some caches uses it."""
+        theirs = {id(found) for each in objects if (found := each()) is not None}
+        return all(user() is None or id(user()) in theirs for user in self.users)
 
     def overlaps(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether one of some tensors lies there."""
@@ -82,6 +83,7 @@ class CapturedStep:
         self._rows = call.rows
         self._owners, self._lookups = [weakref.ref(each) for each in call.states], lookups
         self._state, self._own, self.place = state, state.tensors(), place
+        self._left: list[LeftLayer] | None = None  # of the cache that was there last
         before = state.snapshot()
         try:
             with torch.inference_mode(False):
@@ -122,24 +124,25 @@ class CapturedStep:
             owner() is state for owner, state in zip(self._owners, states, strict=True)
         )
 
-    def is_free_for(self, call: Call) -> bool:
-        """Whether nobody has the caches any more that lie where it works, unless the call does."""
-        users = zip(self.place.users, call.states, strict=True)
-        return all(user() is None or user() is state for user, state in users)
+    def let_go(self) -> None:
+        """Keep nothing of a cache that is no more."""
+        if self._left is None and any(owner() is None for owner in self._owners):
+            self._left = self._state.let_go(self._own)
+
+    def is_free_for(self, state: CacheState) -> bool:
+        """Whether nobody has the caches any more that lie where it works, unless a call has them."""
+        return self.place.is_free_for(state.objects)
 
     @property
     def is_left(self) -> bool:
-        """Whether a cache that lay where it works is no more."""
-        return any(user() is None for user in self.place.users)
+        """Whether the caches that lay where it works are no more."""
+        return self._left is not None and self.place.is_free_for(())
 
     def lend_to(self, cache: Any, rows: int) -> bool:
         """Give the tensors of a cache that is no more to one that has none; say whether it has them."""
-        if len(self._owners) != 1 or rows != self._rows:
+        if len(self._owners) != 1 or rows != self._rows or not lend(self._left or (), cache):
             return False
-        self._state.lie_in(self._own)  # another graph may have moved the cache to where it works
-        if not lend(self._state.layers(), cache):
-            return False
-        self.place.give_to([cache])
+        self.place.users = CacheState([cache]).objects
         return True
 
     def finds_all_in_place(self) -> bool:
@@ -161,7 +164,7 @@ class CapturedStep:
             state.put(self._own)
             state.note()
             self._state, self._owners = state, [weakref.ref(each) for each in call.states]
-            self.place.give_to(call.states)
+            self._left, self.place.users = None, state.objects
         self._fill(call)
         self._graph.replay()
         self._state.advance()

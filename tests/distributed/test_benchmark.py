@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from benchmarks import distributed
-from benchmarks.__main__ import main
-from benchmarks.checkpoints import make_checkpoint
-
 
 def test_each_way_has_a_row_and_what_cannot_be_done_says_why(alone, tmp_path, monkeypatch):
+    from benchmarks import distributed
+    from benchmarks.checkpoints import make_checkpoint
+
     folder = tmp_path / "tiny"
     make_checkpoint("tiny", folder, 1)
     monkeypatch.setattr(distributed, "_STEPS", 1)
@@ -24,5 +23,7 @@ def test_each_way_has_a_row_and_what_cannot_be_done_says_why(alone, tmp_path, mo
 
 
 def test_without_torchrun_it_says_how_to_start_it(tmp_path):
+    from benchmarks.__main__ import main
+
     with pytest.raises(SystemExit, match="torchrun --nproc_per_node N -m benchmarks distributed"):
         main(["distributed", str(tmp_path)])
