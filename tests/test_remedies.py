@@ -41,7 +41,6 @@ TRIED = {
         "test_folder_of_a_pipeline_names_the_folders_with_weights",
     },
     "checkpoint/folders.py": {
-        "put the file itself there": "faults/test_hostile_files.py::test_link_out_of_the_folder_is_not_copied",
         "is a file: name a folder": CHECKPOINT + "test_folder_of_another_name_is_written",
         "name a folder inside it": "checkpoint/test_folders.py::test_overwriting_what_is_no_checkpoint_is_refused",
         "pass overwrite=True": "checkpoint/test_folders.py::test_folder_that_is_not_empty_is_replaced_only_when_asked",

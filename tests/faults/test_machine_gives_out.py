@@ -265,7 +265,10 @@ def test_a_model_of_many_files_runs_with_few_descriptors(tmp_path, small_parts_s
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) >= 40
-    assert not [name for _, name in open_files() if "cache" in name]
     model.offload.remove()
     with torch.no_grad():
         assert torch.equal(model(tokens), found)
+    until = time.monotonic() + 60
+    while left := [name for _, name in open_files() if str(tmp_path / "cache") in name]:  # what is read ahead still is
+        assert time.monotonic() < until, left
+        time.sleep(0.01)
