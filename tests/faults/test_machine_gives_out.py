@@ -2,10 +2,8 @@
 
 import fcntl
 import os
-import random
 import resource
 import signal
-import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -17,7 +15,7 @@ from comparisons import assert_same_bits, state_of
 from forks import needs_fork
 from injected_faults import anatomy
 from models import GPT
-from resources import open_and_running, open_files
+from resources import open_files
 
 from bigload import CheckpointError, load_and_quantize_model, quantize_checkpoint
 from bigload.io.feed import Feed
@@ -218,34 +216,6 @@ def test_lock_that_another_run_deletes_at_its_end_locks_nothing(tmp_path, monkey
     quantize_checkpoint(folder, tmp_path / "made", "nf4", model=empty(build), device="cpu")
     assert seen == [False, True]
     assert not lock.exists()
-
-
-def test_ctrl_c_at_random_moments_of_a_load(tmp_path):
-    folder = save_checkpoint(build(), tmp_path, shards=2)
-    load(empty(build), folder)
-    begun = time.monotonic()
-    expected = state_of(load(empty(build), folder))
-    lasts = time.monotonic() - begun
-    handler, interrupted = signal.signal(signal.SIGALRM, signal.default_int_handler), 0
-    try:
-        for _ in range(10):
-            model = empty(build)
-            before, held = anatomy(model), open_and_running()
-            try:
-                signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-4, lasts))
-                loaded = load(model, folder)
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            except KeyboardInterrupt:
-                interrupted += 1
-                # After the model is complete, the call may still be interrupted before it returns.
-                is_complete = "load_report" in vars(model)
-                assert is_complete or anatomy(model) == before
-                loaded = model if is_complete else load(model, folder)
-            assert_same_bits(loaded.state_dict(), expected)
-            assert not {each for each in open_and_running() - held if not isinstance(each, threading.Thread)}
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
 
 
 def test_a_model_of_many_files_runs_with_few_descriptors(tmp_path, small_parts_stream):
