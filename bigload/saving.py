@@ -100,12 +100,12 @@ def save_quantized_model(
         >>> torch.equal(again(x), model(x))
         True
     """
-    max_shard_bytes = shard_bytes(max_shard_size)
     require_module(model)
     model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
     joint = JointSave(model)
     with joint.stand_ins():
-        _save(model, folder, max_shard_bytes, joint, overwrite=overwrite)
+        # Here, so that other processes do not wait for one whose argument is wrong.
+        _save(model, folder, shard_bytes(max_shard_size), joint, overwrite=overwrite)
 
 
 def _save(

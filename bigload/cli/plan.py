@@ -47,6 +47,9 @@ _COMPARED = {
     "nf4": "nf4, fp4",
     "nf4-dq": "nf4-dq, fp4-dq",
 }
+# What a plan of processes takes no notice of: each has one GPU, whose size it is not told.
+_NOT_OF_RANKS = ["device_map", "max_memory", "reserve", "context", "blocks", "plot", "offload_folder", "expert_cache"]
+_UNSET: tuple[object, ...] = (None, False, [], "auto")
 
 
 def add_to(commands: Any) -> None:
@@ -102,6 +105,13 @@ def add_to(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print the verdict, the modes and the plan."""
+    unused = [f"--{name.replace('_', '-')}" for name in _NOT_OF_RANKS if getattr(options, name) not in _UNSET]
+    if options.ranks is not None and unused:
+        raise ConfigError(f"{', '.join(unused)}: a plan of --ranks does not count this; leave it out")
+    if options.ranks is None and options.hosts > 1:
+        raise ConfigError("--hosts: pass --ranks too, the number of processes on all of them")
+    if options.ranks is not None and options.ranks % options.hosts:
+        raise ConfigError(f"--ranks {options.ranks} --hosts {options.hosts}: hosts have equally many processes")
     planner = _Planner(options)
     require_picture(options.plot)
     from ..notation import output_width, text_table, wrapped
@@ -206,6 +216,8 @@ class _Planner:
         quant = self._options.quant or (None if stored else "nf4")
         given = None if stored is ... else stored
         chosen = config(self._options, quant) if quant else given
+        if getattr(chosen, "llm_int8_has_fp16_weight", False):
+            raise ConfigError("--ranks: int8-training is not divided among processes; use nf4 or int8 with adapters")
         return plan_ranks(
             self._model, plan_device_map(self._model, chosen, self._weights, "cuda:0"), self._options.ranks
         )

@@ -75,6 +75,28 @@ def _refuse_save() -> NoReturn:
     )
 
 
+class _RefuseDDP:
+    """Stands for the names that DistributedDataParallel asks a model for before it looks at its weights."""
+
+    def __iter__(self) -> Iterator[str]:
+        raise ConfigError(
+            "the model is divided among processes by fully_shard, which adds up its gradients: give it to no "
+            "DistributedDataParallel, Accelerator.prepare or Trainer, and train it in a loop of your own (for these, "
+            "load it with replicate=True)"
+        )
+
+
+def _save_whole_adapters(save: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Save adapters as PEFT does, but not the parts of them that are here, over those of other processes."""
+    if kwargs.get("state_dict") is None:
+        raise QuantizationError(
+            "save_pretrained would save the parts of the adapters that this process holds: call get_model_state_dict("
+            "model, options=StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)) in "
+            "all processes, and save_pretrained(folder, state_dict=...) with it in the first"
+        )
+    return save(*args, **kwargs)
+
+
 def sharding_of(model: nn.Module) -> Sharding | None:
     """Return how a model was sharded; None if it was not."""
     return vars(model).get(_SHARDING)
@@ -139,8 +161,11 @@ class Sharding:
             if quantizer is not None and quantized:
                 quantizer.is_serializable = _refuse_save
         self.mesh, self.adapters = ranks.mesh, None  # which may hold anything
+        if hasattr(root, "peft_config") and root is not model:
+            save: Any = root.save_pretrained
+            vars(root)["save_pretrained"] = functools.partial(_save_whole_adapters, save)
         for module in {id(module): module for module in (model, root)}.values():
-            vars(module)[_SHARDING] = self
+            vars(module).update({_SHARDING: self, "_ddp_params_and_buffers_to_ignore": _RefuseDDP()})
         return root
 
     def _adapted(self, model: nn.Module, ranks: Ranks) -> nn.Module:

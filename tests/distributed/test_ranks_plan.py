@@ -73,3 +73,20 @@ def test_command_shows_it(tmp_path, capsys):
     assert (made["ranks"], len(made["read_bytes"]), len(made["gathers"])) == (16, 16, 5)
     parameters = sum(parameter.numel() for parameter in empty_model(tmp_path).parameters())
     assert sum(made["read_bytes"]) == pytest.approx(parameters * 2, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--ranks", "2", "--quant", "int8-training"], "int8-training is not divided"),
+        (["--ranks", "2", "--context", "100"], "--context: a plan of --ranks does not count this"),
+        (["--ranks", "2", "--device-map", "balanced"], "--device-map: a plan of --ranks"),
+        (["--ranks", "2", "--max-memory", "0=1GiB", "--blocks"], "--max-memory, --blocks: a plan of --ranks"),
+        (["--hosts", "2"], "--hosts: pass --ranks too"),
+        (["--ranks", "8", "--hosts", "3"], "equally many"),
+    ],
+)
+def test_command_refuses_what_it_would_not_count(tmp_path, capsys, given, said):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    assert main(["plan", str(tmp_path), *given]) != 0
+    assert said in " ".join(capsys.readouterr().err.split())

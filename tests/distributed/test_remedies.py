@@ -20,6 +20,7 @@ from bigload import (
     save_quantized_model,
 )
 from bigload.distributed.joint_save import require_shared
+from bigload.distributed.ranks import Ranks
 
 
 class Net(nn.Module):
@@ -197,3 +198,37 @@ def test_parts_of_quantized_weights_are_left_to_forwards(alone, path):
     model(X)
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, ignore_frozen_params=True))
     assert {name.rpartition("lora_")[1] for name in state} == {"lora_"}
+
+
+def test_sharded_model_is_trained_without_ddp_or_replicated_for_it(alone, path):
+    from torch.nn.parallel import DistributedDataParallel
+
+    for model in (load(path, mesh=alone), load(path, mesh=alone, adapters=tuned)):
+        with pytest.raises(ConfigError, match=r"fully_shard.*replicate=True"):
+            DistributedDataParallel(model)
+    replica = tuned(load(path, mesh=alone, replicate=True))
+    DistributedDataParallel(replica)(X).sum().backward()
+
+
+@pytest.mark.parametrize("is_safe", [True, False])
+def test_adapters_are_saved_whole(alone, path, tmp_path, is_safe):
+    """Without safetensors PEFT would write each process's part over the others'."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    model, folder = load(path, mesh=alone, adapters=tuned), tmp_path / "adapter"
+    with pytest.raises(QuantizationError, match=r"full_state_dict=True.*state_dict=\.\.\."):
+        model.save_pretrained(folder, safe_serialization=is_safe)
+    assert not folder.exists()
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    model.save_pretrained(folder, state_dict=get_model_state_dict(model, options=options))
+    assert (folder / "adapter_model.safetensors").exists()
+
+
+def test_wrong_argument_of_a_save_is_told_to_the_other_processes(alone, path, tmp_path, monkeypatch):
+    model, told = load(path, mesh=alone), []
+    monkeypatch.setattr(Ranks, "_report", lambda self, step, report: told.append((step, report)))
+    with pytest.raises(ConfigError, match="max_shard_size"):
+        save_quantized_model(model, tmp_path / "saved", max_shard_size="much")
+    step, report = told[0]
+    assert step == "saved"
+    assert "max_shard_size" in report["error"]
