@@ -112,6 +112,11 @@ TRIED = {
         "is not a command": "cli/test_messages.py::test_what_was_meant_is_said_and_works",
     },
     "cli/plan.py": {
+        "pass --ranks too": "distributed/test_ranks_plan.py::test_command_refuses_what_it_would_not_count",
+        "does not count this; leave it out": "distributed/test_ranks_plan.py::"
+        "test_command_refuses_what_it_would_not_count",
+        "is not divided among processes; use": "distributed/test_ranks_plan.py::"
+        "test_command_refuses_what_it_would_not_count",
         "is not known; leave --context out": "cli/test_messages.py::test_what_keeps_no_cache_is_planned_without_one",
     },
     "config.py": {
@@ -159,6 +164,9 @@ TRIED = {
         "pass a longer timeout": "distributed/test_faults.py::test_a_rank_that_fails_is_named",
     },
     "distributed/sharding.py": {
+        "give it to no DistributedDataParallel": RANKS
+        + "test_sharded_model_is_trained_without_ddp_or_replicated_for_it",
+        "save_pretrained would save the parts": RANKS + "test_adapters_are_saved_whole",
         "each process would train its own: pass": RANKS + "test_adapters_are_passed_to_the_load",
         "load such weights by load_and_quantize_model": RANKS + "test_sharded_weights_are_loaded_by_a_load",
         "divided among processes: build it again": RANKS + "test_sharded_model_is_built_again_to_be_loaded",
