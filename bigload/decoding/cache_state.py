@@ -96,11 +96,6 @@ class CacheState:
         """List the tensors."""
         return [container[name] for container, name in self._tensors]
 
-    def layers(self) -> list[Any]:
-        """List the layers of the cache; none if there are several caches."""
-        found = [held["layers"] for held in self._containers if isinstance(held, dict) and "layers" in held]
-        return found[0] if len(found) == 1 and isinstance(found[0], list) else []
-
     def put(self, own: Sequence[torch.Tensor]) -> None:
         """Put a graph's own tensors into the caches, with the values that are there."""
         for (container, name), tensor in zip(self._tensors, own, strict=True):
@@ -108,28 +103,25 @@ class CacheState:
                 tensor.copy_(container[name])
                 container[name] = tensor
 
-    def let_go(self, own: Sequence[torch.Tensor]) -> list[LeftLayer]:
-        """Keep none of the caches any more, so that they are gone unless somebody else has them, or parts of them.
-
-        Args:
-            own: a graph's own tensors.
+    def left(self, own: Sequence[torch.Tensor]) -> list[LeftLayer]:
+        """Return the layers of the cache as they would be with a graph's own tensors in them, without the layers.
 
         Returns:
-            The layers, as they would be if these tensors were in them; none if there are several caches.
+            An empty list if there are several caches.
         """
-        layers = self.layers()
-        copies: dict[int, dict[Any, Any]] = {id(vars(layer)): dict(vars(layer)) for layer in layers}
+        found = [held["layers"] for held in self._containers if isinstance(held, dict) and "layers" in held]
+        layers: list[Any] = found[0] if len(found) == 1 and isinstance(found[0], list) else []
+        kept = (torch.Tensor, *SIMPLE)
+        left = {
+            id(vars(layer)): LeftLayer(
+                type(layer), {name: each for name, each in vars(layer).items() if isinstance(each, kept)}
+            )
+            for layer in layers
+        }
         for (container, name), tensor in zip(self._tensors, own, strict=True):
-            if id(container) in copies:
-                copies[id(container)][name] = tensor
-        left = [LeftLayer(type(layer), copies[id(vars(layer))]) for layer in layers]
-        for layer in left:
-            kept = {name: each for name, each in layer.held.items() if isinstance(each, (torch.Tensor, *SIMPLE))}
-            layer.held.clear()
-            layer.held.update(kept)
-        self._containers, self._tensors, self._counts, self._layers = [], [], [], []
-        self._held = HeldValues([])
-        return left
+            if id(container) in left:
+                left[id(container)].held[name] = tensor
+        return [*left.values()]
 
     def advance(self) -> None:
         """Count a token, as Python would have. Of a window that is full now, it is still noted that it was not."""

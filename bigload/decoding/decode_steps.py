@@ -143,8 +143,8 @@ class DecodeSteps(MethodOverride):
             if self._is_running or not self._kinds:
                 return
             self._note_model()  # of which another dtype is another cache
-            modes, left = _modes(self._device.type), [step for step in self._let_go() if step.is_left]
-            left = [step for step in left if step.key[0] == modes]
+            modes = _modes(self._device.type)
+            left = [step for step in self._let_go() if step.is_left and step.key[0] == modes]
             self._graphs.follow()
             next((step for step in reversed(left) if step.lend_to(caches[0], tokens.shape[0])), None)
 

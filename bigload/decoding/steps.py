@@ -127,7 +127,7 @@ class CapturedStep:
     def let_go(self) -> None:
         """Keep nothing of a cache that is no more."""
         if self._left is None and any(owner() is None for owner in self._owners):
-            self._left = self._state.let_go(self._own)
+            self._left, self._state = self._state.left(self._own), CacheState(())
 
     def is_free_for(self, state: CacheState) -> bool:
         """Whether nobody has the caches any more that lie where it works, unless a call has them."""

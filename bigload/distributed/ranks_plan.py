@@ -134,8 +134,7 @@ def _group(name: str, groups: Collection[str]) -> str:
 
 def _read_bytes(planned: PlannedTensor, dtype: torch.dtype) -> int:
     """Return what is read for a tensor; weights that are not here count as stored in the dtype of the load."""
-    read = sum(source.tensor.nbytes for source in planned.sources)
-    read = read if planned.share is None else planned.share.read_bytes
+    read = planned.read_bytes
     stored = planned.sources[0].tensor if planned.sources else None
     if isinstance(stored, torch.Tensor) and stored.is_meta and stored.is_floating_point():
         return read * dtype.itemsize // stored.dtype.itemsize

@@ -369,7 +369,8 @@ int feed_done(feed *f) {
 }
 
 /* Stop what goes on, wait for the threads and for copies out of the slots, and let go of everything. 1: that took too
- * long, as where a file system or a device hangs, or the device cannot tell whether copies are over; then all memory is still in use, and stays so. May be called again. */
+ * long, as where a file system or a device hangs, or the device cannot tell whether copies are over; then all memory is
+ * still in use, and stays so. May be called again. */
 int feed_end(feed *f, int64_t timeout_ms) {
     struct timespec until;
     clock_gettime(CLOCK_REALTIME, &until); /* what pthread_timedjoin_np takes */

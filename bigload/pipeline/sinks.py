@@ -19,7 +19,7 @@ from ..hardware.allocation import allocate
 from ..io.program import ReadTask
 from ..io.ring import slot_bytes
 from ..io.tensors import LazyTensor, StoredTensor
-from ..planning.planned_tensors import PlannedTensor
+from ..planning.planned_tensors import PlannedTensor, run_of
 from ..planning.sources import Source
 from ..quantization.formats import FourBit, Int8
 from ..quantization.quantized_weight import QuantizedWeight
@@ -204,16 +204,10 @@ def gathered_if_needed(sink: PieceSink) -> Sink:
 
 def _begin_of_run(source: Source, shape: tuple[int, ...], multiple: int) -> int | None:
     """Return where a source begins in the flattened tensor, if its values are contiguous there and split no scale."""
-    if source.transposed:
+    run = run_of(source, shape)
+    if run is None or run.start % multiple:
         return None
-    if not source.region:  # almost always
-        return 0
-    whole = torch.empty(shape, device="meta")
-    part = whole[source.region]
-    begin = int(part.storage_offset())
-    is_run = part.is_contiguous() and begin % multiple == 0
-    is_last = begin + part.numel() == whole.numel()
-    return begin if is_run and (is_last or part.numel() % multiple == 0) else None
+    return run.start if len(run) % multiple == 0 or run.stop == math.prod(shape) else None
 
 
 def _joined(runs: list[tuple[int, StoredTensor]]) -> list[tuple[int, StoredTensor]]:

@@ -102,9 +102,7 @@ class Plan:
     @cached_property
     def read_bytes(self) -> int:
         """Bytes of files that the load reads; of a share more than `source_bytes` if it cannot be read alone."""
-        read = (planned.share.read_bytes for planned in self.tensors if planned.share is not None)
-        whole = (planned for planned in self.tensors if planned.share is None)
-        return sum(read) + sum(source.tensor.nbytes for planned in whole for source in planned.sources)
+        return sum(planned.read_bytes for planned in self.tensors)
 
     @cached_property
     def device_bytes(self) -> dict[torch.device, int]:

@@ -86,6 +86,13 @@ class PlannedTensor:
         """Bytes in its format, not rounded."""
         return self.rounded_bytes(1)
 
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that are read for it; for a share more than its sources have if it cannot be read alone."""
+        if self.share is not None:
+            return self.share.read_bytes
+        return sum(source.tensor.nbytes for source in self.sources)
+
     def rounded_bytes(self, multiple: int) -> int:
         """Return its bytes with each part rounded up to a multiple."""
         if self.share is None:
@@ -131,6 +138,17 @@ class PlannedTensor:
         fmt = Plain(torch.float32) if is_floating else self.format
         sources = tuple(source.transpose() for source in self.sources) if self.is_transposed else self.sources
         return PlannedTensor(self.tensor, self.tensor.shape, sources, fmt, CPU)
+
+
+def run_of(source: Source, shape: tuple[int, ...]) -> range | None:
+    """Return which values of a flattened tensor of this shape a source has; None if they are no contiguous run."""
+    if source.transposed:
+        return None
+    if not source.region:  # almost always
+        return range(math.prod(shape))
+    part = torch.empty(shape, device="meta")[source.region]
+    begin = int(part.storage_offset())
+    return range(begin, begin + part.numel()) if part.is_contiguous() else None
 
 
 def _without_values(tensor: StoredTensor | torch.Tensor) -> StoredTensor | torch.Tensor:

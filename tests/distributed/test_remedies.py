@@ -6,8 +6,8 @@ import torch.distributed as dist
 from checkpoints import empty, save
 from comparisons import outputs
 from models import llama
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from world_faults import Net
 
 from bigload import (
     CheckpointError,
@@ -21,19 +21,6 @@ from bigload import (
 )
 from bigload.distributed.joint_save import require_shared
 from bigload.distributed.ranks import Ranks
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(2))
-        self.head = nn.Linear(64, 8)
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
-
 
 X = torch.ones(2, 64)
 

@@ -19,7 +19,13 @@ _ENDS = ("_scale_inv", "_scale")
 _BESIDE = ("scale", "qscale_weight")
 # Of activations, which are not quantized here: parts of a module with such a weight that say nothing of it.
 _OF_ACTIVATIONS = (
-    *("input_scale", "input_zero_point", "input_scale_ub", "activation_scale", "qscale_act", "k_scale", "v_scale"),
+    "input_scale",
+    "input_zero_point",
+    "input_scale_ub",
+    "activation_scale",
+    "qscale_act",
+    "k_scale",
+    "v_scale",
 )
 # What a module multiplies its inputs by, as its weight was divided by it.
 _OF_INPUTS = "pre_quant_scale"

@@ -22,7 +22,7 @@ from ...checkpoint.scaled.tensor import ScaledTensor, scaled_tensor
 from ...hardware.layout import Shape
 from ...io.tensors import LazyTensor, StoredTensor, read_whole
 from ...quantization.formats import FourBit
-from ..planned_tensors import PlannedTensor, Share
+from ..planned_tensors import PlannedTensor, Share, run_of
 from ..sources import Source
 
 _T = TypeVar("_T", bound=StoredTensor | torch.Tensor)
@@ -73,10 +73,11 @@ def _cut(planned: PlannedTensor, begin: int, end: int, shape: tuple[int, ...]) -
         return (Source(cut),), first.nbytes if isinstance(first, MergedTensor) else cut.nbytes
     found, read = [], 0
     for source in planned.sources:
-        run = _begin_of_run(source, planned.shape)
-        if run is None or (isinstance(source.tensor, ScaledTensor) and not _has_rows(source.tensor)):
+        places = run_of(source, planned.shape)
+        if places is None or (isinstance(source.tensor, ScaledTensor) and not _has_rows(source.tensor)):
             return _assembled(planned, begin, end, shape)
-        low, high = max(begin, run), min(end, run + _numel(source.tensor))
+        run = places.start
+        low, high = max(begin, run), min(end, places.stop)
         if low >= high:
             continue
         row = math.prod(shape[1:])
@@ -94,20 +95,6 @@ def _cut(planned: PlannedTensor, begin: int, end: int, shape: tuple[int, ...]) -
             read += made.nbytes
         found.append(Source(made, region))
     return tuple(found), read
-
-
-def _numel(tensor: StoredTensor | torch.Tensor) -> int:
-    return math.prod(tensor.shape)
-
-
-def _begin_of_run(source: Source, shape: tuple[int, ...]) -> int | None:
-    """Return where a source begins in the flattened tensor; None if it is no contiguous run of it."""
-    if source.transposed:
-        return None
-    if not source.region:
-        return 0
-    part = torch.empty(shape, device="meta")[source.region]
-    return int(part.storage_offset()) if part.is_contiguous() else None
 
 
 def _run(tensor: _T, begin: int, end: int, shape: Shape) -> _T:
