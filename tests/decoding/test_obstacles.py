@@ -198,6 +198,17 @@ def test_what_is_changed_in_a_model_counts_in_the_next_step(change, inference, m
     assert capture.stats().captures == (1 if change is write else 2)
 
 
+@torch.no_grad()
+def test_a_config_that_asks_for_tuples_is_met_in_the_next_step(model, captures):
+    """This model cannot compute with it, as its own error says; a step of before would go on as if nothing were."""
+    capture, cache = capture_decode(model), static(model)
+    decoded(model, cache)
+    assert capture.stats().captures == 1
+    model.config.return_dict = False
+    with pytest.raises(AttributeError, match="last_hidden_state"):
+        model(tokens_on(model)[:, :1], **given(model, cache))
+
+
 def test_quantized_weights_that_are_exchanged_count_in_the_next_step(tmp_path, device, captures, small_parts_stream):
     folder = save_checkpoint(llama().bfloat16(), tmp_path)
     model = load_and_quantize_model(empty(llama), "nf4", folder, device_map=device).eval()
