@@ -206,7 +206,7 @@ def test_a_config_that_asks_for_tuples_is_met_in_the_next_step(model, captures):
     assert capture.stats().captures == 1
     model.config.return_dict = False
     with pytest.raises(AttributeError, match="last_hidden_state"):
-        model(tokens_on(model)[:, :1], **given(model, cache))
+        model(tokens_on(model)[:, :1].contiguous(), **given(model, cache))
 
 
 def test_quantized_weights_that_are_exchanged_count_in_the_next_step(tmp_path, device, captures, small_parts_stream):
