@@ -16,6 +16,8 @@ from torch import nn
 
 from .checkpoint.bitsandbytes import QuantizedTensor
 from .checkpoint.checkpoint import WeightsLocation
+from .checkpoint.scaled.tensor import ScaledTensor
+from .checkpoint.scaled.values import runs_kernel
 from .distributed.joint_load import JointLoad, joint_load
 from .distributed.sharding import require_not_sharded
 from .errors import BigloadError, PlacementError
@@ -281,6 +283,9 @@ def _load_kernels(request: LoadRequest, gpus: Sequence[torch.device]) -> None:
     config = request.config.resolved(torch.bfloat16)  # or float16, whose kernels are loaded with its
     fmt = quantized_format(config)
     tensors = request.checkpoint.tensors.values() if request.checkpoint is not None else ()
+    if any(isinstance(each, ScaledTensor) for each in tensors):
+        for device in gpus:
+            runs_kernel(device)
     if config.mode == "none" or isinstance(fmt, Plain) or any(isinstance(each, QuantizedTensor) for each in tensors):
         return
     try:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.bitsandbytes import QuantizedTensor
-from ..checkpoint.scaled.tensor import ScaledTensor
+from ..checkpoint.scaled.tensor import ScaledTensor, follows, joined
 from ..hardware.allocation import allocate
 from ..io.program import ReadTask
 from ..io.ring import slot_bytes
@@ -214,22 +214,36 @@ def _joined(runs: list[tuple[int, StoredTensor]]) -> list[tuple[int, StoredTenso
     """Join runs that follow each other both in the tensor and in their file, as gate and up of an expert do."""
     if len(runs) == 1:  # almost always
         return runs
-    joined: list[tuple[int, StoredTensor]] = []
+    groups: list[tuple[int, list[StoredTensor]]] = []
+    end = -1
     for begin, tensor in sorted(runs, key=itemgetter(0)):
-        before, last = joined[-1] if joined else (0, tensor)
-        follows = (
-            type(last) is type(tensor) is StoredTensor
-            and (last.file, last.dtype) == (tensor.file, tensor.dtype)
-            and last.offset + last.nbytes == tensor.offset
-            and before + numel(last) == begin
-        )
-        if follows:
-            name, nbytes = f"{last.name.partition(' to ')[0]} to {tensor.name}", last.nbytes + tensor.nbytes
-            shape = (numel(last) + numel(tensor),)
-            joined[-1] = before, StoredTensor(name, last.file, last.dtype, shape, last.offset, nbytes)
+        if begin == end and _follows(groups[-1][1][-1], tensor):
+            groups[-1][1].append(tensor)
         else:
-            joined.append((begin, tensor))
-    return joined
+            groups.append((begin, [tensor]))
+        end = begin + numel(tensor)
+    return [(begin, _as_one(parts)) for begin, parts in groups]
+
+
+def _follows(last: StoredTensor, other: StoredTensor) -> bool:
+    if isinstance(last, ScaledTensor) and isinstance(other, ScaledTensor):
+        return follows(last, other)
+    return (
+        type(last) is type(other) is StoredTensor
+        and (last.file, last.dtype) == (other.file, other.dtype)
+        and last.offset + last.nbytes == other.offset
+    )
+
+
+def _as_one(parts: list[StoredTensor]) -> StoredTensor:
+    first, last = parts[0], parts[-1]
+    if len(parts) == 1:
+        return first
+    if isinstance(first, ScaledTensor):
+        return joined([part for part in parts if isinstance(part, ScaledTensor)])
+    nbytes = sum(part.nbytes for part in parts)
+    shape = (nbytes // first.dtype.itemsize,)
+    return StoredTensor(f"{first.name} to {last.name}", first.file, first.dtype, shape, first.offset, nbytes)
 
 
 def copy_into(values: torch.Tensor, source: Source) -> ReadTask:

@@ -11,15 +11,8 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.scaled.tensor import (
-    CPU_VALUES,
-    GPU_VALUES,
-    ScaledTensor,
-    not_finite,
-    scales_of_blocks,
-    scales_of_rows,
-    values_of_rows,
-)
+from ..checkpoint.scaled.tensor import CPU_VALUES, GPU_VALUES, ScaledTensor, not_finite
+from ..checkpoint.scaled.values import RowValues, largest_scale
 from ..errors import QuantizationError
 from ..io.program import ReadTask
 from ..io.ring import slot_bytes
@@ -77,14 +70,14 @@ class Transcoder:
         return found
 
     def add(self, name: str, scales: torch.Tensor) -> None:
-        """Take a weight's scales.
+        """Take a weight's scales, as they are stored.
 
         Raises:
             CheckpointError: on the CPU, if one of them is not finite.
         """
         if not scales.numel():
             return
-        largest = torch.linalg.vector_norm(scales, math.inf)  # NaN propagates
+        largest = largest_scale(scales)
         if scales.device.type != "cpu":
             self._largest[scales.device].append((name, largest))
         elif not math.isfinite(largest):
@@ -123,8 +116,7 @@ class _Landing:
         self._values = math.lcm(max(1, self._columns), task.values_per_scale)
         self._missing = math.prod(weight.shape)
         self._stored: torch.Tensor | None = None
-        self._blocks: torch.Tensor | None = None
-        self._scales: torch.Tensor | None = None
+        self._rows: RowValues | None = None
         self._early: list[tuple[torch.Tensor, int]] = []
 
     @property
@@ -152,30 +144,27 @@ class _Landing:
             self._stored[begin : begin + len(piece)].copy_(piece)
             if begin + len(piece) < count:
                 return
-        self._blocks = scales_of_blocks(self._stored, self._weight.shape, self._weight.block)
+        self._rows = RowValues(self._stored, self._weight.shape, self._weight.block)
+        self._transcoder.add(self._weight.name, self._stored)
         self._stored = None
-        self._transcoder.add(self._weight.name, self._blocks)
         early, self._early = self._early, []
         for numbers, at in early:
             self._take(numbers, at)
 
     def _take(self, piece: torch.Tensor, begin: int) -> None:
-        if self._blocks is None:  # it came before the scales
+        if self._rows is None:  # it came before the scales
             self._early.append((piece.clone(), begin))
             return
-        if self._scales is None:  # those of all rows take more memory, and so only while the numbers come
-            self._scales = scales_of_rows(self._blocks, self._weight.shape[-2], self._weight.block[0])
-        per_item, columns = self._per_item, self._columns
+        per_item = self._per_item
         room = CPU_VALUES if piece.device.type == "cpu" else GPU_VALUES
         step = max(1, room // self._values) * self._values // per_item
         for numbers in (piece,) if len(piece) <= step else torch.split(piece, step):
             at, count = begin * per_item, len(numbers) * per_item
-            scales = self._scales[at // columns : (at + count) // columns]
-            values = values_of_rows(numbers, scales, columns, self._weight.block[1], self._weight.dtype)
+            values = self._rows.of(numbers, at // self._columns, self._weight.dtype)
             self._task.take(values.view(-1), at)
             del values  # before the next ones are computed
             self._task.arrived(count)
             begin += len(numbers)
             self._missing -= count
         if not self._missing:
-            self._blocks = self._scales = None
+            self._rows = None

@@ -357,7 +357,9 @@ def _scratch_bytes(planned: PlannedTensor, stored: ScaledTensor, config: BnbQuan
     dtype = planned.format.dtype if isinstance(planned.format, Plain) else config.load_dtype
     # int8 is made of values in float16.
     cast = torch.float16.itemsize if isinstance(planned.format, Int8) and dtype != torch.float16 else 0
-    return stored.scratch_bytes(dtype.itemsize + cast)
+    # What is quantized reads all its experts like one, where they follow each other.
+    of = stored.shape if isinstance(planned.format, Plain) else planned.shape
+    return stored.scratch_bytes(dtype.itemsize + cast, math.prod(of))
 
 
 def compute_dtype_of(config: BnbQuantizationConfig) -> torch.dtype:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import logging
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from ..hardware.triton_support import runs_on
 from .formats import NESTED_BLOCKSIZE
 from .packed_experts import PackedExperts
-
-logger = logging.getLogger(__name__)
 
 # Shapes of the programs, measured on an H100. Of `grouped`: pairs of an expert, rows of its weight and columns a step,
 # warps; for experts with about so many pairs or fewer.
@@ -53,20 +51,11 @@ def suits_kernels(weight: PackedExperts, dtype: torch.dtype) -> bool:
 @functools.cache
 def runs_kernels(device: torch.device) -> bool:
     """Whether Triton's kernels run on a GPU, found out by running one: without a C compiler, for one, they do not."""
-    if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0) or kernels() is None:
+    if kernels() is None or torch.cuda.get_device_capability(device) < (8, 0):
         return False
-    try:
-        with torch.cuda.device(device):
-            route(torch.zeros(1, 1, dtype=torch.int64, device=device), 1)
-    except Exception as error:
-        logger.warning(
-            "Triton's kernels do not run on %s, so that fused experts are computed by bitsandbytes alone, which takes "
-            "several times as long: %s",
-            device,
-            error,
-        )
-        return False
-    return True
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    slower = "so that fused experts are computed by bitsandbytes alone, which takes several times as long"
+    return runs_on(device, functools.partial(route, ids, 1), slower)
 
 
 def gemv(

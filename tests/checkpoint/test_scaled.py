@@ -2,7 +2,6 @@
 
 import gc
 import json
-import weakref
 
 import pytest
 import torch
@@ -21,8 +20,8 @@ from bigload import (
 )
 from bigload.checkpoint.checkpoint import open_checkpoint
 from bigload.checkpoint.describe import describe_checkpoint
-from bigload.checkpoint.scaled.fp8 import FLOAT8
-from bigload.checkpoint.scaled.tensor import ScaledTensor, values_of_rows
+from bigload.checkpoint.scaled import values as scaled_values
+from bigload.checkpoint.scaled.tensor import ScaledTensor
 from bigload.pipeline import transcoding
 
 PLAIN = {"load_in_4bit": True, "skip_modules": ["*"], "torch_dtype": "bf16"}
@@ -108,14 +107,6 @@ def form(request, tmp_path):
     return folder, save(values, tmp_path / "plain"), values, kind
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("number", FLOAT8)
-def test_each_number_of_fp8_is_what_torch_converts_it_to(number, dtype):
-    numbers = torch.arange(256, dtype=torch.uint8).view(number)
-    found = values_of_rows(numbers, torch.ones(4, 1), 64, 64, dtype)
-    assert equal(found, (numbers.view(4, 64).to(dtype) * torch.ones(4, 1)).to(dtype))
-
-
 @pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "int8", "none"])
 def test_values_are_those_of_the_formula(form, mode, device):
     folder, plain, _, _ = form
@@ -162,7 +153,7 @@ def test_a_plan_keeps_memory_free_for_what_the_values_are_computed_in(form):
     folder, plain, _, _ = form
     told = OffloadConfig(reserve=0)
     found, expected = (plan_device_map(empty(Net), "nf4", each, device_map=0, offload=told) for each in (folder, plain))
-    values, scales = 200 * 320 * 2, 320 * 10 * 4  # in bf16, and of all rows at most
+    values, scales = 200 * 320 * 2, 320 * 10 * 8 + 320 * 32  # in bf16, and of all rows at most
     beside = found.accounts[0].reserve - expected.accounts[0].reserve
     assert expected.accounts[0].reserve == 144 * 2**20
     stored = sum(
@@ -364,21 +355,19 @@ def test_scales_are_named_where_values_made_of_them_are_found_first(tmp_path, mo
     assert not (tmp_path / mode).exists()
 
 
-def test_scales_of_rows_are_held_of_one_weight_at_a_time(tmp_path, monkeypatch):
-    alive, most = weakref.WeakSet(), []
-    make = transcoding.scales_of_rows
+def test_scales_of_rows_are_computed_for_a_few_at_a_time(tmp_path, monkeypatch):
+    most, make = [], scaled_values.as_factors
 
-    def watched(*args):
-        most.append(len(alive))
-        found = make(*args)
-        alive.add(found)
-        return found
+    def watched(scales):
+        most.append(scales.numel())
+        return make(scales)
 
-    monkeypatch.setattr(transcoding, "scales_of_rows", watched)
-    folder = save(fp8(), tmp_path)
-    says(folder, **BLOCKS)
-    load_and_quantize_model(empty(Net), "nf4", folder, device_map="cpu")
-    assert most == [0, 0]
+    monkeypatch.setattr(scaled_values, "as_factors", watched)
+    monkeypatch.setattr(transcoding, "CPU_VALUES", 4 * 96)
+    folder = save(mxfp4(), tmp_path)
+    load_and_quantize_model(empty(Turned), "nf4", folder, device_map="cpu")
+    assert most.count(4 * 3) == 3 * 40 // 4  # steps of 4 rows, with 3 scales each, through all experts
+    assert max(most) == 4 * 3
 
 
 class Tied(nn.Module):
@@ -474,7 +463,7 @@ def mxfp4(scale=None, width=16):
 def test_a_plan_keeps_memory_free_for_both_numbers_of_a_byte(tmp_path):
     folder = save(mxfp4(), tmp_path)
     plan = plan_device_map(empty(Turned), PLAIN, folder, device_map=0, offload=OffloadConfig(reserve=0))
-    values, pairs, scales = 96 * 40 * 2, 96 * 40 // 2 * 4, 40 * 3 * 4
+    values, pairs, scales = 96 * 40 * 2, 96 * 40 // 2 * 4, 40 * 3 * 8 + 40 * 32
     stored = 3 * (40 * 3 + 512)  # of three experts, and a number of each that is kept to the end
     assert plan.accounts[0].reserve - 144 * 2**20 == values + pairs + scales + stored
 

@@ -14,6 +14,7 @@ from scaled import as_exponents, in_fp8, in_mxfp4, in_rows
 from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
 from bigload import ConfigError, init_empty_weights, load_and_quantize_model, quantize_checkpoint
+from bigload.io import transfer
 from bigload.quantization.saved_experts import quantized_experts
 
 WIDTHS = {"vocab_size": 96, "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2}
@@ -75,6 +76,16 @@ def test_the_bits_are_those_of_transformers_values_quantized(pair, mode, device)
     assert_same_bits(state_of(found), state_of(expected))
     tokens = torch.arange(12, device=device).view(2, 6)
     assert torch.equal(outputs(found, tokens), outputs(expected, tokens))
+
+
+def test_experts_that_follow_each_other_are_read_as_one_weight(tmp_path, monkeypatch):
+    """A read for each of thousands of experts would take longer than their bytes."""
+    read, lay_out = [], transfer.lay_out
+    monkeypatch.setattr(transfer, "lay_out", lambda tasks, windows: read.extend(tasks) or lay_out(tasks, windows))
+    folder = saved("gpt-oss", tmp_path)
+    load_and_quantize_model(built(folder), "nf4", folder, device_map="cpu")
+    scaled = [task.tensor.shape for task in read if "_proj_" in task.tensor.name and task.tensor.dtype == torch.uint8]
+    assert len(scaled) == 2 * 2 * 2  # numbers and scales, of two stacks in two layers
 
 
 FORMS = {

@@ -307,6 +307,7 @@ def test_kernels_that_do_not_run_are_not_used_and_a_warning_says_so_once(monkeyp
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(launches, "kernels", lambda: object())
     monkeypatch.setattr(launches, "route", broken)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     device = torch.device("cuda", 7)
     assert not launches.runs_kernels(device)
     assert not launches.runs_kernels(device)

@@ -1,7 +1,4 @@
-"""`ScaledTensor`: a weight stored as small numbers and the scales to multiply them with, and the values that it has.
-
-The values are computed in float32 and rounded once, to the dtype asked for, as transformers' `dequantize=True` does.
-"""
+"""`ScaledTensor`: a weight stored as small numbers and the scales to multiply them with."""
 
 from __future__ import annotations
 
@@ -14,13 +11,10 @@ import torch
 
 from ...errors import CheckpointError
 from ...io.tensors import LazyTensor, StoredTensor, read_whole
+from .values import RowValues, largest_scale
 
 # Values that are computed at once: on the CPU so that they stay in the cache, on a GPU so that they need little memory.
-CPU_VALUES, GPU_VALUES = 2**18, 2**24
-# The values of E2M1 by their 4 bits: OCP Microscaling Formats (MX) Specification 1.0, section 5.3.3.
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-# The bits of 2 ** -127 in float32: what an exponent of 0 means.
-_SMALLEST = 0x00400000
+CPU_VALUES, GPU_VALUES = 2**18, 2**25
 
 
 @dataclass(frozen=True)
@@ -51,12 +45,16 @@ class ScaledTensor(LazyTensor):
         """Whether two numbers share a byte."""
         return self.numbers.dtype == torch.uint8
 
-    def scratch_bytes(self, per_value: int) -> int:
-        """Return the memory that a GPU needs beside the numbers while the values are computed, of some bytes each."""
-        values = max(min(math.prod(self.shape), GPU_VALUES), self.shape[-1])
-        across = -(-self.shape[-1] // max(1, self.block[1]))
-        scales = math.prod(self.shape[:-1]) * across * torch.float32.itemsize
-        # Of two numbers in a byte there is their place in the table too, in 4 bytes.
+    def scratch_bytes(self, per_value: int, count: int) -> int:
+        """Return the memory that a GPU needs beside the numbers while the values are computed.
+
+        Args:
+            per_value: bytes of one.
+            count: values of all weights that are read like one with this.
+        """
+        values, columns = max(min(count, GPU_VALUES), self.shape[-1]), max(1, self.shape[-1])
+        # By torch alone: the place of a byte in a table, in 4 bytes; and the scales of each row, and which they are.
+        scales = -(-values // min(self.block[1], columns)) * 8 + values // columns * 32
         return values * (per_value + 2 * self.is_packed) + scales
 
     def in_dtype(self, dtype: torch.dtype) -> ScaledTensor:
@@ -103,6 +101,34 @@ def scaled_tensor(
     )
 
 
+def joined(parts: Sequence[ScaledTensor]) -> ScaledTensor:
+    """Return matrices that follow each other (see `follows`) as one weight, (E, rows, columns)."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    numbers, scales = (_run([getattr(part, name) for part in parts]) for name in ("numbers", "scales"))
+    shape = (len(parts), *first.shape)
+    whole = scaled_tensor(first.name, first.kind, numbers, scales, shape, first.block, rank=first.rank)
+    return whole.in_dtype(first.dtype)
+
+
+def follows(last: ScaledTensor, other: ScaledTensor) -> bool:
+    """Whether a matrix has its numbers and scales in the file right after those of another one of the same kind."""
+    pairs = (last.numbers, other.numbers), (last.scales, other.scales)
+    return (
+        len(last.shape) == 2
+        and (last.kind, last.shape, last.block, last.dtype) == (other.kind, other.shape, other.block, other.dtype)
+        and all(
+            (one.file, one.dtype, one.offset + one.nbytes) == (two.file, two.dtype, two.offset) for one, two in pairs
+        )
+    )
+
+
+def _run(tensors: Sequence[StoredTensor]) -> StoredTensor:
+    nbytes = sum(tensor.nbytes for tensor in tensors)
+    return replace(tensors[0], shape=(nbytes // tensors[0].dtype.itemsize,), nbytes=nbytes)
+
+
 def _divided(tensor: StoredTensor, count: int) -> list[StoredTensor]:
     """Return the equal parts of a stored tensor."""
     nbytes = tensor.nbytes // max(1, count)
@@ -114,91 +140,15 @@ def _values(
     name: str, numbers: StoredTensor, scales: StoredTensor, shape: tuple[int, ...], block: tuple[int, int]
 ) -> torch.Tensor:
     """Read all values of a weight, in float32."""
-    blocks = scales_of_blocks(read_whole(scales).view(-1), shape, block)
-    if not bool(blocks.isfinite().all()):
+    if not math.prod(shape):
+        return torch.empty(shape)
+    read = read_whole(scales).view(-1)
+    if not math.isfinite(largest_scale(read)):
         raise not_finite([name])
-    by_row = scales_of_rows(blocks, shape[-2], block[0])
-    return values_of_rows(read_whole(numbers).view(-1), by_row, shape[-1], block[1], torch.float32).view(shape)
+    return RowValues(read, shape, block).of(read_whole(numbers).view(-1), 0, torch.float32).view(shape)
 
 
 def not_finite(names: Sequence[str]) -> CheckpointError:
     """Return the error for weights with scales that are infinite or not a number."""
     shown = ", ".join(f"'{name}'" for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return CheckpointError(f"{shown}: stored with scales that are not finite: the file is damaged; download it again")
-
-
-def scales_of_blocks(stored: torch.Tensor, shape: Sequence[int], block: tuple[int, int]) -> torch.Tensor:
-    """Return the scales of a weight's blocks.
-
-    Args:
-        stored: all of them, flat; bytes are exponents of two, with a bias of 127 (E8M0 of the MX specification).
-        shape: of the values, (..., rows, columns).
-        block: rows and columns that share a scale.
-
-    Returns:
-        (matrices, blocks in a column, blocks in a row), float32.
-    """
-    *outer, rows, columns = shape
-    if stored.dtype == torch.uint8:
-        # The bits of 2 ** (s - 127) in float32: exact, also where a power function is not.
-        stored = (stored.to(torch.int32) << 23).clamp_(min=_SMALLEST).view(torch.float32)
-    return stored.to(torch.float32).view(math.prod(outer), -(-rows // block[0]), -(-columns // block[1]))
-
-
-def scales_of_rows(blocks: torch.Tensor, rows: int, height: int) -> torch.Tensor:
-    """Return the scales of each row of a weight, (all rows, blocks in a row).
-
-    Args:
-        blocks: their scales, (matrices, blocks in a column, blocks in a row).
-        rows: of each matrix.
-        height: rows that share a scale.
-    """
-    if height > 1:
-        blocks = blocks[:, :, None].expand(-1, -1, min(height, rows), -1).flatten(1, 2)[:, :rows]
-    return blocks.reshape(-1, blocks.shape[-1])
-
-
-def values_of_rows(
-    numbers: torch.Tensor, scales: torch.Tensor, columns: int, width: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """Return the values of some rows of a weight.
-
-    Args:
-        numbers: theirs, flat, as they are stored.
-        scales: theirs, (rows, blocks in a row), float32.
-        columns: values in a row.
-        width: values in a row that share a scale.
-        dtype: of the result. It holds every number exactly; the product is computed in float32 and rounded to it once.
-
-    Returns:
-        (rows, columns).
-    """
-    if numbers.dtype == torch.uint8:
-        # Two numbers at once: looked up as one element of twice the size.
-        flat = _pairs(dtype, numbers.device).index_select(0, numbers.to(torch.int32)).view(dtype)
-    elif numbers.device.type == "cpu" and numbers.is_floating_point():
-        # Looked up: the CPU has no instruction for fp8, and torch takes eight times as long.
-        flat = _each(numbers.dtype, dtype).index_select(0, numbers.view(torch.uint8).to(torch.int32))
-    else:
-        flat = numbers.to(dtype)
-    values = flat.view(-1, columns)
-    whole = columns // width
-    if whole:
-        values[:, : whole * width].view(len(values), whole, width).mul_(scales[:, :whole, None])
-    if whole * width < columns:
-        values[:, whole * width :].mul_(scales[:, whole:])
-    return values
-
-
-@functools.cache
-def _pairs(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return the two numbers of each byte, (256,), in elements as large as two of `dtype`."""
-    table = torch.tensor([*_E2M1, *(-value for value in _E2M1)], dtype=dtype)
-    both = torch.stack([table.repeat(16), table.repeat_interleave(16)], dim=1)
-    return both.view({2: torch.int32, 4: torch.int64}[dtype.itemsize]).view(-1).to(device)
-
-
-@functools.cache
-def _each(stored: torch.dtype, dtype: torch.dtype) -> torch.Tensor:
-    """Return the number of each byte, (256,), as torch converts it."""
-    return torch.arange(256, dtype=torch.uint8).view(stored).to(dtype)

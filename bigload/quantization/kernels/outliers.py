@@ -9,7 +9,6 @@ sum over their columns may be rounded in another order, before it is added and r
 from __future__ import annotations
 
 import functools
-import importlib.util
 from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from ...hardware.devices import current_gpu
+from ...hardware.triton_support import runs_on
 
 # Rows of an input: with more, as of a prompt, bitsandbytes' own product is faster, and its wait does not matter.
 MAX_ROWS = 32
@@ -130,17 +130,14 @@ def _in_float16(threshold: float) -> float:
 @functools.cache
 def _runs_kernels(device: torch.device) -> bool:
     """Whether Triton's kernels run on a GPU, found out by running them: without a C compiler, for one, they do not."""
-    if torch.version.hip or importlib.util.find_spec("triton") is None:
-        return False
-    try:
-        with torch.cuda.device(device):
-            rows = torch.zeros(1, 32, dtype=torch.float16, device=device)
-            outliers = _Outliers(rows, 1.0)
-            weight = torch.zeros(32, 32, dtype=torch.int8, device=device)
-            outliers.add_to(rows, weight, torch.zeros(32, device=device))
-    except Exception:
-        return False
-    return True
+
+    def trial() -> None:
+        rows = torch.zeros(1, 32, dtype=torch.float16, device=device)
+        outliers = _Outliers(rows, 1.0)
+        weight = torch.zeros(32, 32, dtype=torch.int8, device=device)
+        outliers.add_to(rows, weight, torch.zeros(32, device=device))
+
+    return runs_on(device, trial)
 
 
 @functools.cache

@@ -1,0 +1,183 @@
+"""The values of weights that are stored as small numbers with scales.
+
+They are computed in float32 and rounded once, to the dtype asked for, as transformers' `dequantize=True` does: on GPUs
+by a kernel of Triton, elsewhere by torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+
+from ...hardware.triton_support import runs_on
+
+# The values of E2M1 by their 4 bits: OCP Microscaling Formats (MX) Specification 1.0, section 5.3.3.
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+# The bits of 2 ** -127 in float32: what an exponent of 0 means.
+_SMALLEST = 0x00400000
+# Values that a program of the kernel computes.
+_PER_PROGRAM = 1024
+
+
+class RowValues:
+    """Computes the values of some rows of a weight, from their numbers."""
+
+    def __init__(self, scales: torch.Tensor, shape: Sequence[int], block: tuple[int, int]) -> None:
+        """Keep a weight's scales.
+
+        Args:
+            scales: all of them, flat, as they are stored: one for each block, in the order of the blocks. Bytes are
+                exponents of two, with a bias of 127 (E8M0 of the MX specification).
+            shape: of the values, (..., rows, columns).
+            block: rows and columns that share a scale; blocks at the ends may be smaller.
+        """
+        *_, self._rows, self._columns = shape
+        self._height, self._width = block
+        self._down, self._across = -(-self._rows // self._height), -(-self._columns // self._width)
+        self._scales = scales
+
+    def of(self, numbers: torch.Tensor, first: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return the values of whole rows.
+
+        Args:
+            numbers: theirs, flat, as they are stored.
+            first: the first row, counted through all matrices.
+            dtype: of the result. It holds every number exactly.
+
+        Returns:
+            (rows, columns), on the device of the numbers and scales.
+        """
+        count = len(numbers) * (2 if numbers.dtype == torch.uint8 else 1) // self._columns
+        if numbers.device.type == "cuda" and runs_kernel(numbers.device):
+            return self._by_kernel(numbers, first, count, dtype)
+        return _multiplied(numbers, self._of_rows(first, count), self._columns, self._width, dtype)
+
+    def _of_rows(self, first: int, count: int) -> torch.Tensor:
+        """Return the scales of rows, (count, blocks in a row), or (1, blocks in a row) where all have the same."""
+        lines, last = self._scales.view(-1, self._across), first + count - 1
+        if self._height == 1:  # so that rows follow each other through all matrices
+            return as_factors(lines[first : last + 1])
+        begin, end = self._line(first), self._line(last)
+        if begin == end:
+            return as_factors(lines[begin : end + 1])
+        row = torch.arange(first, last + 1, device=lines.device)
+        line = row // self._rows * self._down + row % self._rows // self._height
+        each = as_factors(lines[begin : end + 1])
+        return torch.index_select(each, 0, line - begin)
+
+    def _line(self, row: int) -> int:
+        return row // self._rows * self._down + row % self._rows // self._height
+
+    def _by_kernel(self, numbers: torch.Tensor, first: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+        out = torch.empty(count, self._columns, dtype=dtype, device=numbers.device)
+        are_packed, are_exponents = numbers.dtype == torch.uint8, self._scales.dtype == torch.uint8
+        number_table = (_e2m1 if are_packed else _every)(numbers.dtype, numbers.device)
+        _kernels().multiply[(count, -(-self._columns // _PER_PROGRAM))](
+            numbers.view(torch.uint8),
+            self._scales,
+            number_table,
+            _exponents(numbers.device) if are_exponents else number_table,
+            out,
+            first,
+            self._rows,
+            self._columns,
+            self._height,
+            self._width,
+            self._down,
+            self._across,
+            are_packed,
+            are_exponents,
+            _PER_PROGRAM,
+        )
+        return out
+
+
+def as_factors(scales: torch.Tensor) -> torch.Tensor:
+    """Return stored scales as float32, of the same shape."""
+    if scales.dtype == torch.uint8:
+        # The bits of 2 ** (s - 127) in float32: exact, also where a power function is not.
+        scales = (scales.to(torch.int32) << 23).clamp_(min=_SMALLEST).view(torch.float32)
+    return scales.to(torch.float32)
+
+
+def largest_scale(scales: torch.Tensor) -> torch.Tensor:
+    """Return the largest magnitude of some stored scales, at least one, as a tensor; NaN if there is one."""
+    if scales.dtype == torch.uint8:
+        return as_factors(scales.max())
+    largest: torch.Tensor = torch.linalg.vector_norm(as_factors(scales), math.inf)
+    return largest
+
+
+def _multiplied(
+    numbers: torch.Tensor, scales: torch.Tensor, columns: int, width: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Multiply the numbers of some rows with their scales, (rows or 1, blocks in a row), by torch."""
+    if numbers.dtype == torch.uint8:
+        # Two numbers at once: looked up as one element of twice the size.
+        flat = _pairs(dtype, numbers.device).index_select(0, numbers.to(torch.int32)).view(dtype)
+    elif numbers.device.type == "cpu" and numbers.is_floating_point():
+        # Looked up: the CPU has no instruction for fp8, and torch takes eight times as long.
+        flat = _each(numbers.dtype, dtype).index_select(0, numbers.view(torch.uint8).to(torch.int32))
+    else:
+        flat = numbers.to(dtype)
+    values = flat.view(-1, columns)
+    whole = columns // width
+    if whole:
+        values[:, : whole * width].view(len(values), whole, width).mul_(scales[:, :whole, None])
+    if whole * width < columns:
+        values[:, whole * width :].mul_(scales[:, whole:])
+    return values
+
+
+@functools.cache
+def _pairs(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return the two numbers of each byte, (256,), in elements as large as two of `dtype`."""
+    table = _e2m1(torch.uint8, torch.device("cpu")).to(dtype)
+    both = torch.stack([table.repeat(16), table.repeat_interleave(16)], dim=1)
+    return both.view({2: torch.int32, 4: torch.int64}[dtype.itemsize]).view(-1).to(device)
+
+
+@functools.cache
+def _e2m1(stored: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return the number of each 4 bits, (16,), float32."""
+    return torch.tensor([*_E2M1, *(-value for value in _E2M1)], dtype=torch.float32, device="cpu").to(device)
+
+
+@functools.cache
+def _each(stored: torch.dtype, dtype: torch.dtype) -> torch.Tensor:
+    """Return the number of each byte, (256,), as torch converts it."""
+    return torch.arange(256, dtype=torch.uint8, device="cpu").view(stored).to(dtype)
+
+
+@functools.cache
+def _every(stored: torch.dtype, device: torch.device) -> torch.Tensor:
+    return _each(stored, torch.float32).to(device)
+
+
+@functools.cache
+def _exponents(device: torch.device) -> torch.Tensor:
+    """Return the factor of each byte of exponents, (256,), float32."""
+    return as_factors(torch.arange(256, dtype=torch.uint8, device="cpu")).to(device)
+
+
+@functools.cache
+def runs_kernel(device: torch.device) -> bool:
+    """Whether the kernel runs on a GPU, found out by running it; it is loaded then."""
+
+    def trial() -> None:
+        scales = torch.zeros(1, dtype=torch.uint8, device=device)
+        values = RowValues(scales, (1, 32), (1, 32))
+        values._by_kernel(torch.zeros(16, dtype=torch.uint8, device=device), 0, 1, torch.bfloat16)
+
+    return runs_on(device, trial, "so that the values of weights with scales are computed by torch, which takes longer")
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    from . import kernels
+
+    return kernels
