@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -211,7 +211,7 @@ def formatted_tensors(
             usual = (class_dtypes or {}).get(tensor.name, config.load_dtype)
             in_fp32 = any(map(by_class, tensor.names)) or (asked is not None and any(map(asked, tensor.names)))
             fmt = plain(_kept_dtype(tensor, pieces, torch.float32 if in_fp32 else usual))
-            planned.append(PlannedTensor(tensor, tensor.shape, pieces, fmt, device))
+            planned.append(PlannedTensor(tensor, tensor.shape, _turned_one_by_one(pieces), fmt, device))
         else:
             planned.append(_of_layer(tensor, layer, pieces, config, device))
     return planned
@@ -226,7 +226,7 @@ def _of_layer(
 ) -> PlannedTensor:
     is_transposed = transformers_facts.is_conv1d(layer)
     shape = tensor.shape[::-1] if is_transposed else tensor.shape
-    return _quantized(tensor, shape, pieces, (lambda source: [source]) if is_transposed else None, config, device)
+    return _quantized(tensor, shape, pieces, config, device, is_transposed=is_transposed)
 
 
 def _of_experts(
@@ -237,23 +237,24 @@ def _of_experts(
     config: BnbQuantizationConfig,
     device: torch.device,
 ) -> PlannedTensor:
-    parts = _by_expert if experts.is_transposed else None
-    return _quantized(tensor, experts.packed_shape(name), pieces, parts, config, device)
+    shape = experts.packed_shape(name)
+    return _quantized(tensor, shape, pieces, config, device, is_transposed=experts.is_transposed)
 
 
 def _quantized(
     tensor: ModelTensor,
     shape: tuple[int, ...],
     pieces: tuple[Source, ...],
-    parts: Callable[[Source], list[Source]] | None,
     config: BnbQuantizationConfig,
     device: torch.device,
+    *,
+    is_transposed: bool,
 ) -> PlannedTensor:
     """Plan a weight that is quantized, or stored so.
 
     Args:
         shape: of the weight when it is quantized.
-        parts: gives the parts of a source that are turned, each by itself; None where the weight is as the tensor.
+        is_transposed: whether the weight is the tensor's transpose: each part of it is turned by itself.
     """
     stored = pieces[0].tensor
     if isinstance(stored, QuantizedTensor):
@@ -261,9 +262,17 @@ def _quantized(
         return PlannedTensor(tensor, shape, pieces, stored.format, device)
     fmt = quantized_format(config)
     _require_divisible(fmt, shape, tensor.name)
-    if parts is not None:
-        pieces = tuple(part.transpose() for source in pieces for part in parts(source))
-    return PlannedTensor(tensor, shape, pieces, fmt, device, is_transposed=parts is not None)
+    if is_transposed:  # what is stored turned needs no more
+        parts = (part for source in pieces for part in ([source] if source.transposed else _by_expert(source)))
+        pieces = tuple(part.transpose() for part in parts)
+    return PlannedTensor(tensor, shape, _turned_one_by_one(pieces), fmt, device, is_transposed=is_transposed)
+
+
+def _turned_one_by_one(sources: tuple[Source, ...]) -> tuple[Source, ...]:
+    """Divide weights with scales that are turned, so that nothing larger than an expert is turned at once."""
+    if not any(source.transposed and isinstance(source.tensor, ScaledTensor) for source in sources):
+        return sources
+    return tuple(part for source in sources for part in (_by_expert(source) if source.transposed else [source]))
 
 
 def _by_expert(source: Source) -> list[Source]:
@@ -273,9 +282,9 @@ def _by_expert(source: Source) -> list[Source]:
     """
     tensor = source.tensor
     is_whole = isinstance(tensor, (LazyTensor, QuantizedTensor)) and not isinstance(tensor, ScaledTensor)
-    if source.region or is_whole or not tensor.shape[0]:
+    if source.region or is_whole or len(tensor.shape) < 3 or not tensor.shape[0]:
         return [source]
-    rows, columns = tensor.shape[1:]
+    rows, columns = tensor.shape[:0:-1] if source.transposed else tensor.shape[1:]
     region = (slice(0, rows), slice(0, columns))
     if isinstance(tensor, torch.Tensor):
         pieces: list[StoredTensor | torch.Tensor] = list(tensor.detach())
@@ -284,7 +293,7 @@ def _by_expert(source: Source) -> list[Source]:
     else:
         nbytes = tensor.nbytes // tensor.shape[0]
         pieces = [
-            replace(tensor, shape=(rows, columns), offset=tensor.offset + expert * nbytes, nbytes=nbytes)
+            replace(tensor, shape=tuple(tensor.shape[1:]), offset=tensor.offset + expert * nbytes, nbytes=nbytes)
             for expert in range(tensor.shape[0])
         ]
     return [replace(source, tensor=piece, region=(expert, *region)) for expert, piece in enumerate(pieces)]

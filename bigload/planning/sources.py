@@ -200,10 +200,7 @@ def _by_model_name(stored: Mapping[str, StoredTensor], conversion: KeyConversion
 def _whole(stored: StoredTensor) -> Found:
     if not isinstance(stored, ScaledTensor) or not stored.is_turned:
         return Found((Source(stored),), stored.shape, stored)
-    # One by one, so that nothing larger than an expert is turned at once.
-    region = (slice(0, stored.shape[-1]), slice(0, stored.shape[-2]))
-    experts = [Source(each, (number, *region), transposed=True) for number, each in enumerate(stored.experts())]
-    return Found(tuple(experts), _turned(stored.shape), stored)
+    return Found((Source(stored, transposed=True),), _turned(stored.shape), stored)
 
 
 def _rank(part: str) -> tuple[int, int, str]:

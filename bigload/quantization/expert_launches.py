@@ -13,9 +13,9 @@ from ..hardware.triton_support import runs_on
 from .formats import NESTED_BLOCKSIZE
 from .packed_experts import PackedExperts
 
-# Shapes of the programs, measured on an H100. Of `grouped`: pairs of an expert, rows of its weight and columns a step,
-# warps; for experts with about so many pairs or fewer.
-_GEMV = {"block_rows": 16, "block_columns": 512, "num_warps": 4}
+# Shapes of the programs, measured on H100 and H200. Of `grouped`: pairs of an expert, rows of its weight and columns a
+# step, warps; for experts with about so many pairs or fewer.
+_GEMV = {"block_rows": 16, "block_columns": 512, "num_warps": 2}
 _GROUPED = {4: (16, 64, 128, 4), 32: (32, 64, 128, 4), 2**31: (128, 256, 64, 8)}
 # The most pairs that one program sorts.
 MAX_ROUTED = 256

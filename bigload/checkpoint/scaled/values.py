@@ -38,7 +38,7 @@ class RowValues:
         *_, self._rows, self._columns = shape
         self._height, self._width = block
         self._down, self._across = -(-self._rows // self._height), -(-self._columns // self._width)
-        self._scales = scales
+        self._scales = scales.view(torch.uint8) if scales.dtype == torch.float8_e8m0fnu else scales
 
     def of(self, numbers: torch.Tensor, first: int, dtype: torch.dtype) -> torch.Tensor:
         """Return the values of whole rows.
