@@ -159,7 +159,8 @@ TRIED = {
         "save into one that they share": RANKS + "test_folder_that_all_hosts_share_is_saved_into",
     },
     "distributed/ranks.py": {
-        "let all ranks load the same files": "distributed/test_faults.py::test_a_rank_that_fails_is_named",
+        "let all ranks make the same calls": "distributed/test_calls.py::"
+        "test_calls_that_only_some_make_are_refused_and_later_ones_work",
         "pass one with one dimension": RANKS + "test_mesh_has_one_dimension_or_two_with_names",
         "pass a longer timeout": "distributed/test_faults.py::test_a_rank_that_fails_is_named",
     },

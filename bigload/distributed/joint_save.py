@@ -38,7 +38,8 @@ class JointSave:
     def __init__(self, model: nn.Module) -> None:
         """Prepare to save a model; all processes that hold it do."""
         sharding = sharding_of(model)
-        self._model, self._ranks = model, None if sharding is None else Ranks(sharding.mesh)
+        self._model = model
+        self._ranks = None if sharding is None else Ranks(sharding.mesh, "save_quantized_model", "folder")
         self.is_first = self._ranks is None or self._ranks.is_first
         self._own: dict[str, tuple[int, torch.Tensor]] = {}  # name -> where this process's bytes begin, and they
 
@@ -67,7 +68,7 @@ class JointSave:
                     module._parameters[name] = made[id(parameter)]
             _as_unsharded(module)
         try:
-            with self._ranks.told("folder"), self._ranks.told("saved"):
+            with self._ranks.told("folder"), self._ranks.told("files"), self._ranks.told("saved"):
                 yield
         finally:
             for module, cls, own, parameters in before:
@@ -111,16 +112,16 @@ class JointSave:
             with new_folder(target, overwrite=overwrite) as made:
                 yield made
             return
-        ranks = self._ranks
+        ranks, facts = self._ranks, {"folder to save into": os.fspath(target)}
         if self.is_first:
             with new_folder(target, overwrite=overwrite) as made:
-                with ranks.agreed("folder", {"folder": str(made)}, must_match=False):
+                with ranks.agreed("folder", facts, tells={"made": str(made)}):
                     pass
                 yield made
         else:
-            with ranks.agreed("folder", must_match=False):
+            with ranks.agreed("folder", facts):
                 pass
-            made = Path(ranks.facts_of_first("folder")["folder"])
+            made = Path(ranks.told_by_first("folder")["made"])
             require_shared(made)
             yield made
         with ranks.agreed("saved"):
@@ -138,7 +139,7 @@ class JointSave:
                 writer.write(name, tensor)
             writer.finish()
             return
-        with self._ranks.agreed("files"):
+        with self._ranks.agreed("files", {"files to save (weights, max_shard_size)": writer.places}):
             if self.is_first:
                 writer.create()
         with self._ranks.agreed("write"):

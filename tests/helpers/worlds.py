@@ -21,6 +21,7 @@ import pytest
 HELPERS = Path(__file__).parent
 # A world of small models takes seconds; its processes are ended when they take this long.
 _PATIENCE_S = 120
+TIMEOUTS_S = {"cpu": 4, "cuda": 20}  # of worlds in which one is waited for in vain; NCCL takes seconds to begin
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.multi_gpu])]
 
 
