@@ -20,9 +20,10 @@ from torch import nn
 
 from ..checkpoint.folders import new_folder
 from ..checkpoint.writer import ShardWriter
-from ..errors import CheckpointError
+from ..errors import CheckpointError, QuantizationError, listed
 from ..quantization.bnb import library
 from ..quantization.formats import Int8
+from ..quantization.layers import modules_of_peft
 from .ranks import Ranks
 from .sharding import UNSHARDED, sharding_of
 from .shards import QuantizedShard, Whole, shard_of
@@ -49,6 +50,8 @@ class JointSave:
         if self._ranks is None:
             yield
             return
+        with self._ranks.told("folder"):
+            _require_no_adapters(self._model)
         before = []
         from torch.distributed.fsdp import FSDPModule
 
@@ -156,6 +159,20 @@ class JointSave:
             for name in state:
                 writer.complete(name)
             writer.finish()
+
+
+def _require_no_adapters(model: nn.Module) -> None:
+    """Refuse adapters, which are saved beside the model, and cannot be merged into it here.
+
+    Raises:
+        QuantizationError: the model has some.
+    """
+    adapted = modules_of_peft(model)
+    if adapted:
+        raise QuantizationError(
+            f"{listed(adapted, 3)}: of PEFT; save the adapter by save_pretrained(folder, state_dict=...) in the first "
+            "process, with what get_model_state_dict returns in all of them; or load the model without adapters"
+        )
 
 
 def _as_unsharded(module: nn.Module) -> None:
