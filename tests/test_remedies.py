@@ -171,7 +171,6 @@ TRIED = {
         "save_pretrained would save the parts": RANKS + "test_adapters_are_saved_whole",
         "each process would train its own: pass": RANKS + "test_adapters_are_passed_to_the_load",
         "load such weights by load_and_quantize_model": RANKS + "test_sharded_weights_are_loaded_by_a_load",
-        "adapters alone by torch.distributed": RANKS + "test_adapters_are_loaded_without_the_weights_they_belong_to",
         "call that instead of the layer alone": RANKS + "test_layers_are_called_by_their_block",
         "divided among processes: build it again": RANKS + "test_sharded_model_is_built_again_to_be_loaded",
         "save_pretrained cannot save a model that": RANKS + "test_model_of_transformers_is_saved_by_all_processes",
