@@ -93,7 +93,8 @@ def options_of_fully_shard_change_no_bits(worlds):
     for by_rank in worlds.values():
         for cells in by_rank:
             assert all(cells["options"].values()), cells["options"]
-    assert {"at rest on the host", "own weights", "other weights are refused"} <= worlds[2][0]["options"].keys()
+    tried = worlds[2][0]["options"].keys()
+    assert {"at rest on the host", "stored as bfloat16", "own weights", "other weights are refused"} <= tried
 
 
 TRAINED = [("tied", "nf4-dq", True, None), ("plain", "int8", False, ["lm_head"]), ("mixture", "nf4", False, None)]

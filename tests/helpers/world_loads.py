@@ -167,6 +167,10 @@ def takes_options(mesh, folder: Path, device) -> dict[str, bool]:
         if name == "on the host":
             found["at rest on the host"] = {p.device.type for p in model.parameters()} == {"cpu"}
         found[name] = all(torch.equal(logits_of(model, device), whole) for _ in range(2))
+    # Packed bytes that are gathered as bfloat16 must stay as they are where they are NaNs of no usual form.
+    stored = bigload.BnbQuantizationConfig.from_mode("nf4-dq", bnb_4bit_quant_storage="bfloat16")
+    model = load("mixture", path, stored, mesh=mesh, fsdp_options=options["mixed"])
+    found["stored as bfloat16"] = all(torch.equal(logits_of(model, device), whole) for _ in range(2))
     return found
 
 
