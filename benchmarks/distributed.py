@@ -207,12 +207,12 @@ TRAINED = ("bigload, shares", "accelerate's recipe")
 
 
 def joined(device: str | None) -> torch.device:
-    """Join the processes that torchrun has started; returns the device of this one.
+    """Join the processes that torchrun, or what sets the same variables, has started; returns the device of this one.
 
     Raises:
-        SystemExit: torchrun has started none.
+        SystemExit: nothing has.
     """
-    if not dist.is_torchelastic_launched():
+    if "RANK" not in os.environ:
         raise SystemExit("start it by torchrun: torchrun --nproc_per_node N -m benchmarks distributed FOLDER")
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     place = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device("cpu")

@@ -1,7 +1,8 @@
 """QLoRA by several processes with FSDP2: each reads, quantizes and holds its share of the model alone.
 
-torchrun --nproc_per_node 2 examples/qlora_fsdp2.py, with a GPU for each, or on the CPU. The model is small and random,
-its checkpoint is written here; give the folder or hub id of a real one instead.
+torchrun --nproc_per_node 2 examples/qlora_fsdp2.py, with a GPU for each, or on the CPU. What else starts the processes
+must set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun does. The model is small and random, its
+checkpoint is written here; give the folder or hub id of a real one instead.
 """
 
 import os
@@ -24,13 +25,11 @@ LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CA
 
 
 def begin() -> torch.device:
-    """Join the other processes; without torchrun this one is alone."""
-    rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+    """Join the other processes."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu", int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    how = {} if dist.is_torchelastic_launched() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=5), **how)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=5))
     return device
 
 
@@ -50,7 +49,9 @@ def main(folder: Path) -> None:
     model = load_and_quantize_model(
         model, "nf4-dq", folder / "checkpoint", mesh=mesh, adapters=lambda base: get_peft_model(base, LORA)
     )
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    # The second is its name in older versions of transformers.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     model.enable_input_require_grads()
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)

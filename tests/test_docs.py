@@ -17,6 +17,7 @@ import pytest
 import torch
 from models import LLAMA_8B, llama, save_tokenizer
 from printed import without_figures
+from worlds import ALONE
 
 import bigload
 from bigload.cli import main
@@ -55,6 +56,8 @@ NOT_RUN = {
     "torchrun": "it starts processes: tests/distributed does so",
     "python -m benchmarks": "it measures for minutes: tests/test_benchmarks.py runs such on small models",
 }
+# Pages that are programs, which are run twice: a second time in the folder that the first has left.
+RUN_AGAIN = ("several-processes.md",)
 STREAMED = (r"[\d.]+ \w+ so far", "# so far")
 
 
@@ -113,7 +116,7 @@ def pages_with_code():
 
 @pytest.mark.parametrize("page", pages_with_code())
 @pytest.mark.usefixtures("place")
-def test_blocks_run_and_print_what_is_shown(page, device, request, capfd):
+def test_blocks_run_and_print_what_is_shown(page, device, request, capfd, monkeypatch):
     if page == "several-gpus.md" and torch.cuda.device_count() < 2 and device.type == "cuda":
         pytest.skip("needs a second GPU")
     code_of_page = "".join(code for _, code, _ in blocks(page))
@@ -128,8 +131,11 @@ def test_blocks_run_and_print_what_is_shown(page, device, request, capfd):
     for folder, write in FOLDERS.items():
         if folder in code_of_page:
             write()
+    if page == "several-processes.md":
+        for name, value in ALONE.items():
+            monkeypatch.setenv(name, value)
     names = {"__name__": "__main__"}
-    for language, code, shown in blocks(page):
+    for language, code, shown in blocks(page) * (2 if page in RUN_AGAIN else 1):
         for old, new in forms.items():
             code = code.replace(old, new)
         capfd.readouterr()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import llama, save_tokenizer
+from worlds import ALONE
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
@@ -26,7 +27,12 @@ OF_THEIR_OWN = (
     "qlora_trainer",
     "qlora_trl",
 )
-LAST_WORDS = {"diffusers_flux": "the same from the saved folder"}
+# What comes before an example: it is started by torchrun; and what it should not use is an error.
+SETTINGS = {
+    "qlora_fsdp2": f"import os, warnings; os.environ.update({ALONE}); "
+    "warnings.filterwarnings('error', message='.*gradient_checkpointing_enable')\n",
+}
+LAST_WORDS = {"qlora_fsdp2": "1 ranks", "diffusers_flux": "the same from the saved folder"}
 MOST_LINES = 60
 
 
@@ -41,7 +47,7 @@ def here(script, *arguments):
 def test_script_runs(script, tmp_path, monkeypatch, capsys, request):
     monkeypatch.chdir(tmp_path)
     if script.stem in OF_THEIR_OWN:
-        printed = request.getfixturevalue("programs").run(script.read_text(), tmp_path)
+        printed = request.getfixturevalue("programs").run(SETTINGS.get(script.stem, "") + script.read_text(), tmp_path)
     else:
         here(script)
         printed = capsys.readouterr().out
@@ -49,6 +55,38 @@ def test_script_runs(script, tmp_path, monkeypatch, capsys, request):
     assert "False" not in printed, printed
     assert LAST_WORDS.get(script.stem, "") in printed
     assert list(tmp_path.iterdir()) == [], "an example leaves nothing behind"
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_processes_find_each_other_whoever_starts_them(programs, tmp_path, is_told):
+    """Without torchrun, by the variables that it sets; without these they do not train a model each."""
+    launched = f"""
+import multiprocessing, os, runpy, socket, sys
+import peft, torch, transformers, bigload.distributed.joint_load
+torch.cuda.is_available = lambda: False  # of which there may be one
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+def run(rank):
+    given = {ALONE} | {{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": str(port)}}
+    os.environ.update(given if {is_told} else {{}})
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    runpy.run_path({str(ROOT / "examples/qlora_fsdp2.py")!r}, run_name="__main__")
+processes = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(2)]
+for process in processes:
+    process.start()
+for process in processes:
+    process.join()
+sys.exit(max(abs(process.exitcode) for process in processes))
+"""
+    ended = programs.ended(launched, tmp_path)
+    if is_told:
+        assert ended.status == 0, ended.said
+        assert ended.printed.startswith("2 ranks: loss")
+    else:
+        assert ended.status != 0
+        assert "RANK" in ended.said
+        assert not ended.printed
 
 
 def test_generate_takes_a_real_model_by_its_folder(tmp_path, capsys):

@@ -156,10 +156,12 @@ TRIED = {
         "use 'nf4' or 'int8' with adapters": RANKS + "test_int8_training_is_left_to_one_process",
     },
     "distributed/joint_save.py": {
+        "of PEFT; save the adapter by": RANKS + "test_adapters_are_saved_beside_the_model",
         "save into one that they share": RANKS + "test_folder_that_all_hosts_share_is_saved_into",
     },
     "distributed/ranks.py": {
-        "let all ranks load the same files": "distributed/test_faults.py::test_a_rank_that_fails_is_named",
+        "let all ranks make the same calls": "distributed/test_calls.py::"
+        "test_calls_that_only_some_make_are_refused_and_later_ones_work",
         "pass one with one dimension": RANKS + "test_mesh_has_one_dimension_or_two_with_names",
         "pass a longer timeout": "distributed/test_faults.py::test_a_rank_that_fails_is_named",
     },
@@ -169,6 +171,7 @@ TRIED = {
         "save_pretrained would save the parts": RANKS + "test_adapters_are_saved_whole",
         "each process would train its own: pass": RANKS + "test_adapters_are_passed_to_the_load",
         "load such weights by load_and_quantize_model": RANKS + "test_sharded_weights_are_loaded_by_a_load",
+        "call that instead of the layer alone": RANKS + "test_layers_are_called_by_their_block",
         "divided among processes: build it again": RANKS + "test_sharded_model_is_built_again_to_be_loaded",
         "save_pretrained cannot save a model that": RANKS + "test_model_of_transformers_is_saved_by_all_processes",
         "pass, for example, lambda model": RANKS + "test_adapters_return_the_model",

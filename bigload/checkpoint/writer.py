@@ -92,6 +92,15 @@ class ShardWriter:
         entries = (entry for shard in self._shards for entry in shard.entries.values())
         return layout_of((entry.name, entry.dtype, entry.shape) for entry in entries)
 
+    @property
+    def places(self) -> str:
+        """A hash of all tensors and of the files that they are in, which processes that write together compare."""
+        return layout_of(
+            (f"{number} {entry.name}", entry.dtype, entry.shape)
+            for number, shard in enumerate(self._shards)
+            for entry in shard.entries.values()
+        )
+
     def create(self) -> None:
         """Create the files, so that other processes can write into them."""
         for shard in self._shards:

@@ -84,7 +84,8 @@ class JointLoad:
             if "offload" in vars(model):
                 require_not_offloaded(model)
             plan = plan_load(view, request)
-            facts |= facts_of(request, plan)
+            ways = (self.replicate, sorted(self._options), self._adapters is not None)
+            facts |= {**facts_of(request, plan), "arguments (replicate, fsdp_options, adapters)": repr(ways)}
             shares = tuple(self._shares(view, plan.tensors)) if self.replicate else plan.tensors
             self.own = replace(plan, tensors=shares)
         return view, plan
@@ -169,7 +170,7 @@ def joint_load(
                 "replicate, fsdp_options and adapters say how processes share a model: pass the mesh of them too"
             )
         return None
-    ranks = Ranks(mesh)
+    ranks = Ranks(mesh, "load_and_quantize_model", "plan")
     given = {"device_map": device_map, "offload": offload, "offload_folder": offload_folder}
     named = [name for name, value in given.items() if value is not None]
     with ranks.told("plan"):

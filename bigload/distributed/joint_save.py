@@ -20,9 +20,10 @@ from torch import nn
 
 from ..checkpoint.folders import new_folder
 from ..checkpoint.writer import ShardWriter
-from ..errors import CheckpointError
+from ..errors import CheckpointError, QuantizationError, listed
 from ..quantization.bnb import library
 from ..quantization.formats import Int8
+from ..quantization.layers import modules_of_peft
 from .ranks import Ranks
 from .sharding import UNSHARDED, sharding_of
 from .shards import QuantizedShard, Whole, shard_of
@@ -38,7 +39,8 @@ class JointSave:
     def __init__(self, model: nn.Module) -> None:
         """Prepare to save a model; all processes that hold it do."""
         sharding = sharding_of(model)
-        self._model, self._ranks = model, None if sharding is None else Ranks(sharding.mesh)
+        self._model = model
+        self._ranks = None if sharding is None else Ranks(sharding.mesh, "save_quantized_model", "folder")
         self.is_first = self._ranks is None or self._ranks.is_first
         self._own: dict[str, tuple[int, torch.Tensor]] = {}  # name -> where this process's bytes begin, and they
 
@@ -48,6 +50,8 @@ class JointSave:
         if self._ranks is None:
             yield
             return
+        with self._ranks.told("folder"):
+            _require_no_adapters(self._model)
         before = []
         from torch.distributed.fsdp import FSDPModule
 
@@ -67,7 +71,7 @@ class JointSave:
                     module._parameters[name] = made[id(parameter)]
             _as_unsharded(module)
         try:
-            with self._ranks.told("folder"), self._ranks.told("saved"):
+            with self._ranks.told("folder"), self._ranks.told("files"), self._ranks.told("saved"):
                 yield
         finally:
             for module, cls, own, parameters in before:
@@ -111,16 +115,16 @@ class JointSave:
             with new_folder(target, overwrite=overwrite) as made:
                 yield made
             return
-        ranks = self._ranks
+        ranks, facts = self._ranks, {"folder to save into": os.fspath(target)}
         if self.is_first:
             with new_folder(target, overwrite=overwrite) as made:
-                with ranks.agreed("folder", {"folder": str(made)}, must_match=False):
+                with ranks.agreed("folder", facts, tells={"made": str(made)}):
                     pass
                 yield made
         else:
-            with ranks.agreed("folder", must_match=False):
+            with ranks.agreed("folder", facts):
                 pass
-            made = Path(ranks.facts_of_first("folder")["folder"])
+            made = Path(ranks.told_by_first("folder")["made"])
             require_shared(made)
             yield made
         with ranks.agreed("saved"):
@@ -138,7 +142,7 @@ class JointSave:
                 writer.write(name, tensor)
             writer.finish()
             return
-        with self._ranks.agreed("files"):
+        with self._ranks.agreed("files", {"files to save (weights, max_shard_size)": writer.places}):
             if self.is_first:
                 writer.create()
         with self._ranks.agreed("write"):
@@ -155,6 +159,20 @@ class JointSave:
             for name in state:
                 writer.complete(name)
             writer.finish()
+
+
+def _require_no_adapters(model: nn.Module) -> None:
+    """Refuse adapters, which are saved beside the model, and cannot be merged into it here.
+
+    Raises:
+        QuantizationError: the model has some.
+    """
+    adapted = modules_of_peft(model)
+    if adapted:
+        raise QuantizationError(
+            f"{listed(adapted, 3)}: of PEFT; save the adapter by save_pretrained(folder, state_dict=...) in the first "
+            "process, with what get_model_state_dict returns in all of them; or load the model without adapters"
+        )
 
 
 def _as_unsharded(module: nn.Module) -> None:

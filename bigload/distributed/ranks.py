@@ -7,7 +7,6 @@ one of them never enters tells the others nothing but that time is up, and on a 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from ..errors import BigloadError, ConfigError, DistributedError, listed, reason
 from ..hardware.devices import CPU
 
-_calls: Counter[str] = Counter()  # how often these processes have loaded together: each time they use other keys
+_SAME = "let all ranks make the same calls, in the same order, with the same files, model and arguments"
 
 
 class Ranks:
@@ -34,11 +33,17 @@ class Ranks:
         numbers: the global ranks of all processes of the mesh.
     """
 
-    def __init__(self, mesh: Any) -> None:
-        """Look at a mesh.
+    def __init__(self, mesh: Any, call: str, step: str) -> None:
+        """Look at a mesh, and join the others in a call.
+
+        Args:
+            mesh: of the processes.
+            call: the function that all of them have called.
+            step: the first at which they report.
 
         Raises:
             ConfigError: it is no mesh of processes that bigload can load on.
+            DistributedError: the first process is in another call, or in none.
         """
         _require_mesh(mesh)
         self.mesh = mesh
@@ -48,9 +53,40 @@ class Ranks:
         self.numbers: list[int] = mesh.mesh.flatten().tolist()
         self._own = dist.get_rank()
         name = "-".join(map(str, self.numbers)) if len(self.numbers) < 16 else str(hash(tuple(self.numbers)))
-        _calls[name] += 1
-        self._prefix = f"bigload/{name}/{_calls[name]}"
         self._told: set[str] = set()  # the steps that this process has reported
+        self._prefix = self._joined(f"bigload/{name}", call, step)
+
+    def _joined(self, base: str, call: str, step: str) -> str:
+        """Return the prefix of the keys of this call: the first process opens it, the others join what is open.
+
+        If each process counted its calls, the numbers would differ for good after a call that only some of them make.
+        A call that has failed is joined even so, to be told why, but for those that were given up for want of others.
+        """
+        store, first = self._store, self.numbers[0]
+        if self.is_first:
+            number = store.add(f"{base}/opened", 1)
+            store.set(f"{base}/{number}/call", json.dumps([call, step]))
+            return f"{base}/{number}"
+        last = store.add(f"{base}/joined by {self._own}", 0)
+        number = last + 1
+        while store.check([f"{base}/{number}/given up"]):  # this process, or another one, was waited for in vain
+            number += 1
+        if not self._wait([f"{base}/{number}/call"], self.timeout):
+            raise DistributedError(
+                f"rank {first} did not call {call} within {self.timeout.total_seconds():g} s, the timeout of the "
+                f"process group: {_SAME}",
+                ranks=[first],
+            )
+        store.add(f"{base}/joined by {self._own}", number - last)
+        self._prefix = f"{base}/{number}"
+        others, first_step = json.loads(store.get(f"{self._prefix}/call"))
+        if others != call:
+            error = DistributedError(
+                f"rank {first} is in {others}, and rank {self._own} in {call}: {_SAME}", ranks=[first]
+            )
+            self._report_error(first_step, error)
+            raise error
+        return self._prefix
 
     @property
     def is_first(self) -> bool:
@@ -87,13 +123,15 @@ class Ranks:
             dist.broadcast(tensor, dist.get_global_rank(group, 0), group=group)
 
     @contextmanager
-    def agreed(self, step: str, facts: Mapping[str, str] | None = None, *, must_match: bool = True) -> Iterator[None]:
+    def agreed(
+        self, step: str, facts: Mapping[str, str] | None = None, *, tells: Mapping[str, str] | None = None
+    ) -> Iterator[None]:
         """Do a step that all processes must do: at its end each knows whether all have, or raises.
 
         Args:
             step: its name, for messages; each only once for a load.
-            facts: what this process has to tell, by name; filled in by the step.
-            must_match: whether the facts must be the same in all processes.
+            facts: what must be the same in all processes, by name; filled in by the step.
+            tells: what the others may ask for afterwards, by `told_by_first`.
 
         Raises:
             DistributedError: another process failed, did not come to the end of the step within the timeout of the
@@ -104,16 +142,16 @@ class Ranks:
         except BaseException as error:
             # What torch raises may be a collective's, which fails because another process does not take part in it.
             is_torch = isinstance(error, RuntimeError) and not isinstance(error, BigloadError)
-            self._report(step, {"error": f"{type(error).__name__}: {reason(error)}", "is_torch": is_torch})
+            self._report_error(step, error, is_torch=is_torch)
             if is_torch:
                 self._require_all(step, at_fault=self._own)
             raise
-        self._report(step, {"facts": dict(facts or {}), "must_match": must_match})
+        self._report(step, {"facts": dict(facts or {}), "tells": dict(tells or {})})
         self._require_all(step)
 
-    def facts_of_first(self, step: str) -> dict[str, str]:
+    def told_by_first(self, step: str) -> dict[str, str]:
         """Return what the first process had to tell at a step that is over."""
-        return json.loads(self._store.get(self._key(step, self.numbers[0])))["facts"]  # type: ignore[no-any-return]
+        return json.loads(self._store.get(self._key(step, self.numbers[0])))["tells"]  # type: ignore[no-any-return]
 
     @contextmanager
     def told(self, step: str) -> Iterator[None]:
@@ -122,8 +160,15 @@ class Ranks:
             yield
         except BaseException as error:
             if step not in self._told:
-                self._report(step, {"error": f"{type(error).__name__}: {reason(error)}", "is_torch": False})
+                self._report_error(step, error)
             raise
+
+    def _report_error(self, step: str, error: BaseException, *, is_torch: bool = False) -> None:
+        report = {"error": f"{type(error).__name__}: {reason(error)}", "is_torch": is_torch}
+        self._report(step, report)
+        if self.is_first and not is_torch:  # the others wait for what it concludes, not for its report
+            verdict = _verdict(step, {self._own: report}, [self._own], self.timeout)
+            self._store.set(self._key(step, "verdict"), json.dumps(verdict))
 
     def _report(self, step: str, report: Mapping[str, Any]) -> None:
         self._told.add(step)
@@ -139,7 +184,10 @@ class Ranks:
     def _require_all(self, step: str, at_fault: int | None = None) -> None:
         """Raise if another process has failed. The first collects the reports, so that not each asks for each."""
         if self.is_first:
-            verdict = _verdict(step, self._collected(step), self.numbers, self.timeout)
+            reports = self._collected(step)
+            if len(reports) < len(self.numbers):
+                self._store.set(f"{self._prefix}/given up", "")
+            verdict = _verdict(step, reports, self.numbers, self.timeout)
             self._store.set(self._key(step, "verdict"), json.dumps(verdict))
         else:
             key = self._key(step, "verdict")
@@ -176,8 +224,8 @@ def _verdict(
     if missing:
         return {
             "message": f"{_named(missing)} did not come to the end of '{step}' within {timeout.total_seconds():g} s, "
-            "the timeout of the process group: it has ended, hangs, or is slower than that (then pass a longer timeout "
-            "to init_process_group)",
+            "the timeout of the process group: it has ended, hangs, is in no such call (all ranks must make it), or is "
+            "slower than that (then pass a longer timeout to init_process_group)",
             "ranks": missing,
         }
     failed = {number: report["error"] for number, report in reports.items() if "error" in report}
@@ -186,12 +234,11 @@ def _verdict(
         first = min(failed)
         return {"message": f"{_named(list(failed))} failed in '{step}': {failed[first]}", "ranks": list(failed)}
     first_report = reports[numbers[0]]
-    for fact, expected in first_report["facts"].items() if first_report["must_match"] else ():
+    for fact, expected in first_report["facts"].items():
         others = [number for number in numbers if reports[number]["facts"].get(fact) != expected]
         if others:
             return {
-                "message": f"{_named(others)} and rank {numbers[0]} do not have the same {fact}: let all ranks load "
-                "the same files into the same model, with the same arguments",
+                "message": f"{_named(others)} and rank {numbers[0]} do not have the same {fact}: {_SAME}",
                 "ranks": others,
             }
     return {"message": "", "ranks": []}

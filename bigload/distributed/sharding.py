@@ -18,6 +18,7 @@ from ..planning.plan import Plan
 from ..planning.units import RESIDENT_BYTES, units_of
 from ..quantization.cpu_forwards import streamed_forward
 from ..quantization.layers import is_quantized
+from .counts import count_values
 from .ranks import Ranks
 from .shards import NotHere, QuantizedShard, is_divided, not_merged, shard_of
 
@@ -54,6 +55,8 @@ def _ranks(planned: Any) -> int:
 
 # The attribute of a layer that holds those of its attributes that sharding has replaced.
 UNSHARDED = "_bigload_unsharded"
+# What the error says that refuses to load them from a state_dict; for all layers once.
+_NOT_LOADED = "are quantized, and divided among processes"
 # The attribute of a model that says how it was sharded.
 _SHARDING = "_bigload_sharding"
 
@@ -141,7 +144,7 @@ class Sharding:
         quantized = _put(model, parts, names)
         _guard_weights()
         for layer in {id(layer): layer for layer, _ in quantized}.values():
-            _adapt(layer)
+            _adapt(layer, self.groups)
         groups = [model.get_submodule(path) for path in self.groups]
         root = model if self.adapters is None else self._adapted(model, ranks)
         # fully_shard takes no parameters without dimensions. Nothing would add up their gradients.
@@ -164,6 +167,7 @@ class Sharding:
         if hasattr(root, "peft_config") and root is not model:
             save: Any = root.save_pretrained
             vars(root)["save_pretrained"] = functools.partial(_save_whole_adapters, save)
+        count_values(model, root)
         for module in {id(module): module for module in (model, root)}.values():
             vars(module).update({_SHARDING: self, "_ddp_params_and_buffers_to_ignore": _RefuseDDP()})
         return root
@@ -252,9 +256,10 @@ def _refuse_exchange(module: nn.Module, name: str, parameter: Any) -> None:
         raise not_merged(f"{vars(module).get('loaded_as', type(module).__name__)}.{name}")
 
 
-def _adapt(module: Any) -> None:
+def _adapt(module: Any, groups: Sequence[str]) -> None:
     """Let a layer, or fused experts, go on where their weight is only there while they compute."""
     own = vars(module)
+    module.register_forward_pre_hook(functools.partial(_require_gathered, groups))
     if is_quantized(module):
         own["forward"] = streamed_forward(module)  # keeps no packed copy of the whole weight
         own["quant_state"] = None  # each gathered weight brings its own
@@ -266,21 +271,44 @@ def _adapt(module: Any) -> None:
     own.update(ours)
 
 
+def _require_gathered(groups: Sequence[str], module: nn.Module, args: Any) -> None:
+    """Refuse a call of a layer by itself, for which FSDP gathers nothing."""
+    for parameter in module._parameters.values():
+        own = shard_of(parameter)
+        if isinstance(own, QuantizedShard):
+            name = own.whole.name
+            block = max((f"'{path}'" for path in groups if name.startswith(f"{path}.")), key=len, default="the model")
+            raise QuantizationError(
+                f"'{name}' is divided among processes, and whole only while {block} runs: call that instead of the "
+                f"layer alone, in all processes; or call its unshard() before, and its reshard() afterwards"
+            )
+
+
 def _load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *given: Any) -> None:
     """Load what belongs to a quantized layer, but for its weight, of which a process holds a part."""
     missing, error_msgs = given[2], given[4]
     names = [name for name, held in module._parameters.items() if isinstance(shard_of(held), QuantizedShard)]
-    read = [key for name in names for key in state_dict if key == prefix + name or key.startswith(f"{prefix}{name}.")]
-    if read:
+    mine = {prefix + name for name in names if _is_own(state_dict.get(prefix + name), module._parameters[name])}
+    keys = [key for name in names for key in state_dict if key == prefix + name or key.startswith(f"{prefix}{name}.")]
+    foreign = [key for key in keys if key not in mine]
+    if foreign and not any(_NOT_LOADED in said for said in error_msgs):
         error_msgs.append(
-            f"{', '.join(read[:3])}: quantized, and divided among processes: load such weights by "
-            "load_and_quantize_model with mesh"
+            f"'{foreign[0]}' and others {_NOT_LOADED}: load such weights by load_and_quantize_model with mesh, and "
+            "adapters alone by torch.distributed.checkpoint.state_dict: set_model_state_dict(model, state, options="
+            "StateDictOptions(full_state_dict=True, strict=False)), without full_state_dict if state is divided too"
         )
-    kept = {key: value for key, value in state_dict.items() if key not in read}
+    kept = {key: value for key, value in state_dict.items() if key not in keys}
     absent: list[str] = []
     own = functools.partial(nn.Module._load_from_state_dict, module)
     own(kept, prefix, given[0], given[1], absent, given[3], error_msgs)
     missing += [key for key in absent if key.removeprefix(prefix) not in names]
+
+
+def _is_own(given: Any, held: Any) -> bool:
+    """Whether what is to be loaded is what a parameter holds already, as in the model's own state_dict."""
+    own, held_part = shard_of(given), shard_of(held)
+    assert isinstance(held_part, QuantizedShard)
+    return isinstance(own, QuantizedShard) and own.whole is held_part.whole
 
 
 def _describe(parameter: Any) -> None:

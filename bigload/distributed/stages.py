@@ -290,7 +290,7 @@ def load_pipeline_stage(
         Traceback (most recent call last):
         bigload.errors.ConfigError: ...
     """
-    ranks = Ranks(mesh)
+    ranks = Ranks(mesh, "load_pipeline_stage", "plan")
     if mesh.ndim != 1:
         raise ConfigError("a pipeline needs a mesh of one dimension: pass one of its dimensions, mesh['name']")
     division = _Division(ranks.rank, ranks.ranks, no_split_module_classes)

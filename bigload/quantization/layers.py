@@ -154,6 +154,12 @@ def source_class(layer: nn.Module) -> type[nn.Module]:
     return type(layer) if is_plain else vars(layer).get("source_cls", nn.Linear)
 
 
+def modules_of_peft(model: nn.Module) -> list[str]:
+    """Return the paths of modules that PEFT has put into a model, those that stand for a layer of it first."""
+    found = {path: module for module, path in first_paths(model).items() if type(module).__module__.startswith("peft.")}
+    return sorted(found, key=lambda path: "base_layer" not in found[path]._modules)
+
+
 def require_whole_layers(model: nn.Module, layers: Mapping[str, Any]) -> None:
     """Check that all weights of quantized layers can be read.
 
@@ -165,10 +171,11 @@ def require_whole_layers(model: nn.Module, layers: Mapping[str, Any]) -> None:
         QuantizationError: a layer is divided among processes, is not quantized yet, was built empty and never loaded,
             has an adapter, or was packed for the CPU by bitsandbytes.
     """
-    adapted = [path for module, path in first_paths(model).items() if type(module).__module__.startswith("peft.")]
+    adapted = modules_of_peft(model)
     if adapted:
         raise QuantizationError(
-            f"{listed(adapted)}: of PEFT; save the adapter by its own save_pretrained, or call merge_and_unload() first"
+            f"{listed(adapted, 3)}: of PEFT; save the adapter by its own save_pretrained, or call merge_and_unload() "
+            "first"
         )
     divided = [path for path, layer in layers.items() if hasattr(layer._parameters.get("weight"), "_local_tensor")]
     if divided:

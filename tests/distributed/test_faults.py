@@ -3,9 +3,7 @@
 import re
 
 import pytest
-from worlds import DEVICES, run_world
-
-TIMEOUTS_S = {"cpu": 4, "cuda": 20}  # NCCL takes seconds to begin
+from worlds import DEVICES, TIMEOUTS_S, run_world
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -27,7 +25,7 @@ def test_a_rank_that_fails_is_named(programs, tmp_path, device):
 
 
 def of_the_others(faults, fault):
-    others = [seen[fault] for rank, seen in enumerate(faults) if rank != 1]
+    others = [seen[fault] for rank, seen in enumerate(faults) if rank != 1]  # on two GPUs, one
     for seen in others:
         assert seen["error"] == "DistributedError"
         assert seen["ranks"] == [1]
@@ -39,8 +37,7 @@ def of_the_others(faults, fault):
 def a_rank_whose_file_differs_is_named(faults):
     """All have the same names and shapes; afterwards they load the same files."""
     said = of_the_others(faults, "differs")
-    assert "rank 1 and rank 0 do not have the same files (their values): let all ranks load the same files" in said
-    assert [seen["differs"]["as it was"] for seen in faults if seen] == [True, True]
+    assert "rank 1 and rank 0 do not have the same files (their values): let all ranks make the same calls" in said
 
 
 def a_rank_with_another_mode_is_named(faults):
@@ -73,6 +70,7 @@ def a_rank_that_is_too_slow_is_named(faults):
 
 def a_rank_that_dies_while_it_loads_is_named(faults):
     assert "rank 1 did not come to the end of 'load'" in of_the_others(faults, "dies")
+    assert faults[1] is None  # it has died, and no other has
 
 
 def test_a_rank_that_dies_in_a_collective_is_named(programs, tmp_path):

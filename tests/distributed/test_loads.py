@@ -93,7 +93,8 @@ def options_of_fully_shard_change_no_bits(worlds):
     for by_rank in worlds.values():
         for cells in by_rank:
             assert all(cells["options"].values()), cells["options"]
-    assert {"at rest on the host", "own weights", "other weights are refused"} <= worlds[2][0]["options"].keys()
+    tried = worlds[2][0]["options"].keys()
+    assert {"at rest on the host", "stored as bfloat16", "own weights", "other weights are refused"} <= tried
 
 
 TRAINED = [("tied", "nf4-dq", True, None), ("plain", "int8", False, ["lm_head"]), ("mixture", "nf4", False, None)]
@@ -101,13 +102,17 @@ TRAINED = [("tied", "nf4-dq", True, None), ("plain", "int8", False, ["lm_head"])
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_adapters_are_trained_as_by_one_process(programs, tmp_path, device):
-    """Both processes have the same tokens, so that the mean of their gradients is exact."""
+    """Both processes have the same tokens, so that the mean of their gradients is exact.
+
+    Parameters are counted as by one process too.
+    """
     for rank, cells in enumerate(run_world(programs, "world_loads.trains", 2, tmp_path, device, cells=TRAINED)):
         for cell, seen in cells.items():
             assert seen["sharded"][-1] < seen["sharded"][0], cell
             assert seen.get("same again", True), cell
             assert seen.get("same by checkpoint", True), cell
             if rank == 0:
+                assert seen.get("counted") == seen.get("counted by one"), cell
                 # On a GPU gradients are added up in an order of their own.
                 off = 0 if device == "cpu" else 1e-3
                 assert seen["sharded"] == pytest.approx(seen["losses"], rel=off), cell

@@ -124,9 +124,51 @@ def _for_training(model):
 def test_sharded_weights_are_loaded_by_a_load(alone, path):
     model = load(path, mesh=alone)
     state = load(path, device_map="cpu").state_dict()
-    with pytest.raises(RuntimeError, match="load such weights by load_and_quantize_model with mesh"):
+    with pytest.raises(RuntimeError, match="load such weights by load_and_quantize_model with mesh") as raised:
         model.load_state_dict(state, strict=False)
+    assert str(raised.value).count("divided among processes") == 1  # not for each layer
     load(path, mesh=alone)
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_adapters_are_loaded_without_the_weights_they_belong_to(alone, path, is_whole):
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+
+    model, other = (load(path, mesh=alone, adapters=tuned) for _ in range(2))
+    with pytest.raises(RuntimeError, match=r"set_model_state_dict.*strict=False"):
+        model.load_state_dict(other.state_dict())
+    before = outputs(model, X)
+    model.blocks[0][0].lora_B.default.weight.data.fill_(1)
+    assert not torch.equal(outputs(model, X), before)
+    whole = {"full_state_dict": True} if is_whole else {}
+    state = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True, **whole))
+    set_model_state_dict(other, state, options=StateDictOptions(strict=False, **whole))
+    assert torch.equal(outputs(other, X), outputs(model, X))
+
+
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
+def test_sharded_model_loads_its_own_state(alone, path, mode):
+    model = load(path, mode, mesh=alone)
+    before, state = outputs(model, X), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.head.weight.data.fill_(1)
+    assert not torch.equal(outputs(model, X), before)
+    model.load_state_dict(state)
+    assert torch.equal(outputs(model, X), before)
+
+
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
+def test_layers_are_called_by_their_block(alone, path, mode):
+    model = load(path, mode, mesh=alone, adapters=tuned, no_split_module_classes=["Sequential"])
+    block, x = model.blocks[0], X
+    for _ in range(2):
+        with pytest.raises(
+            QuantizationError, match=r"blocks\.0\.0\.weight.*whole only while 'blocks\.0' runs: call that"
+        ):
+            block[0](x)
+        expected = block(x)
+        block.unshard()
+        assert torch.equal(block[1](block[0](x)), expected)
+        block.reshard()
 
 
 def test_sharded_model_is_built_again_to_be_loaded(alone, path):
@@ -209,6 +251,14 @@ def test_adapters_are_saved_whole(alone, path, tmp_path, is_safe):
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     model.save_pretrained(folder, state_dict=get_model_state_dict(model, options=options))
     assert (folder / "adapter_model.safetensors").exists()
+
+
+def test_adapters_are_saved_beside_the_model(alone, path, tmp_path):
+    model = load(path, mesh=alone, adapters=tuned)
+    with pytest.raises(QuantizationError, match=r"\.blocks\.0\.0', .*save_pretrained\(folder, state_dict=") as raised:
+        save_quantized_model(model, tmp_path / "saved")
+    assert len(str(raised.value)) < 400
+    save_quantized_model(load(path, mesh=alone), tmp_path / "saved")
 
 
 def test_wrong_argument_of_a_save_is_told_to_the_other_processes(alone, path, tmp_path, monkeypatch):

@@ -77,8 +77,8 @@ def faults(mesh, folder: Path, slow_s: float) -> dict:
     joint_load.execute = failing(execute, _damaged)
     found["fails"] = attempt(own / "net", mesh)
     joint_load.execute = execute
-    given = {"fsdp_options": {"no_such_option": 1}} if rank == 1 else {}
-    found["at the end"] = attempt(own / "net", mesh, **given) if rank != 1 else _wrong_option(own, mesh, given)
+    given = {"adapters": failing(lambda model: model, _wrong_adapters)}
+    found["at the end"] = attempt(own / "net", mesh, **given) if rank != 1 else _at_the_end(own, mesh, given)
     joint_load.execute = failing(execute, lambda: time.sleep(slow_s))
     found["slow"] = attempt(own / "net", mesh)
     joint_load.execute = execute
@@ -114,7 +114,11 @@ def _wrong_argument(own: Path, mesh) -> dict:
     raise AssertionError("not refused")
 
 
-def _wrong_option(own: Path, mesh, given) -> dict:
+def _wrong_adapters():
+    raise TypeError("of one process alone")
+
+
+def _at_the_end(own: Path, mesh, given) -> dict:
     with bigload.init_empty_weights():
         model = Net()
     before = identity_of(model)

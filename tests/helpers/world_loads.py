@@ -167,6 +167,10 @@ def takes_options(mesh, folder: Path, device) -> dict[str, bool]:
         if name == "on the host":
             found["at rest on the host"] = {p.device.type for p in model.parameters()} == {"cpu"}
         found[name] = all(torch.equal(logits_of(model, device), whole) for _ in range(2))
+    # Packed bytes that are gathered as bfloat16 must stay as they are where they are NaNs of no usual form.
+    stored = bigload.BnbQuantizationConfig.from_mode("nf4-dq", bnb_4bit_quant_storage="bfloat16")
+    model = load("mixture", path, stored, mesh=mesh, fsdp_options=options["mixed"])
+    found["stored as bfloat16"] = all(torch.equal(logits_of(model, device), whole) for _ in range(2))
     return found
 
 
@@ -305,7 +309,7 @@ def trains(mesh, folder: Path, cells) -> dict:
         path = saved(mesh, folder, kind)
         given = {"modules_to_save": kept} if kept else {}
         model = load(kind, path, mode, mesh=mesh, adapters=lambda m, kind=kind, given=given: tuned(m, kind, **given))
-        one = {"losses": None}
+        one = {"losses": None, "counted": [model.get_nb_trainable_parameters(), model.num_parameters()]}
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
@@ -314,6 +318,7 @@ def trains(mesh, folder: Path, cells) -> dict:
         state = get_model_state_dict(model, options=options)
         if dist.get_rank() == 0:
             whole = tuned(load(kind, path, mode, mesh.device_type), kind, **given)
+            one["counted by one"] = [whole.get_nb_trainable_parameters(), whole.num_parameters()]
             one["losses"] = losses_of(whole, device)
             model.save_pretrained(folder / "adapter", state_dict=state)
             again = peft.PeftModel.from_pretrained(load(kind, path, mode, mesh.device_type), folder / "adapter")

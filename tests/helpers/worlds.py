@@ -21,6 +21,9 @@ import pytest
 HELPERS = Path(__file__).parent
 # A world of small models takes seconds; its processes are ended when they take this long.
 _PATIENCE_S = 120
+TIMEOUTS_S = {"cpu": 4, "cuda": 20}  # of worlds in which one is waited for in vain; NCCL takes seconds to begin
+# What torchrun --nproc_per_node 1 sets for its process.
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.multi_gpu])]
 
 
