@@ -283,7 +283,7 @@ def _load_kernels(request: LoadRequest, gpus: Sequence[torch.device]) -> None:
     config = request.config.resolved(torch.bfloat16)  # or float16, whose kernels are loaded with its
     fmt = quantized_format(config)
     tensors = request.checkpoint.tensors.values() if request.checkpoint is not None else ()
-    if any(isinstance(each, ScaledTensor) for each in tensors):
+    if any(isinstance(each, ScaledTensor) and each.is_packed for each in tensors):
         for device in gpus:
             runs_kernel(device)
     if config.mode == "none" or isinstance(fmt, Plain) or any(isinstance(each, QuantizedTensor) for each in tensors):

@@ -20,6 +20,8 @@ from ..io.tensors import StoredTensor
 
 # Scales that are smaller than this part of their weight are read before all weights of its file, in few reads.
 _FEW = 1 / 64
+# Pieces are multiples of rows of blocks if a slot of the ring has room for as many: else it would be left half empty.
+_SOME = 4
 
 
 @dataclass(eq=False, slots=True)
@@ -114,6 +116,10 @@ class _Landing:
         self._columns, self._per_item = weight.shape[-1], 2 if weight.is_packed else 1
         # Pieces are whole rows, and whole blocks or rows of the format that they are quantized to.
         self._values = math.lcm(max(1, self._columns), task.values_per_scale)
+        # On a GPU they are, where a slot holds some, whole rows of blocks too: multiplied by one kernel.
+        of_blocks = math.lcm(max(1, self._columns) * weight.block[0], task.values_per_scale)
+        if task.device.type == "cuda" and of_blocks * _SOME <= slot_bytes():
+            self._values = of_blocks
         self._missing = math.prod(weight.shape)
         self._stored: torch.Tensor | None = None
         self._rows: RowValues | None = None

@@ -1,4 +1,4 @@
-"""A Triton kernel that multiplies small numbers with their scales; imported where there is a GPU, on the first call."""
+"""A Triton kernel that multiplies numbers of 4 bits with their scales; imported where there is a GPU, when needed."""
 # mypy: ignore-errors
 
 import triton
@@ -9,7 +9,7 @@ import triton.language as tl
 def multiply(
     numbers, scales, number_table, scale_table, out,
     first, rows, columns, height, width, down, across,
-    are_packed: tl.constexpr, are_exponents: tl.constexpr, block: tl.constexpr,
+    are_exponents: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """A block of one row's values: `out = number * scale`, in float32 and rounded once.
 
@@ -20,14 +20,10 @@ def multiply(
     row = first + own
     column = tl.program_id(1) * block + tl.arange(0, block)
     ok = column < columns
-    if are_packed:
-        half: tl.constexpr = block // 2
-        byte = tl.program_id(1) * half + tl.arange(0, half)
-        pair = tl.load(numbers + own * (columns // 2) + byte, mask=byte < columns // 2, other=0).to(tl.int32)
-        values = tl.interleave(tl.load(number_table + (pair & 15)), tl.load(number_table + (pair >> 4)))
-    else:
-        number = tl.load(numbers + own * columns + column, mask=ok, other=0).to(tl.int32)
-        values = tl.load(number_table + number)
+    half: tl.constexpr = block // 2
+    byte = tl.program_id(1) * half + tl.arange(0, half)
+    pair = tl.load(numbers + own * (columns // 2) + byte, mask=byte < columns // 2, other=0).to(tl.int32)
+    values = tl.interleave(tl.load(number_table + (pair & 15)), tl.load(number_table + (pair >> 4)))
     line = (row // rows * down + row % rows // height) * across
     scale = tl.load(scales + line + column // width, mask=ok, other=0)
     if are_exponents:

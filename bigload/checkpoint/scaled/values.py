@@ -1,7 +1,8 @@
 """The values of weights that are stored as small numbers with scales.
 
-They are computed in float32 and rounded once, to the dtype asked for, as transformers' `dequantize=True` does: on GPUs
-by a kernel of Triton, elsewhere by torch.
+They are computed in float32 and rounded once, to the dtype asked for, as transformers' `dequantize=True` does: by torch
+or, where two numbers share a byte, on GPUs by a kernel of Triton. torch would need three passes over them there, and
+four times their memory.
 """
 
 from __future__ import annotations
@@ -51,36 +52,35 @@ class RowValues:
         Returns:
             (rows, columns), on the device of the numbers and scales.
         """
-        count = len(numbers) * (2 if numbers.dtype == torch.uint8 else 1) // self._columns
-        if numbers.device.type == "cuda" and runs_kernel(numbers.device):
+        are_packed = numbers.dtype == torch.uint8
+        count = len(numbers) * (2 if are_packed else 1) // self._columns
+        if are_packed and numbers.device.type == "cuda" and runs_kernel(numbers.device):
             return self._by_kernel(numbers, first, count, dtype)
         return _multiplied(numbers, self._of_rows(first, count), self._columns, self._width, dtype)
 
     def _of_rows(self, first: int, count: int) -> torch.Tensor:
-        """Return the scales of rows, (count, blocks in a row), or (1, blocks in a row) where all have the same."""
+        """Return the scales of some rows, (lines, blocks in a row), float32: of as many rows each, in their order."""
         lines, last = self._scales.view(-1, self._across), first + count - 1
-        if self._height == 1:  # so that rows follow each other through all matrices
-            return as_factors(lines[first : last + 1])
         begin, end = self._line(first), self._line(last)
-        if begin == end:
-            return as_factors(lines[begin : end + 1])
+        some = as_factors(lines[begin : end + 1])
+        are_whole = not any(number % self._height for number in (self._rows, first, count))
+        if begin == end or are_whole:
+            return some
         row = torch.arange(first, last + 1, device=lines.device)
         line = row // self._rows * self._down + row % self._rows // self._height
-        each = as_factors(lines[begin : end + 1])
-        return torch.index_select(each, 0, line - begin)
+        return torch.index_select(some, 0, line - begin)
 
     def _line(self, row: int) -> int:
         return row // self._rows * self._down + row % self._rows // self._height
 
     def _by_kernel(self, numbers: torch.Tensor, first: int, count: int, dtype: torch.dtype) -> torch.Tensor:
         out = torch.empty(count, self._columns, dtype=dtype, device=numbers.device)
-        are_packed, are_exponents = numbers.dtype == torch.uint8, self._scales.dtype == torch.uint8
-        number_table = (_e2m1 if are_packed else _every)(numbers.dtype, numbers.device)
+        are_exponents = self._scales.dtype == torch.uint8
         _kernels().multiply[(count, -(-self._columns // _PER_PROGRAM))](
-            numbers.view(torch.uint8),
+            numbers,
             self._scales,
-            number_table,
-            _exponents(numbers.device) if are_exponents else number_table,
+            _e2m1(numbers.device),
+            _exponents(numbers.device),
             out,
             first,
             self._rows,
@@ -89,7 +89,6 @@ class RowValues:
             self._width,
             self._down,
             self._across,
-            are_packed,
             are_exponents,
             _PER_PROGRAM,
         )
@@ -115,7 +114,7 @@ def largest_scale(scales: torch.Tensor) -> torch.Tensor:
 def _multiplied(
     numbers: torch.Tensor, scales: torch.Tensor, columns: int, width: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Multiply the numbers of some rows with their scales, (rows or 1, blocks in a row), by torch."""
+    """Multiply the numbers of some rows with their scales, (lines, blocks in a row), by torch."""
     if numbers.dtype == torch.uint8:
         # Two numbers at once: looked up as one element of twice the size.
         flat = _pairs(dtype, numbers.device).index_select(0, numbers.to(torch.int32)).view(dtype)
@@ -124,25 +123,25 @@ def _multiplied(
         flat = _each(numbers.dtype, dtype).index_select(0, numbers.view(torch.uint8).to(torch.int32))
     else:
         flat = numbers.to(dtype)
-    values = flat.view(-1, columns)
-    whole = columns // width
+    values, whole = flat.view(len(scales), -1, columns), columns // width
     if whole:
-        values[:, : whole * width].view(len(values), whole, width).mul_(scales[:, :whole, None])
+        in_blocks = values[..., : whole * width].view(*values.shape[:2], whole, width)
+        in_blocks.mul_(scales[:, None, :whole, None])
     if whole * width < columns:
-        values[:, whole * width :].mul_(scales[:, whole:])
-    return values
+        values[..., whole * width :].mul_(scales[:, None, whole:])
+    return values.view(-1, columns)
 
 
 @functools.cache
 def _pairs(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Return the two numbers of each byte, (256,), in elements as large as two of `dtype`."""
-    table = _e2m1(torch.uint8, torch.device("cpu")).to(dtype)
+    table = _e2m1(torch.device("cpu")).to(dtype)
     both = torch.stack([table.repeat(16), table.repeat_interleave(16)], dim=1)
     return both.view({2: torch.int32, 4: torch.int64}[dtype.itemsize]).view(-1).to(device)
 
 
 @functools.cache
-def _e2m1(stored: torch.dtype, device: torch.device) -> torch.Tensor:
+def _e2m1(device: torch.device) -> torch.Tensor:
     """Return the number of each 4 bits, (16,), float32."""
     return torch.tensor([*_E2M1, *(-value for value in _E2M1)], dtype=torch.float32, device="cpu").to(device)
 
@@ -151,11 +150,6 @@ def _e2m1(stored: torch.dtype, device: torch.device) -> torch.Tensor:
 def _each(stored: torch.dtype, dtype: torch.dtype) -> torch.Tensor:
     """Return the number of each byte, (256,), as torch converts it."""
     return torch.arange(256, dtype=torch.uint8, device="cpu").view(stored).to(dtype)
-
-
-@functools.cache
-def _every(stored: torch.dtype, device: torch.device) -> torch.Tensor:
-    return _each(stored, torch.float32).to(device)
 
 
 @functools.cache
@@ -173,7 +167,9 @@ def runs_kernel(device: torch.device) -> bool:
         values = RowValues(scales, (1, 32), (1, 32))
         values._by_kernel(torch.zeros(16, dtype=torch.uint8, device=device), 0, 1, torch.bfloat16)
 
-    return runs_on(device, trial, "so that the values of weights with scales are computed by torch, which takes longer")
+    return runs_on(
+        device, trial, "so that the values of weights in 4 bits with scales are computed by torch, which takes longer"
+    )
 
 
 @functools.cache
