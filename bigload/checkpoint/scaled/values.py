@@ -168,7 +168,7 @@ def runs_kernel(device: torch.device) -> bool:
         values._by_kernel(torch.zeros(16, dtype=torch.uint8, device=device), 0, 1, torch.bfloat16)
 
     return runs_on(
-        device, trial, "so that the values of weights in 4 bits with scales are computed by torch, which takes longer"
+        device, trial, "so that torch computes the values of weights in 4 bits, which takes longer"
     )
 
 
