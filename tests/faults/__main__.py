@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 
 HERE = Path(__file__).parent
-MOST_CALLS = 60  # of one edge, spread evenly: how often a device is asked whether it is done is a matter of time
+MOST_CALLS = 60  # of one edge: how often a device is asked whether it is done is a matter of time
 
 
 def main() -> None:
@@ -23,6 +23,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python tests/faults", description=__doc__)
     parser.add_argument("--job", action="append", help="this job alone; may be repeated")
     parser.add_argument("--gpu", action="store_true", help="the jobs that need a GPU, instead of the others")
+    parser.add_argument(
+        "--most", type=int, default=MOST_CALLS, help="calls of one edge, spread evenly (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, help="where the counts go, as JSON")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of such a file")
     arguments = parser.parse_args()
@@ -33,7 +36,9 @@ def main() -> None:
 
     begun = time.monotonic()
     found = every_try(
-        arguments.job or tuple(GPU_JOBS if arguments.gpu else JOBS), chosen, lambda text: print(text, flush=True)
+        arguments.job or tuple(GPU_JOBS if arguments.gpu else JOBS),
+        lambda calls: chosen(calls, arguments.most),
+        lambda text: print(text, flush=True),
     )
     rows = [
         {"job": job, "edge": edge, "error": error, "outcomes": dict(counts)}
@@ -46,9 +51,9 @@ def main() -> None:
     sys.exit(1 if found.failures else 0)
 
 
-def chosen(calls: int) -> list[int]:
+def chosen(calls: int, most: int) -> list[int]:
     """Return the calls to fail."""
-    step = max(1, -(-calls // MOST_CALLS))
+    step = max(1, -(-calls // most))
     return sorted({*range(1, calls + 1, step), calls} - {0})
 
 

@@ -167,9 +167,7 @@ def runs_kernel(device: torch.device) -> bool:
         values = RowValues(scales, (1, 32), (1, 32))
         values._by_kernel(torch.zeros(16, dtype=torch.uint8, device=device), 0, 1, torch.bfloat16)
 
-    return runs_on(
-        device, trial, "so that torch computes the values of weights in 4 bits, which takes longer"
-    )
+    return runs_on(device, trial, "so that torch computes the values of weights in 4 bits, which takes longer")
 
 
 @functools.cache
