@@ -26,6 +26,7 @@ from .checkpoint.writer import Entry, ShardWriter, write_json
 from .config import BnbQuantizationConfig, as_config
 from .errors import CheckpointError, ConfigError, PlacementError, listed, reason
 from .hardware.devices import Device, is_strategy, on_cpu_unless_named
+from .hardware.interrupts import deferred_interrupts
 from .inspection.own_loading import EXTRA_STATE, changed_when_loaded_again
 from .io.program import ReadTask
 from .io.tensors import StoredTensor, read_whole
@@ -49,6 +50,7 @@ from .saving import card_of, json_attributes, shard_bytes, weights_stem, write_c
 _PROGRESS_NAME = "progress.json"
 
 
+@deferred_interrupts()
 @on_cpu_unless_named()
 def quantize_checkpoint(
     src: WeightsLocation,

@@ -24,6 +24,7 @@ from .errors import BigloadError, PlacementError
 from .hardware.allocation import is_shortage
 from .hardware.collector import without_collections
 from .hardware.devices import CPU, Device, DeviceMap, named_devices, on_cpu_unless_named
+from .hardware.interrupts import deferred_interrupts
 from .io.ring import pin_ahead, release_ring
 from .io.timeline import Timeline
 from .model.view import ModelView
@@ -49,6 +50,7 @@ from .quantization.quantizer import code_table, load_kernels
 logger = logging.getLogger(__name__)
 
 
+@deferred_interrupts()
 @on_cpu_unless_named()
 @without_collections()  # a load makes many objects and no garbage; for 10,000 tensors they took half of the time
 def load_and_quantize_model(

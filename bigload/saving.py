@@ -21,6 +21,7 @@ from .config import BnbQuantizationConfig
 from .distributed.joint_save import JointSave
 from .errors import ConfigError, QuantizationError, listed
 from .hardware.devices import on_cpu_unless_named
+from .hardware.interrupts import deferred_interrupts
 from .inspection.own_loading import changed_when_loaded_again
 from .inspection.own_saving import (
     attributes_set_by_loading,
@@ -55,6 +56,7 @@ logger = logging.getLogger(__name__)
 _LIBRARIES = ("transformers", "diffusers")
 
 
+@deferred_interrupts()
 @on_cpu_unless_named()
 def save_quantized_model(
     model: nn.Module,

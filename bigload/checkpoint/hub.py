@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from ..errors import CheckpointError, import_optional, reason
+from ..hardware.interrupts import immediate_interrupts
 
 _HUB_ID = re.compile(r"(?P<id>[\w][\w.-]*/[\w][\w.-]*)(@(?P<revision>[^@\s]+))?")
 _FILES = (".safetensors", ".bin", ".pt", ".pth", ".json")
@@ -31,9 +32,10 @@ def hub_folder(location: str) -> Path:
     hub = import_optional("huggingface_hub", "pip install huggingface_hub")
     repo, revision = _parts(location)
     try:
-        folder = Path(hub.snapshot_download(repo, revision=revision, allow_patterns=["*.safetensors", *_BESIDE]))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(hub.snapshot_download(repo, revision=revision, allow_patterns=["*.bin", *_BESIDE]))
+        with immediate_interrupts():
+            folder = Path(hub.snapshot_download(repo, revision=revision, allow_patterns=["*.safetensors", *_BESIDE]))
+            if not any(folder.glob("*.safetensors")):
+                folder = Path(hub.snapshot_download(repo, revision=revision, allow_patterns=["*.bin", *_BESIDE]))
     except Exception as error:  # the hub's own errors, and all that the network library raises
         raise _not_there_error(location, "", error) from error
     return folder
@@ -52,7 +54,8 @@ def hub_file(location: str, name: str) -> Path:
     hub = import_optional("huggingface_hub", "pip install huggingface_hub")
     repo, revision = _parts(location)
     try:
-        return Path(hub.hf_hub_download(repo, name, revision=revision))
+        with immediate_interrupts():
+            return Path(hub.hf_hub_download(repo, name, revision=revision))
     except Exception as error:  # as above
         raise _not_there_error(location, name, error) from error
 

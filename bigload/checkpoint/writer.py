@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError
+from ..hardware.interrupts import check_interrupt
 from ..hardware.pinned import pinned_memory
 from ..io.ring import as_bytes
 from .record import layout_of
@@ -141,6 +142,7 @@ class ShardWriter:
         if not values.numel():
             return
         for piece in torch.split(values.view(torch.uint8), _STAGED_BYTES):
+            check_interrupt()
             self._shard_of[name].write(name, at, as_bytes(self._on_host(piece)))
             at += len(piece)
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ..errors import ConfigError, QuantizationError, listed
+from ..hardware.interrupts import immediate_interrupts
 from ..model.view import ModelView
 from ..planning.plan import Plan
 from ..planning.units import RESIDENT_BYTES, units_of
@@ -176,7 +177,8 @@ class Sharding:
         """Add adapters, with the values that the first process gives them."""
         before = {id(parameter) for parameter in model.parameters()}
         assert self.adapters is not None
-        root = self.adapters(model)
+        with immediate_interrupts():
+            root = self.adapters(model)
         if not isinstance(root, nn.Module) or all(module is not model for module in root.modules()):
             raise ConfigError(
                 f"adapters must return the model that it is given, or one around it, but returned a "

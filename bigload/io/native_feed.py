@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from ..hardware.interrupts import check_interrupt
 from . import feed
 from .feed import Feed, Lane
 from .program import Batch
@@ -159,6 +160,7 @@ class NativeFeed(Feed):
         state, known, batches = _State(), 0, self._program.batches
         while known < len(batches):
             self._library.wait(self._feed, known, _WAIT_MS, ctypes.byref(state))
+            check_interrupt()
             if state.error:
                 raise self._error_of(state)
             yield from batches[known : state.complete]

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..hardware.interrupts import check_interrupt
 from . import feed
 from .feed import Feed, Lane, Resources
 from .program import Batch, Program
@@ -79,6 +80,7 @@ class ThreadedFeed(Feed):
             with self._news:
                 while self._complete == known and self._error is None:
                     self._news.wait(_WAIT_S)
+                    check_interrupt()
                 complete, error = self._complete, self._error
             if error is not None:
                 raise error

@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 import torch
 
 from ..hardware.devices import current_gpu
+from ..hardware.interrupts import check_interrupt
 from .feed import Feed, Resources
 from .native_feed import NativeFeed, library
 from .program import Batch, Program, ReadTask, Window, lay_out
@@ -98,6 +99,7 @@ def _work(
 ) -> None:
     waited = time.perf_counter()
     for batch in feed.batches():
+        check_interrupt()
         timeline.add("read", batch.device, waited)
         with nullcontext() if batch.device.type == "cpu" else current_gpu(batch.device):
             feed.take(batch)

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..errors import ConfigError, QuantizationError, listed
 from ..hardware.devices import on_cpu_unless_named
+from ..hardware.interrupts import check_interrupt, deferred_interrupts
 from ..inspection.aliases import aliases
 from ..model import transformers_facts
 from ..model.experts import Experts
@@ -28,6 +29,7 @@ from .exchange import exchanges
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
+@deferred_interrupts()
 @on_cpu_unless_named()
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Turn a model's bitsandbytes layers back into plain ones, with the values that they compute with.
@@ -99,6 +101,7 @@ def _require_own_forwards(layers: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def _plain(layer: Any, dtype: torch.dtype | None, own: torch.dtype) -> nn.Module:
+    check_interrupt()
     weight = layer.weight
     if isinstance(layer, library().nn.Linear4bit):
         values = dequantize_4bit(weight.data, weight.quant_state, dtype or weight.quant_state.dtype)

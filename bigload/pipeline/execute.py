@@ -16,6 +16,7 @@ from ..checkpoint.bitsandbytes import QuantizedTensor
 from ..errors import CheckpointError, PlacementError, QuantizationError, listed
 from ..hardware.allocation import allocate, is_shortage, reserve
 from ..hardware.devices import CPU
+from ..hardware.interrupts import check_interrupt
 from ..io.program import ReadTask, not_taken
 from ..io.ring import slot_bytes
 from ..io.tensors import LazyTensor, StoredTensor
@@ -98,6 +99,7 @@ class _Loader:
 
     def begin(self, planned: PlannedTensor) -> list[ReadTask]:
         """Return the reads that a tensor needs; one that is in memory or in the offload folder is loaded at once."""
+        check_interrupt()
         target = self._targets if planned.home is not None else None
         finish = functools.partial(self._finish, planned, target)
         buffers: Mapping[str, torch.Tensor] = {}
@@ -190,6 +192,7 @@ def read_and_load(
         _explain_out_of_memory(functools.partial(_window_shortage, plan), read)(ordered)
         for task in tasks:
             if isinstance(task.tensor, LazyTensor):
+                check_interrupt()
                 _feed(task, task.tensor.load())
                 on_bytes(task.tensor.nbytes)
 

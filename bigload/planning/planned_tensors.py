@@ -17,6 +17,7 @@ from ..checkpoint.scaled.tensor import ScaledTensor
 from ..config import BnbQuantizationConfig
 from ..errors import CheckpointError, ConfigError
 from ..hardware.devices import CPU, Place
+from ..hardware.interrupts import check_interrupt
 from ..hardware.layout import TensorSpec
 from ..io.tensors import LazyTensor, StoredTensor
 from ..model import transformers_facts
@@ -202,6 +203,7 @@ def formatted_tensors(
     of_experts = weights_of(experts or {})
     planned, plain = [], functools.cache(Plain)  # there may be tens of thousands, in few dtypes
     for tensor in tensors:
+        check_interrupt()
         pieces = sources.get(tensor.name, ())
         layer = next((weights[name] for name in tensor.names if name in weights), None) if weights else None
         if tensor.name in of_experts:

@@ -13,6 +13,7 @@ import torch
 
 from ..errors import import_optional
 from ..hardware.devices import current_gpu
+from ..hardware.interrupts import immediate_interrupts
 
 
 @functools.cache
@@ -26,7 +27,8 @@ def library() -> Any:
     level = cpu_log.level
     cpu_log.setLevel(logging.ERROR)  # it warns that an optional kernel of the hub is missing
     try:
-        return import_optional("bitsandbytes", "pip install bitsandbytes")
+        with immediate_interrupts():
+            return import_optional("bitsandbytes", "pip install bitsandbytes")
     finally:
         cpu_log.setLevel(level)
 

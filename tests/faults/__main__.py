@@ -23,9 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python tests/faults", description=__doc__)
     parser.add_argument("--job", action="append", help="this job alone; may be repeated")
     parser.add_argument("--gpu", action="store_true", help="the jobs that need a GPU, instead of the others")
-    parser.add_argument(
-        "--most", type=int, default=MOST_CALLS, help="calls of one edge (default: %(default)s)"
-    )
+    parser.add_argument("--most", type=int, default=MOST_CALLS, help="calls of one edge (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="where the counts go, as JSON")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of such a file")
     arguments = parser.parse_args()
