@@ -24,6 +24,7 @@ def measured(monkeypatch):
     def measure(**used):
         answers = {CPU if name == "cpu" else GPU: list(values) for name, values in used.items()}
         monkeypatch.setattr("bigload.pipeline.report._used_and_highest", lambda device: answers[device].pop(0))
+        monkeypatch.setattr("bigload.pipeline.report._highest", lambda device: answers[device].pop(0)[1])
 
     return measure
 
