@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import stored
-from children import Forking
 from safetensors import safe_open
 
 import bigload
@@ -364,9 +363,9 @@ print(host.over_start_gib, host.kept_gib)
 """
 
 
-def test_host_memory_is_what_the_block_took_at_most(tmp_path):
-    with Forking("torch") as forking:  # other tests leave memory here, and threads that fill or free some
-        over_start, kept = forking.run(WATCHED, tmp_path).split()
+def test_host_memory_is_what_the_block_took_at_most(tmp_path, programs):
+    # Other tests leave memory in this process, and threads that fill or free some.
+    over_start, kept = programs.run(WATCHED, tmp_path).split()
     if over_start == "None":
         pytest.skip("the system does not tell a process's memory")
     assert float(over_start) > 0.2
