@@ -294,6 +294,21 @@ DAMAGED = {
         BLOCKS,
         "is stored as torch.bf",
     ),
+    "a vector": (
+        lambda: fp8(**{"norm.weight": torch.ones(128).to(FP8), "norm.weight_scale_inv": torch.ones(1)}),
+        BLOCKS,
+        "'norm.weight' is stored as fp8, but its shape .* is not that of a matrix",
+    ),
+    "groups of several sizes": (
+        fp8,
+        {
+            "quant_method": "compressed-tensors",
+            "config_groups": {
+                str(size): {"weights": {"strategy": "block", "block_structure": [size, size]}} for size in (64, 128)
+            },
+        },
+        r"names blocks of several sizes, \[64, 64\], \[128, 128\]",
+    ),
     "scales of nothing": (lambda: fp8(**{"up.weight": None}), BLOCKS, "'up.weight' is not there"),
     "offsets": (
         lambda: stored(lambda w: by_row(w, torch.int8, 127))[0] | {"up.weight_zero_point": torch.ones(200, 1)},

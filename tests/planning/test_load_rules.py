@@ -305,6 +305,85 @@ def test_a_hook_after_the_load_that_uses_weights_is_refused(tmp_path):
         load_and_quantize_model(empty(make), "nf4", save(make().state_dict(), tmp_path))
 
 
+class Rule(nn.Linear):
+    """Loads as nn.Linear does, after what a case lets it do first."""
+
+    first = staticmethod(lambda module, state, key, errors: None)
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        self.first(self, state_dict, f"{prefix}weight", errors)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+
+def fail(*_):
+    raise KeyError("no such weight")
+
+
+RULES = {
+    "a new buffer": (lambda m, s, k, e: m.register_buffer("seen", torch.ones(2)), "it adds or removes parameters, buff"),
+    "a tensor in an attribute": (lambda m, s, k, e: setattr(m, "kept", [s[k]]), "it keeps tensors in kept"),
+    "what it held": (lambda m, s, k, e: s.update({k: s[k] + m.weight}), "values that the module had before"),
+    "an error": (fail, "KeyError: 'no such weight'"),
+    "an error that is listed": (lambda m, s, k, e: e.append("too old"), "'1', a Rule, does not load this: too old"),
+}
+
+
+@pytest.mark.parametrize("case", RULES)
+def test_a_rule_that_does_what_no_plan_can_is_refused(tmp_path, monkeypatch, case):
+    make = build(lambda: Rule(64, 64))
+    folder, model = save(make().state_dict(), tmp_path), empty(make)
+    first, message = RULES[case]
+    monkeypatch.setattr(Rule, "first", staticmethod(first))
+    with pytest.raises(CheckpointError, match=message):
+        load_and_quantize_model(model, "nf4", folder, device_map="cpu")
+    assert all(parameter.is_meta for parameter in model.parameters())
+    monkeypatch.undo()
+    load_and_quantize_model(model, "nf4", folder, device_map="cpu", strict=True)
+
+
+OWN_LOADS = {
+    "twice": (lambda load, state: (load(state), load(state)), "does not call nn.Module's load_state_dict once"),
+    "never": (lambda load, state: None, "does not call nn.Module's load_state_dict once"),
+    "new values": (lambda load, state: load(state | {"0.bias": torch.ones(64)}), "it makes new values"),
+    "an error": (lambda load, state: fail(), "KeyError: 'no such weight'"),
+}
+
+
+@pytest.mark.parametrize("case", OWN_LOADS)
+def test_a_model_whose_load_state_dict_does_what_no_plan_can_is_refused(tmp_path, case):
+    how, message = OWN_LOADS[case]
+
+    class Model(nn.Sequential):
+        def load_state_dict(self, state_dict, strict=True, assign=False):
+            return how(super().load_state_dict, state_dict)
+
+    def make():
+        return Model(nn.Linear(64, 64), nn.Linear(64, 8))
+
+    model = empty(make)
+    with pytest.raises(CheckpointError, match=message):
+        load_and_quantize_model(model, "nf4", save(make().state_dict(), tmp_path), device_map="cpu")
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+HOOKS = {
+    "an answer": (lambda module, keys: keys, "TypeError: a hook after load_state_dict must return None"),
+    "a new buffer": (lambda module, keys: module.register_buffer("seen", torch.ones(2)), "it changes which parameters, buffers"),
+    "an exchanged weight": (lambda module, keys: setattr(module, "bias", None), "it changes which parameters, buffers"),
+}
+
+
+@pytest.mark.parametrize("case", HOOKS)
+def test_a_hook_after_the_load_that_does_what_no_plan_can_is_refused(tmp_path, case):
+    then, message = HOOKS[case]
+
+    def make():
+        return build(lambda: Hooked(64, 64, then=then))()
+
+    with pytest.raises(CheckpointError, match=message):
+        load_and_quantize_model(empty(make), "nf4", save(make().state_dict(), tmp_path), device_map="cpu")
+
+
 def test_extra_state_that_the_checkpoint_lacks_is_said(tmp_path, caplog):
     state = {name: value for name, value in build(Clock)().state_dict().items() if "extra" not in name}
     with caplog.at_level(logging.WARNING):

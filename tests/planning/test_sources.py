@@ -172,6 +172,11 @@ def test_key_mapping_onto_a_key_that_is_there_already_is_refused():
         sources_in_checkpoint([parameter("w")], checkpoint_of({"w": (2, 3), "v": (2, 3)}), key_mapping={"v": "w"})
 
 
+def test_key_mapping_that_is_neither_rules_nor_a_function_is_refused():
+    with pytest.raises(ConfigError, match="key_mapping must be .* but it is 'model'"):
+        sources_in_checkpoint([parameter("w")], checkpoint_of({"w": (2, 3)}), key_mapping="model")
+
+
 def test_key_mapping_with_an_invalid_regex_is_refused_and_names_it():
     with pytest.raises(ConfigError, match=r"key_mapping.*'\(oops'"):
         sources_in_checkpoint([parameter("w")], checkpoint_of({"w": (2, 3)}), key_mapping={"(oops": "w"})
