@@ -320,7 +320,10 @@ def fail(*_):
 
 
 RULES = {
-    "a new buffer": (lambda m, s, k, e: m.register_buffer("seen", torch.ones(2)), "it adds or removes parameters, buff"),
+    "a new buffer": (
+        lambda m, s, k, e: m.register_buffer("seen", torch.ones(2)),
+        "it adds or removes parameters",
+    ),
     "a tensor in an attribute": (lambda m, s, k, e: setattr(m, "kept", [s[k]]), "it keeps tensors in kept"),
     "what it held": (lambda m, s, k, e: s.update({k: s[k] + m.weight}), "values that the module had before"),
     "an error": (fail, "KeyError: 'no such weight'"),
@@ -368,8 +371,11 @@ def test_a_model_whose_load_state_dict_does_what_no_plan_can_is_refused(tmp_path
 
 HOOKS = {
     "an answer": (lambda module, keys: keys, "TypeError: a hook after load_state_dict must return None"),
-    "a new buffer": (lambda module, keys: module.register_buffer("seen", torch.ones(2)), "it changes which parameters, buffers"),
-    "an exchanged weight": (lambda module, keys: setattr(module, "bias", None), "it changes which parameters, buffers"),
+    "a new buffer": (
+        lambda module, keys: module.register_buffer("seen", torch.ones(2)),
+        "it changes which parameters",
+    ),
+    "an exchanged weight": (lambda module, keys: setattr(module, "bias", None), "it changes which parameters"),
 }
 
 

@@ -173,7 +173,7 @@ def test_key_mapping_onto_a_key_that_is_there_already_is_refused():
 
 
 def test_key_mapping_that_is_neither_rules_nor_a_function_is_refused():
-    with pytest.raises(ConfigError, match="key_mapping must be .* but it is 'model'"):
+    with pytest.raises(ConfigError, match=r"key_mapping must be .* but it is 'model'"):
         sources_in_checkpoint([parameter("w")], checkpoint_of({"w": (2, 3)}), key_mapping="model")
 
 
