@@ -249,6 +249,20 @@ def test_threads_that_use_offloaded_weights_take_turns(loaded, device, captures)
     assert capture.stats().replayed + capture.stats().uncaptured == 30
 
 
+def test_an_offloaded_weight_that_cannot_be_used_is_the_error_of_the_step(loaded, device, captures):
+    model = loaded()
+    expected = decoded(model)
+    stream(model, device, range(LAYERS), 2)
+    layer = model.model.layers[2].mlp.up_proj
+    weight = layer.weight
+    with capture_decode(model):
+        del layer.weight
+        with pytest.raises(OffloadError, match="has no parameter 'weight' to stream"):
+            decoded(model)
+        layer.weight = weight
+        assert torch.equal(decoded(model), expected)
+
+
 def test_ctrl_c_and_errors_while_it_captures(loaded, device, captures, warned):
     model = loaded()
     expected = decoded(model)

@@ -4,6 +4,7 @@ import copy
 import random
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -496,6 +497,8 @@ def test_removed_experts_are_resident(device):
     def remove_within(*_):
         with pytest.raises(OffloadError, match="in use"):
             engine.remove()
+        with ThreadPoolExecutor(1) as pool, pytest.raises(OffloadError, match="in use"):
+            pool.submit(engine.remove).result()
         seen.append(True)
 
     (cache,) = caches_of(engine)
