@@ -342,6 +342,31 @@ def test_damage_is_named_and_nothing_is_loaded(tmp_path, case, mode, device):
     assert_same_bits(state_of(model), before)
 
 
+class Doubled(nn.Linear):
+    """Computes with the values when it is loaded."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"] * 2
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def test_a_rule_that_computes_with_the_values_is_given_them_or_the_damage_is_named(tmp_path, device):
+    def build():
+        net = Net()
+        net.up = Doubled(320, 200, bias=False)
+        return net
+
+    state = fp8()
+    scales = state["up.weight_scale_inv"]
+    says(save(state, tmp_path / "sound"), **BLOCKS)
+    says(save(state | {"up.weight_scale_inv": nan(scales)}, tmp_path / "damaged"), **BLOCKS)
+    model = load_and_quantize_model(empty(build), PLAIN, tmp_path / "sound", device_map=device)
+    expected = by_hand(state["up.weight"], scales, dtype=torch.float32) * 2
+    assert torch.equal(model.up.weight.cpu(), expected.bfloat16())
+    with pytest.raises(CheckpointError, match="stored with scales that are not finite: the file is damaged"):
+        load_and_quantize_model(empty(build), PLAIN, tmp_path / "damaged", device_map=device)
+
+
 @pytest.mark.parametrize("case", DAMAGED)
 def test_damage_is_named_and_nothing_is_written(tmp_path, case, device):
     make, quantization, message = DAMAGED[case]

@@ -416,6 +416,25 @@ def test_quantized_experts_that_cannot_be_joined_are_refused_by_both_names(tmp_p
         sources_in_checkpoint(tensors_of(model), open_checkpoint(tmp_path), conversion=KeyConversion(model))
 
 
+@pytest.mark.parametrize("odd", ["plain", "of another shape"])
+def test_experts_of_which_one_is_stored_otherwise_are_not_joined(tmp_path, odd):
+    sizes = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    model = empty(MixtralForCausalLM, MixtralConfig(**sizes, **heads, num_local_experts=2))
+    state = {}
+    for expert in (0, 1):
+        for part in ("w1", "w2", "w3"):
+            name = f"model.layers.0.block_sparse_moe.experts.{expert}.{part}.weight"
+            is_odd = (expert, part) == (1, "w2")
+            weight = torch.rand(128 if is_odd and odd == "of another shape" else 64, 64)
+            is_plain = is_odd and odd == "plain"
+            state |= {name: weight} if is_plain else stored_by_bitsandbytes(name, weight, "nf4")
+    save(state, tmp_path)
+    message = r"is quantized already.*into 'model\.layers\.0\.mlp\.experts\.down_proj'.*use the original checkpoint"
+    with pytest.raises(CheckpointError, match=message):
+        sources_in_checkpoint(tensors_of(model), open_checkpoint(tmp_path), conversion=KeyConversion(model))
+
+
 def test_non_persistent_buffer_on_meta_is_taken_from_what_was_built_again():
     with init_empty_weights(include_buffers=True):
         model = Buffers()
