@@ -410,6 +410,28 @@ def test_scales_of_rows_are_computed_for_a_few_at_a_time(tmp_path, monkeypatch):
     assert max(most) == 4 * 3
 
 
+@pytest.mark.parametrize("ring", ["2KiB", "64KiB"])
+def test_scales_that_come_in_pieces_are_put_together(tmp_path, monkeypatch, ring, device):
+    """The ring's slots are smaller than the 16 KiB of scales here; of the second ring they are not."""
+    weight = torch.randn(4096, 32)
+    numbers, scales = (by_row(weight)[0][name] for name in ("weight", "weight_scale"))
+    folder = save({"0.weight": numbers, "0.weight_scale": scales}, tmp_path)
+    says(folder, **CHANNELS)
+    pieces, own = [], transcoding._Landing._take_scales
+
+    def taken(self, piece, begin):
+        pieces.append(len(piece))
+        own(self, piece, begin)
+
+    monkeypatch.setattr(transcoding._Landing, "_take_scales", taken)
+    monkeypatch.setenv("BIGLOAD_RING_BYTES", ring)
+    model = load_and_quantize_model(
+        empty(lambda: nn.Sequential(nn.Linear(32, 4096, bias=False))), PLAIN, folder, device_map=device
+    )
+    assert torch.equal(model[0].weight.cpu(), (numbers.float() * scales.float().view(-1, 1)).bfloat16())
+    assert (len(pieces) > 1) == (ring == "2KiB")
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
