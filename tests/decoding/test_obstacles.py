@@ -435,6 +435,31 @@ def test_a_model_of_ones_own_by_the_method_that_computes_a_step(device, captures
     assert "step" not in vars(model)
 
 
+@torch.no_grad()
+def test_arguments_in_lists_tuples_and_dicts_are_those_of_each_step(device, captures):
+    class Nested(Counting):
+        def nested(self, ids, given, pair):
+            self.sums.add_(self.embed(ids) * given["scales"][0] + pair[1])
+            return self.sums * given["scales"][1]
+
+    def run():
+        model.sums.zero_()
+        found = []
+        for step in range(5):
+            one, two, three = (torch.full((1,), float(step + number), device=device) for number in range(3))
+            ids = torch.full((2,), step, device=device)
+            found.append(model.nested(ids, {"scales": [one, two]}, pair=("added", three)).clone())
+        return found
+
+    model = Nested().to(device).eval()
+    expected = run()
+    with capture_decode(model, step="nested") as capture:
+        found = run()
+        assert capture.stats().replayed == 4
+    for one, two in zip(found, expected, strict=True):
+        assert torch.equal(one, two)
+
+
 WRONG = {
     "writing": "it writes to a tensor that it is given",
     "wrapping": "it returns a ",

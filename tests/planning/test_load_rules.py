@@ -6,6 +6,7 @@ import pytest
 import torch
 from checkpoints import PLAIN, empty, save
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from bigload import CheckpointError, load_and_quantize_model, quantize_checkpoint, save_quantized_model
 
@@ -501,3 +502,56 @@ def test_what_is_written_to_the_data_of_a_parameter_is_loaded(is_empty, tmp_path
     loaded = load_and_quantize_model(empty(build) if is_empty else build(), FP32, tmp_path, device_map="cpu")
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in wanted.state_dict().items())
     assert "keep the values that they have" not in caplog.text
+
+
+class Fills(nn.Linear):
+    """Has a bias that old checkpoints do not, and makes its extra state of what theirs was."""
+
+    def __init__(self):
+        super().__init__(64, 64)
+        self.extra = None
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, state):
+        self.extra = state
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        state_dict[f"{prefix}bias"] = torch.arange(64.0)
+        state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"] * 2
+        state_dict[f"{prefix}_extra_state"] = {"made": len(state_dict[f"{prefix}_extra_state"]["words"])}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def test_a_rule_may_make_tensors_and_objects_of_objects(tmp_path, device):
+    make = build(Fills)
+    state = {name: value for name, value in make().state_dict().items() if name not in ("1.bias", "1._extra_state")}
+    torch.save(state | {"1._extra_state": {"words": ["one", "two"]}}, tmp_path / "model.bin")
+    model = load_and_quantize_model(empty(make), FP32, tmp_path / "model.bin", device_map=device, strict=True)
+    assert torch.equal(model[1].weight.cpu(), state["1.weight"] * 2)
+    assert torch.equal(model[1].bias.cpu(), torch.arange(64.0))
+    assert model[1].extra == {"made": 2}
+
+
+def test_a_rule_that_computes_with_a_weight_that_is_put_together_is_given_the_whole(tmp_path, device):
+    """The stored experts' matrices are regions of one weight of the model."""
+    sizes = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+
+    def make():
+        return MixtralForCausalLM(MixtralConfig(**sizes, **heads, num_local_experts=3))
+
+    make().save_pretrained(tmp_path)
+    plain = load_and_quantize_model(empty(make), FP32, tmp_path, device_map=device)
+    model, path = empty(make), "model.layers.0.mlp.experts"
+
+    def double(state_dict, prefix, *_):
+        for name in ("gate_up_proj", "down_proj"):
+            state_dict[f"{prefix}{name}"] = state_dict[f"{prefix}{name}"] * 2
+
+    model.get_submodule(path)._register_load_state_dict_pre_hook(double)
+    model = load_and_quantize_model(model, FP32, tmp_path, device_map=device)
+    for name in ("gate_up_proj", "down_proj"):
+        found, expected = (getattr(each.get_submodule(path), name) for each in (model, plain))
+        assert torch.equal(found, expected * 2), name
