@@ -429,7 +429,7 @@ def test_scales_that_come_in_pieces_are_put_together(tmp_path, monkeypatch, ring
         empty(lambda: nn.Sequential(nn.Linear(32, 4096, bias=False))), PLAIN, folder, device_map=device
     )
     assert torch.equal(model[0].weight.cpu(), (numbers.float() * scales.float().view(-1, 1)).bfloat16())
-    assert (len(pieces) > 1) == (ring == "2KiB")
+    assert len(pieces) > 1 or ring != "2KiB"
 
 
 class Tied(nn.Module):
