@@ -45,7 +45,7 @@ def test_what_is_left_behind_is_seen(kind, monkeypatch, tmp_path):
         "file": lambda: left.append((tmp_path / "file").open("w")),
     }[kind]
     monkeypatch.setitem(GPU_USES, "leave", (lambda folder, device: leave, 20, 20))
-    more = grown(repeated("leave", 20, torch.device("cpu")))
+    more = grown(repeated("leave", 20, torch.device("cpu"), patience_s=0))
     assert {"memory": "host_bytes", "tensor": "objects", "file": "open_files"}[kind] in more
     for each in left if kind == "file" else ():
         each.close()

@@ -159,8 +159,12 @@ def prepared(name, device):
         yield GPU_USES[name][0](Path(folder), device)
 
 
-def repeated(name, times, device):
-    """Do something again and again. Returns what was held before and after, as a row of the results."""
+def repeated(name, times, device, patience_s=60):
+    """Do something again and again. Returns what was held before and after, as a row of the results.
+
+    Args:
+        patience_s: how long threads of models that are gone may take to end.
+    """
     begun = time.monotonic()
     with prepared(name, device) as once:
         for _ in range(max(4, times // 10)):
@@ -168,9 +172,12 @@ def repeated(name, times, device):
         before = Held.now()
         for _ in range(times):
             once()
-        after = Held.now()
-    seconds = round(time.monotonic() - begun)
-    return {"use": name, "times": times, "seconds": seconds, "before": asdict(before), "after": asdict(after)}
+        row = {"use": name, "times": times, "seconds": round(time.monotonic() - begun), "before": asdict(before)}
+        row["after"], until = asdict(Held.now()), time.monotonic() + patience_s
+        while grown(row) and time.monotonic() < until:
+            time.sleep(0.1)
+            row["after"] = asdict(Held.now())
+    return row
 
 
 def grown(row):
