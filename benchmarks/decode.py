@@ -92,20 +92,23 @@ def measure_decode(
 
         result["link_gb_per_s"] = float(f"{link_gb_per_s(where):.4g}")
     loaded = _Loaded(where)
-    for case in cases:
-        if time.perf_counter() - begun > seconds:
-            return
-        try:
-            for row in _rows(loaded, case, where, generated, long):
-                result["rows"].append(vars(case) | row)
-                long = 0 if "is_flat" in row else long  # once
+    try:
+        for case in cases:
+            if time.perf_counter() - begun > seconds:
+                return
+            try:
+                for row in _rows(loaded, case, where, generated, long):
+                    result["rows"].append(vars(case) | row)
+                    long = 0 if "is_flat" in row else long  # once
+                    yield result
+                    if time.perf_counter() - begun > seconds:
+                        return
+            except Exception as error:  # what a peer cannot do is a result too
+                result["rows"].append(vars(case) | {"error": f"{type(error).__name__}: {str(error)[:300]}"})
+                loaded.forget()
                 yield result
-                if time.perf_counter() - begun > seconds:
-                    return
-        except Exception as error:  # what a peer cannot do is a result too
-            result["rows"].append(vars(case) | {"error": f"{type(error).__name__}: {str(error)[:300]}"})
-            loaded.forget()
-            yield result
+    finally:
+        loaded.forget()
 
 
 class _Loaded:

@@ -14,6 +14,8 @@ import logging
 import os
 import signal
 import sys
+import tempfile
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,6 +24,7 @@ import torch
 from children import Forking
 from hypothesis import HealthCheck, settings
 from packaging.version import Version
+from resources import open_files
 
 # On a busy machine any example may take its time.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -176,6 +179,23 @@ def no_seeds_for_later():
 @pytest.fixture(autouse=True)
 def seeded(no_seeds_for_later):
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_file_stays_open():
+    """Fail where a test leaves a file open. A thread that reads ahead closes it soon, the collector what is let go."""
+    before = _open_on_disk()
+    yield
+    until = time.monotonic() + 60
+    while left := _open_on_disk() - before:
+        assert time.monotonic() < until, f"left open: {left}"
+        gc.collect()
+        time.sleep(0.01)
+
+
+def _open_on_disk():
+    """Return what is open of temporary files: libraries keep files of their own open."""
+    return {path for _, path in open_files() if path.startswith(f"{tempfile.gettempdir()}/")}
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from checkpoints import contents, empty, empty_like, loaded, save, save_checkpoint, stored
 from comparisons import assert_same_bits
-from failures import act_at, fail_at
+from failures import act_at, fail_at, raising
 from forks import needs_fork
 from models import GPT, Layers, llama
 from references import FOUR_BIT
@@ -440,3 +440,12 @@ def test_values_that_the_format_cannot_hold_are_named(tmp_path, device, mode):
     with pytest.raises(QuantizationError, match=r"'proj\.weight': values that are not finite"):
         quantize_checkpoint(tmp_path / "source", tmp_path / "made", mode, model=empty(), device=device)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_lock_that_cannot_be_looked_at_is_an_error_that_names_it(tmp_path, monkeypatch):
+    folder = save_checkpoint(GPT(), tmp_path / "checkpoint")
+    with monkeypatch.context() as patch:
+        patch.setattr(os.path, "samestat", raising(OSError(5, "Input/output error")))
+        with pytest.raises(CheckpointError, match=r"made\.lock' cannot be read: Input/output error"):
+            quantize_checkpoint(folder, tmp_path / "made", "nf4", model=empty(GPT), device="cpu")
+    quantize_checkpoint(folder, tmp_path / "made", "nf4", model=empty(GPT), device="cpu")

@@ -12,6 +12,7 @@ from bigload import dequantize_model, load_and_quantize_model, save_quantized_mo
 from bigload.checkpoint.checkpoint import open_checkpoint
 from bigload.cli import main
 from bigload.errors import MissingDependencyError, import_optional
+from bigload.model.described import empty_model
 from bigload.quantization import bnb
 
 
@@ -53,6 +54,14 @@ def test_load_without_bitsandbytes_says_what_to_install_and_leaves_the_model(wit
     with pytest.raises(MissingDependencyError, match="pip install bitsandbytes"):
         load_and_quantize_model(model, "nf4", tmp_path, device_map="cpu")
     assert model[0].weight is before
+
+
+def test_model_of_diffusers_without_it_says_what_to_install(without, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text('{"_class_name": "FluxTransformer2DModel", "_diffusers_version": "0.30.0"}')
+    without("diffusers")
+    with pytest.raises(MissingDependencyError, match="pip install diffusers"):
+        empty_model(config)
 
 
 def test_hub_id_without_huggingface_hub_says_what_to_install(without, tmp_path, monkeypatch):

@@ -251,12 +251,8 @@ def streamed_tensors_of(leaf: Leaf) -> list[StreamedTensor]:
             )
         places: _Places = {"weight": [(parameter, "data")]}
         if key == "weight" and is_quantized(owner):
-            if owner is not leaf.module:
-                raise OffloadError(f"{leaf.path!r}: {owner_path!r} in it is quantized, and must be a leaf itself")
             places = _places_8bit(leaf.path, owner) if hasattr(owner, "state") else _places_4bit(leaf.path, parameter)
         elif has_quantized_experts(owner) and key in owner.quantized_experts.weights:
-            if owner is not leaf.module:
-                raise OffloadError(f"{leaf.path!r}: {owner_path!r} in it is quantized, and must be a leaf itself")
             places = _places_4bit(leaf.path, parameter)
         prefix = f"{leaf.path}.{path}" if leaf.path else path
         streamed += [StreamedTensor(part_name(prefix, part), held, owner, key) for part, held in places.items()]
@@ -271,8 +267,6 @@ def _places_4bit(path: str, weight: Any) -> _Places:
 
 
 def _places_8bit(path: str, layer: Any) -> _Places:
-    if layer.state.has_fp16_weights:
-        raise OffloadError(f"{path!r} holds the main weights of int8 training, which cannot be streamed")
     if layer.weight.CB is not None:
         keep_row_scales(layer)
         layer.init_8bit_state()  # as its first forward does; afterwards the state holds all parts

@@ -278,8 +278,6 @@ def _stand_in(found: Found) -> Any:
 
 def _whole(found: Found) -> torch.Tensor:
     """Read all of a tensor; the result is its own."""
-    if isinstance(found.first, StoredObject):
-        return found.first.value  # type: ignore[no-any-return]
     (source, *others) = found.sources
     if not others and not source.region and not source.transposed:
         return _read(source).clone()

@@ -294,6 +294,21 @@ DAMAGED = {
         BLOCKS,
         "is stored as torch.bf",
     ),
+    "a vector": (
+        lambda: fp8(**{"norm.weight": torch.ones(128).to(FP8), "norm.weight_scale_inv": torch.ones(1)}),
+        BLOCKS,
+        "'norm.weight' is stored as fp8, but its shape .* is not that of a matrix",
+    ),
+    "groups of several sizes": (
+        fp8,
+        {
+            "quant_method": "compressed-tensors",
+            "config_groups": {
+                str(size): {"weights": {"strategy": "block", "block_structure": [size, size]}} for size in (64, 128)
+            },
+        },
+        r"names blocks of several sizes, \[64, 64\], \[128, 128\]",
+    ),
     "scales of nothing": (lambda: fp8(**{"up.weight": None}), BLOCKS, "'up.weight' is not there"),
     "offsets": (
         lambda: stored(lambda w: by_row(w, torch.int8, 127))[0] | {"up.weight_zero_point": torch.ones(200, 1)},
@@ -325,6 +340,31 @@ def test_damage_is_named_and_nothing_is_loaded(tmp_path, case, mode, device):
     with pytest.raises(CheckpointError, match=message):
         load_and_quantize_model(model, mode, folder, device_map=device)
     assert_same_bits(state_of(model), before)
+
+
+class Doubled(nn.Linear):
+    """Computes with the values when it is loaded."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"] * 2
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def test_a_rule_that_computes_with_the_values_is_given_them_or_the_damage_is_named(tmp_path, device):
+    def build():
+        net = Net()
+        net.up = Doubled(320, 200, bias=False)
+        return net
+
+    state = fp8()
+    scales = state["up.weight_scale_inv"]
+    says(save(state, tmp_path / "sound"), **BLOCKS)
+    says(save(state | {"up.weight_scale_inv": nan(scales)}, tmp_path / "damaged"), **BLOCKS)
+    model = load_and_quantize_model(empty(build), PLAIN, tmp_path / "sound", device_map=device)
+    expected = by_hand(state["up.weight"], scales, dtype=torch.float32) * 2
+    assert torch.equal(model.up.weight.cpu(), expected.bfloat16())
+    with pytest.raises(CheckpointError, match="stored with scales that are not finite: the file is damaged"):
+        load_and_quantize_model(empty(build), PLAIN, tmp_path / "damaged", device_map=device)
 
 
 @pytest.mark.parametrize("case", DAMAGED)
@@ -368,6 +408,28 @@ def test_scales_of_rows_are_computed_for_a_few_at_a_time(tmp_path, monkeypatch):
     load_and_quantize_model(empty(Turned), "nf4", folder, device_map="cpu")
     assert most.count(4 * 3) == 3 * 40 // 4  # steps of 4 rows, with 3 scales each, through all experts
     assert max(most) == 4 * 3
+
+
+@pytest.mark.parametrize("ring", ["2KiB", "64KiB"])
+def test_scales_that_come_in_pieces_are_put_together(tmp_path, monkeypatch, ring, device):
+    """The ring's slots are smaller than the 16 KiB of scales here; of the second ring they are not."""
+    weight = torch.randn(4096, 32)
+    numbers, scales = (by_row(weight)[0][name] for name in ("weight", "weight_scale"))
+    folder = save({"0.weight": numbers, "0.weight_scale": scales}, tmp_path)
+    says(folder, **CHANNELS)
+    pieces, own = [], transcoding._Landing._take_scales
+
+    def taken(self, piece, begin):
+        pieces.append(len(piece))
+        own(self, piece, begin)
+
+    monkeypatch.setattr(transcoding._Landing, "_take_scales", taken)
+    monkeypatch.setenv("BIGLOAD_RING_BYTES", ring)
+    model = load_and_quantize_model(
+        empty(lambda: nn.Sequential(nn.Linear(32, 4096, bias=False))), PLAIN, folder, device_map=device
+    )
+    assert torch.equal(model[0].weight.cpu(), (numbers.float() * scales.float().view(-1, 1)).bfloat16())
+    assert len(pieces) > 1 or ring != "2KiB"
 
 
 class Tied(nn.Module):

@@ -231,6 +231,21 @@ def test_cache_that_does_not_fit_is_refused_with_what_is_lacking(place, capsys):
     assert main([*arguments, "0=150MiB", "cpu=1GiB", "--context", "1000"]) == 0
 
 
+def test_cache_that_does_not_fit_onto_several_gpus_is_refused(place, capsys):
+    arguments = ["plan", "model", "--quant", "nf4", "--context", "1000000", "--max-memory", "cpu=1GiB"]
+    assert "the KV cache" in said([*arguments, "0=150MiB", "1=150MiB"], capsys)
+
+
+def test_damaged_weights_of_a_folder_are_named(place, capsys):
+    weights = place / "model/model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:100])
+    arguments = ["plan", "model", "--quant", "nf4", "--max-memory", "cpu=1GiB"]
+    assert "model/model.safetensors" in said(arguments, capsys)
+    weights.write_bytes(whole)
+    assert main(arguments) == 0
+
+
 IN_A_TERMINAL = """
 import fcntl, os, pty, struct, sys, termios
 from bigload.cli import main

@@ -89,7 +89,7 @@ def test_two_thousand_tokens_leave_memory_as_it_was(device, captures):
     generated(model, 8, max_cache_len=2048)
     before = held(device)
     generated(model, 2000, max_cache_len=2048)
-    assert held(device) == before
+    assert all(now <= then for now, then in zip(held(device), before, strict=True))
     assert (capture.stats().captures, capture.stats().graphs, capture.stats().uncaptured) == (1, 1, 1)
     capture.release()
     assert held(device)[0] < before[0]

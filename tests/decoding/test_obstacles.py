@@ -435,6 +435,31 @@ def test_a_model_of_ones_own_by_the_method_that_computes_a_step(device, captures
     assert "step" not in vars(model)
 
 
+@torch.no_grad()
+def test_arguments_in_lists_tuples_and_dicts_are_those_of_each_step(device, captures):
+    class Nested(Counting):
+        def nested(self, ids, given, pair):
+            self.sums.add_(self.embed(ids) * given["scales"][0] + pair[1])
+            return self.sums * given["scales"][1]
+
+    def run():
+        model.sums.zero_()
+        found = []
+        for step in range(5):
+            one, two, three = (torch.full((1,), float(step + number), device=device) for number in range(3))
+            ids = torch.full((2,), step, device=device)
+            found.append(model.nested(ids, {"scales": [one, two]}, pair=("added", three)).clone())
+        return found
+
+    model = Nested().to(device).eval()
+    expected = run()
+    with capture_decode(model, step="nested") as capture:
+        found = run()
+        assert capture.stats().replayed == 4
+    for one, two in zip(found, expected, strict=True):
+        assert torch.equal(one, two)
+
+
 WRONG = {
     "writing": "it writes to a tensor that it is given",
     "wrapping": "it returns a ",
@@ -456,6 +481,34 @@ def test_a_step_that_a_graph_cannot_stand_for(method, device, captures, warned):
             assert torch.equal(one, two)
     assert capture.stats().replayed == 0
     assert any(WRONG[method] in said or "exchanged between steps" in said for said in warned()), warned()
+
+
+@torch.no_grad()
+def test_a_step_that_does_what_the_one_before_did_not_is_not_captured(model, device, captures, warned):
+    """Only the second one, which is captured, exchanges a tensor of the cache."""
+    caches, turns, mlp = [], [], model.model.layers[0].mlp
+    own = mlp.forward
+
+    def forward(x):
+        turns.append(True)
+        if len(turns) == 3:  # the prompt, a step, and this one
+            caches[-1].layers[0].keys = caches[-1].layers[0].keys + 0
+        return own(x)
+
+    def run():
+        caches.append(StaticCache(config=model.config, max_cache_len=16))
+        turns.clear()
+        found = [model(torch.arange(3, 6, device=device).view(1, 3), **given(model, caches[-1])).logits[:, -1:]]
+        for step in range(4):
+            ids = torch.full((1, 1), 7 * step, device=device)
+            found.append(model(ids, **given(model, caches[-1])).logits)
+        return torch.cat(found, 1)
+
+    mlp.forward = forward
+    expected = run()
+    with capture_decode(model):
+        assert torch.equal(run(), expected)
+    assert "puts another 'keys' into its cache" in " ".join(warned())
 
 
 def test_a_captured_model_is_not_copied_until_it_is_removed(model, captures):

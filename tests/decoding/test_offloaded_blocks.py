@@ -178,6 +178,48 @@ def test_a_second_kind_of_step_that_uses_other_blocks_is_not_captured(loaded, de
     assert "in another order" in warned()[-1]
 
 
+WAYS = {
+    "others": (3, LAYERS, "offloaded blocks ran in another order than in the step before"),
+    "fewer": (LAYERS, 3, "offloaded blocks were left out that ran in the step before"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_step_that_uses_other_blocks_than_the_one_before_is_not_captured(way, loaded, device, captures, warned):
+    first, later, reason = WAYS[way]
+    model = loaded()
+
+    def run():
+        model.model.config.num_hidden_layers = LAYERS  # for which the cache has room
+        return decoded(model, between=change)
+
+    def change(step):
+        model.model.config.num_hidden_layers = later if step == 1 else first  # the second step is captured
+
+    expected = run()
+    stream(model, device, range(LAYERS), 2)
+    with capture_decode(model) as capture:
+        assert torch.equal(run(), expected)
+        assert reason in " ".join(warned())
+        assert capture.stats().uncaptured >= 2
+
+
+def test_a_block_that_runs_more_layers_than_in_the_step_before_is_not_captured(loaded, device, captures, warned):
+    model, again = loaded(), []
+    mlp = model.model.layers[1].mlp
+    own = mlp.forward
+    mlp.forward = lambda x: own(own(x)) if again else own(x)
+
+    def change(step):
+        again[:] = [True] if step == 1 else []
+
+    expected = decoded(model, between=change)
+    stream(model, device, range(LAYERS), 2)
+    with capture_decode(model):
+        assert torch.equal(decoded(model, between=change), expected)
+    assert "an offloaded block ran more layers than in the step before" in " ".join(warned())
+
+
 def test_a_block_that_runs_twice_is_not_captured_and_said(loaded, device, captures, warned):
     model = loaded()
     model.model.layers[3].mlp = model.model.layers[1].mlp
@@ -205,6 +247,19 @@ def test_threads_that_use_offloaded_weights_take_turns(loaded, device, captures)
         thread.join()
     assert all(torch.equal(found[number], expected) for number in range(3))
     assert capture.stats().replayed + capture.stats().uncaptured == 30
+
+
+def test_an_offloaded_weight_that_cannot_be_used_is_the_error_of_the_step(loaded, device, captures):
+    model = loaded()
+    expected = decoded(model)
+    stream(model, device, range(LAYERS), 2)
+    layer = model.model.layers[2].mlp.up_proj
+    weight = layer.weight
+    with capture_decode(model):
+        with pytest.raises(OffloadError, match="has no parameter 'weight' to stream"):
+            decoded(model, between=lambda step: delattr(layer, "weight"))
+        layer.weight = weight
+        assert torch.equal(decoded(model), expected)
 
 
 def test_ctrl_c_and_errors_while_it_captures(loaded, device, captures, warned):

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from checkpoints import empty, save
 from comparisons import outputs
 from models import llama
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from world_faults import Net
 
 from bigload import (
@@ -269,3 +269,20 @@ def test_wrong_argument_of_a_save_is_told_to_the_other_processes(alone, path, tm
     step, report = told[0]
     assert step == "saved"
     assert "max_shard_size" in report["error"]
+
+
+def test_mesh_of_other_devices_is_refused(alone, path, monkeypatch):
+    monkeypatch.setattr(alone, "_device_type", "meta")
+    with pytest.raises(ConfigError, match="mesh is of 'meta' devices: bigload loads onto 'cuda' or 'cpu'"):
+        load(path, mesh=alone)
+
+
+def test_process_that_is_not_in_the_mesh_is_told(tmp_path, path):
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    try:
+        with pytest.raises(ConfigError, match="this process, rank 1, is not in the mesh"):
+            load(path, mesh=DeviceMesh("cpu", [0]))
+    finally:
+        dist.destroy_process_group()

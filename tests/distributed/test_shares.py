@@ -1,6 +1,7 @@
 """Shares of tensors from checkpoints of all kinds, put together again: bit for bit what one process loads."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from safetensors.torch import load_file
 from scaled import BLOCKS, in_blocks, in_fp8, in_mxfp4, says
 from torch import nn
 
+from bigload import QuantizationError
 from bigload.distributed.parts import Shares, to_execute
+from bigload.distributed.shards import NotHere, QuantizedShard
 from bigload.model.view import ModelView
 from bigload.pipeline.execute import execute
 from bigload.planning.placing.shares import shared_among
@@ -182,3 +185,16 @@ def test_shares_together_are_the_whole(tmp_path, kind, mode, ranks):
             assert equal(one, other), (name, part)
     # Buffers and tables are had by all; what is stored in another order, some read in vain.
     assert read <= plan.read_bytes * (1 if times == 1 else ranks) * 1.1 + 3000 * ranks
+
+
+def test_versions_of_torch_that_gather_into_other_memory_each_time_are_refused():
+    whole, gathered = SimpleNamespace(name="w"), torch.zeros(8, dtype=torch.uint8)
+    with pytest.raises(QuantizationError, match="'w': this version of torch gathers into other memory each time"):
+        QuantizedShard.fsdp_post_all_gather(None, (gathered,), (whole, 0), torch.bfloat16, out=gathered.clone())
+    assert QuantizedShard.fsdp_post_all_gather(None, (gathered,), (whole, 0), torch.bfloat16, out=gathered) is None
+
+
+def test_scales_that_are_not_here_are_refused_and_have_nothing_private():
+    assert not hasattr(NotHere("w"), "__deepcopy__")
+    with pytest.raises(QuantizationError, match="'w'"):
+        _ = NotHere("w").absmax

@@ -1,5 +1,8 @@
 """Let each call of each edge fail, one after the other: `python tests/faults --out benchmarks/results/faults.json`.
 
+`--long` does the same things again and again instead, and writes what the process held before and after:
+`python tests/faults --long --out benchmarks/results/long-use.json`.
+
 `--table FILE` prints the table of docs/reliability.md of such a file.
 """
 
@@ -24,29 +27,50 @@ def main() -> None:
     parser.add_argument("--job", action="append", help="this job alone; may be repeated")
     parser.add_argument("--gpu", action="store_true", help="the jobs that need a GPU, instead of the others")
     parser.add_argument("--most", type=int, default=MOST_CALLS, help="calls of one edge (default: %(default)s)")
+    parser.add_argument("--long", action="store_true", help="long use, instead of faults")
     parser.add_argument("--out", type=Path, help="where the counts go, as JSON")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of such a file")
     arguments = parser.parse_args()
     if arguments.table:
         print("\n".join(table(json.loads(arguments.table.read_text()))))
         return
+    summary = long_use(arguments.gpu) if arguments.long else faults(arguments.job, arguments.gpu, arguments.most)
+    print(json.dumps({name: value for name, value in summary.items() if name != "rows"}))
+    if arguments.out:
+        arguments.out.write_text(json.dumps(summary, indent=1) + "\n")
+    sys.exit(1 if summary["failures"] else 0)
+
+
+def faults(jobs: list[str] | None, on_gpu: bool, most: int) -> dict:
+    """Inject the faults. Returns the counts of what came of them."""
     from injected_faults import GPU_JOBS, JOBS, every_try
 
     begun = time.monotonic()
-    found = every_try(
-        arguments.job or tuple(GPU_JOBS if arguments.gpu else JOBS),
-        lambda calls: chosen(calls, arguments.most),
-        lambda text: print(text, flush=True),
-    )
+    names = jobs or tuple(GPU_JOBS if on_gpu else JOBS)
+    found = every_try(names, lambda calls: chosen(calls, most), lambda text: print(text, flush=True))
     rows = [
         {"job": job, "edge": edge, "error": error, "outcomes": dict(counts)}
         for (job, edge, error), counts in found.counts.items()
     ]
-    summary = {"tries": found.tries, "seconds": round(time.monotonic() - begun), "failures": found.failures}
-    print(json.dumps(summary))
-    if arguments.out:
-        arguments.out.write_text(json.dumps(summary | {"rows": rows}, indent=1) + "\n")
-    sys.exit(1 if found.failures else 0)
+    seconds = round(time.monotonic() - begun)
+    return {"tries": found.tries, "seconds": seconds, "failures": found.failures, "rows": rows}
+
+
+def long_use(on_gpu: bool) -> dict:
+    """Do all that is done again and again, as often as by hand. Returns what was held before and after."""
+    import torch
+    from long_use import GPU_USES, USES, grown, repeated
+
+    torch.set_num_threads(1)  # threads of OpenMP come and go with those that compute
+    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    rows, failures = [], []
+    for name, (_, times, _) in (GPU_USES if on_gpu else USES).items():
+        rows.append(repeated(name, times, device))
+        print(json.dumps(rows[-1]), flush=True)
+        if more := grown(rows[-1]):
+            failures.append(f"{name}: {more}")
+    where = torch.cuda.get_device_name(device) if on_gpu else "cpu"
+    return {"device": where, "torch": torch.__version__, "failures": failures, "rows": rows}
 
 
 def chosen(calls: int, most: int) -> list[int]:
@@ -56,8 +80,12 @@ def chosen(calls: int, most: int) -> list[int]:
 
 
 def table(results: dict) -> list[str]:
-    """Return a table in Markdown: a line for each job and edge."""
+    """Return a table in Markdown: a line for each job and edge, or for each thing that is repeated."""
     from injected_faults import HOW
+    from long_use import table as table_of_long_use
+
+    if "tries" not in results:
+        return table_of_long_use(results["rows"])
 
     lines = ["| while | what fails | how | tries | refused, right | survived / tried |", "|---|---|---|---|---|---|"]
     merged: dict[tuple[str, str], dict[str, int]] = {}

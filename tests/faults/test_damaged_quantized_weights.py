@@ -204,6 +204,17 @@ def test_description_of_another_type_than_its_name_is_refused_with_both(tmp_path
     assert f"'{other}'" in str(error)
 
 
+def test_shape_whose_bytes_do_not_divide_into_the_stored_dtype_is_refused(tmp_path, device):
+    """9 values are 5 bytes, and no whole number of bfloat16."""
+
+    def damage(state):
+        state["first.weight"] = state["first.weight"].view(-1).view(torch.bfloat16).view(-1, 1)
+        told(state, "shape", [3, 3])
+
+    error = refused(tmp_path, device, "nf4", damage)
+    assert "cannot be stored like this: 5 packed bytes do not divide into elements of torch.bfloat16" in str(error)
+
+
 @pytest.mark.parametrize("mode", ["nf4", "fp4-dq"])
 def test_weight_that_is_described_twice_is_refused(tmp_path, device, mode):
     def damage(state):

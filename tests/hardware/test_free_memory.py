@@ -235,3 +235,12 @@ def test_disk_that_does_not_answer_is_named(tmp_path, monkeypatch):
     with pytest.raises(PlacementError, match="Input/output error") as caught:
         free_disk_bytes(tmp_path / "offload")
     assert str(tmp_path / "offload") in str(caught.value)
+
+
+def test_a_system_that_does_not_tell_is_named(monkeypatch):
+    def failing():
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(psutil, "virtual_memory", failing)
+    with pytest.raises(PlacementError, match="does not tell how much host memory is free: Too many open files"):
+        free_bytes(CPU)

@@ -41,6 +41,11 @@ def outputs(model, *args, **kwargs):
     return next((getattr(found, name) for name in ("logits", "last_hidden_state") if hasattr(found, name)), found)
 
 
+def send_outputs(pipe, model, *args):
+    """Run a model, which another process has given to this one, and send it what it computes."""
+    pipe.send(outputs(model, *args).float().numpy())
+
+
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     found, expected = found.detach().float().cpu(), expected.detach().float().cpu()
     return ((found - expected).norm() / expected.norm()).item()

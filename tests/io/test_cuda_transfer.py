@@ -5,13 +5,13 @@ import time
 
 import pytest
 import torch
-from failures import raising_at
+from failures import raising, raising_at
 from late_gpu import fail_copy
 from resources import open_and_running
 from safetensors.torch import save_file
 
 from bigload.checkpoint.checkpoint import open_checkpoint
-from bigload.io import transfer
+from bigload.io import feed, threaded_feed, transfer
 from bigload.io.program import ReadTask
 from bigload.io.ring import take_ring
 from bigload.io.timeline import Timeline
@@ -136,6 +136,31 @@ def test_a_copy_that_fails_is_an_error_and_a_second_load_is_right(late_gpu, tmp_
     finally:
         fail_copy(-1)
     late_gpu.work.synchronize()
+    again = Receiver(late_gpu, tmp_path, tensors)
+    again.receive()
+    again.assert_all_came()
+
+
+@pytest.mark.parametrize("executor", ["threads"], indirect=True)
+def test_a_copy_whose_event_is_not_recorded_leaves_its_memory_alone(late_gpu, tmp_path, small, monkeypatch):
+    """Nobody knows then when it will have come."""
+    tensors = {f"t{number}": torch.randn(700) for number in range(9)}
+    receiver, make, left = Receiver(late_gpu, tmp_path, tensors), threaded_feed.plain_event, len(feed._abandoned)
+
+    def failing():
+        event = make()
+        monkeypatch.setattr(event, "record", raising(RuntimeError("error 719")))
+        return event
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threaded_feed, "plain_event", failing)
+        with pytest.raises(RuntimeError, match="error 719"):
+            receiver.receive()
+    late_gpu.work.synchronize()
+    for each in feed._abandoned[left:]:
+        feed._abandoned.remove(each)
+        each.is_done = True
+        each._end()
     again = Receiver(late_gpu, tmp_path, tensors)
     again.receive()
     again.assert_all_came()

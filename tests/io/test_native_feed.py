@@ -10,9 +10,11 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from resources import open_and_running
 from safetensors.torch import save_file
 
 from bigload.checkpoint.checkpoint import open_checkpoint
@@ -57,6 +59,19 @@ def test_what_it_lacks_is_said_once_and_files_are_read_all_the_same(entry, tmp_p
     assert record.levelname == "INFO"
     assert "reading by Python" in record.message
     assert ("without its part in C" if found == "nothing" else "cannot be used") in record.message
+
+
+def test_a_system_without_memory_for_it_is_an_error_and_the_next_read_is_right(entry, monkeypatch):
+    found = native_feed.library()
+    if found is None:
+        pytest.skip("needs the part in C")
+    before = open_and_running()
+    with monkeypatch.context() as patch:
+        patch.setattr(native_feed, "library", lambda: SimpleNamespace(begin=lambda order: None))
+        with pytest.raises(MemoryError, match="no memory or no thread to read with"):
+            read_home(entry)
+    assert not open_and_running() - before
+    assert torch.equal(read_home(entry), torch.arange(20_000, dtype=torch.float32))
 
 
 def test_a_file_system_that_hangs_is_left_alone(entry, tiny_threads, monkeypatch, caplog):

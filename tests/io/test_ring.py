@@ -480,7 +480,7 @@ def test_ring_that_is_still_written_to_is_not_kept_for_the_next_load(tmp_path, m
     from safetensors.torch import save_file
 
     from bigload.checkpoint.checkpoint import open_checkpoint
-    from bigload.io import transfer
+    from bigload.io import feed, transfer
     from bigload.io.program import ReadTask
 
     save_file({"w": torch.randn(1000)}, tmp_path / "w.safetensors")
@@ -494,11 +494,17 @@ def test_ring_that_is_still_written_to_is_not_kept_for_the_next_load(tmp_path, m
         raise KeyboardInterrupt  # as if the wait had been cut short
 
     monkeypatch.setattr(executor, "_stop", interrupted_again)
+    before = len(feed._abandoned)
     with pytest.raises(KeyboardInterrupt):
         transfer.read_all([ReadTask(entry, torch.device("cpu"), lambda values, begin: None)])
     assert not rings[0].is_quiet
     with take_ring() as ring:
         assert ring is not rings[0]
+    monkeypatch.undo()
+    (left,) = feed._abandoned[before:]
+    feed._abandoned.remove(left)
+    left._end()
+    assert left.is_done
 
 
 def test_pinning_ahead_that_cannot_start_a_thread_leaves_the_load_as_it_was(monkeypatch):

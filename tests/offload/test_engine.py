@@ -34,7 +34,7 @@ from bigload.errors import ConfigError, OffloadError
 from bigload.hardware.pinned import HostGroup
 from bigload.offload.engine import Engine
 from bigload.offload.forwards import ForwardOverride
-from bigload.offload.leaves import Leaf, StreamedTensor
+from bigload.offload.leaves import Group, Leaf, StreamedTensor
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
@@ -405,6 +405,28 @@ def test_removed_engine_holds_neither_host_memory_nor_slots(device):
     gc.collect()
     assert not any(mapping() for mapping in mappings)
     assert not any(memory() is not None for memory in slots)
+
+
+def test_weight_that_is_replaced_while_another_of_its_group_is_in_use_is_refused(device):
+    model = pairs(nn.Linear, device=device).requires_grad_(False)
+    x = torch.randn(3, 64, device=device)
+    engine = Engine(model, list(groups_of(model, device)), device)
+    new = nn.Parameter(torch.ones(64, 64, device=device), False)
+    with engine.materialize(model[0][0]):
+        model[0][1].weight = new
+        with pytest.raises(OffloadError, match="was replaced while others are in use on the device"):
+            model[0][1](x)
+    assert equal(model[0][1](x), nn.functional.linear(x, new, model[0][1].bias))
+
+
+def test_leaf_that_is_listed_twice_and_weights_that_are_not_those_of_the_store_are_refused(device):
+    model = pairs(nn.Linear, device=device).requires_grad_(False)
+    leaf, other = Leaf("0.0", model[0][0]), Leaf("0.1", nn.Linear(32, 64, device=device))
+    store = group_of("0", [leaf], device).store
+    with pytest.raises(OffloadError, match=r"'0\.0' is twice in the group '0'"):
+        Engine(model, [Group("0", (leaf, leaf), store)], device)
+    with pytest.raises(OffloadError, match=r"'0\.1\.weight' is torch\.float32 \(64, 32\), its store holds None"):
+        Engine(model, [Group("0", (other,), store)], device)
 
 
 def test_engine_without_a_slot_is_refused(device):

@@ -4,6 +4,7 @@ import copy
 import random
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -361,6 +362,7 @@ def test_a_gpu_that_keeps_the_book_and_is_interrupted_leaves_what_the_next_call_
     assert engine.stats().fetches == 0
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # between open and close
 @pytest.mark.timeout(method="thread")  # the other way has the signal that this takes
 @pytest.mark.parametrize("wanted", [((0, 1), (2, 3), (1, 2)), ((0, 1, 2), (2, 3, 4), (1, 3))], ids=["cache", "slot"])
 @pytest.mark.parametrize("where", ["host", "disk"])
@@ -496,6 +498,8 @@ def test_removed_experts_are_resident(device):
     def remove_within(*_):
         with pytest.raises(OffloadError, match="in use"):
             engine.remove()
+        with ThreadPoolExecutor(1) as pool, pytest.raises(OffloadError, match="in use"):
+            pool.submit(engine.remove).result()
         seen.append(True)
 
     (cache,) = caches_of(engine)

@@ -7,12 +7,14 @@ import gc
 
 import pytest
 import torch
+from checkpoints import loaded, offloaded, save_checkpoint
 from comparisons import equal
 from models import GPT, Attended
 from streaming import (
     MODES,
     Own,
     assert_at_rest,
+    engines_of,
     group_of,
     groups_of,
     linears,
@@ -315,3 +317,31 @@ def test_forwards_leave_no_tensor_behind(mode, device):
             model(tokens(device))
     assert storages() <= before
     assert [id(slot.memory) for slot in engine.pool.slots] == slots
+
+
+class OddShapes(nn.Module):
+    """Layers whose shapes bitsandbytes' CPU kernels cannot compute."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.wide, self.out = nn.Linear(4, 1), nn.Linear(1, 4096), nn.Linear(4096, 80)
+        self.odd = nn.Linear(80, 128)
+
+    def forward(self, x):
+        return self.odd(torch.tanh(self.out(torch.tanh(self.wide(self.into(x))))))
+
+
+@pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "int8"])
+def test_gradients_through_streamed_layers_of_odd_shapes_are_those_of_resident_ones(mode, tmp_path, small_parts_stream):
+    device = torch.device("cpu")
+    folder = save_checkpoint(OddShapes(), tmp_path / "checkpoint", dtype=torch.bfloat16)
+    whole = loaded(folder, device, mode, OddShapes)
+    model = offloaded(OddShapes, folder, device, ["wide", "out", "odd"], tmp_path / "kept", mode)
+    assert {leaf.path for engine in engines_of(model) for group in engine.groups for leaf in group.leaves} >= {"odd"}
+    found = []
+    for each in (whole, model):
+        x = torch.linspace(-1, 1, 12).view(3, 4).bfloat16().requires_grad_()
+        out = each.requires_grad_(False)(x)
+        out.float().square().sum().backward()
+        found.append((out.detach(), x.grad))
+    assert all(equal(one, two) for one, two in zip(*found, strict=True))

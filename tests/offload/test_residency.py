@@ -24,6 +24,7 @@ from bigload.offload.engine import Engine
 from bigload.offload.leaves import Leaf
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # between open and close
 @pytest.mark.timeout(method="thread")  # the other way has the signal that this takes
 @pytest.mark.parametrize("where", ["host", "disk"])
 @pytest.mark.parametrize("kind", [nn.Linear, Own], ids=["direct", "placed"])

@@ -240,6 +240,21 @@ def test_full_disk_leaves_the_model_as_it_was_and_no_half_file(tmp_path, device,
     assert len(files(tmp_path)) == 16
 
 
+def test_file_that_another_program_writes_at_that_moment_is_not_taken_for_ours(tmp_path, device, monkeypatch):
+    folder, own = save_checkpoint(build().bfloat16(), tmp_path / "source"), weight_cache._publish
+
+    def publish(partial, path, planned):
+        own(partial, path, planned)
+        path.write_bytes(b"of another program")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weight_cache, "_publish", publish)
+        with pytest.raises(OffloadError, match="is not what was just written there: is another program writing it"):
+            loaded(folder, device, tmp_path)
+    whole = load_and_quantize_model(empty(build), "nf4", folder, device_map=device)
+    assert torch.equal(logits(loaded(folder, device, tmp_path), device), logits(whole, device))
+
+
 def test_without_a_folder_only_what_the_checkpoint_has_may_rest_on_the_disk(tmp_path, device):
     folder = save_checkpoint(build().bfloat16(), tmp_path / "source")
     with pytest.raises(PlacementError, match="offload_folder"):

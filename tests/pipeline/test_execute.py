@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import empty, save_checkpoint
+from checkpoints import PLAIN, empty, save_checkpoint
+from failures import raising
 from models import GPT
 from references import quantize_as_bitsandbytes
 from safetensors.torch import save_file
@@ -197,3 +198,11 @@ def test_what_lies_together_in_the_file_and_in_the_weight_is_read_as_one(tmp_pat
     expected = quantize_as_bitsandbytes(whole.view(-1, 64).to(device), "nf4")
     assert torch.equal(made.data, expected["weight"])
     assert torch.equal(made.quant_state.absmax, expected["absmax"])
+
+
+def test_an_error_that_is_no_shortage_of_memory_is_not_taken_for_one(tmp_path, monkeypatch):
+    folder, model = save_checkpoint(GPT(), tmp_path), empty(GPT)
+    monkeypatch.setattr("bigload.pipeline.execute.allocate", raising(RuntimeError("of another kind")))
+    with pytest.raises(RuntimeError, match=r"^of another kind$"):
+        load_and_quantize_model(model, PLAIN | {"torch_dtype": "fp32"}, folder, device_map="cpu")
+    assert all(parameter.is_meta for parameter in model.parameters())

@@ -6,6 +6,7 @@ import pytest
 import torch
 from checkpoints import PLAIN, empty, save
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from bigload import CheckpointError, load_and_quantize_model, quantize_checkpoint, save_quantized_model
 
@@ -305,6 +306,91 @@ def test_a_hook_after_the_load_that_uses_weights_is_refused(tmp_path):
         load_and_quantize_model(empty(make), "nf4", save(make().state_dict(), tmp_path))
 
 
+class Rule(nn.Linear):
+    """Loads as nn.Linear does, after what a case lets it do first."""
+
+    first = staticmethod(lambda module, state, key, errors: None)
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        self.first(self, state_dict, f"{prefix}weight", errors)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+
+def fail(*_):
+    raise KeyError("no such weight")
+
+
+RULES = {
+    "a new buffer": (
+        lambda m, s, k, e: m.register_buffer("seen", torch.ones(2)),
+        "it adds or removes parameters",
+    ),
+    "a tensor in an attribute": (lambda m, s, k, e: setattr(m, "kept", [s[k]]), "it keeps tensors in kept"),
+    "what it held": (lambda m, s, k, e: s.update({k: s[k] + m.weight}), "values that the module had before"),
+    "an error": (fail, "KeyError: 'no such weight'"),
+    "an error that is listed": (lambda m, s, k, e: e.append("too old"), "'1', a Rule, does not load this: too old"),
+}
+
+
+@pytest.mark.parametrize("case", RULES)
+def test_a_rule_that_does_what_no_plan_can_is_refused(tmp_path, monkeypatch, case):
+    make = build(lambda: Rule(64, 64))
+    folder, model = save(make().state_dict(), tmp_path), empty(make)
+    first, message = RULES[case]
+    monkeypatch.setattr(Rule, "first", staticmethod(first))
+    with pytest.raises(CheckpointError, match=message):
+        load_and_quantize_model(model, "nf4", folder, device_map="cpu")
+    assert all(parameter.is_meta for parameter in model.parameters())
+    monkeypatch.undo()
+    load_and_quantize_model(model, "nf4", folder, device_map="cpu", strict=True)
+
+
+OWN_LOADS = {
+    "twice": (lambda load, state: (load(state), load(state)), "does not call nn.Module's load_state_dict once"),
+    "never": (lambda load, state: None, "does not call nn.Module's load_state_dict once"),
+    "new values": (lambda load, state: load(state | {"0.bias": torch.ones(64)}), "it makes new values"),
+    "an error": (lambda load, state: fail(), "KeyError: 'no such weight'"),
+}
+
+
+@pytest.mark.parametrize("case", OWN_LOADS)
+def test_a_model_whose_load_state_dict_does_what_no_plan_can_is_refused(tmp_path, case):
+    how, message = OWN_LOADS[case]
+
+    class Model(nn.Sequential):
+        def load_state_dict(self, state_dict, strict=True, assign=False):
+            return how(super().load_state_dict, state_dict)
+
+    def make():
+        return Model(nn.Linear(64, 64), nn.Linear(64, 8))
+
+    model = empty(make)
+    with pytest.raises(CheckpointError, match=message):
+        load_and_quantize_model(model, "nf4", save(make().state_dict(), tmp_path), device_map="cpu")
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+HOOKS = {
+    "an answer": (lambda module, keys: keys, "TypeError: a hook after load_state_dict must return None"),
+    "a new buffer": (
+        lambda module, keys: module.register_buffer("seen", torch.ones(2)),
+        "it changes which parameters",
+    ),
+    "an exchanged weight": (lambda module, keys: setattr(module, "bias", None), "it changes which parameters"),
+}
+
+
+@pytest.mark.parametrize("case", HOOKS)
+def test_a_hook_after_the_load_that_does_what_no_plan_can_is_refused(tmp_path, case):
+    then, message = HOOKS[case]
+
+    def make():
+        return build(lambda: Hooked(64, 64, then=then))()
+
+    with pytest.raises(CheckpointError, match=message):
+        load_and_quantize_model(empty(make), "nf4", save(make().state_dict(), tmp_path), device_map="cpu")
+
+
 def test_extra_state_that_the_checkpoint_lacks_is_said(tmp_path, caplog):
     state = {name: value for name, value in build(Clock)().state_dict().items() if "extra" not in name}
     with caplog.at_level(logging.WARNING):
@@ -416,3 +502,56 @@ def test_what_is_written_to_the_data_of_a_parameter_is_loaded(is_empty, tmp_path
     loaded = load_and_quantize_model(empty(build) if is_empty else build(), FP32, tmp_path, device_map="cpu")
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in wanted.state_dict().items())
     assert "keep the values that they have" not in caplog.text
+
+
+class Fills(nn.Linear):
+    """Has a bias that old checkpoints do not, and makes its extra state of what theirs was."""
+
+    def __init__(self):
+        super().__init__(64, 64)
+        self.extra = None
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, state):
+        self.extra = state
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        state_dict[f"{prefix}bias"] = torch.arange(64.0)
+        state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"] * 2
+        state_dict[f"{prefix}_extra_state"] = {"made": len(state_dict[f"{prefix}_extra_state"]["words"])}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def test_a_rule_may_make_tensors_and_objects_of_objects(tmp_path, device):
+    make = build(Fills)
+    state = {name: value for name, value in make().state_dict().items() if name not in ("1.bias", "1._extra_state")}
+    torch.save(state | {"1._extra_state": {"words": ["one", "two"]}}, tmp_path / "model.bin")
+    model = load_and_quantize_model(empty(make), FP32, tmp_path / "model.bin", device_map=device, strict=True)
+    assert torch.equal(model[1].weight.cpu(), state["1.weight"] * 2)
+    assert torch.equal(model[1].bias.cpu(), torch.arange(64.0))
+    assert model[1].extra == {"made": 2}
+
+
+def test_a_rule_that_computes_with_a_weight_that_is_put_together_is_given_the_whole(tmp_path, device):
+    """The stored experts' matrices are regions of one weight of the model."""
+    sizes = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+
+    def make():
+        return MixtralForCausalLM(MixtralConfig(**sizes, **heads, num_local_experts=3))
+
+    make().save_pretrained(tmp_path)
+    plain = load_and_quantize_model(empty(make), FP32, tmp_path, device_map=device)
+    model, path = empty(make), "model.layers.0.mlp.experts"
+
+    def double(state_dict, prefix, *_):
+        for name in ("gate_up_proj", "down_proj"):
+            state_dict[f"{prefix}{name}"] = state_dict[f"{prefix}{name}"] * 2
+
+    model.get_submodule(path)._register_load_state_dict_pre_hook(double)
+    model = load_and_quantize_model(model, FP32, tmp_path, device_map=device)
+    for name in ("gate_up_proj", "down_proj"):
+        found, expected = (getattr(each.get_submodule(path), name) for each in (model, plain))
+        assert torch.equal(found, expected * 2), name

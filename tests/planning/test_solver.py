@@ -224,6 +224,13 @@ def test_homes_are_divided_unevenly_where_no_even_division_fits():
     assert [place.away for place in placed] == ["cpu", "disk"]
 
 
+def test_a_disk_that_is_too_small_is_named():
+    units = [Item(1, 0, 1, 1), *(Item(10, 0, 10, 10) for _ in range(4))]
+    error = refusal(units, [11], {"cpu": 10, "disk": 10}, Rules(slots=1))
+    assert (error.place, error.needed, error.allowed) == ("disk", 40, 10)
+    assert refusal(units, [11], {"cpu": 10, "disk": 40}, Rules(slots=1)) is None
+
+
 @pytest.mark.parametrize("strategy", ["balanced", "balanced_low_0", "sequential"])
 def test_what_fits_in_another_order_alone_is_placed(strategy):
     sizes = [48, 32]  # the first fits onto the second device only, which has no room for both

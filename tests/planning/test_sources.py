@@ -172,6 +172,11 @@ def test_key_mapping_onto_a_key_that_is_there_already_is_refused():
         sources_in_checkpoint([parameter("w")], checkpoint_of({"w": (2, 3), "v": (2, 3)}), key_mapping={"v": "w"})
 
 
+def test_key_mapping_that_is_neither_rules_nor_a_function_is_refused():
+    with pytest.raises(ConfigError, match=r"key_mapping must be .* but it is 'model'"):
+        sources_in_checkpoint([parameter("w")], checkpoint_of({"w": (2, 3)}), key_mapping="model")
+
+
 def test_key_mapping_with_an_invalid_regex_is_refused_and_names_it():
     with pytest.raises(ConfigError, match=r"key_mapping.*'\(oops'"):
         sources_in_checkpoint([parameter("w")], checkpoint_of({"w": (2, 3)}), key_mapping={"(oops": "w"})
@@ -407,6 +412,25 @@ def test_quantized_experts_that_cannot_be_joined_are_refused_by_both_names(tmp_p
     stored = r"'model\.layers\.0\.block_sparse_moe\.experts\.0\.w\d\.weight'"
     merged = r"'model\.layers\.0\.mlp\.experts\.\w+'"
     message = rf"^{stored} is quantized already.*combines it with others into {merged}.*use the original checkpoint"
+    with pytest.raises(CheckpointError, match=message):
+        sources_in_checkpoint(tensors_of(model), open_checkpoint(tmp_path), conversion=KeyConversion(model))
+
+
+@pytest.mark.parametrize("odd", ["plain", "of another shape"])
+def test_experts_of_which_one_is_stored_otherwise_are_not_joined(tmp_path, odd):
+    sizes = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    model = empty(MixtralForCausalLM, MixtralConfig(**sizes, **heads, num_local_experts=2))
+    state = {}
+    for expert in (0, 1):
+        for part in ("w1", "w2", "w3"):
+            name = f"model.layers.0.block_sparse_moe.experts.{expert}.{part}.weight"
+            is_odd = (expert, part) == (1, "w2")
+            weight = torch.rand(128 if is_odd and odd == "of another shape" else 64, 64)
+            is_plain = is_odd and odd == "plain"
+            state |= {name: weight} if is_plain else stored_by_bitsandbytes(name, weight, "nf4")
+    save(state, tmp_path)
+    message = r"is quantized already.*into 'model\.layers\.0\.mlp\.experts\.down_proj'.*use the original checkpoint"
     with pytest.raises(CheckpointError, match=message):
         sources_in_checkpoint(tensors_of(model), open_checkpoint(tmp_path), conversion=KeyConversion(model))
 
