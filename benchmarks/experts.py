@@ -30,6 +30,7 @@ SKEW = 0.6
 MAX_BATCHED_BYTES, MAX_BATCHED_TOKENS = 10 * 10**9, 16
 # Above this many tokens eager's loop is measured at the last count only.
 MAX_EAGER_TOKENS = 16
+_CALLS_S = 0.25  # of one figure, unless three calls take longer
 
 
 @dataclass(frozen=True)
@@ -292,11 +293,11 @@ def _measured(run: Callable[[], None], shape: Shape, device: torch.device, captu
     return figures
 
 
-def _median(run: Callable[[], None], on_gpu: bool, budget_s: float = 0.25) -> float:
+def _median(run: Callable[[], None], on_gpu: bool) -> float:
     """Return the median seconds of a call, of at least 3 and at most 30."""
     seconds: list[float] = []
     begin = time.perf_counter()
-    while len(seconds) < 3 or (len(seconds) < 30 and time.perf_counter() - begin < budget_s):
+    while len(seconds) < 3 or (len(seconds) < 30 and time.perf_counter() - begin < _CALLS_S):
         started = time.perf_counter()
         run()
         if on_gpu:

@@ -36,6 +36,9 @@ THREADS = (1, 2, 4, 8, 12, 16)
 RING_BYTES = 128 * 2**20
 COPIED_BYTES = 16 * 2**20  # at once: the link is slower with less
 MOST_BYTES = 8 * 10**9  # read for one figure, so that a large checkpoint takes no longer
+# Of the weight that is quantized; bitsandbytes takes seconds for more on a CPU.
+_SHAPE, _SHAPE_ON_GPU = (2048, 2048), (2048, 4096)
+_QUANTIZING_S = 0.5  # on a CPU, by each
 FORMATS: dict[str, FourBit | Int8] = {
     "nf4": FourBit("nf4", 64, False, torch.uint8),
     "fp4": FourBit("fp4", 64, False, torch.uint8),
@@ -236,9 +239,7 @@ def _memory_speed(files: Sequence[Path], threads: int) -> float:
 
 def _quantizing(name: str, device: str) -> dict[str, float]:
     """Quantize one weight over and over, by bitsandbytes' own call and by bigload's. Returns GB/s of 16-bit input."""
-    # bitsandbytes takes seconds for more than this on a CPU.
-    shape = (2048, 2048) if device == "cpu" else (2048, 4096)
-    weight = torch.randn(shape, device=device).bfloat16()
+    weight = torch.randn(_SHAPE if device == "cpu" else _SHAPE_ON_GPU, device=device).bfloat16()
     calls = {
         "bitsandbytes": _bitsandbytes_call(name, weight),
         "bigload": lambda: quantize(weight, FORMATS[name]),
@@ -256,9 +257,9 @@ def _bitsandbytes_call(name: str, weight: torch.Tensor) -> Callable[[], object]:
 
 
 def _best_seconds(call: Callable[[], object]) -> float:
-    """Give the fewest seconds that a call took, of at least four and of as many as half a second holds."""
+    """Give the fewest seconds that a call took, of at least four and of as many as there is time for."""
     taken: list[float] = []
-    while len(taken) < 4 or sum(taken) < 0.5:
+    while len(taken) < 4 or sum(taken) < _QUANTIZING_S:
         started = time.perf_counter()
         call()
         taken.append(time.perf_counter() - started)

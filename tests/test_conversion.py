@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import contents, empty, empty_like, loaded, save, save_checkpoint, stored
-from children import Forking
 from comparisons import assert_same_bits
 from failures import act_at, fail_at
 from forks import needs_fork
@@ -87,13 +86,12 @@ print(host.over_start_gib, RING_BYTES / 2**30)
 
 
 @pytest.mark.slow
-def test_host_memory_is_the_ring_and_what_one_weight_needs(tmp_path):
+def test_host_memory_is_the_ring_and_what_one_weight_needs(tmp_path, programs):
     state, numbers = {}, torch.randn(2048, 4096).mul_(100).clamp_(-448, 448).to(FP8)
     for number in range(40):  # 320 MiB, which are 640 in bfloat16 and 180 in nf4
         state |= {f"{number}.weight": numbers.clone(), f"{number}.weight_scale_inv": torch.full((16, 32), 2e-4)}
     says(save(state, tmp_path / "fp8"), **BLOCKS)
-    with Forking("torch") as forking:
-        over_start, ring = forking.run(WATCHED, tmp_path).split()
+    over_start, ring = programs.run(WATCHED, tmp_path).split()
     if over_start == "None":
         pytest.skip("the system does not tell a process's memory")
     assert float(over_start) < float(ring) + 150 / 1024

@@ -23,6 +23,7 @@ from .graphs import Graphs
 from .lookups import Lookups
 from .masks import deferring, made
 from .model_state import HeldTensors, ModelState
+from .norms import Norms
 from .obstacles import obstacle_now, obstacle_of, obstacle_of_rows
 from .steps import CachePlace, CapturedStep, NotCapturedError, problem_of
 
@@ -68,11 +69,13 @@ class _Kind:
     Attributes:
         reason: why they cannot be captured.
         lookups: what they look up on the CPU; None if they cannot be captured.
+        norms: those that are computed by one kernel.
         steps: the graphs, those used last at the end.
     """
 
     reason: str | None = None
     lookups: Lookups | None = None
+    norms: Norms | None = None
     steps: list[CapturedStep] = field(default_factory=list)
 
 
@@ -233,15 +236,21 @@ class DecodeSteps(MethodOverride):
         """Run the first step of a kind, and see whether it does what a replay would not do again."""
         reason = self._reason_of(call, tokens_of(args, kwargs))
         if reason is not None:
-            self._remember(key, state, reason)
+            self._remember(key, state, _Kind(reason))
             return self._leave(reason)
         self._note_new(key)
         before, written, held = state.snapshot(), _Versions(call.tensors), HeldTensors(self.module)
-        lookups = Lookups(self.module)
+        lookups, norms = Lookups(self.module), Norms(self.module)
         asked: list[str] = []
         done = False
         try:
-            with self._offload.noting(), self._graphs.warming_up(), lookups.noting(call), state.watched() as asked:
+            with (
+                self._offload.noting(),
+                self._graphs.warming_up(),
+                lookups.noting(call),
+                norms.noting(),
+                state.watched() as asked,
+            ):
                 out = self.own(*args, **made(kwargs))
                 done = True
         except OffloadError as error:
@@ -254,7 +263,7 @@ class DecodeSteps(MethodOverride):
         reason = reason or lookups.reason or held.change() or problem_of(state, before, asked)
         if reason is not None:
             self._makes_masks_as_before(call)
-        self._remember(key, state, reason, lookups)
+        self._remember(key, state, _Kind(reason, lookups, norms))
         return out
 
     def _reason_of(self, call: Call, tokens: torch.Tensor | None) -> str | None:
@@ -269,8 +278,8 @@ class DecodeSteps(MethodOverride):
             self._say(f"each step differs from the one before, in {first_difference(key[1], self._last_key[1])}")
         self._last_key = key
 
-    def _remember(self, key: Any, state: CacheState, reason: str | None, lookups: Lookups | None = None) -> None:
-        self._kinds[key, state.signature] = _Kind(reason, lookups)
+    def _remember(self, key: Any, state: CacheState, kind: _Kind) -> None:
+        self._kinds[key, state.signature] = kind
         while len(self._kinds) > _MAX_KINDS:
             _, kind = self._kinds.popitem(last=False)
             for step in kind.steps:
@@ -285,7 +294,8 @@ class DecodeSteps(MethodOverride):
         places, tensors = (step.place for other in self._kinds.values() for step in other.steps), state.tensors()
         place = next((each for each in places if each.overlaps(tensors)), None) or CachePlace(tensors, state)
         assert kind.lookups is not None
-        run = self._offload.captured(self._own_with_constants)
+        assert kind.norms is not None
+        run = self._offload.captured(partial(self._own_for_a_graph, kind.norms))
         with self._offload.held():
             step = CapturedStep(key, call, state, place, kind.lookups, run, self._graphs)
         kind.steps.append(step)
@@ -293,8 +303,8 @@ class DecodeSteps(MethodOverride):
         self._capture_s += step.seconds
         return step
 
-    def _own_with_constants(self, *args: Any, **kwargs: Any) -> Any:
-        with constants_in_graph(self.module, self._device):
+    def _own_for_a_graph(self, norms: Norms, *args: Any, **kwargs: Any) -> Any:
+        with constants_in_graph(self.module, self._device), norms.captured():
             return self.own(*args, **kwargs)
 
     def _drop(self, step: CapturedStep) -> None:

@@ -105,8 +105,11 @@ def _below(path: str, top: str) -> PurePosixPath:
 
 def _free_in(folder: Path, kind: str) -> int | None:
     limit_file, usage_file, reclaimable = _FILES[kind]
-    limit, usage = _number(_read(folder / limit_file)), _number(_read(folder / usage_file))
-    if limit is None or usage is None or limit >= _UNLIMITED:
+    limit = _number(_read(folder / limit_file))
+    if limit is None or limit >= _UNLIMITED:
+        return None
+    usage = _number(_read(folder / usage_file))
+    if usage is None:
         return None
     pages = dict(line.split(maxsplit=1) for line in _read(folder / "memory.stat").splitlines() if " " in line)
     return max(0, limit - usage + sum(_number(pages.get(name, "")) or 0 for name in reclaimable))

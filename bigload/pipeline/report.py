@@ -144,8 +144,7 @@ class PeakMemory:
         """
         peaks = {}
         for device, (used, highest) in self._before.items():
-            known = _used_and_highest(device)
-            now = 0 if known is None else known[1]
+            now = _highest(device) or 0
             if now > highest and now - used >= self._model_bytes.get(device, 0):
                 peaks[device] = max(0, now - used)
         return peaks
@@ -160,6 +159,13 @@ def _used_and_highest(device: torch.device) -> tuple[int, int] | None:
         return psutil.Process().memory_info().rss - _freed_but_kept(), _highest_resident()
     except (OSError, psutil.Error):  # as where the process may open no more files
         return None
+
+
+def _highest(device: torch.device) -> int | None:
+    if device.type == "cpu":
+        return _highest_resident()  # what is in use takes longer: the C library looks through all that it keeps
+    known = _used_and_highest(device)
+    return None if known is None else known[1]
 
 
 def _highest_resident() -> int:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -30,9 +31,31 @@ VARYING = (
 )
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder with models, which no command writes to."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    llama(False, eos_token_id=None).to(torch.bfloat16).save_pretrained(folder / "model")
+    save_tokenizer(folder / "model")
+    llama(False).config.save_pretrained(folder / "no-weights")
+    sizes = {"hidden_size": 256, "intermediate_size": 8192, "num_hidden_layers": 3}
+    llama(False, **sizes).to(torch.bfloat16).save_pretrained(folder / "streamed")
+    in_gptq = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    for name, config in {"large": LLAMA_8B, "mixture": QWEN3_30B, "gptq": LLAMA_8B | in_gptq}.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config))
+    (folder / "broken").mkdir()
+    (folder / "broken" / "config.json").write_text("{")
+    (folder / "weights-only").mkdir()
+    save_file({"weight": torch.zeros(2, 2)}, folder / "weights-only" / "model.safetensors")
+    return folder
+
+
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def place(models, tmp_path, monkeypatch):
     """Work in a folder with models, without a GPU, a network or a repository of the hub."""
+    shutil.copytree(models, tmp_path, copy_function=os.link, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -40,24 +63,6 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr("bigload.planning.placement.free_disk_bytes", lambda folder: 100 * 2**30)
-    torch.manual_seed(0)
-    llama(False, eos_token_id=None).to(torch.bfloat16).save_pretrained("model")
-    save_tokenizer("model")
-    llama(False).config.save_pretrained("no-weights")
-    sizes = {"hidden_size": 256, "intermediate_size": 8192, "num_hidden_layers": 3}
-    llama(False, **sizes).to(torch.bfloat16).save_pretrained("streamed")
-    Path("large").mkdir()
-    Path("large/config.json").write_text(json.dumps(LLAMA_8B))
-    Path("mixture").mkdir()
-    Path("mixture/config.json").write_text(json.dumps(QWEN3_30B))
-    Path("gptq").mkdir()
-    Path("gptq/config.json").write_text(
-        json.dumps(LLAMA_8B | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
-    )
-    Path("broken").mkdir()
-    Path("broken/config.json").write_text("{")
-    Path("weights-only").mkdir()
-    save_file({"weight": torch.zeros(2, 2)}, "weights-only/model.safetensors")
     return tmp_path
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ def main() -> None:
     """Run the command line; ends with status 1 if any case is wrong or ends in an error that is not bigload's."""
     parser = argparse.ArgumentParser(prog="python tests/differential", description=__doc__)
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--cases", type=int, help="end after as many for each worker, also before the time is up")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--device", default="cpu", help="'cpu', 'cuda:0' or 'cuda:0,cuda:1', the plain one first")
     parser.add_argument("--seed", type=int, help="of the first case (default: a new one each time)")
@@ -39,7 +41,7 @@ def main() -> None:
         print(_described(arguments.case, arguments.device))
         print(_run(arguments.case, arguments.device))
     elif arguments.worker:
-        _work(arguments.seed, int(arguments.worker[0]), arguments.seconds, arguments.device, Path(arguments.worker[1]))
+        _work(arguments)
     else:
         sys.exit(_supervise(arguments))
 
@@ -75,6 +77,7 @@ def _keep_running(arguments: argparse.Namespace, first: int, logs: list[Path]) -
         done = len(_read(logs[worker]))
         command = [sys.executable, str(HERE), "--seconds", str(until - time.monotonic()), "--device", arguments.device]
         command += ["--seed", str(first + worker + done * len(logs)), "--worker", str(len(logs)), str(logs[worker])]
+        command += [] if arguments.cases is None else ["--cases", str(arguments.cases - done)]
         return subprocess.Popen(command)
 
     running = [begin(worker) for worker in range(len(logs))]
@@ -99,17 +102,21 @@ def _read(log: Path) -> list[dict[str, Any]]:
     return list(results.values())
 
 
-def _work(seed: int, step: int, seconds: float, device: str, log: Path) -> None:
+def _work(arguments: argparse.Namespace) -> None:
     """Run cases until the time is up, and write each into the log when it begins and when it ends."""
     import traceback
 
     import bitsandbytes  # noqa: F401
     import checking  # noqa: F401
 
-    until = time.monotonic() + seconds
+    until = time.monotonic() + arguments.seconds
+    step, log, device = int(arguments.worker[0]), Path(arguments.worker[1]), arguments.device
+    seeds = itertools.count(arguments.seed, step)
     gc.freeze()  # what is imported is not looked through at each collection of cycles
     with log.open("a", buffering=1) as out:
-        while time.monotonic() < until:
+        for seed in itertools.islice(seeds, arguments.cases):
+            if time.monotonic() > until:
+                break
             out.write(json.dumps({"seed": seed, "case": _described(seed, device)}) + "\n")
             try:
                 outcome = _run(seed, device)
@@ -118,7 +125,6 @@ def _work(seed: int, step: int, seconds: float, device: str, log: Path) -> None:
             out.write(json.dumps({"seed": seed, "outcome": outcome}) + "\n")
             if device != "cpu" and "CUDA error" in outcome:
                 sys.exit(1)  # the process can do no more with the GPU
-            seed += step
 
 
 def _described(seed: int, device: str) -> str:

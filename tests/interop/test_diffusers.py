@@ -2,7 +2,7 @@
 
 import json
 import logging
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -84,10 +84,16 @@ def cls_of(name):
     return getattr(diffusers, name)
 
 
+@cache
+def random_model(name, dtype):
+    """A model that is only saved, the same each time."""
+    torch.manual_seed(0)
+    return cls_of(name)(**MODELS[name]).to(dtype)
+
+
 def saved(name, folder, dtype=torch.bfloat16):
     """Write a random model as diffusers does. Returns the folder."""
-    torch.manual_seed(0)
-    cls_of(name)(**MODELS[name]).to(dtype).save_pretrained(folder)
+    random_model(name, dtype).save_pretrained(folder)
     return folder
 
 

@@ -1,0 +1,240 @@
+"""Norms in captured steps: one kernel each, where a model launches eight, which take longer to begin than to run.
+
+A norm is taken for one if it has a weight, an epsilon and nothing else, and if the kernel gives the bits of its own
+forward: for what it is given when a step runs as before, and for random rows of that shape. So it may add up squares in
+no order but torch's, whose kernel (ATen/native/cuda/Reduce.cuh) has each thread add every n-th value, or every n-th
+four, into four sums, and adds those, then halves of the threads, then pairs of neighbours.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from threading import get_ident
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..hardware.devices import current_gpu
+from ..hardware.triton_support import runs_on
+
+logger = logging.getLogger(__name__)
+
+# Of torch's kernel: threads of a block and a warp; values of a row from which each thread reads four at once.
+_BLOCK, _WARP, _FOURS_FROM = 512, 32, 129
+_EPSILONS = ("variance_epsilon", "eps")
+
+
+class Order(NamedTuple):
+    """How torch adds up a row.
+
+    Attributes:
+        threads: of the row.
+        turns: in which each of them reads four values.
+        are_fours: whether these lie side by side; else `threads` apart.
+    """
+
+    threads: int
+    turns: int
+    are_fours: bool
+
+
+def order_of(rows: int, width: int) -> Order | None:
+    """Return how torch adds up each of some rows of float32; None if in another way still."""
+    are_fours = width >= _FOURS_FROM
+    if are_fours and width % 4:
+        return None
+    most = _power_of_2(min(width // 4 if are_fours else width, _BLOCK))
+    at_once = min(_power_of_2(min(rows, _BLOCK)), _BLOCK // min(most, _WARP))
+    threads = min(most, _BLOCK // at_once)
+    if -(-width // threads) >= 16 * at_once > 16:
+        return None  # divided among warps too
+    return Order(threads, -(-width // (4 * threads)), are_fours)
+
+
+def fused_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, order: Order) -> torch.Tensor:
+    """Return `weight * (x * rsqrt(mean(x ** 2) + eps))`, computed in float32, the bracket rounded to the dtype of x.
+
+    Args:
+        x: (..., width), in 16 bit, contiguous.
+        weight: (width,), of the same dtype.
+        eps: added to the mean.
+        order: in which squares are added.
+    """
+    out, width, warps = torch.empty_like(x), x.shape[-1], max(1, order.threads // 128)
+    halvings = max(0, (order.threads // _WARP).bit_length() - 1)
+    pairings = min(order.threads, _WARP).bit_length() - 1
+    with current_gpu(x.device):  # on which Triton launches
+        _kernels().rms_norm[(x.numel() // width,)](
+            x,
+            weight,
+            out,
+            eps,
+            _share(width),
+            width,
+            order.threads,
+            order.turns,
+            order.are_fours,
+            halvings,
+            pairings,
+            num_warps=warps,
+            enable_fp_fusion=False,  # torch rounds squares before it adds them
+        )
+    return out
+
+
+class Norms:
+    """The norms of a model, and with which shapes the kernel computes them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._all = [module for module in model.modules() if _is_norm(module)]
+        self._fused: dict[tuple[int, Any], Order] = {}
+        self._known: dict[Any, Order | None] = {}
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """Find out where the kernel gives the bits of a step, which is run as before."""
+        with _replaced({module: self._noting(module) for module in self._all}):
+            yield
+
+    def _noting(self, module: Any) -> Callable[..., Any]:
+        own, thread = module.forward, get_ident()
+
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            found = own(*args, **kwargs)
+            if get_ident() == thread and len(args) == 1 and not kwargs and _suits(args[0], module.weight, found):
+                x = args[0]
+                key = _key(x)
+                kind = (type(module), _epsilon(module), key)
+                if kind not in self._known:
+                    self._known[kind] = _order_that_gives_its_bits(own, module, x)
+                order = self._known[kind]
+                if order is not None and _same(fused_norm(x, module.weight, _epsilon(module), order), found):
+                    self._fused[id(module), key] = order
+            return found
+
+        return noting
+
+    @contextmanager
+    def captured(self) -> Iterator[None]:
+        """Have a step that is captured launch the kernel."""
+        with _replaced({module: self._fusing(module) for module in self._all}):
+            yield
+
+    def _fusing(self, module: Any) -> Callable[..., Any]:
+        own, thread = module.forward, get_ident()
+
+        def fusing(*args: Any, **kwargs: Any) -> Any:
+            is_one = get_ident() == thread and len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor)
+            order = self._fused.get((id(module), _key(args[0]))) if is_one else None
+            if order is None:
+                return own(*args, **kwargs)
+            return fused_norm(args[0], module.weight, _epsilon(module), order)
+
+        return fusing
+
+
+def _is_norm(module: Any) -> bool:
+    return (
+        list(module._parameters) == ["weight"]
+        and not module._buffers
+        and not module._modules
+        and isinstance(module.weight, torch.Tensor)
+        and module.weight.dim() == 1
+        and isinstance(getattr(type(module), "forward", None), FunctionType)
+        and "forward" not in vars(module)
+        and _epsilon(module) is not None
+    )
+
+
+def _epsilon(module: Any) -> float:
+    found = (vars(module).get(name) for name in _EPSILONS)
+    return next((value for value in found if isinstance(value, float)), None)  # type: ignore[return-value]
+
+
+def _key(x: torch.Tensor) -> Any:
+    return tuple(x.shape), x.dtype, x.is_contiguous()
+
+
+def _suits(x: Any, weight: torch.Tensor, found: Any) -> bool:
+    if not isinstance(x, torch.Tensor) or not isinstance(found, torch.Tensor):
+        return False
+    is_alike = x.dtype == weight.dtype == found.dtype and x.dtype in (torch.bfloat16, torch.float16)
+    return (
+        is_alike
+        and x.shape[-1:] == weight.shape
+        and x.shape == found.shape
+        and x.is_contiguous()
+        and weight.is_contiguous()
+        and x.device == weight.device
+        and runs_kernel(x.device)
+    )
+
+
+def _order_that_gives_its_bits(own: Callable[..., torch.Tensor], module: Any, x: torch.Tensor) -> Order | None:
+    """Try rows of several magnitudes, as many as there are."""
+    order = order_of(x.numel() // x.shape[-1], x.shape[-1])
+    if order is None or not _runs(partial(fused_norm, x, module.weight, _epsilon(module), order)):
+        return None
+    draw = torch.Generator(x.device).manual_seed(0)
+    for magnitude in (1.0, 1e-3, 30.0):
+        rows = torch.randn(x.shape, generator=draw, device=x.device).mul_(magnitude).to(x.dtype)
+        if not _same(fused_norm(rows, module.weight, _epsilon(module), order), own(rows)):
+            return None
+    return order
+
+
+def _runs(launch: Callable[[], object]) -> bool:
+    try:
+        launch()
+    except Exception as error:  # of Triton's compiler: a norm can always be computed by the model's own code
+        logger.debug("a norm is not fused: %s", error)
+        return False
+    return True
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(one.view(torch.int16), other.view(torch.int16))
+
+
+@contextmanager
+def _replaced(forwards: dict[nn.Module, Any]) -> Iterator[None]:
+    try:
+        for module, forward in forwards.items():
+            vars(module)["forward"] = forward
+        yield
+    finally:
+        for module in forwards:
+            vars(module).pop("forward", None)
+
+
+@functools.cache
+def _share(width: int) -> float:
+    """Return 1 / width in float32."""
+    return float(torch.ones((), dtype=torch.float32, device="cpu") / width)
+
+
+def _power_of_2(number: int) -> int:
+    """Return the largest power of 2 that is not above a number from 1 on."""
+    return 1 << (number.bit_length() - 1)
+
+
+@functools.cache
+def runs_kernel(device: torch.device) -> bool:
+    """Whether the kernel runs on a device, found out by running it."""
+    if device.type != "cuda":
+        return False
+    rows = torch.zeros(1, 32, dtype=torch.bfloat16, device=device)
+    return runs_on(device, lambda: fused_norm(rows, rows[0], 1e-6, Order(32, 1, False)))
+
+
+@functools.cache
+def _kernels() -> Any:
+    from ..quantization.kernels import norms
+
+    return norms

@@ -1,0 +1,167 @@
+"""Norms in captured steps: one kernel where it gives the bits of the model's own code, and else that code."""
+
+import threading
+
+import pytest
+import torch
+from comparisons import equal
+from torch import nn
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+from bigload import capture_decode
+from bigload.decoding import norms
+from bigload.decoding.norms import Norms, Order, fused_norm, order_of
+
+
+class Net(nn.Module):
+    def __init__(self, kind=LlamaRMSNorm, width=64):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.linear, self.two = kind(width), nn.Linear(width, width), kind(width)
+        for norm in (self.one, self.two):
+            nn.init.normal_(norm.weight)
+        self.to(torch.bfloat16)
+
+    def step(self, x):
+        return self.two(self.linear(self.one(x)))
+
+
+def by_torch(x, weight, eps, order):
+    x32 = x.float()
+    return weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+@pytest.fixture
+def launched(device, monkeypatch):
+    """Count what the kernel computes; on the CPU, torch stands in for it."""
+    calls, own = [], fused_norm if device.type == "cuda" else by_torch
+
+    def counted(x, weight, eps, order):
+        calls.append(x.shape)
+        return own(x, weight, eps, order)
+
+    if device.type == "cpu":
+        monkeypatch.setattr(norms, "runs_kernel", lambda device: True)
+    monkeypatch.setattr(norms, "fused_norm", counted)
+    return calls
+
+
+def run(model, device, width=64):
+    """Run steps, as they are and captured; the bits are the same, and nothing is left on the modules."""
+    draw = torch.Generator().manual_seed(1)
+    given = [torch.randn(1, 1, width, generator=draw).to(device, torch.bfloat16) for _ in range(4)]
+    with torch.no_grad():
+        expected = [model.step(x) for x in given]
+        with capture_decode(model.eval(), step="step") as capture:
+            assert all(equal(model.step(x), right) for x, right in zip(given, expected, strict=True))
+            assert capture.stats().replayed == 3
+        assert all(equal(model.step(x), right) for x, right in zip(given, expected, strict=True))
+    assert not [name for module in model.modules() for name in vars(module) if name == "forward"]
+
+
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, Qwen3RMSNorm])
+def test_norms_are_one_kernel_each_in_a_graph(kind, device, captures, launched):
+    model = Net(kind).to(device)
+    run(model, device)
+    # Both norms are tried on three draws and their own input, with a first launch; then each is in the graph once.
+    assert len(launched) == 1 + 3 + 2 + 2
+
+
+@pytest.mark.parametrize("kind", [GemmaRMSNorm, GptOssRMSNorm, nn.LayerNorm, nn.RMSNorm])
+def test_what_computes_in_another_way_keeps_its_code(kind, device, captures, launched):
+    """Gemma's adds one to the weight, GPT-OSS' multiplies before it rounds, LayerNorm has a bias."""
+    run(Net(kind).to(device), device)
+    assert len(launched) <= 2
+
+
+def test_a_kernel_of_other_bits_is_not_used(device, captures, launched, monkeypatch):
+    own = norms.fused_norm
+
+    def off(x, weight, eps, order):
+        made = own(x, weight, eps, order)
+        made.view(torch.int16).view(-1)[-1] += 1
+        return made
+
+    monkeypatch.setattr(norms, "fused_norm", off)
+    run(Net().to(device), device)
+    assert len(launched) == 2
+
+
+def test_a_kernel_that_does_not_run_is_not_used(device, captures, launched, monkeypatch):
+    def broken(*given):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(norms, "fused_norm", broken)
+    run(Net().to(device), device)
+
+
+def test_inputs_that_the_kernel_does_not_take_are_left_to_the_model(device, launched):
+    norm = LlamaRMSNorm(64).to(device, torch.bfloat16)
+    of = Norms(norm)
+    wide = torch.randn(1, 2, 128, device=device).to(torch.bfloat16)[..., ::2]
+    with of.noting():
+        norm(wide)  # not contiguous
+        norm(hidden_states=wide.contiguous())
+        norm(wide.contiguous().float())
+    assert not launched
+
+
+def test_another_thread_computes_as_before(device, launched):
+    norm = LlamaRMSNorm(64).to(device, torch.bfloat16)
+    of, x = Norms(norm), torch.randn(1, 1, 64, device=device).to(torch.bfloat16)
+    with of.noting():
+        norm(x)
+    with of.captured():
+        count = len(launched)
+        norm(x)
+        assert len(launched) == count + 1
+        thread = threading.Thread(target=norm, args=(x,))
+        thread.start()
+        thread.join()
+        assert len(launched) == count + 1
+
+
+def test_modules_that_are_no_norms_are_left_alone():
+    own = LlamaRMSNorm(8)
+    own.forward = own.forward
+    with_buffer = LlamaRMSNorm(8)
+    with_buffer.register_buffer("count", torch.zeros(()))
+    without = LlamaRMSNorm(8)
+    del without.variance_epsilon
+    model = nn.ModuleList([own, with_buffer, without, nn.Embedding(2, 8), nn.Linear(8, 8, bias=False)])
+    assert not Norms(model)._all
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "order"),
+    [
+        (1, 2048, Order(512, 1, True)),
+        (1, 4096, Order(512, 2, True)),
+        (1, 2880, Order(512, 2, True)),
+        (4, 2048, Order(128, 4, True)),
+        (32, 128, Order(32, 1, False)),
+        (4, 128, Order(128, 1, False)),
+        (1, 64, Order(64, 1, False)),
+        (1, 131, None),  # not in fours
+        (16, 8192, None),  # divided among warps
+    ],
+)
+def test_order_is_that_of_torch(rows, width, order):
+    assert order_of(rows, width) == order
+
+
+SHAPES = [(1, 2048), (1, 4096), (1, 2880), (1, 5120), (1, 896), (4, 2048), (16, 4096), (32, 128), (128, 128), (4, 64)]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "width"), SHAPES)
+def test_the_kernel_gives_the_bits_of_torch(rows, width, dtype):
+    draw = torch.Generator("cuda").manual_seed(rows * width)
+    weight = torch.randn(width, generator=draw, device="cuda").to(dtype)
+    for magnitude in (1e-3, 1.0, 100.0):
+        x = torch.randn(1, rows, width, generator=draw, device="cuda").mul_(magnitude).to(dtype)
+        assert equal(fused_norm(x, weight, 1e-6, order_of(rows, width)), by_torch(x, weight, 1e-6, None))
