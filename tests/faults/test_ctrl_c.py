@@ -92,12 +92,3 @@ def test_ctrl_c_in_an_import_waits_for_its_end(tmp_path, monkeypatch):
     assert bnb.library() in imported
     assert anatomy(model) == before
     load_and_quantize_model(model, "nf4", folder, device_map="cpu")
-
-
-def test_a_shell_that_keeps_the_traceback_can_be_interrupted_again(tmp_path):
-    folder = save_checkpoint(build(), tmp_path)
-    point = CtrlCAtPoint(5)
-    with pytest.raises(KeyboardInterrupt) as kept, point.injected():
-        load_and_quantize_model(empty(build), "nf4", folder, device_map="cpu")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert kept.tb is not None
