@@ -26,7 +26,7 @@ from .checkpoint.writer import Entry, ShardWriter, write_json
 from .config import BnbQuantizationConfig, as_config
 from .errors import CheckpointError, ConfigError, PlacementError, listed, reason
 from .hardware.devices import Device, is_strategy, on_cpu_unless_named
-from .hardware.interrupts import deferred_interrupts
+from .hardware.interrupts import check_interrupt, deferred_interrupts
 from .inspection.own_loading import EXTRA_STATE, changed_when_loaded_again
 from .io.program import ReadTask
 from .io.tensors import StoredTensor, read_whole
@@ -287,6 +287,7 @@ def _convert(plan: Plan, folder: Path, max_shard_bytes: int, stem: str, progress
         try:
             tasks: list[ReadTask] = []
             for output in outputs:
+                check_interrupt()
                 if all(map(writer.is_written, output.names)):
                     bar.update(sum(source.tensor.nbytes for source in output.planned.sources))
                 elif output.planned.sources:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, listed
+from ..hardware.interrupts import check_interrupt
 from ..io.tensors import StoredTensor
 
 DTYPES = {
@@ -55,6 +56,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: the file is truncated, or its header damaged: its tensors overlap or leave gaps, for instance.
     """
+    check_interrupt()  # a checkpoint may have hundreds of files
     size = require_file(path).st_size
     with path.open("rb") as file:
         length_field = file.read(8)

@@ -19,6 +19,7 @@ from torch.distributed.pipelining import PipelineStage
 from ..checkpoint.checkpoint import WeightsLocation
 from ..errors import ConfigError, PlacementError, QuantizationError, counted, listed
 from ..hardware.devices import Device, on_cpu_unless_named
+from ..hardware.interrupts import deferred_interrupts
 from ..hardware.nested_tensors import tensors_in
 from ..io.timeline import Timeline
 from ..model.transformers_facts import is_pretrained
@@ -237,6 +238,7 @@ def _within(sizes: Sequence[int], parts: int, before: int, after: int, limit: in
     return stages if stages[-1] == parts - 1 else None
 
 
+@deferred_interrupts()
 @on_cpu_unless_named()
 def load_pipeline_stage(
     model: nn.Module,

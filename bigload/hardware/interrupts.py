@@ -1,18 +1,21 @@
 """Ctrl-C between the steps of a call, instead of anywhere in it.
 
 Python raises KeyboardInterrupt between any two instructions: also after a file was opened and before anything knows of
-it, or in the middle of undoing what was interrupted. So a call here only remembers the first Ctrl-C, and raises it at
-the next of many points where it can be undone. A second one is raised at once, as usual, should the first hang.
+it, in the middle of an import, or of undoing what was interrupted. So a call here only remembers Ctrl-C, and raises it
+at the next of many points where all can be undone. Another one is raised at once if the first has waited for long.
 """
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import ContextDecorator, contextmanager
+import time
+from contextlib import ContextDecorator
 from types import FrameType
 from typing import Any
+
+# What bigload does between two points takes less, unless something hangs: a file system, a library, the network.
+PATIENCE_S = 2.0
 
 
 class deferred_interrupts(ContextDecorator):  # noqa: N801 - a function, to those who use it
@@ -27,7 +30,8 @@ class deferred_interrupts(ContextDecorator):  # noqa: N801 - a function, to thos
 
     def __enter__(self) -> None:
         global _active
-        self.was_asked = False
+        self.asked: float | None = None  # since when one waits to be raised
+        self.is_immediate = False
         self._previous: Any = signal.getsignal(signal.SIGINT)
         if _is_main_thread() and callable(self._previous) and _active is None:
             signal.signal(signal.SIGINT, self._remember)
@@ -41,25 +45,18 @@ class deferred_interrupts(ContextDecorator):  # noqa: N801 - a function, to thos
             self.check()
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.was_asked:
-            self._previous(number, frame)
-        self.was_asked = True
+        now = time.monotonic()
+        has_waited = self.asked is not None and now - self.asked > PATIENCE_S
+        self.asked = self.asked or now
+        if self.is_immediate or has_waited:
+            self.check()
 
     def check(self) -> None:
-        """Do what Ctrl-C does, if it was pressed."""
-        if self.was_asked:
-            self.was_asked = False
+        """Do what Ctrl-C does, if it was pressed. What then follows is undone without another."""
+        if self.asked is not None:
+            self.asked, was_immediate, self.is_immediate = None, self.is_immediate, False
             self._previous(signal.SIGINT, None)
-
-    @contextmanager
-    def suspended(self) -> Iterator[None]:
-        """Raise Ctrl-C anywhere in the `with` block."""
-        self.check()
-        try:
-            signal.signal(signal.SIGINT, self._previous)
-            yield
-        finally:
-            signal.signal(signal.SIGINT, self._remember)
+            self.is_immediate = was_immediate  # the program's own function has not raised: all goes on
 
 
 _active: deferred_interrupts | None = None
@@ -67,21 +64,26 @@ _active: deferred_interrupts | None = None
 
 def check_interrupt() -> None:
     """Raise KeyboardInterrupt, or do what else the program does at Ctrl-C, if it was pressed since the last time."""
-    if _active is not None and _active.was_asked and _is_main_thread():
+    if _active is not None and _active.asked is not None and _is_main_thread():
         _active.check()
 
 
-@contextmanager
-def immediate_interrupts() -> Iterator[None]:
-    """Raise Ctrl-C anywhere in the `with` block: around what takes long, and leaves nothing behind.
+class immediate_interrupts:  # noqa: N801 - as above
+    """Raise Ctrl-C anywhere in the `with` block: around downloads and functions of the user's, which may take long.
 
-    Downloads, imports and functions of the user's are such.
+    Not around imports: a library whose import was interrupted often cannot be imported again. A class, since Ctrl-C
+    can keep a generator from its end until nobody holds the traceback any more.
     """
-    if _active is None or not _is_main_thread():
-        yield
-        return
-    with _active.suspended():
-        yield
+
+    def __enter__(self) -> None:
+        self._active = _active if _is_main_thread() else None
+        if self._active is not None:
+            self._active.check()
+            self._was_immediate, self._active.is_immediate = self._active.is_immediate, True
+
+    def __exit__(self, *raised: object) -> None:
+        if self._active is not None:
+            self._active.is_immediate = self._was_immediate
 
 
 def _is_main_thread() -> bool:

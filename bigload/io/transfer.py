@@ -99,12 +99,12 @@ def _work(
 ) -> None:
     waited = time.perf_counter()
     for batch in feed.batches():
-        check_interrupt()
         timeline.add("read", batch.device, waited)
         with nullcontext() if batch.device.type == "cpu" else current_gpu(batch.device):
             feed.take(batch)
             with _timed(feed, batch, timeline):
                 for task, begin, numel, at in batch.pieces:
+                    check_interrupt()
                     if at is not None:
                         dtype = task.tensor.dtype
                         task.take(windows[batch.device][at : at + numel * dtype.itemsize].view(dtype), begin)

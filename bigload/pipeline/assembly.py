@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..hardware.interrupts import check_interrupt
 from ..model.empty import like_parameter
 from ..model.quantizable_experts import weights_of
 from ..model.tensors import ModelTensor
@@ -76,6 +77,7 @@ class Assembly:
         edits: list[Edit] = []
         tensors: dict[int, torch.Tensor | None] = {}
         for planned in self._plan.tensors:
+            check_interrupt()
             value = self._value(planned)
             for name in planned.tensor.names:
                 path, _, leaf = name.rpartition(".")

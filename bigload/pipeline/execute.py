@@ -202,6 +202,7 @@ def _feed(task: ReadTask, tensor: torch.Tensor) -> None:
     values = tensor.detach().contiguous().view(-1)
     step = max(1, slot_bytes() // tensor.dtype.itemsize // task.values_per_scale) * task.values_per_scale
     for begin in range(0, len(values), step):
+        check_interrupt()
         task.take(values[begin : begin + step].to(task.device), begin)
     task.arrived(len(values))
 

@@ -13,7 +13,6 @@ import torch
 
 from ..errors import import_optional
 from ..hardware.devices import current_gpu
-from ..hardware.interrupts import immediate_interrupts
 
 
 @functools.cache
@@ -27,8 +26,7 @@ def library() -> Any:
     level = cpu_log.level
     cpu_log.setLevel(logging.ERROR)  # it warns that an optional kernel of the hub is missing
     try:
-        with immediate_interrupts():
-            return import_optional("bitsandbytes", "pip install bitsandbytes")
+        return import_optional("bitsandbytes", "pip install bitsandbytes")
     finally:
         cpu_log.setLevel(level)
 

@@ -1,4 +1,4 @@
-"""Files that change, processes that are killed or work side by side, Ctrl-C at any moment, few descriptors."""
+"""Files that change, processes that are killed or work side by side, few descriptors."""
 
 import fcntl
 import os

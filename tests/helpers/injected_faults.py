@@ -9,6 +9,8 @@ import gc
 import io
 import os
 import shutil
+import signal
+import sys
 import tempfile
 import threading
 import traceback
@@ -31,7 +33,7 @@ from torch import nn
 
 from bigload import BigloadError, load_and_quantize_model, quantize_checkpoint, save_quantized_model
 from bigload.checkpoint.safetensors import read_header
-from bigload.hardware import pinned
+from bigload.hardware import interrupts, pinned
 from bigload.io import feed, ring, transfer
 from bigload.io.native_feed import NativeFeed
 from bigload.offload import weight_cache
@@ -134,6 +136,47 @@ class Fault:
             return original(*args, **kwargs)
 
         return counted
+
+
+class CtrlC:
+    """SIGINT after some time, wherever the main thread is then. Its test puts SIGALRM's handler back."""
+
+    edge, error, call, calls = "any moment", "Ctrl-C", 0, 0
+
+    def __init__(self, delay):
+        self.delay = delay
+
+    @contextmanager
+    def injected(self):
+        """Nothing here has to be undone where Ctrl-C keeps this from its end: the timer is over by then."""
+        signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.setitimer(signal.ITIMER_REAL, self.delay)
+        yield
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+class CtrlCAtPoint:
+    """SIGINT right before the n-th point where it is raised; 0 for none: points are counted only."""
+
+    edge, error = "each point", "Ctrl-C"
+
+    def __init__(self, call=0):
+        self.call, self.calls = call, 0
+
+    @contextmanager
+    def injected(self):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, module in list(sys.modules.items()):
+                if name.startswith("bigload.") and "check_interrupt" in vars(module) and module is not interrupts:
+                    patch.setattr(module, "check_interrupt", self._checked)
+            yield
+
+    def _checked(self):
+        if threading.current_thread() is threading.main_thread():
+            self.calls += 1
+            if self.calls == self.call:
+                signal.raise_signal(signal.SIGINT)
+        interrupts.check_interrupt()
 
 
 def is_clear(error, fault, job):
@@ -245,8 +288,8 @@ class Job:
     def settle(self):
         """Wait for what goes on in the background."""
 
-    def is_complete(self, expected):
-        """Whether all files are there that a run makes, and no others."""
+    def is_complete(self, subject, expected):
+        """Whether all is there that a run makes, and nothing else."""
         return False
 
     def clean(self, subject):
@@ -266,6 +309,35 @@ class Load(Job):
 
     def act(self, subject):
         return load_and_quantize_model(subject, self.mode, self.folder / "checkpoint", device_map="cpu")
+
+    def is_complete(self, subject, expected):
+        if "load_report" not in vars(subject):
+            return False
+        assert_same_bits(self.result(subject, subject), expected)
+        return True
+
+
+class LoadByC(Load):
+    """The same by the part in C."""
+
+    is_native = True
+
+
+class LoadIn16Bit(LoadByC):
+    """As it is stored."""
+
+    mode = "none"
+
+
+class LoadInPlace(Load):
+    """A model is quantized from its own weights."""
+
+    def subject(self):
+        torch.manual_seed(0)
+        return build()
+
+    def act(self, subject):
+        return load_and_quantize_model(subject, "int8", device_map="cpu")
 
 
 class LoadOntoLateGpu(Load):
@@ -346,7 +418,7 @@ class Save(Job):
     def result(self, subject, acted):
         return contents(self.folder / "saved")
 
-    def is_complete(self, expected):
+    def is_complete(self, subject, expected):
         others = [path.name for path in self.folder.glob(".*")]
         return not others and (self.folder / "saved").is_dir() and contents(self.folder / "saved") == expected
 
@@ -392,7 +464,7 @@ class Quantize(Job):
     def result(self, subject, acted):
         return contents(self.folder / "made")
 
-    def is_complete(self, expected):
+    def is_complete(self, subject, expected):
         return (self.folder / "made").is_dir() and contents(self.folder / "made") == expected
 
 
@@ -513,6 +585,8 @@ class ForwardOnGpu(Forward):
 
 # Those that need a GPU: a table of their own.
 GPU_JOBS = {"load onto a GPU": LoadOntoGpu, "forward streamed to a GPU": ForwardOnGpu}
+# Those that are tried with Ctrl-C alone.
+MORE_LOADS = {"load by C": LoadByC, "load in 16 bit": LoadIn16Bit, "load in place": LoadInPlace}
 JOBS = {
     "load": Load,
     "load onto a late GPU": LoadOntoLateGpu,
@@ -550,7 +624,7 @@ class Tries:
 
     def __init__(self, name, patch, folder):
         self.name = name
-        self.job = (JOBS | GPU_JOBS)[name](folder, patch)
+        self.job = (JOBS | MORE_LOADS | GPU_JOBS)[name](folder, patch)
         for _ in range(2):  # what is made once per process is made now
             subject = self.job.subject()
             self.expected = self._copied(self.job.result(subject, self.job.act(subject)))
@@ -563,7 +637,11 @@ class Tries:
 
     def calls(self, edge, error):
         """Count the calls of an edge in a run without a fault."""
-        subject, fault = self.job.subject(), Fault(edge, error)
+        return self.calls_of(Fault(edge, error))
+
+    def calls_of(self, fault):
+        """Count what a fault counts, in a run that meets none."""
+        subject = self.job.subject()
         with fault.injected():
             self.job.act(subject)
         self.job.clean(subject)
@@ -578,7 +656,11 @@ class Tries:
         Raises:
             AssertionError: something is not as it was, or not what it is to be.
         """
-        job, fault = self.job, Fault(edge, error, call)
+        return self.run_with(Fault(edge, error, call))
+
+    def run_with(self, fault):
+        """Do what `run` does, with a fault of any kind."""
+        job = self.job
         subject = job.subject()
         files, held, mappings = job.left(), open_and_running(), len(_mappings)
         seen = job.seen(subject)
@@ -589,19 +671,21 @@ class Tries:
         except BaseException as error_met:
             raised, where = error_met, "".join(traceback.format_tb(error_met.__traceback__)[-6:])
         job.settle()
-        if error == DEVICE and edge in ("event_record", "event_query"):
+        if fault.error == DEVICE and fault.edge in ("event_record", "event_query"):
             job.let_go()
         if raised is not None:
             self._without_frames(raised)
             assert is_clear(raised, fault, job), f"not clear: {raised!r}\n{where}"
             assert not open_and_running() - held, open_and_running() - held
-            assert job.seen(subject) == seen, "the model is not as it was"
+            is_complete = fault.error == "Ctrl-C" and job.is_complete(subject, self.expected)
+            assert is_complete or job.seen(subject) == seen, "the model is not as it was"
             assert not feed._abandoned, "a feed was left alone"
             if len(_mappings) > mappings:
                 gc.collect()
             assert len(_mappings) <= mappings, "host memory is still held"
-            if error == "Ctrl-C" and job.is_complete(self.expected):
-                job.subject()  # it came when all was done, but for the return
+            if is_complete:  # it came when all was done, but for the return
+                job.clean(subject)
+                subject = job.subject()
             else:
                 left = job.left()
                 assert left == files, sorted(left.keys() ^ files.keys()) or "files are not as they were"
@@ -611,7 +695,7 @@ class Tries:
         job.clean(subject)
         job.settle()
         assert not open_and_running() - held, open_and_running() - held
-        return "refused" if raised is not None else "right" if fault.calls >= call else "not met"
+        return "refused" if raised is not None else "right" if fault.calls >= fault.call else "not met"
 
     def _check_result(self, subject, acted):
         found = self.job.result(subject, acted)
