@@ -34,7 +34,7 @@ def test_source_archive_has_all_that_a_checkout_has_and_the_wheel_the_package_an
     installed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     compiled = {"bigload/io/_feed.abi3.so"} if shutil.which("gcc") else set()
     assert installed == {name for name in names if name.startswith("bigload/") and not name.endswith(".c")} | compiled
-    assert ("-cp310-abi3-" in wheel.name) == bool(compiled)
+    assert "-cp310-abi3-" in wheel.name  # with the part in C, or where that could not be built
     (info,) = (name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".dist-info/METADATA"))
     shown = zipfile.ZipFile(wheel).read(info).decode()
     assert "Load PyTorch models that are larger than your GPU" in shown
