@@ -194,8 +194,9 @@ def no_file_stays_open():
 
 
 def _open_on_disk():
-    """Return what is open of temporary files: libraries keep files of their own open."""
-    return {path for _, path in open_files() if path.startswith(f"{tempfile.gettempdir()}/")}
+    """Return what is open of temporary files: libraries keep files of their own open, which may lie there as well."""
+    found = {path for _, path in open_files() if path.startswith(f"{tempfile.gettempdir()}/")}
+    return {path for path in found if not path.startswith(f"{sys.prefix}/")}
 
 
 @pytest.fixture(autouse=True, scope="session")
