@@ -76,14 +76,16 @@ def test_a_system_without_memory_for_it_is_an_error_and_the_next_read_is_right(e
 
 def test_a_file_system_that_hangs_is_left_alone(entry, tiny_threads, monkeypatch, caplog):
     """Its threads end when it answers; what they may write to until then is kept."""
-    read, answers = os.preadv, threading.Event()
+    read, hangs, answers = os.preadv, threading.Event(), threading.Event()
 
     def hanging(descriptor, buffers, offset):
         if offset > entry.offset + 4000:
+            hangs.set()
             answers.wait()
         return read(descriptor, buffers, offset)
 
     def interrupted(count):
+        assert hangs.wait(60)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(feed, "END_S", 0.2)
