@@ -9,11 +9,11 @@ from checkpoints import offloaded
 from comparisons import assert_same_bits, outputs, state_of
 from packaging.version import Version
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from scaled import as_exponents, in_fp8, in_mxfp4, in_rows
 from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
-from bigload import ConfigError, init_empty_weights, load_and_quantize_model, quantize_checkpoint
+from bigload import CheckpointError, ConfigError, init_empty_weights, load_and_quantize_model, quantize_checkpoint
 from bigload.io import transfer
 from bigload.quantization.saved_experts import quantized_experts
 
@@ -86,6 +86,16 @@ def test_experts_that_follow_each_other_are_read_as_one_weight(tmp_path, monkeyp
     load_and_quantize_model(built(folder), "nf4", folder, device_map="cpu")
     scaled = [task.tensor.shape for task in read if "_proj_" in task.tensor.name and task.tensor.dtype == torch.uint8]
     assert len(scaled) == 2 * 2 * 2  # numbers and scales, of two stacks in two layers
+
+
+def test_damaged_scales_are_named_though_experts_are_read_as_one_weight(tmp_path, device):
+    folder = saved("qwen3-moe", tmp_path)
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    state["model.layers.0.mlp.experts.3.up_proj.weight_scale_inv"][0, 0] = torch.inf
+    save_file(state, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"experts\.3\.up_proj\.weight': stored with scales that are not finite"):
+        load_and_quantize_model(built(folder), "nf4", folder, device_map=device)
 
 
 FORMS = {

@@ -103,12 +103,14 @@ def scaled_tensor(
 
 def joined(parts: Sequence[ScaledTensor]) -> ScaledTensor:
     """Return matrices that follow each other (see `follows`) as one weight, (E, rows, columns)."""
-    first = parts[0]
+    first, last = parts[0], parts[-1]
     if len(parts) == 1:
         return first
-    numbers, scales = (_run([getattr(part, name) for part in parts]) for name in ("numbers", "scales"))
+    # Of experts of one weight the name is the same; else an error about the scales must not name the first one alone.
+    name = first.name if first.name == last.name else f"{first.name} to {last.name}"
+    numbers, scales = (_run([getattr(part, each) for part in parts]) for each in ("numbers", "scales"))
     shape = (len(parts), *first.shape)
-    whole = scaled_tensor(first.name, first.kind, numbers, scales, shape, first.block, rank=first.rank)
+    whole = scaled_tensor(name, first.kind, numbers, scales, shape, first.block, rank=first.rank)
     return whole.in_dtype(first.dtype)
 
 
