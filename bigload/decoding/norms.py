@@ -123,7 +123,8 @@ class Norms:
     @contextmanager
     def captured(self) -> Iterator[None]:
         """Have a step that is captured launch the kernel."""
-        with _replaced({module: self._fusing(module) for module in self._all}):
+        own = [module for module in self._all if "forward" not in vars(module)]  # the others were changed meanwhile
+        with _replaced({module: self._fusing(module) for module in own}):
             yield
 
     def _fusing(self, module: Any) -> Callable[..., Any]:

@@ -165,3 +165,17 @@ def test_the_kernel_gives_the_bits_of_torch(rows, width, dtype):
     for magnitude in (1e-3, 1.0, 100.0):
         x = torch.randn(1, rows, width, generator=draw, device="cuda").mul_(magnitude).to(dtype)
         assert equal(fused_norm(x, weight, 1e-6, order_of(rows, width)), by_torch(x, weight, 1e-6, None))
+
+
+def test_a_forward_that_a_norm_has_got_since_it_was_noted_is_kept(launched, device):
+    model = Net().to(device)
+    fused, x = Norms(model), torch.randn(1, 64, dtype=torch.bfloat16, device=device)
+    with torch.no_grad():
+        with fused.noting():
+            model.step(x)
+        launched.clear()
+        model.two.forward = torch.zeros_like
+        with fused.captured():
+            assert not model.step(x).any()
+        assert len(launched) == 1  # the other norm
+        assert not model.step(x).any()
