@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError
-from ..hardware.interrupts import check_interrupt
+from ..hardware.interrupts import WAIT_S, check_interrupt
 from ..hardware.pinned import pinned_memory
 from ..io.ring import as_bytes
 from .record import layout_of
@@ -33,8 +33,6 @@ STEM = "model"  # of the names of files, as transformers has them
 _PART = re.compile(r"(?<![^.])(weight\..+|SCB|weight_format)$")
 # Steps that may wait for the disk at the same time; each keeps a file open.
 _MAX_WAITING = 4
-# Ctrl-C is noticed as often.
-_WAIT_S = 0.1
 # A file is synced to the disk after this many bytes, while more is written: the system alone would start much later.
 _SYNC_BYTES = 256 * 2**20
 # Bytes that are copied from a GPU at once.
@@ -326,7 +324,7 @@ class FsyncQueue(AbstractContextManager["FsyncQueue"]):
     def _wait_until(self, max_pending: int) -> None:
         while self._going and (len(self._going) > max_pending or self._going[0].done()):
             while not self._going[0].done():
-                wait(self._going, _WAIT_S, FIRST_COMPLETED)
+                wait(self._going, WAIT_S, FIRST_COMPLETED)
                 check_interrupt()
             self._going.popleft().result()
 

@@ -114,7 +114,7 @@ class Norms:
                 if kind not in self._known:
                     self._known[kind] = _order_that_gives_its_bits(own, module, x)
                 order = self._known[kind]
-                if order is not None and _same(fused_norm(x, module.weight, _epsilon(module), order), found):
+                if order is not None and _same(_by_kernel(module, x, order), found):
                     self._fused[id(module), key] = order
             return found
 
@@ -135,7 +135,7 @@ class Norms:
             order = self._fused.get((id(module), _key(args[0]))) if is_one else None
             if order is None:
                 return own(*args, **kwargs)
-            return fused_norm(args[0], module.weight, _epsilon(module), order)
+            return _by_kernel(module, args[0], order)
 
         return fusing
 
@@ -153,9 +153,15 @@ def _is_norm(module: Any) -> bool:
     )
 
 
-def _epsilon(module: Any) -> float:
+def _epsilon(module: Any) -> float | None:
     found = (vars(module).get(name) for name in _EPSILONS)
-    return next((value for value in found if isinstance(value, float)), None)  # type: ignore[return-value]
+    return next((value for value in found if isinstance(value, float)), None)
+
+
+def _by_kernel(module: Any, x: torch.Tensor, order: Order) -> torch.Tensor:
+    eps = _epsilon(module)
+    assert eps is not None
+    return fused_norm(x, module.weight, eps, order)
 
 
 def _key(x: torch.Tensor) -> Any:
@@ -180,12 +186,12 @@ def _suits(x: Any, weight: torch.Tensor, found: Any) -> bool:
 def _order_that_gives_its_bits(own: Callable[..., torch.Tensor], module: Any, x: torch.Tensor) -> Order | None:
     """Try rows of several magnitudes, as many as there are."""
     order = order_of(x.numel() // x.shape[-1], x.shape[-1])
-    if order is None or not _runs(partial(fused_norm, x, module.weight, _epsilon(module), order)):
+    if order is None or not _runs(partial(_by_kernel, module, x, order)):
         return None
     draw = torch.Generator(x.device).manual_seed(0)
     for magnitude in (1.0, 1e-3, 30.0):
         rows = torch.randn(x.shape, generator=draw, device=x.device).mul_(magnitude).to(x.dtype)
-        if not _same(fused_norm(rows, module.weight, _epsilon(module), order), own(rows)):
+        if not _same(_by_kernel(module, rows, order), own(rows)):
             return None
     return order
 

@@ -14,6 +14,8 @@ from contextlib import ContextDecorator
 from types import FrameType
 from typing import Any
 
+# A wait looks as often whether Ctrl-C was pressed, in seconds.
+WAIT_S = 0.1
 # What bigload does between two points takes less, unless something hangs: a file system, a library, the network.
 PATIENCE_S = 2.0
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..hardware.interrupts import check_interrupt
+from ..hardware.interrupts import WAIT_S, check_interrupt
 from . import feed
 from .feed import Feed, Lane
 from .program import Batch
@@ -24,8 +24,6 @@ _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 _ERROR_READ, _ERROR_ENDED = 1, 2
 # What is read at once on its way to a GPU: little, so that the first copy begins early.
 _READ_BYTES = 4 * 2**20
-# Ctrl-C is noticed as often.
-_WAIT_MS = 100
 # CUDA's driver's, in the order of `feed_functions`.
 _DRIVER = (
     "cuCtxSetCurrent",
@@ -159,7 +157,7 @@ class NativeFeed(Feed):
     def batches(self) -> Iterator[Batch]:
         state, known, batches = _State(), 0, self._program.batches
         while known < len(batches):
-            self._library.wait(self._feed, known, _WAIT_MS, ctypes.byref(state))
+            self._library.wait(self._feed, known, int(1000 * WAIT_S), ctypes.byref(state))
             check_interrupt()
             if state.error:
                 raise self._error_of(state)

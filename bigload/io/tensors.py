@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,23 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+
+
+def follows(last: StoredTensor, other: StoredTensor) -> bool:
+    """Whether the bytes of a tensor lie right after those of another one of the same dtype."""
+    return (last.file, last.dtype, last.offset + last.nbytes) == (other.file, other.dtype, other.offset)
+
+
+def joined(parts: Sequence[StoredTensor]) -> StoredTensor:
+    """Return tensors that follow each other as one, flat."""
+    first, nbytes = parts[0], sum(part.nbytes for part in parts)
+    name, shape = joined_name(first.name, parts[-1].name), (nbytes // first.dtype.itemsize,)
+    return StoredTensor(name, first.file, first.dtype, shape, first.offset, nbytes)
+
+
+def joined_name(first: str, last: str) -> str:
+    """Return what several are called in messages; parts of one tensor have one name."""
+    return first if first == last else f"{first} to {last}"
 
 
 @dataclass(frozen=True)

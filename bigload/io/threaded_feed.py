@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..hardware.interrupts import check_interrupt
+from ..hardware.interrupts import WAIT_S, check_interrupt
 from . import feed
 from .feed import Feed, Lane, Resources
 from .program import Batch, Program
@@ -23,8 +23,6 @@ logger = logging.getLogger(__name__)
 
 # What is read at once into homes. After each read a thread waits for the interpreter's lock, so it is much.
 _READ_BYTES = 16 * 2**20
-# Ctrl-C is noticed as often, whichever thread the system tells of it.
-_WAIT_S = 0.1
 # Every system's preadv takes as many buffers.
 _MAX_BUFFERS = 1000
 
@@ -79,7 +77,7 @@ class ThreadedFeed(Feed):
         while known < len(batches):
             with self._news:
                 while self._complete == known and self._error is None:
-                    self._news.wait(_WAIT_S)
+                    self._news.wait(WAIT_S)
                     check_interrupt()
                 complete, error = self._complete, self._error
             if error is not None:

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from ..checkpoint.bitsandbytes import QuantizedTensor
-from ..checkpoint.scaled.tensor import ScaledTensor, follows, joined
+from ..checkpoint.scaled.tensor import ScaledTensor, follows_scaled, joined_scaled
 from ..hardware.allocation import allocate
 from ..io.program import ReadTask
 from ..io.ring import slot_bytes
-from ..io.tensors import LazyTensor, StoredTensor
+from ..io.tensors import LazyTensor, StoredTensor, follows, joined
 from ..planning.planned_tensors import PlannedTensor, run_of
 from ..planning.sources import Source
 from ..quantization.formats import FourBit, Int8
@@ -227,23 +227,15 @@ def _joined(runs: list[tuple[int, StoredTensor]]) -> list[tuple[int, StoredTenso
 
 def _follows(last: StoredTensor, other: StoredTensor) -> bool:
     if isinstance(last, ScaledTensor) and isinstance(other, ScaledTensor):
-        return follows(last, other)
-    return (
-        type(last) is type(other) is StoredTensor
-        and (last.file, last.dtype) == (other.file, other.dtype)
-        and last.offset + last.nbytes == other.offset
-    )
+        return follows_scaled(last, other)
+    return type(last) is type(other) is StoredTensor and follows(last, other)
 
 
 def _as_one(parts: list[StoredTensor]) -> StoredTensor:
-    first, last = parts[0], parts[-1]
     if len(parts) == 1:
-        return first
-    if isinstance(first, ScaledTensor):
-        return joined([part for part in parts if isinstance(part, ScaledTensor)])
-    nbytes = sum(part.nbytes for part in parts)
-    shape = (nbytes // first.dtype.itemsize,)
-    return StoredTensor(f"{first.name} to {last.name}", first.file, first.dtype, shape, first.offset, nbytes)
+        return parts[0]
+    scaled = [part for part in parts if isinstance(part, ScaledTensor)]
+    return joined_scaled(scaled) if scaled else joined(parts)
 
 
 def copy_into(values: torch.Tensor, source: Source) -> ReadTask:

@@ -10,14 +10,11 @@ import argparse
 import gc
 import itertools
 import json
-import logging
-import os
 import random
 import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -149,8 +146,8 @@ def _devices(names: str) -> list[Any]:
 
 
 if __name__ == "__main__":
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     sys.path[:0] = [str(HERE), str(HERE.parent / "helpers")]
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
+    from by_hand import be_quiet
+
+    be_quiet()
     main()

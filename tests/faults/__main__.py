@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import os
 import sys
 import time
-import warnings
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -107,8 +104,8 @@ def table(results: dict) -> list[str]:
 
 
 if __name__ == "__main__":
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     sys.path[:0] = [str(HERE.parent / "helpers")]
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
+    from by_hand import be_quiet
+
+    be_quiet()
     main()

@@ -41,6 +41,24 @@ def command():
     return module
 
 
+@pytest.mark.parametrize(("calls", "most", "chosen"), [(0, 4, []), (3, 4, [1, 2, 3]), (10, 4, [1, 4, 7, 10])])
+def test_calls_of_an_edge_are_spread_evenly(calls, most, chosen):
+    assert command().chosen(calls, most) == chosen
+
+
+def test_most_calls_of_an_edge_are_asked_for_on_the_command_line(monkeypatch, tmp_path):
+    asked = command()
+    monkeypatch.setattr("sys.argv", ["faults", "--job", "save", "--most", "1", "--out", str(tmp_path / "few.json")])
+    with pytest.raises(SystemExit) as ended:
+        asked.main()
+    assert ended.value.code == 0
+    few, all_of_them = json.loads((tmp_path / "few.json").read_text()), json.loads(RESULT.read_text())
+    rows = {(row["job"], row["edge"], row["error"]): sum(row["outcomes"].values()) for row in few["rows"]}
+    assert set(rows.values()) <= {1, 2}  # the first and the last
+    known = {(row["job"], row["edge"], row["error"]) for row in all_of_them["rows"] if row["job"] == "save"}
+    assert set(rows) == known
+
+
 def test_table_of_the_docs_is_that_of_the_result():
     results = json.loads(RESULT.read_text())
     page = (ROOT / "docs/reliability.md").read_text()

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import os
 import random
 import resource
 import signal
@@ -17,7 +15,6 @@ import sys
 import tempfile
 import time
 import traceback
-import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -87,8 +84,8 @@ def _go_on(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     sys.path[:0] = [str(HERE.parent / "helpers")]
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
+    from by_hand import be_quiet
+
+    be_quiet()
     main()

@@ -468,22 +468,25 @@ class Quantize(Job):
         return (self.folder / "made").is_dir() and contents(self.folder / "made") == expected
 
 
+BLOCKS = [f"transformer.h.{number}" for number in range(4)]
+
+
 class Forward(Job):
     """A forward of a model of which four blocks and the embedding are on the disk."""
 
     is_forward = True
+    device, away = torch.device("cpu"), [*BLOCKS, "transformer.wte"]
 
     def prepare(self):
-        save_checkpoint(build(4), self.folder / "checkpoint", dtype=torch.bfloat16)
-        away = [f"transformer.h.{number}" for number in range(4)] + ["transformer.wte"]
-        cpu = torch.device("cpu")
-        self.model = offloaded(lambda: build(4), self.folder / "checkpoint", cpu, away, self.folder / "kept").eval()
+        checkpoint = save_checkpoint(build(4), self.folder / "checkpoint", dtype=torch.bfloat16)
+        kept = self.folder / "kept"
+        self.model = offloaded(lambda: build(4), checkpoint, self.device, self.away, kept).eval()
         with torch.no_grad():
             self.model(self.inputs)
 
     @property
     def inputs(self):
-        return tokens("cpu") % 32
+        return tokens(self.device) % 32
 
     def subject(self):
         return self.model
@@ -566,17 +569,7 @@ class LoadOntoGpu(Load):
 class ForwardOnGpu(Forward):
     """A forward on a GPU of a model of which four blocks are in host memory."""
 
-    def prepare(self):
-        save_checkpoint(build(4), self.folder / "checkpoint", dtype=torch.bfloat16)
-        away = [f"transformer.h.{number}" for number in range(4)]
-        gpu = torch.device("cuda", 0)
-        self.model = offloaded(lambda: build(4), self.folder / "checkpoint", gpu, away, self.folder / "kept").eval()
-        with torch.no_grad():
-            self.model(self.inputs)
-
-    @property
-    def inputs(self):
-        return tokens("cuda") % 32
+    device, away = torch.device("cuda", 0), BLOCKS
 
     def settle(self):
         super().settle()

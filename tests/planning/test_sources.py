@@ -396,12 +396,16 @@ def test_tied_weight_that_differs_only_at_its_end_is_a_warning(tmp_path, caplog)
     assert "different values" in caplog.text
 
 
+def small_mixtral(size):
+    sizes = {"vocab_size": 32, "hidden_size": size, "intermediate_size": size, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    return empty(MixtralForCausalLM, MixtralConfig(**sizes, **heads, num_local_experts=2))
+
+
 @pytest.mark.parametrize(("mode", "size"), [("int8", 64), ("nf4", 4), ("nf4-dq", 4), ("fp4", 4)])
 def test_quantized_experts_that_cannot_be_joined_are_refused_by_both_names(tmp_path, mode, size):
     """Rows of int8 could be, but there is no kernel; in 4 bit a block of scales would hold values of two experts."""
-    sizes = {"vocab_size": 32, "hidden_size": size, "intermediate_size": size, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    model = empty(MixtralForCausalLM, MixtralConfig(**sizes, **heads, num_local_experts=2))
+    model = small_mixtral(size)
     state = {}
     for expert in (0, 1):
         for part in ("w1", "w2", "w3"):
@@ -418,9 +422,7 @@ def test_quantized_experts_that_cannot_be_joined_are_refused_by_both_names(tmp_p
 
 @pytest.mark.parametrize("odd", ["plain", "of another shape"])
 def test_experts_of_which_one_is_stored_otherwise_are_not_joined(tmp_path, odd):
-    sizes = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    model = empty(MixtralForCausalLM, MixtralConfig(**sizes, **heads, num_local_experts=2))
+    model = small_mixtral(64)
     state = {}
     for expert in (0, 1):
         for part in ("w1", "w2", "w3"):

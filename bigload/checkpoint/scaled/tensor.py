@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ...errors import CheckpointError
-from ...io.tensors import LazyTensor, StoredTensor, read_whole
+from ...errors import CheckpointError, listed
+from ...io.tensors import LazyTensor, StoredTensor, follows, joined, joined_name, read_whole
 from .values import RowValues, largest_scale
 
 # Values that are computed at once: on the CPU so that they stay in the cache, on a GPU so that they need little memory.
@@ -101,34 +101,23 @@ def scaled_tensor(
     )
 
 
-def joined(parts: Sequence[ScaledTensor]) -> ScaledTensor:
-    """Return matrices that follow each other (see `follows`) as one weight, (E, rows, columns)."""
+def joined_scaled(parts: Sequence[ScaledTensor]) -> ScaledTensor:
+    """Return matrices that follow each other (see `follows_scaled`) as one weight, (E, rows, columns)."""
     first, last = parts[0], parts[-1]
-    if len(parts) == 1:
-        return first
-    # Of experts of one weight the name is the same; else an error about the scales must not name the first one alone.
-    name = first.name if first.name == last.name else f"{first.name} to {last.name}"
-    numbers, scales = (_run([getattr(part, each) for part in parts]) for each in ("numbers", "scales"))
-    shape = (len(parts), *first.shape)
+    numbers, scales = joined([part.numbers for part in parts]), joined([part.scales for part in parts])
+    name, shape = joined_name(first.name, last.name), (len(parts), *first.shape)
     whole = scaled_tensor(name, first.kind, numbers, scales, shape, first.block, rank=first.rank)
     return whole.in_dtype(first.dtype)
 
 
-def follows(last: ScaledTensor, other: ScaledTensor) -> bool:
+def follows_scaled(last: ScaledTensor, other: ScaledTensor) -> bool:
     """Whether a matrix has its numbers and scales in the file right after those of another one of the same kind."""
-    pairs = (last.numbers, other.numbers), (last.scales, other.scales)
     return (
         len(last.shape) == 2
         and (last.kind, last.shape, last.block, last.dtype) == (other.kind, other.shape, other.block, other.dtype)
-        and all(
-            (one.file, one.dtype, one.offset + one.nbytes) == (two.file, two.dtype, two.offset) for one, two in pairs
-        )
+        and follows(last.numbers, other.numbers)
+        and follows(last.scales, other.scales)
     )
-
-
-def _run(tensors: Sequence[StoredTensor]) -> StoredTensor:
-    nbytes = sum(tensor.nbytes for tensor in tensors)
-    return replace(tensors[0], shape=(nbytes // tensors[0].dtype.itemsize,), nbytes=nbytes)
 
 
 def _divided(tensor: StoredTensor, count: int) -> list[StoredTensor]:
@@ -152,5 +141,6 @@ def _values(
 
 def not_finite(names: Sequence[str]) -> CheckpointError:
     """Return the error for weights with scales that are infinite or not a number."""
-    shown = ", ".join(f"'{name}'" for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    return CheckpointError(f"{shown}: stored with scales that are not finite: the file is damaged; download it again")
+    return CheckpointError(
+        f"{listed(names, 5)}: stored with scales that are not finite: the file is damaged; download it again"
+    )

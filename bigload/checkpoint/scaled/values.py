@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Sequence
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 
@@ -22,6 +23,7 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _SMALLEST = 0x00400000
 # Values that a program of the kernel computes.
 _PER_PROGRAM = 1024
+_Rows = TypeVar("_Rows", int, torch.Tensor)
 
 
 class RowValues:
@@ -66,11 +68,10 @@ class RowValues:
         are_whole = not any(number % self._height for number in (self._rows, first, count))
         if begin == end or are_whole:
             return some
-        row = torch.arange(first, last + 1, device=lines.device)
-        line = row // self._rows * self._down + row % self._rows // self._height
+        line = self._line(torch.arange(first, last + 1, device=lines.device))
         return torch.index_select(some, 0, line - begin)
 
-    def _line(self, row: int) -> int:
+    def _line(self, row: _Rows) -> _Rows:
         return row // self._rows * self._down + row % self._rows // self._height
 
     def _by_kernel(self, numbers: torch.Tensor, first: int, count: int, dtype: torch.dtype) -> torch.Tensor:
