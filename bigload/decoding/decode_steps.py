@@ -206,6 +206,9 @@ class DecodeSteps(MethodOverride):
                 kind.reason = str(error)
                 is_full = isinstance(error.__cause__, torch.OutOfMemoryError)
                 return self._leave(kind.reason, None if is_full else call)
+        if step is None:  # another thread uses offloaded weights on the device, so that no graph could be replayed
+            self._uncaptured += 1
+            return _UNCAPTURED
         kind.steps.remove(step)
         kind.steps.append(step)
         return self._replay(step, call, state)
@@ -285,7 +288,11 @@ class DecodeSteps(MethodOverride):
             for step in kind.steps:
                 self._drop(step)
 
-    def _capture(self, kind: _Kind, key: Any, call: Call, state: CacheState) -> CapturedStep:
+    def _capture(self, kind: _Kind, key: Any, call: Call, state: CacheState) -> CapturedStep | None:
+        with self._offload.held():
+            return self._captured(kind, key, call, state) if self._offload.are_slots_free() else None
+
+    def _captured(self, kind: _Kind, key: Any, call: Call, state: CacheState) -> CapturedStep:
         kept = [(other, step) for other in self._kinds.values() for step in other.steps]
         kept.sort(key=lambda each: not each[1].is_left)  # first those whose cache is no more
         for other, old in kept[: max(0, len(kept) - self._max_graphs + 1)]:
@@ -296,8 +303,7 @@ class DecodeSteps(MethodOverride):
         assert kind.lookups is not None
         assert kind.norms is not None
         run = self._offload.captured(partial(self._own_for_a_graph, kind.norms))
-        with self._offload.held():
-            step = CapturedStep(key, call, state, place, kind.lookups, run, self._graphs)
+        step = CapturedStep(key, call, state, place, kind.lookups, run, self._graphs)
         kind.steps.append(step)
         self._captures += 1
         self._capture_s += step.seconds

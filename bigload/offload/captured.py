@@ -111,6 +111,10 @@ class CapturedOffload:
 
         return captured
 
+    def are_slots_free(self) -> bool:
+        """Whether no call uses a slot that a replay would begin with. To be asked within `held`."""
+        return all(copies is None or copies.are_slots_free() for copies in self._pools.values())
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keep other threads' calls out while a graph is captured or replayed, and order it after theirs."""

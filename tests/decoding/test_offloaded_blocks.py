@@ -249,6 +249,19 @@ def test_threads_that_use_offloaded_weights_take_turns(loaded, device, captures)
     assert capture.stats().replayed + capture.stats().uncaptured == 30
 
 
+def test_no_step_is_captured_while_a_call_uses_a_slot(loaded, device, captures):
+    model = loaded()
+    expected = decoded(model)
+    engine = stream(model, device, range(LAYERS), 2)
+    capture = capture_decode(model)
+    with engine.materialize(model.model.layers[2]):
+        assert torch.equal(decoded(model), expected)
+    assert (capture.stats().captures, capture.stats().replayed, capture.stats().uncaptured) == (0, 0, 6)
+    assert torch.equal(decoded(model), expected)
+    assert (capture.stats().captures, capture.stats().replayed) == (1, 5)  # the slots are others now
+    assert not capture.stats().reasons
+
+
 def test_an_offloaded_weight_that_cannot_be_used_is_the_error_of_the_step(loaded, device, captures):
     model = loaded()
     expected = decoded(model)

@@ -114,6 +114,10 @@ class CapturedCopies:
                 torch.cuda.current_stream(self._device).wait_event(ready)
         self._ready.clear()
 
+    def are_slots_free(self) -> bool:
+        """Whether no call uses a slot. The caller holds the lock of the pool."""
+        return not any(slot.users for slot in self.slots)
+
     def is_same(self, slots: Sequence[Slot]) -> bool:
         """Whether the groups and the slots are where they were."""
         stores = (group.store is store for group, store in zip(self.order, self._stores, strict=True))

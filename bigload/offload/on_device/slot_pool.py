@@ -174,7 +174,7 @@ class SlotPool(NonCopyable):
         Raises:
             torch.OutOfMemoryError: the device has no room.
         """
-        if any(slot.users for slot in copies.slots):
+        if not copies.are_slots_free():
             return False
         for slot, group in copies.first():
             if slot.store is not group.store or self.copier.has_failed(slot):
