@@ -20,9 +20,12 @@ _ASKING = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEnco
 
 def constants_in_graph(model: nn.Module, device: torch.device) -> AbstractContextManager[Any]:
     """Return what lets a step of a model be captured with its constants, where that changes nothing else of it."""
-    if any(isinstance(module, _ASKING) for module in model.modules()):
-        return nullcontext()
-    return ConstantsInGraph(device)
+    return nullcontext() if asks_for_modes(model) else ConstantsInGraph(device)
+
+
+def asks_for_modes(model: nn.Module) -> bool:
+    """Whether a module of a model computes in another way where a mode of torch's functions is on."""
+    return any(isinstance(module, _ASKING) for module in model.modules())
 
 
 class ConstantsInGraph(TorchFunctionMode):

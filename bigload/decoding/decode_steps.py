@@ -19,11 +19,11 @@ from ..offload.leaves import MethodOverride
 from .cache_state import CacheState
 from .calls import Call, caches_in, first_difference, tokens_of
 from .constants import constants_in_graph
+from .fused.fusions import Fusions
 from .graphs import Graphs
 from .lookups import Lookups
 from .masks import deferring, made
 from .model_state import HeldTensors, ModelState
-from .norms import Norms
 from .obstacles import obstacle_now, obstacle_of, obstacle_of_rows
 from .steps import CachePlace, CapturedStep, NotCapturedError, problem_of
 
@@ -69,13 +69,13 @@ class _Kind:
     Attributes:
         reason: why they cannot be captured.
         lookups: what they look up on the CPU; None if they cannot be captured.
-        norms: those that are computed by one kernel.
+        fusions: what of them takes fewer kernels.
         steps: the graphs, those used last at the end.
     """
 
     reason: str | None = None
     lookups: Lookups | None = None
-    norms: Norms | None = None
+    fusions: Fusions | None = None
     steps: list[CapturedStep] = field(default_factory=list)
 
 
@@ -243,7 +243,7 @@ class DecodeSteps(MethodOverride):
             return self._leave(reason)
         self._note_new(key)
         before, written, held = state.snapshot(), _Versions(call.tensors), HeldTensors(self.module)
-        lookups, norms = Lookups(self.module), Norms(self.module)
+        lookups, fusions = Lookups(self.module), Fusions(self.module)
         asked: list[str] = []
         done = False
         try:
@@ -251,7 +251,7 @@ class DecodeSteps(MethodOverride):
                 self._offload.noting(),
                 self._graphs.warming_up(),
                 lookups.noting(call),
-                norms.noting(),
+                fusions.noting(),
                 state.watched() as asked,
             ):
                 out = self.own(*args, **made(kwargs))
@@ -266,7 +266,7 @@ class DecodeSteps(MethodOverride):
         reason = reason or lookups.reason or held.change() or problem_of(state, before, asked)
         if reason is not None:
             self._makes_masks_as_before(call)
-        self._remember(key, state, _Kind(reason, lookups, norms))
+        self._remember(key, state, _Kind(reason, lookups, fusions))
         return out
 
     def _reason_of(self, call: Call, tokens: torch.Tensor | None) -> str | None:
@@ -301,16 +301,16 @@ class DecodeSteps(MethodOverride):
         places, tensors = (step.place for other in self._kinds.values() for step in other.steps), state.tensors()
         place = next((each for each in places if each.overlaps(tensors)), None) or CachePlace(tensors, state)
         assert kind.lookups is not None
-        assert kind.norms is not None
-        run = self._offload.captured(partial(self._own_for_a_graph, kind.norms))
+        assert kind.fusions is not None
+        run = self._offload.captured(partial(self._own_for_a_graph, kind.fusions))
         step = CapturedStep(key, call, state, place, kind.lookups, run, self._graphs)
         kind.steps.append(step)
         self._captures += 1
         self._capture_s += step.seconds
         return step
 
-    def _own_for_a_graph(self, norms: Norms, *args: Any, **kwargs: Any) -> Any:
-        with constants_in_graph(self.module, self._device), norms.captured():
+    def _own_for_a_graph(self, fusions: Fusions, *args: Any, **kwargs: Any) -> Any:
+        with constants_in_graph(self.module, self._device), fusions.captured():
             return self.own(*args, **kwargs)
 
     def _drop(self, step: CapturedStep) -> None:

@@ -12,8 +12,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from bigload import capture_decode
-from bigload.decoding import norms
-from bigload.decoding.norms import Norms, Order, fused_norm, order_of
+from bigload.decoding.fused import norms
+from bigload.decoding.fused.norms import Norms, Order, fused_norm, order_of
 
 
 class Net(nn.Module):
@@ -44,7 +44,7 @@ def launched(device, monkeypatch):
         return own(x, weight, eps, order)
 
     if device.type == "cpu":
-        monkeypatch.setattr(norms, "runs_kernel", lambda device: True)
+        monkeypatch.setattr(norms, "runs_kernels", lambda device: True)
     monkeypatch.setattr(norms, "fused_norm", counted)
     return calls
 

@@ -9,7 +9,6 @@ four, into four sums, and adds those, then halves of the threads, then pairs of 
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,10 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..hardware.devices import current_gpu
-from ..hardware.triton_support import runs_on
-
-logger = logging.getLogger(__name__)
+from ...hardware.devices import current_gpu
+from .trials import has_bits_of, kernels, runs, runs_kernels
 
 # Of torch's kernel: threads of a block and a warp; values of a row from which each thread reads four at once.
 _BLOCK, _WARP, _FOURS_FROM = 512, 32, 129
@@ -70,7 +67,7 @@ def fused_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, order: Order) 
     halvings = max(0, (order.threads // _WARP).bit_length() - 1)
     pairings = min(order.threads, _WARP).bit_length() - 1
     with current_gpu(x.device):  # on which Triton launches
-        _kernels().rms_norm[(x.numel() // width,)](
+        kernels().rms_norm[(x.numel() // width,)](
             x,
             weight,
             out,
@@ -114,8 +111,11 @@ class Norms:
                 if kind not in self._known:
                     self._known[kind] = _order_that_gives_its_bits(own, module, x)
                 order = self._known[kind]
-                if order is not None and _same(_by_kernel(module, x, order), found):
+                if order is not None and has_bits_of(_by_kernel(module, x, order), found):
                     self._fused[id(module), key] = order
+                else:
+                    self._known[kind] = None  # if it is used once more
+                    self._fused.pop((id(module), key), None)
             return found
 
         return noting
@@ -179,34 +179,21 @@ def _suits(x: Any, weight: torch.Tensor, found: Any) -> bool:
         and x.is_contiguous()
         and weight.is_contiguous()
         and x.device == weight.device
-        and runs_kernel(x.device)
+        and runs_kernels(x.device)
     )
 
 
 def _order_that_gives_its_bits(own: Callable[..., torch.Tensor], module: Any, x: torch.Tensor) -> Order | None:
     """Try rows of several magnitudes, as many as there are."""
     order = order_of(x.numel() // x.shape[-1], x.shape[-1])
-    if order is None or not _runs(partial(_by_kernel, module, x, order)):
+    if order is None or not runs(partial(_by_kernel, module, x, order)):
         return None
     draw = torch.Generator(x.device).manual_seed(0)
     for magnitude in (1.0, 1e-3, 30.0):
         rows = torch.randn(x.shape, generator=draw, device=x.device).mul_(magnitude).to(x.dtype)
-        if not _same(_by_kernel(module, rows, order), own(rows)):
+        if not has_bits_of(_by_kernel(module, rows, order), own(rows)):
             return None
     return order
-
-
-def _runs(launch: Callable[[], object]) -> bool:
-    try:
-        launch()
-    except Exception as error:  # of Triton's compiler: a norm can always be computed by the model's own code
-        logger.debug("a norm is not fused: %s", error)
-        return False
-    return True
-
-
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.equal(one.view(torch.int16), other.view(torch.int16))
 
 
 @contextmanager
@@ -229,19 +216,3 @@ def _share(width: int) -> float:
 def _power_of_2(number: int) -> int:
     """Return the largest power of 2 that is not above a number from 1 on."""
     return 1 << (number.bit_length() - 1)
-
-
-@functools.cache
-def runs_kernel(device: torch.device) -> bool:
-    """Whether the kernel runs on a device, found out by running it."""
-    if device.type != "cuda":
-        return False
-    rows = torch.zeros(1, 32, dtype=torch.bfloat16, device=device)
-    return runs_on(device, lambda: fused_norm(rows, rows[0], 1e-6, Order(32, 1, False)))
-
-
-@functools.cache
-def _kernels() -> Any:
-    from ..quantization.kernels import norms
-
-    return norms
