@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from ..hardware.devices import current_gpu
-from ..hardware.triton_support import runs_on
+from ..hardware.triton_support import asks_again, runs_on
 
 logger = logging.getLogger(__name__)
 
@@ -231,6 +231,7 @@ def _power_of_2(number: int) -> int:
     return 1 << (number.bit_length() - 1)
 
 
+@asks_again
 @functools.cache
 def runs_kernel(device: torch.device) -> bool:
     """Whether the kernel runs on a device, found out by running it."""
