@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..hardware.triton_support import runs_on
+from ..hardware.triton_support import asks_again, runs_on
 from .formats import NESTED_BLOCKSIZE
 from .packed_experts import PackedExperts
 
@@ -48,6 +48,7 @@ def suits_kernels(weight: PackedExperts, dtype: torch.dtype) -> bool:
     )
 
 
+@asks_again
 @functools.cache
 def runs_kernels(device: torch.device) -> bool:
     """Whether Triton's kernels run on a GPU, found out by running one: without a C compiler, for one, they do not."""

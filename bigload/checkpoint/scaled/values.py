@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import torch
 
-from ...hardware.triton_support import runs_on
+from ...hardware.triton_support import asks_again, runs_on
 
 # The values of E2M1 by their 4 bits: OCP Microscaling Formats (MX) Specification 1.0, section 5.3.3.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -159,6 +159,7 @@ def _exponents(device: torch.device) -> torch.Tensor:
     return as_factors(torch.arange(256, dtype=torch.uint8, device="cpu")).to(device)
 
 
+@asks_again
 @functools.cache
 def runs_kernel(device: torch.device) -> bool:
     """Whether the kernel runs on a GPU, found out by running it; it is loaded then."""

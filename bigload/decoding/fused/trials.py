@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ...hardware.triton_support import runs_on
+from ...hardware.triton_support import asks_again, runs_on
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +22,7 @@ def kernels() -> Any:
     return kernels
 
 
+@asks_again
 @functools.cache
 def runs_kernels(device: torch.device) -> bool:
     """Whether the kernels run on a device, found out by running one."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ...hardware.devices import current_gpu
-from ...hardware.triton_support import runs_on
+from ...hardware.triton_support import asks_again, runs_on
 
 # Rows of an input: with more, as of a prompt, bitsandbytes' own product is faster, and its wait does not matter.
 MAX_ROWS = 32
@@ -127,6 +127,7 @@ def _in_float16(threshold: float) -> float:
     return float(torch.tensor(threshold, dtype=torch.float16, device="cpu"))
 
 
+@asks_again
 @functools.cache
 def _runs_kernels(device: torch.device) -> bool:
     """Whether Triton's kernels run on a GPU, found out by running them: without a C compiler, for one, they do not."""
