@@ -19,6 +19,7 @@ import bigload
 
 from .checkpoints import build
 from .files import shards, total_bytes, warm
+from .floors import read_and_copy_s
 from .host import watched_host
 from .limits import describe_machine
 from .offload import begin
@@ -63,6 +64,7 @@ def measure_distributed(
         **describe_machine(str(device), commit),
         "ranks": ranks,
         "mode": mode,
+        "floor_s": _floor_s(folder, device),
         "rows": [],
     }
     for way in ways:
@@ -129,6 +131,15 @@ def _trained(model: nn.Module, device: torch.device, tokens: tuple[int, int]) ->
     return row
 
 
+def _floor_s(folder: Path, device: torch.device) -> float | None:
+    """Return the seconds in which one process reads all files once and copies each byte to one of this host's GPUs."""
+    found: dict[str, float] = {}
+    if device.type == "cuda" and int(os.environ["LOCAL_RANK"]) == 0:
+        found = read_and_copy_s(shards(folder), int(os.environ["LOCAL_WORLD_SIZE"]))
+    dist.barrier()
+    return round(min(found.values()), 4) if found else None
+
+
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -155,6 +166,10 @@ def _mesh(device: torch.device) -> Any:
 
 
 def _shares(folder: Path, mode: str, device: torch.device) -> nn.Module:
+    return bigload.load_and_quantize_model(build(folder), mode, folder, mesh=_mesh(device), progress=False)
+
+
+def _shares_with_adapters(folder: Path, mode: str, device: torch.device) -> nn.Module:
     given = {"mesh": _mesh(device), "adapters": _adapted, "progress": False}
     return bigload.load_and_quantize_model(build(folder), mode, folder, **given)
 
@@ -198,12 +213,13 @@ def _accelerates_recipe(folder: Path, mode: str, device: torch.device) -> nn.Mod
 
 WAYS: dict[str, Callable[[Path, str, torch.device], nn.Module]] = {
     "bigload, shares": _shares,
+    "bigload, shares with adapters": _shares_with_adapters,
     "bigload, replicas": _replicas,
     "bigload, each loads all": _each_all,
     "transformers, each loads all": _transformers,
     "accelerate's recipe": _accelerates_recipe,
 }
-TRAINED = ("bigload, shares", "accelerate's recipe")
+TRAINED = ("bigload, shares with adapters", "accelerate's recipe")
 
 
 def joined(device: str | None) -> torch.device:

@@ -19,7 +19,9 @@ def test_each_way_has_a_row_and_what_cannot_be_done_says_why(alone, tmp_path, mo
     assert rows["impossible"] == {"error": "ZeroDivisionError: division by zero"}
     assert all(row["load_s"] > 0 for way, row in rows.items() if way != "impossible")
     for way in distributed.TRAINED:  # from the same adapters
-        assert rows[way]["losses"] == pytest.approx(rows["bigload, shares"]["losses"], abs=1e-3)  # in bfloat16
+        assert rows[way]["losses"] == pytest.approx(
+            rows["bigload, shares with adapters"]["losses"], abs=1e-3
+        )  # in bfloat16
         assert len(rows[way]["losses"]) == 2
     assert result["ranks"] == 1
 
