@@ -218,7 +218,7 @@ def test_a_function_that_a_file_has_got_since_it_was_noted_is_kept(device, launc
 
 
 def test_models_without_rotations_are_left_alone():
-    assert not Rotations(nn.Linear(2, 2))._files
+    assert not Rotations(nn.Sequential(nn.Linear(2, 2), torch.jit.script(nn.Linear(2, 2))))._files
     assert Rotations(llama())._files == [vars(modeling_llama)]
 
 

@@ -107,7 +107,8 @@ def _files_of(model: nn.Module) -> list[dict[str, Any]]:
     """Return the names of the files in which a module's forward calls a function that rotates."""
     found = {}
     for kind in {type(module) for module in model.modules()}:
-        forward = inspect.unwrap(kind.forward)
+        own: Any = getattr(kind, "forward", None)  # TorchScript's has none
+        forward = inspect.unwrap(own)
         if isinstance(forward, FunctionType) and NAME in forward.__code__.co_names and NAME in forward.__globals__:
             found[id(forward.__globals__)] = forward.__globals__
     return [*found.values()]
