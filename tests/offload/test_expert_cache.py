@@ -1,5 +1,6 @@
 """Experts that stay on the device compute what resident ones do: whatever has room, interrupted, in threads."""
 
+import contextlib
 import copy
 import random
 import signal
@@ -8,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import lazy_gpu
 import pytest
 import torch
 from experts import made, pack, routed
@@ -32,19 +34,27 @@ KINDS = [("qwen3", "nf4"), ("gpt_oss", "nf4-dq"), ("nemotron", "nf4-dq"), ("gpt_
 KEPT: list[Engine] = []  # as a loaded model keeps its own: what is written is noticed by it
 
 
-@pytest.fixture(params=["cpu", *(pytest.param(by, marks=pytest.mark.cuda) for by in ("cuda", "cuda-by-the-host"))])
+def device_for(where, monkeypatch):
+    """Yield the device. "late" is the CPU with streams that are as late as a GPU's may be."""
+    if where != "cuda":
+        monkeypatch.setattr(f"{GPU_BOOK}.suits", lambda *_: False)
+    with lazy_gpu.installed() if where == "late" else contextlib.nullcontext():
+        yield torch.device("cuda", 0) if where.startswith("cuda") else torch.device("cpu")
+        KEPT.clear()  # what it holds waits for the streams
+
+
+@pytest.fixture(
+    params=["cpu", "late", *(pytest.param(by, marks=pytest.mark.cuda) for by in ("cuda", "cuda-by-the-host"))]
+)
 def device(request, monkeypatch):
     """Where it may, a GPU keeps the books itself."""
-    if request.param == "cuda-by-the-host":
-        monkeypatch.setattr(f"{GPU_BOOK}.suits", lambda *_: False)
-    return torch.device("cpu") if request.param == "cpu" else torch.device("cuda", 0)
+    yield from device_for(request.param, monkeypatch)
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.fixture(params=["cpu", "late", pytest.param("cuda-by-the-host", marks=pytest.mark.cuda)])
 def device_of_host(request, monkeypatch):
     """A device whose books the host keeps."""
-    monkeypatch.setattr(f"{GPU_BOOK}.suits", lambda *_: False)
-    return torch.device("cpu") if request.param == "cpu" else torch.device("cuda", 0)
+    yield from device_for(request.param, monkeypatch)
 
 
 @pytest.fixture(autouse=True)
