@@ -494,6 +494,25 @@ def test_threads_compute_with_one_cache(device):
     assert not wrong
 
 
+@pytest.mark.parametrize("within", [False, True])
+def test_a_graph_that_others_capture_is_refused_and_the_model_runs_without_one(within, monkeypatch):
+    """Also where a hook within the experts calls them again."""
+    model = resident("nemotron")
+    call = choose(0, 1, model=model)
+    with torch.no_grad():
+        expected = model(*call)
+        engine = stream(model, torch.device("cpu"), 2)
+        (cache,) = caches_of(engine)
+        hook = model.layers[0].experts.act_fn.register_forward_hook(lambda *_: cache.run([0], pytest.fail))
+        with monkeypatch.context() as patch:
+            patch.setattr(expert_cache, "is_capturing", lambda device: bool(cache._running) or not within)
+            with pytest.raises(OffloadError, match="no CUDA graph can capture: run the model without one"):
+                model(*call)
+        hook.remove()
+        assert torch.equal(model(*call), expected)
+    assert_at_rest(engine)
+
+
 def test_removed_experts_are_resident(device):
     model = resident("gpt_oss", "nf4-dq", device)
     x, ids, weights = choose(0, 1, device=device, model=model)
