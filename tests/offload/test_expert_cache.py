@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import kernels_by_torch
 import lazy_gpu
 import pytest
 import torch
@@ -35,16 +36,23 @@ KEPT: list[Engine] = []  # as a loaded model keeps its own: what is written is n
 
 
 def device_for(where, monkeypatch):
-    """Yield the device. "late" is the CPU with streams that are as late as a GPU's may be."""
-    if where != "cuda":
+    """Yield the device. "late" is the CPU with streams that are as late as a GPU's may be, "late-book" with kernels."""
+    if where == "late-book":
+        kernels_by_torch.install_book(monkeypatch)
+    elif where != "cuda":
         monkeypatch.setattr(f"{GPU_BOOK}.suits", lambda *_: False)
-    with lazy_gpu.installed() if where == "late" else contextlib.nullcontext():
+    with lazy_gpu.installed() if where.startswith("late") else contextlib.nullcontext():
         yield torch.device("cuda", 0) if where.startswith("cuda") else torch.device("cpu")
         KEPT.clear()  # what it holds waits for the streams
 
 
 @pytest.fixture(
-    params=["cpu", "late", *(pytest.param(by, marks=pytest.mark.cuda) for by in ("cuda", "cuda-by-the-host"))]
+    params=[
+        "cpu",
+        "late",
+        "late-book",
+        *(pytest.param(by, marks=pytest.mark.cuda) for by in ("cuda", "cuda-by-the-host")),
+    ]
 )
 def device(request, monkeypatch):
     """Where it may, a GPU keeps the books itself."""
@@ -54,6 +62,12 @@ def device(request, monkeypatch):
 @pytest.fixture(params=["cpu", "late", pytest.param("cuda-by-the-host", marks=pytest.mark.cuda)])
 def device_of_host(request, monkeypatch):
     """A device whose books the host keeps."""
+    yield from device_for(request.param, monkeypatch)
+
+
+@pytest.fixture(params=["late-book", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device_of_book(request, monkeypatch):
+    """A device that keeps the books itself."""
     yield from device_for(request.param, monkeypatch)
 
 
@@ -338,12 +352,13 @@ def test_a_copy_that_is_interrupted_half_way_leaves_what_the_next_call_can_use(a
             assert torch.equal(model(*call), right)
 
 
-@pytest.mark.cuda
 @pytest.mark.parametrize("step", ["follow", "_empty", "_fetch", "ends"])
 @pytest.mark.parametrize("is_done", [False, True])
 @pytest.mark.parametrize("at", [1, 2, 4])
-def test_a_gpu_that_keeps_the_book_and_is_interrupted_leaves_what_the_next_call_can_use(step, is_done, at, monkeypatch):
-    device = torch.device("cuda", 0)
+def test_a_gpu_that_keeps_the_book_and_is_interrupted_leaves_what_the_next_call_can_use(
+    step, is_done, at, device_of_book, monkeypatch
+):
+    device = device_of_book
     model = resident("gpt_oss", "nf4-dq", device)
     calls = [choose(*experts, device=device, model=model) for experts in ((0, 1), (2, 0), (1, 3), (0, 2))]
     count = [0]

@@ -3,16 +3,32 @@
 The streams are those of `lazy_gpu`, which do nothing before they are waited for. `test_slots.py` has the same on a GPU.
 """
 
+import kernels_by_torch
 import lazy_gpu
 import pytest
 import torch
 from comparisons import equal
-from streaming import assert_at_rest, at_rest, groups_of, pairs, resident, stream, stream_from_disk, tokens, written
+from experts import made, pack
+from streaming import (
+    assert_at_rest,
+    at_rest,
+    group_of,
+    groups_of,
+    pairs,
+    resident,
+    stream,
+    stream_from_disk,
+    tokens,
+    written,
+)
 from torch import nn
 
 from bigload.offload.engine import Engine
 from bigload.offload.files import FileGroup
+from bigload.offload.leaves import Leaf
 from bigload.offload.on_device.captured_copies import CapturedCopies
+from bigload.offload.on_device.expert_copies import CudaExpertCopies
+from bigload.offload.on_device.gpu_book import GpuBook
 from bigload.offload.on_device.slots import CudaSlotCopier, Slice, Use
 
 CPU = torch.device("cpu")
@@ -249,4 +265,106 @@ def test_captured_copy_waits_for_what_reads_its_slot(gpu):
     copies._stream.finish()  # which hurries
     captures.finish()
     assert [equal(one, group.store.source) for one, group in zip(found, (first, second), strict=True)] == [True, True]
+    engine.remove()
+
+
+class Experts:
+    """A memory of one slot, what is copied into it, and a table of two experts."""
+
+    def __init__(self):
+        self.copies, self.memory = CudaExpertCopies(CudaSlotCopier(CPU)), torch.zeros(64, dtype=torch.uint8)
+        self.table, self.target = self.copies.make_table(2), torch.full((2,), -1, dtype=torch.int32)
+
+    def copy(self, value):
+        self.copies.finish()
+        self.table.fill_(value)
+        self.copies.copy(filled(value), [Slice("a", 0, 1, self.memory)], self.table, self.target)
+
+    def there(self):
+        return [self.memory.view(torch.float32)[0].item(), *self.target.tolist()]
+
+
+@pytest.fixture
+def experts(gpu):
+    return Experts()
+
+
+def test_experts_and_their_table_are_there_when_they_are_waited_for(experts):
+    experts.copy(1)
+    assert experts.there() == [0, -1, -1]
+    experts.copies.await_copies()
+    assert experts.there() == [1, 1, 1]
+
+
+def test_table_is_not_written_to_before_it_is_copied(experts):
+    experts.copy(1)
+    assert experts.there() == [0, -1, -1]
+    experts.copies.finish()
+    experts.table.fill_(7)
+    experts.copies.await_copies()
+    assert experts.there() == [1, 1, 1]
+
+
+def test_experts_are_not_copied_over_before_all_streams_have_read_them(gpu, experts):
+    experts.copy(1)
+    readers, found = [gpu.stream(), gpu.stream()], []
+    for turn in (1, 2):  # of which the second uses the events of the first
+        for reader in readers:
+            with gpu.launching_on(reader):
+                experts.copies.await_copies()
+                experts.copies.await_copies()  # once is enough
+            reader.launch(lambda: found.append(experts.there()))
+        experts.copy(turn + 1)
+        experts.copies.finish()
+    assert found == [[1, 1, 1]] * 2 + [[2, 2, 2]] * 2
+    assert experts.there() == [3, 3, 3]
+
+
+def test_stream_that_could_not_wait_for_experts_waits_the_next_time(experts, monkeypatch):
+    experts.copy(1)
+
+    def interrupted(self, event):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lazy_gpu.Stream, "wait_event", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            experts.copies.await_copies()
+    assert experts.there() == [0, -1, -1]
+    experts.copies.await_copies()
+    assert experts.there() == [1, 1, 1]
+
+
+def test_memory_of_experts_is_not_had_again_before_all_have_used_it(gpu, experts):
+    experts.copy(1)
+    reader = gpu.stream()
+    with gpu.launching_on(reader):
+        experts.copies.await_copies()
+    experts.copies.discard(experts.memory)
+    assert [stream for _, stream in gpu.recorded] == [experts.copies._stream, reader]
+
+
+def test_book_on_the_gpu_is_kept_by_one_stream_after_the_other(gpu, monkeypatch):
+    kernels_by_torch.install_book(monkeypatch)
+    model = made()
+    pack(model)
+    leaf = Leaf("experts", model.experts, model.experts.quantized_experts.weights)
+    group = group_of("0", [leaf], CPU)
+    group.cached = 2
+    engine = Engine(model, [group], CPU, 1)
+    book, found, others = engine.pool.caches.of(leaf)._book, [], [gpu.stream(), gpu.stream()]
+    assert type(book) is GpuBook
+    for number, other in enumerate(others):
+        with gpu.launching_on(other):
+            book.follow()
+            book.follow()
+            assert len(other.work) == 1  # it has waited once
+        other.launch(lambda number=number: found.append(number))
+    others[1].finish()
+    assert found == [0, 1]
+    others[1].launch(lambda: found.append(2))
+    assert book.count() == (0, 0, 0)
+    assert found == [0, 1, 2]  # what the count waits for
+    book.discard()
+    assert gpu.recorded[-1][1] is others[1]
     engine.remove()
