@@ -1,4 +1,4 @@
-"""The kernels of Triton for experts, computed by torch, for tests without a GPU.
+"""The kernels of Triton, computed by torch, for tests without a GPU.
 
 Each takes its arguments by the names and in the order that the kernel itself has in its file, and computes what the
 kernel would: only so much as the grid has programs for, with the rest of what it writes left NaN. So what is launched
@@ -189,6 +189,38 @@ def fetch(grid, **of):
             of["memory"][target + slot * words : target + (slot + 1) * words] = source
 
 
+def multiply(grid, **of):
+    out, columns = of["out"].fill_(float("nan")), of["columns"]
+    assert len(out) == grid[0]
+    covered = min(grid[1] * of["block"], columns)
+    for own in range(grid[0]):
+        row = of["first"] + own
+        packed = of["numbers"][own * (columns // 2) : (own + 1) * (columns // 2)].long()
+        values = of["number_table"][torch.stack([packed & 15, packed >> 4], 1).view(-1)]
+        line = (row // of["rows"] * of["down"] + row % of["rows"] // of["height"]) * of["across"]
+        scales = of["scales"][line + torch.arange(columns) // of["width"]]
+        scales = of["scale_table"][scales.long()] if of["are_exponents"] else scales.float()
+        out[own, :covered] = (values * scales)[:covered].to(out.dtype)
+
+
+def rms_norm(grid, **of):
+    """In the order in which the kernel adds squares."""
+    width, threads = of["width"], of["threads"]
+    x, out = of["x"].view(-1, width), of["out"].fill_(float("nan")).view(-1, width)
+    padded = torch.nn.functional.pad(x.float().square(), (0, 4 * threads * of["turns"] - width))
+    shape = (of["turns"], threads, 4) if of["are_fours"] else (of["turns"], 4, threads)
+    fours = padded.view(-1, *shape)
+    first, second, third, fourth = (fours if of["are_fours"] else fours.mT).cumsum(1)[:, -1].unbind(-1)
+    total = ((first + second) + third) + fourth
+    for _ in range(of["halvings"]):
+        total = total.view(len(x), 2, -1).sum(1)
+    for _ in range(of["pairings"]):
+        total = total.view(len(x), -1, 2).sum(2)
+    scale = torch.rsqrt(total.view(len(x), 1) * of["factor"] + of["eps"])
+    found = (x.float() * scale).to(out.dtype) * of["weight"]
+    out[: grid[0]] = found[: grid[0]]
+
+
 EXPERTS = {each.__name__: each for each in (gemv, gemv_combined, grouped, dequantize_visited, route)}
 EXPERTS |= {each.__name__: each for each in (combine, combine_backward)}
 BOOK = {each.__name__: each for each in (admit, fetch)}
@@ -215,6 +247,16 @@ def install_book(patch):
     patch.setattr(gpu_book, "runs_kernels", lambda device: True)
     patch.setattr(gpu_book.GpuBook, "suits", lambda memory, store, device: suits(memory, store, torch.device("cuda")))
     patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    return launched
+
+
+def install_in(patch, module, file, computation):
+    """Let a module launch the one kernel in a file. Returns what was launched."""
+    launched = []
+    kernels = Kernels(file, {computation.__name__: computation}, launched)
+    patch.setattr(module, "_kernels", lambda: kernels)
+    patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    patch.setattr(torch.cuda, "current_device", lambda: 0)
     return launched
 
 

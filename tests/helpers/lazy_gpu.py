@@ -106,12 +106,13 @@ class LazyGpu:
     Attributes:
         default: the stream on which all is computed at once.
         stream: the class of the others.
+        device: the current one, in `launching_on_device`.
         recorded: the memory and the streams that torch's allocator was told of.
     """
 
     def __init__(self):
         self.default = Stream(is_late=False)
-        self.streams, self.recorded = [self.default], []
+        self.streams, self.recorded, self.device = [self.default], [], None
         self._own = threading.local()
         streams = self.streams
 
@@ -135,6 +136,12 @@ class LazyGpu:
                 yield
         finally:
             self._own.stream = before
+
+    @contextlib.contextmanager
+    def launching_on_device(self, device):
+        self.device = device
+        yield
+        self.device = None
 
     def finish(self, device=None):
         for stream in self.streams:

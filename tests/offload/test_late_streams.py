@@ -23,6 +23,7 @@ from streaming import (
 )
 from torch import nn
 
+from bigload.hardware.pinned import HostGroup
 from bigload.offload.engine import Engine
 from bigload.offload.files import FileGroup
 from bigload.offload.leaves import Leaf
@@ -98,7 +99,9 @@ def test_memory_that_passes_through_pinned_buffers_waits_until_these_are_copied(
         copier.close()
 
 
-def test_copy_of_slices_waits_for_what_reads_the_slot(gpu):
+@pytest.mark.parametrize("is_pinned", [True, False])
+def test_copy_of_slices_waits_for_what_reads_the_slot(is_pinned, gpu, monkeypatch):
+    monkeypatch.setattr(HostGroup, "is_pinned", property(lambda group: is_pinned, lambda group, pinned: None))
     copier, found = CudaSlotCopier(CPU), []
     slot = copier.make_slot(64)
     copier.copy(filled(1), slot)
