@@ -22,7 +22,7 @@ from bigload.hardware.pinned import HostGroup
 from bigload.offload.engine import Engine
 from bigload.offload.files import FileGroup
 from bigload.offload.leaves import Group, Leaf
-from bigload.offload.on_device import expert_cache
+from bigload.offload.on_device import expert_cache, gpu_book
 from bigload.offload.on_device.expert_books import HostBook
 from bigload.offload.on_device.gpu_book import GpuBook, _PlacesInTable
 
@@ -215,6 +215,18 @@ def test_what_was_used_last_stays(device):
     assert engine.stats().nbytes == 5 * one + shared
     assert 1 in cache._book.places
     assert len(cache._book.places) == len(set(cache._book.places.values())) == 3
+
+
+def test_an_expert_counts_once_in_a_call_that_the_gpu_takes_in_turns(device_of_book, monkeypatch):
+    monkeypatch.setattr(gpu_book, "_AT_ONCE", 2)
+    device = device_of_book
+    model = resident(device=device)
+    engine = stream(model, device, 4)
+    with torch.no_grad():
+        model(*choose(0, 1, 2, 0, device=device, model=model))
+        assert (engine.stats().expert_hits, engine.stats().expert_misses) == (0, 3)
+        model(*choose(1, 3, 1, 3, device=device, model=model))
+        assert (engine.stats().expert_hits, engine.stats().expert_misses) == (1, 4)
 
 
 def _is_sliced(name):
