@@ -177,4 +177,5 @@ def installed(is_pinned=True):
         yield gpu
         gc.collect()  # what is let go of waits for its streams
         for thread in set(threading.enumerate()) - threads:
-            thread.join(_PATIENCE_S)
+            if thread.name == "bigload-reader":  # it has waited for the streams when it ends
+                thread.join(_PATIENCE_S)
