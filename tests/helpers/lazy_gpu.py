@@ -179,3 +179,4 @@ def installed(is_pinned=True):
         for thread in set(threading.enumerate()) - threads:
             if thread.name == "bigload-reader":  # it has waited for the streams when it ends
                 thread.join(_PATIENCE_S)
+                assert not thread.is_alive(), "a copier is neither closed nor let go of"

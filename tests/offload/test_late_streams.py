@@ -113,6 +113,7 @@ def test_copy_of_slices_waits_for_what_reads_the_slot(is_pinned, gpu, monkeypatc
     copier.await_copy(slot)
     assert found == [1]
     assert slot.memory.view(torch.float32)[:16].tolist() == [2] * 8 + [1] * 8
+    copier.close()
 
 
 def test_new_slot_is_not_copied_into_before_what_had_its_memory_is_computed(gpu):
