@@ -230,6 +230,15 @@ def test_from_transformers_sets_torch_dtype_and_leaves_it_to_the_checkpoint_by_d
     assert BnbQuantizationConfig.from_transformers(theirs, torch_dtype="bf16").torch_dtype is torch.bfloat16
 
 
+def test_fields_that_transformers_may_get_and_have_no_effect_here_are_warned_of(caplog):
+    theirs = TransformersConfig(load_in_4bit=True).to_dict()
+    assert not caplog.records
+    assert as_config({**theirs, "bnb_4bit_new": 1}) == as_config(theirs)
+    assert [record.getMessage() for record in caplog.records] == [
+        "these fields of the transformers config have no effect: 'bnb_4bit_new'"
+    ]
+
+
 def test_from_transformers_takes_its_default_compute_dtype_not_accelerates():
     assert as_config(TransformersConfig(load_in_4bit=True)).bnb_4bit_compute_dtype is torch.float32
     assert as_config({"load_in_4bit": True, "quant_method": "bitsandbytes"}).bnb_4bit_compute_dtype is torch.float32

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import mmap
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every GPU
 
 
-class Store:
+class Store(ABC):
     """What holds the offloaded weights of a group of layers.
 
     Attributes:
@@ -35,23 +36,23 @@ class Store:
         """Return one part's values, to be copied."""
         return self.tensors[name]
 
+    @abstractmethod
     def read_into(self, memory: torch.Tensor) -> None:
         """Copy all parts to their offsets in host memory: (layout.nbytes or more,), uint8."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read_slice(self, name: str, index: int, count: int, memory: torch.Tensor) -> None:
         """Copy one of `count` slices, of the same size, of a part to host memory: (bytes,), uint8."""
-        raise NotImplementedError
 
     def at_rest(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the part in the store of which `tensor` is the copy in a slot."""
         begin = tensor.storage_offset() * tensor.itemsize
         return next(self.tensors[name] for name, offset in self.layout.offsets.items() if offset == begin)
 
-    def use_written(self, name: str) -> None:
+    def use_written(self, name: str) -> None:  # noqa: B027 - what most stores need not do
         """Take note that a part's tensor was written to: those values count from now on."""
 
-    def require_unchanged(self) -> None:
+    def require_unchanged(self) -> None:  # noqa: B027
         """Check that the parts are still what they were when the store was made.
 
         Raises:

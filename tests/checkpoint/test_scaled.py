@@ -21,6 +21,7 @@ from bigload import (
 from bigload.checkpoint.checkpoint import open_checkpoint
 from bigload.checkpoint.describe import describe_checkpoint
 from bigload.checkpoint.scaled import values as scaled_values
+from bigload.checkpoint.scaled.stated import stated
 from bigload.checkpoint.scaled.tensor import ScaledTensor
 from bigload.pipeline import transcoding
 
@@ -458,6 +459,21 @@ def test_what_was_dequantized_loads_without_the_stale_config(tmp_path):
     del config["quantization_config"]
     (folder / "config.json").write_text(json.dumps(config))
     assert_same_bits(state_of(load_and_quantize_model(empty(Net), PLAIN, folder, device_map="cpu")), values)
+
+
+@pytest.mark.parametrize(("method", "block"), [("MXFP8", (1, 32)), ("NVFP4", None), ("", None)])
+def test_file_that_modelopt_writes_says_how_weights_are_stored(tmp_path, method, block):
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": method}}))
+    found = stated(tmp_path)
+    assert (found.method, found.file) == (("modelopt", "hf_quant_config.json") if method else ("", ""))
+    assert found.block == block
+
+
+def test_groups_of_which_only_inputs_are_quantized_name_no_blocks(tmp_path):
+    groups = {"a": {"weights": None}, "b": {"weights": {"strategy": "group", "group_size": 64}}}
+    said = {"quant_method": "compressed-tensors", "config_groups": groups}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": said}))
+    assert stated(tmp_path).block == (1, 64)
 
 
 def test_blocks_are_known_when_the_config_lies_beside(tmp_path):

@@ -1,5 +1,6 @@
 """The values of weights that are stored as small numbers with scales, whichever way they are computed."""
 
+import kernels_by_torch
 import pytest
 import torch
 from comparisons import equal
@@ -82,6 +83,37 @@ def _numbers(stored):
         return stored.float()
     table = torch.tensor([*E2M1, *(-value for value in E2M1)])
     return torch.stack([table[(stored & 15).int()], table[(stored >> 4).int()]], -1).flatten(-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.uint8, torch.float8_e8m0fnu])
+def test_the_kernel_is_given_what_torch_computes_with(kind, dtype, monkeypatch):
+    """The kernel is stood in for; itself it is tested on a GPU."""
+    draw = torch.Generator().manual_seed(0)
+    numbers = torch.randint(256, (29 * 600,), dtype=torch.uint8, generator=draw)
+    stored = torch.randint(100, 140, (3 * 2 * 38,), dtype=torch.uint8, generator=draw)
+    scales = stored.view(kind) if kind.itemsize == 1 else torch.randn(3 * 2 * 38, generator=draw).to(kind)
+    rows = RowValues(scales, (3, 20, 1200), (15, 32))
+    launched = kernels_by_torch.install_in(
+        monkeypatch, values, "checkpoint/scaled/kernels.py", kernels_by_torch.multiply
+    )
+    for first in (0, 17):  # in the second and third matrix
+        assert same(rows._by_kernel(numbers, first, 29, dtype), rows.of(numbers, first, dtype))
+    assert launched == ["multiply"] * 2
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_whether_the_kernel_runs_is_found_out_by_running_it(runs, monkeypatch, caplog):
+    launched = kernels_by_torch.install_in(
+        monkeypatch, values, "checkpoint/scaled/kernels.py", kernels_by_torch.multiply
+    )
+    if not runs:
+        monkeypatch.setattr(values, "_kernels", lambda: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert runs_kernel.__wrapped__.__wrapped__(torch.device("cpu")) == runs
+    assert bool(launched) == runs
+    assert ("so that torch computes the values of weights in 4 bits" in caplog.text) != runs
 
 
 @pytest.mark.cuda

@@ -2,6 +2,7 @@
 
 import threading
 
+import kernels_by_torch
 import pytest
 import torch
 from comparisons import equal
@@ -154,6 +155,20 @@ def test_order_is_that_of_torch(rows, width, order):
 
 
 SHAPES = [(1, 2048), (1, 4096), (1, 2880), (1, 5120), (1, 896), (4, 2048), (16, 4096), (32, 128), (128, 128), (4, 64)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "width"), SHAPES)
+def test_the_kernel_is_given_what_norms_the_rows(rows, width, dtype, monkeypatch):
+    """The kernel is stood in for; itself it is tested on a GPU. Here a sum of squares may differ in its last bit."""
+    launched = kernels_by_torch.install_in(monkeypatch, norms, "decoding/fused/kernels.py", kernels_by_torch.rms_norm)
+    draw = torch.Generator().manual_seed(rows * width)
+    weight = torch.randn(width, generator=draw).to(dtype)
+    x = torch.randn(1, rows, width, generator=draw).to(dtype)
+    found, expected = fused_norm(x, weight, 1e-6, order_of(rows, width)), by_torch(x, weight, 1e-6, None)
+    assert launched == ["rms_norm"]
+    assert found.shape == x.shape
+    torch.testing.assert_close(found, expected, rtol=torch.finfo(dtype).eps * 2, atol=0)
 
 
 @pytest.mark.cuda

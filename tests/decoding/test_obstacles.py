@@ -17,6 +17,7 @@ from transformers import DynamicCache, StaticCache
 
 from bigload import ConfigError, OffloadConfig, capture_decode, load_and_quantize_model
 from bigload.decoding import decode_steps
+from bigload.decoding.obstacles import obstacle_of
 
 
 @pytest.fixture
@@ -76,6 +77,16 @@ def test_what_is_not_captured_is_said_once(name, model, captures, warned):
     assert message in warned()[0]
     assert len(warned()) == 1
     assert capture.stats().reasons == (warned()[0].partition("uncaptured: ")[2],)
+
+
+def test_a_model_that_others_have_offloaded_or_put_on_several_devices(model):
+    assert obstacle_of(model) is None
+    model.model.layers[0]._hf_hook = SimpleNamespace(offload=True)
+    assert obstacle_of(model) == "'model.layers.0' is offloaded by accelerate"
+    model.model.layers[0]._hf_hook.offload = False  # it only moves inputs
+    assert obstacle_of(model) is None
+    model.lm_head = nn.Linear(8, 8, device="meta")
+    assert obstacle_of(model) == f"it is on several devices ({model.device}, meta)"
 
 
 def test_a_hook_of_all_modules(model, captures, warned):

@@ -2,6 +2,7 @@
 
 import threading
 
+import kernels_by_torch
 import pytest
 import torch
 from comparisons import equal
@@ -222,16 +223,25 @@ def test_models_without_rotations_are_left_alone():
     assert Rotations(llama())._files == [vars(modeling_llama)]
 
 
-@pytest.mark.cuda
+@pytest.fixture
+def on_gpu(device, monkeypatch):
+    """On the CPU, the kernel is stood in for; what it is given is tested nevertheless."""
+    if device.type == "cpu":
+        kernels_by_torch.install_in(monkeypatch, rotations, "decoding/fused/kernels.py", kernels_by_torch.rotate)
+    return device
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["tables", "half tables"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("batch", "heads", "keys", "width"), [(1, 32, 8, 128), (1, 32, 4, 128), (4, 9, 3, 64), (2, 4, 4, 80)]
 )
-def test_the_kernel_gives_the_bits_of_torch(batch, heads, keys, width, dtype):
+def test_the_kernel_gives_the_bits_of_torch(batch, heads, keys, width, dtype, half, on_gpu):
     for tables in {1, batch}:
-        given = drawn("cuda", width + tables, batch, width, tables, dtype, heads, keys)
-        given[2:] = [torch.randn_like(table) for table in given[2:]]
-        expected = apply_rotary_pos_emb(*given)
+        given = drawn(on_gpu, width + tables, batch, width, tables, dtype, heads, keys)
+        columns = width // 2 if half else width
+        given[2:] = [torch.randn_like(table[..., :columns]) for table in given[2:]]
+        expected = (OF_GPT_OSS if half else OF_LLAMA)(*given)
         found = rotated([each.stride() for each in expected], *given)
         assert all(map(equal, found, expected))
         assert [each.stride() for each in found] == [each.stride() for each in expected]

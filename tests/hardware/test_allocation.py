@@ -4,7 +4,8 @@ import gc
 
 import torch
 
-from bigload.hardware.allocation import reserve
+from bigload.hardware import allocation
+from bigload.hardware.allocation import allocate, reserve
 
 
 def test_gpu_is_asked_once_for_what_it_lacks_and_again_when_rubbish_is_collected(monkeypatch):
@@ -28,3 +29,12 @@ def test_gpu_is_asked_once_for_what_it_lacks_and_again_when_rubbish_is_collected
     reserve(gpu, 1000)
     reserve(torch.device("cpu"), 1000)
     assert asked == [800, 800]
+
+
+def test_systems_without_huge_pages_are_asked_for_none(monkeypatch):
+    monkeypatch.setattr(allocation, "_madvise", allocation._madvise.__wrapped__)
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setattr("ctypes.CDLL", None)
+    made = allocate((2**23,), torch.uint8, torch.device("cpu"))
+    assert made.shape == (2**23,)
+    assert made.dtype == torch.uint8

@@ -1,5 +1,6 @@
 """Host memory of a group: aligned parts, just their size, each tensor its own, freed when nobody views it."""
 
+import contextlib
 import gc
 import weakref
 
@@ -68,6 +69,72 @@ def test_made_under_inference_mode_it_can_be_trained_with(device):
     with torch.inference_mode():
         group = HostGroup(PARTS, device)
     assert not any(tensor.is_inference() for tensor in group.tensors.values())
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """Stand in for a GPU's driver. Lists what it is asked for, and refuses to pin while it has an error to tell."""
+
+    class Driver:
+        def __init__(self):
+            self.asked, self.errors = [], []
+
+        def cudaHostRegister(self, address, nbytes, flags):  # noqa: N802
+            self.asked.append(("register", address, nbytes, flags))
+            return len(self.errors)
+
+        def cudaHostUnregister(self, address):  # noqa: N802
+            self.asked.append(("unregister", address))
+
+        def check(self, code):
+            if code:
+                raise RuntimeError(self.errors[0])
+
+        def zeros(self, *shape, device):
+            assert device.type == "cuda"
+            raise RuntimeError(self.errors.pop())
+
+    made = Driver()
+    monkeypatch.setattr(pinned, "_cudart", lambda: made)
+    monkeypatch.setattr(torch.cuda, "check_error", made.check)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: made.asked.append(("wait", device)))
+    monkeypatch.setattr(torch, "zeros", made.zeros)
+    return made
+
+
+@pytest.mark.parametrize("is_released", [True, False])
+def test_memory_that_a_gpu_reads_is_pinned_until_it_is_released_or_freed(driver, is_released):
+    gpu = torch.device("cuda", 0)
+    group = HostGroup(PARTS, gpu)
+    address = group.source.data_ptr()
+    assert group.is_pinned
+    assert driver.asked == [("register", address, group.layout.nbytes, 1)]  # for every GPU
+    if is_released:
+        group.release()
+        assert not group.is_pinned
+    del group
+    gc.collect()
+    assert driver.asked[1:] == [("wait", gpu), ("unregister", address)]  # once, and when no copy reads it
+
+
+def test_memory_that_the_driver_does_not_pin_is_pageable_and_its_error_is_taken_from_it(driver, monkeypatch, caplog):
+    monkeypatch.setattr(pinned, "_has_warned", False)
+    gpu = torch.device("cuda", 0)
+    for _ in range(2):
+        driver.errors.append("refused")
+        group = at_rest(filled(), gpu)
+        assert not group.is_pinned
+        assert not driver.errors  # else the next launch would fail
+        group.release()
+    assert len(caplog.records) == 1
+    assert "cannot be pinned" in caplog.text
+    assert not any(asked[0] == "unregister" for asked in driver.asked)
+
+
+def test_no_memory_is_not_pinned(driver):
+    assert not HostGroup({}, torch.device("cuda", 0)).is_pinned
+    assert not driver.asked
 
 
 @pytest.mark.cuda

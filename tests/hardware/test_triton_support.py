@@ -41,10 +41,19 @@ LASTING = [
 
 @pytest.fixture
 def with_triton(monkeypatch):
-    """Triton, and a GPU, as far as `runs_on` looks."""
+    """Triton, and GPUs, as far as `runs_on` looks; lists the current one."""
+    devices = []
+
+    @contextlib.contextmanager
+    def device(one):
+        devices.append(one)
+        yield
+        devices.pop()
+
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", device)
+    return devices
 
 
 def failing_first(error, tried):
@@ -60,6 +69,22 @@ def failing_first(error, tried):
 
 def asking(trial, otherwise="all is slower"):
     return asks_again(functools.cache(lambda device: runs_on(device, trial, otherwise)))
+
+
+def test_a_trial_runs_on_the_gpu(with_triton):
+    seen = []
+    assert runs_on(GPU, lambda: seen.extend(with_triton))
+    assert seen == [GPU]
+    assert not with_triton
+
+
+@pytest.mark.parametrize("lacking", ["triton", "nvidia"])
+def test_nothing_is_tried_without_triton_or_on_another_makers_gpu(lacking, with_triton, monkeypatch):
+    if lacking == "triton":
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    else:
+        monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert not runs_on(GPU, pytest.fail)
 
 
 @pytest.mark.parametrize("error", PASSING, ids=repr)

@@ -255,6 +255,19 @@ def test_release_frees_what_is_kept(pinning):
     assert len(pinning.sizes) == 2
 
 
+def test_release_gives_back_what_torch_keeps_of_pinned_memory(monkeypatch):
+    released = []
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: released.append(1), raising=False)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    release_buffers()  # which makes no context on a GPU
+    assert not released
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    release_buffers()
+    assert released
+    monkeypatch.delattr(torch._C, "_host_emptyCache")
+    release_buffers()  # of an older torch
+
+
 def test_release_leaves_a_ring_that_is_lent(pinning):
     with take_ring() as ring:
         release_buffers()
@@ -275,6 +288,19 @@ def test_ring_is_pinned_ahead_once(pinning):
         pass
     # The second is for a load that comes while the first ring is lent.
     assert len(pinning.sizes) <= 2
+
+
+def test_pinning_ahead_that_fails_is_left_to_the_load(pinning, monkeypatch, caplog):
+    def no_gpu(device):
+        raise RuntimeError("no such GPU")
+
+    with monkeypatch.context() as patch, caplog.at_level("DEBUG", "bigload"):
+        patch.setattr(torch.cuda, "device", no_gpu)
+        pin_ahead(GPU)
+        with take_ring() as ring:
+            assert ring.count >= 2
+    assert "pinning ahead failed: no such GPU" in caplog.text
+    assert len(pinning.sizes) == 1
 
 
 def test_nothing_is_pinned_ahead_where_a_ring_is_kept(pinning):

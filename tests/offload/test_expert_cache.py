@@ -1,5 +1,6 @@
 """Experts that stay on the device compute what resident ones do: whatever has room, interrupted, in threads."""
 
+import contextlib
 import copy
 import random
 import signal
@@ -8,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import kernels_by_torch
+import lazy_gpu
 import pytest
 import torch
 from experts import made, pack, routed
@@ -19,7 +22,7 @@ from bigload.hardware.pinned import HostGroup
 from bigload.offload.engine import Engine
 from bigload.offload.files import FileGroup
 from bigload.offload.leaves import Group, Leaf
-from bigload.offload.on_device import expert_cache
+from bigload.offload.on_device import expert_cache, gpu_book
 from bigload.offload.on_device.expert_books import HostBook
 from bigload.offload.on_device.gpu_book import GpuBook, _PlacesInTable
 
@@ -32,19 +35,40 @@ KINDS = [("qwen3", "nf4"), ("gpt_oss", "nf4-dq"), ("nemotron", "nf4-dq"), ("gpt_
 KEPT: list[Engine] = []  # as a loaded model keeps its own: what is written is noticed by it
 
 
-@pytest.fixture(params=["cpu", *(pytest.param(by, marks=pytest.mark.cuda) for by in ("cuda", "cuda-by-the-host"))])
+def device_for(where, monkeypatch):
+    """Yield the device. "late" is the CPU with streams that are as late as a GPU's may be, "late-book" with kernels."""
+    if where == "late-book":
+        kernels_by_torch.install_book(monkeypatch)
+    elif where != "cuda":
+        monkeypatch.setattr(f"{GPU_BOOK}.suits", lambda *_: False)
+    with lazy_gpu.installed() if where.startswith("late") else contextlib.nullcontext():
+        yield torch.device("cuda", 0) if where.startswith("cuda") else torch.device("cpu")
+        KEPT.clear()  # what it holds waits for the streams
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        "late",
+        "late-book",
+        *(pytest.param(by, marks=pytest.mark.cuda) for by in ("cuda", "cuda-by-the-host")),
+    ]
+)
 def device(request, monkeypatch):
     """Where it may, a GPU keeps the books itself."""
-    if request.param == "cuda-by-the-host":
-        monkeypatch.setattr(f"{GPU_BOOK}.suits", lambda *_: False)
-    return torch.device("cpu") if request.param == "cpu" else torch.device("cuda", 0)
+    yield from device_for(request.param, monkeypatch)
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.fixture(params=["cpu", "late", pytest.param("cuda-by-the-host", marks=pytest.mark.cuda)])
 def device_of_host(request, monkeypatch):
     """A device whose books the host keeps."""
-    monkeypatch.setattr(f"{GPU_BOOK}.suits", lambda *_: False)
-    return torch.device("cpu") if request.param == "cpu" else torch.device("cuda", 0)
+    yield from device_for(request.param, monkeypatch)
+
+
+@pytest.fixture(params=["late-book", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device_of_book(request, monkeypatch):
+    """A device that keeps the books itself."""
+    yield from device_for(request.param, monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -193,6 +217,18 @@ def test_what_was_used_last_stays(device):
     assert len(cache._book.places) == len(set(cache._book.places.values())) == 3
 
 
+def test_an_expert_counts_once_in_a_call_that_the_gpu_takes_in_turns(device_of_book, monkeypatch):
+    monkeypatch.setattr(gpu_book, "_AT_ONCE", 2)
+    device = device_of_book
+    model = resident(device=device)
+    engine = stream(model, device, 4)
+    with torch.no_grad():
+        model(*choose(0, 1, 2, 0, device=device, model=model))
+        assert (engine.stats().expert_hits, engine.stats().expert_misses) == (0, 3)
+        model(*choose(1, 3, 1, 3, device=device, model=model))
+        assert (engine.stats().expert_hits, engine.stats().expert_misses) == (1, 4)
+
+
 def _is_sliced(name):
     return name.endswith(("proj", "proj.absmax"))
 
@@ -328,12 +364,13 @@ def test_a_copy_that_is_interrupted_half_way_leaves_what_the_next_call_can_use(a
             assert torch.equal(model(*call), right)
 
 
-@pytest.mark.cuda
 @pytest.mark.parametrize("step", ["follow", "_empty", "_fetch", "ends"])
 @pytest.mark.parametrize("is_done", [False, True])
 @pytest.mark.parametrize("at", [1, 2, 4])
-def test_a_gpu_that_keeps_the_book_and_is_interrupted_leaves_what_the_next_call_can_use(step, is_done, at, monkeypatch):
-    device = torch.device("cuda", 0)
+def test_a_gpu_that_keeps_the_book_and_is_interrupted_leaves_what_the_next_call_can_use(
+    step, is_done, at, device_of_book, monkeypatch
+):
+    device = device_of_book
     model = resident("gpt_oss", "nf4-dq", device)
     calls = [choose(*experts, device=device, model=model) for experts in ((0, 1), (2, 0), (1, 3), (0, 2))]
     count = [0]
@@ -482,6 +519,25 @@ def test_threads_compute_with_one_cache(device):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_a_graph_that_others_capture_is_refused_and_the_model_runs_without_one(within, monkeypatch):
+    """Also where a hook within the experts calls them again."""
+    model = resident("nemotron")
+    call = choose(0, 1, model=model)
+    with torch.no_grad():
+        expected = model(*call)
+        engine = stream(model, torch.device("cpu"), 2)
+        (cache,) = caches_of(engine)
+        hook = model.layers[0].experts.act_fn.register_forward_hook(lambda *_: cache.run([0], pytest.fail))
+        with monkeypatch.context() as patch:
+            patch.setattr(expert_cache, "is_capturing", lambda device: bool(cache._running) or not within)
+            with pytest.raises(OffloadError, match="no CUDA graph can capture: run the model without one"):
+                model(*call)
+        hook.remove()
+        assert torch.equal(model(*call), expected)
+    assert_at_rest(engine)
 
 
 def test_removed_experts_are_resident(device):

@@ -453,6 +453,28 @@ def test_interrupted_while_leaves_are_taken_over_the_model_is_as_it_was(tmp_path
     assert logits(model, device).isfinite().all()
 
 
+def test_interrupted_after_the_engine_was_made_the_model_streams_nothing(tmp_path, device, options, monkeypatch):
+    """The report is the last that a load puts onto a model."""
+    build = BUILDS["gpt"]
+    folder = save_checkpoint(build().bfloat16(), tmp_path)
+    given, model, seen = options(*BLOCKS["gpt"]), empty(build), []
+
+    def interrupted(*arguments, **more):
+        seen.append(model.offload)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "LoadReport", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            load_and_quantize_model(model, PLAIN, folder, **given)
+    assert len(seen) == 1
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert "offload" not in vars(model)
+    assert not hooks_of(model)
+    model = load_and_quantize_model(model, PLAIN, folder, **given)
+    assert logits(model, device).isfinite().all()
+
+
 def test_int8_training_leaves_nothing_off_the_device(tmp_path, device, options):
     folder = save_checkpoint(GPT(layers=4), tmp_path / "source")
     with pytest.raises(ConfigError, match="int8-training"):

@@ -12,6 +12,7 @@ from models import GPT
 
 from bigload import load_and_quantize_model
 from bigload.io.timeline import Span, Timeline
+from bigload.pipeline import report
 from bigload.pipeline.report import LoadReport, PeakMemory
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -96,6 +97,33 @@ def test_what_the_model_held_before_counts_as_the_loads(measured):
 def test_a_peak_below_the_models_own_size_is_no_peak(measured):
     measured(cpu=[(600, 700), (650, 720)], gpu=[(100, 200), (400, 450)])
     assert PeakMemory({CPU: 400, GPU: 300}, {}).since() == {GPU: 350}
+
+
+def test_memory_of_a_gpu_is_what_torch_allocated_there(monkeypatch):
+    stats = {"allocated_bytes": {"all": {"current": 300, "peak": 500}}}
+    asked = []
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda device: asked.append(device) or stats)
+    before = PeakMemory({GPU: 100}, {GPU: 50})
+    stats = {"allocated_bytes": {"all": {"current": 450, "peak": 900}}}
+    assert before.since()[GPU] == 900 - (300 - 50)
+    stats = {}  # of a GPU on which nothing was allocated yet
+    assert GPU not in PeakMemory({GPU: 100}, {}).since()
+    assert set(asked) == {GPU}
+
+
+def test_what_the_system_does_not_tell_is_left_out(monkeypatch):
+    def refused():
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("bigload.pipeline.report.psutil.Process", refused)
+    assert PeakMemory({CPU: 1}, {}).since() == {}
+
+
+def test_an_older_c_library_does_not_tell_what_it_keeps(monkeypatch):
+    monkeypatch.setattr(report, "_mallinfo", report._mallinfo.__wrapped__)
+    assert report._freed_but_kept() >= 0
+    monkeypatch.setattr("ctypes.CDLL", lambda name: object())
+    assert report._freed_but_kept() == 0
 
 
 # Small tensors are allocated on the heap, where what was freed is taken again without a new page of the system.

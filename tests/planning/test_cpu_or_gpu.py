@@ -9,6 +9,7 @@ from models import GPT
 
 from bigload import OffloadConfig, load_and_quantize_model, plan_device_map, quantize_checkpoint
 from bigload.hardware.bandwidth import link_gb_per_s
+from bigload.planning.placing import cpu_or_gpu
 
 pytestmark = pytest.mark.usefixtures("small_parts_stream")
 
@@ -91,3 +92,18 @@ def test_loaded_it_runs_wherever_it_was_decided(tmp_path, rates):
         assert where(model.hf_device_map) == device
         with torch.no_grad():
             assert model(torch.arange(8, device=GPU).view(1, -1)).isfinite().all()
+
+
+@pytest.mark.parametrize(("number", "is_there"), [(0, True), (1, False)])
+def test_link_is_measured_of_a_gpu_that_this_machine_has(number, is_there, monkeypatch):
+    """A plan may be for another one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    measured = []
+    monkeypatch.setattr(cpu_or_gpu, "link_gb_per_s", lambda device: measured.append(device) or 25.0)
+    monkeypatch.setattr(cpu_or_gpu, "host_gb_per_s", lambda: 80.0)
+    gpu = torch.device("cuda", number)
+    assert cpu_or_gpu._rates(gpu) == ((25.0, 80.0) if is_there else None)
+    assert measured == [gpu] * is_there
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cpu_or_gpu._rates(gpu) is None

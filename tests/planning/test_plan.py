@@ -142,3 +142,10 @@ def test_quantized_checkpoint_is_planned_as_it_is_stored(tmp_path):
     plan = plan_device_map(empty(GPT), None, tmp_path / "made", device_map="cpu")
     model = load_and_quantize_model(empty(GPT), None, tmp_path / "made", device_map="cpu")
     assert plan.device_bytes == {CPU: bytes_held(model)}
+
+
+def test_module_without_parameters_is_computed_wherever_its_input_is():
+    layers = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+    plan = plan_device_map(layers, "nf4", device_map={"": "cuda:0", "2": "cpu"})
+    assert plan.device_of("0") == plan.device_of("2") == torch.device("cuda", 0)
+    assert plan.device_of("1") is None

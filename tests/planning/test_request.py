@@ -9,7 +9,7 @@ from plans import planned
 from bigload import plan_device_map
 from bigload.errors import ConfigError, PlacementError
 from bigload.model.tensors import tensors_of
-from bigload.planning.request import check_map, resolve_budgets
+from bigload.planning.request import check_map, computing_devices, resolve_budgets
 
 CPU = torch.device("cpu")
 
@@ -123,3 +123,14 @@ def test_a_path_of_a_map_that_no_module_has_is_warned_of_with_a_likely_one(caplo
     (record,) = caplog.records
     assert "names 'final_layer_norm', 'zzz'" in record.getMessage()
     assert "did you mean 'final_layernorm'?" in record.getMessage()
+
+
+def test_what_computes_is_what_the_budgets_name_and_else_all_there_is(monkeypatch):
+    cpu, first, second = torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for there, otherwise in ((True, [first, second]), (False, [cpu])):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert computing_devices({}) == otherwise
+        assert computing_devices({"disk": 100}) == otherwise
+        assert computing_devices({second: 100, cpu: 100, first: 100}) == [first, second]
+        assert computing_devices({cpu: 100}) == [cpu]
