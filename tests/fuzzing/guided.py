@@ -118,7 +118,9 @@ def _fuzz(name: str, seconds: float, seed: int, result: Path, limited: Callable[
         result.with_suffix(".last").write_bytes(raw)
         try:
             outcome = "refused" if limited(lambda: attempt_bytes(name, raw, scratch / "case")) else "loaded"
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # one that takes too long is no Exception
             outcome = "failed"
             _keep(failures, error, raw)
         shutil.rmtree(scratch / "case", ignore_errors=True)
@@ -140,7 +142,7 @@ def _fuzz(name: str, seconds: float, seed: int, result: Path, limited: Callable[
     atheris.Fuzz()
 
 
-def _keep(failures: dict[str, dict], error: Exception, raw: bytes) -> None:
+def _keep(failures: dict[str, dict], error: BaseException, raw: bytes) -> None:
     """Keep the first of the failures that were raised at one place."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{type(error).__name__} {place.filename}:{place.lineno}"
