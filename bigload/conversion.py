@@ -26,7 +26,7 @@ from .checkpoint.writer import Entry, ShardWriter, write_json
 from .config import BnbQuantizationConfig, as_config
 from .errors import CheckpointError, ConfigError, PlacementError, listed, reason
 from .hardware.devices import Device, is_strategy, on_cpu_unless_named
-from .hardware.interrupts import check_interrupt, deferred_interrupts
+from .hardware.interrupts import check_interrupt, deferred_interrupts, interruptible
 from .inspection.own_loading import EXTRA_STATE, changed_when_loaded_again
 from .io.program import ReadTask
 from .io.tensors import StoredTensor, read_whole
@@ -268,7 +268,9 @@ def _fingerprint(plan: Plan, checkpoint: Checkpoint, max_shard_bytes: int) -> st
         "bitsandbytes": bnb.library().__version__,
         "files": sorted({str(tensor.file) for tensor in checkpoint.tensors.values()}),
         "config": plan.config.to_dict(),
-        "tensors": [(p.tensor.names, p.shape, str(p.format), p.device.type, origin(p)) for p in plan.tensors],
+        "tensors": [
+            (p.tensor.names, p.shape, str(p.format), p.device.type, origin(p)) for p in interruptible(plan.tensors)
+        ],
         "extra_states": [(path, state.name, state.offset) for path, state in plan.after.extra_states.items()],
         "max_shard_bytes": max_shard_bytes,
     }
@@ -278,7 +280,7 @@ def _fingerprint(plan: Plan, checkpoint: Checkpoint, max_shard_bytes: int) -> st
 def _convert(plan: Plan, folder: Path, max_shard_bytes: int, stem: str, progress: bool | None) -> str:
     """Write the weights and return the hash of their layout, for the record."""
     tensors = sorted(plan.tensors, key=_in_file_order)
-    outputs = [Output(planned, plan.config) for planned in tensors if planned.tensor.persistent]
+    outputs = [Output(planned, plan.config) for planned in interruptible(tensors) if planned.tensor.persistent]
     extra = {f"{path}.{EXTRA_STATE}".lstrip("."): state for path, state in plan.after.extra_states.items()}
     entries = [entry for output in outputs for entry in output.entries.values()]
     entries += [Entry(name, state.dtype, tuple(state.shape)) for name, state in extra.items()]

@@ -21,7 +21,7 @@ from .config import BnbQuantizationConfig
 from .distributed.joint_save import JointSave
 from .errors import ConfigError, QuantizationError, listed
 from .hardware.devices import on_cpu_unless_named
-from .hardware.interrupts import deferred_interrupts
+from .hardware.interrupts import deferred_interrupts, interruptible
 from .inspection.own_loading import changed_when_loaded_again
 from .inspection.own_saving import (
     attributes_set_by_loading,
@@ -358,7 +358,7 @@ def _stored_once(model: nn.Module, layers: Mapping[str, Any]) -> tuple[dict[str,
     modules = modules_by_path(model)
     _require_weights_as_held(modules, layers, state)
     groups: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)
-    for name, parameter in leaves(modules, "_parameters").items():
+    for name, parameter in interruptible(leaves(modules, "_parameters").items()):
         if name in state and parameter.numel():
             groups[parameter.data_ptr(), parameter.dtype, parameter.shape, parameter.stride()].append(name)
     ties = [tuple(names) for names in groups.values() if len(names) > 1]

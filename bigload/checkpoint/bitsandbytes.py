@@ -19,6 +19,7 @@ import torch
 
 from ..config import BLOCKSIZES, FLOATS, STORAGES
 from ..errors import CheckpointError, listed
+from ..hardware.interrupts import interruptible
 from ..hardware.layout import Shape, TensorSpec
 from ..io.tensors import StoredTensor, read_each
 from ..quantization.formats import NESTED_BLOCKSIZE, FourBit, Int8, part_name
@@ -96,17 +97,17 @@ def merge_quantized_parts(tensors: Mapping[str, StoredTensor]) -> dict[str, Stor
     """
     states = {match[1]: match for name in tensors if ".quant_state." in name and (match := _STATE.fullmatch(name))}
     blobs = _read_small(tensors, [match[0] for match in states.values()])
-    made = {name: _four_bit(name, match, tensors, blobs) for name, match in states.items()}
-    int8 = [name for name in tensors if _is_int8(name, tensors)]
+    made = {name: _four_bit(name, match, tensors, blobs) for name, match in interruptible(states.items())}
+    int8 = [name for name in interruptible(tensors) if _is_int8(name, tensors)]
     layouts = _read_small(tensors, [stored_name(name, "weight_format") for name in int8])
-    made |= {name: _int8(name, tensors, layouts) for name in int8}
+    made |= {name: _int8(name, tensors, layouts) for name in interruptible(int8)}
     taken = {match[0] for match in states.values()}
     for name, weight in made.items():
         taken |= {part.name for part in weight.parts.values()}
         if isinstance(weight.format, Int8):
             taken.add(stored_name(name, "weight_format"))
     # A name below a tensor's is a part of that tensor; buffers have names below a module's.
-    orphans = [name for name in tensors if name not in taken and _weight_of(name) in tensors]
+    orphans = [name for name in interruptible(tensors) if name not in taken and _weight_of(name) in tensors]
     if orphans:
         raise CheckpointError(f"{listed(orphans)}: parts of quantized weights whose quant_state is missing")
     return {name: made.get(name, tensor) for name, tensor in tensors.items() if name in made or name not in taken}

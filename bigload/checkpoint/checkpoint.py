@@ -14,6 +14,7 @@ import torch
 
 from ..config import FLOATS
 from ..errors import CheckpointError, listed, reason
+from ..hardware.interrupts import interruptible
 from ..io.tensors import Stamp, State, StoredTensor, stamp_of
 from ..quantization import formats
 from .bitsandbytes import QuantizedTensor, merge_quantized_parts
@@ -139,7 +140,7 @@ def _open(location: Path) -> Checkpoint:
         )
     stamps: dict[Path, Stamp] = {}
     tensors = _read_index(location, stamps) if location.name.endswith(".json") else _read_file(location, stamps)
-    layout = layout_of((tensor.name, tensor.dtype, tensor.shape) for tensor in tensors.values())
+    layout = layout_of((tensor.name, tensor.dtype, tensor.shape) for tensor in interruptible(tensors.values()))
     record = read_record(location.parent, layout)
     merged = merge_scaled(merge_quantized_parts(tensors), location.parent, is_folder=folder is not None)
     return Checkpoint(location, merged, record, tensors.metadata, folder, stamps)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, listed
+from ..hardware.interrupts import check_interrupt, interruptible
 from ..io.tensors import LazyTensor, State, StoredObject, StoredTensor
 from .safetensors import require_file
 
@@ -35,13 +36,15 @@ def read_pickle(path: Path) -> State:
         raise CheckpointError(f"'{path}' is damaged or not a checkpoint of torch: {error}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"'{path}' holds a {type(state).__name__}, expected a state_dict of tensors by name")
-    others = [str(name) for name, value in state.items() if not (isinstance(name, str) and _may_hold(name, value))]
+    each = interruptible(state.items())
+    others = [str(name) for name, value in each if not (isinstance(name, str) and _may_hold(name, value))]
     if others:
         raise CheckpointError(
             f"'{path}' holds {listed(others)}, which are not plain tensors by name; expected a state_dict: save that "
             "part alone"
         )
-    tensors = {name: _described(path, rank, name, value) for rank, (name, value) in enumerate(state.items())}
+    each = interruptible(enumerate(state.items()))
+    tensors = {name: _described(path, rank, name, value) for rank, (name, value) in each}
     return State(tensors, getattr(state, "_metadata", None))
 
 
@@ -69,4 +72,10 @@ def _load_mapped(path: Path) -> Any:
     require_file(path)
     with path.open("rb") as file:
         is_zip = file.read(2) == b"PK"  # files from before torch 1.6 cannot be mapped
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    return torch.load(path, map_location=_on_cpu, weights_only=True, mmap=is_zip)
+
+
+def _on_cpu(storage: Any, location: str) -> Any:
+    """Leave a storage on the CPU, where torch reads it; called for each of what may be tens of thousands."""
+    check_interrupt()
+    return storage

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, listed
-from ..hardware.interrupts import check_interrupt
+from ..hardware.interrupts import check_interrupt, interruptible
 from ..io.tensors import StoredTensor
 
 DTYPES = {
@@ -72,7 +72,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     if not isinstance(header, dict):
         raise CheckpointError(f"the header of '{path}' is a JSON {type(header).__name__}, expected an object")
     start = 8 + length
-    tensors = [_parse_entry(path, start, name, entry) for name, entry in header.items() if name != "__metadata__"]
+    entries = interruptible(header.items())
+    tensors = [_parse_entry(path, start, name, entry) for name, entry in entries if name != "__metadata__"]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
     end = start
     for tensor in tensors:

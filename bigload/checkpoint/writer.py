@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError
-from ..hardware.interrupts import WAIT_S, check_interrupt
+from ..hardware.interrupts import WAIT_S, check_interrupt, interruptible
 from ..hardware.pinned import pinned_memory
 from ..io.ring import as_bytes
 from .record import layout_of
@@ -273,11 +273,11 @@ def write_json(path: Path, content: object) -> None:
 def _split(entries: Iterable[Entry], max_bytes: int) -> list[list[Entry]]:
     """Divide tensors among files. The parts of a quantized weight stay together: diffusers reads file by file."""
     weights: dict[str, list[Entry]] = {}
-    for entry in entries:
+    for entry in interruptible(entries):
         weights.setdefault(_PART.sub("weight", entry.name), []).append(entry)
     groups: list[list[Entry]] = [[]]
     filled = 0
-    for parts in weights.values():
+    for parts in interruptible(weights.values()):
         nbytes = sum(entry.nbytes for entry in parts)
         if groups[-1] and filled + nbytes > max_bytes:
             groups.append([])

@@ -7,17 +7,23 @@ at the next of many points where all can be undone. Another one is raised at onc
 
 from __future__ import annotations
 
+import itertools
 import signal
 import threading
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import ContextDecorator
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 # A wait looks as often whether Ctrl-C was pressed, in seconds.
 WAIT_S = 0.1
 # What bigload does between two points takes less, unless something hangs: a file system, a library, the network.
 PATIENCE_S = 2.0
+# Of `interruptible`: a look takes as long as a step of the shortest loops.
+_STEPS = 16
 
 
 class deferred_interrupts(ContextDecorator):  # noqa: N801 - a function, to those who use it
@@ -68,6 +74,14 @@ def check_interrupt() -> None:
     """Raise KeyboardInterrupt, or do what else the program does at Ctrl-C, if it was pressed since the last time."""
     if _active is not None and _active.asked is not None and _is_main_thread():
         _active.check()
+
+
+def interruptible(steps: Iterable[T]) -> Iterator[T]:
+    """Give many short steps, as those of a loop over tensors, with a point before the first of every few."""
+    left = iter(steps)
+    while some := list(itertools.islice(left, _STEPS)):
+        check_interrupt()
+        yield from some
 
 
 class immediate_interrupts:  # noqa: N801 - as above

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..hardware.interrupts import interruptible
 from .outer_names import ClassAttributes, functions_in, globals_of, is_a, is_foreign, is_of_user
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def aliases(modules: Mapping[nn.Module, str], wanted: Callable[[Any], bool]) -> 
         wanted: whether to search for a module, a tensor, or a bound method of a module.
     """
     search = _Search(modules, wanted)
-    for module, path in modules.items():
+    for module, path in interruptible(modules.items()):
         own = vars(module)
         for name in own.keys() - _USUAL:
             if own[name].__class__ not in _PLAIN:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..hardware.interrupts import interruptible
 from .tensors import StoredTensor
 
 # Where pieces begin in a window, in bytes: as in memory of their own.
@@ -140,7 +141,7 @@ def lay_out(tasks: Sequence[ReadTask], windows: Mapping[torch.device, Window]) -
         Batches of the devices in turns: each device has its own link, and all shall be busy.
     """
     of_device: dict[torch.device, list[ReadTask]] = defaultdict(list)
-    for task in tasks:
+    for task in interruptible(tasks):
         of_device[task.device].append(task)
     each = [_batches(own, windows[device]) for device, own in of_device.items()]
     batches = [batch for turn in itertools.zip_longest(*each) for batch in turn if batch is not None]
@@ -148,9 +149,10 @@ def lay_out(tasks: Sequence[ReadTask], windows: Mapping[torch.device, Window]) -
     spans = array("q")
     for number, batch in enumerate(batches):
         batch.number, address = number, windows[batch.device].address
-        for task, begin, numel, at in batch.pieces:
+        for piece in interruptible(batch.pieces):
+            task, begin, numel, at = piece
             tensor, itemsize = task.tensor, task.tensor.dtype.itemsize
-            to = address + at if at is not None else task.home.data_ptr() + begin * itemsize  # type: ignore[union-attr]
+            to = address + at if at is not None else task.home.data_ptr() + begin * itemsize
             spans.extend((numbers[tensor.file], tensor.offset + begin * itemsize, numel * itemsize, to, number))
     return Program(list(numbers), batches, [piece for batch in batches for piece in batch.pieces], spans)
 
@@ -158,7 +160,7 @@ def lay_out(tasks: Sequence[ReadTask], windows: Mapping[torch.device, Window]) -
 def _batches(tasks: Iterable[ReadTask], window: Window) -> list[Batch]:
     found: list[Batch] = []
     batch: Batch | None = None
-    for task in tasks:
+    for task in interruptible(tasks):
         itemsize, begin = task.tensor.dtype.itemsize, 0
         total = task.tensor.nbytes // itemsize
         while begin < total:

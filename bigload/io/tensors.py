@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
+from ..hardware.interrupts import interruptible
 from ..hardware.layout import in_mapping
 
 # Inode, size and modification time of a file: they change when it is replaced or written to.
@@ -118,7 +119,7 @@ def read_each(tensors: Iterable[StoredTensor]) -> Iterator[torch.Tensor]:
             yield from (tensor.load() for tensor in some if isinstance(tensor, LazyTensor))
             continue
         with _opened(file) as descriptor:
-            for tensor in some:
+            for tensor in interruptible(some):
                 raw = read_at(descriptor, tensor.offset, tensor.nbytes)
                 if len(raw) < tensor.nbytes:
                     raise CheckpointError(f"'{file}' ended while '{tensor.name}' was read: it was truncated meanwhile")

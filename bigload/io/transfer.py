@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 import torch
 
 from ..hardware.devices import current_gpu
-from ..hardware.interrupts import check_interrupt
+from ..hardware.interrupts import check_interrupt, interruptible
 from .feed import Feed, Resources
 from .native_feed import NativeFeed, library
 from .program import Batch, Program, ReadTask, Window, lay_out
@@ -76,7 +76,9 @@ def read_all(
 
 def _of_few_files(tasks: Sequence[ReadTask]) -> Iterator[list[ReadTask]]:
     """Divide tasks, so that not too many files are open at once."""
-    numbers = {file: number for number, file in enumerate(dict.fromkeys(task.tensor.file for task in tasks))}
+    numbers = {
+        file: number for number, file in enumerate(dict.fromkeys(task.tensor.file for task in interruptible(tasks)))
+    }
     for _, some in itertools.groupby(tasks, lambda task: numbers[task.tensor.file] // _FILES):
         yield list(some)
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..config import BnbQuantizationConfig
 from ..errors import CheckpointError, ConfigError, listed
+from ..hardware.interrupts import interruptible
 from ..inspection.linears import acts_as_linear, class_acts_as_linear
 from . import diffusers_facts, transformers_facts
 from .fp32_modules import fp32_patterns
@@ -85,12 +86,12 @@ def _chosen(
     tied = {name for tensor in tensors if _has_several_owners(view, tensor) for name in tensor.names}
     heads, patterns = meant_to_stay(view, config)
     paths: dict[nn.Module, list[str]] = {}
-    for path, module in view.modules.items():
+    for path, module in interruptible(view.modules.items()):
         paths.setdefault(module, []).append(f"{path}.weight".lstrip("."))
     stays = one_of(patterns).search
     return {
         path: module
-        for path, module in linears.items()
+        for path, module in interruptible(linears.items())
         if module not in heads
         and _weight(module).numel()
         and not any(weight in tied or stays(weight) for weight in paths[module])
@@ -177,7 +178,7 @@ def layers_stored_quantized(
             "this checkpoint's config, or name its class in quantizable"
         )
     for field in ("skip_modules", "keep_in_fp32_modules"):
-        plain = [candidates[name] for name in names if matches(name, getattr(config, field) or ())]
+        plain = [candidates[name] for name in interruptible(names) if matches(name, getattr(config, field) or ())]
         if plain:
             raise ConfigError(
                 f"the checkpoint is quantized already, and so are {listed(plain)}, which {field} names: remove "
@@ -211,7 +212,8 @@ def plain_linears(model: nn.Module | ModelView, quantizable: Sequence[type[nn.Li
         ConfigError: a class in `quantizable` does not do what nn.Linear does.
     """
     _check_quantizable(quantizable)
-    return {path: module for module, path in view_of(model).first_paths.items() if _is_quantizable(module, quantizable)}
+    each = interruptible(view_of(model).first_paths.items())
+    return {path: module for module, path in each if _is_quantizable(module, quantizable)}
 
 
 def _check_quantizable(quantizable: Any) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import ConfigError, listed
+from ..hardware.interrupts import interruptible
 from . import transformers_facts
 from .view import ModelView, view_of
 
@@ -64,7 +65,7 @@ def tensors_of(model: nn.Module | ModelView, tied_parameters: Sequence[tuple[str
     ]
     _check_ties(tied_parameters, parameters)
     groups = _group_names(parameters, [*declared, *tied_parameters])
-    tensors = [ModelTensor(names, parameters[names[0]], True, True) for names in groups]
+    tensors = [ModelTensor(names, parameters[names[0]], True, True) for names in interruptible(groups)]
     for names in _group_names(buffers, ()):
         persistent = any(_is_persistent(view.owner(name), name) for name in names)
         tensors.append(ModelTensor(names, buffers[names[0]], False, persistent))
@@ -78,7 +79,7 @@ def _require_plain(parameters: Mapping[str, nn.Parameter], buffers: Mapping[str,
                 f"'{name}' is quantized by bitsandbytes already (a {type(parameter).__name__}); build the model anew "
                 "to load or quantize it again"
             )
-    for name, tensor in [*parameters.items(), *buffers.items()]:
+    for name, tensor in interruptible([*parameters.items(), *buffers.items()]):
         if is_lazy(tensor):
             raise ConfigError(f"'{name}' has no shape yet: run the lazy modules once before the model is loaded")
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..hardware.interrupts import check_interrupt
+from ..hardware.interrupts import check_interrupt, interruptible
 from ..model.empty import like_parameter
 from ..model.quantizable_experts import weights_of
 from ..model.tensors import ModelTensor
@@ -91,7 +91,7 @@ class Assembly:
                     new_layers[owner]._parameters["bias"] = tensors[id(slots[leaf])] = bias
         self._refuse_what_others_do_wrong()
         edits += self._edits_of_experts()
-        for module in view.first_paths if new_layers else ():
+        for module in interruptible(view.first_paths if new_layers else ()):
             edits += [
                 (module._modules, key, new_layers[child]) for key, child in _children(module) if child in new_layers
             ]
@@ -180,7 +180,7 @@ def apply_edits(edits: list[Edit], then: Callable[[], object] = lambda: None) ->
     """Make all assignments and call `then`; if anything fails or is interrupted, undo all of them."""
     before: list[Edit] = []
     try:
-        for slots, key, value in edits:
+        for slots, key, value in interruptible(edits):
             before.append((slots, key, _get(slots, key)))
             _set(slots, key, value)
         then()

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
+from ..hardware.interrupts import interruptible
 from ..inspection.aliases import Alias, aliases, exchanged
 from ..inspection.outer_names import is_a
 from ..model.quantizable_experts import weights_of
@@ -118,7 +119,7 @@ def exchanges(
             return value
         return types.MethodType(getattr(type(owner), name, value.__func__), owner)
 
-    return [(alias.slots, alias.key, exchanged(alias.value, new)) for alias in found]
+    return [(alias.slots, alias.key, exchanged(alias.value, new)) for alias in interruptible(found)]
 
 
 def _memory(tensor: torch.Tensor) -> int:

@@ -16,7 +16,7 @@ from ..checkpoint.bitsandbytes import QuantizedTensor
 from ..errors import CheckpointError, PlacementError, QuantizationError, listed
 from ..hardware.allocation import allocate, is_shortage, reserve
 from ..hardware.devices import CPU
-from ..hardware.interrupts import check_interrupt
+from ..hardware.interrupts import check_interrupt, interruptible
 from ..io.program import ReadTask, not_taken
 from ..io.ring import slot_bytes
 from ..io.tensors import LazyTensor, StoredTensor
@@ -305,7 +305,7 @@ def _require_finite(loaded: dict[str, LoadedTensor], plan: Plan) -> None:
         {f"{path}.weight".lstrip(".") for path in plan.layers} if plan.config.llm_int8_has_fp16_weight else set()
     )
     checked: list[tuple[str, torch.Tensor]] = []
-    for name, value in loaded.items():
+    for name, value in interruptible(loaded.items()):
         if isinstance(value, QuantizedWeight):
             checked += [(name, scales) for scales in value.scales if scales.numel()]
         elif name in main_weights:

@@ -14,6 +14,7 @@ import torch
 from ..checkpoint.scaled.tensor import CPU_VALUES, GPU_VALUES, ScaledTensor, not_finite
 from ..checkpoint.scaled.values import RowValues, largest_scale
 from ..errors import QuantizationError
+from ..hardware.interrupts import interruptible
 from ..io.program import ReadTask
 from ..io.ring import slot_bytes
 from ..io.tensors import StoredTensor
@@ -37,7 +38,9 @@ class _ScalesTask(ReadTask):
 
 def in_file_order(tasks: Sequence[ReadTask]) -> list[ReadTask]:
     """Sort reads by files and offsets, but scales before the weight that needs them."""
-    rank: dict[Path, int] = {file: rank for rank, file in enumerate(sorted({_leader(task).file for task in tasks}))}
+    rank: dict[Path, int] = {
+        file: rank for rank, file in enumerate(sorted({_leader(task).file for task in interruptible(tasks)}))
+    }
 
     def place(task: ReadTask) -> tuple[int, int, int, int]:
         leader = _leader(task)
@@ -65,7 +68,7 @@ class Transcoder:
         One whose rows do not fit into a slot of the ring stays as it is: its values are computed at once.
         """
         found = list[ReadTask]()
-        for task in tasks:
+        for task in interruptible(tasks):
             weight = task.tensor
             landing = _Landing(task, weight, self) if isinstance(weight, ScaledTensor) else None
             found += [task] if landing is None or not landing.fits else landing.reads()

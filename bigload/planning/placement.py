@@ -14,6 +14,7 @@ import torch
 from ..errors import listed
 from ..hardware.devices import CPU, Place, as_place, default_device, is_strategy
 from ..hardware.free_memory import free_bytes, free_disk_bytes
+from ..hardware.interrupts import interruptible
 from ..model.view import ModelView
 from ..notation import show
 from .advice import ONLY_LEAVES_LEAVE, does_not_fit_error, split_unit_error
@@ -102,7 +103,7 @@ def place_tensors(
     found: dict[int, PlannedTensor] = {}
     for placed in units:
         leaving = {id(planned) for planned in placed.unit.offloaded} if placed.home is not None else set()
-        for planned in placed.unit.tensors:
+        for planned in interruptible(placed.unit.tensors):
             home = placed.home if id(planned) in leaving else None
             if placed.device == CPU and is_mixed:
                 found[id(planned)] = planned.on_cpu()

@@ -16,6 +16,7 @@ from torch import nn
 from ..config import BnbQuantizationConfig
 from ..errors import counted, listed
 from ..hardware.devices import CPU, Place
+from ..hardware.interrupts import interruptible
 from ..io.tensors import StoredTensor
 from ..model.experts import Experts
 from ..notation import html_table, show, text_table, turned_to_fit, wrapped
@@ -97,18 +98,18 @@ class Plan:
     @cached_property
     def source_bytes(self) -> int:
         """Bytes that the load reads."""
-        return sum(source.tensor.nbytes for planned in self.tensors for source in planned.sources)
+        return sum(source.tensor.nbytes for planned in interruptible(self.tensors) for source in planned.sources)
 
     @cached_property
     def read_bytes(self) -> int:
         """Bytes of files that the load reads; of a share more than `source_bytes` if it cannot be read alone."""
-        return sum(planned.read_bytes for planned in self.tensors)
+        return sum(planned.read_bytes for planned in interruptible(self.tensors))
 
     @cached_property
     def device_bytes(self) -> dict[torch.device, int]:
         """Bytes of the loaded model in the memory of each device, before the allocator's rounding."""
         total: dict[torch.device, int] = defaultdict(int)
-        for planned in self.tensors:
+        for planned in interruptible(self.tensors):
             place = planned.home or planned.device
             if isinstance(place, torch.device):
                 total[place] += planned.nbytes

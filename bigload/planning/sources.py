@@ -17,6 +17,7 @@ from ..checkpoint.foreign import foreign_error
 from ..checkpoint.merged import merge_quantized, not_joined
 from ..checkpoint.scaled.tensor import ScaledTensor
 from ..errors import CheckpointError, ConfigError, counted, listed
+from ..hardware.interrupts import interruptible
 from ..io.tensors import LazyTensor, StoredTensor, read_bytes, read_whole
 from ..model.tensors import ModelTensor
 from ..model.transformers_facts import KeyConversion
@@ -130,7 +131,7 @@ def sources_in_checkpoint(
         tensors = rules.fitted(tensors)
     found = {
         tensor.name: next((stored[name] for name in tensor.names if name in stored), None)
-        for tensor in tensors
+        for tensor in interruptible(tensors)
         if tensor.persistent
     }
     places = {name for tensor in tensors for name in tensor.names}
@@ -171,7 +172,7 @@ def _kept(missing: Sequence[ModelTensor], unexpected: list[str], rules: Rules | 
 def _renamed(checkpoint: Checkpoint, key_mapping: KeyMapping | None) -> dict[str, StoredTensor]:
     rename = _as_function(key_mapping)
     stored: dict[str, StoredTensor] = {}
-    for key, tensor in checkpoint.tensors.items():
+    for key, tensor in interruptible(checkpoint.tensors.items()):
         name = rename(key)
         if name in stored:
             raise ConfigError(f"key_mapping renames both {stored[name].name!r} and {key!r} to {name!r}")
@@ -185,7 +186,8 @@ def _by_model_name(stored: Mapping[str, StoredTensor], conversion: KeyConversion
     # Numeric order, with layers.10 after layers.9: merged tensors are stacked in that order.
     conversion = conversion and conversion.among(stored)
     rank = cache(_rank)  # names repeat their parts
-    for key in sorted(stored, key=lambda key: [*map(rank, key.split("."))]) if conversion else stored:
+    keys = sorted(stored, key=lambda key: [*map(rank, key.split("."))]) if conversion else stored
+    for key in interruptible(keys):
         name, pattern = conversion.target(key) if conversion else (key, None)
         if pattern is None:
             found.setdefault(name, _whole(stored[key]))
@@ -341,10 +343,10 @@ def _ends(tensor: StoredTensor, nbytes: int = 65536) -> tuple[bytes, ...]:
 def _require_fit(
     tensors: Sequence[ModelTensor], found: Mapping[str, Found | None], foreign: Callable[[], CheckpointError | None]
 ) -> None:
-    pairs = [(tensor, each) for tensor in tensors if (each := found.get(tensor.name)) is not None]
+    pairs = [(tensor, each) for tensor in interruptible(tensors) if (each := found.get(tensor.name)) is not None]
     # A Conv1D weight, or experts, (in, out) in the model, are stored quantized as (out, in). Whether it is one is
     # checked later.
-    unequal = [(t, each) for t, each in pairs if each.shape != t.value.shape]
+    unequal = [(t, each) for t, each in interruptible(pairs) if each.shape != t.value.shape]
     fits = {t.name for t, each in unequal if isinstance(each.first, QuantizedTensor) and each.shape == _turned(t.shape)}
     wrong = {t.name: (each.shape, t.shape, each.first) for t, each in unequal if t.name not in fits}
     if wrong:

@@ -10,6 +10,7 @@ from functools import cached_property
 from torch import nn
 
 from ..errors import listed
+from ..hardware.interrupts import interruptible
 from ..model import transformers_facts
 from ..model.view import ModelView
 from ..quantization.formats import FourBit, Plain
@@ -145,7 +146,7 @@ class Unit:
 
 def bytes_of(tensors: Sequence[PlannedTensor], multiple: int = 1) -> int:
     """Return the bytes of tensors, with each of their parts rounded up to a multiple."""
-    return sum(planned.rounded_bytes(multiple) for planned in tensors)
+    return sum(planned.rounded_bytes(multiple) for planned in interruptible(tensors))
 
 
 def units_of(
@@ -181,10 +182,10 @@ def units_of(
             )
     pieces = [
         (path, type(module).__name__ in blocks, names)
-        for path, module, names in _walk("", view.model, blocks, view)
+        for path, module, names in interruptible(_walk("", view.model, blocks, view))
         if names
     ]
-    return [_unit(merged, by_name, view) for merged in _merged(pieces, by_name)]
+    return [_unit(merged, by_name, view) for merged in interruptible(_merged(pieces, by_name))]
 
 
 _Piece = tuple[str, bool, list[str]]
@@ -229,7 +230,7 @@ _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 def _repeated_classes(modules: Mapping[str, nn.Module], by_name: Mapping[str, PlannedTensor]) -> set[str]:
     """Return the classes in the largest ModuleList, or Sequential whose elements are all of one class."""
     largest: tuple[int, set[str]] = (0, set())
-    for path, module in modules.items():
+    for path, module in interruptible(modules.items()):
         elements = [child for _, child in _children(module)]
         classes = {type(child).__name__ for child in elements}
         is_list = isinstance(module, nn.ModuleList) or (isinstance(module, nn.Sequential) and len(classes) == 1)
@@ -244,7 +245,7 @@ def _merged(pieces: Sequence[_Piece], by_name: Mapping[str, PlannedTensor]) -> l
     """Group pieces that share a tensor, at the position of the first."""
     group_of: dict[int, list[_Piece]] = {}
     groups: dict[int, list[_Piece]] = {}
-    for piece in pieces:
+    for piece in interruptible(pieces):
         shared = {id(group): group for name in piece[2] if (group := group_of.get(id(by_name[name]))) is not None}
         group = next(iter(shared.values()), None)
         if group is None:

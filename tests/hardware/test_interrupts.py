@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from bigload.hardware import interrupts
-from bigload.hardware.interrupts import check_interrupt, deferred_interrupts, immediate_interrupts
+from bigload.hardware.interrupts import check_interrupt, deferred_interrupts, immediate_interrupts, interruptible
 
 
 @pytest.fixture(autouse=True)
@@ -172,6 +172,20 @@ def test_a_handler_that_is_not_pythons_is_left_alone(ignored):
         check_interrupt()
     assert signal.getsignal(signal.SIGINT) is ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_many_short_steps_have_points_among_them_and_none_is_lost():
+    assert list(interruptible(iter(range(1000)))) == list(range(1000))
+    assert list(interruptible([])) == []
+
+    @deferred_interrupts()
+    def act(step):
+        for number in interruptible(range(1000)):
+            step(number)
+            if number == 100:
+                press()
+
+    assert interrupted(act) == list(range(interrupts._STEPS * (100 // interrupts._STEPS + 1)))
 
 
 def test_other_threads_are_not_interrupted():

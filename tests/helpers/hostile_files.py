@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from checkpoints import empty, save, save_shards
 from references import quantized_state
+from scaled import in_fp8, in_rows
 from torch import nn
 
 from bigload import BigloadError, load_and_quantize_model, save_quantized_model
@@ -186,6 +187,12 @@ def _files(kind, fill, root):
         )
     elif kind in ("nf4-dq", "int8", "config"):
         save(quantized_state(model, "nf4-dq" if kind == "config" else kind, torch.device("cpu")), folder)
+    elif kind in ("fp8", "fp8 in rows", "modelopt"):
+        save(model.bfloat16().state_dict(), folder)
+        _ = in_fp8(folder, size=(16, 16)) if kind == "fp8" else in_rows(folder)
+        if kind == "modelopt":
+            (folder / "config.json").unlink()
+            (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
     elif kind == "saved":
         save_quantized_model(load_and_quantize_model(model, "nf4", device_map="cpu"), folder)
     elif kind == "pickle":
@@ -211,10 +218,20 @@ def attempt(kind, seed, folder: Path, fill=None):
         Exception: one that is not of the package.
     """
     which, damage = KINDS[kind]
+    write_good(which, folder, fill)
+    damage(folder, random.Random(f"{kind} {seed}"))
+    return opened_and_loaded(which, folder)
+
+
+def write_good(which, folder, fill=None):
+    """Write the good files that are damaged then."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, raw in _files(which, fill, folder).items():
         (folder / name).write_bytes(raw)
-    damage(folder, random.Random(f"{kind} {seed}"))
+
+
+def opened_and_loaded(which, folder):
+    """Return the messages of the errors by which a folder is refused; raises any other error."""
     said = []
     try:
         checkpoint = open_checkpoint(folder)

@@ -163,20 +163,30 @@ class CtrlCAtPoint:
     def __init__(self, call=0):
         self.call, self.calls = call, 0
 
-    @contextmanager
     def injected(self):
-        with pytest.MonkeyPatch.context() as patch:
-            for name, module in list(sys.modules.items()):
-                if name.startswith("bigload.") and "check_interrupt" in vars(module) and module is not interrupts:
-                    patch.setattr(module, "check_interrupt", self._checked)
-            yield
+        return at_each_point(self._press)
 
-    def _checked(self):
+    def _press(self):
+        self.calls += 1
+        if self.calls == self.call:
+            signal.raise_signal(signal.SIGINT)
+
+
+@contextmanager
+def at_each_point(act):
+    """Call a function before each look for Ctrl-C, in the main thread."""
+    own = interrupts.check_interrupt
+
+    def checked():
         if threading.current_thread() is threading.main_thread():
-            self.calls += 1
-            if self.calls == self.call:
-                signal.raise_signal(signal.SIGINT)
-        interrupts.check_interrupt()
+            act()
+        own()
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("bigload.") and vars(module).get("check_interrupt") is own:
+                patch.setattr(module, "check_interrupt", checked)
+        yield
 
 
 def is_clear(error, fault, job):

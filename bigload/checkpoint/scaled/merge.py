@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ...errors import CheckpointError, listed
+from ...hardware.interrupts import interruptible
 from ...io.tensors import StoredTensor
 from . import fp4, fp8, int8, mxfp4
 from .stated import READ_METHODS, Stated, not_read, stated
@@ -44,8 +45,10 @@ def merge_scaled(tensors: Mapping[str, StoredTensor], folder: Path, *, is_folder
     """
     said = stated(folder)
     # Numbers and scales: of a plain checkpoint, which may have tens of thousands of tensors, there are none.
-    parts = {n: t for n, t in tensors.items() if t.dtype.itemsize == 1 or n.endswith((*_ENDS, mxfp4.SCALES))}
-    made = {name: tensor for name in parts if (tensor := _joined(name, tensors, said)) is not None}
+    parts = {
+        n: t for n, t in interruptible(tensors.items()) if t.dtype.itemsize == 1 or n.endswith((*_ENDS, mxfp4.SCALES))
+    }
+    made = {name: tensor for name in interruptible(parts) if (tensor := _joined(name, tensors, said)) is not None}
     _require_scales(parts, tensors, made, said)
     is_plain = all(tensor.dtype.itemsize > 1 for tensor in parts.values() if len(tensor.shape) > 1)
     _require_as_stated(made, said, folder, may_be_dequantized=is_folder and is_plain)

@@ -77,8 +77,8 @@ def _block(said: Mapping[str, Any], path: Path) -> tuple[int, int] | None:
         block = said.get("weight_block_size")
     elif said["quant_method"] == "compressed-tensors":
         groups = said.get("config_groups")
-        weights = [each.get("weights") for each in groups.values()] if isinstance(groups, Mapping) else []
-        found = {str(block): block for each in weights if (block := _block_of_group(each)) is not None}
+        each = groups.values() if isinstance(groups, Mapping) else ()
+        found = {str(block): block for group in each if (block := _block_of_group(group)) is not None}
         if len(found) > 1:
             raise CheckpointError(f"'{path}' names blocks of several sizes, {', '.join(found)}, which cannot be read")
         block = next(iter(found.values()), None)
@@ -95,7 +95,8 @@ def _block(said: Mapping[str, Any], path: Path) -> tuple[int, int] | None:
     return (block[0], block[1])
 
 
-def _block_of_group(weights: Any) -> Any:
+def _block_of_group(group: Any) -> Any:
+    weights = group.get("weights") if isinstance(group, Mapping) else None
     if not isinstance(weights, Mapping):
         return None
     if weights.get("strategy") == "block":

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...hardware.devices import CPU, Place
+from ...hardware.interrupts import interruptible
 from ...notation import show
 from ...quantization.formats import Plain
 from ..planned_tensors import PlannedTensor
@@ -166,7 +167,7 @@ def accounts_of(
     """
     weights: dict[Place, int] = defaultdict(int)
     states: dict[Place, int] = defaultdict(int)
-    for planned in tensors:
+    for planned in interruptible(tensors):
         place = planned.home or planned.device
         multiple = GROUP_BYTES if planned.home else GPU_BYTES if planned.device.type == "cuda" else 1
         values, state = _value_and_state_bytes(planned, multiple)
