@@ -59,7 +59,8 @@ class ScaledTensor(LazyTensor):
 
     def in_dtype(self, dtype: torch.dtype) -> ScaledTensor:
         """Return the same, with values in another dtype."""
-        return replace(self, dtype=dtype)
+        own = self.name, self.kind, self.numbers, self.scales, self.shape, self.block
+        return scaled_tensor(*own, rank=self.rank, is_turned=self.is_turned, dtype=dtype)
 
     def experts(self) -> list[ScaledTensor]:
         """Return each matrix of a weight with three dimensions, (E, rows, columns)."""
@@ -79,6 +80,7 @@ def scaled_tensor(
     *,
     rank: int | None = None,
     is_turned: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> ScaledTensor:
     """Return a weight of its stored numbers and scales, which fit together; see `ScaledTensor`.
 
@@ -87,7 +89,7 @@ def scaled_tensor(
     return ScaledTensor(
         name,
         numbers.file,
-        torch.float32,
+        dtype,
         shape,
         numbers.offset,
         numbers.nbytes + scales.nbytes,
@@ -106,8 +108,7 @@ def joined_scaled(parts: Sequence[ScaledTensor]) -> ScaledTensor:
     first, last = parts[0], parts[-1]
     numbers, scales = joined([part.numbers for part in parts]), joined([part.scales for part in parts])
     name, shape = joined_name(first.name, last.name), (len(parts), *first.shape)
-    whole = scaled_tensor(name, first.kind, numbers, scales, shape, first.block, rank=first.rank)
-    return whole.in_dtype(first.dtype)
+    return scaled_tensor(name, first.kind, numbers, scales, shape, first.block, rank=first.rank, dtype=first.dtype)
 
 
 def follows_scaled(last: ScaledTensor, other: ScaledTensor) -> bool:
