@@ -68,11 +68,11 @@ class Transcoder:
 
         One whose rows do not fit into a slot of the ring stays as it is: its values are computed at once.
         """
-        found = list[ReadTask]()
+        found, room = list[ReadTask](), slot_bytes()
         few: defaultdict[tuple[torch.device, torch.dtype], list[_Landing]] = defaultdict(list)
         for task in tasks:
             weight = task.tensor
-            landing = _Landing(task, weight, self) if isinstance(weight, ScaledTensor) else None
+            landing = _Landing(task, weight, self, room) if isinstance(weight, ScaledTensor) else None
             if landing is None or not landing.fits:
                 found.append(task)
                 continue
@@ -130,29 +130,26 @@ class _Landing:
 
     Attributes:
         weight: the weight.
+        fits: whether the smallest piece of its numbers fits into a slot of the ring.
     """
 
-    def __init__(self, task: ReadTask, weight: ScaledTensor, transcoder: Transcoder) -> None:
+    def __init__(self, task: ReadTask, weight: ScaledTensor, transcoder: Transcoder, slot: int) -> None:
+        """Begin with nothing there, and slots of `slot` bytes in the ring."""
         self._task, self.weight, self._transcoder = task, weight, transcoder
         self._columns, self._per_item = max(1, weight.shape[-1]), 2 if weight.is_packed else 1
         # Pieces are whole rows, and whole blocks or rows of the format that they are quantized to.
         self._values = math.lcm(self._columns, task.values_per_scale)
         # On a GPU they are, where a slot holds some, whole rows of blocks too: multiplied by one kernel.
         of_blocks = math.lcm(self._columns * weight.block[0], task.values_per_scale)
-        if task.device.type == "cuda" and of_blocks * _SOME <= slot_bytes():
+        if task.device.type == "cuda" and of_blocks * _SOME <= slot:
             self._values = of_blocks
         room = CPU_VALUES if task.device.type == "cpu" else GPU_VALUES
         self._step = max(1, room // self._values) * self._values // self._per_item
         self._missing = math.prod(weight.shape)
+        self.fits = self._values // self._per_item * weight.numbers.dtype.itemsize <= slot and self._missing > 0
         self._scales: torch.Tensor | None = None
         self._rows: RowValues | None = None
         self._early: list[tuple[torch.Tensor, int]] = []
-
-    @property
-    def fits(self) -> bool:
-        """Whether the smallest piece fits into a slot of the ring."""
-        items = self._values // self._per_item
-        return items * self.weight.numbers.dtype.itemsize <= slot_bytes() and self._missing > 0
 
     def scales_task(self, home: torch.Tensor | None = None) -> ReadTask:
         """Return the read of the scales: into a home, flat, that the transcoder looks at, or into memory of their own."""

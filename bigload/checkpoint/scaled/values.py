@@ -59,7 +59,9 @@ class RowValues:
         count = numbers.numel() * (2 if are_packed else 1) // self._columns
         if are_packed and numbers.device.type == "cuda" and runs_kernel(numbers.device):
             return self._by_kernel(numbers, first, count, dtype)
-        return _multiplied(numbers, self._of_rows(first, count), self._columns, self._width, dtype)
+        # On the CPU, too, in float32: torch multiplies no other dtype as fast, and these fit in the cache.
+        computed = torch.float32 if numbers.device.type == "cpu" else dtype
+        return _multiplied(numbers, self._of_rows(first, count), self._columns, self._width, computed).to(dtype)
 
     def _of_rows(self, first: int, count: int) -> torch.Tensor:
         """Return the scales of some rows, (lines, blocks in a row), float32: of as many rows each, in their order."""
@@ -121,7 +123,7 @@ def _multiplied(
         flat = _pairs(dtype, numbers.device).index_select(0, numbers.to(torch.int32)).view(dtype)
     elif numbers.device.type == "cpu" and numbers.is_floating_point():
         # Looked up: the CPU has no instruction for fp8, and torch takes eight times as long.
-        flat = _each(numbers.dtype, dtype).index_select(0, numbers.view(torch.uint8).to(torch.int32))
+        flat = _each(numbers.dtype).index_select(0, numbers.view(torch.uint8).to(torch.int32))
     else:
         flat = numbers.to(dtype)
     (lines, across), whole = scales.shape, columns // width
@@ -149,9 +151,9 @@ def _e2m1(device: torch.device) -> torch.Tensor:
 
 
 @functools.cache
-def _each(stored: torch.dtype, dtype: torch.dtype) -> torch.Tensor:
-    """Return the number of each byte, (256,), as torch converts it."""
-    return torch.arange(256, dtype=torch.uint8, device="cpu").view(stored).to(dtype)
+def _each(stored: torch.dtype) -> torch.Tensor:
+    """Return the number of each byte, (256,), float32, as torch converts it."""
+    return torch.arange(256, dtype=torch.uint8, device="cpu").view(stored).to(torch.float32)
 
 
 @functools.cache
