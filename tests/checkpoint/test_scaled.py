@@ -63,6 +63,12 @@ def exponents(weight, dtype=torch.uint8, size=(128, 128), end="_inv"):
     return {"weight": numbers, f"weight_scale{end}": bits.view(dtype)}, by_hand(numbers, value, size)
 
 
+def blocks_of_modelopt(weight, size=128):
+    """As ModelOpt exports FP8_PB_WO: the dimensions that its maxima were taken over are kept."""
+    numbers, scales = in_blocks(weight, (size, size))
+    return {"weight": numbers, "weight_scale": scales[:, None, :, None]}, by_hand(numbers, scales, (size, size))
+
+
 def by_tensor(weight):
     scale = weight.abs().max() / 448
     numbers = (weight / scale).to(FP8)
@@ -90,6 +96,21 @@ FORMS = {
         lambda w: exponents(w, size=(1, 32), end=""),
         {"quant_method": "modelopt", "quant_algo": "MXFP8"},
         "fp8 by blocks of 1 x 32",
+    ),
+    "blocks of ModelOpt": (
+        blocks_of_modelopt,
+        {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"},
+        "fp8 by blocks of 128 x 128",
+    ),
+    "blocks of ModelOpt, of a size": (
+        lambda w: blocks_of_modelopt(w, 64),
+        {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO", "group_size": 64},
+        "fp8 by blocks of 64 x 64",
+    ),
+    "blocks of ModelOpt, as others name them": (
+        blocks,
+        {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO", "group_size": None},
+        "fp8 by blocks of 128 x 128",
     ),
     "by tensor": (by_tensor, {"quant_method": "modelopt", "quant_algo": "FP8"}, "fp8 by tensor"),
     "by row": (by_row, CHANNELS, "fp8 by rows"),
@@ -287,6 +308,16 @@ DAMAGED = {
         None,
         "no config beside it says how large its blocks are",
     ),
+    "blocks of ModelOpt, of another size": (
+        lambda: stored(blocks_of_modelopt)[0],
+        {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO", "group_size": 64},
+        "in blocks of 64 x 64, as 'config.json' says",
+    ),
+    "blocks of ModelOpt, too few": (
+        lambda: {n: t[:-1] if t.dim() == 4 else t for n, t in stored(blocks_of_modelopt)[0].items()},
+        {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"},
+        r"has shape .* needs \(.*\) in blocks of 128 x 128: the file is damaged",
+    ),
     "another method": (fp8, {"quant_method": "mxfp4"}, "quantized by 'mxfp4', but 'down.weight' is|but 'up.weight' is"),
     "16 bit": (lambda: stored(blocks)[1], BLOCKS, "no weight there is stored so: if they have been dequantized"),
     "scales of 16 bit": (
@@ -458,6 +489,16 @@ def test_what_was_dequantized_loads_without_the_stale_config(tmp_path):
     del config["quantization_config"]
     (folder / "config.json").write_text(json.dumps(config))
     assert_same_bits(state_of(load_and_quantize_model(empty(Net), PLAIN, folder, device_map="cpu")), values)
+
+
+def test_scales_of_modelopts_blocks_say_so_themselves(tmp_path):
+    """A config of several methods names none for all weights, and its older exports have it in a file of their own."""
+    state, values = stored(blocks_of_modelopt)
+    folder = save(state, tmp_path)
+    quantized = {name: {"quant_algo": "FP8_PB_WO", "group_size": 128} for name in ("up", "down")}
+    for said in ({"quant_algo": "MIXED_PRECISION", "quantized_layers": quantized}, {"quant_algo": "FP8_PB_WO"}):
+        (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": said}))
+        assert_same_bits(state_of(load_and_quantize_model(empty(Net), PLAIN, folder, device_map="cpu")), values)
 
 
 def test_blocks_are_known_when_the_config_lies_beside(tmp_path):
