@@ -228,7 +228,7 @@ def _joined(runs: list[tuple[int, StoredTensor]]) -> list[tuple[int, StoredTenso
 def _follows(last: StoredTensor, other: StoredTensor) -> bool:
     if isinstance(last, ScaledTensor) and isinstance(other, ScaledTensor):
         return follows_scaled(last, other)
-    return type(last) is type(other) is StoredTensor and follows(last, other)
+    return follows(last, other)
 
 
 def _as_one(parts: list[StoredTensor]) -> StoredTensor:

@@ -563,6 +563,17 @@ def mxfp4(scale=None, width=16):
     return plain | {"experts.down_proj_blocks": numbers, "experts.down_proj_scales": scale}
 
 
+@pytest.mark.parametrize("mode", ["nf4", "none"])
+def test_a_pickle_of_them_has_the_same_values(tmp_path, mode, device):
+    """Experts are read one by one, of which a pickle holds no bytes of their own."""
+    state = mxfp4()
+    (tmp_path / "pickled").mkdir()
+    torch.save(state, tmp_path / "pickled" / "pytorch_model.bin")
+    expected = load_and_quantize_model(empty(Turned), mode, save(state, tmp_path / "stored"), device_map=device)
+    found = load_and_quantize_model(empty(Turned), mode, tmp_path / "pickled", device_map=device)
+    assert_same_bits(state_of(found), state_of(expected))
+
+
 def test_a_plan_keeps_memory_free_for_both_numbers_of_a_byte(tmp_path):
     folder = save(mxfp4(), tmp_path)
     plan = plan_device_map(empty(Turned), PLAIN, folder, device_map=0, offload=OffloadConfig(reserve=0))

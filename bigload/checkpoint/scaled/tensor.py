@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -125,7 +125,15 @@ def _divided(tensor: StoredTensor, count: int) -> list[StoredTensor]:
     """Return the equal parts of a stored tensor."""
     nbytes = tensor.nbytes // max(1, count)
     shape = (nbytes // tensor.dtype.itemsize,)
-    return [replace(tensor, shape=shape, offset=tensor.offset + i * nbytes, nbytes=nbytes) for i in range(count)]
+    own = tensor.name, tensor.file, tensor.dtype, shape
+    if isinstance(tensor, LazyTensor):
+        loads = (functools.partial(_part, tensor, index, shape[0]) for index in range(count))
+        return [LazyTensor(*own, tensor.offset, nbytes, load) for load in loads]
+    return [StoredTensor(*own, tensor.offset + index * nbytes, nbytes) for index in range(count)]
+
+
+def _part(tensor: LazyTensor, index: int, numel: int) -> torch.Tensor:
+    return tensor.load().contiguous().view(-1)[index * numel : (index + 1) * numel]
 
 
 def _values(
