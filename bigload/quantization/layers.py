@@ -315,14 +315,15 @@ def carry_over(new: nn.Module, old: nn.Module) -> None:
     new.__dict__["training"] = old.training
     own = _LAYER_ATTRIBUTES if type(old).__module__.startswith("bitsandbytes.") else set()
     for name, value in old.__dict__.items():
-        is_hooks = name in new.__dict__ and _holds_hooks(name)
-        if name in own:
-            continue
+        is_known = name in new.__dict__
+        if name in own or (is_known and not (isinstance(value, dict) and value)):
+            continue  # most: no hooks
+        is_hooks = is_known and _holds_hooks(name)
         if name == "_load_state_dict_pre_hooks":
             kept = {key: hook for key, hook in value.items() if hook.hook.__module__ != "bitsandbytes.nn.modules"}
             rewrapped = [(key, type(hook)(hook.hook, new if hook.with_module else None)) for key, hook in kept.items()]
             new.__dict__[name] = OrderedDict([*new.__dict__[name].items(), *rewrapped])
-        elif is_hooks or name not in new.__dict__:
+        elif is_hooks or not is_known:
             # The same dict of hooks, so that the caller's handles still remove them.
             new.__dict__[name] = value
 
