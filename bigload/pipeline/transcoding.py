@@ -64,7 +64,7 @@ class Transcoder:
         self._few: list[tuple[torch.Tensor, list[tuple[str, torch.Tensor]]]] = []
 
     def reads(self, tasks: Sequence[ReadTask]) -> list[ReadTask]:
-        """Return tasks with each weight that is stored with scales as two reads, of the scales and of the numbers.
+        """Return tasks with each weight that is stored with scales as two reads, of the scales, then of the numbers.
 
         One whose rows do not fit into a slot of the ring stays as it is: its values are computed at once.
         """
@@ -76,21 +76,19 @@ class Transcoder:
             if landing is None or not landing.fits:
                 found.append(task)
                 continue
-            found.append(landing.numbers_task())
             if _has_few_scales(landing.weight):
                 few[task.device, landing.weight.scales.dtype].append(landing)
             else:
                 found.append(landing.scales_task())
-        for (device, dtype), landings in few.items():
-            found += self._read_few(landings, dtype, device)
-        return found
+            found.append(landing.numbers_task())
+        return [task for key, landings in few.items() for task in self._read_few(landings, *key)] + found
 
-    def _read_few(self, landings: list[_Landing], dtype: torch.dtype, device: torch.device) -> list[ReadTask]:
+    def _read_few(self, landings: list[_Landing], device: torch.device, dtype: torch.dtype) -> list[ReadTask]:
         """Read the scales of weights into one tensor: there may be tens of thousands, of a few bytes each."""
         counts = [landing.weight.scales.nbytes // dtype.itemsize for landing in landings]
         # Zeros: what a load that fails has not read yet is finite, too.
         scales = torch.zeros(sum(counts) * dtype.itemsize, dtype=torch.uint8, device=device).view(dtype)
-        own = scales.split(counts)
+        own = torch.split(scales, counts)
         self._few.append((scales, list(zip((landing.weight.name for landing in landings), own, strict=True))))
         return [landing.scales_task(home) for landing, home in zip(landings, own, strict=True)]
 
@@ -152,7 +150,7 @@ class _Landing:
         self._early: list[tuple[torch.Tensor, int]] = []
 
     def scales_task(self, home: torch.Tensor | None = None) -> ReadTask:
-        """Return the read of the scales: into a home, flat, that the transcoder looks at, or into memory of their own."""
+        """Return the read of the scales: into a home, flat, that the transcoder looks at, or into their own memory."""
         scales, device, self._scales = self.weight.scales, self._task.device, home
         self._missing_scales = scales.nbytes // scales.dtype.itemsize
         return _ScalesTask(scales, device, self._take_scales, home, 1, self._scales_arrived, self.weight)

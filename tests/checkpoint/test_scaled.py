@@ -7,6 +7,7 @@ import pytest
 import torch
 from checkpoints import empty, save
 from comparisons import assert_same_bits, equal, state_of
+from safetensors.torch import load_file
 from scaled import BLOCKS, FP8, by_hand, in_blocks, says
 from torch import nn
 
@@ -150,6 +151,27 @@ def test_values_are_right_whatever_arrives_first(form, monkeypatch):
 
     monkeypatch.setattr("bigload.pipeline.execute.in_file_order", order)
     assert_same_bits(state_of(load_and_quantize_model(empty(Net), PLAIN, folder, device_map="cpu")), values)
+
+
+@pytest.mark.parametrize("is_pickled", [False, True])
+def test_numbers_need_not_be_kept_until_their_scales_arrive(form, is_pickled, monkeypatch, tmp_path, device):
+    folder, _, values, _ = form
+    if is_pickled:
+        state = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+        (tmp_path / "pickled").mkdir()
+        torch.save(state, tmp_path / "pickled" / "pytorch_model.bin")
+        (tmp_path / "pickled" / "config.json").write_text((folder / "config.json").read_text())
+        folder = tmp_path / "pickled"
+    kept, own = [], transcoding._Landing._take
+
+    def taken(self, piece, begin):
+        own(self, piece, begin)
+        kept.append(len(self._early))
+
+    monkeypatch.setattr(transcoding._Landing, "_take", taken)
+    assert_same_bits(state_of(load_and_quantize_model(empty(Net), PLAIN, folder, device_map=device)), values)
+    assert kept
+    assert not any(kept)
 
 
 def test_the_description_says_how_they_are_stored(form):
@@ -410,12 +432,8 @@ def test_damage_is_named_and_nothing_is_written(tmp_path, case, device):
 
 
 @pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "int8"])
-def test_scales_are_named_where_values_made_of_them_are_found_first(tmp_path, mode, monkeypatch):
-    # As on a GPU, where scales are looked at when all is there, and each file's weights before.
-    def add(self, name, scales):
-        self._largest[scales.device].append((name, scales.abs().max()))
-
-    monkeypatch.setattr(transcoding.Transcoder, "add", add)
+def test_scales_are_named_where_values_made_of_them_are_found_first(tmp_path, mode):
+    """Scales are looked at when all is there, and each file's weights before."""
     folder = save(fp8(nan), tmp_path / "damaged")
     says(folder, **BLOCKS)
     message = "'(down|up).weight', '(down|up).weight': stored with scales that are not finite"

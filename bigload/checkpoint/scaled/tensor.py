@@ -59,8 +59,9 @@ class ScaledTensor(LazyTensor):
 
     def in_dtype(self, dtype: torch.dtype) -> ScaledTensor:
         """Return the same, with values in another dtype."""
-        own = self.name, self.kind, self.numbers, self.scales, self.shape, self.block
-        return scaled_tensor(*own, rank=self.rank, is_turned=self.is_turned, dtype=dtype)
+        made = object.__new__(ScaledTensor)  # `replace` takes ten times as long, for tens of thousands
+        vars(made).update(vars(self), dtype=dtype)
+        return made
 
     def experts(self) -> list[ScaledTensor]:
         """Return each matrix of a weight with three dimensions, (E, rows, columns)."""
