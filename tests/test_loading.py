@@ -199,6 +199,22 @@ def test_mode_hooks_and_attributes_of_a_replaced_layer_stay(tmp_path):
     assert calls == ["Linear4bit"]
 
 
+def test_backward_hooks_of_a_replaced_layer_stay_of_their_kind(tmp_path):
+    """Both kinds are kept in one dict; a flag tells them apart, and those for all gradients get tuples of them."""
+    save_checkpoint(GPT(), tmp_path)
+    model = empty(GPT)
+    seen = []
+    layer = model.transformer["h"][0].attn.c_proj
+    layer.register_full_backward_hook(lambda module, inputs, outputs: seen.append((type(module).__name__, outputs)))
+    model = load_and_quantize_model(model, "nf4", tmp_path, device_map="cpu")
+    new = model.transformer["h"][0].attn.c_proj
+    new(torch.ones(1, 3, new.in_features, requires_grad=True)).sum().backward()
+    ((name, outputs),) = seen
+    assert (name, outputs[0].shape) == ("Linear4bit", (1, 3, new.out_features))
+    with pytest.raises(RuntimeError, match="Cannot use both"):
+        new.register_backward_hook(lambda *args: None)
+
+
 @pytest.mark.parametrize("mode", ["nf4", "int8"])
 def test_load_state_dict_hooks_of_a_replaced_layer_get_the_new_layer(tmp_path, mode):
     save_checkpoint(GPT(), tmp_path)

@@ -98,7 +98,8 @@ def merge_quantized_parts(tensors: Mapping[str, StoredTensor]) -> dict[str, Stor
     states = {match[1]: match for name in tensors if ".quant_state." in name and (match := _STATE.fullmatch(name))}
     blobs = _read_small(tensors, [match[0] for match in states.values()])
     made = {name: _four_bit(name, match, tensors, blobs) for name, match in interruptible(states.items())}
-    int8 = [name for name in interruptible(tensors) if _is_int8(name, tensors)]
+    named = interruptible(tensors.items())
+    int8 = [name for name, tensor in named if tensor.dtype == torch.int8 and _is_int8(name, tensors)]
     layouts = _read_small(tensors, [stored_name(name, "weight_format") for name in int8])
     made |= {name: _int8(name, tensors, layouts) for name in interruptible(int8)}
     taken = {match[0] for match in states.values()}
@@ -125,9 +126,8 @@ def _weight_of(name: str) -> str | None:
 
 
 def _is_int8(name: str, tensors: Mapping[str, StoredTensor]) -> bool:
-    # The dtype counts, too: a plain model may have a buffer named SCB.
-    is_weight = name.rpartition(".")[2] == "weight" and tensors[name].dtype == torch.int8
-    return is_weight and stored_name(name, "SCB") in tensors
+    """Whether a tensor in int8 is a weight with scales; a plain model may have a buffer named SCB."""
+    return name.rpartition(".")[2] == "weight" and stored_name(name, "SCB") in tensors
 
 
 def _four_bit(
@@ -147,7 +147,7 @@ def _four_bit(
         raise CheckpointError(
             f"'{name}' is stored as {match[2]}, but its packed bytes are {storage}: the file is damaged"
         )
-    fmt = FourBit(match[2], state.blocksize, state.double_quant, storage)
+    fmt = _format(match[2], state.blocksize, state.double_quant, storage)
     return _quantized(name, fmt, state.shape, state.dtype, parts, state.nested_offset)
 
 
@@ -190,6 +190,12 @@ def _parsed(raw: bytes, quant_type: str) -> _QuantState:
     if not isinstance(offset, (int, float)) or not abs(offset) <= torch.finfo(torch.float32).max:
         raise ValueError(f"nested_offset is {offset!r}")
     return _QuantState(blocksize, tuple(shape), FLOATS[dtype], nested, float(offset))
+
+
+@functools.lru_cache(maxsize=16)
+def _format(quant_type: str, blocksize: int, double_quant: bool, storage: torch.dtype) -> FourBit:
+    # Layers share it, since it is compared often, and an object is equal to itself at once.
+    return FourBit(quant_type, blocksize, double_quant, storage)
 
 
 def _int8(name: str, tensors: Mapping[str, StoredTensor], layouts: Mapping[str, torch.Tensor]) -> QuantizedTensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
@@ -140,8 +141,8 @@ def _open(location: Path) -> Checkpoint:
         )
     stamps: dict[Path, Stamp] = {}
     tensors = _read_index(location, stamps) if location.name.endswith(".json") else _read_file(location, stamps)
-    layout = layout_of((tensor.name, tensor.dtype, tensor.shape) for tensor in interruptible(tensors.values()))
-    record = read_record(location.parent, layout)
+    named = ((tensor.name, tensor.dtype, tensor.shape) for tensor in interruptible(tensors.values()))
+    record = read_record(location.parent, functools.partial(layout_of, named))
     merged = merge_scaled(merge_quantized_parts(tensors), location.parent, is_folder=folder is not None)
     return Checkpoint(location, merged, record, tensors.metadata, folder, stamps)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,12 @@ def layout_of(tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def read_record(folder: Path, layout: str) -> Record | None:
+def read_record(folder: Path, layout: Callable[[], str]) -> Record | None:
     """Read the record in a folder; None where there is none, or where it belongs to weights of another layout.
+
+    Args:
+        folder: that may hold it.
+        layout: returns `layout_of` the tensors there, which takes time where there are tens of thousands.
 
     Raises:
         CheckpointError: it is damaged, or its format version is unknown.
@@ -93,7 +97,7 @@ def read_record(folder: Path, layout: str) -> Record | None:
             f"'{path}' is of format version {said['format_version']}, this bigload knows {FORMAT_VERSION}: install a "
             "newer one"
         )
-    if said.get("layout") != layout:
+    if said.get("layout") != layout():
         logger.warning("'%s' was written with other weights than those beside it: it is ignored", path)
         return None
     try:

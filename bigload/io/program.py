@@ -146,14 +146,16 @@ def lay_out(tasks: Sequence[ReadTask], windows: Mapping[torch.device, Window]) -
     each = [_batches(own, windows[device]) for device, own in of_device.items()]
     batches = [batch for turn in itertools.zip_longest(*each) for batch in turn if batch is not None]
     numbers = {file: number for number, file in enumerate(dict.fromkeys(task.tensor.file for task in tasks))}
-    spans = array("q")
+    spans, file, of_file = array("q"), None, 0
     for number, batch in enumerate(batches):
         batch.number, address = number, windows[batch.device].address
         for piece in interruptible(batch.pieces):
             task, begin, numel, at = piece
             tensor, itemsize = task.tensor, task.tensor.dtype.itemsize
             to = address + at if at is not None else task.home.data_ptr() + begin * itemsize
-            spans.extend((numbers[tensor.file], tensor.offset + begin * itemsize, numel * itemsize, to, number))
+            if tensor.file is not file:  # else the same as before: a path takes long to look up
+                file, of_file = tensor.file, numbers[tensor.file]
+            spans.extend((of_file, tensor.offset + begin * itemsize, numel * itemsize, to, number))
     return Program(list(numbers), batches, [piece for batch in batches for piece in batch.pieces], spans)
 
 

@@ -39,8 +39,9 @@ class StoredTensor:
 
 
 def follows(last: StoredTensor, other: StoredTensor) -> bool:
-    """Whether the bytes of a tensor lie right after those of another one of the same dtype."""
-    return (last.file, last.dtype, last.offset + last.nbytes) == (other.file, other.dtype, other.offset)
+    """Whether the bytes of a tensor lie in a file, right after those of another one of the same dtype."""
+    are_stored = type(last) is type(other) is StoredTensor
+    return are_stored and (last.file, last.dtype, last.offset + last.nbytes) == (other.file, other.dtype, other.offset)
 
 
 def joined(parts: Sequence[StoredTensor]) -> StoredTensor:

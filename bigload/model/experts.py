@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -163,7 +163,7 @@ def _survey(modules: Mapping[str, nn.Module], blocksize: int, declared: Iterable
             continue
         facts: Experts | str
         if _is_decorated(type(module)):
-            facts = _described(module, tuple(_arguments(module)), "routed")
+            facts = _described(module, _arguments(type(module).forward), "routed")
         elif _is_llama4(type(module)):
             facts = _described(module, ("hidden_states",), "sorted")
         elif matches(path, names):
@@ -206,7 +206,7 @@ def _declared(path: str, module: Any) -> Experts:
     """
     reason = ""
     for is_transposed in (False, True):
-        facts = _described(module, tuple(_arguments(module)), "routed", is_transposed)
+        facts = _described(module, _arguments(type(module).forward), "routed", is_transposed)
         if isinstance(facts, Experts):
             reason = computes_otherwise(module, facts)
             if not reason:
@@ -339,9 +339,10 @@ def _packed(shape: torch.Size, is_transposed: bool) -> tuple[int, ...]:
     return (*shape[:-2], shape[-1], shape[-2]) if is_transposed and len(shape) > 1 else tuple(shape)
 
 
-def _arguments(module: nn.Module) -> list[str]:
-    """Return the names of what a module's forward takes; a decorated one's are those of the function it wraps."""
-    return list(inspect.signature(type(module).forward).parameters)[1:]
+@functools.cache
+def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names of what a class's forward takes; a decorated one's are those of the function it wraps."""
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def _undivided(experts: Experts, blocksize: int) -> str | None:

@@ -244,7 +244,7 @@ class KeyConversion:
         self._converters = [t for t in transforms if isinstance(t, core.WeightConverter)]
         self._rename = core.rename_source_key
         self._model = model
-        self._known = model.state_dict()
+        self._known = model.state_dict(keep_vars=True)  # its names: no tensor is read
 
     def among(self, keys: Iterable[str]) -> KeyConversion:
         """Return the same without the renamings of old names, if they rename none of these keys.

@@ -48,10 +48,16 @@ class Assembly:
             ConfigError: something beside its layer holds a weight that is to be quantized.
         """
         _ = self._held_elsewhere
+        if self._view.model not in self._plan.layers.values():  # else the attributes are another module's
+            _ = self._attributes
 
     @cached_property
     def _held_elsewhere(self) -> HeldElsewhere:
         return HeldElsewhere(self._view, self._plan)
+
+    @cached_property
+    def _attributes(self) -> list[Edit]:
+        return attributes.attributes(self._view, self._plan)
 
     def add(self, name: str, value: LoadedTensor) -> None:
         """Add a loaded tensor by its first name; if it is the weight of a quantized layer, that layer is made."""
@@ -99,12 +105,13 @@ class Assembly:
         edits += self._held_elsewhere.edits(new_layers, tensors)
         root = new_layers.get(view.model, view.model)
         after = view if root is view.model else ModelView(root)
+        edits += self._attributes if after is view else attributes.attributes(after, self._plan)
 
         def finish() -> None:
             with finished(after, self._plan.after):
                 then(root)
 
-        apply_edits(edits + attributes.attributes(after, self._plan), finish)
+        apply_edits(edits, finish)
         return root
 
     def _value(self, planned: PlannedTensor) -> torch.Tensor | None:

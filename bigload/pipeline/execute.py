@@ -184,12 +184,12 @@ def read_and_load(
         CheckpointError: a file could not be read to its end, or holds scales that are not finite.
         PlacementError: a device ran out of memory.
     """
-    transcoder = Transcoder()
-    tasks = transcoder.reads(tasks)
+    transcoder, where = Transcoder(), functools.partial(_window_shortage, plan)
+    tasks = _explain_out_of_memory(where, transcoder.reads)(tasks)
     ordered = in_file_order([task for task in tasks if not isinstance(task.tensor, LazyTensor)])
     read = functools.partial(read_all, on_bytes=on_bytes, meanwhile=meanwhile, timeline=timeline)
     with transcoder.finite():
-        _explain_out_of_memory(functools.partial(_window_shortage, plan), read)(ordered)
+        _explain_out_of_memory(where, read)(ordered)
         for task in tasks:
             if isinstance(task.tensor, LazyTensor):
                 check_interrupt()

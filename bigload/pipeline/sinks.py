@@ -228,7 +228,7 @@ def _joined(runs: list[tuple[int, StoredTensor]]) -> list[tuple[int, StoredTenso
 def _follows(last: StoredTensor, other: StoredTensor) -> bool:
     if isinstance(last, ScaledTensor) and isinstance(other, ScaledTensor):
         return follows_scaled(last, other)
-    return type(last) is type(other) is StoredTensor and follows(last, other)
+    return follows(last, other)
 
 
 def _as_one(parts: list[StoredTensor]) -> StoredTensor:
@@ -246,7 +246,7 @@ def copy_into(values: torch.Tensor, source: Source) -> ReadTask:
         flat = target.view(-1)
 
         def copy(piece: torch.Tensor, begin: int) -> None:
-            flat[begin : begin + len(piece)].copy_(piece)
+            (flat if piece.shape == flat.shape else flat[begin : begin + len(piece)]).copy_(piece)
 
         destination = flat if source.tensor.dtype == flat.dtype else None
         return ReadTask(stored_form(source.tensor, values.dtype), values.device, copy, destination)

@@ -298,7 +298,7 @@ def _by_expert(source: Source) -> list[Source]:
             replace(tensor, shape=tuple(tensor.shape[1:]), offset=tensor.offset + expert * nbytes, nbytes=nbytes)
             for expert in range(tensor.shape[0])
         ]
-    return [replace(source, tensor=piece, region=(expert, *region)) for expert, piece in enumerate(pieces)]
+    return [Source(piece, (expert, *region), source.transposed) for expert, piece in enumerate(pieces)]
 
 
 def _kept_dtype(tensor: ModelTensor, sources: Sequence[Source], usual: torch.dtype) -> torch.dtype:

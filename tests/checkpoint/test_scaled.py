@@ -7,6 +7,7 @@ import pytest
 import torch
 from checkpoints import empty, save
 from comparisons import assert_same_bits, equal, state_of
+from safetensors.torch import load_file
 from scaled import BLOCKS, FP8, by_hand, in_blocks, says
 from torch import nn
 
@@ -64,6 +65,12 @@ def exponents(weight, dtype=torch.uint8, size=(128, 128), end="_inv"):
     return {"weight": numbers, f"weight_scale{end}": bits.view(dtype)}, by_hand(numbers, value, size)
 
 
+def blocks_of_modelopt(weight, size=128):
+    """As ModelOpt exports FP8_PB_WO: the dimensions that its maxima were taken over are kept."""
+    numbers, scales = in_blocks(weight, (size, size))
+    return {"weight": numbers, "weight_scale": scales[:, None, :, None]}, by_hand(numbers, scales, (size, size))
+
+
 def by_tensor(weight):
     scale = weight.abs().max() / 448
     numbers = (weight / scale).to(FP8)
@@ -91,6 +98,21 @@ FORMS = {
         lambda w: exponents(w, size=(1, 32), end=""),
         {"quant_method": "modelopt", "quant_algo": "MXFP8"},
         "fp8 by blocks of 1 x 32",
+    ),
+    "blocks of ModelOpt": (
+        blocks_of_modelopt,
+        {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"},
+        "fp8 by blocks of 128 x 128",
+    ),
+    "blocks of ModelOpt, of a size": (
+        lambda w: blocks_of_modelopt(w, 64),
+        {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO", "group_size": 64},
+        "fp8 by blocks of 64 x 64",
+    ),
+    "blocks of ModelOpt, as others name them": (
+        blocks,
+        {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO", "group_size": None},
+        "fp8 by blocks of 128 x 128",
     ),
     "by tensor": (by_tensor, {"quant_method": "modelopt", "quant_algo": "FP8"}, "fp8 by tensor"),
     "by row": (by_row, CHANNELS, "fp8 by rows"),
@@ -130,6 +152,27 @@ def test_values_are_right_whatever_arrives_first(form, monkeypatch):
 
     monkeypatch.setattr("bigload.pipeline.execute.in_file_order", order)
     assert_same_bits(state_of(load_and_quantize_model(empty(Net), PLAIN, folder, device_map="cpu")), values)
+
+
+@pytest.mark.parametrize("is_pickled", [False, True])
+def test_numbers_need_not_be_kept_until_their_scales_arrive(form, is_pickled, monkeypatch, tmp_path, device):
+    folder, _, values, _ = form
+    if is_pickled:
+        state = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+        (tmp_path / "pickled").mkdir()
+        torch.save(state, tmp_path / "pickled" / "pytorch_model.bin")
+        (tmp_path / "pickled" / "config.json").write_text((folder / "config.json").read_text())
+        folder = tmp_path / "pickled"
+    kept, own = [], transcoding._Landing._take
+
+    def taken(self, piece, begin):
+        own(self, piece, begin)
+        kept.append(len(self._early))
+
+    monkeypatch.setattr(transcoding._Landing, "_take", taken)
+    assert_same_bits(state_of(load_and_quantize_model(empty(Net), PLAIN, folder, device_map=device)), values)
+    assert kept
+    assert not any(kept)
 
 
 def test_the_description_says_how_they_are_stored(form):
@@ -288,6 +331,16 @@ DAMAGED = {
         None,
         "no config beside it says how large its blocks are",
     ),
+    "blocks of ModelOpt, of another size": (
+        lambda: stored(blocks_of_modelopt)[0],
+        {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO", "group_size": 64},
+        "in blocks of 64 x 64, as 'config.json' says",
+    ),
+    "blocks of ModelOpt, too few": (
+        lambda: {n: t[:-1] if t.dim() == 4 else t for n, t in stored(blocks_of_modelopt)[0].items()},
+        {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"},
+        r"has shape .* needs \(.*\) in blocks of 128 x 128: the file is damaged",
+    ),
     "another method": (fp8, {"quant_method": "mxfp4"}, "quantized by 'mxfp4', but 'down.weight' is|but 'up.weight' is"),
     "16 bit": (lambda: stored(blocks)[1], BLOCKS, "no weight there is stored so: if they have been dequantized"),
     "scales of 16 bit": (
@@ -380,12 +433,8 @@ def test_damage_is_named_and_nothing_is_written(tmp_path, case, device):
 
 
 @pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "int8"])
-def test_scales_are_named_where_values_made_of_them_are_found_first(tmp_path, mode, monkeypatch):
-    # As on a GPU, where scales are looked at when all is there, and each file's weights before.
-    def add(self, name, scales):
-        self._largest[scales.device].append((name, scales.abs().max()))
-
-    monkeypatch.setattr(transcoding.Transcoder, "add", add)
+def test_scales_are_named_where_values_made_of_them_are_found_first(tmp_path, mode):
+    """Scales are looked at when all is there, and each file's weights before."""
     folder = save(fp8(nan), tmp_path / "damaged")
     says(folder, **BLOCKS)
     message = "'(down|up).weight', '(down|up).weight': stored with scales that are not finite"
@@ -476,6 +525,16 @@ def test_groups_of_which_only_inputs_are_quantized_name_no_blocks(tmp_path):
     assert stated(tmp_path).block == (1, 64)
 
 
+def test_scales_of_modelopts_blocks_say_so_themselves(tmp_path):
+    """A config of several methods names none for all weights, and its older exports have it in a file of their own."""
+    state, values = stored(blocks_of_modelopt)
+    folder = save(state, tmp_path)
+    quantized = {name: {"quant_algo": "FP8_PB_WO", "group_size": 128} for name in ("up", "down")}
+    for said in ({"quant_algo": "MIXED_PRECISION", "quantized_layers": quantized}, {"quant_algo": "FP8_PB_WO"}):
+        (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": said}))
+        assert_same_bits(state_of(load_and_quantize_model(empty(Net), PLAIN, folder, device_map="cpu")), values)
+
+
 def test_blocks_are_known_when_the_config_lies_beside(tmp_path):
     state = {name.replace("_inv", ""): tensor for name, tensor in fp8().items()}
     folder = save(state, tmp_path)
@@ -536,6 +595,17 @@ def mxfp4(scale=None, width=16):
     numbers = torch.randint(0, 256, (3, 40, 3, width), dtype=torch.uint8)
     plain = {name: tensor for name, tensor in Turned().state_dict().items() if "head" in name}
     return plain | {"experts.down_proj_blocks": numbers, "experts.down_proj_scales": scale}
+
+
+@pytest.mark.parametrize("mode", ["nf4", "none"])
+def test_a_pickle_of_them_has_the_same_values(tmp_path, mode, device):
+    """Experts are read one by one, of which a pickle holds no bytes of their own."""
+    state = mxfp4()
+    (tmp_path / "pickled").mkdir()
+    torch.save(state, tmp_path / "pickled" / "pytorch_model.bin")
+    expected = load_and_quantize_model(empty(Turned), mode, save(state, tmp_path / "stored"), device_map=device)
+    found = load_and_quantize_model(empty(Turned), mode, tmp_path / "pickled", device_map=device)
+    assert_same_bits(state_of(found), state_of(expected))
 
 
 def test_a_plan_keeps_memory_free_for_both_numbers_of_a_byte(tmp_path):

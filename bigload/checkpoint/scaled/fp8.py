@@ -1,18 +1,20 @@
 """Weights in fp8 with a scale for each block, row or matrix: DeepSeek-V3, Qwen3 FP8, compressed-tensors, ModelOpt.
 
 `M.weight` has its scales beside it, as `M.weight_scale_inv` (blocks of 128 x 128, unless a config says otherwise) or as
-`M.weight_scale`. Both are factors: value = number * scale.
+`M.weight_scale`. Both are factors: value = number * scale. Those of ModelOpt's blocks (FP8_PB_WO) have the shape
+(blocks in a column, 1, blocks in a row, 1), as its reduction over the blocks leaves them.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
 from ...errors import CheckpointError
 from ...io.tensors import StoredTensor
-from .stated import Stated
+from .stated import MODELOPT_BLOCK, Stated
 from .tensor import ScaledTensor, scaled_tensor
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
@@ -36,7 +38,10 @@ def fp8_tensor(name: str, weight: StoredTensor, end: str, scales: StoredTensor, 
         CheckpointError: the scales do not fit the weight.
     """
     block = said.block if said.method in METHODS else None
-    if block is None and not _is_simple(weight.shape, scales.shape):
+    if len(scales.shape) == len(weight.shape) + 2 and scales.shape[-3] == scales.shape[-1] == 1:
+        scales = replace(scales, shape=(*scales.shape[:-3], scales.shape[-2]))
+        block = block or (MODELOPT_BLOCK, MODELOPT_BLOCK)
+    elif block is None and not _is_simple(weight.shape, scales.shape):
         block = _USUAL.get(end)
     return with_scales(name, "fp8", weight, scales, block, said)
 

@@ -18,18 +18,19 @@ from .tensor import ScaledTensor
 _ENDS = ("_scale_inv", "_scale")
 # How the scales of `M.weight` are called in M by DeepSeek-V4 and Mistral Large 4, which mean what "_scale_inv" does.
 _BESIDE = ("scale", "qscale_weight")
-# Of activations, which are not quantized here: parts of a module with such a weight that say nothing of it.
-_OF_ACTIVATIONS = (
-    "input_scale",
-    "input_zero_point",
-    "input_scale_ub",
-    "activation_scale",
-    "qscale_act",
-    "k_scale",
-    "v_scale",
-)
 # What a module multiplies its inputs by, as its weight was divided by it.
-_OF_INPUTS = "pre_quant_scale"
+_OF_INPUTS = ".pre_quant_scale"
+# Parts of a module with such a weight that say nothing of it, but of activations, which are not quantized here.
+_OF_ACTIVATIONS = (
+    ".input_scale",
+    ".input_zero_point",
+    ".input_scale_ub",
+    ".activation_scale",
+    ".qscale_act",
+    ".k_scale",
+    ".v_scale",
+)
+_PARTS = (*_OF_ACTIVATIONS, _OF_INPUTS)
 
 
 def merge_scaled(tensors: Mapping[str, StoredTensor], folder: Path, *, is_folder: bool) -> dict[str, StoredTensor]:
@@ -54,12 +55,12 @@ def merge_scaled(tensors: Mapping[str, StoredTensor], folder: Path, *, is_folder
     _require_as_stated(made, said, folder, may_be_dequantized=is_folder and is_plain)
     if not made:
         return dict(tensors)
-    owners = {name.rpartition(".")[0] for name in tensors if name in made}
-    smoothed = [f"{owner}.{_OF_INPUTS}" for owner in owners if f"{owner}.{_OF_INPUTS}" in tensors]
+    owners = {name.rpartition(".")[0] for name in made}
+    beside = [name for name in tensors if name.endswith(_PARTS) and name.rpartition(".")[0] in owners]
+    smoothed = [name for name in beside if name.endswith(_OF_INPUTS)]
     if smoothed:
         raise not_read(f"'{folder}'", f"a method that scales inputs (it holds {listed(smoothed)})", smoothed)
-    gone = {made[name].scales.name for name in made}
-    gone |= {f"{owner}.{part}" for owner in owners for part in _OF_ACTIVATIONS}
+    gone = {tensor.scales.name for tensor in made.values()}.union(beside)
     kept = [(name, tensor) for name, tensor in tensors.items() if name not in gone]
     return {made[name].name if name in made else name: made.get(name, tensor) for name, tensor in kept}
 
@@ -87,10 +88,12 @@ def _joined(name: str, tensors: Mapping[str, StoredTensor], said: Stated) -> Sca
 
 def _scales(name: str, tensors: Mapping[str, StoredTensor]) -> tuple[str, StoredTensor | None]:
     """Return the scales of a weight, and what the name of such scales ends with."""
+    for end in _ENDS:
+        if name + end in tensors:
+            return end, tensors[name + end]
     module, _, part = name.rpartition(".")
-    beside = [f"{module}.{own}" for own in _BESIDE] if part == "weight" else []
-    names = [(end, name + end) for end in _ENDS] + [(_ENDS[0], each) for each in beside]
-    return next(((end, tensors[each]) for end, each in names if each in tensors), ("", None))
+    beside = [f"{module}.{own}" for own in _BESIDE if part == "weight"]
+    return next(((_ENDS[0], tensors[each]) for each in beside if each in tensors), ("", None))
 
 
 def _require_scales(
@@ -106,7 +109,8 @@ def _require_scales(
         if bare and not any(name.endswith("_scale_2") for name in tensors):
             raise _lacking([name + end for name in bare], "int8" if parts[bare[0]].dtype == torch.int8 else "fp8")
     end = _ENDS[0]
-    alone = [name for name in parts if name.endswith(f"weight{end}") and name.removesuffix(end) not in made]
+    whole = f"weight{end}"
+    alone = [name for name in parts if name.endswith(whole) and name.removesuffix(end) not in made]
     if alone:
         weight = tensors.get(alone[0].removesuffix(end))
         found = "is not there" if weight is None else f"is stored as {weight.dtype}"
@@ -143,9 +147,13 @@ def _require_as_stated(
 ) -> None:
     """Refuse a config that names another method than the weights are stored by."""
     known = {"fp4": fp4.METHODS, "fp8": fp8.METHODS, "int8": int8.METHODS, "mxfp4": mxfp4.METHODS}
+    read = {method for methods in known.values() for method in methods}
+    first: dict[str, ScaledTensor] = {}
     for tensor in made.values():
+        first.setdefault(tensor.kind, tensor)
+    for tensor in first.values():
         methods = known[tensor.kind.replace(",", "").split()[0]]
-        if said.method and said.method not in {each for some in known.values() for each in some}:
+        if said.method and said.method not in read:
             raise not_read(
                 f"'{folder}'", f"{said.method!r}, as '{said.file}' says (it holds '{tensor.name}' as {tensor.kind})"
             )

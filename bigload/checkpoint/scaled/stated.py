@@ -14,6 +14,8 @@ from ...errors import CheckpointError
 _CONFIG, _FIELDS = "config.json", ("quantization_config", "compression_config")
 # Methods of transformers whose weights are all read, from their numbers and scales.
 READ_METHODS = ("fp8", "mxfp8", "fbgemm_fp8", "mxfp4")
+# Rows and columns of ModelOpt's blocks (FP8_PB_WO), unless its config says otherwise.
+MODELOPT_BLOCK = 128
 _MODELOPT = ("hf_quant_config.json", "quantization")
 # Files that say nothing but how another method quantized the weights.
 OF_OTHER_METHODS = (_MODELOPT[0],)
@@ -82,6 +84,8 @@ def _block(said: Mapping[str, Any], path: Path) -> tuple[int, int] | None:
         if len(found) > 1:
             raise CheckpointError(f"'{path}' names blocks of several sizes, {', '.join(found)}, which cannot be read")
         block = next(iter(found.values()), None)
+    elif str(said.get("quant_algo")).lower() == "fp8_pb_wo":
+        block = [said.get("group_size") or MODELOPT_BLOCK] * 2
     else:
         return None
     if block is None:

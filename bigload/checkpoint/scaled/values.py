@@ -39,9 +39,10 @@ class RowValues:
             block: rows and columns that share a scale; blocks at the ends may be smaller.
         """
         *_, self._rows, self._columns = shape
-        self._height, self._width = block
-        self._down, self._across = -(-self._rows // self._height), -(-self._columns // self._width)
-        self._scales = scales.view(torch.uint8) if scales.dtype == torch.float8_e8m0fnu else scales
+        self._height, self._width = block[0], min(block[1], self._columns)
+        self._down, across = -(-self._rows // self._height), -(-self._columns // self._width)
+        flat = scales.view(torch.uint8) if scales.dtype == torch.float8_e8m0fnu else scales
+        self._scales = flat.view(-1, across)
 
     def of(self, numbers: torch.Tensor, first: int, dtype: torch.dtype) -> torch.Tensor:
         """Return the values of whole rows.
@@ -55,18 +56,19 @@ class RowValues:
             (rows, columns), on the device of the numbers and scales.
         """
         are_packed = numbers.dtype == torch.uint8
-        count = len(numbers) * (2 if are_packed else 1) // self._columns
+        count = numbers.numel() * (2 if are_packed else 1) // self._columns
         if are_packed and numbers.device.type == "cuda" and runs_kernel(numbers.device):
             return self._by_kernel(numbers, first, count, dtype)
-        return _multiplied(numbers, self._of_rows(first, count), self._columns, self._width, dtype)
+        # On the CPU, too, in float32: torch multiplies no other dtype as fast, and these fit in the cache.
+        computed = torch.float32 if numbers.device.type == "cpu" else dtype
+        return _multiplied(numbers, self._of_rows(first, count), self._columns, self._width, computed).to(dtype)
 
     def _of_rows(self, first: int, count: int) -> torch.Tensor:
         """Return the scales of some rows, (lines, blocks in a row), float32: of as many rows each, in their order."""
-        lines, last = self._scales.view(-1, self._across), first + count - 1
+        lines, last = self._scales, first + count - 1
         begin, end = self._line(first), self._line(last)
-        some = as_factors(lines[begin : end + 1])
-        are_whole = not any(number % self._height for number in (self._rows, first, count))
-        if begin == end or are_whole:
+        some = as_factors(lines if end - begin + 1 == lines.shape[0] else lines[begin : end + 1])
+        if begin == end or self._rows % self._height == first % self._height == count % self._height == 0:
             return some
         line = self._line(torch.arange(first, last + 1, device=lines.device))
         return torch.index_select(some, 0, line - begin)
@@ -89,7 +91,7 @@ class RowValues:
             self._height,
             self._width,
             self._down,
-            self._across,
+            self._scales.shape[1],
             are_exponents,
             _PER_PROGRAM,
         )
@@ -121,15 +123,16 @@ def _multiplied(
         flat = _pairs(dtype, numbers.device).index_select(0, numbers.to(torch.int32)).view(dtype)
     elif numbers.device.type == "cpu" and numbers.is_floating_point():
         # Looked up: the CPU has no instruction for fp8, and torch takes eight times as long.
-        flat = _each(numbers.dtype, dtype).index_select(0, numbers.view(torch.uint8).to(torch.int32))
+        flat = _each(numbers.dtype).index_select(0, numbers.view(torch.uint8).to(torch.int32))
     else:
         flat = numbers.to(dtype)
-    values, whole = flat.view(len(scales), -1, columns), columns // width
-    if whole:
-        in_blocks = values[..., : whole * width].view(*values.shape[:2], whole, width)
-        in_blocks.mul_(scales[:, None, :whole, None])
-    if whole * width < columns:
-        values[..., whole * width :].mul_(scales[:, None, whole:])
+    (lines, across), whole = scales.shape, columns // width
+    if whole == across:  # almost always
+        flat.view(lines, -1, whole, width).mul_(scales.view(lines, 1, whole, 1))
+        return flat.view(-1, columns)
+    values = flat.view(lines, -1, columns)
+    values[..., : whole * width].view(*values.shape[:2], whole, width).mul_(scales[:, None, :whole, None])
+    values[..., whole * width :].mul_(scales[:, None, whole:])
     return values.view(-1, columns)
 
 
@@ -148,9 +151,9 @@ def _e2m1(device: torch.device) -> torch.Tensor:
 
 
 @functools.cache
-def _each(stored: torch.dtype, dtype: torch.dtype) -> torch.Tensor:
-    """Return the number of each byte, (256,), as torch converts it."""
-    return torch.arange(256, dtype=torch.uint8, device="cpu").view(stored).to(dtype)
+def _each(stored: torch.dtype) -> torch.Tensor:
+    """Return the number of each byte, (256,), float32, as torch converts it."""
+    return torch.arange(256, dtype=torch.uint8, device="cpu").view(stored).to(torch.float32)
 
 
 @functools.cache

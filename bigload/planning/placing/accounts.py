@@ -209,7 +209,8 @@ def _is_gpu(place: Place) -> bool:
 
 def _value_and_state_bytes(planned: PlannedTensor, multiple: int) -> tuple[int, int]:
     """Return the bytes of a tensor's values, and of its quantization state."""
+    total = planned.rounded_bytes(multiple)
     if isinstance(planned.format, Plain):
-        return planned.rounded_bytes(multiple), 0
-    rounded = {name: -(-part.nbytes // multiple) * multiple for name, part in planned.parts.items()}
-    return rounded["weight"], sum(rounded.values()) - rounded["weight"]
+        return total, 0
+    weight = -(-planned.parts["weight"].nbytes // multiple) * multiple
+    return weight, total - weight
