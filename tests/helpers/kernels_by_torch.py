@@ -198,7 +198,7 @@ def multiply(grid, **of):
         packed = of["numbers"][own * (columns // 2) : (own + 1) * (columns // 2)].long()
         values = of["number_table"][torch.stack([packed & 15, packed >> 4], 1).view(-1)]
         line = (row // of["rows"] * of["down"] + row % of["rows"] // of["height"]) * of["across"]
-        scales = of["scales"][line + torch.arange(columns) // of["width"]]
+        scales = of["scales"].view(-1)[line + torch.arange(columns) // of["width"]]
         scales = of["scale_table"][scales.long()] if of["are_exponents"] else scales.float()
         out[own, :covered] = (values * scales)[:covered].to(out.dtype)
 
