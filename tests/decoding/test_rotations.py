@@ -159,6 +159,19 @@ def test_a_kernel_that_does_not_run_is_not_used(device, captures, launched, monk
     run(Net(), [drawn(device, seed) for seed in range(4)])
 
 
+def test_nothing_is_tried_in_a_capture(device, launched, monkeypatch):
+    """A GPU that was full when it was asked is asked again, which launches a kernel, loads it, and may end a capture."""
+    asked, of, given = [], Rotations(Net()), drawn(device)
+    monkeypatch.setattr(rotations, "runs_kernels", lambda device: asked.append(device))
+    with of.noting():
+        apply_rotary_pos_emb(*given)
+    assert len(asked) == 1
+    with of.captured():
+        apply_rotary_pos_emb(*given)
+    assert len(asked) == 1
+    assert not launched
+
+
 def test_what_the_kernel_does_not_take_is_left_to_the_model(device, launched):
     q, k, cos, sin = drawn(device)
     with Rotations(Net()).noting():

@@ -78,7 +78,7 @@ class Rotations:
     def _noting(self, own: _Rotate) -> _Rotate:
         def noting(*args: Any, **kwargs: Any) -> Any:
             found = own(*args, **kwargs)
-            if _suits(args, kwargs) and _is_pair_like(found, args):
+            if _suits(args, kwargs) and runs_kernels(args[0].device) and _is_pair_like(found, args):
                 key = _key(own, args)
                 if key not in self._known:
                     self._known[key] = _strides_with_its_bits(own, args, found)
@@ -129,7 +129,6 @@ def _suits(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         and cos.shape == sin.shape
         and cos.shape in [(rows, 1, columns) for rows in (1, q.shape[0]) for columns in (width, width // 2)]
         and width % 2 == 0
-        and runs_kernels(q.device)
     )
 
 
