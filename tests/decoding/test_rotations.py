@@ -160,7 +160,7 @@ def test_a_kernel_that_does_not_run_is_not_used(device, captures, launched, monk
 
 
 def test_nothing_is_tried_in_a_capture(device, launched, monkeypatch):
-    """A GPU that was full when it was asked is asked again, which launches a kernel, loads it, and may end a capture."""
+    """A GPU that was full when it was asked would be asked again, by a kernel, which may end the capture."""
     asked, of, given = [], Rotations(Net()), drawn(device)
     monkeypatch.setattr(rotations, "runs_kernels", lambda device: asked.append(device))
     with of.noting():
