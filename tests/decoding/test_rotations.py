@@ -123,6 +123,22 @@ def test_what_rotates_in_another_way_keeps_its_code(device, captures, launched, 
     assert apply_rotary_pos_emb is own
 
 
+def test_what_writes_to_its_queries_keeps_its_code(device, captures, launched, monkeypatch):
+    def own(q, k, cos, sin):
+        return tuple(into.copy_(x) for into, x in zip((q, k), OF_LLAMA(q, k, cos, sin), strict=True))
+
+    monkeypatch.setitem(globals(), "apply_rotary_pos_emb", own)
+    q, k, cos, sin = drawn(device)
+    of = Rotations(Net())
+    with of.noting():
+        apply_rotary_pos_emb(q, k, torch.ones_like(cos), torch.zeros_like(sin))
+    launched.clear()
+    with of.captured():
+        found = apply_rotary_pos_emb(q, k, cos, sin)
+    assert not launched
+    assert found[0] is q
+
+
 def test_tables_of_half_the_width_are_those_of_gpt_oss(device, captures, launched, monkeypatch):
     monkeypatch.setitem(globals(), "apply_rotary_pos_emb", OF_GPT_OSS)
     q, k, cos, sin = drawn(device)
