@@ -16,16 +16,16 @@ ROOM = 12
 class Net(nn.Module):
     """Attention of one token, twice with the same mask, which may be written to in between."""
 
-    def __init__(self, is_written=False):
+    def __init__(self, is_written=False, is_counted=True):
         super().__init__()
         self.register_buffer("key", torch.randn(1, 2, ROOM, 16, generator=torch.Generator().manual_seed(0)).bfloat16())
-        self.is_written = is_written
+        self.is_written, self.is_counted = is_written, is_counted
 
     def step(self, q, mask):
         mask = mask & True
         out = functional.scaled_dot_product_attention(q, self.key, self.key, mask)
         if self.is_written:
-            mask[..., 0] = False
+            (mask if self.is_counted else mask.data)[..., 0] = False
         return functional.scaled_dot_product_attention(out, self.key, self.key, attn_mask=mask[:, :], dropout_p=0.0)
 
 
@@ -60,13 +60,20 @@ def run(model, device):
 @pytest.mark.parametrize("is_written", [False, True])
 def test_a_mask_is_made_numbers_once_as_long_as_it_is_the_same(is_written, device, captures, made):
     run(Net(is_written).to(device), device)
-    assert len(made) == 2 + 1 + is_written  # both are tried in the step that runs as before
+    assert len(made) == 2 * (1 + is_written)  # in the step that runs as before, too
+
+
+def test_a_mask_that_is_written_to_without_torch_counting_it_stays(device, captures, made):
+    run(Net(is_written=True, is_counted=False).to(device), device)
+    assert len(made) == 1 + 1  # that of the first attention, which gives the same in both steps
 
 
 def test_where_numbers_give_other_bits_the_mask_stays(device, captures, made, monkeypatch):
-    monkeypatch.setattr(attention_masks, "has_bits_of", lambda one, other: len(made) == 1)  # the second differs
+    compared = []
+    monkeypatch.setattr(attention_masks, "has_bits_of", lambda *both: compared.append(both) or len(compared) == 1)
     run(Net().to(device), device)
-    assert len(made) == 2 + 1  # in the graph, the first, which is given in another way
+    assert len(compared) == 2
+    assert len(made) == 1 + 1  # in the graph, for the first, which is given in another way
 
 
 def test_other_masks_and_modes_are_left_to_the_model(device, made):
@@ -86,4 +93,15 @@ def test_modules_that_ask_for_modes_are_left_alone(device, made):
     (q, mask), key = drawn(device)[0], Net().key.to(device)
     with torch.no_grad(), AttentionMasks(nn.MultiheadAttention(4, 1)).noting():
         functional.scaled_dot_product_attention(q, key, key, mask)
+    assert not made
+
+
+def test_dropout_has_the_random_numbers_of_a_step_that_runs_as_before(device, made):
+    (q, mask), key = drawn(device)[0], Net().key.to(device)
+    torch.manual_seed(0)
+    expected = functional.scaled_dot_product_attention(q, key, key, mask, dropout_p=0.5), torch.rand(2, device=device)
+    torch.manual_seed(0)
+    with torch.no_grad(), AttentionMasks(Net()).noting():
+        found = functional.scaled_dot_product_attention(q, key, key, mask, dropout_p=0.5), torch.rand(2, device=device)
+    assert all(map(equal, found, expected))
     assert not made

@@ -123,6 +123,22 @@ def test_what_rotates_in_another_way_keeps_its_code(device, captures, launched, 
     assert apply_rotary_pos_emb is own
 
 
+def test_what_writes_to_its_queries_keeps_its_code(device, captures, launched, monkeypatch):
+    def own(q, k, cos, sin):
+        return tuple(into.copy_(x) for into, x in zip((q, k), OF_LLAMA(q, k, cos, sin), strict=True))
+
+    monkeypatch.setitem(globals(), "apply_rotary_pos_emb", own)
+    q, k, cos, sin = drawn(device)
+    of = Rotations(Net())
+    with of.noting():
+        apply_rotary_pos_emb(q, k, torch.ones_like(cos), torch.zeros_like(sin))
+    launched.clear()
+    with of.captured():
+        found = apply_rotary_pos_emb(q, k, cos, sin)
+    assert not launched
+    assert found[0] is q
+
+
 def test_tables_of_half_the_width_are_those_of_gpt_oss(device, captures, launched, monkeypatch):
     monkeypatch.setitem(globals(), "apply_rotary_pos_emb", OF_GPT_OSS)
     q, k, cos, sin = drawn(device)
@@ -157,6 +173,19 @@ def test_a_kernel_that_does_not_run_is_not_used(device, captures, launched, monk
 
     monkeypatch.setattr(rotations, "rotated", broken)
     run(Net(), [drawn(device, seed) for seed in range(4)])
+
+
+def test_nothing_is_tried_in_a_capture(device, launched, monkeypatch):
+    """A GPU that was full when it was asked would be asked again, by a kernel, which may end the capture."""
+    asked, of, given = [], Rotations(Net()), drawn(device)
+    monkeypatch.setattr(rotations, "runs_kernels", lambda device: asked.append(device))
+    with of.noting():
+        apply_rotary_pos_emb(*given)
+    assert len(asked) == 1
+    with of.captured():
+        apply_rotary_pos_emb(*given)
+    assert len(asked) == 1
+    assert not launched
 
 
 def test_what_the_kernel_does_not_take_is_left_to_the_model(device, launched):

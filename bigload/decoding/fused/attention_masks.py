@@ -28,33 +28,32 @@ class AttentionMasks:
     @contextmanager
     def noting(self) -> Iterator[None]:
         """Find out whether attention gives the same bits with numbers, in a step that is run as before."""
+        made = _MadeOnce()
+
+        def attend_twice(attend: _Attend, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            found, mask = attend(*args, **kwargs), _mask_of(args, kwargs)
+            if mask is not None:
+                again = attend(*args[:_PLACE], **_with_mask(kwargs, made.numbers(mask, args[0])))
+                key = _key(args, kwargs, mask)
+                self._gives_same[key] = self._gives_same.get(key, True) and has_bits_of(again, found)
+            return found
+
         if not self._is_possible:
             yield
             return
-        with _AroundAttention(self._noted):
+        with _AroundAttention(attend_twice):
             yield
-
-    def _noted(self, attend: _Attend, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        found, mask = attend(*args, **kwargs), _mask_of(args, kwargs)
-        if mask is not None:
-            again = attend(*args[:_PLACE], **_with_mask(kwargs, _numbers(mask, args[0])))
-            key = _key(args, kwargs, mask)
-            self._gives_same[key] = self._gives_same.get(key, True) and has_bits_of(again, found)
-        return found
 
     @contextmanager
     def captured(self) -> Iterator[None]:
         """Have a step that is captured make them once."""
-        made: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
+        made = _MadeOnce()
 
         def attend_with_numbers(attend: _Attend, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             mask = _mask_of(args, kwargs)
             if mask is None or not self._gives_same.get(_key(args, kwargs, mask)):
                 return attend(*args, **kwargs)
-            place = mask.data_ptr(), mask._version, mask.shape, mask.stride(), args[0].dtype
-            if place not in made:
-                made[place] = mask, _numbers(mask, args[0])  # as long as it is kept, nothing else is in its place
-            return attend(*args[:_PLACE], **_with_mask(kwargs, made[place][1]))
+            return attend(*args[:_PLACE], **_with_mask(kwargs, made.numbers(mask, args[0])))
 
         if not any(self._gives_same.values()):
             yield
@@ -63,12 +62,33 @@ class AttentionMasks:
             yield
 
 
+class _MadeOnce:
+    """The numbers of the masks of a step, as long as torch counts no write to them.
+
+    A step that is run as before has them from here too: where a mask is written to in a way that torch does not count,
+    attention has other bits then.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def numbers(self, mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        """Return those of a mask."""
+        place = mask.data_ptr(), mask._version, mask.shape, mask.stride(), query.dtype
+        if place not in self._made:
+            self._made[place] = mask, _numbers(mask, query)  # as long as it is kept, nothing else is in its place
+        return self._made[place][1]
+
+
 def _mask_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
-    """Return the mask, if it is a boolean one of which torch counts the writes."""
+    """Return the mask, if it is a boolean one of which torch counts the writes.
+
+    With dropout, there is none: to try it would draw random numbers, of which the step then has others.
+    """
     mask: Any = args[_PLACE] if len(args) > _PLACE else kwargs.get("attn_mask")
     are_usual = len(args) in (_PLACE, _PLACE + 1) and all(isinstance(each, torch.Tensor) for each in args[:_PLACE])
     is_boolean = isinstance(mask, torch.Tensor) and mask.dtype == torch.bool
-    return mask if are_usual and is_boolean and not mask.is_inference() else None
+    return mask if are_usual and is_boolean and not kwargs.get("dropout_p") and not mask.is_inference() else None
 
 
 def _with_mask(kwargs: Mapping[str, Any], mask: torch.Tensor) -> dict[str, Any]:

@@ -78,7 +78,7 @@ class Rotations:
     def _noting(self, own: _Rotate) -> _Rotate:
         def noting(*args: Any, **kwargs: Any) -> Any:
             found = own(*args, **kwargs)
-            if _suits(args, kwargs) and _is_pair_like(found, args):
+            if _suits(args, kwargs) and runs_kernels(args[0].device) and _is_pair_like(found, args):
                 key = _key(own, args)
                 if key not in self._known:
                     self._known[key] = _strides_with_its_bits(own, args, found)
@@ -129,7 +129,6 @@ def _suits(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         and cos.shape == sin.shape
         and cos.shape in [(rows, 1, columns) for rows in (1, q.shape[0]) for columns in (width, width // 2)]
         and width % 2 == 0
-        and runs_kernels(q.device)
     )
 
 
@@ -162,7 +161,8 @@ def _strides_with_its_bits(own: _Rotate, args: tuple[Any, ...], found: tuple[Any
         return None
     draw = torch.Generator(args[0].device).manual_seed(0)
     given: Any = [torch.randn(each.shape, generator=draw, device=each.device).to(each.dtype) for each in args]
-    return strides if _are_same(rotated(strides, *given), own(*given)) else None
+    kept = [each.clone() for each in given]  # a function that writes to what it is given does more than the kernel
+    return strides if _are_same((*rotated(strides, *given), *kept), (*own(*given), *given)) else None
 
 
 class _Dispatcher:
