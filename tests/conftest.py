@@ -1,7 +1,7 @@
 """Fixtures that the tests of all wings share, how many processes and threads they run with, and which of them run here.
 
-All tests run in one process for each core; those of a file that is named, in one process (pytest-xdist's `-n` overrules
-both).
+All tests run in one process for each core and one more, since some wait for others; those of a file that is named, in
+one process (pytest-xdist's `-n` overrules both).
 
 torch computes with one thread here, unless OMP_NUM_THREADS says how many. The models are so small that more threads
 save no time, and on busy cores each product waits for the last of them: the tests took ten times as long. With torch's
@@ -62,7 +62,7 @@ MOST_PROCESSES = 8  # each takes over 1 GB
 def pytest_xdist_auto_num_workers(config):
     """Run a file or test that is named in this process, where a debugger reaches it and it begins at once."""
     is_all = all(Path(argument).is_dir() for argument in config.args)
-    return min(len(os.sched_getaffinity(0)), MOST_PROCESSES) if is_all else 0
+    return min(len(os.sched_getaffinity(0)) + 1, MOST_PROCESSES) if is_all else 0
 
 
 @pytest.hookimpl(optionalhook=True)
