@@ -70,6 +70,21 @@ def read(slot, stream, found):
     stream.launch(lambda: found.append(slot.memory.view(torch.float32)[0].item()))
 
 
+def read_later(gpu, copier, slot, found):
+    """Have a stream of its own, which is late, read a slot."""
+    reader = gpu.stream()
+    with gpu.launching_on(reader):
+        copier.await_copy(slot)
+    read(slot, reader, found)
+
+
+def gone(tmp_path):
+    """Return a group whose file is no more."""
+    group = FileGroup(written({"a": torch.zeros(16)}, tmp_path / "gone"))
+    (tmp_path / "gone").unlink()
+    return group
+
+
 def test_copy_waits_for_all_streams_that_read_what_was_there(gpu):
     copier, found = CudaSlotCopier(CPU), []
     slot = copier.make_slot(64)
@@ -105,10 +120,7 @@ def test_copy_of_slices_waits_for_what_reads_the_slot(is_pinned, gpu, monkeypatc
     copier, found = CudaSlotCopier(CPU), []
     slot = copier.make_slot(64)
     copier.copy(filled(1), slot)
-    reader = gpu.stream()
-    with gpu.launching_on(reader):
-        copier.await_copy(slot)
-    read(slot, reader, found)
+    read_later(gpu, copier, slot, found)
     copier.copy_some(filled(2), [Slice("a", 0, 2, slot.memory[:32])], slot)
     copier.await_copy(slot)
     assert found == [1]
@@ -133,13 +145,8 @@ def test_copy_that_failed_is_waited_for_by_the_next_into_its_slot(gpu, tmp_path)
     copier, found = CudaSlotCopier(CPU), []
     slot = copier.make_slot(64)
     copier.copy(filled(1), slot)
-    reader = gpu.stream()
-    with gpu.launching_on(reader):
-        copier.await_copy(slot)
-    read(slot, reader, found)
-    gone = FileGroup(written({"a": torch.zeros(16)}, tmp_path / "gone"))
-    (tmp_path / "gone").unlink()
-    copier.copy(gone, slot)
+    read_later(gpu, copier, slot, found)
+    copier.copy(gone(tmp_path), slot)
     assert copier.has_failed(slot)
     copier.copy(filled(2), slot)
     copier.stream.finish()
@@ -182,14 +189,9 @@ def test_memory_that_is_let_go_of_after_a_copy_that_failed_is_waited_for_too(gpu
     """Its readers are remembered by their events alone."""
     copier, found = CudaSlotCopier(CPU), []
     slot = copier.make_slot(64)
-    reader = gpu.stream()
     copier.copy(filled(1), slot)
-    with gpu.launching_on(reader):
-        copier.await_copy(slot)
-    read(slot, reader, found)
-    gone = FileGroup(written({"a": torch.zeros(16)}, tmp_path / "gone"))
-    (tmp_path / "gone").unlink()
-    copier.copy(gone, slot)
+    read_later(gpu, copier, slot, found)
+    copier.copy(gone(tmp_path), slot)
     copier.discard(slot)
     copier.stream.finish()  # of which the allocator is told
     assert found == [1]
@@ -210,10 +212,8 @@ def test_stream_that_replays_waits_for_the_others_and_they_for_it(gpu):
     copier, found = CudaSlotCopier(CPU), []
     slot = copier.make_slot(64)
     copier.copy(filled(1), slot)
-    reader, replays = gpu.stream(), gpu.stream()
-    with gpu.launching_on(reader):
-        copier.await_copy(slot)
-    read(slot, reader, found)
+    replays = gpu.stream()
+    read_later(gpu, copier, slot, found)
     with gpu.launching_on(replays):
         copier.await_users(slot)
         replays.launch(lambda: slot.memory.view(torch.float32).fill_(2))
