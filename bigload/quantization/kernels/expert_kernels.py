@@ -7,6 +7,10 @@ offset`, with blocks of 256 that run through all experts.
 
 A loop over blocks is not pipelined (`num_stages=1` where they are launched): Triton would fetch each value of the code
 table by an asynchronous copy of its own.
+
+Triton chooses for each `tl.load` which thread reads what, and moves what is read between threads, through shared
+memory, where another load was given another order. So the code table and the inputs of `row_products` are read by
+instructions in PTX, for which the order of the packed words is kept: half of all instructions were such moves.
 """
 # mypy: ignore-errors
 # ruff: noqa: D103 - what a kernel computes is said by the function that launches it, in expert_launches.py
@@ -30,6 +34,26 @@ def two_inputs(pairs, dtype: tl.constexpr):
     first = (pairs & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
     second = (pairs >> 16).to(tl.int16).to(dtype, bitcast=True)
     return first, second
+
+
+@triton.jit
+def looked_up(code, index):
+    """Values of a table of float32, read by the threads that have their indices."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .u64 at; mad.wide.u32 at, $1, 4, $2; ld.global.nc.f32 $0, [at]; }",
+        "=f,r,l", [index, code.to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def eight_inputs(pointer, ok):
+    """Four pairs of inputs from a multiple of 16 bytes on, as int32; 0 where not `ok`."""
+    return tl.inline_asm_elementwise(
+        """{ .reg .pred there; setp.ne.b32 there, $5, 0;
+        mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;
+        @there ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4]; }""",
+        "=&r,=&r,=&r,=&r,l,r", [pointer.to(tl.int64), ok.to(tl.int32)], dtype=(tl.int32,) * 4, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -59,28 +83,30 @@ def row_products(
     offset = 0.0
     if nested:
         offset = tl.load(offsets)
-    half: tl.constexpr = block_columns // 2
-    blocks: tl.constexpr = block_columns // blocksize
+    words: tl.constexpr = block_columns // 8  # of four bytes
+    parts: tl.constexpr = words // 4  # of four words, which lie in one block
     weight_row, stored_row = expert * rows + row, place * rows + row
-    first_byte, first_scale = stored_row * (columns // 2), stored_row * (columns // blocksize)
+    first_word, first_scale = stored_row * (columns // 8), stored_row * (columns // blocksize)
     first_block = weight_row * (columns // blocksize)
-    byte, block = tl.arange(0, half), tl.arange(0, blocks)
-    total = tl.zeros([tile_rows], tl.float32)
-    for begin in range(0, columns // 2, half):
-        at = begin + byte
-        at_ok = at < columns // 2
-        mask = row_ok[:, None] & at_ok[None, :]
-        packed = tl.load(data + first_byte[:, None] + at[None, :], mask=mask, other=0).to(tl.int32)
-        inputs = tl.load(x + input_row[:, None] * (columns // 2) + at[None, :], mask=at_ok[None, :], other=0)
-        first, second = two_inputs(inputs, dtype)
-        high, low = tl.load(code + (packed >> 4)), tl.load(code + (packed & 15))
-        products = high * first.to(tl.float32) + low * second.to(tl.float32)
-        sums = tl.sum(tl.reshape(products, [tile_rows, blocks, blocksize // 2]), 2)
-        number = begin * 2 // blocksize + block
+    data = data.to(tl.pointer_type(tl.int32), bitcast=True)
+    word, part = tl.arange(0, words), tl.arange(0, parts)
+    total = tl.zeros([tile_rows, parts], tl.float32)
+    for begin in range(0, columns // 8, words):
+        at = begin + word
+        at_ok = at < columns // 8
+        packed = tl.load(data + first_word[:, None] + at[None, :], mask=row_ok[:, None] & at_ok[None, :], other=0)
+        pairs = eight_inputs(x + input_row[:, None] * (columns // 2) + at[None, :] * 4, at_ok[None, :])
+        products = tl.zeros([tile_rows, words], tl.float32)
+        for byte in tl.static_range(4):
+            first, second = two_inputs(pairs[byte], dtype)
+            products += looked_up(code, (packed >> (8 * byte + 4)) & 15) * first.to(tl.float32)
+            products += looked_up(code, (packed >> (8 * byte)) & 15) * second.to(tl.float32)
+        number = (begin + part * 4) * 8 // blocksize
         mask = row_ok[:, None] & (number < columns // blocksize)[None, :]
         index, block_index = first_scale[:, None] + number[None, :], first_block[:, None] + number[None, :]
         scale = block_scales(scales, nested_scales, nested_code, offset, index, block_index, mask, nested)
-        total += tl.sum(sums * scale, 1)
+        total += tl.sum(tl.reshape(products, [tile_rows, parts, 4]), 2) * scale
+    total = tl.sum(total, 1)
     if has_bias:
         total += tl.load(bias + weight_row, mask=row_ok, other=0.0).to(tl.float32)
     return total
@@ -215,8 +241,8 @@ def grouped(
         else:
             scale = tl.broadcast_to(scale[:, :, None], [block_rows, blocks, blocksize // 2])
             scale = tl.reshape(scale, [block_rows, half])
-        high = (tl.load(code + (packed >> 4)) * scale).to(dtype)
-        low = (tl.load(code + (packed & 15)) * scale).to(dtype)
+        high = (looked_up(code, packed >> 4) * scale).to(dtype)
+        low = (looked_up(code, packed & 15) * scale).to(dtype)
         total = tl.dot(high, tl.trans(first), total)
         total = tl.dot(low, tl.trans(second), total)
     if has_bias:
@@ -250,7 +276,7 @@ def dequantize_visited(
     index = place * (rows * columns // blocksize) + value // blocksize
     block_index = expert * (rows * columns // blocksize) + value // blocksize
     scale = block_scales(scales, nested_scales, nested_code, offset, index, block_index, ok, nested)
-    values = tl.interleave(tl.load(code + (packed >> 4)) * scale, tl.load(code + (packed & 15)) * scale)
+    values = tl.interleave(looked_up(code, packed >> 4) * scale, looked_up(code, packed & 15) * scale)
     at = tl.program_id(0) * block + tl.arange(0, block)
     out += expert * num_rows * width
     tl.store(out + at, values.to(out.dtype.element_ty), mask=at < num_rows * width)
