@@ -24,6 +24,8 @@ from bigload.checkpoint.describe import describe_checkpoint
 from bigload.checkpoint.scaled import values as scaled_values
 from bigload.checkpoint.scaled.stated import stated
 from bigload.checkpoint.scaled.tensor import ScaledTensor
+from bigload.io import transfer
+from bigload.io.ring import slot_bytes
 from bigload.pipeline import transcoding
 
 PLAIN = {"load_in_4bit": True, "skip_modules": ["*"], "torch_dtype": "bf16"}
@@ -475,6 +477,7 @@ def test_scales_that_come_in_pieces_are_put_together(tmp_path, monkeypatch, ring
 
     monkeypatch.setattr(transcoding._Landing, "_take_scales", taken)
     monkeypatch.setenv("BIGLOAD_RING_BYTES", ring)
+    monkeypatch.setattr(transfer, "_BATCH_BYTES", slot_bytes())  # on a GPU, pieces are as large as these
     model = load_and_quantize_model(
         empty(lambda: nn.Sequential(nn.Linear(32, 4096, bias=False))), PLAIN, folder, device_map=device
     )

@@ -30,6 +30,7 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.one, self.two = Attention(), Attention()
+        self.weight = nn.Parameter(torch.ones(1))  # says on which device the model is
 
     def step(self, q, k, cos, sin):
         return self.two(*self.one(q, k, cos, sin), cos, sin)
@@ -76,7 +77,7 @@ def run(model, given):
 
 
 def test_rotations_are_one_kernel_for_queries_and_keys_in_a_graph(device, captures, launched):
-    run(Net(), [drawn(device, seed) for seed in range(4)])
+    run(Net().to(device), [drawn(device, seed) for seed in range(4)])
     # Of each, which lie in memory in two ways: a first launch, a draw, and what it is given. Then each is in the graph.
     assert len(launched) == 3 + 3 + 2
 
@@ -163,7 +164,7 @@ def test_a_kernel_of_other_bits_is_not_used(off_from, device, captures, launched
         return found
 
     monkeypatch.setattr(rotations, "rotated", off)
-    run(Net(), [drawn(device, seed) for seed in range(4)])
+    run(Net().to(device), [drawn(device, seed) for seed in range(4)])
     assert len(launched) == off_from + 2  # of the other module, whose inputs lie in memory in another way
 
 
@@ -172,7 +173,7 @@ def test_a_kernel_that_does_not_run_is_not_used(device, captures, launched, monk
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(rotations, "rotated", broken)
-    run(Net(), [drawn(device, seed) for seed in range(4)])
+    run(Net().to(device), [drawn(device, seed) for seed in range(4)])
 
 
 def test_nothing_is_tried_in_a_capture(device, launched, monkeypatch):

@@ -3,11 +3,13 @@
 A norm is taken for one if it has a weight, an epsilon and nothing else, and if the kernel gives the bits of its own
 forward: for what it is given when a step runs as before, and for random rows of that shape. So it may add up squares in
 no order but torch's, whose kernel (ATen/native/cuda/Reduce.cuh) has each thread add every n-th value, or every n-th
-four, into four sums, and adds those, then halves of the threads, then pairs of neighbours.
+four, into four sums, and adds those, then halves of the threads. Up to 2.9 or so, the last 32 threads were added by
+pairs of neighbours, and rows of 128 values were not read in fours: a trial tells which way this torch goes.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,12 +22,15 @@ import torch
 from torch import nn
 
 from ...hardware.devices import current_gpu
-from .trials import has_bits_of, kernels, runs, runs_kernels
+from .trials import gives_bits_of, has_bits_of, kernels, runs_kernels
 
-# Of torch's kernel: threads of a block and a warp; values of a row from which each thread reads four at once.
-_BLOCK, _WARP, _FOURS_FROM = 512, 32, 129
-# Of rows in float32: each shows another order with a chance of one in five or more.
-_DRAWS = 32
+# Of torch's kernel: threads of a block and of a warp.
+_BLOCK, _WARP = 512, 32
+# Of each kind of torch, newest first: the width from which each thread reads four values at once, and down to how many
+# threads halves are added, not pairs.
+_KINDS = ((128, 1), (129, 1), (129, _WARP))
+# Of rows in float32: each shows another order with a chance of one in twelve or more.
+_DRAWS = 128
 _EPSILONS = ("variance_epsilon", "eps")
 
 
@@ -36,16 +41,23 @@ class Order(NamedTuple):
         threads: of the row.
         turns: in which each of them reads four values.
         are_fours: whether these lie side by side; else `threads` apart.
+        halvings: how often the sums of half of the threads are added to those of the others, before pairs are added.
     """
 
     threads: int
     turns: int
     are_fours: bool
+    halvings: int
 
 
-def order_of(rows: int, width: int) -> Order | None:
-    """Return how torch adds up each of some rows of float32; None if in another way still."""
-    are_fours = width >= _FOURS_FROM
+def orders_of(rows: int, width: int) -> list[Order]:
+    """Return how torch may add up each of some rows of float32, the newest way first; none if in another way still."""
+    found = (_order_of(rows, width, fours_from, halved_to) for fours_from, halved_to in _KINDS)
+    return [order for order in dict.fromkeys(found) if order is not None]
+
+
+def _order_of(rows: int, width: int, fours_from: int, halved_to: int) -> Order | None:
+    are_fours = width >= fours_from
     if are_fours and width % 4:
         return None
     most = _power_of_2(min(width // 4 if are_fours else width, _BLOCK))
@@ -53,7 +65,8 @@ def order_of(rows: int, width: int) -> Order | None:
     threads = min(most, _BLOCK // at_once)
     if -(-width // threads) >= 16 * at_once > 16:
         return None  # divided among warps too
-    return Order(threads, -(-width // (4 * threads)), are_fours)
+    halvings = max(0, threads.bit_length() - halved_to.bit_length())
+    return Order(threads, -(-width // (4 * threads)), are_fours, halvings)
 
 
 def fused_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, order: Order) -> torch.Tensor:
@@ -61,13 +74,14 @@ def fused_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, order: Order) 
 
     Args:
         x: (..., width), in 16 bit, or, in a trial, float32; contiguous.
-        weight: (width,), in 16 bit.
+        weight: (width,), of the same dtype.
         eps: added to the mean.
         order: in which squares are added.
     """
-    out, width, warps = torch.empty_like(x), x.shape[-1], max(1, order.threads // 128)
-    halvings = max(0, (order.threads // _WARP).bit_length() - 1)
-    pairings = min(order.threads, _WARP).bit_length() - 1
+    out, width = torch.empty_like(x), x.shape[-1]
+    block = _power_of_2(2 * width - 1)  # at least the width
+    warps = min(max(1, order.threads // 128, block // 1024), 8)
+    pairings = order.threads.bit_length() - 1 - order.halvings
     with current_gpu(x.device):  # on which Triton launches
         kernels().rms_norm[(x.numel() // width,)](
             x,
@@ -79,8 +93,9 @@ def fused_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, order: Order) 
             order.threads,
             order.turns,
             order.are_fours,
-            halvings,
+            order.halvings,
             pairings,
+            block,
             num_warps=warps,
             enable_fp_fusion=False,  # torch rounds squares before it adds them
         )
@@ -111,7 +126,7 @@ class Norms:
                 key = _key(x)
                 kind = (type(module), _epsilon(module), key)
                 if kind not in self._known:
-                    self._known[kind] = _order_that_gives_its_bits(own, module, x)
+                    self._known[kind] = _order_that_gives_its_bits(module, x)
                 order = self._known[kind]
                 if order is not None and has_bits_of(_by_kernel(module, x, order), found):
                     self._fused[id(module), key] = order
@@ -185,23 +200,32 @@ def _suits(x: Any, weight: torch.Tensor, found: Any) -> bool:
     )
 
 
-def _order_that_gives_its_bits(own: Callable[..., torch.Tensor], module: Any, x: torch.Tensor) -> Order | None:
+def _order_that_gives_its_bits(module: Any, x: torch.Tensor) -> Order | None:
+    orders = orders_of(x.numel() // x.shape[-1], x.shape[-1])
+    return next((order for order in orders if _gives_its_bits(module, x, order)), None)
+
+
+def _gives_its_bits(module: Any, x: torch.Tensor, order: Order) -> bool:
     """Try rows of several magnitudes, as many as there are, and many in float32.
 
     A sum in another order differs in its last bit, in some rows. In 16 bit, hardly any value shows that.
     """
-    order = order_of(x.numel() // x.shape[-1], x.shape[-1])
-    if order is None:
-        return None
     draw = torch.Generator(x.device).manual_seed(0)
     for dtype, magnitudes in ((x.dtype, (1.0, 1e-3, 30.0)), (torch.float32, (1.0,) * _DRAWS)):
-        if not runs(partial(_by_kernel, module, x.to(dtype), order)):
-            return None
+        twin = _twin(module, dtype)
         for magnitude in magnitudes:
             rows = torch.randn(x.shape, generator=draw, device=x.device).mul_(magnitude).to(dtype)
-            if not has_bits_of(_by_kernel(module, rows, order), own(rows)):
-                return None
-    return order
+            if not gives_bits_of(partial(_by_kernel, twin, rows, order), partial(twin.forward, rows)):
+                return False
+    return True
+
+
+def _twin(module: Any, dtype: torch.dtype) -> Any:
+    """Return a norm of the same kind and weight, in a dtype."""
+    twin = copy.copy(module)
+    vars(twin).pop("forward", None)
+    twin._parameters = {"weight": nn.Parameter(module.weight.to(dtype), requires_grad=False)}
+    return twin
 
 
 @contextmanager

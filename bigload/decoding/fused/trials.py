@@ -42,6 +42,15 @@ def runs(launch: Callable[[], object]) -> bool:
     return True
 
 
+def gives_bits_of(launch: Callable[[], torch.Tensor], own: Callable[[], torch.Tensor]) -> bool:
+    """Whether a kernel runs, and gives the bits of a model's own code, which may refuse what a trial gives it."""
+    try:
+        return has_bits_of(launch(), own())
+    except Exception as error:  # the step has run
+        logger.debug("a kernel is not used: %s", error)
+        return False
+
+
 def has_bits_of(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors are the same, signs of zeros too, wherever their numbers are in memory."""
     if one.shape != other.shape or one.dtype != other.dtype:
