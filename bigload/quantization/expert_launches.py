@@ -15,7 +15,7 @@ from .packed_experts import PackedExperts
 
 # Shapes of the programs, measured on H100 and H200. Of `grouped`: pairs of an expert, rows of its weight and columns a
 # step, warps; for experts with about so many pairs or fewer.
-_GEMV = {"block_rows": 16, "block_columns": 512, "num_warps": 2}
+_GEMV = {"block_rows": 8, "block_columns": 2048, "num_warps": 2}
 _GROUPED = {4: (16, 64, 128, 4), 32: (32, 64, 128, 4), 2**31: (128, 256, 64, 8)}
 # The most pairs that one program sorts.
 MAX_ROUTED = 256
@@ -150,7 +150,8 @@ def gemv_combined(
 
 def _gemv_columns(weight: PackedExperts) -> int:
     blocksize: int = weight.state.blocksize
-    return max(blocksize, min(_GEMV["block_columns"], next_power_of_2(weight.shape[2])))
+    not_wider = next_power_of_2(weight.shape[2] // 2 + 1)  # than the weight, or half of what is computed may be nothing
+    return max(blocksize, min(_GEMV["block_columns"], not_wider))
 
 
 def grouped(
