@@ -161,30 +161,33 @@ class DecodeSteps(MethodOverride):
     def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if (reason := obstacle_now(self.module, kwargs)) is not None:
             return self._leave(reason)
-        self._note_model()
+        state = self._note_model()
         if self._obstacle is not None:
             return self._leave(self._obstacle)
         if not self._offload.are_ready():
             self._uncaptured += 1
             return _UNCAPTURED
         call = Call(args, kwargs)
-        key = (_modes(self._device.type), call.key)
+        key = (_modes(self._device.type), call.key, state.of_steps())
         last = self._last
         if last is not None and last.key == key and last.is_of(call.states) and last.finds_all_in_place():
             return self._replay(last, call)
         return self._step_of_kind(key, call, args, kwargs)
 
-    def _note_model(self) -> None:
-        """Drop what was captured of another state of the model."""
-        if self._model_state is not None and self._model_state.is_same() and self._offload.are_same():
+    def _note_model(self) -> ModelState:
+        """Drop what was captured of another state of the model; return that of now."""
+        state = self._model_state
+        if state is not None and state.is_same() and self._offload.are_same():
             self._changes_in_a_row = 0
-            return
+            return state
         self.release()
         self._obstacle = obstacle_of(self.module)
-        self._model_state, self._offload = ModelState(self.module), CapturedOffload(self.module)
+        self._model_state = state = ModelState(self.module)
+        self._offload = CapturedOffload(self.module)
         self._changes_in_a_row += 1
         if self._changes_in_a_row >= _MANY_NEW:
             self._say("tensors, hooks or modules of the model are exchanged between steps")
+        return state
 
     def _step_of_kind(self, key: Any, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         state = CacheState(call.states)

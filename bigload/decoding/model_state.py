@@ -15,8 +15,10 @@ from ..offload.leaves import without_torch_function
 from .calls import is_state
 from .held_values import HeldValues
 
-# What `generate` and users switch in a config, and the code of the model looks up in each forward.
-_SWITCHES = ("_attn_implementation", "_experts_implementation", "return_dict")
+# What users switch in a config, and the code of the model looks up in each forward.
+_SWITCHES = ("_attn_implementation", "return_dict")
+# What `generate` switches for the steps alone, and back for each prompt.
+_OF_STEPS = "_experts_implementation"
 
 
 # Attributes of torch's own.
@@ -111,6 +113,10 @@ class ModelState:
         switches = [repr(getattr(config, name, None)) for config in self._configs for name in _SWITCHES]
         everywhere = nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks
         return [inside, forwards, switches, any(self._no_hooks), [*map(len, (*self._hooks, *everywhere))]]
+
+    def of_steps(self) -> tuple[str, ...]:
+        """Return what the model's configs say for a step alone: graphs of other steps are kept meanwhile."""
+        return tuple(repr(getattr(config, _OF_STEPS, None)) for config in self._configs)
 
     def is_same(self) -> bool:
         """Whether nothing has changed since that graphs rely on."""
