@@ -71,6 +71,17 @@ def test_norms_are_one_kernel_each_in_a_graph(kind, device, captures, launched):
     assert len(launched) == norms._DRAWS + 3 + 2 + 2
 
 
+def test_what_was_tried_is_known_when_a_model_is_captured_again(device, captures, launched):
+    model = Net().to(device)
+    run(model, device)
+    launched.clear()
+    run(model, device)
+    assert len(launched) == 2 + 2
+    launched.clear()
+    run(Net().to(device), device)  # another one
+    assert len(launched) == norms._DRAWS + 3 + 2 + 2
+
+
 @pytest.mark.parametrize("kind", [GemmaRMSNorm, GptOssRMSNorm, nn.LayerNorm, nn.RMSNorm])
 def test_what_computes_in_another_way_keeps_its_code(kind, device, captures, launched):
     """Gemma's adds one to the weight, GPT-OSS' multiplies before it rounds, LayerNorm has a bias."""

@@ -17,6 +17,7 @@ from functools import partial
 from threading import get_ident
 from types import FunctionType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -32,6 +33,8 @@ _KINDS = ((128, 1), (129, 1), (129, _WARP))
 # Of rows in float32: each shows another order with a chance of one in twelve or more.
 _DRAWS = 128
 _EPSILONS = ("variance_epsilon", "eps")
+# Of each model, the orders that were right: it is captured again for each length of a cache.
+_right: WeakKeyDictionary[nn.Module, dict[Any, Order]] = WeakKeyDictionary()
 
 
 class Order(NamedTuple):
@@ -108,7 +111,8 @@ class Norms:
     def __init__(self, model: nn.Module) -> None:
         self._all = [module for module in model.modules() if _is_norm(module)]
         self._fused: dict[tuple[int, Any], Order] = {}
-        self._known: dict[Any, Order | None] = {}
+        self._right = _right.setdefault(model, {})
+        self._known: dict[Any, Order | None] = {**self._right}
 
     @contextmanager
     def noting(self) -> Iterator[None]:
@@ -124,14 +128,15 @@ class Norms:
             if get_ident() == thread and len(args) == 1 and not kwargs and _suits(args[0], module.weight, found):
                 x = args[0]
                 key = _key(x)
-                kind = (type(module), _epsilon(module), key)
+                kind = (type(module), type(module).forward, _epsilon(module), x.device, key)
                 if kind not in self._known:
                     self._known[kind] = _order_that_gives_its_bits(module, x)
                 order = self._known[kind]
                 if order is not None and has_bits_of(_by_kernel(module, x, order), found):
-                    self._fused[id(module), key] = order
+                    self._fused[id(module), key] = self._right[kind] = order
                 else:
                     self._known[kind] = None  # if it is used once more
+                    self._right.pop(kind, None)
                     self._fused.pop((id(module), key), None)
             return found
 
