@@ -50,7 +50,14 @@ def faults(jobs: list[str] | None, on_gpu: bool, most: int) -> dict:
         for (job, edge, error), counts in found.counts.items()
     ]
     seconds = round(time.monotonic() - begun)
-    return {"tries": found.tries, "seconds": seconds, "failures": found.failures, "rows": rows}
+    return where(on_gpu) | {"tries": found.tries, "seconds": seconds, "failures": found.failures, "rows": rows}
+
+
+def where(on_gpu: bool) -> dict:
+    """Say what ran it."""
+    import torch
+
+    return {"device": torch.cuda.get_device_name(0) if on_gpu else "cpu", "torch": torch.__version__}
 
 
 def long_use(on_gpu: bool) -> dict:
@@ -66,8 +73,7 @@ def long_use(on_gpu: bool) -> dict:
         print(json.dumps(rows[-1]), flush=True)
         if more := grown(rows[-1]):
             failures.append(f"{name}: {more}")
-    where = torch.cuda.get_device_name(device) if on_gpu else "cpu"
-    return {"device": where, "torch": torch.__version__, "failures": failures, "rows": rows}
+    return where(on_gpu) | {"failures": failures, "rows": rows}
 
 
 def chosen(calls: int, most: int) -> list[int]:
