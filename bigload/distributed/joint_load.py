@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -112,22 +113,30 @@ class JointLoad:
         Raises:
             DistributedError: another process failed.
         """
+
+        @functools.cache
+        def prepared() -> list[str]:
+            """Make layers without weights, and find what is gathered together: needs nothing of what is read."""
+            assembly.prepare()
+            for planned in () if self.replicate else self.own.tensors:
+                if planned.share is not None:
+                    assembly.add(planned.tensor.name, placeholder(planned, plan.config.load_dtype))
+            return [] if self.replicate else groups_of(view, plan, request.placement.no_split_module_classes)
+
         with self.ranks.agreed("load"):
             assembly = Assembly(view, plan)
-            loaded = execute(to_execute(self.own), on_bytes=on_bytes, timeline=timeline)
+            loaded = execute(to_execute(self.own), on_bytes=on_bytes, meanwhile=prepared, timeline=timeline)
             if request.checkpoint is not None:
                 request.checkpoint.require_unchanged()
+            groups = prepared()  # if nothing was read
         shares, parts = Shares(self.ranks, self.own, loaded), dict[str, nn.Parameter]()
         with self.ranks.agreed("share"):
             for planned in self.own.tensors:
                 name = planned.tensor.name
-                if self.replicate or planned.share is None:
-                    value = shares.gathered(planned)
-                    if value is not None:
-                        assembly.add(name, value)
-                else:
-                    assembly.add(name, placeholder(planned, plan.config.load_dtype))
+                if not self.replicate and planned.share is not None:
                     parts[name] = shares.part(planned)
+                elif (value := shares.gathered(planned)) is not None:
+                    assembly.add(name, value)
         made: list[nn.Module] = []
 
         def finish(model: nn.Module) -> None:
@@ -136,8 +145,7 @@ class JointLoad:
                     then(model)
                     made.append(model)
                 else:
-                    classes = request.placement.no_split_module_classes
-                    sharding = Sharding(groups_of(view, plan, classes), self._options, self._adapters)
+                    sharding = Sharding(groups, self._options, self._adapters)
                     names = {planned.tensor.name: planned.tensor.names for planned in plan.tensors}
                     made.append(sharding.shard(model, parts, names, self.ranks))
 
