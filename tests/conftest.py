@@ -16,12 +16,11 @@ import signal
 import sys
 import tempfile
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from children import Forking
+from children import ForkServer, Programs
 from hypothesis import HealthCheck, settings
 from packaging.version import Version
 from resources import open_files
@@ -34,6 +33,7 @@ settings.load_profile("any machine")
 SETTINGS = ("COLUMNS", "BIGLOAD_THREADS", "BIGLOAD_RING_BYTES", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 LEFT_OUT = pytest.StashKey[int]()
 IMPORTED = pytest.StashKey[int]()
+SERVER = pytest.StashKey[ForkServer]()
 
 # torch.compile would start a process for each core, which imports torch, to compile a few lines.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
@@ -206,14 +206,24 @@ def quiet_bitsandbytes():
 
 
 @pytest.fixture(scope="session")
-def programs():
+def programs(pytestconfig):
     """Programs in processes that have done nothing yet, and reach no hub."""
-    libraries = ("bitsandbytes", "transformers.modeling_utils", "transformers.models.llama", "peft", "lightning.fabric")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        forking = Forking(*[name for name in libraries if find_spec(name.partition(".")[0])])
-    with forking:
-        yield forking
+    given = getattr(pytestconfig, "workerinput", {})
+    return Programs(given["fork_server"] if "fork_server" in given else fork_server(pytestconfig))
+
+
+def fork_server(config):
+    """Return the address of the one process from which all programs are forked."""
+    if SERVER not in config.stash:
+        config.stash[SERVER] = ForkServer(SETTINGS)
+        config.add_cleanup(config.stash[SERVER].close)
+    return config.stash[SERVER].address
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    """Tell a process of the tests what it shares with the others."""
+    node.workerinput["fork_server"] = fork_server(node.config)
 
 
 @pytest.fixture
