@@ -22,8 +22,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import torch
-
 ROOT = Path(__file__).parents[2]
 LIBRARIES = (
     "bitsandbytes",
@@ -51,6 +49,8 @@ class ForkServer:
         Args:
             left_out: variables that no program sees.
         """
+        import torch  # here: the process that it starts imports nothing before it is asked
+
         if torch.cuda.is_available():
             return
         self.address = f"\0bigload-tests-{os.getpid()}"  # no file: the system forgets it with the process
