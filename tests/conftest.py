@@ -16,12 +16,12 @@ import signal
 import sys
 import tempfile
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
+import _pytest.logging
 import pytest
 import torch
-from children import Forking
+from children import ForkServer, Programs
 from hypothesis import HealthCheck, settings
 from packaging.version import Version
 from resources import open_files
@@ -34,6 +34,7 @@ settings.load_profile("any machine")
 SETTINGS = ("COLUMNS", "BIGLOAD_THREADS", "BIGLOAD_RING_BYTES", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 LEFT_OUT = pytest.StashKey[int]()
 IMPORTED = pytest.StashKey[int]()
+SERVER = pytest.StashKey[ForkServer]()
 
 # torch.compile would start a process for each core, which imports torch, to compile a few lines.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
@@ -104,9 +105,13 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 def spare_the_collector():
-    """Spare the collector of cycles what was imported, half a million objects, each time that it runs."""
+    """Spare the collector of cycles what was imported, half a million objects, each time that it runs.
+
+    And let it run for every 10,000 new objects, instead of 700.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -119,20 +124,35 @@ def pytest_collection():
         gc.enable()
 
 
-def let_logs_of_torch_propagate():
-    """Let torch's loggers pass on what they log to the root's handlers, as others do.
+def let_logs_propagate():
+    """Let all loggers pass on what they log to the root's handlers.
 
     Each test hands six handlers of pytest to every logger that does not, and torch has eighty. One of them is
     `torch.__trace`: as soon as it has a handler, torch.compile writes down all that it does.
     """
-    for name, logger in logging.root.manager.loggerDict.items():
-        if name.partition(".")[0] == "torch" and isinstance(logger, logging.Logger):
+    for logger in logging.root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger):
             logger.propagate = True
+
+
+class CatchingLogsOfRoot(_pytest.logging.catching_logs):
+    """Hands a handler to the root alone: pytest looks for loggers that do not propagate among 700, six times a test."""
+
+    def __enter__(self):
+        if self.level is not None:
+            return super().__enter__()
+        logging.root.addHandler(self.handler)
+        self.attached_loggers.append(logging.root)
+        return self.handler
+
+
+if hasattr(_pytest.logging.catching_logs, "attached_loggers"):  # others than the root, since pytest 9
+    _pytest.logging.catching_logs = CatchingLogsOfRoot
 
 
 def pytest_collection_finish(session):
     spare_the_collector()
-    let_logs_of_torch_propagate()
+    let_logs_propagate()
     session.config.stash[IMPORTED] = len(sys.modules)
 
 
@@ -140,7 +160,7 @@ def pytest_runtest_teardown(item, nextitem):
     """Do both again for what a test has imported: libraries import most of what they are when it is first used."""
     if len(sys.modules) > item.config.stash[IMPORTED] + 50:
         spare_the_collector()
-        let_logs_of_torch_propagate()
+        let_logs_propagate()
         item.config.stash[IMPORTED] = len(sys.modules)
 
 
@@ -207,14 +227,24 @@ def quiet_bitsandbytes():
 
 
 @pytest.fixture(scope="session")
-def programs():
+def programs(pytestconfig):
     """Programs in processes that have done nothing yet, and reach no hub."""
-    libraries = ("bitsandbytes", "transformers.modeling_utils", "transformers.models.llama", "peft", "lightning.fabric")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        forking = Forking(*[name for name in libraries if find_spec(name.partition(".")[0])])
-    with forking:
-        yield forking
+    given = getattr(pytestconfig, "workerinput", {})
+    return Programs(given["fork_server"] if "fork_server" in given else fork_server(pytestconfig))
+
+
+def fork_server(config):
+    """Return the address of the one process from which all programs are forked."""
+    if SERVER not in config.stash:
+        config.stash[SERVER] = ForkServer(SETTINGS)
+        config.add_cleanup(config.stash[SERVER].close)
+    return config.stash[SERVER].address
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    """Tell a process of the tests what it shares with the others."""
+    node.workerinput["fork_server"] = fork_server(node.config)
 
 
 @pytest.fixture

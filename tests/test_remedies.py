@@ -6,6 +6,7 @@ here by some of its words. A new message with a remedy therefore fails this test
 """
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -504,11 +505,15 @@ def test_every_remedy_is_listed_once():
     assert stale == []
 
 
+@functools.cache
+def functions_of(file):
+    return {node.name for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)}
+
+
 @pytest.mark.parametrize("test", sorted({test for table in TRIED.values() for test in table.values()}))
 def test_the_test_that_tries_it_exists(test):
     file, _, name = test.partition("::")
-    tree = ast.parse((ROOT / "tests" / file).read_text())
-    assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assert name in functions_of(ROOT / "tests" / file)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from bigload import ConfigError, load_and_quantize_model
 
 
 def build():
-    wide = [nn.Sequential(nn.Linear(1024, 2560), nn.Linear(2560, 1024)) for _ in range(3)]
+    wide = [nn.Sequential(nn.Linear(1024, 2560), nn.Linear(2560, 1024)) for _ in range(2)]
     return nn.Sequential(nn.ModuleList(wide), nn.Linear(1024, 8))
 
 

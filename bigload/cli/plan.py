@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,7 +174,7 @@ class _Planner:
         self._places, self._budgets = device_map(options.device_map), max_memory(options.max_memory)
         self._reserved: dict[int, int] = {}
         self._for_graphs: dict[int, int] = {}
-        self._caches: dict[tuple[int, int, torch.dtype], list[int] | None] = {}
+        self._caches: dict[tuple[Any, int, int, torch.dtype], list[int] | None] = {}
 
     def open(self) -> None:
         """Build the empty model, and find the weights beside its config."""
@@ -271,13 +271,13 @@ class _Planner:
 
     def _kept(self, plan: Plan, gpus: int) -> tuple[list[int], int]:
         """Return the bytes of each layer's KV cache, and of captured decode steps, which one GPU has."""
-        from ..inspection.kv_cache import captured_step_bytes, static_cache_bytes
+        from ..inspection.kv_cache import captured_step_bytes, kv_cache_bytes, static_cache_bytes
 
         context, batch, dtype = self._options.context, self._options.batch, plan.config.load_dtype
-        layers = self._kv_cache(plan, context, batch)
+        layers = self._cache(kv_cache_bytes, plan, context, batch)
         if layers is None:
             raise ConfigError(f"the KV cache of {type(self._model).__name__} is not known; leave --context out")
-        static = static_cache_bytes(self._model, context, batch, dtype) if gpus == 1 else None
+        static = self._cache(static_cache_bytes, plan, context, batch) if gpus == 1 else None
         if static is None:
             return layers, 0
         return static, captured_step_bytes(self._model, static, batch, dtype)
@@ -295,22 +295,22 @@ class _Planner:
             offload=offload(self._options, reserve),
         )
 
-    def _kv_cache(self, plan: Plan, context: int, batch: int) -> list[int] | None:
-        from ..inspection.kv_cache import kv_cache_bytes
-
+    def _cache(self, count: Callable[..., list[int] | None], plan: Plan, context: int, batch: int) -> list[int] | None:
+        """Return what a function of `kv_cache.py` counts, once for all modes that compute in one dtype."""
         if not getattr(self._model, "can_generate", bool)():
             return None
-        asked = context, batch, plan.config.load_dtype
+        asked = count, context, batch, plan.config.load_dtype
         if asked not in self._caches:
-            self._caches[asked] = kv_cache_bytes(self._model, *asked)
+            self._caches[asked] = count(self._model, *asked[1:])
         return self._caches[asked]
 
     def notes(self, plan: Plan) -> Iterator[str]:
         """Yield what is to be known of the KV cache."""
+        from ..inspection.kv_cache import kv_cache_bytes
         from ..notation import show
 
         if self._options.context is None:
-            layers = self._kv_cache(plan, 1, 1)
+            layers = self._cache(kv_cache_bytes, plan, 1, 1)
             if layers is not None:
                 yield f"Not counted: the KV cache, {show(sum(layers))} for each token (--context N counts it)."
             return

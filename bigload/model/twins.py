@@ -29,9 +29,10 @@ class _NoInitialization(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-# Cache for the last model, which is likely to be loaded again. Replaced in one assignment, as threads may load in
+# Cache for the last models, which are likely to be loaded again, such as those of a pipeline. Threads may load in
 # parallel.
-_known_dtypes: dict[str, tuple[tuple[type, str, torch.dtype], Mapping[str, torch.dtype]]] = {}
+_known_dtypes: dict[tuple[type, str, torch.dtype], Mapping[str, torch.dtype]] = {}
+_MOST_KNOWN = 8
 
 
 def class_dtypes(model: Any, torch_dtype: torch.dtype) -> Mapping[str, torch.dtype]:
@@ -48,9 +49,9 @@ def class_dtypes(model: Any, torch_dtype: torch.dtype) -> Mapping[str, torch.dty
         key = (type(model), _config_text(model), torch_dtype)
     except Exception:  # a config may hold values that are not JSON
         key = None
-    known = _known_dtypes.get("last")
-    if key is not None and known is not None and known[0] == key:
-        return known[1]
+    known = None if key is None else _known_dtypes.get(key)
+    if known is not None:
+        return known
     with _NoInitialization():
         twin = _twin(model, torch_dtype, torch.device("meta")) or _twin(model, torch_dtype, torch.device("cpu"))
     if twin is None:  # the class needs more than a config
@@ -59,7 +60,9 @@ def class_dtypes(model: Any, torch_dtype: torch.dtype) -> Mapping[str, torch.dty
     loaded = twin.state_dict() if is_diffusers(model) else {}
     dtypes = {name: tensor.dtype for name, tensor in tensors if tensor.is_floating_point() and name not in loaded}
     if key is not None:
-        _known_dtypes["last"] = key, dtypes
+        if len(_known_dtypes) >= _MOST_KNOWN:
+            _known_dtypes.clear()
+        _known_dtypes[key] = dtypes
     return dtypes
 
 

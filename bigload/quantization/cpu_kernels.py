@@ -61,12 +61,13 @@ def _indices(
     blocks = values.reshape(-1, blocksize)
     scales = scales[: len(blocks)]
     np.max(np.abs(blocks), axis=1, out=scales)
-    blocks = blocks * (np.float32(1) / np.maximum(scales, _SMALLEST))[:, None]
-    indices = np.zeros(blocks.size, np.uint8)
-    above = np.empty(blocks.size, np.bool_)
+    scaled = (blocks * (np.float32(1) / np.maximum(scales, _SMALLEST))[:, None]).reshape(-1)
+    indices = np.zeros(scaled.size, np.uint8)
+    above = np.empty(scaled.size, np.bool_)
+    ones = above.view(np.uint8)
     for bound in bounds:
-        np.greater(blocks.reshape(-1), bound, out=above)
-        np.add(indices, above.view(np.uint8), out=indices)
+        np.greater(scaled, bound, out=above)
+        np.add(indices, ones, out=indices)
     return indices
 
 

@@ -164,7 +164,7 @@ def check_consistent(checkpoint: Checkpoint, size: int):
         assert tensor.offset + tensor.nbytes == after.offset
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     flips=st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 255)), max_size=3),
     cut=st.none() | st.integers(0, 400),

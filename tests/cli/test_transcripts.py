@@ -20,6 +20,7 @@ from printed import without_figures
 from safetensors.torch import save_file
 
 from bigload.cli import main
+from bigload.inspection.kv_cache import kv_cache_bytes
 
 TRANSCRIPTS = sorted((Path(__file__).parent / "transcripts").glob("*.txt"))
 VARYING = (
@@ -52,8 +53,22 @@ def models(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def counted():
+    """What a cache takes, counted once for each model and length: a model is run for it."""
+    found = {}
+
+    def count(model, *asked):
+        key = model.config.to_json_string(), *asked
+        if key not in found:
+            found[key] = kv_cache_bytes(model, *asked)
+        return found[key]
+
+    return count
+
+
 @pytest.fixture
-def place(models, tmp_path, monkeypatch):
+def place(models, counted, tmp_path, monkeypatch):
     """Work in a folder with models, without a GPU, a network or a repository of the hub."""
     shutil.copytree(models, tmp_path, copy_function=os.link, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
@@ -63,6 +78,7 @@ def place(models, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr("bigload.planning.placement.free_disk_bytes", lambda folder: 100 * 2**30)
+    monkeypatch.setattr("bigload.inspection.kv_cache.kv_cache_bytes", counted)
     return tmp_path
 
 

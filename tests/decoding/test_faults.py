@@ -1,4 +1,4 @@
-"""Ctrl-C at any place of a replay, and thousands of tokens: what is left is as it was."""
+"""Ctrl-C at any place of a replay, and hundreds of tokens: what is left is as it was."""
 
 import gc
 
@@ -83,12 +83,12 @@ def held(device):
     return tensors, torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
-def test_two_thousand_tokens_leave_memory_as_it_was(device, captures):
+def test_hundreds_of_tokens_leave_memory_as_it_was(device, captures):
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).to(device).eval()
     capture = capture_decode(model)
     generated(model, 8, max_cache_len=2048)
     before = held(device)
-    generated(model, 2000, max_cache_len=2048)
+    generated(model, 500, max_cache_len=2048)
     assert all(now <= then for now, then in zip(held(device), before, strict=True))
     assert (capture.stats().captures, capture.stats().graphs, capture.stats().uncaptured) == (1, 1, 1)
     capture.release()

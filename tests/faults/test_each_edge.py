@@ -13,15 +13,15 @@ ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "benchmarks/results/faults.json"
 
 
-def first_and_another(calls):
-    return sorted({1, random.randint(1, calls)}) if calls else []
+def first_or_another(calls):
+    return [random.choice((1, random.randint(1, calls)))] if calls else []
 
 
 @pytest.mark.parametrize("job", JOBS)
 def test_fault_leaves_all_as_it_was_and_the_next_run_is_right(job):
     if job == "load onto a late GPU" and late_gpu.COMPILER is None:
         pytest.skip("needs gcc")
-    outcomes = every_try([job], first_and_another)
+    outcomes = every_try([job], first_or_another)
     assert not outcomes.failures, "\n".join(outcomes.failures)
     assert outcomes.tries > 5
 
@@ -29,7 +29,7 @@ def test_fault_leaves_all_as_it_was_and_the_next_run_is_right(job):
 @pytest.mark.cuda
 @pytest.mark.parametrize("job", GPU_JOBS)
 def test_fault_on_a_gpu_leaves_all_as_it_was_and_the_next_run_is_right(job):
-    outcomes = every_try([job], first_and_another)
+    outcomes = every_try([job], first_or_another)
     assert not outcomes.failures, "\n".join(outcomes.failures)
     assert outcomes.tries > 5
 

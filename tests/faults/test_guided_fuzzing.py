@@ -4,9 +4,6 @@ atheris is not needed here: random damage stands for its own, and a module of it
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 ROOT = Path(__file__).parents[2]
-COMMAND = "import sys, runpy; sys.argv[0] = 'tests/fuzzing'; runpy.run_path('tests/fuzzing', run_name='__main__')"
+# The command, in a process that has imported torch.
+COMMAND = """
+import sys, runpy
+{first}
+sys.argv = ["tests/fuzzing", "--guided", *{options}]
+runpy.run_path({folder!r}, run_name="__main__")
+"""
 
 # What it found before it was mended.
 GROUPS = '{"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {"group_0": %s}}}'
@@ -81,31 +84,30 @@ def test_what_was_found_is_refused_or_harmless(name, text, tmp_path):
     attempt_bytes(name, text.encode(), tmp_path)
 
 
-def guided(*options, code=COMMAND, **environment):
-    """Run the command."""
-    return subprocess.run(
-        [sys.executable, "-c", code, "--guided", *options],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
-
-
-def test_without_atheris_the_command_says_what_to_install():
-    done = guided(code=f"import sys; sys.modules['atheris'] = None; {COMMAND}")
-    assert done.returncode == 1
-    assert "pip install atheris" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_command_counts_what_came_of_a_target_and_keeps_what_failed(tmp_path):
+@pytest.fixture
+def guided(programs, tmp_path):
+    """Return a function that runs the command, with the stand-in for atheris unless something else is done first."""
     (tmp_path / "atheris.py").write_text(STAND_IN)
+
+    def run(*options, first=f"sys.path.insert(0, {str(tmp_path)!r})"):
+        code = COMMAND.format(first=first, options=options, folder=str(ROOT / "tests/fuzzing"))
+        return programs.ended(code, tmp_path)
+
+    return run
+
+
+def test_without_atheris_the_command_says_what_to_install(guided):
+    ended = guided(first="sys.modules['atheris'] = None")
+    assert ended.status == 1
+    assert "pip install atheris" in ended.said
+    assert "Traceback" not in ended.said
+
+
+def test_command_counts_what_came_of_a_target_and_keeps_what_failed(guided, tmp_path):
     out = tmp_path / "out.json"
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", ""), str(ROOT)])
-    done = guided("--target", "index", "--seconds", "1000000", "--seed", "1", "--out", str(out), PYTHONPATH=path)
-    assert done.returncode == 1, done.stderr
-    assert "of a reader" in done.stdout
+    ended = guided("--target", "index", "--seconds", "1000000", "--seed", "1", "--out", str(out))
+    assert ended.status == 1, ended.said
+    assert "of a reader" in ended.printed
     result = json.loads(out.read_text())
     found = result["targets"]["index"]
     assert sum(found["outcomes"].values()) == found["executions"] == result["executions"] == 7
@@ -113,16 +115,14 @@ def test_command_counts_what_came_of_a_target_and_keeps_what_failed(tmp_path):
     assert found["outcomes"]["loaded"] >= 1
     (failure,) = found["failures"]
     # The same bytes do no harm to a reader that is not broken.
-    again = guided("--case", "index", failure["bytes"], PYTHONPATH=path)
-    assert again.stdout.strip() == "[]", again.stderr
+    again = guided("--case", "index", failure["bytes"])
+    assert again.printed.strip() == "[]", again.said
 
 
-def test_target_that_is_not_there_is_named(tmp_path):
-    (tmp_path / "atheris.py").write_text(STAND_IN)
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", ""), str(ROOT)])
-    done = guided("--target", "indices", PYTHONPATH=path)
-    assert done.returncode == 1
-    assert "no target 'indices'" in done.stderr
+def test_target_that_is_not_there_is_named(guided):
+    ended = guided("--target", "indices")
+    assert ended.status == 1
+    assert "no target 'indices'" in ended.said
 
 
 def test_counts_in_the_docs_are_those_of_the_result():

@@ -626,7 +626,7 @@ class Tries:
     """All tries of one job."""
 
     def __init__(self, name, patch, folder):
-        self.name = name
+        self.name, self._calls = name, {}
         self.job = (JOBS | MORE_LOADS | GPU_JOBS)[name](folder, patch)
         for _ in range(2):  # what is made once per process is made now
             subject = self.job.subject()
@@ -639,8 +639,11 @@ class Tries:
         return {name: each.clone() if isinstance(each, torch.Tensor) else each for name, each in result.items()}
 
     def calls(self, edge, error):
-        """Count the calls of an edge in a run without a fault."""
-        return self.calls_of(Fault(edge, error))
+        """Count the calls of an edge in a run without a fault; of most errors they are the same."""
+        counted = edge, error if error in ("Ctrl-C", DEVICE) else "any other"
+        if counted not in self._calls:
+            self._calls[counted] = self.calls_of(Fault(edge, error))
+        return self._calls[counted]
 
     def calls_of(self, fault):
         """Count what a fault counts, in a run that meets none."""

@@ -133,8 +133,8 @@ def captured_tokens(folder, device):
 USES = {
     "load, run, let go": (loads, 200, 16),
     "load with offloaded blocks, run, let go": (loads_of_offloaded, 200, 16),
-    "run offloaded blocks": (forwards, 1000, 50),
-    "run two offloaded models in four threads": (threads, 250, 40),
+    "run offloaded blocks": (forwards, 1000, 30),
+    "run two offloaded models in four threads": (threads, 250, 20),
 }
 GPU_USES = USES | {"generate 100 tokens by captured steps": (captured_tokens, 20, 20)}
 

@@ -246,9 +246,9 @@ def test_compiled_it_gives_what_it_gives(models, device, there):
         assert same(found, whole(TOKENS.to(device)).logits)
 
 
-def test_compiling_asks_nothing_of_modules_that_are_freed_meanwhile(models, device):
+def test_compiling_asks_nothing_of_modules_that_are_freed_meanwhile(loaded, device):
     """What lists of modules have held, anywhere in the process, is no concern of a compiled forward."""
-    _, part = models
+    _, part = loaded(llama, *OFF["most"])
     others = [torch.nn.ModuleList([torch.nn.Linear(1, 1) for _ in range(20)]) for _ in range(40)]
     before = len(others)
 

@@ -133,7 +133,7 @@ def test_bad_knob_stops_a_load_before_the_model_is_touched(tmp_path, monkeypatch
 # Slots
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.integers(2**10, 2**34))
 def test_a_ring_of_any_size_has_two_slots_at_least_each_a_power_of_two(size):
     with mock.patch.dict(os.environ, {"BIGLOAD_RING_BYTES": str(size)}):

@@ -177,8 +177,8 @@ def test_any_cache_gives_the_gradients_of_resident_experts(kind, mode, cached, d
     calls = [call for call in routings(model, device, dtype) if len(call[0])]
     expected = [gradients(call, False) for call in calls]
     stream(model, device, cached)
-    for checkpointed in (False, True):
-        for call, right in zip(calls, expected, strict=True):
+    for checkpointed, step in ((False, 1), (True, 2)):
+        for call, right in zip(calls[::step], expected[::step], strict=True):
             found = gradients(call, checkpointed)
             assert all(one is other is None or torch.equal(one, other) for one, other in zip(found, right, strict=True))
 
@@ -417,7 +417,7 @@ def test_ctrl_c_at_any_moment_leaves_the_next_call_exact(wanted, where, tmp_path
         engine = stream(model, torch.device("cpu"), 2, tmp_path if where == "disk" else None)
         before, longest_s = signal.signal(signal.SIGALRM, interrupt), 4e-3
         try:
-            while len(tracebacks) < 100:
+            while len(tracebacks) < 50:
                 try:
                     signal.setitimer(signal.ITIMER_REAL, random.uniform(2e-6, longest_s))
                     for call in calls:

@@ -81,7 +81,7 @@ def fits_in_order(units, devices):
     return False
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(items(), BUDGETS, HOMES, RULES)
 def test_no_place_holds_more_than_it_may(units, devices, homes, rules):
     placed = attempt(units, devices, homes, rules)
@@ -92,7 +92,7 @@ def test_no_place_holds_more_than_it_may(units, devices, homes, rules):
         assert all(count <= homes.get(home, 0) for home, count in at_home.items())
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(items(), BUDGETS, HOMES, RULES)
 def test_nothing_is_offloaded_that_could_stay_and_the_order_is_kept(units, devices, homes, rules):
     placed = attempt(units, devices, homes, rules)
@@ -109,13 +109,13 @@ def order_of(units, placed):
     return [place.device for unit, place in zip(units, placed, strict=True) if not unit.is_first]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(items(), BUDGETS, HOMES, RULES)
 def test_the_same_gives_the_same(units, devices, homes, rules):
     assert attempt(units, devices, homes, rules) == attempt(list(units), list(devices), dict(homes), rules)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(items(), BUDGETS, RULES, st.data())
 def test_more_memory_never_means_more_streaming(units, devices, rules, data):
     homes = {"cpu": 10**6}
@@ -127,7 +127,7 @@ def test_more_memory_never_means_more_streaming(units, devices, rules, data):
         assert streamed(units, richer) <= streamed(units, less)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(items(), BUDGETS, HOMES, RULES)
 def test_what_does_not_fit_is_told_in_numbers(units, devices, homes, rules):
     error = refusal(units, devices, homes, rules)

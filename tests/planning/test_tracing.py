@@ -91,7 +91,7 @@ def rearrangements(draw):
     return stored, pool
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(rearrangements())
 def test_filling_by_regions_gives_what_the_real_operations_give(drawn):
     stored, pool = drawn
