@@ -18,7 +18,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import _pytest.logging
 import pytest
 import torch
 from children import ForkServer, Programs
@@ -133,21 +132,6 @@ def let_logs_propagate():
     for logger in logging.root.manager.loggerDict.values():
         if isinstance(logger, logging.Logger):
             logger.propagate = True
-
-
-class CatchingLogsOfRoot(_pytest.logging.catching_logs):
-    """Hands a handler to the root alone: pytest looks for loggers that do not propagate among 700, six times a test."""
-
-    def __enter__(self):
-        if self.level is not None:
-            return super().__enter__()
-        logging.root.addHandler(self.handler)
-        self.attached_loggers.append(logging.root)
-        return self.handler
-
-
-if hasattr(_pytest.logging.catching_logs, "attached_loggers"):  # others than the root, since pytest 9
-    _pytest.logging.catching_logs = CatchingLogsOfRoot
 
 
 def pytest_collection_finish(session):
