@@ -22,6 +22,7 @@ import pytest
 import torch
 from children import ForkServer, Programs
 from hypothesis import HealthCheck, settings
+from logged import Logged
 from packaging.version import Version
 from resources import open_files
 
@@ -123,28 +124,15 @@ def pytest_collection():
         gc.enable()
 
 
-def let_logs_propagate():
-    """Let all loggers pass on what they log to the root's handlers.
-
-    Each test hands six handlers of pytest to every logger that does not, and torch has eighty. One of them is
-    `torch.__trace`: as soon as it has a handler, torch.compile writes down all that it does.
-    """
-    for logger in logging.root.manager.loggerDict.values():
-        if isinstance(logger, logging.Logger):
-            logger.propagate = True
-
-
 def pytest_collection_finish(session):
     spare_the_collector()
-    let_logs_propagate()
     session.config.stash[IMPORTED] = len(sys.modules)
 
 
 def pytest_runtest_teardown(item, nextitem):
-    """Do both again for what a test has imported: libraries import most of what they are when it is first used."""
+    """Do it again for what a test has imported: libraries import most of what they are when it is first used."""
     if len(sys.modules) > item.config.stash[IMPORTED] + 50:
         spare_the_collector()
-        let_logs_propagate()
         item.config.stash[IMPORTED] = len(sys.modules)
 
 
@@ -267,10 +255,16 @@ def moves(monkeypatch):
 
 
 @pytest.fixture
-def warned(caplog):
+def logged():
+    with Logged() as records:
+        yield records
+
+
+@pytest.fixture
+def warned(logged):
     """Return a function that lists what bigload has warned of."""
-    caplog.set_level(logging.WARNING, "bigload")
-    return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("bigload")]
+    logged.set_level(logging.WARNING, "bigload")
+    return lambda: [record.getMessage() for record in logged.records if record.name.startswith("bigload")]
 
 
 @pytest.fixture

@@ -230,11 +230,11 @@ def test_from_transformers_sets_torch_dtype_and_leaves_it_to_the_checkpoint_by_d
     assert BnbQuantizationConfig.from_transformers(theirs, torch_dtype="bf16").torch_dtype is torch.bfloat16
 
 
-def test_fields_that_transformers_may_get_and_have_no_effect_here_are_warned_of(caplog):
+def test_fields_that_transformers_may_get_and_have_no_effect_here_are_warned_of(logged):
     theirs = TransformersConfig(load_in_4bit=True).to_dict()
-    assert not caplog.records
+    assert not logged.records
     assert as_config({**theirs, "bnb_4bit_new": 1}) == as_config(theirs)
-    assert [record.getMessage() for record in caplog.records] == [
+    assert [record.getMessage() for record in logged.records] == [
         "these fields of the transformers config have no effect: 'bnb_4bit_new'"
     ]
 

@@ -350,11 +350,11 @@ def test_load_inside_inference_mode_gives_a_model_that_can_be_trained_through(tm
     assert model.transformer["wte"].weight.grad is not None
 
 
-def test_logs_one_line_for_the_plan_and_one_for_the_load(tmp_path, caplog):
+def test_logs_one_line_for_the_plan_and_one_for_the_load(tmp_path, logged):
     save_checkpoint(GPT(), tmp_path)
-    with caplog.at_level(logging.INFO, logger="bigload"):
+    with logged.at_level(logging.INFO, logger="bigload"):
         model = load_and_quantize_model(empty(GPT).eval(), "nf4", tmp_path, device_map="cpu")
-    lines = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
+    lines = [record.getMessage() for record in logged.records if record.levelno == logging.INFO]
     assert len(lines) == 2
     assert lines[1] == str(model.load_report)
     size = sum(tensor.nbytes for tensor in GPT().state_dict().values())
@@ -495,13 +495,13 @@ def test_no_kernel_is_loaded_ahead_for_weights_that_are_quantized_already_or_in_
     assert ahead == []
 
 
-def test_kernels_that_cannot_be_loaded_ahead_are_no_matter(tmp_path, ahead, monkeypatch, caplog):
+def test_kernels_that_cannot_be_loaded_ahead_are_no_matter(tmp_path, ahead, monkeypatch, logged):
     monkeypatch.setattr(loading, "load_kernels", raising(RuntimeError("no kernel image")))
-    caplog.set_level(logging.DEBUG, "bigload")
+    logged.set_level(logging.DEBUG, "bigload")
     full = GPT()
     model = load_and_quantize_model(empty(GPT), "nf4", save_checkpoint(full, tmp_path), device_map="cpu")
     assert model.is_loaded_in_4bit
-    assert "loading kernels ahead failed: no kernel image" in caplog.text
+    assert "loading kernels ahead failed: no kernel image" in logged.text
 
 
 def test_a_load_that_fails_waits_for_the_kernels(tmp_path, ahead, monkeypatch):

@@ -402,19 +402,19 @@ def test_gradients_flow_through_loaded_layers_to_plain_parameters(tmp_path, devi
     assert not any(parameter.requires_grad for parameter in model.c_proj.parameters())
 
 
-def test_all_places_and_sources_are_said_to_fit_without_a_warning(tmp_path, device, caplog):
+def test_all_places_and_sources_are_said_to_fit_without_a_warning(tmp_path, device, logged):
     state = quantized_state(Layers(), "nf4-dq", device)
-    with caplog.at_level(logging.WARNING, "bigload"):
+    with logged.at_level(logging.WARNING, "bigload"):
         load_and_quantize_model(empty(), None, save(state, tmp_path), device_map=device)
-    assert not caplog.records
+    assert not logged.records
 
 
-def test_tensor_without_a_place_is_a_warning_under_its_own_name(tmp_path, device, caplog):
+def test_tensor_without_a_place_is_a_warning_under_its_own_name(tmp_path, device, logged):
     state = quantized_state(Layers(), "nf4", device)
     state |= {k: v.cpu() for k, v in stored_by_bitsandbytes("gone.weight", torch.rand(64, 64), "nf4").items()}
-    with caplog.at_level(logging.WARNING, "bigload"):
+    with logged.at_level(logging.WARNING, "bigload"):
         load_and_quantize_model(empty(), None, save(state, tmp_path), device_map=device)
-    (message,) = (record.getMessage() for record in caplog.records)
+    (message,) = (record.getMessage() for record in logged.records)
     assert "1 tensor" in message
     assert "'gone.weight'" in message
 

@@ -40,14 +40,14 @@ def test_damaged_record_is_refused(tmp_path, device, changes, message):
         loaded(tmp_path / "saved", device).eval()
 
 
-def test_record_that_is_no_json_is_refused_and_one_of_other_weights_has_no_say(tmp_path, device, caplog):
+def test_record_that_is_no_json_is_refused_and_one_of_other_weights_has_no_say(tmp_path, device, logged):
     model = quantized(tmp_path / "source", device, bnb_4bit_compute_dtype="fp32")
     save_quantized_model(model, tmp_path / "saved")
     changed_record(tmp_path / "saved", layout="of others")
     again = loaded(tmp_path / "saved", device).eval()
     assert again.c_proj.compute_dtype == torch.bfloat16  # the checkpoint's own, since nothing says otherwise
     assert equal(again.c_proj.weight.data, model.c_proj.weight.data)
-    assert "written with other weights" in caplog.text
+    assert "written with other weights" in logged.text
     (tmp_path / "saved" / "bigload.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"bigload\.json' is damaged"):
         loaded(tmp_path / "saved", device).eval()
@@ -60,11 +60,11 @@ def test_recorded_layer_that_the_model_lacks_is_an_error(tmp_path, device):
         loaded(tmp_path / "saved", device).eval()
 
 
-def test_record_of_what_was_there_before_has_no_say(tmp_path, device, caplog):
+def test_record_of_what_was_there_before_has_no_say(tmp_path, device, logged):
     """Another library saved another model over ours."""
     model = quantized(tmp_path / "source", device, "nf4", bnb_4bit_compute_dtype="fp32")
     save_quantized_model(model, tmp_path / "saved")
     save(quantized_state(Layers().bfloat16(), "fp4", device), tmp_path / "saved")
     again = load_and_quantize_model(empty(), None, tmp_path / "saved", device_map=device)
     assert again.c_proj.weight.quant_type == again.c_proj.weight.quant_state.quant_type == "fp4"
-    assert "written with other weights" in caplog.text
+    assert "written with other weights" in logged.text

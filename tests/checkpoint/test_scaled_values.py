@@ -103,7 +103,7 @@ def test_the_kernel_is_given_what_torch_computes_with(kind, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("runs", [True, False])
-def test_whether_the_kernel_runs_is_found_out_by_running_it(runs, monkeypatch, caplog):
+def test_whether_the_kernel_runs_is_found_out_by_running_it(runs, monkeypatch, logged):
     launched = kernels_by_torch.install_in(
         monkeypatch, values, "checkpoint/scaled/kernels.py", kernels_by_torch.multiply
     )
@@ -113,7 +113,7 @@ def test_whether_the_kernel_runs_is_found_out_by_running_it(runs, monkeypatch, c
     monkeypatch.setattr(torch.version, "hip", None)
     assert runs_kernel.__wrapped__.__wrapped__(torch.device("cpu")) == runs
     assert bool(launched) == runs
-    assert ("so that torch computes the values of weights in 4 bits" in caplog.text) != runs
+    assert ("so that torch computes the values of weights in 4 bits" in logged.text) != runs
 
 
 @pytest.mark.cuda

@@ -148,7 +148,7 @@ def test_disk_without_a_folder_is_refused(tmp_path, monkeypatch):
         )
 
 
-def test_leftover_tensors_warn_and_under_strict_are_an_error(tmp_path, caplog):
+def test_leftover_tensors_warn_and_under_strict_are_an_error(tmp_path, logged):
     bad = save_checkpoint(GPT(), tmp_path / "bad")
     edit(bad, lambda state: state.update(extra=torch.zeros(3)))
     model = empty(GPT)
@@ -156,7 +156,7 @@ def test_leftover_tensors_warn_and_under_strict_are_an_error(tmp_path, caplog):
         load_and_quantize_model(model, "nf4", bad, device_map="cpu", strict=True)
     assert caught.value.unexpected_keys == ["extra"]
     load_and_quantize_model(model, "nf4", bad, device_map="cpu")
-    assert "extra" in caplog.text
+    assert "extra" in logged.text
 
 
 def test_errors_are_also_the_builtins_that_accelerate_raises():

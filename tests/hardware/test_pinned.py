@@ -118,7 +118,7 @@ def test_memory_that_a_gpu_reads_is_pinned_until_it_is_released_or_freed(driver,
     assert driver.asked[1:] == [("wait", gpu), ("unregister", address)]  # once, and when no copy reads it
 
 
-def test_memory_that_the_driver_does_not_pin_is_pageable_and_its_error_is_taken_from_it(driver, monkeypatch, caplog):
+def test_memory_that_the_driver_does_not_pin_is_pageable_and_its_error_is_taken_from_it(driver, monkeypatch, logged):
     monkeypatch.setattr(pinned, "_has_warned", False)
     gpu = torch.device("cuda", 0)
     for _ in range(2):
@@ -127,8 +127,8 @@ def test_memory_that_the_driver_does_not_pin_is_pageable_and_its_error_is_taken_
         assert not group.is_pinned
         assert not driver.errors  # else the next launch would fail
         group.release()
-    assert len(caplog.records) == 1
-    assert "cannot be pinned" in caplog.text
+    assert len(logged.records) == 1
+    assert "cannot be pinned" in logged.text
     assert not any(asked[0] == "unregister" for asked in driver.asked)
 
 
@@ -138,7 +138,7 @@ def test_no_memory_is_not_pinned(driver):
 
 
 @pytest.mark.cuda
-def test_memory_that_cannot_be_pinned_is_pageable_right_and_warned_of_once(monkeypatch, caplog):
+def test_memory_that_cannot_be_pinned_is_pageable_right_and_warned_of_once(monkeypatch, logged):
     gpu = torch.device("cuda", 0)
 
     class Refusing:
@@ -152,8 +152,8 @@ def test_memory_that_cannot_be_pinned_is_pageable_right_and_warned_of_once(monke
         assert not group.is_pinned
         assert torch.ones(3, device=gpu).sum().item() == 3  # the error is forgotten
         assert equal(group.source.to(gpu).cpu(), group.source)
-    assert len(caplog.records) == 1
-    assert "cannot be pinned" in caplog.text
+    assert len(logged.records) == 1
+    assert "cannot be pinned" in logged.text
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_memory_that_cannot_be_pinned_is_pageable_right_and_warned_of_once(monke
         (0, 0, (100, False)),
     ],
 )
-def test_memory_is_pinned_as_far_as_the_system_allows(monkeypatch, caplog, can_be_pinned, at_least, found):
+def test_memory_is_pinned_as_far_as_the_system_allows(monkeypatch, logged, can_be_pinned, at_least, found):
     own, tried = torch.empty, []
 
     def empty(nbytes, *, dtype, device=None, pin_memory=False):
@@ -183,7 +183,7 @@ def test_memory_is_pinned_as_far_as_the_system_allows(monkeypatch, caplog, can_b
     made = [pinned.pinned_memory(100, at_least) for _ in range(2)]
     is_pinned = tried[-1] <= can_be_pinned
     assert [(len(memory), memory.dtype, is_pinned) for memory in made] == [(found[0], torch.uint8, found[1])] * 2
-    assert len(caplog.records) == (0 if is_pinned else 1)
+    assert len(logged.records) == (0 if is_pinned else 1)
 
 
 def test_no_memory_that_cannot_be_pinned_is_none(monkeypatch):

@@ -107,8 +107,8 @@ def read_by_diffusers(name, folder, device, **options):
     return cls_of(name).from_pretrained(folder, device_map={"": device}, **options)
 
 
-def said_of_from_pretrained(caplog):
-    ours = [record.getMessage() for record in caplog.records if record.name.startswith("bigload")]
+def said_of_from_pretrained(logged):
+    ours = [record.getMessage() for record in logged.records if record.name.startswith("bigload")]
     return [message for message in ours if "from_pretrained" in message]
 
 
@@ -236,14 +236,14 @@ def test_some_layers_left_plain_stay_so_when_diffusers_reads_it(tmp_path, mode, 
     assert_same_bits(read_by_diffusers(name, tmp_path / "saved", device).state_dict(), model.state_dict())
 
 
-def test_a_layer_that_diffusers_cannot_tell_from_others_is_said_once(tmp_path, caplog, device, as_on_gpu):
+def test_a_layer_that_diffusers_cannot_tell_from_others_is_said_once(tmp_path, logged, device, as_on_gpu):
     """Flux has a `proj_out` of its own and one in each block, and a list of names cannot mean the first alone."""
     name = "FluxTransformer2DModel"
     model = loaded(name, saved(name, tmp_path / "full"), "nf4", device)
     model.proj_out = nn.Linear(32, 4)
-    with caplog.at_level(logging.WARNING, "bigload"):
+    with logged.at_level(logging.WARNING, "bigload"):
         save_quantized_model(model, tmp_path / "saved")
-    (warning,) = said_of_from_pretrained(caplog)
+    (warning,) = said_of_from_pretrained(logged)
     assert "single_transformer_blocks.0.proj_out" in warning
     with pytest.raises(ValueError, match="proj_out"):
         read_by_diffusers(name, tmp_path / "saved", device)
@@ -251,11 +251,11 @@ def test_a_layer_that_diffusers_cannot_tell_from_others_is_said_once(tmp_path, c
     assert_same_bits(ours.state_dict(), model.state_dict())
 
 
-def test_nothing_is_said_of_a_model_that_diffusers_reads(tmp_path, name, caplog):
+def test_nothing_is_said_of_a_model_that_diffusers_reads(tmp_path, name, logged):
     model = loaded(name, saved(name, tmp_path / "full"), "nf4")
-    with caplog.at_level(logging.WARNING, "bigload"):
+    with logged.at_level(logging.WARNING, "bigload"):
         save_quantized_model(model, tmp_path / "saved")
-    assert not said_of_from_pretrained(caplog)
+    assert not said_of_from_pretrained(logged)
 
 
 def test_attributes_are_those_that_diffusers_sets_and_go_with_the_quantization(tmp_path, mode, device, as_on_gpu):

@@ -47,18 +47,18 @@ def test_a_compiler_that_fails_leaves_an_install_without_it(tmp_path):
 
 
 @pytest.mark.parametrize("found", ["nothing", "no library"])
-def test_what_it_lacks_is_said_once_and_files_are_read_all_the_same(entry, tmp_path, monkeypatch, caplog, found):
+def test_what_it_lacks_is_said_once_and_files_are_read_all_the_same(entry, tmp_path, monkeypatch, logged, found):
     if found == "no library":
         (tmp_path / "_feed.abi3.so").write_bytes(b"not a library")
     monkeypatch.setattr(native_feed, "__file__", str(tmp_path / "native_feed.py"))
     monkeypatch.setattr(transfer, "library", functools.cache(native_feed.library.__wrapped__))
-    with caplog.at_level(logging.INFO, logger="bigload"):
+    with logged.at_level(logging.INFO, logger="bigload"):
         for _ in range(3):
             assert torch.equal(read_home(entry), torch.arange(20_000, dtype=torch.float32))
-    (record,) = caplog.records
+    (record,) = logged.records
     assert record.levelname == "INFO"
-    assert "reading by Python" in record.message
-    assert ("without its part in C" if found == "nothing" else "cannot be used") in record.message
+    assert "reading by Python" in record.getMessage()
+    assert ("without its part in C" if found == "nothing" else "cannot be used") in record.getMessage()
 
 
 def test_a_system_without_memory_for_it_is_an_error_and_the_next_read_is_right(entry, monkeypatch):
@@ -74,7 +74,7 @@ def test_a_system_without_memory_for_it_is_an_error_and_the_next_read_is_right(e
     assert torch.equal(read_home(entry), torch.arange(20_000, dtype=torch.float32))
 
 
-def test_a_file_system_that_hangs_is_left_alone(entry, tiny_threads, monkeypatch, caplog):
+def test_a_file_system_that_hangs_is_left_alone(entry, tiny_threads, monkeypatch, logged):
     """Its threads end when it answers; what they may write to until then is kept."""
     read, hangs, answers = os.preadv, threading.Event(), threading.Event()
 
@@ -94,7 +94,7 @@ def test_a_file_system_that_hangs_is_left_alone(entry, tiny_threads, monkeypatch
     before = len(feed._abandoned)
     with pytest.raises(KeyboardInterrupt):
         transfer.read_all([ReadTask(entry, CPU, None, home)], on_bytes=interrupted)
-    assert "does not answer" in caplog.text
+    assert "does not answer" in logged.text
     (left,) = feed._abandoned[before:]
     assert not left.is_done
     assert left._program.pieces[0].task.home is home
@@ -108,7 +108,7 @@ def test_a_file_system_that_hangs_is_left_alone(entry, tiny_threads, monkeypatch
     assert torch.equal(read_home(entry), torch.arange(20_000, dtype=torch.float32))
 
 
-def test_ctrl_c_ends_the_wait_for_a_gpu_that_hangs(entry, late_gpu, small_reads, monkeypatch, caplog, executor):
+def test_ctrl_c_ends_the_wait_for_a_gpu_that_hangs(entry, late_gpu, small_reads, monkeypatch, logged, executor):
     monkeypatch.setattr(feed, "END_S", 0.2)
     late_gpu.hang()
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
@@ -118,7 +118,7 @@ def test_ctrl_c_ends_the_wait_for_a_gpu_that_hangs(entry, late_gpu, small_reads,
     with pytest.raises(KeyboardInterrupt):
         read_home(entry)
     assert time.monotonic() - begun < 5
-    assert "does not answer" in caplog.text
+    assert "does not answer" in logged.text
     (left,) = feed._abandoned[before:]
     assert not left.is_done
     assert not left._resources.ring.is_quiet

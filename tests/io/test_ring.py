@@ -168,7 +168,7 @@ def test_a_ring_has_slots_of_its_own_size_whatever_the_knob_says_meanwhile(monke
 # Memory that cannot be pinned
 
 
-def test_where_not_all_can_be_pinned_half_of_it_is_and_so_on(pinning, caplog, monkeypatch):
+def test_where_not_all_can_be_pinned_half_of_it_is_and_so_on(pinning, logged, monkeypatch):
     monkeypatch.setattr(room, "SLOT_BYTES", 1024)
     monkeypatch.setenv("BIGLOAD_RING_BYTES", "16KiB")
     pinning.most = 4096
@@ -176,21 +176,21 @@ def test_where_not_all_can_be_pinned_half_of_it_is_and_so_on(pinning, caplog, mo
     assert pinning.sizes == [2**14, 2**13, 2**12]
     assert ring.count * ring.slot_bytes <= 4096
     assert ring.count >= 2
-    assert caplog.records == []
+    assert logged.records == []
 
 
-def test_where_none_can_be_pinned_one_warning_says_so_and_loads_go_on(pinning, caplog, monkeypatch):
+def test_where_none_can_be_pinned_one_warning_says_so_and_loads_go_on(pinning, logged, monkeypatch):
     monkeypatch.setattr("bigload.hardware.pinned._has_warned", False)
     pinning.most = 0
-    with caplog.at_level(logging.WARNING):
+    with logged.at_level(logging.WARNING):
         for _ in range(3):
             with take_ring() as ring:
                 assert ring.count >= 2
                 assert ring.count * ring.slot_bytes <= 4096
     assert min(pinning.sizes) >= 2 * ring.slot_bytes
     assert len(pinning.sizes) == len(set(pinning.sizes))
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "pinned" in caplog.text
+    assert [record.levelname for record in logged.records] == ["WARNING"]
+    assert "pinned" in logged.text
 
 
 # Kept between loads
@@ -290,16 +290,16 @@ def test_ring_is_pinned_ahead_once(pinning):
     assert len(pinning.sizes) <= 2
 
 
-def test_pinning_ahead_that_fails_is_left_to_the_load(pinning, monkeypatch, caplog):
+def test_pinning_ahead_that_fails_is_left_to_the_load(pinning, monkeypatch, logged):
     def no_gpu(device):
         raise RuntimeError("no such GPU")
 
-    with monkeypatch.context() as patch, caplog.at_level("DEBUG", "bigload"):
+    with monkeypatch.context() as patch, logged.at_level("DEBUG", "bigload"):
         patch.setattr(torch.cuda, "device", no_gpu)
         pin_ahead(GPU)
         with take_ring() as ring:
             assert ring.count >= 2
-    assert "pinning ahead failed: no such GPU" in caplog.text
+    assert "pinning ahead failed: no such GPU" in logged.text
     assert len(pinning.sizes) == 1
 
 
@@ -482,7 +482,7 @@ def test_two_loads_at_once_on_a_gpu_have_rings_of_their_own(gpu, tmp_path, monke
 
 
 @pytest.mark.cuda
-def test_load_with_memory_that_cannot_be_pinned_is_right(gpu, tmp_path, monkeypatch, caplog):
+def test_load_with_memory_that_cannot_be_pinned_is_right(gpu, tmp_path, monkeypatch, logged):
     save_checkpoint(GPT(), tmp_path)
     expected = load_and_quantize_model(empty(GPT), "nf4", tmp_path, device_map=0).state_dict()
     release_buffers()
@@ -494,11 +494,11 @@ def test_load_with_memory_that_cannot_be_pinned_is_right(gpu, tmp_path, monkeypa
 
     monkeypatch.setattr(torch, "empty", refusing)
     monkeypatch.setattr("bigload.hardware.pinned._has_warned", False)
-    with caplog.at_level(logging.WARNING, logger="bigload"):
+    with logged.at_level(logging.WARNING, logger="bigload"):
         for _ in range(2):
             found = load_and_quantize_model(empty(GPT), "nf4", tmp_path, device_map=0).state_dict()
             assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert [record.levelname for record in caplog.records if "pinned" in record.message] == ["WARNING"]
+    assert [record.levelname for record in logged.records if "pinned" in record.getMessage()] == ["WARNING"]
 
 
 def test_ring_that_is_still_written_to_is_not_kept_for_the_next_load(tmp_path, monkeypatch, late_gpu, executor):

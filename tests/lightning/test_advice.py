@@ -11,18 +11,18 @@ from bigload import QuantizationError
 from bigload.lightning import BitsandbytesPrecision
 
 
-def test_a_model_that_mostly_stays_plain_is_warned_of_in_terms_of_the_plugin(caplog):
-    with caplog.at_level(logging.WARNING, "bigload"):
+def test_a_model_that_mostly_stays_plain_is_warned_of_in_terms_of_the_plugin(logged):
+    with logged.at_level(logging.WARNING, "bigload"):
         BitsandbytesPrecision("nf4").convert_module(nn.Sequential(nn.Linear(64, 64), nn.Conv1d(64, 64, 9)))
-    (said,) = [record.getMessage() for record in caplog.records]
+    (said,) = [record.getMessage() for record in logged.records]
     assert "left in bfloat16" in said
     assert "in ignore_modules" in said
     assert "skip_modules" not in said
-    caplog.clear()
-    with caplog.at_level(logging.WARNING, "bigload"):
+    logged.clear()
+    with logged.at_level(logging.WARNING, "bigload"):
         plugin = BitsandbytesPrecision("nf4", ignore_modules={"1"})
         plugin.convert_module(nn.Sequential(nn.Linear(64, 64), nn.Conv1d(64, 64, 9)))
-    assert not caplog.records
+    assert not logged.records
 
 
 @pytest.mark.parametrize("options", [{"kind": "HRA"}, {"kind": "Lora", "modules_to_save": ["down"]}], ids=str)

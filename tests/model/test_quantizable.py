@@ -211,19 +211,19 @@ def test_linear_without_weights_or_with_another_parameter_is_left_alone():
     assert quantized(model) == {"plain"}
 
 
-def test_skip_pattern_that_matches_nothing_is_a_warning_that_names_it(caplog):
+def test_skip_pattern_that_matches_nothing_is_a_warning_that_names_it(logged):
     model = Net(a=nn.Linear(4, 4), norm=nn.LayerNorm(4))
-    with caplog.at_level(logging.WARNING, "bigload"):
+    with logged.at_level(logging.WARNING, "bigload"):
         quantized(model, skip_modules=["a", "lm_haed", "norm", "h.*"])
-    assert len(caplog.records) == 1
-    assert "'lm_haed', 'h.*'" in caplog.text
-    assert "'a'" not in caplog.text
+    assert len(logged.records) == 1
+    assert "'lm_haed', 'h.*'" in logged.text
+    assert "'a'" not in logged.text
 
 
-def test_skip_patterns_that_match_are_silent(caplog):
-    with caplog.at_level(logging.WARNING, "bigload"):
+def test_skip_patterns_that_match_are_silent(logged):
+    with logged.at_level(logging.WARNING, "bigload"):
         quantized(Net(a=nn.Linear(4, 4), norm=nn.LayerNorm(4)), skip_modules=["a", "norm", "*"])
-    assert not caplog.records
+    assert not logged.records
 
 
 class OtherForward(nn.Linear):
@@ -310,21 +310,21 @@ def test_quantizable_subclass_is_loaded_as_a_layer_of_bitsandbytes_with_its_valu
     assert relative_error(model.norm(model.sub(x)), expected) < 0.02
 
 
-def test_fp32_pattern_that_matches_nothing_is_a_warning_that_names_it(caplog):
+def test_fp32_pattern_that_matches_nothing_is_a_warning_that_names_it(logged):
     model = Net(a=nn.Linear(4, 4), norm=nn.LayerNorm(4))
-    with caplog.at_level(logging.WARNING, "bigload"):
+    with logged.at_level(logging.WARNING, "bigload"):
         quantized(model, keep_in_fp32_modules=["norm", "nrom", "b.*"])
-    assert len(caplog.records) == 1
-    assert "keep_in_fp32_modules" in caplog.text
-    assert "'nrom', 'b.*'" in caplog.text
-    assert "'norm'" not in caplog.text
+    assert len(logged.records) == 1
+    assert "keep_in_fp32_modules" in logged.text
+    assert "'nrom', 'b.*'" in logged.text
+    assert "'norm'" not in logged.text
 
 
-def test_pattern_of_either_kind_that_matches_nothing_is_blamed_on_its_own_field(caplog):
+def test_pattern_of_either_kind_that_matches_nothing_is_blamed_on_its_own_field(logged):
     model = Net(a=nn.Linear(4, 4), norm=nn.LayerNorm(4))
-    with caplog.at_level(logging.WARNING, "bigload"):
+    with logged.at_level(logging.WARNING, "bigload"):
         quantized(model, keep_in_fp32_modules=["x"], skip_modules=["y"])
-    first, second = sorted(record.getMessage() for record in caplog.records)
+    first, second = sorted(record.getMessage() for record in logged.records)
     assert first.startswith("keep_in_fp32_modules names 'x'")
     assert second.startswith("skip_modules names 'y'")
 

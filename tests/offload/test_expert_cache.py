@@ -757,7 +757,7 @@ def test_memory_stays_what_it_was():
         assert torch.cuda.memory_allocated() == before
 
 
-def test_where_a_gpu_cannot_read_pinned_memory_the_host_keeps_the_book(monkeypatch, caplog):
+def test_where_a_gpu_cannot_read_pinned_memory_the_host_keeps_the_book(monkeypatch, logged):
     """As where the system maps none, or Triton cannot compile."""
     model = resident(layers=2)
     calls = list(routings(model, torch.device("cpu")))
@@ -774,8 +774,8 @@ def test_where_a_gpu_cannot_read_pinned_memory_the_host_keeps_the_book(monkeypat
         for call, right in zip(calls, expected, strict=True):
             assert torch.equal(model(*call), right)
     assert engine.stats().expert_misses
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "the host reads each choice of experts, which takes longer: Pointer argument" in caplog.text
+    assert [record.levelname for record in logged.records] == ["WARNING"]
+    assert "the host reads each choice of experts, which takes longer: Pointer argument" in logged.text
 
 
 def test_counts_of_a_gpu_are_those_of_calls_on_any_stream():

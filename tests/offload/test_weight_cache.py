@@ -165,7 +165,7 @@ def test_another_checkpoint_mode_or_dtype_does_not(tmp_path, device):
 
 
 @pytest.mark.parametrize("damage", ["cut", "garbage", "another"])
-def test_damaged_file_is_made_again(tmp_path, device, damage, caplog):
+def test_damaged_file_is_made_again(tmp_path, device, damage, logged):
     folder = save_checkpoint(build().bfloat16(), tmp_path / "source")
     whole = load_and_quantize_model(empty(build), "nf4", folder, device_map=device)
     loaded(folder, device, tmp_path)
@@ -174,7 +174,7 @@ def test_damaged_file_is_made_again(tmp_path, device, damage, caplog):
     content = {"cut": second.read_bytes()[:-1], "garbage": b"x" * 50, "another": first.read_bytes()}[damage]
     second.write_bytes(content)
     assert torch.equal(logits(loaded(folder, device, tmp_path), device), logits(whole, device))
-    assert "written again" in caplog.text
+    assert "written again" in logged.text
 
 
 def test_weights_that_were_brought_back_are_in_no_file_any_more(tmp_path, device):

@@ -31,14 +31,14 @@ def rates(monkeypatch):
 
 
 @pytest.mark.parametrize(("link", "host", "device"), [(10, 20, GPU), (10, 200, CPU)])
-def test_decided_by_what_must_be_moved_and_said_why(rates, caplog, link, host, device):
+def test_decided_by_what_must_be_moved_and_said_why(rates, logged, link, host, device):
     """In 4 bit a block is an eighth of what it is in float32, and its scales."""
     rates(link, host)
-    with caplog.at_level(logging.INFO, "bigload"):
+    with logged.at_level(logging.INFO, "bigload"):
         plan = plan_device_map(GPT().bfloat16(), "nf4", device_map=MAP, offload=AUTO)
     assert where(plan.execution_map) == device
-    assert ("computed on the CPU" in caplog.text) == (device == CPU)
-    assert f"at {link:.1f} GB/s" in caplog.text
+    assert ("computed on the CPU" in logged.text) == (device == CPU)
+    assert f"at {link:.1f} GB/s" in logged.text
 
 
 def test_in_the_models_own_float32_the_faster_way_to_memory_wins(rates):

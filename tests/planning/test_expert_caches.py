@@ -247,7 +247,7 @@ def test_where_leaving_the_experts_is_not_enough_the_cpu_gets_whole_blocks():
 
 
 @pytest.mark.parametrize("execute", ["gpu", "cpu"])
-def test_what_a_map_sends_away_beside_the_experts_and_stays_is_warned_of(execute, caplog):
+def test_what_a_map_sends_away_beside_the_experts_and_stays_is_warned_of(execute, logged):
     class Scaled(nn.Module):
         """Holds the experts, and a large parameter of its own, which cannot leave as its module is no leaf."""
 
@@ -260,12 +260,12 @@ def test_what_a_map_sends_away_beside_the_experts_and_stays_is_warned_of(execute
     away = {"": 0, "model.layers.1.mlp": "cpu"}
     made = plan_device_map(model, "nf4", device_map=away, offload=OffloadConfig(execute=execute))
     assert [placed.is_by_expert for placed in made.offloaded] == [True]
-    assert "device_map offloads 'model.layers.1.mlp.scales', which stay on the device" in caplog.text
+    assert "device_map offloads 'model.layers.1.mlp.scales', which stay on the device" in logged.text
 
 
-def test_a_cache_that_the_cpu_makes_useless_is_warned_of(caplog):
+def test_a_cache_that_the_cpu_makes_useless_is_warned_of(logged):
     assert by_cpu(plan(WHOLE + RESERVE - 2 * ONE, execute="cpu", expert_cache=0.5))
-    assert "expert_cache has no effect: the CPU computes the experts" in caplog.text
+    assert "expert_cache has no effect: the CPU computes the experts" in logged.text
 
 
 @pytest.fixture
@@ -281,23 +281,23 @@ def rates(monkeypatch):
 
 
 @pytest.mark.parametrize("device_map", ["auto", {"": 0, "model.layers.1.mlp.experts": "cpu"}])
-def test_the_faster_of_link_and_cpu_computes_the_experts_and_the_log_says_why(device_map, rates, caplog):
+def test_the_faster_of_link_and_cpu_computes_the_experts_and_the_log_says_why(device_map, rates, logged):
     budget = WHOLE + RESERVE - 6 * ONE if device_map == "auto" else None
     for link, host, which in ((50.0, 5.0, "GPU"), (2.0, 20.0, "CPU")):
         rates(link, host)
-        caplog.clear()
-        with caplog.at_level("INFO", "bigload"):
+        logged.clear()
+        with logged.at_level("INFO", "bigload"):
             made = plan(budget, device_map, execute="auto")
         assert bool(by_cpu(made)) == (which == "CPU")
         assert made.offloaded
         said = f"experts in host memory are computed on the {which}: for a token that visits 2 of each module, a GPU"
-        assert said in caplog.text
-        assert f"at {link} GB/s, the CPU computes" in caplog.text
+        assert said in logged.text
+        assert f"at {link} GB/s, the CPU computes" in logged.text
 
 
 @pytest.mark.parametrize("link", [50.0, 2.0])
 @pytest.mark.parametrize("device_map", ["auto", {"": 0, "model.layers.1.mlp": "cpu", "model.norm": "cpu"}])
-def test_what_is_asked_in_vain_is_warned_of_once_though_both_ways_are_tried(device_map, link, rates, caplog):
+def test_what_is_asked_in_vain_is_warned_of_once_though_both_ways_are_tried(device_map, link, rates, logged):
     rates(link, 10.0)
     budgets = {0: WHOLE + RESERVE - 6 * ONE, "cpu": "10GiB", "disk": "1GiB"} if device_map == "auto" else None
     made = plan_device_map(
@@ -309,7 +309,7 @@ def test_what_is_asked_in_vain_is_warned_of_once_though_both_ways_are_tried(devi
         offload=OffloadConfig(execute="auto", reserve=RESERVE),
     )
     assert made.offloaded
-    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    said = [record.getMessage() for record in logged.records if record.levelname == "WARNING"]
     assert len(said) == len(set(said)) == 2
     assert said[0].startswith("no_split_module_classes names 'Absent'")
 
@@ -405,7 +405,7 @@ def test_sequences_share_some_of_the_experts_that_their_tokens_visit():
     assert plan_json(made, Rates(10.0, 1.0), 2)["step_s"] == two / 1e10
 
 
-def test_biases_that_stay_beside_the_cache_are_not_warned_of(caplog, monkeypatch):
+def test_biases_that_stay_beside_the_cache_are_not_warned_of(logged, monkeypatch):
     monkeypatch.setattr("bigload.planning.placement.RESIDENT_BYTES", 2000)
     monkeypatch.setattr("bigload.planning.units.RESIDENT_BYTES", 2000)
     fields = {"hidden_size": 128, "intermediate_size": 128, "num_local_experts": 16}
@@ -413,4 +413,4 @@ def test_biases_that_stay_beside_the_cache_are_not_warned_of(caplog, monkeypatch
     made = plan_device_map(model, "nf4", device_map={"": 0, "model.layers.1.mlp.experts": "cpu"})
     away = [planned.tensor.name for planned in made.tensors if planned.home is not None]
     assert sorted(name.rpartition(".")[2] for name in away) == ["down_proj", "gate_up_proj"]
-    assert "which stay on the device" not in caplog.text
+    assert "which stay on the device" not in logged.text

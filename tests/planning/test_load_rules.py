@@ -275,7 +275,7 @@ class Hooked(nn.Linear):
         self.register_load_state_dict_post_hook(then)
 
 
-def test_a_hook_after_the_load_may_set_attributes_and_allow_missing_keys(tmp_path, caplog):
+def test_a_hook_after_the_load_may_set_attributes_and_allow_missing_keys(tmp_path, logged):
     def then(module, keys):
         module.ready = True
         keys.missing_keys[:] = [key for key in keys.missing_keys if not key.endswith("bias")]
@@ -287,11 +287,11 @@ def test_a_hook_after_the_load_may_set_attributes_and_allow_missing_keys(tmp_pat
     state.pop("1.bias")
     model = empty(make)
     model[1].bias = nn.Parameter(torch.full((64,), 3.0))
-    with caplog.at_level(logging.WARNING):
+    with logged.at_level(logging.WARNING):
         model = load_and_quantize_model(model, FP32, save(state, tmp_path), device_map="cpu")
     assert model[1].ready
     assert model[1].bias.unique().tolist() == [3]
-    assert "not found in" not in caplog.text
+    assert "not found in" not in logged.text
 
 
 def test_a_hook_after_the_load_that_uses_weights_is_refused(tmp_path):
@@ -391,11 +391,11 @@ def test_a_hook_after_the_load_that_does_what_no_plan_can_is_refused(tmp_path, c
         load_and_quantize_model(empty(make), "nf4", save(make().state_dict(), tmp_path), device_map="cpu")
 
 
-def test_extra_state_that_the_checkpoint_lacks_is_said(tmp_path, caplog):
+def test_extra_state_that_the_checkpoint_lacks_is_said(tmp_path, logged):
     state = {name: value for name, value in build(Clock)().state_dict().items() if "extra" not in name}
-    with caplog.at_level(logging.WARNING):
+    with logged.at_level(logging.WARNING):
         load_and_quantize_model(empty(build(Clock)), "nf4", save(state, tmp_path))
-    assert "'1._extra_state': extra state that the checkpoint lacks" in caplog.text
+    assert "'1._extra_state': extra state that the checkpoint lacks" in logged.text
 
 
 def test_a_failing_set_extra_state_leaves_the_model_as_it_was(tmp_path):
@@ -491,7 +491,7 @@ class CopiesIntoData(nn.Module):
 
 
 @pytest.mark.parametrize("is_empty", [True, False])
-def test_what_is_written_to_the_data_of_a_parameter_is_loaded(is_empty, tmp_path, caplog):
+def test_what_is_written_to_the_data_of_a_parameter_is_loaded(is_empty, tmp_path, logged):
     def build():
         return nn.Sequential(CopiesIntoData(), nn.Linear(64, 8))
 
@@ -501,7 +501,7 @@ def test_what_is_written_to_the_data_of_a_parameter_is_loaded(is_empty, tmp_path
     wanted.load_state_dict(stored)
     loaded = load_and_quantize_model(empty(build) if is_empty else build(), FP32, tmp_path, device_map="cpu")
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in wanted.state_dict().items())
-    assert "keep the values that they have" not in caplog.text
+    assert "keep the values that they have" not in logged.text
 
 
 class Fills(nn.Linear):

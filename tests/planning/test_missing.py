@@ -41,13 +41,13 @@ def stored(tmp_path):
     return save(state, tmp_path / "stored")
 
 
-def test_real_values_are_kept_with_one_warning_and_not_quantized(stored, device, caplog):
+def test_real_values_are_kept_with_one_warning_and_not_quantized(stored, device, logged):
     model = empty(Regressor)
     model.projector = nn.Linear(64, 64)
     own = model.projector.weight.detach().clone()
-    with caplog.at_level(logging.WARNING):
+    with logged.at_level(logging.WARNING):
         model = load_and_quantize_model(model, "nf4", stored, device_map=device)
-    (warning,) = [r.getMessage() for r in caplog.records if "not found in" in r.getMessage()]
+    (warning,) = [r.getMessage() for r in logged.records if "not found in" in r.getMessage()]
     assert "'projector.weight', 'projector.bias'" in warning
     assert type(model.projector) is nn.Linear
     assert type(model.body).__name__ == "Linear4bit"
@@ -105,10 +105,10 @@ def test_the_argument_is_a_list_of_names(stored, wrong):
         load_and_quantize_model(empty(Regressor), "nf4", stored, initialize_missing=wrong)
 
 
-def test_a_name_that_nothing_missing_has_is_said(stored, caplog):
-    with caplog.at_level(logging.WARNING):
+def test_a_name_that_nothing_missing_has_is_said(stored, logged):
+    with logged.at_level(logging.WARNING):
         load_and_quantize_model(empty(Regressor), "nf4", stored, initialize_missing=["projector", "skore"])
-    assert "initialize_missing names 'skore', which the checkpoint does not lack" in caplog.text
+    assert "initialize_missing names 'skore', which the checkpoint does not lack" in logged.text
 
 
 def test_plans_and_conversions_take_it_too(stored, tmp_path, device):
@@ -166,7 +166,7 @@ def with_table(part):
     return lambda: nn.Sequential(nn.Linear(16, 16), part(), nn.Linear(16, 4))
 
 
-def test_tables_that_their_module_makes_are_made_anew(tmp_path, device, caplog):
+def test_tables_that_their_module_makes_are_made_anew(tmp_path, device, logged):
     make = with_table(Rotary)
     folder = save_checkpoint(make(), tmp_path)
     with torch.device("meta"):
@@ -178,29 +178,29 @@ def test_tables_that_their_module_makes_are_made_anew(tmp_path, device, caplog):
         assert made[1].table.tolist() == list(range(16))
 
 
-def test_tables_that_nothing_makes_are_warned_of_after_to_empty_alone(tmp_path, caplog):
+def test_tables_that_nothing_makes_are_warned_of_after_to_empty_alone(tmp_path, logged):
     make = with_table(Fixed)
     folder = save_checkpoint(make(), tmp_path)
-    with caplog.at_level(logging.WARNING):
+    with logged.at_level(logging.WARNING):
         load_and_quantize_model(make(), FP32, folder)
         load_and_quantize_model(empty(make), FP32, folder)
-    assert "to_empty" not in caplog.text
+    assert "to_empty" not in logged.text
     with torch.device("meta"):
         model = make()
-    with caplog.at_level(logging.WARNING):
+    with logged.at_level(logging.WARNING):
         load_and_quantize_model(model.to_empty(device="cpu"), FP32, folder)
-    assert "'1.table'; after to_empty() these are arbitrary" in caplog.text
+    assert "'1.table'; after to_empty() these are arbitrary" in logged.text
 
 
-def test_buffers_of_transformers_are_as_their_class_makes_them_after_to_empty(tmp_path, caplog):
+def test_buffers_of_transformers_are_as_their_class_makes_them_after_to_empty(tmp_path, logged):
     source = llama()
     source.save_pretrained(tmp_path)
     model = empty(type(source), source.config).to_empty(device="cpu")
     model.model.rotary_emb.inv_freq.fill_(9)
-    with caplog.at_level(logging.WARNING):
+    with logged.at_level(logging.WARNING):
         model = load_and_quantize_model(model, FP32, tmp_path, device_map="cpu")
     tokens = torch.arange(8)[None]
-    assert "'model.rotary_emb.inv_freq'" in caplog.text
+    assert "'model.rotary_emb.inv_freq'" in logged.text
     assert torch.equal(model(tokens).logits, source.eval()(tokens).logits)
 
 

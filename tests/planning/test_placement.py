@@ -170,24 +170,24 @@ class Mixed(torch.nn.Module):
 
 
 @pytest.mark.parametrize("home", ["cpu", "disk"])
-def test_what_is_sent_away_and_stays_is_said(caplog, home):
+def test_what_is_sent_away_and_stays_is_said(logged, home):
     maps = {"": 0, "table": home, "small": home, "layer": home}
-    with caplog.at_level("WARNING"):
+    with logged.at_level("WARNING"):
         plan_device_map(Mixed(), "nf4", device_map=maps, offload_folder="files")
-    said = [record.getMessage() for record in caplog.records if "stay on the device" in record.getMessage()]
+    said = [record.getMessage() for record in logged.records if "stay on the device" in record.getMessage()]
     assert ["'small', which stay" in said[0], "'table', which stay" in said[1], len(said)] == [True, True, 2]
 
 
-def test_norms_and_biases_that_stay_as_ever_are_not_said(caplog):
-    with caplog.at_level("WARNING"):
+def test_norms_and_biases_that_stay_as_ever_are_not_said(logged):
+    with logged.at_level("WARNING"):
         plan_device_map(Mixed(), "nf4", device_map={"": 0, "layer": "cpu"})
-    assert "stay on the device" not in caplog.text
+    assert "stay on the device" not in logged.text
 
 
-def test_a_reserve_below_what_the_load_needs_is_said(caplog):
-    with caplog.at_level("WARNING"):
+def test_a_reserve_below_what_the_load_needs_is_said(logged):
+    with logged.at_level("WARNING"):
         plan = plan_device_map(Mixed(), "nf4", device_map=0, offload=OffloadConfig(reserve="1MiB"))
-    assert "reserve is 1.00 MiB, but the transfers of the load need 144.00 MiB" in caplog.text
+    assert "reserve is 1.00 MiB, but the transfers of the load need 144.00 MiB" in logged.text
     assert plan.accounts[0].reserve == 144 * 2**20
 
 

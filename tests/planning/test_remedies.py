@@ -273,12 +273,12 @@ def test_two_weights_that_the_model_ties_are_both_loaded_without_the_tie(tmp_pat
     assert sum(words in message for message in warned()) == 1
 
 
-def test_values_that_were_kept_are_trained(tmp_path, caplog):
+def test_values_that_were_kept_are_trained(tmp_path, logged):
     folder = save_checkpoint(nn.Sequential(nn.Linear(64, 64)), tmp_path)
     model = nn.Sequential(nn.Linear(64, 64, device="meta"), nn.Linear(64, 4))
-    with caplog.at_level(logging.WARNING):
+    with logged.at_level(logging.WARNING):
         model = load_and_quantize_model(model, "nf4", folder, device_map="cpu", strict=False)
-    assert "they keep the values that they have and are not quantized: train them" in caplog.text
+    assert "they keep the values that they have and are not quantized: train them" in logged.text
     before = model[1].weight.detach().clone()
     optimizer = torch.optim.SGD(model[1].parameters(), 0.1)
     model(torch.ones(2, 64)).sum().backward()

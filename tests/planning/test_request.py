@@ -43,10 +43,10 @@ def test_callers_map_is_not_changed(two_gpus):
 
 
 @pytest.mark.parametrize(("paths", "named"), [(["layers.2", "heads"], "'layers.2', 'heads'"), (["lay"], "'lay'")])
-def test_unknown_blocks_are_warned_of_and_all_named(caplog, paths, named):
-    with caplog.at_level("WARNING"):
+def test_unknown_blocks_are_warned_of_and_all_named(logged, paths, named):
+    with logged.at_level("WARNING"):
         resolve(Blocks(), {"": "cpu"} | dict.fromkeys(paths, "cpu"))
-    assert f"device_map names {named}, which the model does not have" in caplog.text
+    assert f"device_map names {named}, which the model does not have" in logged.text
 
 
 def test_tensors_left_out_are_refused_and_all_named():
@@ -115,12 +115,12 @@ def test_misspelled_place_in_a_map_is_named_with_its_block():
         plan_device_map(empty(GPT), "nf4", device_map={"": "cpu", "transformer.h.1": "dsk"})
 
 
-def test_a_path_of_a_map_that_no_module_has_is_warned_of_with_a_likely_one(caplog):
+def test_a_path_of_a_map_that_no_module_has_is_warned_of_with_a_likely_one(logged):
     model = torch.nn.ModuleDict({"final_layernorm": torch.nn.LayerNorm(4), "body": torch.nn.Linear(4, 4)})
     modules = dict(model.named_modules())
-    with caplog.at_level("WARNING"):
+    with logged.at_level("WARNING"):
         check_map({"": "cpu", "final_layer_norm": "cpu", "zzz": "cpu"}, tensors_of(model), modules)
-    (record,) = caplog.records
+    (record,) = logged.records
     assert "names 'final_layer_norm', 'zzz'" in record.getMessage()
     assert "did you mean 'final_layernorm'?" in record.getMessage()
 

@@ -111,13 +111,13 @@ def test_shape_transposed_in_the_checkpoint_is_a_mismatch():
     assert caught.value.mismatched_shapes == {"w": ((3, 2), (2, 3))}
 
 
-def test_unexpected_keys_are_a_warning_that_lists_them(caplog):
+def test_unexpected_keys_are_a_warning_that_lists_them(logged):
     model = TwoLayers()
-    with caplog.at_level(logging.WARNING, "bigload"):
+    with logged.at_level(logging.WARNING, "bigload"):
         sources = sources_in_checkpoint(tensors_of(model), checkpoint_for(model, extra=(1,), more=(2,)))
     assert sources.keys() == {"a.weight", "a.bias", "b.weight", "b.bias"}
-    assert len(caplog.records) == 1
-    assert "'extra', 'more'" in caplog.text
+    assert len(logged.records) == 1
+    assert "'extra', 'more'" in logged.text
 
 
 def test_unexpected_keys_are_an_error_under_strict():
@@ -127,21 +127,21 @@ def test_unexpected_keys_are_an_error_under_strict():
     assert caught.value.unexpected_keys == ["extra", "more"]
 
 
-def test_nothing_is_said_when_everything_fits(caplog):
+def test_nothing_is_said_when_everything_fits(logged):
     model = TwoLayers()
-    with caplog.at_level(logging.WARNING, "bigload"):
+    with logged.at_level(logging.WARNING, "bigload"):
         sources_in_checkpoint(tensors_of(model), checkpoint_for(model), strict=True)
-    assert not caplog.records
+    assert not logged.records
 
 
-def test_keys_that_the_model_ignores_are_silent_and_allowed_under_strict(caplog):
+def test_keys_that_the_model_ignores_are_silent_and_allowed_under_strict(logged):
     model = TwoLayers()
     checkpoint = checkpoint_for(model, **{"rotary.inv_freq": (1,)})
-    with caplog.at_level(logging.WARNING, "bigload"):
+    with logged.at_level(logging.WARNING, "bigload"):
         sources_in_checkpoint(
             tensors_of(model), checkpoint, ignores_key=lambda key: key == "rotary.inv_freq", strict=True
         )
-    assert not caplog.records
+    assert not logged.records
 
 
 @pytest.mark.parametrize(
@@ -249,12 +249,12 @@ def test_non_persistent_buffer_on_meta_is_an_error_with_the_remedy():
     assert caught.value.missing_keys == ["transient"]
 
 
-def test_checkpoint_key_of_a_non_persistent_buffer_is_silent_and_not_loaded(caplog):
+def test_checkpoint_key_of_a_non_persistent_buffer_is_silent_and_not_loaded(logged):
     checkpoint = checkpoint_of({"weight": (2,), "kept": (3,), "transient": (9, 9)})
-    with caplog.at_level(logging.WARNING, "bigload"):
+    with logged.at_level(logging.WARNING, "bigload"):
         sources = sources_in_checkpoint(tensors_of(Buffers()), checkpoint, strict=True)
     assert sources.keys() == {"weight", "kept"}
-    assert not caplog.records
+    assert not logged.records
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.bool])
@@ -354,11 +354,11 @@ FILES = pytest.mark.parametrize("file", ["model.safetensors", "weights.bin"])
 
 
 @FILES
-def test_tied_weight_stored_with_two_values_is_a_warning_that_says_which_is_taken(tmp_path, caplog, file):
+def test_tied_weight_stored_with_two_values_is_a_warning_that_says_which_is_taken(tmp_path, logged, file):
     save_tied(tmp_path, torch.zeros(7, 4), torch.ones(7, 4))
-    with caplog.at_level(logging.WARNING, "bigload"):
+    with logged.at_level(logging.WARNING, "bigload"):
         sources = sources_in_checkpoint(tensors_of(EmbeddingAndHead(True)), open_checkpoint(tmp_path / file))
-    (message,) = (record.getMessage() for record in caplog.records)
+    (message,) = (record.getMessage() for record in logged.records)
     assert message.startswith("'embed.weight', 'head.weight' are one weight")
     assert "'embed.weight' is taken" in message
     assert stored_names(sources)["embed.weight"] == "embed.weight"
@@ -366,23 +366,23 @@ def test_tied_weight_stored_with_two_values_is_a_warning_that_says_which_is_take
 
 @FILES
 @pytest.mark.parametrize("shared", [False, True])
-def test_tied_weight_stored_twice_with_one_value_is_silent(tmp_path, caplog, file, shared):
+def test_tied_weight_stored_twice_with_one_value_is_silent(tmp_path, logged, file, shared):
     embed = torch.rand(7, 4)
     save_tied(tmp_path, embed, embed if shared else embed.clone())
-    with caplog.at_level(logging.WARNING, "bigload"):
+    with logged.at_level(logging.WARNING, "bigload"):
         sources_in_checkpoint(tensors_of(EmbeddingAndHead(True)), open_checkpoint(tmp_path / file), strict=True)
-    assert not caplog.records
+    assert not logged.records
 
 
 @FILES
-def test_untied_weights_with_two_values_are_silent(tmp_path, caplog, file):
+def test_untied_weights_with_two_values_are_silent(tmp_path, logged, file):
     save_tied(tmp_path, torch.zeros(7, 4), torch.ones(7, 4))
-    with caplog.at_level(logging.WARNING, "bigload"):
+    with logged.at_level(logging.WARNING, "bigload"):
         sources_in_checkpoint(tensors_of(EmbeddingAndHead()), open_checkpoint(tmp_path / file), strict=True)
-    assert not caplog.records
+    assert not logged.records
 
 
-def test_tied_weight_that_differs_only_at_its_end_is_a_warning(tmp_path, caplog):
+def test_tied_weight_that_differs_only_at_its_end_is_a_warning(tmp_path, logged):
     model = EmbeddingAndHead()
     model.embed = nn.Embedding(5000, 4)
     model.head = nn.Linear(4, 5000, bias=False)
@@ -391,9 +391,9 @@ def test_tied_weight_that_differs_only_at_its_end_is_a_warning(tmp_path, caplog)
     head = embed.clone()
     head[-1] = 1
     save_tied(tmp_path, embed, head)
-    with caplog.at_level(logging.WARNING, "bigload"):
+    with logged.at_level(logging.WARNING, "bigload"):
         sources_in_checkpoint(tensors_of(model), open_checkpoint(tmp_path / "model.safetensors"))
-    assert "different values" in caplog.text
+    assert "different values" in logged.text
 
 
 def small_mixtral(size):

@@ -85,8 +85,8 @@ def test_list_of_lists_and_lists_of_two_kinds_have_blocks():
         assert len(plan.units) >= 3
 
 
-def test_class_that_no_module_is_of_is_warned_of_and_none_divides_all(caplog):
+def test_class_that_no_module_is_of_is_warned_of_and_none_divides_all(logged):
     plan = planned(GPT, "cpu", no_split_module_classes=["Blokc"])
-    assert "'Blokc'" in caplog.text
+    assert "'Blokc'" in logged.text
     assert not any(placed.unit.is_block for placed in plan.units)
     assert not any(placed.unit.is_block for placed in planned(GPT, "cpu", no_split_module_classes=[]).units)
