@@ -13,7 +13,6 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from threading import get_ident
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -184,7 +183,8 @@ def _kind(module: Any) -> Any:
     settings = {name: value for name, value in vars(module).items() if name not in _OWN} if is_norm else {}
     if not settings or not all(map(_is_plain, settings.values())):  # as a forward that was set on it is not
         return None
-    return ref(type(module)), ref(type(module).forward), tuple((name, repr(settings[name])) for name in sorted(settings))
+    own = type(module)
+    return ref(own), ref(own.forward), tuple((name, repr(value)) for name, value in sorted(settings.items()))
 
 
 def _is_plain(value: Any) -> bool:
