@@ -1,10 +1,11 @@
 """Norms in captured steps: one kernel each, where a model launches eight, which take longer to begin than to run.
 
-A norm is taken for one if it has a weight, an epsilon and nothing else, and if the kernel gives the bits of its own
-forward: for what it is given when a step runs as before, and for random rows of that shape. So it may add up squares in
-no order but torch's, whose kernel (ATen/native/cuda/Reduce.cuh) has each thread add every n-th value, or every n-th
-four, into four sums, and adds those, then halves of the threads. Up to 2.9 or so, the last 32 threads were added by
-pairs of neighbours, and rows of 128 values were not read in fours: a trial tells which way this torch goes.
+A norm is taken for one if it has a weight, an epsilon and no more than plain settings beside, and if the kernel gives
+the bits of its own forward: for what it is given when a step runs as before, and for random rows of that shape and a
+random weight, once for norms of the same code and settings. So it may add up squares in no order but torch's, whose
+kernel (ATen/native/cuda/Reduce.cuh) has each thread add every n-th value, or every n-th four, into four sums, and adds
+those, then halves of the threads. Up to 2.9 or so, the last 32 threads were added by pairs of neighbours, and rows of
+128 values were not read in fours: a trial tells which way this torch goes.
 """
 
 from __future__ import annotations
