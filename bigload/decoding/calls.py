@@ -96,14 +96,14 @@ def is_state(value: Any) -> bool:
 
 
 def first_difference(key: tuple[Any, ...], other: tuple[Any, ...]) -> str:
-    """Name the first argument in which two calls differ."""
+    """Name the first argument in which two calls differ, or what beside arguments makes steps of other kinds."""
     for one, two in zip(key, other, strict=False):
         if one != two:
             path = one[0]
             while isinstance(path, tuple):
                 path = path[0]
             return f"argument {path!r}"
-    return "number of arguments"
+    return "number of arguments" if len(key) != len(other) else "its caches, torch's modes or the model's config"
 
 
 class UnknownOutputError(Exception):

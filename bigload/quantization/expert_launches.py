@@ -339,8 +339,11 @@ def _tensors(weight: PackedExperts) -> tuple[torch.Tensor, ...]:
 
 
 def _two_at_a_time(x: torch.Tensor) -> torch.Tensor:
-    """Return pairs of 16-bit values as int32, from a multiple of 16 bytes on, as some kernels read them."""
-    return (x.clone() if x.storage_offset() % 8 else x).view(torch.int32)
+    """Return pairs of 16-bit values as int32, from a multiple of 16 bytes on, as some kernels read them.
+
+    Memory that another library made, or a view that went through DLPack, may begin anywhere.
+    """
+    return (x.clone() if x.data_ptr() % 16 else x).view(torch.int32)
 
 
 def next_power_of_2(number: int) -> int:

@@ -1,6 +1,9 @@
 """Norms in captured steps: one kernel where it gives the bits of the model's own code, and else that code."""
 
+import gc
 import threading
+import weakref
+from contextlib import nullcontext
 
 import kernels_by_torch
 import pytest
@@ -28,6 +31,10 @@ class Net(nn.Module):
 
     def step(self, x):
         return self.two(self.linear(self.one(x)))
+
+
+def drawn(device):
+    return torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(1)).to(device, torch.bfloat16)
 
 
 def by_torch(x, weight, eps, order):
@@ -137,7 +144,130 @@ class Strict(LlamaRMSNorm):
 
 def test_a_norm_that_refuses_what_a_trial_gives_it_keeps_its_code(device, captures, launched):
     run(Net(Strict).to(device), device)
-    assert len(launched) == (3 + 1) * len(orders_of(1, 64))
+    assert len(launched) == (1 + 3 + 1) * len(orders_of(1, 64))
+
+
+class Uncopied(LlamaRMSNorm):
+    def __reduce_ex__(self, protocol):
+        raise TypeError("not to be copied")
+
+
+def test_a_norm_that_refuses_to_be_copied_keeps_its_code(device, captures, launched):
+    run(Net(Uncopied).to(device), device)
+
+
+def test_a_trial_for_which_there_is_no_memory_leaves_the_step_alone(device, captures, launched, monkeypatch):
+    own = torch.randn
+
+    def full(*shape, generator, **kind):
+        if generator.initial_seed() == 0:  # a trial's
+            raise torch.OutOfMemoryError("full")
+        return own(*shape, generator=generator, **kind)
+
+    monkeypatch.setattr(torch, "randn", full)
+    run(Net().to(device), device)
+
+
+def test_a_weight_of_ones_does_not_hide_what_is_rounded_first(device, captures, launched):
+    """It is written to later, where a graph has it: GPT-OSS' norms multiply before they round."""
+    model, x = Net(GptOssRMSNorm).to(device).eval(), drawn(device)
+    with torch.no_grad():
+        for norm in (model.one, model.two):
+            norm.weight.fill_(1.0)
+        with capture_decode(model, step="step") as capture:
+            for _ in range(2):
+                model.step(x)
+            for norm in (model.one, model.two):
+                nn.init.normal_(norm.weight)
+            found = model.step(x)
+            assert capture.stats().replayed == 2
+        assert equal(found, model.step(x))
+
+
+class Limited(LlamaRMSNorm):
+    limit = None
+
+    def forward(self, hidden_states):
+        found = super().forward(hidden_states)
+        return found if self.limit is None else found.clamp(-self.limit, self.limit)
+
+
+def test_a_norm_of_another_setting_has_a_trial_of_its_own(device, captures, launched):
+    """The limit of the second is not met in the steps before the graph, but in that of the trial."""
+    model, x = Net(Limited).to(device).eval(), drawn(device)
+    model.two.limit = 0.5
+    with torch.no_grad():
+        model.two.weight.fill_(2.0**-10)
+        with capture_decode(model, step="step") as capture:
+            for _ in range(2):
+                model.step(x)
+            model.two.weight.fill_(1.0)
+            found = model.step(x)
+            assert capture.stats().replayed == 2
+        assert equal(found, model.step(x))
+
+
+@pytest.mark.parametrize("change", [{"__class__": GptOssRMSNorm}, {"limit": 0.5}])
+def test_a_norm_that_has_changed_since_it_was_noted_is_captured_as_it_is(change, device, launched):
+    model, x = Net(Limited).to(device), drawn(device)
+    fused = Norms(model)
+    with torch.no_grad():
+        with fused.noting():
+            model.step(x)
+        for name, value in change.items():
+            setattr(model.two, name, value)
+        launched.clear()
+        with fused.captured():
+            found = model.step(x)
+        assert len(launched) == 1  # the other norm
+        assert equal(found, model.step(x))
+
+
+class Inside(LlamaRMSNorm):
+    def forward(self, hidden_states):
+        return hidden_states.copy_(super().forward(hidden_states))
+
+
+class Noisy(LlamaRMSNorm):
+    def forward(self, hidden_states):
+        return super().forward(hidden_states) + torch.randn_like(hidden_states)
+
+
+@pytest.mark.parametrize("kind", [Inside, Noisy])
+def test_a_norm_that_does_more_than_the_kernel_keeps_its_code_and_random_numbers(kind, device, launched):
+    norm, of_step = kind(64).to(device, torch.bfloat16), []
+    fused = Norms(norm)
+    with torch.no_grad():
+        for step in (nullcontext, fused.noting):
+            torch.manual_seed(0)
+            with step():
+                of_step.append((norm(drawn(device)), torch.rand(1, device=device)))
+    assert equal(of_step[0][0], of_step[1][0])
+    assert equal(of_step[0][1], of_step[1][1])
+    assert launched
+    assert not fused._fused
+
+
+def test_what_is_known_of_a_model_does_not_keep_it(device, launched):
+    def with_norm_that_knows_it():
+        model = Net().to(device)
+
+        class Knowing(LlamaRMSNorm):
+            def forward(self, hidden_states):
+                assert model.linear
+                return LlamaRMSNorm.forward(self, hidden_states)
+
+        model.one = Knowing(64).to(device, torch.bfloat16)
+        return model
+
+    model = with_norm_that_knows_it()
+    with torch.no_grad(), Norms(model).noting():
+        model.step(drawn(device))
+    assert launched
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_inputs_that_the_kernel_does_not_take_are_left_to_the_model(device, launched):

@@ -29,8 +29,8 @@ def tokens_on(model):
     return torch.arange(1, 11, device=model.device).view(2, 5)
 
 
-def static(model):
-    return StaticCache(config=model.config, max_cache_len=24)
+def static(model, length=24):
+    return StaticCache(config=model.config, max_cache_len=length)
 
 
 @torch.no_grad()
@@ -329,6 +329,18 @@ def test_arguments_that_differ_in_each_step_are_said(model, captures, warned):
     assert torch.equal(steps(), expected)
     assert capture.stats().captures == 0
     assert "each step differs from the one before, in argument 'attention_mask'" in warned()[0]
+
+
+def test_caches_that_differ_in_each_step_are_said(model, captures, warned):
+    tokens = tokens_on(model)
+    capture = capture_decode(model)
+    with torch.no_grad():
+        for length in range(12, 22):
+            cache = static(model, length)
+            model(tokens, **given(model, cache))
+            model(tokens[:, :1], **given(model, cache))
+    assert capture.stats().captures == 0
+    assert "each step differs from the one before, in its caches, torch's modes or the model's config" in warned()[0]
 
 
 def test_a_tensor_elsewhere(model, captures, warned):

@@ -176,6 +176,21 @@ def test_a_kernel_that_does_not_run_is_not_used(device, captures, launched, monk
     run(Net().to(device), [drawn(device, seed) for seed in range(4)])
 
 
+def test_a_function_that_refuses_what_a_trial_gives_it_is_kept(device, captures, launched, monkeypatch):
+    def strict(q, k, cos, sin):
+        if cos.abs().max() > 1:
+            raise ValueError("no table of cosines")
+        return OF_LLAMA(q, k, cos, sin)
+
+    net, given = Net().to(device), drawn(device)
+    monkeypatch.setitem(globals(), "apply_rotary_pos_emb", strict)
+    of, expected = Rotations(net), net.step(*given)
+    with of.noting():
+        assert all(map(equal, net.step(*given), expected))
+    assert launched
+    assert not any(of._known.values())
+
+
 def test_nothing_is_tried_in_a_capture(device, launched, monkeypatch):
     """A GPU that was full when it was asked would be asked again, by a kernel, which may end the capture."""
     asked, of, given = [], Rotations(Net()), drawn(device)

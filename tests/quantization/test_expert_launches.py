@@ -139,3 +139,15 @@ def test_values_that_begin_between_two_are_copied(monkeypatch):
     x, ids = torch.randn(65, dtype=DTYPE), torch.tensor([[1]])
     odd = x[1:].view(1, 64)
     assert torch.equal(launches.gemv(odd, weight, ids, 1, None), launches.gemv(odd.clone(), weight, ids, 1, None))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_inputs_are_read_from_a_multiple_of_16_bytes_on(device):
+    """Also those that begin elsewhere, where their own memory does, as torch sees it."""
+    all_of_it = torch.randn(72, device=device).to(DTYPE)
+    for begin in (0, 1, 2, 4, 8):
+        x = torch.from_dlpack(torch.utils.dlpack.to_dlpack(all_of_it[begin : begin + 64])).view(1, 64)
+        assert x.storage_offset() == 0
+        read = launches._two_at_a_time(x)
+        assert read.data_ptr() % 16 == 0
+        assert torch.equal(read.view(DTYPE), x)

@@ -1,10 +1,11 @@
 """Norms in captured steps: one kernel each, where a model launches eight, which take longer to begin than to run.
 
-A norm is taken for one if it has a weight, an epsilon and nothing else, and if the kernel gives the bits of its own
-forward: for what it is given when a step runs as before, and for random rows of that shape. So it may add up squares in
-no order but torch's, whose kernel (ATen/native/cuda/Reduce.cuh) has each thread add every n-th value, or every n-th
-four, into four sums, and adds those, then halves of the threads. Up to 2.9 or so, the last 32 threads were added by
-pairs of neighbours, and rows of 128 values were not read in fours: a trial tells which way this torch goes.
+A norm is taken for one if it has a weight, an epsilon and no more than plain settings beside, and if the kernel gives
+the bits of its own forward: for what it is given when a step runs as before, and for random rows of that shape and a
+random weight, once for norms of the same code and settings. So it may add up squares in no order but torch's, whose
+kernel (ATen/native/cuda/Reduce.cuh) has each thread add every n-th value, or every n-th four, into four sums, and adds
+those, then halves of the threads. Up to 2.9 or so, the last 32 threads were added by pairs of neighbours, and rows of
+128 values were not read in fours: a trial tells which way this torch goes.
 """
 
 from __future__ import annotations
@@ -13,17 +14,16 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from threading import get_ident
 from types import FunctionType
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
 
 from ...hardware.devices import current_gpu
-from .trials import gives_bits_of, has_bits_of, kernels, runs_kernels
+from .trials import has_bits_of, kernels, passes, runs_kernels
 
 # Of torch's kernel: threads of a block and of a warp.
 _BLOCK, _WARP = 512, 32
@@ -33,6 +33,9 @@ _KINDS = ((128, 1), (129, 1), (129, _WARP))
 # Of rows in float32: each shows another order with a chance of one in twelve or more.
 _DRAWS = 128
 _EPSILONS = ("variance_epsilon", "eps")
+# Attributes of torch's own that say nothing of a norm; and of what kind others may be, by which its code may go.
+_OWN = frozenset(vars(nn.Module())) - {"training"}
+_PLAIN = (bool, int, float, str, type(None), torch.dtype)
 # Of each model, the orders that were right: it is captured again for each length of a cache.
 _right: WeakKeyDictionary[nn.Module, dict[Any, Order]] = WeakKeyDictionary()
 
@@ -109,7 +112,7 @@ class Norms:
     """The norms of a model, and with which shapes the kernel computes them."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._all = [module for module in model.modules() if _is_norm(module)]
+        self._all = {module: kind for module in model.modules() if (kind := _kind(module)) is not None}
         self._fused: dict[tuple[int, Any], Order] = {}
         self._right = _right.setdefault(model, {})
         self._known: dict[Any, Order | None] = {**self._right}
@@ -126,26 +129,28 @@ class Norms:
         def noting(*args: Any, **kwargs: Any) -> Any:
             found = own(*args, **kwargs)
             if get_ident() == thread and len(args) == 1 and not kwargs and _suits(args[0], module.weight, found):
-                x = args[0]
-                key = _key(x)
-                kind = (type(module), type(module).forward, _epsilon(module), x.device, key)
-                if kind not in self._known:
-                    self._known[kind] = _order_that_gives_its_bits(module, x)
-                order = self._known[kind]
-                if order is not None and has_bits_of(_by_kernel(module, x, order), found):
-                    self._fused[id(module), key] = self._right[kind] = order
-                else:
-                    self._known[kind] = None  # if it is used once more
-                    self._right.pop(kind, None)
-                    self._fused.pop((id(module), key), None)
+                self._note(module, args[0], found)
             return found
 
         return noting
 
+    def _note(self, module: Any, x: torch.Tensor, found: torch.Tensor) -> None:
+        key = _key(x)
+        kind = (self._all[module], x.device, key)
+        is_known = kind in self._known
+        orders = [self._known[kind]] if is_known else orders_of(x.numel() // x.shape[-1], x.shape[-1])
+        order = next((each for each in orders if each and _is_right(module, x, found, each, is_known)), None)
+        self._known[kind] = order  # None if it is used once more
+        if order is not None:
+            self._fused[id(module), key] = self._right[kind] = order
+        else:
+            self._right.pop(kind, None)
+            self._fused.pop((id(module), key), None)
+
     @contextmanager
     def captured(self) -> Iterator[None]:
         """Have a step that is captured launch the kernel."""
-        own = [module for module in self._all if "forward" not in vars(module)]  # the others were changed meanwhile
+        own = [module for module, kind in self._all.items() if _kind(module) == kind]  # the others were changed since
         with _replaced({module: self._fusing(module) for module in own}):
             yield
 
@@ -162,17 +167,29 @@ class Norms:
         return fusing
 
 
-def _is_norm(module: Any) -> bool:
-    return (
+def _kind(module: Any) -> Any:
+    """Return what a norm's code computes by, its weight aside; None of a module that is none.
+
+    It is remembered beside a model, which it must not keep alive: code may know the model.
+    """
+    is_norm = (
         list(module._parameters) == ["weight"]
         and not module._buffers
         and not module._modules
         and isinstance(module.weight, torch.Tensor)
         and module.weight.dim() == 1
         and isinstance(getattr(type(module), "forward", None), FunctionType)
-        and "forward" not in vars(module)
         and _epsilon(module) is not None
     )
+    settings = {name: value for name, value in vars(module).items() if name not in _OWN} if is_norm else {}
+    if not settings or not all(map(_is_plain, settings.values())):  # as a forward that was set on it is not
+        return None
+    own = type(module)
+    return ref(own), ref(own.forward), tuple((name, repr(value)) for name, value in sorted(settings.items()))
+
+
+def _is_plain(value: Any) -> bool:
+    return all(type(each) in _PLAIN for each in (value if isinstance(value, tuple) else (value,)))
 
 
 def _epsilon(module: Any) -> float | None:
@@ -205,31 +222,42 @@ def _suits(x: Any, weight: torch.Tensor, found: Any) -> bool:
     )
 
 
-def _order_that_gives_its_bits(module: Any, x: torch.Tensor) -> Order | None:
-    orders = orders_of(x.numel() // x.shape[-1], x.shape[-1])
-    return next((order for order in orders if _gives_its_bits(module, x, order)), None)
+def _is_right(module: Any, x: torch.Tensor, found: torch.Tensor, order: Order, is_known: bool) -> bool:
+    """Whether the kernel gives what a norm found, and, where it is not known to, what such norms find in trials.
+
+    What it found comes first: in a trial, code that draws random numbers would draw those of the step.
+    """
+
+    def gives_its_bits() -> bool:
+        return has_bits_of(_by_kernel(module, x, order), found) and (is_known or _gives_its_bits(module, x, order))
+
+    return passes(gives_its_bits)
 
 
 def _gives_its_bits(module: Any, x: torch.Tensor, order: Order) -> bool:
     """Try rows of several magnitudes, as many as there are, and many in float32.
 
-    A sum in another order differs in its last bit, in some rows. In 16 bit, hardly any value shows that.
+    A sum in another order differs in its last bit, in some rows. In 16 bit, hardly any value shows that. The weight is
+    drawn, too: with one of ones, which may be written to later, it does not show what is rounded before it is
+    multiplied.
     """
     draw = torch.Generator(x.device).manual_seed(0)
+    weight = torch.randn(x.shape[-1], generator=draw, device=x.device)
     for dtype, magnitudes in ((x.dtype, (1.0, 1e-3, 30.0)), (torch.float32, (1.0,) * _DRAWS)):
-        twin = _twin(module, dtype)
+        twin = _twin(module, weight.to(dtype))
         for magnitude in magnitudes:
             rows = torch.randn(x.shape, generator=draw, device=x.device).mul_(magnitude).to(dtype)
-            if not gives_bits_of(partial(_by_kernel, twin, rows, order), partial(twin.forward, rows)):
-                return False
+            by_kernel, kept = _by_kernel(twin, rows, order), rows.clone()
+            if not has_bits_of(by_kernel, twin.forward(rows)) or not has_bits_of(rows, kept):
+                return False  # one that writes to what it is given does more than the kernel
     return True
 
 
-def _twin(module: Any, dtype: torch.dtype) -> Any:
-    """Return a norm of the same kind and weight, in a dtype."""
+def _twin(module: Any, weight: torch.Tensor) -> Any:
+    """Return a norm of the same kind with another weight."""
     twin = copy.copy(module)
     vars(twin).pop("forward", None)
-    twin._parameters = {"weight": nn.Parameter(module.weight.to(dtype), requires_grad=False)}
+    twin._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
     return twin
 
 

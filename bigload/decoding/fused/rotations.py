@@ -11,6 +11,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from threading import get_ident
 from types import FunctionType
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 
 from ...hardware.devices import current_gpu
-from .trials import has_bits_of, kernels, runs, runs_kernels
+from .trials import has_bits_of, kernels, passes, runs_kernels
 
 NAME = "apply_rotary_pos_emb"
 _Rotate = Callable[..., Any]
@@ -81,7 +82,8 @@ class Rotations:
             if _suits(args, kwargs) and runs_kernels(args[0].device) and _is_pair_like(found, args):
                 key = _key(own, args)
                 if key not in self._known:
-                    self._known[key] = _strides_with_its_bits(own, args, found)
+                    are = [each.stride() for each in found]
+                    self._known[key] = are if passes(partial(_gives_its_bits, own, args, are)) else None
                 strides = self._known[key]
                 if strides is not None and not _are_same(rotated(strides, *args), found):
                     self._known[key] = None
@@ -154,15 +156,13 @@ def _are_same(one: tuple[torch.Tensor, ...], other: tuple[torch.Tensor, ...]) ->
     return all(map(has_bits_of, one, other))
 
 
-def _strides_with_its_bits(own: _Rotate, args: tuple[Any, ...], found: tuple[Any, ...]) -> Strides | None:
+def _gives_its_bits(own: _Rotate, args: tuple[Any, ...], strides: Strides) -> bool:
     """Try random queries, keys and tables: at a first position, all angles may be zero."""
-    strides = [each.stride() for each in found]
-    if not runs(lambda: rotated(strides, *args)):
-        return None
+    rotated(strides, *args)  # it may not run
     draw = torch.Generator(args[0].device).manual_seed(0)
     given: Any = [torch.randn(each.shape, generator=draw, device=each.device).to(each.dtype) for each in args]
     kept = [each.clone() for each in given]  # a function that writes to what it is given does more than the kernel
-    return strides if _are_same((*rotated(strides, *given), *kept), (*own(*given), *given)) else None
+    return _are_same((*rotated(strides, *given), *kept), (*own(*given), *given))
 
 
 class _Dispatcher:
