@@ -10,7 +10,7 @@ import pytest
 from injected_faults import DEVICE, EDGES, GPU_JOBS, JOBS, every_try, tries_of
 
 ROOT = Path(__file__).parents[2]
-RESULT = ROOT / "benchmarks/results/faults.json"
+RESULT, ON_GPU = (ROOT / f"benchmarks/results/{name}.json" for name in ("faults", "faults-h200"))
 
 
 def first_or_another(calls):
@@ -66,6 +66,15 @@ def test_table_of_the_docs_is_that_of_the_result():
     assert results["tries"] == sum(sum(row["outcomes"].values()) for row in results["rows"]) >= 1500
     assert not results["failures"]
     assert f"{results['tries']:,} faults" in page
+
+
+def test_table_of_a_gpu_is_that_of_its_result():
+    results = json.loads(ON_GPU.read_text())
+    assert "\n".join(command().table(results)) in (ROOT / "docs/reliability.md").read_text()
+    assert results["tries"] == sum(sum(row["outcomes"].values()) for row in results["rows"]) >= 100
+    assert not results["failures"]
+    assert {row["job"] for row in results["rows"]} == set(GPU_JOBS)
+    assert results["device"] != "cpu"
 
 
 def test_result_is_of_all_jobs_and_edges_that_there_are():

@@ -20,7 +20,6 @@ from bigload import load_and_quantize_model
 
 ROOT = Path(__file__).parents[2]
 HELPERS = str(ROOT / "tests/helpers")
-RESULT = ROOT / "benchmarks/results/long-use.json"
 MODES = ["nf4", "nf4-dq", "int8", "none"]
 build = partial(GPT, vocab=32, layers=2)
 
@@ -51,13 +50,14 @@ def test_what_is_left_behind_is_seen(kind, monkeypatch, tmp_path):
         each.close()
 
 
-def test_table_of_the_docs_is_that_of_the_result():
-    results = json.loads(RESULT.read_text())
+@pytest.mark.parametrize(("result", "uses"), [("long-use", USES), ("long-use-h200", GPU_USES)])
+def test_table_of_the_docs_is_that_of_the_result(result, uses):
+    results = json.loads((ROOT / f"benchmarks/results/{result}.json").read_text())
     assert "\n".join(table(results["rows"])) in (ROOT / "docs/reliability.md").read_text()
     assert {row["use"]: row["times"] for row in results["rows"]} == {
-        name: times for name, (_, times, _) in USES.items()
+        name: times for name, (_, times, _) in uses.items()
     }
-    assert [grown(row) for row in results["rows"]] == [{}] * len(USES)
+    assert [grown(row) for row in results["rows"]] == [{}] * len(uses)
     assert not results["failures"]
 
 
