@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from ...hardware.devices import current_gpu
+from ...quantization.expert_launches import next_power_of_2
 from .trials import has_bits_of, kernels, passes, runs_kernels
 
 # Of torch's kernel: threads of a block and of a warp.
@@ -85,7 +86,7 @@ def fused_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, order: Order) 
         order: in which squares are added.
     """
     out, width = torch.empty_like(x), x.shape[-1]
-    block = _power_of_2(2 * width - 1)  # at least the width
+    block = next_power_of_2(width)
     warps = min(max(1, order.threads // 128, block // 1024), 8)
     pairings = order.threads.bit_length() - 1 - order.halvings
     with current_gpu(x.device):  # on which Triton launches

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ...hardware.devices import current_gpu
+from ...quantization.expert_launches import next_power_of_2
 from .trials import has_bits_of, kernels, passes, runs_kernels
 
 NAME = "apply_rotary_pos_emb"
@@ -56,7 +57,7 @@ def rotated(
             *rows,
             width,
             cos.shape[-1],
-            1 << (width - 1).bit_length(),
+            next_power_of_2(width),
             num_warps=1,
             enable_fp_fusion=False,  # torch rounds products before it adds them
         )
