@@ -114,13 +114,14 @@ class JointLoad:
             DistributedError: another process failed.
         """
 
+        divided = [] if self.replicate else [planned for planned in self.own.tensors if planned.share is not None]
+
         @functools.cache
         def prepared() -> list[str]:
             """Make layers without weights, and find what is gathered together: needs nothing of what is read."""
             assembly.prepare()
-            for planned in () if self.replicate else self.own.tensors:
-                if planned.share is not None:
-                    assembly.add(planned.tensor.name, placeholder(planned, plan.config.load_dtype))
+            for planned in divided:
+                assembly.add(planned.tensor.name, placeholder(planned, plan.config.load_dtype))
             return [] if self.replicate else groups_of(view, plan, request.placement.no_split_module_classes)
 
         with self.ranks.agreed("load"):
@@ -129,14 +130,8 @@ class JointLoad:
             if request.checkpoint is not None:
                 request.checkpoint.require_unchanged()
             groups = prepared()  # if nothing was read
-        shares, parts = Shares(self.ranks, self.own, loaded), dict[str, nn.Parameter]()
         with self.ranks.agreed("share"):
-            for planned in self.own.tensors:
-                name = planned.tensor.name
-                if not self.replicate and planned.share is not None:
-                    parts[name] = shares.part(planned)
-                elif (value := shares.gathered(planned)) is not None:
-                    assembly.add(name, value)
+            parts = self._shared_out(Shares(self.ranks, self.own, loaded), assembly, divided)
         made: list[nn.Module] = []
 
         def finish(model: nn.Module) -> None:
@@ -152,6 +147,19 @@ class JointLoad:
         with self.ranks.told("commit"):
             assembly.commit(finish)
         return made[0]
+
+    def _shared_out(
+        self, shares: Shares, assembly: Assembly, divided: Sequence[PlannedTensor]
+    ) -> dict[str, nn.Parameter]:
+        """Return this process's parts of what is divided, by first name; whole tensors are added. Collectives."""
+        parts, names = dict[str, nn.Parameter](), {planned.tensor.name for planned in divided}
+        for planned in self.own.tensors:
+            name = planned.tensor.name
+            if name in names:
+                parts[name] = shares.part(planned)
+            elif (value := shares.gathered(planned)) is not None:
+                assembly.add(name, value)
+        return parts
 
 
 def joint_load(
